@@ -1,0 +1,1 @@
+"""Train, adapt and judge draft heads for speculative decoding."""

@@ -1,0 +1,161 @@
+"""Save and load draft heads: strictly, atomically, safetensors only."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from draft.errors import UserError
+from draft.heads import ARCHITECTURES, Eagle3Head
+from draft.target import DTYPES
+
+PRETRAINED = Path(__file__).parent / "pretrained"
+_OPTIONAL = {"embed_tokens.weight"}  # other trainers save a copy of the target's embedding; engines ignore it
+
+
+@contextmanager
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder that takes the place of `folder` when the block ends well, and vanishes when it doesn't."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    temporary.chmod(0o755)
+    try:
+        yield temporary
+        if folder.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
+            os.replace(folder, old / "folder")
+            os.replace(temporary, folder)
+            shutil.rmtree(old)
+        else:
+            os.replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON through a temporary name and a rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(value, indent=2) + "\n")
+    os.replace(temporary, path)
+
+
+def save_head(head: Eagle3Head, folder: str | Path, *, dtype: torch.dtype, about: dict[str, Any]) -> None:
+    """Write a head as the folder that vLLM and SGLang load: config.json, model.safetensors, and draftsmith.json.
+
+    dtype is that of the floating-point tensors in the file. `about` (target fingerprint, how it was made) goes
+    to draftsmith.json, which other engines don't read.
+    """
+    tensors = {
+        name: (value.to(dtype) if value.is_floating_point() else value).detach().cpu().contiguous()
+        for name, value in head.state_dict().items()
+    }
+    with atomic_folder(Path(folder)) as temporary:
+        save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
+        write_json(temporary / "config.json", head.config.as_json(dtype))
+        write_json(temporary / "draftsmith.json", about)
+
+
+def load_head(
+    folder: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+) -> tuple[Eagle3Head, dict[str, Any]]:
+    """Load a head and its draftsmith.json (empty for a head from elsewhere).
+
+    folder: a path, or the name of a head that ships with the package (`smollm2-eagle3`). dtype None keeps the file's.
+
+    Raises:
+        UserError: naming the first missing, unexpected or misshapen tensor.
+    """
+    folder = _find(folder)
+    config_values = _read_json(folder / "config.json")
+    names = config_values.get("architectures") or ["(none)"]
+    if names[0] not in ARCHITECTURES:
+        raise UserError(f"head {str(folder)!r}: architecture {names[0]} is not one of {', '.join(ARCHITECTURES)}.")
+    config_class, head_class = ARCHITECTURES[names[0]]
+    head = head_class(config_class.from_dict(config_values))
+    tensors = _read_tensors(folder / "model.safetensors")
+    _load_strictly(head, tensors, folder)
+    stored = DTYPES.get(config_values.get("torch_dtype") or config_values.get("dtype") or "float32", torch.float32)
+    about = folder / "draftsmith.json"
+    return head.to(device=device, dtype=dtype or stored).eval(), _read_json(about) if about.is_file() else {}
+
+
+def _find(folder: str | Path) -> Path:
+    if not Path(folder).is_dir() and (PRETRAINED / str(folder) / "config.json").is_file():
+        return PRETRAINED / str(folder)
+    if not (Path(folder) / "config.json").is_file():
+        shipped = ", ".join(sorted(path.name for path in PRETRAINED.iterdir() if path.is_dir()))
+        raise UserError(
+            f"head {str(folder)!r}: no config.json there; give a folder that `draft-train merge` wrote, "
+            f"or one of: {shipped}."
+        )
+    return Path(folder)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{str(path)!r} is not readable JSON ({error}); restore the file.") from error
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise UserError(f"{str(path)!r} is missing; a head's weights must be one safetensors file of that name.")
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{str(path)!r} is not a whole safetensors file ({error}); write or copy it again.") from error
+    # the same layer is called layers.0 by some trainers, and midlayer by others; engines take both
+    kept = {name: value for name, value in tensors.items() if name not in _OPTIONAL}
+    return {name.replace("layers.0.", "midlayer.", 1): value for name, value in kept.items()}
+
+
+def _load_strictly(head: Eagle3Head, tensors: dict[str, Tensor], folder: Path) -> None:
+    if "t2d" not in tensors and "d2t" in tensors:  # engines derive it; so do we
+        tensors["t2d"] = torch.zeros_like(head.t2d)
+        tensors["t2d"][tensors["d2t"] + torch.arange(len(tensors["d2t"]))] = True
+    expected = head.state_dict()
+    for name, value in expected.items():
+        if name not in tensors:
+            raise UserError(f"head {str(folder)!r}: tensor {name} is missing; the file is not a whole EAGLE-3 head.")
+        if tensors[name].shape != value.shape:
+            raise UserError(
+                f"head {str(folder)!r}: tensor {name} has shape {tuple(tensors[name].shape)}, its config.json says "
+                f"{tuple(value.shape)}; the two files do not belong together."
+            )
+    unexpected = sorted(set(tensors) - set(expected))
+    if unexpected:
+        raise UserError(
+            f"head {str(folder)!r}: tensor {unexpected[0]} is unexpected; export the head again without it."
+        )
+    head.load_state_dict(tensors)
+
+
+def check_fits(head: Eagle3Head, about: dict[str, Any], target: Any) -> None:
+    """Refuse a head that was made for another target: naming both values."""
+    for what, ours, theirs in (
+        ("hidden size", head.config.hidden_size, target.hidden_size),
+        ("vocabulary", head.config.vocab_size, target.vocab_size),
+    ):
+        if ours != theirs:
+            raise UserError(
+                f"the head's {what} is {ours} and the target's is {theirs}; use a head made for this target."
+            )
+    made_for = about.get("target_fingerprint")
+    if made_for and made_for != target.fingerprint:
+        raise UserError(
+            f"the head was made for target {made_for} and this target is {target.fingerprint}; adapt it to this "
+            "target with `draft-train adapt --other-target`, or use the target that it was made for."
+        )

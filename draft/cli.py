@@ -1,0 +1,239 @@
+"""draft-train: prepare data, pretrain or adapt a head, merge it, compare it with its base."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect as introspection
+import logging
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+
+from draft.errors import UserError
+from draft.training.config import SECTIONS, resolve, setting_types
+
+app = typer.Typer(
+    help="Train, adapt and judge draft heads for speculative decoding.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+)
+console = Console()
+
+
+def main() -> None:
+    """Entry point: a user's mistake ends in one sentence and exit status 2."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    for noisy in ("httpx", "transformers", "accelerate"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="accelerate|peft|torch")
+    _quiet_transformers()
+    try:
+        app()
+    except UserError as error:
+        print(f"draft-train: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("draft-train: interrupted; the same command goes on where it stopped.", file=sys.stderr)
+        sys.exit(130)
+
+
+def _quiet_transformers() -> None:
+    """Its bars for loading weights would interleave with ours."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+
+
+def _examples(*lines: str) -> str:
+    return "Examples:\n\n" + "\n\n".join(f"`{line}`" for line in lines)
+
+
+Target = Annotated[str, typer.Option(help="Target: hub id, folder, .gguf file, or smollm2 (bundled).")]
+Dtype = Annotated[str, typer.Option(help="Compute dtype: auto, bfloat16, float16, float32 or float64.")]
+
+
+@app.command(
+    epilog=_examples(
+        "draft-train prepare --target smollm2 --out data/general --num-prompts 500",
+        "draft-train prepare --target smollm2 --prompts questions.jsonl --out data/mine",
+    )
+)
+def prepare(
+    out: Annotated[Path, typer.Option(help="Folder of the data set; the same command continues an interrupted one.")],
+    target: Target = "smollm2",
+    prompts: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="JSONL, JSON, Parquet or CSV file, or hub data set; repeatable. None: the target writes them."
+        ),
+    ] = None,
+    num_prompts: Annotated[int | None, typer.Option(min=1, help="At most so many conversations.")] = None,
+    column: Annotated[str | None, typer.Option(help="Column that holds the prompt or conversation.")] = None,
+    keep_responses: Annotated[bool, typer.Option(help="Use the responses in the files, not the target's.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest response.")] = 256,
+    max_length: Annotated[int, typer.Option(min=8, help="Longer conversations are dropped, and counted.")] = 1024,
+    greedy_share: Annotated[float, typer.Option(min=0, max=1, help="Share written greedily; the rest at T = 1.")] = 0.5,
+    held_out_share: Annotated[float, typer.Option(min=0, max=1, help="Share of conversations kept for judging.")] = 0.1,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Rows written at once [default: by device].")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of prompts, responses and split.")] = 0,
+    dtype: Dtype = "auto",
+    device: Annotated[str, typer.Option(help="Device: auto, cpu, cuda.")] = "auto",
+) -> None:
+    """Let the target write its own training data."""
+    from draft.data.prepare import prepare as run
+    from draft.target import load_target
+
+    run(
+        load_target(target, dtype, device),
+        out,
+        prompts=prompts,
+        num_prompts=num_prompts,
+        column=column,
+        keep_responses=keep_responses,
+        max_new_tokens=max_new_tokens,
+        max_length=max_length,
+        greedy_share=greedy_share,
+        held_out_share=held_out_share,
+        batch_size=batch_size,
+        seed=seed,
+    )
+
+
+@app.command(epilog=_examples("draft-train inspect data/mine --examples 2"))
+def inspect(
+    data: Annotated[Path, typer.Argument(help="Folder that prepare wrote.")],
+    examples: Annotated[int, typer.Option(min=0, help="Conversations to show.")] = 3,
+) -> None:
+    """Print statistics and the first conversations, with the tokens that are trained on in colour."""
+    from draft.data.inspect import inspect as run
+
+    run(data, examples=examples, console=console)
+
+
+def _training_command(mode: Literal["pretrain", "adapt"], sections: list[str], doc: str, examples: str) -> None:
+    """Register a command with one flag for each setting of `sections`."""
+
+    def command(out: Path, config: Path | None, overrides: list[str] | None, **flags: Any) -> None:
+        from draft.training.trainer import Trainer
+
+        settings = resolve(mode, str(out), config_file=config, overrides=overrides or (), flags=flags)
+        result = Trainer(settings, console).train()
+        console.print(f"Wrote {result}. Next: draft-train merge {out} --out HEAD")
+
+    keyword = introspection.Parameter.KEYWORD_ONLY
+    parameters = [
+        introspection.Parameter(
+            "overrides",
+            keyword,
+            default=None,
+            annotation=Annotated[list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Overrides.")],
+        ),
+        introspection.Parameter(
+            "out",
+            keyword,
+            annotation=Annotated[Path, typer.Option(help="Folder of the run; the same command continues it.")],
+        ),
+        introspection.Parameter(
+            "config",
+            keyword,
+            default=None,
+            annotation=Annotated[Path | None, typer.Option(help="YAML file of settings; flags take precedence.")],
+        ),
+    ]
+    for section in sections:
+        defaults = SECTIONS[section]()
+        for field in dataclasses.fields(SECTIONS[section]):
+            default = getattr(defaults, field.name)
+            shown = ", ".join(default) if isinstance(default, list) else default
+            help_text = field.metadata["help"] + ("" if default in (None, [], False) else f" [default: {shown}]")
+            kind = setting_types(SECTIONS[section])[field.name]
+            option = Annotated[kind | None, typer.Option(help=help_text, show_default=False)]  # type: ignore[valid-type]
+            parameters.append(introspection.Parameter(field.name, keyword, default=None, annotation=option))
+    command.__signature__ = introspection.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    command.__doc__ = doc
+    app.command(name=mode, epilog=examples)(command)
+
+
+_training_command(
+    "pretrain",
+    ["model", "data", "training"],
+    "Train all weights of a head, from scratch or from --head.",
+    _examples("draft-train pretrain --target smollm2 --data data/general --out runs/pretrain --epochs 3"),
+)
+_training_command(
+    "adapt",
+    ["model", "adapter", "data", "training"],
+    "Adapt a head to the data: AFA-LoRA (default), LoRA, or all weights.",
+    _examples(
+        "draft-train adapt --target smollm2 --head smollm2-eagle3 --data data/mine --out runs/mine",
+        "draft-train adapt --config run.yaml --out runs/mine adapter.rank=8 training.learning_rate=5e-4",
+    ),
+)
+
+
+@app.command(epilog=_examples("draft-train merge runs/mine --out heads/mine"))
+def merge(
+    run: Annotated[Path, typer.Argument(help="Folder of a finished run.")],
+    out: Annotated[Path, typer.Option(help="Folder of the head to write.")],
+) -> None:
+    """Write a run's head as plain linear weights, which vLLM and SGLang load."""
+    from draft.merge import merge_run
+
+    merged = merge_run(run, out)
+    console.print(
+        f"Wrote {merged.head}: {merged.layers} layers changed, "
+        f"rounded by at most {merged.rounding:.1e} of their largest weight."
+    )
+
+
+@app.command(
+    epilog=_examples(
+        "draft-train compare --baseline smollm2-eagle3 --candidate heads/mine --data data/mine --out report"
+    )
+)
+def compare(
+    baseline: Annotated[str, typer.Option(help="The head to beat.")],
+    candidate: Annotated[str, typer.Option(help="The head to judge.")],
+    data: Annotated[Path, typer.Option(help="Data set of the domain; its held-out rows are used.")],
+    out: Annotated[Path, typer.Option(help="Folder of the report.")],
+    target: Target = "smollm2",
+    general: Annotated[Path | None, typer.Option(help="Data of general traffic [default: what ships].")] = None,
+    dtype: Dtype = "auto",
+    device: Annotated[str, typer.Option(help="Device: auto, cpu, cuda.")] = "auto",
+) -> None:
+    """Compare two heads on held-out rows; exit status 0 says ship, 1 says don't."""
+    from draft.checkpoint import load_head
+    from draft.comparison import Contender, general_rows
+    from draft.comparison import compare as run
+    from draft.comparison_report import print_report, write_report
+    from draft.data.dataset import open_dataset
+    from draft.target import load_target
+
+    loaded = load_target(target, dtype, device)
+    dataset = open_dataset(data)
+    dataset.check_target(loaded)
+    rows = general_rows(loaded)
+    if general is not None:
+        other = open_dataset(general)
+        other.check_target(loaded)
+        rows = list(other.rows("held-out"))
+    old, new = (
+        Contender(path, *load_head(path, dtype=loaded.dtype, device=loaded.device)) for path in (baseline, candidate)
+    )
+    comparison = run(loaded, old, new, dataset.rows("held-out"), rows, progress=True)
+    write_report(comparison, out)
+    print_report(comparison, console)
+    if not comparison.ship:
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,240 @@
+"""A prepared data set on disk: two Parquet files, a manifest, and, while it is being written, what is done so far.
+
+manifest.json       written last: a folder without it is unfinished
+train.parquet       one row a conversation, see `Row`
+held-out.parquet    the same; no prompt of it is in train.parquet
+tokenizer/          the target's, so that the rows can be read without loading the target
+plan.json, parts/   the resolved arguments and the responses so far; parts/ goes when the data set is finished
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from draft.errors import UserError
+from draft.target import Target
+
+VERSION = 1
+SPLITS = ("train", "held-out")
+_SCHEMA = pa.schema(
+    {
+        "id": pa.string(),
+        "input_ids": pa.list_(pa.int32()),
+        "loss_mask": pa.list_(pa.bool_()),
+        "prompt_length": pa.int32(),
+        "temperature": pa.float32(),
+        "top_p": pa.float32(),
+        "source": pa.string(),
+        "split": pa.string(),
+    }
+)
+_PART_SCHEMA = pa.schema({"index": pa.int64(), "ids": pa.list_(pa.int32())})
+_ROWS_PER_PART = 32
+
+
+@dataclass(frozen=True)
+class Row:
+    """One conversation."""
+
+    id: str  # hash of the tokens before the first response: the same prompt has the same id in every data set
+    ids: list[int]  # the whole conversation
+    mask: list[bool]  # the tokens to train on: the assistant's, end-of-turn token included
+    prompt_length: int  # tokens before the first response
+    temperature: float | None  # how the target wrote it (0: greedily); None: not written by the target
+    top_p: float | None
+    source: str  # the file it came from, or "self-prompted"
+    split: str = ""
+
+    @property
+    def trained(self) -> int:
+        """Number of tokens to train on."""
+        return sum(self.mask)
+
+
+def conversation_id(prompt: Sequence[int]) -> str:
+    """The id of the conversations that start with these token ids."""
+    return hashlib.sha256(json.dumps(list(prompt)).encode()).hexdigest()[:16]
+
+
+def hashed(*parts: object) -> int:
+    """A number that depends on `parts` only, for choices that must not change between runs and machines."""
+    return int.from_bytes(hashlib.sha256(":".join(map(str, parts)).encode()).digest()[:8], "big")
+
+
+def assign_splits(rows: Iterable[Row], held_out_share: float, seed: int) -> list[Row]:
+    """Split by conversation id: the share of ids with the smallest hashes is held out, all rows of an id together.
+
+    A share strictly between 0 and 1 leaves at least one id on each side, where there are two.
+    """
+    rows = list(rows)
+    ids = sorted({row.id for row in rows}, key=lambda id: hashed(seed, "split", id))
+    count = round(held_out_share * len(ids))
+    if 0 < held_out_share < 1 and len(ids) > 1:
+        count = min(max(count, 1), len(ids) - 1)
+    held_out = set(ids[:count])
+    return [replace(row, split="held-out" if row.id in held_out else "train") for row in rows]
+
+
+class Dataset:
+    """A finished data set."""
+
+    def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
+        self.folder = folder
+        self.manifest = manifest
+
+    def rows(self, split: str) -> list[Row]:
+        """All rows of "train" or "held-out".
+
+        Raises:
+            UserError: for another split, or a file that is missing or damaged.
+        """
+        if split not in SPLITS:
+            raise UserError(f"split {split!r} is unknown; choose one of {', '.join(SPLITS)}.")
+        path = self.folder / f"{split}.parquet"
+        try:
+            columns = pq.read_table(path, schema=_SCHEMA).to_pydict()
+        except (OSError, pa.ArrowException) as error:
+            raise UserError(f"{str(path)!r} is not a whole Parquet file ({error}); prepare the data again.") from error
+        columns["ids"], columns["mask"] = columns.pop("input_ids"), columns.pop("loss_mask")
+        return [Row(**dict(zip(columns, values, strict=True))) for values in zip(*columns.values(), strict=True)]
+
+    def check_target(self, target: Target) -> None:
+        """Refuse a target whose tokens or template these are not: UserError naming both fingerprints."""
+        ours, theirs = self.manifest["target_fingerprint"], target.fingerprint
+        if ours != theirs:
+            raise UserError(
+                f"data set {str(self.folder)!r} was prepared for target {self.manifest['target']!r} with fingerprint "
+                f"{ours}, and target {target.name!r} has {theirs}; prepare data with this target, or use that one."
+            )
+
+
+def open_dataset(folder: str | Path) -> Dataset:
+    """Open what `draft-train prepare` wrote.
+
+    Raises:
+        UserError: when there is none, when it is unfinished, or when its manifest is damaged or of another version.
+    """
+    folder = Path(folder)
+    path = folder / "manifest.json"
+    if not path.is_file():
+        if (folder / "plan.json").is_file():
+            raise UserError(
+                f"data set {str(folder)!r} is unfinished; repeat the `draft-train prepare` that began it to continue."
+            )
+        raise UserError(f"{str(folder)!r} holds no data set; write one with `draft-train prepare --out {folder}`.")
+    manifest = read_json(path)
+    if manifest.get("version") != VERSION:
+        raise UserError(
+            f"data set {str(folder)!r} has version {manifest.get('version')}, not {VERSION}; prepare it again."
+        )
+    return Dataset(folder, manifest)
+
+
+def write_dataset(folder: Path, rows: list[Row], manifest: dict[str, Any]) -> Dataset:
+    """Write the rows of both splits and then the manifest, which makes the data set valid."""
+    for split in SPLITS:
+        chosen = [asdict(row) for row in rows if row.split == split]
+        for record in chosen:
+            record["input_ids"], record["loss_mask"] = record.pop("ids"), record.pop("mask")
+        write_parquet(folder / f"{split}.parquet", pa.Table.from_pylist(chosen, schema=_SCHEMA))
+    write_json(folder / "manifest.json", {"version": VERSION, **manifest})
+    return open_dataset(folder)
+
+
+class Plan:
+    """What a data set is made of: the same call continues it, and another call is refused."""
+
+    def __init__(self, folder: Path, arguments: dict[str, Any]) -> None:
+        self.folder = folder
+        self.arguments = json.loads(json.dumps(arguments))
+
+    @property
+    def finished(self) -> bool:
+        return (self.folder / "manifest.json").is_file()
+
+    def begin(self) -> None:
+        """Write the plan, or check that it is the one that the folder was begun with."""
+        path = self.folder / "plan.json"
+        if path.is_file():
+            self._compare(read_json(path))
+            return
+        if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
+            raise UserError(f"{str(self.folder)!r} exists and is no data set; choose another --out, or delete it.")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_json(path, self.arguments)
+
+    def abandon(self) -> None:
+        """Take back what was begun: the arguments can come to nothing."""
+        (self.folder / "plan.json").unlink(missing_ok=True)
+        shutil.rmtree(self.folder / "parts", ignore_errors=True)
+        with suppress(OSError):  # something else is in it
+            self.folder.rmdir()
+
+    def _compare(self, before: dict[str, Any]) -> None:
+        for name in sorted({*before, *self.arguments}):
+            old, new = before.get(name), self.arguments.get(name)
+            if old != new:
+                raise UserError(
+                    f"data set {str(self.folder)!r} was begun with {name} = {old!r}, and this call has {new!r}; "
+                    "choose another --out, or delete the folder to start again."
+                )
+
+
+class Parts:
+    """Responses written so far, by stage and index; each file appears whole or not at all."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._waiting: list[dict[str, Any]] = []
+
+    def load(self, stage: str) -> dict[int, list[int]]:
+        done: dict[int, list[int]] = {}
+        for path in sorted(self.folder.glob(f"{stage}.*.parquet")):
+            columns = pq.read_table(path, schema=_PART_SCHEMA).to_pydict()
+            done.update(zip(columns["index"], columns["ids"], strict=True))
+        return done
+
+    def add(self, stage: str, index: int, ids: list[int]) -> None:
+        self._waiting.append({"index": index, "ids": ids})
+        if len(self._waiting) >= _ROWS_PER_PART:
+            self.flush(stage)
+
+    def flush(self, stage: str) -> None:
+        if self._waiting:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            number = len(list(self.folder.glob(f"{stage}.*.parquet")))
+            table = pa.Table.from_pylist(self._waiting, schema=_PART_SCHEMA)
+            write_parquet(self.folder / f"{stage}.{number:06d}.parquet", table)
+            self._waiting = []
+
+
+def write_parquet(path: Path, table: pa.Table) -> None:
+    """Write through a temporary name and a rename."""
+    temporary = path.with_name(path.name + ".tmp")
+    pq.write_table(table, temporary, compression="zstd")
+    os.replace(temporary, path)
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Write through a temporary name and a rename."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+    os.replace(temporary, path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{str(path)!r} is not readable JSON ({error}); prepare the data again.") from error

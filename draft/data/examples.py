@@ -1,0 +1,166 @@
+"""From conversations to tensors: token ids, loss masks, and batches of rows of similar length."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jinja2 import TemplateError
+from torch import Tensor
+
+from draft.data.dataset import Row, hashed
+from draft.errors import UserError
+from draft.target import Target
+
+SENTINEL = "draftsmith-puts-text-here"  # rendered in the place of a text to find what surrounds it
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_BATCHES_SORTED_TOGETHER = 32  # rows are sorted by length within so many batches, so that epochs still differ
+
+Message = dict[str, str]  # role, content
+
+
+def render(target: Target, messages: list[Message], *, add_generation_prompt: bool) -> str:
+    """Render under the chat template; what the template refuses is a UserError."""
+    try:
+        return target.render_chat(messages, add_generation_prompt=add_generation_prompt)
+    except TemplateError as error:
+        roles = ", ".join(message["role"] for message in messages)
+        raise UserError(
+            f"the target's chat template refuses the turns {roles} ({error}); leave that row out."
+        ) from error
+
+
+def tokenise(target: Target, text: str) -> list[int]:
+    return target.tokenizer(text, add_special_tokens=False).input_ids
+
+
+def first_prompt(target: Target, messages: list[Message]) -> list[int]:
+    """Token ids up to where the target answers the first user turn."""
+    return tokenise(target, render(target, up_to_user_turn(messages, 0), add_generation_prompt=True))
+
+
+def next_prompt(target: Target, ids: list[int], messages: list[Message], turn: int) -> list[int]:
+    """Token ids up to where the target answers user turn `turn`, given all that was said before as token ids.
+
+    What the target wrote stays as it wrote it, token for token: only the text between its answer and the next one
+    is rendered and tokenised.
+    """
+    history = [
+        {**message, "content": SENTINEL} if message["role"] == "assistant" else message
+        for message in up_to_user_turn(messages, turn, answer=SENTINEL)
+    ]
+    between = render(target, history, add_generation_prompt=True).rsplit(SENTINEL, 1)[1]
+    if ids[-1] in target.eos_token_ids:
+        between = between.removeprefix(target.tokenizer.decode([ids[-1]]))
+    return ids + tokenise(target, between)
+
+
+def up_to_user_turn(messages: list[Message], turn: int, answer: str = "") -> list[Message]:
+    """System messages and user turns 0..`turn`, with `answer` between the user turns."""
+    chosen: list[Message] = []
+    users = 0
+    for message in messages:
+        if message["role"] == "assistant":
+            continue
+        if message["role"] == "user":
+            if users > turn:
+                break
+            if users:
+                chosen.append({"role": "assistant", "content": answer})
+            users += 1
+        chosen.append(message)
+    return chosen
+
+
+def encode_kept(target: Target, messages: list[Message]) -> tuple[list[int], list[bool]]:
+    """Token ids and loss mask (assistant tokens only) of a conversation that has its responses.
+
+    Templates with `{% generation %}` say themselves what the assistant writes. For others each response is what the
+    rendered conversation gains by it; it is tokenised on its own, since the target starts on a token of its own too.
+
+    Raises:
+        UserError: when the template refuses the conversation or renders earlier turns differently later on.
+    """
+    if _GENERATION.search(target.tokenizer.chat_template or ""):
+        render(target, messages, add_generation_prompt=False)  # for its error
+        encoded = target.tokenizer.apply_chat_template(
+            messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+        )
+        return list(encoded["input_ids"]), [bool(wanted) for wanted in encoded["assistant_masks"]]
+    ids: list[int] = []
+    mask: list[bool] = []
+    done = ""
+    for place, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        before = render(target, messages[:place], add_generation_prompt=True)
+        after = render(target, messages[: place + 1], add_generation_prompt=False)
+        if not (before.startswith(done) and after.startswith(before)):
+            raise UserError(
+                "the target's chat template renders earlier turns differently once more follow, so that responses "
+                "cannot be told apart; mark them in the template with {% generation %}."
+            )
+        for text, spoken in ((before[len(done) :], False), (after[len(before) :], True)):
+            new = tokenise(target, text)
+            ids += new
+            mask += _spoken(target, new) if spoken else [False] * len(new)
+        done = after
+    return ids, mask
+
+
+def _spoken(target: Target, ids: list[int]) -> list[bool]:
+    """Of a rendered response, the target writes all up to its end-of-turn token: the template adds what follows."""
+    end = next((place for place, token in enumerate(ids) if token in target.eos_token_ids), len(ids))
+    return [place <= end for place in range(len(ids))]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows padded on the right to one length."""
+
+    input_ids: Tensor  # [batch, tokens] int64
+    attention_mask: Tensor  # [batch, tokens] int64, 0 on padding
+    loss_mask: Tensor  # [batch, tokens] bool, true where the token is to be trained on
+
+    def to(self, device: torch.device | str) -> Batch:
+        return Batch(self.input_ids.to(device), self.attention_mask.to(device), self.loss_mask.to(device))
+
+
+def batches(rows: Sequence[Row], tokens_per_batch: int, seed: int, epoch: int) -> list[list[int]]:
+    """Indices of rows, each once, in batches of similar lengths whose padded size is at most `tokens_per_batch`.
+
+    A row longer than that makes a batch of its own. The order depends on the seed and the epoch only.
+    """
+    order = list(range(len(rows)))
+    shuffle = random.Random(hashed(seed, "batches", epoch)).shuffle
+    shuffle(order)
+    mean = max(1, sum(len(row.ids) for row in rows) // max(1, len(rows)))
+    together = _BATCHES_SORTED_TOGETHER * max(1, tokens_per_batch // mean)
+    result: list[list[int]] = []
+    for start in range(0, len(order), together):
+        batch: list[int] = []
+        for index in sorted(order[start : start + together], key=lambda index: len(rows[index].ids)):
+            if batch and (len(batch) + 1) * len(rows[index].ids) > tokens_per_batch:
+                result.append(batch)
+                batch = []
+            batch.append(index)
+        result.append(batch)
+    shuffle(result)
+    return result
+
+
+def collate(rows: Sequence[Row]) -> Batch:
+    """Rows as one batch, padded with id 0 on the right."""
+    width = max(len(row.ids) for row in rows)
+    input_ids = torch.zeros(len(rows), width, dtype=torch.int64)
+    attention_mask = torch.zeros(len(rows), width, dtype=torch.int64)
+    loss_mask = torch.zeros(len(rows), width, dtype=torch.bool)
+    for place, row in enumerate(rows):
+        length = len(row.ids)
+        input_ids[place, :length] = torch.tensor(row.ids)
+        attention_mask[place, :length] = 1
+        loss_mask[place, :length] = torch.tensor(row.mask)
+    return Batch(input_ids, attention_mask, loss_mask)

@@ -1,0 +1,125 @@
+"""Rows of JSONL, JSON, CSV and Parquet files and of hub data sets, each with the place it came from."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from draft.errors import UserError
+
+
+def records(source: str) -> Iterator[tuple[str, Any]]:
+    """(file and line, row) of a file or hub data set."""
+    path = Path(source).expanduser()
+    kind = "".join(suffix for suffix in path.suffixes[-2:] if suffix in _READERS or suffix == ".gz").lower()
+    reader = _READERS.get(kind.removesuffix(".gz"))
+    if path.is_file():
+        if reader is None or (kind.endswith(".gz") and reader is _parquet):
+            raise UserError(f"{source}: unknown kind of file; give .jsonl, .json, .csv (each also .gz) or .parquet.")
+        return reader(path, source)
+    if reader is not None or path.exists() or source.startswith((".", "/", "~")):
+        raise UserError(
+            f"{source}: {'is a folder' if path.is_dir() else 'no such file'}; give an existing file of prompts."
+        )
+    return _hub(source)
+
+
+def _open(path: Path) -> IO[bytes]:
+    return gzip.open(path) if path.suffix == ".gz" else path.open("rb")  # type: ignore[return-value]
+
+
+def _jsonl(path: Path, name: str) -> Iterator[tuple[str, Any]]:
+    number = 0
+    try:
+        with _open(path) as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    yield f"{name}, line {number}", json.loads(line.decode("utf-8-sig"))
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{name}, line {number}: not JSON ({error.msg}, column {error.colno}); mend or remove it."
+        ) from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{name}, line {number}: not UTF-8 text; save the file as UTF-8.") from error
+    except (OSError, EOFError) as error:
+        raise UserError(f"{name}, line {number + 1}: cannot be read ({error}); restore the file.") from error
+
+
+def _json(path: Path, name: str) -> Iterator[tuple[str, Any]]:
+    try:
+        with _open(path) as file:
+            content = json.loads(file.read().decode("utf-8-sig"))
+    except json.JSONDecodeError as error:
+        if error.msg == "Extra data":  # one object a line, under the wrong name
+            yield from _jsonl(path, name)
+            return
+        raise UserError(
+            f"{name}, line {error.lineno}: not JSON ({error.msg}, column {error.colno}); mend the file."
+        ) from error
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise UserError(f"{name}: cannot be read as UTF-8 text ({error}); restore the file.") from error
+    if isinstance(content, dict):  # {"data": [...]}, or a single conversation
+        content = content["data"] if isinstance(content.get("data"), list) else [content]
+    if not isinstance(content, list):
+        raise UserError(f"{name}, line 1: a {type(content).__name__}, not a list of conversations; mend the file.")
+    for number, record in enumerate(content, 1):
+        yield f"{name}, row {number}", record
+
+
+def _csv(path: Path, name: str) -> Iterator[tuple[str, Any]]:
+    csv.field_size_limit(1 << 30)
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file, strict=True)
+            for record in reader:
+                if None in record or None in record.values():
+                    amount = "more" if None in record else "fewer"
+                    raise UserError(
+                        f"{name}, line {reader.line_num}: {amount} values than the header has names; mend or remove it."
+                    )
+                yield f"{name}, line {reader.line_num}", record
+    except (csv.Error, OSError, EOFError, UnicodeDecodeError) as error:
+        raise UserError(f"{name}: not a CSV file in UTF-8 ({error}); mend the file.") from error
+
+
+def _parquet(path: Path, name: str) -> Iterator[tuple[str, Any]]:
+    number = 0
+    try:
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(1024):
+                for record in batch.to_pylist():
+                    number += 1
+                    yield f"{name}, row {number}", record
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{name}, row {number + 1}: not a whole Parquet file ({error}); restore it.") from error
+
+
+def _hub(source: str) -> Iterator[tuple[str, Any]]:
+    from datasets import load_dataset  # slow to import
+
+    name, _, split = source.partition(":")
+    try:
+        rows = load_dataset(name, split=split or "train")
+    except Exception as error:  # the hub's client raises of many kinds
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise UserError(
+            f"{source}: neither a file here nor a data set that can be had from the hub ({reason}); check the name, or "
+            "give a file."
+        ) from error
+    for number, record in enumerate(rows, 1):
+        yield f"{source}, row {number}", record
+
+
+_READERS: dict[str, Callable[[Path, str], Iterator[tuple[str, Any]]]] = {
+    ".jsonl": _jsonl,
+    ".json": _json,
+    ".csv": _csv,
+    ".parquet": _parquet,
+}

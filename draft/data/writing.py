@@ -1,0 +1,206 @@
+"""What the target writes: prompts of its own, and the answers to prompts, turn by turn."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from types import TracebackType
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+from draft.data.dataset import Parts, Row, conversation_id, hashed
+from draft.data.examples import first_prompt, next_prompt
+from draft.data.prompts import SELF_PROMPTED, Prompt, user_turn, written_prompt
+from draft.data.responses import generate_responses
+from draft.errors import UserError
+from draft.target import Target
+
+log = logging.getLogger(__name__)
+
+SELF_PROMPTS = 500  # when the user does not say how many
+_SELF_PROMPT_TOKENS = 80
+_SELF_PROMPT_TOP_P = 0.95  # the tail of a prompt's distribution is noise; responses are never cut
+_SELF_PROMPT_ROUNDS = 10
+
+
+@dataclass
+class Settings:
+    """The arguments that decide what the data set holds."""
+
+    num_prompts: int | None
+    keep_responses: bool
+    max_new_tokens: int
+    max_length: int
+    greedy_share: float
+    held_out_share: float
+    seed: int
+
+
+@dataclass
+class Writer:
+    """The target with a store of what it has written: an interrupted run goes on where it stopped."""
+
+    target: Target
+    settings: Settings
+    parts: Parts
+    batch_size: int
+    show: bool  # a progress bar
+    counts: Counter[str] = field(default_factory=Counter)
+
+    def write(
+        self,
+        stage: str,
+        prompts: dict[int, list[int]],
+        temperatures: dict[int, float],
+        what: str,
+        max_new_tokens: int,
+        top_p: float = 1.0,
+    ) -> dict[int, list[int]]:
+        """What the target writes after each prompt, by index; what an interrupted run stored is not written again."""
+        done = {index: ids for index, ids in self.parts.load(stage).items() if index in prompts}
+        todo = [index for index in prompts if index not in done]
+        if not todo:
+            return done
+        with _Meter(f"writing {what}", len(todo), max_new_tokens, self.show) as meter, _flushed(self.parts, stage):
+            for place, ids in generate_responses(
+                self.target,
+                [prompts[index] for index in todo],
+                max_new_tokens=max_new_tokens,
+                temperature=[temperatures[index] for index in todo],
+                top_p=top_p,
+                batch_size=self.batch_size,
+                seed=self.settings.seed,
+                max_length=self.settings.max_length,
+                keys=[f"{stage}:{index}" for index in todo],
+                progress=meter.wrote,
+            ):
+                done[todo[place]] = ids
+                self.parts.add(stage, todo[place], ids)
+                meter.finished(len(ids))
+        return done
+
+
+def self_prompts(writer: Writer) -> list[Prompt]:
+    """Let the target write user turns of its own until there are enough different ones."""
+    before, after = user_turn(writer.target)
+    wanted = writer.settings.num_prompts or SELF_PROMPTS
+    texts: dict[str, str] = {}  # by a form in which near-copies coincide
+    for number in range(_SELF_PROMPT_ROUNDS):
+        candidates = dict.fromkeys(range((wanted - len(texts)) * 3 // 2 + 8), before)
+        written = writer.write(
+            f"prompts-{number}",
+            candidates,
+            dict.fromkeys(candidates, 1.0),
+            "prompts",
+            _SELF_PROMPT_TOKENS,
+            _SELF_PROMPT_TOP_P,
+        )
+        for index in sorted(written):
+            text = written_prompt(writer.target, written[index], after)
+            key = " ".join(text.lower().split()) if text else ""
+            if text is None or key in texts:
+                writer.counts["self_prompts_refused"] += 1
+            elif len(texts) < wanted:
+                texts[key] = text
+        if len(texts) == wanted:
+            break
+    if not texts:
+        raise UserError(
+            f"target {writer.target.name!r} wrote no usable prompts of its own; give some with --prompts FILE."
+        )
+    if len(texts) < wanted:
+        log.warning("the target wrote %d different usable prompts of %d wanted", len(texts), wanted)
+    return [Prompt(SELF_PROMPTED, messages=[{"role": "user", "content": text}]) for text in texts.values()]
+
+
+def answered(writer: Writer, prompts: list[Prompt]) -> list[Row]:
+    """Every user turn answered by the target, one turn of all conversations after the other."""
+    target, settings = writer.target, writer.settings
+    rows: dict[int, Row] = {}
+    for index, prompt in enumerate(prompts):
+        try:
+            ids = first_prompt(target, prompt.messages)
+        except UserError as error:
+            raise UserError(f"{prompt.where}: {error}") from error
+        rows[index] = Row(conversation_id(ids), ids, [False] * len(ids), len(ids), 0.0, 1.0, prompt.source)
+    by_hash = sorted(rows, key=lambda index: hashed(settings.seed, "mix", rows[index].id, index))
+    for index in by_hash[round(settings.greedy_share * len(rows)) :]:
+        rows[index] = replace(rows[index], temperature=1.0)
+    turns = {index: sum(message["role"] == "user" for message in prompts[index].messages) for index in rows}
+    for turn in range(max(turns.values())):
+        asked = {index: rows[index].ids for index in rows if turns[index] > turn}
+        if turn:
+            asked = {index: next_prompt(target, ids, prompts[index].messages, turn) for index, ids in asked.items()}
+        rows = _without_long(writer, rows, {index for index, ids in asked.items() if len(ids) >= settings.max_length})
+        asked = {index: ids for index, ids in asked.items() if index in rows}
+        heats = {index: float(rows[index].temperature or 0) for index in asked}
+        said = writer.write(f"responses-{turn}", asked, heats, "responses", settings.max_new_tokens)
+        cut = {index for index, response in said.items() if _is_cut(target, settings, asked[index], response)}
+        for index, response in said.items():
+            silent = [False] * (len(asked[index]) - len(rows[index].mask))
+            mask = rows[index].mask + silent + [True] * len(response)
+            rows[index] = replace(rows[index], ids=asked[index] + response, mask=mask)
+        rows = _without_long(writer, rows, cut)
+    return list(rows.values())
+
+
+def _is_cut(target: Target, settings: Settings, prompt: list[int], response: list[int]) -> bool:
+    """Whether only the maximal length of a conversation ended the response."""
+    ended = response[-1] in target.eos_token_ids or len(response) == settings.max_new_tokens
+    return not ended and len(prompt) + len(response) >= settings.max_length
+
+
+def _without_long(writer: Writer, rows: dict[int, Row], long: set[int]) -> dict[int, Row]:
+    writer.counts["too_long"] += len(long)
+    return {index: row for index, row in rows.items() if index not in long}
+
+
+@contextmanager
+def _flushed(parts: Parts, stage: str) -> Iterator[None]:
+    """Store what is there when the block ends, also where Ctrl-C or an error ends it."""
+    try:
+        yield
+    finally:
+        parts.flush(stage)
+
+
+class _Meter:
+    """A progress bar with tokens per second and the time left, judged by the mean length of the finished responses."""
+
+    def __init__(self, what: str, rows: int, longest: int, show: bool) -> None:
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[pace]}"),
+        )
+        self._progress = Progress(*columns, disable=not show)
+        self._task = self._progress.add_task(what, total=rows, pace="")
+        self._rows, self._longest = rows, longest
+        self._tokens = self._done = self._done_tokens = 0
+        self._start = time.monotonic()
+
+    def __enter__(self) -> _Meter:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def wrote(self, tokens: int) -> None:
+        self._tokens += tokens
+        rate = self._tokens / max(1e-6, time.monotonic() - self._start)
+        mean = self._done_tokens / self._done if self._done else self._longest
+        left = int(max(0.0, mean * self._rows - self._tokens) / rate)
+        self._progress.update(self._task, pace=f"{rate:.0f} tokens/s, {left // 60}:{left % 60:02d} left")
+
+    def finished(self, tokens: int) -> None:
+        self._done += 1
+        self._done_tokens += tokens
+        self._progress.advance(self._task)

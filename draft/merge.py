@@ -1,0 +1,89 @@
+"""From a finished run to a head of plain linear weights, judged as the file that was written."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors.torch import load_file
+from torch import Tensor
+
+from draft.afa import load_afa_adapter, merge_adapter
+from draft.checkpoint import load_head, save_head
+from draft.errors import UserError
+from draft.heads import Eagle3Head
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What merging did."""
+
+    head: Path
+    layers: int  # linear layers whose weights changed
+    rounding: float  # largest |rounded - exact| over the changed weights, relative to the largest |weight|
+
+
+def merge_run(run: str | Path, out: str | Path) -> Merged:
+    """Write the head that a run trained as plain linear weights: the base head's names, shapes and dtype.
+
+    The sum W + s·B·A is made in float64 and rounded once to the file's dtype; the file is read back and compared
+    with it before this returns.
+
+    Raises:
+        UserError: while the adapter's β is above 0 (naming the step at which it reaches 0), or for a folder that is
+            no finished run.
+    """
+    run, out = Path(run), Path(out)
+    about = _read_about(run)
+    if (run / "head" / "config.json").is_file():
+        head, _ = load_head(run / "head")
+        save_head(head, out, dtype=_dtype_of(head), about=about)
+        return Merged(out, layers=0, rounding=0.0)
+    base, _ = load_head(_base_head(run))
+    stored = _dtype_of(base)
+    before = {name: value.clone() for name, value in base.state_dict().items()}
+    # the wide copy is the exact sum; only writing it rounds
+    wide = merge_adapter(load_afa_adapter(base.double(), run / "adapter", is_trainable=False))
+    assert isinstance(wide, Eagle3Head)
+    exact = {name: value.clone() for name, value in wide.state_dict().items()}
+    save_head(wide, out, dtype=stored, about=about)
+    return Merged(out, *_verify(out, before, exact))
+
+
+def _verify(out: Path, before: dict[str, Tensor], exact: dict[str, Tensor]) -> tuple[int, float]:
+    """Read the file back: same names, finite, the exact sum rounded once."""
+    written = load_file(out / "model.safetensors")
+    if set(written) != set(before):
+        raise UserError(f"the merged head {str(out)!r} has other tensors than its base head; do not use it.")
+    changed, rounding = 0, 0.0
+    for name, value in written.items():
+        if not value.is_floating_point():
+            continue
+        if not torch.equal(value, exact[name].to(value.dtype)) or not torch.isfinite(value).all():
+            raise UserError(f"tensor {name} of {str(out)!r} is not the sum that was computed; write it again.")
+        if not torch.equal(value, before[name]):
+            changed += 1
+            rounding = max(rounding, float((value.double() - exact[name]).abs().max() / exact[name].abs().max()))
+    return changed, rounding
+
+
+def _dtype_of(head: Eagle3Head) -> torch.dtype:
+    return head.fc.weight.dtype
+
+
+def _read_about(run: Path) -> dict[str, Any]:
+    path = run / "about.json"
+    if not path.is_file():
+        raise UserError(
+            f"{str(run)!r} is not a finished run (no about.json); give the --out folder of `draft-train adapt` or "
+            "`pretrain`, after it has ended."
+        )
+    return json.loads(path.read_text())
+
+
+def _base_head(run: Path) -> str:
+    return yaml.safe_load((run / "config.yaml").read_text())["model"]["head"]

@@ -1,0 +1,285 @@
+"""The target: the model whose output a draft head guesses and the engine reproduces."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from draft.bundled import BUNDLED_TARGET, bundled_target_folder, dequantise_options
+from draft.errors import UserError
+
+log = logging.getLogger(__name__)
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
+
+
+@dataclass(frozen=True)
+class TargetOutput:
+    """What one forward pass of the target gives."""
+
+    last_hidden: Tensor  # [batch, tokens, hidden], after the final norm: what the LM head reads
+    auxiliary: Tensor | None  # [batch, tokens, layers * hidden], residual stream entering the chosen layers
+
+
+class Target:
+    """A causal language model with its tokenizer and chat template.
+
+    Layer ids count decoder layers that have run: id k is the residual stream that enters layer k (0-based), and
+    id n (the number of layers) the stream after the last one, before the final norm. This is vLLM's convention.
+    """
+
+    def __init__(self, name: str, model: Any, tokenizer: Any, stored_dtype: torch.dtype | None = None) -> None:
+        self.name = name
+        # the dtype of the checkpoint, in which heads for it are saved too; `dtype` is that of computing
+        self.stored_dtype = stored_dtype or model.dtype
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.config = model.config.get_text_config()
+        decoder = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
+        if not (isinstance(getattr(decoder, "layers", None), nn.ModuleList) and hasattr(decoder, "norm")):
+            raise UserError(
+                f"target {name!r}: architecture {type(model).__name__} has no list of decoder layers with a final "
+                "norm; use a decoder-only model such as Llama, Qwen or Mistral."
+            )
+        self.decoder = decoder
+        self.embedding: nn.Embedding = model.get_input_embeddings()
+        self.lm_head: nn.Linear = model.get_output_embeddings()
+
+    @property
+    def device(self) -> torch.device:
+        return self.embedding.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embedding.weight.dtype
+
+    @property
+    def hidden_size(self) -> int:
+        return self.config.hidden_size
+
+    @property
+    def vocab_size(self) -> int:
+        return self.lm_head.weight.shape[0]
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.decoder.layers)
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of context that the target was made for."""
+        return int(getattr(self.config, "max_position_embeddings", 2048))
+
+    @property
+    def default_auxiliary_layers(self) -> tuple[int, int, int]:
+        """Layers 2, n/2 and n-3, as vLLM and SGLang choose them."""
+        n = self.num_layers
+        return 2, n // 2, n - 3
+
+    @cached_property
+    def eos_token_ids(self) -> frozenset[int]:
+        generation = getattr(self.model, "generation_config", None)
+        ids: set[int] = set()
+        for value in (getattr(generation, "eos_token_id", None), self.config.eos_token_id, self.tokenizer.eos_token_id):
+            ids.update(value if isinstance(value, (list, tuple)) else [] if value is None else [value])
+        return frozenset(ids)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        *,
+        layers: Sequence[int] | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+    ) -> TargetOutput:
+        """One forward pass without the LM head (see `logits`), capturing the residual stream at `layers`.
+
+        input_ids, position_ids: [batch, tokens]; attention_mask as transformers takes it.
+        """
+        captured: dict[int, Tensor] = {}
+        with capture_hidden_states(self.decoder, layers or (), captured):
+            output = self.decoder(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=past_key_values is not None,
+            )
+        auxiliary = torch.cat([captured[layer] for layer in layers], dim=-1) if layers else None
+        return TargetOutput(output.last_hidden_state, auxiliary)
+
+    def logits(self, last_hidden: Tensor, vocabulary: Tensor | None = None) -> Tensor:
+        """Logits [..., vocab] of normalised hidden states [..., hidden]; only the rows `vocabulary` when given."""
+        if vocabulary is None:
+            scores = self.lm_head(last_hidden)
+        else:
+            bias = self.lm_head.bias
+            scores = nn.functional.linear(
+                last_hidden, self._lm_head_rows(vocabulary), None if bias is None else bias[vocabulary]
+            )
+        cap = getattr(self.config, "final_logit_softcapping", None)
+        return scores if cap is None else torch.tanh(scores / cap) * cap
+
+    def _lm_head_rows(self, vocabulary: Tensor) -> Tensor:
+        """The LM head's rows [len(vocabulary), hidden]; kept, since a head asks for the same ones at every batch."""
+        cached = getattr(self, "_rows", None)
+        if cached is None or cached[0] is not vocabulary:
+            self._rows = cached = (vocabulary, self.lm_head.weight[vocabulary].contiguous())
+        return cached[1]
+
+    def encode_chat(self, messages: list[dict[str, str]], *, add_generation_prompt: bool) -> list[int]:
+        """Token ids of a conversation under the target's chat template."""
+        text = self.render_chat(messages, add_generation_prompt=add_generation_prompt)
+        return self.tokenizer(text, add_special_tokens=False).input_ids
+
+    def render_chat(self, messages: list[dict[str, str]], *, add_generation_prompt: bool) -> str:
+        return render_chat(self.tokenizer, messages, add_generation_prompt=add_generation_prompt)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    @cached_property
+    def template_hash(self) -> str:
+        return hashlib.sha256((self.tokenizer.chat_template or "").encode()).hexdigest()[:16]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Identifies weights, tokenizer and template together, whatever dtype or device they were loaded to.
+
+        Of each weight up to 8192 evenly spread elements are hashed, in bfloat16: a change of training touches
+        them all, and a large model is fingerprinted in seconds.
+        """
+        digest = hashlib.sha256(self.template_hash.encode())
+        digest.update(json.dumps(sorted(self.tokenizer.get_vocab().items())).encode())
+        for name, weight in sorted(self.model.named_parameters()):
+            flat = weight.detach().flatten()
+            sample = flat[:: max(1, flat.numel() // 8192)].to("cpu", torch.bfloat16)
+            digest.update(f"{name}{tuple(weight.shape)}".encode())
+            digest.update(sample.view(torch.int16).numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+
+@contextmanager
+def capture_hidden_states(decoder: nn.Module, layers: Sequence[int], into: dict[int, Tensor]) -> Iterator[None]:
+    """Store the residual stream entering each of `layers` in `into` while the block runs.
+
+    Index n is taken before the final norm, where vLLM takes it; transformers' own `output_hidden_states` would
+    give it normalised.
+    """
+
+    def store(layer: int) -> Any:
+        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            into[layer] = args[0] if args else kwargs["hidden_states"]
+
+        return hook
+
+    modules = [*decoder.layers, decoder.norm]  # type: ignore[misc]
+    handles = [modules[layer].register_forward_pre_hook(store(layer), with_kwargs=True) for layer in layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def render_chat(tokenizer: Any, messages: list[dict[str, str]], *, add_generation_prompt: bool) -> str:
+    """A conversation as text under the tokenizer's chat template."""
+    if not tokenizer.chat_template:
+        raise UserError("the target's tokenizer has no chat template; save one as chat_template.jinja beside it.")
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+
+
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer of a target, without its weights; names and errors as in `load_target`."""
+    from transformers import AutoTokenizer
+
+    source, options = _locate(name)
+    try:
+        return AutoTokenizer.from_pretrained(source, **options)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(_why_not_loaded(name, error)) from error
+
+
+def load_target(name: str, dtype: str | torch.dtype = "auto", device: str = "auto") -> Target:
+    """Load a target: a hub id, a folder, a `.gguf` file, or `smollm2`, the bundled default.
+
+    dtype "auto" takes the checkpoint's own on an accelerator and the faster of bfloat16 and float32 on a CPU.
+
+    Raises:
+        UserError: when it cannot be found or is of an architecture that heads cannot be attached to.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    wanted = _resolve_dtype(dtype, place)
+    tokenizer = load_tokenizer(name)
+    source, options = _locate(name)
+    try:
+        stored = AutoConfig.from_pretrained(source, **options).dtype
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=wanted, **options, **dequantise_options(options))
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(_why_not_loaded(name, error)) from error
+    model.to(place)  # type: ignore[arg-type]
+    return Target(name, model, tokenizer, stored)
+
+
+def _locate(name: str) -> tuple[str, dict[str, str]]:
+    """What `from_pretrained` should read for a target's name."""
+    if name == BUNDLED_TARGET:
+        return str(bundled_target_folder()), {}
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise UserError(f"target {name!r}: no such file; give the path of an existing .gguf file.")
+        return str(path.parent), {"gguf_file": path.name}
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise UserError(f"target {name!r}: the folder has no config.json; give a folder that save_pretrained wrote.")
+    return str(path) if path.is_dir() else name, {}
+
+
+def _why_not_loaded(name: str, error: Exception) -> str:
+    reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+    if isinstance(error, OSError) and not Path(name).expanduser().exists():
+        return (
+            f"target {name!r} is neither a folder here nor reachable on the hub ({reason}); on a machine with "
+            f"network run `hf download {name}`, or pass a local folder, a .gguf file or `{BUNDLED_TARGET}`."
+        )
+    return f"target {name!r} could not be loaded ({reason}); pass a causal language model that transformers supports."
+
+
+def _resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype | str:
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype == "auto":
+        return fastest_cpu_dtype() if device.type == "cpu" else "auto"
+    if dtype not in DTYPES:
+        raise UserError(f"dtype {dtype!r} is unknown; choose one of auto, {', '.join(DTYPES)}.")
+    return DTYPES[dtype]
+
+
+@lru_cache
+def fastest_cpu_dtype() -> torch.dtype:
+    """bfloat16 where the CPU multiplies it natively, else float32: without AVX-512 or AMX it is ten times slower."""
+
+    def seconds(dtype: torch.dtype) -> float:
+        a, b = torch.ones(128, 512, dtype=dtype), torch.ones(512, 512, dtype=dtype)
+        timings = []
+        for _ in range(4):
+            start = time.perf_counter()
+            a @ b
+            timings.append(time.perf_counter() - start)
+        return min(timings)
+
+    return torch.bfloat16 if seconds(torch.bfloat16) < seconds(torch.float32) else torch.float32

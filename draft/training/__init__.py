@@ -1,0 +1,1 @@
+"""Training of draft heads: losses, training-time test, the trainer."""

@@ -1,0 +1,77 @@
+"""The model of a run: a new head out of its target's own weights, or a base head with what is trained on it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from torch import Tensor, nn
+
+from draft.afa import AfaLoraConfig, add_adapter
+from draft.checkpoint import check_fits, load_head
+from draft.errors import UserError
+from draft.heads import Eagle3Config, Eagle3Head
+from draft.target import Target
+from draft.training.config import AdapterSettings, RunSettings
+from draft.training.features import Features
+from draft.training.initial import initialise
+
+
+def new_head(target: Target, vocabulary: Tensor, batches: Iterable[tuple[Features, Tensor]], seed: int) -> Eagle3Head:
+    """A head that starts from what the target knows (see `draft.training.initial`).
+
+    vocabulary: sorted target ids [draft_vocab]; batches: (features, attention mask) of some training rows.
+    """
+    head = Eagle3Head(Eagle3Config.for_target(target, len(vocabulary)))
+    head.set_vocabulary(vocabulary.cpu())
+    head.to(target.device, master_dtype(target))
+    initialise(head, target, batches, seed)
+    return head
+
+
+def load_base_head(settings: RunSettings, target: Target) -> tuple[Eagle3Head, dict[str, Any]]:
+    """The head to start from, checked against the target; float32 masters, or the target's dtype under an adapter."""
+    assert settings.model.head is not None
+    head, about = load_head(settings.model.head, device=target.device)
+    check_fits(head, {} if settings.model.other_target else about, target)
+    return head.to(target.dtype if settings.method != "full" else master_dtype(target)), about
+
+
+def master_dtype(target: Target) -> torch.dtype:
+    """Trained weights are kept in at least float32."""
+    return torch.promote_types(torch.float32, target.dtype)
+
+
+def adapter_config(settings: AdapterSettings) -> LoraConfig:
+    """PEFT's configuration of the adapter that the settings describe."""
+    common: dict[str, Any] = {
+        "r": settings.rank,
+        "lora_alpha": settings.alpha,
+        "target_modules": list(settings.targets),
+    }
+    if settings.method == "lora":
+        return LoraConfig(**common)
+    return AfaLoraConfig(
+        **common,
+        activation=settings.activation,
+        placement=settings.placement,
+        decay_ratio=settings.decay_ratio,
+        schedule=settings.schedule,
+    )
+
+
+def make_trainable(head: Eagle3Head, settings: RunSettings) -> tuple[Eagle3Head, nn.Module]:
+    """Mark what the run trains.
+
+    Returns:
+        the head that computes, and the module that saves itself: the head, or the PeftModel around it.
+    """
+    if settings.method == "full":
+        return head.requires_grad_(True), head
+    torch.manual_seed(settings.training.seed)  # PEFT draws A from the global generator
+    peft_model = add_adapter(head, adapter_config(settings.adapter))
+    if not any(parameter.requires_grad for parameter in head.parameters()):
+        raise UserError(f"targets {settings.adapter.targets} match no layer of the head; nothing would be trained.")
+    return head, peft_model

@@ -1,0 +1,220 @@
+"""The settings of a training run: one dataclass field is one flag and one key of the YAML file."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from draft.errors import UserError
+from draft.training.losses import LOSSES
+
+METHODS = ("afa-lora", "lora", "full")
+# the decoder layer's matrices: the LM head is most of the weights and has the target's rows already, and fc reads raw
+# residual streams, whose outliers make an adapter on it unstable at rates that suit the others
+DEFAULT_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+_LEARNING_RATES = {"pretrain": 1e-3, "full": 2e-4, "lora": 1e-3, "afa-lora": 1e-3}
+
+
+def _setting(default: Any, help: str) -> Any:
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class ModelSettings:
+    target: str = _setting("smollm2", "Target: hub id, folder, .gguf file, or smollm2 (bundled).")
+    head: str | None = _setting(None, "Head to start from: a folder, or smollm2-eagle3 (bundled). Needed by adapt.")
+    draft_vocab_size: int = _setting(8192, "Tokens of a new head's reduced vocabulary (pretrain).")
+    dtype: str = _setting("auto", "Compute dtype: auto, bfloat16, float16, float32 or float64.")
+    device: str = _setting("auto", "Device: auto, cpu, cuda.")
+    other_target: bool = _setting(False, "Accept a head that was made for another version of this target.")
+
+
+@dataclass
+class AdapterSettings:
+    method: str = _setting("afa-lora", "What is trained: afa-lora, lora or full (adapt).")
+    rank: int = _setting(16, "Rank r of the adapter.")
+    alpha: float = _setting(32, "Scaling: the adapter's output is multiplied by alpha / rank.")
+    activation: str = _setting("silu", "Annealed activation: silu, gelu, relu or tanh (afa-lora).")
+    placement: str = _setting("A-s-B", "Where it stands: A-s-B, s-A-B, s-A-B-s, s-A-s-B or s-A-s-B-s (afa-lora).")
+    decay_ratio: float = _setting(0.3, "Share of the steps after which the activation is gone (afa-lora).")
+    schedule: str = _setting("linear", "How it goes: linear, cosine or exponential (afa-lora).")
+    targets: list[str] = _setting(list(DEFAULT_TARGETS), "Layers that get an adapter.")
+
+
+@dataclass
+class DataSettings:
+    data: list[str] = _setting([], "Folders that `draft-train prepare` wrote; give it more than once to mix.")
+    tokens_per_batch: int = _setting(2048, "Tokens (padding included) of one forward pass.")
+
+
+@dataclass
+class TrainingSettings:
+    epochs: float = _setting(3.0, "Passes over the training rows.")
+    max_steps: int | None = _setting(None, "Optimiser steps, instead of epochs.")
+    learning_rate: float | None = _setting(None, f"Peak learning rate; by default {_LEARNING_RATES}.")
+    warmup_ratio: float = _setting(0.05, "Share of the steps in which the rate rises; then a cosine to a tenth.")
+    max_grad_norm: float = _setting(0.5, "Gradients are clipped to this norm.")
+    gradient_accumulation: int = _setting(1, "Batches per optimiser step.")
+    draft_steps: int = _setting(4, "Draft steps K that training-time test unrolls.")
+    step_decay: float = _setting(0.8, "Draft step k weighs step_decay ** k in the loss.")
+    loss: str = _setting("kl", f"Loss: {', '.join(LOSSES)}.")
+    seed: int = _setting(0, "Seed of initialisation and data order.")
+    eval_every: int = _setting(50, "Steps between replays on a few held-out rows; 0 for never.")
+    eval_rows: int = _setting(12, "Held-out greedy rows of that replay.")
+    save_every: int = _setting(100, "Steps between checkpoints.")
+    keep_checkpoints: int = _setting(2, "Newest checkpoints that are kept.")
+    keep_hidden_states: bool | None = _setting(
+        None, "Keep the target's hidden states in memory between epochs (default: if they fit in a third of it)."
+    )
+
+
+@dataclass
+class RunSettings:
+    """All settings of a run, by section, plus what the command line says: the mode and the run's folder."""
+
+    mode: Literal["pretrain", "adapt"]
+    out: str
+    model: ModelSettings = field(default_factory=ModelSettings)
+    adapter: AdapterSettings = field(default_factory=AdapterSettings)
+    data: DataSettings = field(default_factory=DataSettings)
+    training: TrainingSettings = field(default_factory=TrainingSettings)
+
+    @property
+    def method(self) -> str:
+        return "full" if self.mode == "pretrain" else self.adapter.method
+
+    @property
+    def learning_rate(self) -> float:
+        kind = "pretrain" if self.mode == "pretrain" else self.adapter.method
+        return self.training.learning_rate or _LEARNING_RATES[kind]
+
+    def check(self) -> None:
+        """Refuse values that can only fail later."""
+        if self.method not in METHODS:
+            raise UserError(f"method {self.method!r} is unknown; choose one of {', '.join(METHODS)}.")
+        if self.training.loss not in LOSSES:
+            raise UserError(f"loss {self.training.loss!r} is unknown; choose one of {', '.join(LOSSES)}.")
+        if not self.data.data:
+            raise UserError("no data given; pass --data DIR, a folder that `draft-train prepare` wrote.")
+        if self.mode == "adapt" and not self.model.head:
+            raise UserError("no head given; pass --head, the head to adapt (the bundled one is smollm2-eagle3).")
+        for section, name, least in _LEAST:
+            value = getattr(getattr(self, section), name)
+            if value is not None and not value >= least:
+                raise UserError(f"{name} = {value} is too small; use at least {least}.")
+
+
+_LEAST = (
+    ("model", "draft_vocab_size", 1),
+    ("adapter", "rank", 1),
+    ("data", "tokens_per_batch", 1),
+    ("training", "epochs", 1e-6),
+    ("training", "max_steps", 1),
+    ("training", "learning_rate", 0.0),
+    ("training", "warmup_ratio", 0.0),
+    ("training", "gradient_accumulation", 1),
+    ("training", "draft_steps", 1),
+    ("training", "max_grad_norm", 1e-12),
+    ("training", "keep_checkpoints", 1),
+    ("training", "save_every", 1),
+    ("training", "eval_every", 0),
+)
+SECTIONS: dict[str, type] = {
+    "model": ModelSettings,
+    "adapter": AdapterSettings,
+    "data": DataSettings,
+    "training": TrainingSettings,
+}
+
+
+def setting_types(section: type) -> dict[str, Any]:
+    """Field name -> type of a section's settings."""
+    return typing.get_type_hints(section)
+
+
+def resolve(
+    mode: Literal["pretrain", "adapt"],
+    out: str,
+    *,
+    config_file: Path | None = None,
+    overrides: Sequence[str] = (),
+    flags: Mapping[str, Any] | None = None,
+) -> RunSettings:
+    """Settings from defaults, then the YAML file, then flags (None = not given), then `section.key=value`.
+
+    Raises:
+        UserError: for an unknown section or key, or a value of the wrong type.
+    """
+    settings = RunSettings(mode=mode, out=out)
+    for section, values in _read_yaml(config_file).items():
+        if section in ("mode", "out"):  # a resolved config of an earlier run has them; the command line decides
+            continue
+        if not isinstance(values, dict):
+            raise UserError(f"config {str(config_file)!r}: section {section!r} must hold keys and values.")
+        for key, value in values.items():
+            _set(settings, section, key, value)
+    for key, value in (flags or {}).items():
+        if value is not None:
+            section = next(name for name, kind in SECTIONS.items() if key in setting_types(kind))
+            _set(settings, section, key, value)
+    for override in overrides:
+        name, equals, text = override.partition("=")
+        section, dot, key = name.partition(".")
+        if not (equals and dot):
+            raise UserError(f"override {override!r} is not of the form section.key=value.")
+        _set(settings, section, key, yaml.safe_load(text))
+    settings.check()
+    return settings
+
+
+def _read_yaml(path: Path | None) -> dict[str, Any]:
+    if path is None:
+        return {}
+    try:
+        values = yaml.safe_load(path.read_text()) or {}
+    except (OSError, yaml.YAMLError) as error:
+        raise UserError(f"config {str(path)!r} could not be read ({str(error).splitlines()[0]}).") from error
+    if not isinstance(values, dict):
+        raise UserError(f"config {str(path)!r} must hold sections: {', '.join(SECTIONS)}.")
+    return values
+
+
+def _set(settings: RunSettings, section: str, key: str, value: Any) -> None:
+    if section not in SECTIONS:
+        raise UserError(f"unknown section {section!r} in the configuration; known are {', '.join(SECTIONS)}.")
+    hints = setting_types(SECTIONS[section])
+    if key not in hints:
+        raise UserError(f"unknown key {section}.{key} in the configuration; known are {', '.join(hints)}.")
+    setattr(getattr(settings, section), key, _convert(f"{section}.{key}", value, hints[key]))
+
+
+def _convert(name: str, value: Any, kind: Any) -> Any:
+    """Check a value against a field's type; integers pass for floats, and 1e-3 (a string to YAML) too."""
+    options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    if value is None and type(None) in options:
+        return None
+    wanted = next(option for option in options if option is not type(None))
+    if typing.get_origin(wanted) is list:
+        if isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value):
+            return list(value)
+    elif wanted is float and not isinstance(value, bool):
+        try:
+            return float(value)
+        except (TypeError, ValueError):
+            pass
+    elif isinstance(value, wanted) and isinstance(value, bool) == (wanted is bool):
+        return value
+    raise UserError(f"{name} = {value!r} is not of type {getattr(wanted, '__name__', wanted)}; correct the value.")
+
+
+def to_yaml(settings: RunSettings) -> str:
+    return yaml.safe_dump(dataclasses.asdict(settings), sort_keys=False)

@@ -1,0 +1,133 @@
+"""A new head's first weights, in closed form: two ridge regressions instead of the first hours of gradient descent.
+
+A head has to turn the target's state at token t and the embedding of token t+1 into the target's next state. Its
+linear part can be solved for. With n_t the target's last hidden state at t, before the final norm's weights:
+
+    fc                 ridge regression of n_t       on the auxiliary states of t
+    o_proj · v_proj    ridge regression of n_{t+1} - fc(...) on cat(embedding of t+1, fc(...)), both normed
+
+which has rank at most heads * head_dim and so splits into the two matrices by a singular value decomposition.
+Queries and keys start as the same random projection of the embedding: every position then attends mostly to itself,
+as the regression assumes. The MLP starts from the target's last layer with an almost silent output; the LM head and the
+norm are the target's, the norm scaled so that a guess is no sharper than it should be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from draft.heads.eagle3 import Eagle3Head, Midlayer
+from draft.target import Target
+from draft.training.features import Features
+from draft.training.losses import kl
+from draft.training.step import unroll
+
+_RIDGE = 1e-3  # of the mean diagonal of X^T X
+_SCALES = [step / 20 for step in range(1, 25)]
+_SELF_ATTENTION_STD = 0.05  # for normed inputs of unit scale: a query's own key wins against some hundred others
+
+
+class Ridge:
+    """Least squares with a ridge, from sums over batches: W minimises |X W - Y|² + λ|W|²."""
+
+    def __init__(self) -> None:
+        self.xx: Tensor | None = None
+        self.xy: Tensor | None = None
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        """x: [rows, inputs], y: [rows, outputs]."""
+        xx, xy = (x.T @ x).double(), (x.T @ y).double()
+        self.xx, self.xy = (xx, xy) if self.xx is None or self.xy is None else (self.xx + xx, self.xy + xy)
+
+    def solve(self) -> Tensor:
+        """W transposed as nn.Linear has it: [outputs, inputs], float64."""
+        if self.xx is None or self.xy is None:
+            raise ValueError("no data was added")
+        eye = torch.eye(len(self.xx), dtype=torch.float64, device=self.xx.device)
+        return torch.linalg.solve(self.xx + _RIDGE * self.xx.diagonal().mean() * eye, self.xy).T
+
+
+@torch.no_grad()
+def initialise(head: Eagle3Head, target: Target, batches: Iterable[tuple[Features, Tensor]], seed: int) -> None:
+    """Set the head's weights in place from batches of (features, attention mask [batch, tokens])."""
+    generator = torch.Generator().manual_seed(seed)
+    batches = list(batches)
+    layer, attention = head.midlayer, head.midlayer.self_attn
+    for norm in (layer.input_layernorm, layer.hidden_norm, layer.post_attention_layernorm):
+        norm.weight.fill_(1.0)
+
+    fuse = Ridge()
+    for features, mask in batches:
+        fuse.add(features.auxiliary[mask].float(), _normed_states(target, features.last_hidden[mask]))
+    head.fc.weight.copy_(fuse.solve())
+
+    mix = Ridge()
+    for features, mask in batches:
+        following = mask[:, 1:]  # token t+1 exists
+        hidden = head.fuse(features.auxiliary[:, :-1][following].to(head.fc.weight.dtype))
+        x = layer.mix(features.embeds[:, 1:][following].to(hidden.dtype), hidden)
+        mix.add(x, _normed_states(target, features.last_hidden[:, 1:][following]) - hidden.float())
+    _split(mix.solve(), attention.v_proj, attention.o_proj, attention.head_dim)
+
+    size = head.config.hidden_size
+    width = attention.k_proj.out_features
+    both = torch.zeros(width, 2 * size)
+    both[:, :size].normal_(std=_SELF_ATTENTION_STD * (576 / size) ** 0.5, generator=generator)
+    attention.k_proj.weight.copy_(both)
+    groups = attention.q_proj.out_features // width
+    heads = both.view(-1, attention.head_dim, 2 * size).repeat_interleave(groups, dim=0)
+    attention.q_proj.weight.copy_(heads.reshape(-1, 2 * size))
+
+    _start_mlp(layer, target, generator)
+    head.lm_head.weight.copy_(target.lm_head.weight[head.vocabulary.to(target.device)])
+    head.norm.weight.copy_(target.decoder.norm.weight)
+    head.norm.weight.mul_(_best_scale(head, target, *batches[0]))
+
+
+def _best_scale(head: Eagle3Head, target: Target, features: Features, mask: Tensor) -> float:
+    """The factor on the head's logits that gives the least KL to the target."""
+    hidden = next(unroll(head, features.embeds, features.auxiliary, 1, attention_mask=mask))
+    following = mask[:, 1:]  # token t+1 exists
+    student = head.logits(hidden[:, :-1][following]).float()
+    teacher = target.logits(features.last_hidden[:, 1:][following], head.vocabulary.to(target.device)).float()
+    return min(_SCALES, key=lambda scale: float(kl(scale * student, teacher, None).mean()))
+
+
+def _normed_states(target: Target, last_hidden: Tensor) -> Tensor:
+    """The target's last hidden states before the final norm's weights, [rows, hidden] of unit root mean square."""
+    return nn.functional.rms_norm(last_hidden.float() / target.decoder.norm.weight.float(), last_hidden.shape[-1:])
+
+
+def _split(product: Tensor, v_proj: nn.Linear, o_proj: nn.Linear, head_dim: int) -> None:
+    """Set o_proj · v_proj = product [hidden, 2 * hidden], as nearly as their rank allows.
+
+    Where key-value heads are shared by g queries, the same values arrive g times: o_proj takes each with 1/g.
+    """
+    rank = v_proj.out_features
+    u, s, v = torch.linalg.svd(product, full_matrices=False)
+    rank = min(rank, len(s))
+    left, right = u[:, :rank] * s[:rank].sqrt(), s[:rank].sqrt()[:, None] * v[:rank]
+    v_proj.weight.zero_()
+    v_proj.weight[:rank] = right.to(v_proj.weight)
+    groups = o_proj.in_features // v_proj.out_features
+    per_value = torch.zeros(o_proj.out_features, v_proj.out_features, dtype=left.dtype, device=left.device)
+    per_value[:, :rank] = left / groups
+    per_head = per_value.view(len(per_value), -1, head_dim).repeat_interleave(groups, dim=1)
+    o_proj.weight.copy_(per_head.flatten(1))
+
+
+def _start_mlp(layer: Midlayer, target: Target, generator: torch.Generator) -> None:
+    """The inner features of the target's last MLP, with an almost silent output."""
+    last = target.decoder.layers[-1]
+    norm, theirs = getattr(last, "post_attention_layernorm", None), getattr(last, "mlp", None)
+    for name in ("gate_proj", "up_proj"):
+        ours, source = getattr(layer.mlp, name), getattr(theirs, name, None)
+        if norm is not None and isinstance(source, nn.Linear) and source.weight.shape == ours.weight.shape:
+            ours.weight.copy_(source.weight)
+            layer.post_attention_layernorm.weight.copy_(norm.weight)
+        else:
+            ours.weight.normal_(std=ours.in_features**-0.5, generator=generator)
+    layer.mlp.down_proj.weight.normal_(std=0.002, generator=generator)

@@ -1,0 +1,84 @@
+"""The training loss of one batch: the chosen loss at every draft step, over the positions that are trained on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from draft.data.examples import Batch
+from draft.heads.eagle3 import Eagle3Head
+from draft.target import Target
+from draft.training.features import Features
+from draft.training.losses import LOSSES
+from draft.training.step import shift_left, unroll
+
+POSITIONS_PER_CHUNK = 4096  # bounds the logits in memory: [chunk, vocab]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """How draft steps are weighed, and by which loss."""
+
+    loss: str
+    draft_steps: int
+    step_decay: float
+
+
+def trained_positions(batch: Batch) -> Tensor:
+    """How many positions the first draft step is trained on: the predicted token x[i+2] is one of the loss mask's."""
+    return batch.loss_mask[:, 2:].sum()
+
+
+def loss_sum(
+    head: Eagle3Head, target: Target, batch: Batch, features: Features, objective: Objective
+) -> tuple[Tensor, Tensor]:
+    """Loss summed over positions and weighted over draft steps, and the top-1 agreement with the target.
+
+    The caller divides by the trained positions of the whole optimiser step, so that accumulation and padding don't
+    change the curve.
+
+    Returns:
+        a scalar, and [draft_steps, 2]: how often the head's first choice is the target's, and out of how many.
+    """
+    vocabulary = _vocabulary(head)
+    entry = LOSSES[objective.loss]
+    mask = batch.loss_mask.bool()
+    teacher_at = shift_left(mask)  # [batch, tokens]: the target predicts a trained token from here
+    teacher_rows = torch.cumsum(teacher_at.flatten(), 0).sub_(1).view_as(mask)
+    with torch.no_grad():
+        hidden = features.last_hidden[teacher_at]  # [positions, hidden]
+        teacher = target.logits(hidden, vocabulary).float()  # [positions, draft_vocab]
+        mass = None if entry.renormalised else _log_mass(target, hidden, teacher)
+
+    total = features.embeds.new_zeros((), dtype=torch.float32)
+    agreement = []
+    steps = unroll(
+        head, features.embeds, features.auxiliary, objective.draft_steps, attention_mask=batch.attention_mask
+    )
+    for k, states in enumerate(steps):
+        chosen = shift_left(mask, 2 + k)  # [batch, tokens]: x[i+2+k] is a trained token
+        rows = shift_left(teacher_rows, 1 + k)[chosen]
+        student = head.logits(states[chosen]).float()  # [positions at this step, draft_vocab]
+        per_position = entry.function(student, teacher[rows], None if mass is None else mass[rows])
+        total = total + objective.step_decay**k * per_position.sum()
+        with torch.no_grad():
+            hits = (student.argmax(-1) == teacher[rows].argmax(-1)).sum()
+            agreement.append(torch.stack([hits, torch.tensor(len(student), device=hits.device)]))
+    return total, torch.stack(agreement)
+
+
+def _log_mass(target: Target, hidden: Tensor, teacher: Tensor) -> Tensor:
+    """log of the probability that the target gives to the draft vocabulary, [positions]."""
+    chunks = hidden.split(POSITIONS_PER_CHUNK)
+    everything = torch.cat([target.logits(chunk).float().logsumexp(-1) for chunk in chunks])
+    return teacher.logsumexp(-1) - everything
+
+
+def _vocabulary(head: Eagle3Head) -> Tensor:
+    """The head's vocabulary as one lasting tensor, by which the target remembers its LM head's rows."""
+    cached = getattr(head, "_vocabulary_ids", None)
+    if cached is None:
+        cached = head._vocabulary_ids = head.vocabulary
+    return cached

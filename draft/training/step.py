@@ -1,0 +1,75 @@
+"""Training-time test: unrolling a head over K draft steps for all positions of a text at once.
+
+Position i reads the target's auxiliary hidden states of token x[i]. How the indices shift, step by step:
+
+    step k   embedding of   hidden state                    rotary position   predicts    teacher: target logits at
+    0        x[i+1]         fc(auxiliary of x[i])           i                 x[i+2]      i+1
+    1        x[i+2]         own output of step 0 at i       i + 1             x[i+3]      i+2
+    k        x[i+1+k]       own output of step k-1 at i     i + k             x[i+2+k]    i+1+k
+
+Decoding from position i has the true states of all positions up to i in its cache, and then its own drafts. So
+at step k a query attends to the step-0 keys of positions <= i, and to its own keys of steps 1..k: a diagonal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from draft.heads.eagle3 import Eagle3Head
+
+
+def unroll(
+    head: Eagle3Head,
+    embeds: Tensor,
+    auxiliary: Tensor,
+    steps: int,
+    *,
+    attention_mask: Tensor | None = None,
+) -> Iterator[Tensor]:
+    """Yield the head's hidden states of draft steps 0..steps-1, each [batch, tokens, hidden].
+
+    embeds: [batch, tokens, hidden], the target's embeddings of x; auxiliary: [batch, tokens, 3 * hidden] of the same x.
+    attention_mask: [batch, tokens], True = a real token; rows are padded on the right. Entry i of step k is
+    meaningful where x[i+1+k] exists; beyond the end the embeddings are zeros.
+    """
+    batch, tokens, _ = embeds.shape
+    layer = head.midlayer
+    attention = layer.self_attn
+    groups = head.config.num_attention_heads // head.config.num_key_value_heads
+    positions = torch.arange(tokens, device=embeds.device).expand(batch, -1)
+    allowed = torch.ones(tokens, tokens, dtype=torch.bool, device=embeds.device).tril()[None, None]
+    if attention_mask is not None:
+        # padding is at the end, after every real query; padded queries keep themselves, or softmax would give NaN
+        eye = torch.eye(tokens, dtype=torch.bool, device=embeds.device)
+        allowed = allowed & (attention_mask.bool()[:, None, None, :] | eye)
+
+    hidden = head.fuse(auxiliary)
+    base: tuple[Tensor, Tensor] | None = None
+    own: list[tuple[Tensor, Tensor]] = []  # keys and values of steps 1.., each [batch, heads, tokens, head_dim]
+    for step in range(steps):
+        embeds = shift_left(embeds)
+        q, k, v = attention.project(layer.mix(embeds, hidden), head.rope(positions + step, hidden.dtype))
+        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+        q = q * attention.head_dim**-0.5
+        if base is None:
+            base = k, v
+            mixed = (q @ k.transpose(-1, -2)).masked_fill(~allowed, -torch.inf).softmax(dim=-1) @ v
+        else:
+            own.append((k, v))
+            # [batch, heads, tokens, tokens], then one column a step
+            scores = [(q @ base[0].transpose(-1, -2)).masked_fill(~allowed, -torch.inf)]
+            scores += [(q * key).sum(-1, keepdim=True) for key, _ in own]
+            weights = torch.cat(scores, dim=-1).softmax(dim=-1)  # [batch, heads, tokens, tokens + step]
+            mixed = weights[..., :tokens] @ base[1]
+            for index, (_, value) in enumerate(own):
+                mixed = mixed + weights[..., tokens + index, None] * value
+        hidden = layer.finish(hidden, attention.merge(mixed))
+        yield hidden
+
+
+def shift_left(x: Tensor, by: int = 1) -> Tensor:
+    """x[:, by:] with zeros at the end, same shape: entry i becomes entry i + by of before."""
+    return torch.cat([x[:, by:], torch.zeros_like(x[:, :by])], dim=1)

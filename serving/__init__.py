@@ -1,0 +1,1 @@
+"""Everything that runs a draft head next to its target."""

@@ -1,0 +1,347 @@
+"""benchmarks.acceptance_length, run as a user runs it: on folders, through `main`, judged by the files it writes."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_tiny_head, make_tiny_target
+
+from benchmarks import acceptance_length, acceptance_report, common
+from draft.checkpoint import save_head
+from draft.errors import UserError
+
+PROMPTS = [
+    {"id": "a", "category": "chat", "turns": ["Hello there", "And then?"]},
+    {"id": "b", "category": "chat", "turns": ["What is a fox?"]},
+    {"question_id": 3, "category": "code", "prompt": "print the first primes"},
+]
+VARIANT_KEYS = ("temperature", "head", "rule", "speculation_length")
+
+
+def write_jsonl(path: Path, rows: list[Any]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `target`, head `first`, its copy `copy`, and head `other`."""
+    folder = tmp_path_factory.mktemp("models")
+    target = make_tiny_target()
+    target.model.save_pretrained(folder / "target")
+    target.tokenizer.save_pretrained(folder / "target")
+    for name, seed in (("first", 0), ("copy", 0), ("other", 1)):
+        save_head(make_tiny_head(target, seed), folder / name, dtype=torch.float64, about={})
+    return folder
+
+
+def run(models: Path, out: Path, *options: str, heads: tuple[str, ...] = ("first",)) -> int:
+    named = [part for head in heads for part in ("--head", str(models / head))]
+    common_options = ["--target", str(models / "target"), *named, "--dtype", "float64", "--out", str(out)]
+    return acceptance_length.main([*common_options, "--max-new-tokens", "12", *options])
+
+
+@pytest.fixture(scope="module")
+def outcome(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One whole run: two identical heads and another one, two temperatures, both rules, two lengths."""
+    out = tmp_path_factory.mktemp("out") / "new" / "folder"
+    file = write_jsonl(out.parent.parent / "prompts.jsonl", PROMPTS)
+    options = ("--prompts", str(file), "--temperature", "0", "1", "--speculation-length", "1", "3")
+    assert run(models, out, *options, heads=("first", "copy", "other")) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def results(outcome: Path) -> dict[str, Any]:
+    return json.loads((outcome / "acceptance_length.json").read_text())
+
+
+def members(results: dict[str, Any], row: dict[str, Any]) -> list[dict[str, Any]]:
+    """The records that a row of the summary is made of."""
+    alike = [record for record in results["records"] if all(record[key] == row[key] for key in VARIANT_KEYS)]
+    return [record for record in alike if row["category"] in ("overall", record["category"])]
+
+
+def test_every_variant_and_category_is_there(results: dict[str, Any]) -> None:
+    found = {tuple(row[key] for key in (*VARIANT_KEYS, "category")) for row in results["summary"]}
+    decoded = [(0.0, "greedy"), (1.0, "shared-noise"), (1.0, "rejection")]
+    assert found == {
+        (temperature, head, rule, length, category)
+        for temperature, rule in decoded
+        for head in ("first", "copy", "other")
+        for length in (1, 3)
+        for category in ("overall", "chat", "code")
+    }
+    assert len(found) == len(results["summary"])
+
+
+def test_acceptance_length_is_emitted_over_verifications(results: dict[str, Any]) -> None:
+    for row in results["summary"]:
+        records = members(results, row)
+        emitted = sum(record["tokens"] - 1 for record in records)  # the prefill gave the first token
+        verifications = sum(record["verifications"] for record in records)
+        assert row["answers"] == len(records) == {"overall": 4, "chat": 3, "code": 1}[row["category"]]
+        assert row["prompts"] == {"overall": 3, "chat": 2, "code": 1}[row["category"]]
+        tau = row["acceptance_length"]
+        assert tau["value"] == pytest.approx(emitted / verifications, rel=1e-12)
+        if row["prompts"] == 1:  # one prompt has no spread to tell
+            assert tau["low"] is tau["high"] is row["speed_up"]["low"] is row["speed_up"]["high"] is None
+            continue
+        assert tau["low"] <= tau["value"] <= tau["high"]
+        per_prompt: dict[str, list[int]] = {}
+        for record in records:
+            sums = per_prompt.setdefault(record["prompt"], [0, 0])
+            sums[0] += record["tokens"] - 1
+            sums[1] += record["verifications"]
+        ratios = [tokens / steps for tokens, steps in per_prompt.values()]
+        assert min(ratios) - 1e-12 <= tau["low"] and tau["high"] <= max(ratios) + 1e-12
+    assert any(row["acceptance_length"]["value"] > 1 for row in results["summary"])  # something was accepted
+
+
+def test_acceptance_by_position(results: dict[str, Any]) -> None:
+    for row in results["summary"]:
+        records = members(results, row)
+        length = row["speculation_length"]
+        drafted = [sum(record["drafted_per_position"][at] for record in records) for at in range(length)]
+        accepted = [sum(record["accepted_per_position"][at] for record in records) for at in range(length)]
+        assert row["acceptance_per_position"] == [a / d for a, d in zip(accepted, drafted, strict=True)]
+        assert row["acceptance_rate"] == sum(accepted) / sum(drafted)
+        assert accepted == sorted(accepted, reverse=True)  # a later token stands only behind the earlier ones
+
+
+def test_speed_up_is_against_the_plain_run_of_the_same_prompts(results: dict[str, Any]) -> None:
+    for row in results["summary"]:
+        plain = members(results, {**row, "head": None, "rule": None, "speculation_length": 0})
+        records = members(results, row)
+        assert [(r["prompt"], r["turn"]) for r in plain] == [(r["prompt"], r["turn"]) for r in records]
+        assert all(record["verifications"] == record["tokens"] - 1 for record in plain)
+        speeds = [
+            sum(record["emitted"] for record in group) / sum(record["decode_seconds"] for record in group)
+            for group in (plain, records)
+        ]
+        assert [row["plain_tokens_per_second"], row["tokens_per_second"]] == pytest.approx(speeds)
+        assert row["speed_up"]["value"] == pytest.approx(speeds[1] / speeds[0])
+        if row["prompts"] > 1:
+            assert row["speed_up"]["low"] <= row["speed_up"]["value"] <= row["speed_up"]["high"]
+
+
+def test_output_is_the_plain_one_except_under_rejection(results: dict[str, Any]) -> None:
+    for row in results["summary"]:
+        assert row["identical_share"] == (None if row["rule"] == "rejection" else 1.0), row
+    rejected = [record for record in results["records"] if record["rule"] == "rejection"]
+    assert any(record["first_difference"] is not None for record in rejected)  # so a difference would be seen
+
+
+def test_every_variant_sees_the_same_context_and_seed(results: dict[str, Any]) -> None:
+    contexts: dict[tuple[str, int, float], set[tuple[int, int]]] = {}
+    for record in results["records"]:
+        key = record["prompt"], record["turn"], record["temperature"]
+        contexts.setdefault(key, set()).add((record["prompt_tokens"], record["seed"]))
+    assert all(len(seen) == 1 for seen in contexts.values())
+    seeds = {key: next(iter(seen))[1] for key, seen in contexts.items() if key[2] == 1}
+    assert len(set(seeds.values())) == len(seeds) == 4
+    expected = int.from_bytes(hashlib.sha256(b"0:a:1").digest()[:8], "big") >> 1
+    assert seeds["a", 1, 1.0] == expected
+
+
+def test_a_second_turn_follows_the_plain_answer(results: dict[str, Any], models: Path) -> None:
+    plain = [record for record in results["records"] if record["head"] is None and record["temperature"] == 0]
+    first, second = [record for record in plain if record["prompt"] == "a"]
+    template = len("<>user\n<>\n") + len("<>assistant\n")  # one token for each of the chat marks
+    assert first["prompt_tokens"] == len("Hello there") + template - 2 - 1
+    target = acceptance_length.load_target(str(models / "target"), "float64")
+    ids = target.encode_chat([{"role": "user", "content": "Hello there"}], add_generation_prompt=True)
+    answer = target.model.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False)[0, len(ids) :].tolist()
+    assert len(answer) == first["tokens"]
+    history = [("user", "Hello there"), ("assistant", target.decode(answer)), ("user", "And then?")]
+    messages = [{"role": role, "content": text} for role, text in history]
+    assert second["prompt_tokens"] == len(target.encode_chat(messages, add_generation_prompt=True))
+
+
+def test_identical_heads_gain_nothing_and_others_are_compared(results: dict[str, Any]) -> None:
+    pairs = {(row["baseline"], row["candidate"]) for row in results["comparisons"]}
+    assert pairs == {("first", "copy"), ("first", "other")}
+    summary = {tuple(row[key] for key in (*VARIANT_KEYS, "category")): row for row in results["summary"]}
+    for row in results["comparisons"]:
+        if row["candidate"] == "copy":
+            assert row["value"] == 0
+            assert row["low"] == row["high"] == (0 if row["prompts"] > 1 else None)
+        taus = [
+            summary[row["temperature"], head, row["rule"], row["speculation_length"], row["category"]]
+            for head in (row["baseline"], row["candidate"])
+        ]
+        below, above = (tau["acceptance_length"]["value"] for tau in taus)
+        assert row["value"] == pytest.approx(above / below - 1, abs=1e-12)
+        if row["prompts"] > 1:
+            assert row["low"] <= row["value"] + 1e-12 and row["value"] - 1e-12 <= row["high"]
+        assert row["prompts"] == {"overall": 3, "chat": 2, "code": 1}[row["category"]]
+    assert any(row["value"] != 0 for row in results["comparisons"])
+
+
+def test_gain_is_paired_by_prompt() -> None:
+    """Twice the tokens a verification on every prompt is a gain of exactly 1, however different the prompts are."""
+
+    def record(prompt: str, head: str, emitted: int, verifications: int) -> dict[str, Any]:
+        variant = {"temperature": 0.0, "head": head, "rule": "greedy", "speculation_length": 5}
+        return {**variant, "prompt": prompt, "category": "c", "emitted": emitted, "verifications": verifications,
+                "decode_seconds": 1.0}  # fmt: skip
+
+    sizes = {"short": (10, 9), "long": (90, 30), "empty": (0, 0)}
+    records = [record(prompt, "a", emitted, steps) for prompt, (emitted, steps) in sizes.items()]
+    records += [record(prompt, "b", 2 * emitted, steps) for prompt, (emitted, steps) in sizes.items()]
+    rows = acceptance_report.compare(acceptance_report.group(records), ["a", "b"])
+    assert [row["category"] for row in rows] == ["overall", "c"]
+    for row in rows:
+        assert [row["value"], row["low"], row["high"]] == pytest.approx([1, 1, 1])
+        assert row["prompts"] == 2  # the empty answer has no verifications to compare
+
+
+def test_provenance_and_picture(results: dict[str, Any], outcome: Path, models: Path) -> None:
+    assert results["commit"]
+    assert results["command"].startswith("python -m benchmarks.acceptance_length --target")
+    assert results["machine"]["dtype"] == "float64"
+    assert results["machine"]["cpu"] and results["machine"]["cores"] >= 1
+    file = outcome.parent.parent / "prompts.jsonl"
+    assert results["prompts"] == {
+        "files": [str(file)],
+        "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
+        "count": 3,
+    }
+    target = acceptance_length.load_target(str(models / "target"), "float64")
+    assert results["target"]["fingerprint"] == target.fingerprint
+    weights = (models / "first" / "model.safetensors").read_bytes()
+    assert results["heads"][0]["sha256"] == hashlib.sha256(weights).hexdigest()
+    assert (outcome / "acceptance_length.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    assert sorted(path.name for path in outcome.iterdir()) == ["acceptance_length.json", "acceptance_length.png"]
+
+
+def test_prints_the_tables(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = write_jsonl(tmp_path / "p.jsonl", [{"category": "[/red]", "question": "Hi"}])
+    options = ("--prompts", str(file), "--temperature", "0", "--speculation-length", "2")
+    assert run(models, tmp_path / "out", *options, heads=("first", "first")) == 0
+    printed = capsys.readouterr().out
+    for words in ("All categories", "By category at K = 2", "[/red]", "first (1)", "first (2)", "no difference shown"):
+        assert words in printed.replace(str(models) + "/", "")
+
+
+def test_prompts_too_long_for_the_context_are_left_out_and_named(models: Path, tmp_path: Path) -> None:
+    file = write_jsonl(tmp_path / "p.jsonl", [{"id": "long", "turns": ["x" * 500]}, {"id": "short", "turns": ["y"]}])
+    options = ("--prompts", str(file), "--temperature", "0", "--speculation-length", "2")
+    assert run(models, tmp_path, *options) == 0
+    results = json.loads((tmp_path / "acceptance_length.json").read_text())
+    assert results["skipped"] == ["long"]
+    assert {record["prompt"] for record in results["records"]} == {"short"}
+
+
+def test_an_interrupted_run_keeps_complete_prompts(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = acceptance_length.Measurement.run
+
+    def until_the_third(self: Any, index: int, *rest: Any) -> Any:
+        if index == 2:
+            raise KeyboardInterrupt
+        return whole(self, index, *rest)
+
+    monkeypatch.setattr(acceptance_length.Measurement, "run", until_the_third)
+    file = write_jsonl(tmp_path / "p.jsonl", PROMPTS)
+    assert run(models, tmp_path, "--prompts", str(file), "--temperature", "0", "--speculation-length", "2") == 130
+    results = json.loads((tmp_path / "acceptance_length.json").read_text())
+    assert results["interrupted"] is True
+    assert {record["prompt"] for record in results["records"]} == {"a", "3"}  # categories take turns
+
+
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [
+        ('{"turns": ["one"', "not JSON"),
+        ('["one"]', "not a JSON object"),
+        ('{"text": "one"}', "has text, and none of turns, prompt, question"),
+        ('{"turns": []}', "`turns` must be text"),
+        ('{"turns": ["one", 2]}', "`turns` must be text"),
+        ('{"question": "  "}', "`question` must be text"),
+        ('{"id": "a", "turns": ["one"]}', "id 'a' was used at"),
+        ('{"turns": ["\\ud800"]}', "surrogate"),
+        (b'{"turns": ["\xff"]}', "not UTF-8"),
+    ],
+)
+def test_a_malformed_line_is_named(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], line: str | bytes, complaint: str
+) -> None:
+    file = tmp_path / "bad.jsonl"
+    file.write_bytes(
+        b'{"id": "a", "turns": ["fine"]}\n\n' + (line if isinstance(line, bytes) else line.encode()) + b"\n"
+    )
+    assert run(models, tmp_path / "out", "--prompts", str(file)) == 2
+    told = capsys.readouterr().err
+    assert f"{file}, line 3: " in told and complaint in told and told.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (("--temperature", "-1"), "'-1' is not a number between 0 and 100"),
+        (("--temperature", "nan"), "'nan' is not a number"),
+        (("--speculation-length", "0"), "'0' is not a whole number of at least 1"),
+        (("--max-new-tokens", "1"), "at least 2"),
+        (("--rule", "best"), "invalid choice: 'best'"),
+        (("--heads", "x"), "unrecognized arguments: --heads"),
+    ],
+)
+def test_a_wrong_option_is_told_in_one_line(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: tuple[str, ...], complaint: str
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run(models, tmp_path, *options)
+    told = capsys.readouterr().err
+    assert ended.value.code == 2 and complaint in told and told.count("\n") == 1
+
+
+def test_missing_files_and_a_head_of_another_target_exit_2(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = make_tiny_target()
+    save_head(make_tiny_head(target), tmp_path / "foreign", dtype=torch.float64, about={"target_fingerprint": "beef"})
+    (tmp_path / "empty.jsonl").write_text("\n")
+    (tmp_path / "taken").write_text("a file")
+    head = str(models / "first")
+    for options, complaint in (
+        (("--head", str(tmp_path / "foreign")), "was made for target beef"),
+        (("--head", str(tmp_path / "nowhere")), "no config.json"),
+        (("--head", head, "--prompts", str(tmp_path / "gone.jsonl")), "cannot be read"),
+        (("--head", head, "--prompts", str(tmp_path / "empty.jsonl")), "has no prompts"),
+        (("--head", head, "--out", str(tmp_path / "taken")), "cannot be a folder"),
+        (("--head", head, "--speculation-length", "99"), "speculation_length = 99"),
+        (("--head", head, "--dtype", "int3"), "int3"),
+    ):
+        target_options = ("--target", str(models / "target"), "--limit", "1", "--out", str(tmp_path / "out"))
+        assert acceptance_length.main([*target_options, *options]) == 2, options
+        told = capsys.readouterr().err
+        assert complaint in told.splitlines()[-1] and "Traceback" not in told, told
+
+
+def test_default_prompts_and_the_columns_that_are_read(tmp_path: Path) -> None:
+    shipped = common.load_prompts()
+    assert len(shipped.prompts) >= 80
+    assert "benchmarks/prompts/chat.jsonl" in shipped.files
+    assert len({prompt.category for prompt in shipped.prompts}) == 8
+    assert len({prompt.category for prompt in common.load_prompts(limit=8).prompts}) == 8
+    rows = [
+        {"question_id": 81, "category": "writing", "turns": ["one", "two"], "reference": []},
+        {"prompt": "three"},
+        {"id": "x", "question": "four \u2028 five"},
+    ]
+    file = tmp_path / "own.jsonl"
+    file.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows).encode())
+    found = {prompt.id: (prompt.category, prompt.turns) for prompt in common.load_prompts(file).prompts}
+    assert found == {
+        "81": ("writing", ("one", "two")),
+        "own-2": ("own", ("three",)),
+        "x": ("own", ("four \u2028 five",)),
+    }
+    with pytest.raises(UserError, match="cannot be read"):
+        common.load_prompts(tmp_path)

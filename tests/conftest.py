@@ -1,0 +1,80 @@
+"""Tiny random models of the bundled target's family: fast enough for float64 and thousands of cases."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from draft.heads import Eagle3Config, Eagle3Head
+from draft.target import Target
+
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """Bytes plus three chat tokens: ids 0 = end of text, 1 = <|im_start|>, 2 = <|im_end|> (EOS), 3.. = bytes."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {"<|endoftext|>": 0, "<|im_start|>": 1, "<|im_end|>": 2}
+    vocabulary.update({symbol: index + 3 for index, symbol in enumerate(alphabet)})
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token="<|endoftext|>",
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        pad_token="<|im_end|>",
+    )
+    fast.chat_template = TEMPLATE
+    return fast
+
+
+def make_tiny_target(seed: int = 0, dtype: torch.dtype = torch.float64, max_length: int = 512) -> Target:
+    """A random Llama of 8 layers over the byte vocabulary, with logits wide enough that greedy text is not constant."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=259,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=8,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=max_length,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=2,
+        initializer_range=0.2,
+        tie_word_embeddings=True,
+    )
+    model = LlamaForCausalLM(config).to(dtype)
+    return Target("tiny", model, byte_tokenizer())
+
+
+def make_tiny_head(target: Target, seed: int = 0, draft_vocab_size: int = 200) -> Eagle3Head:
+    """A random EAGLE-3 head over the first `draft_vocab_size` tokens, in the target's dtype."""
+    torch.manual_seed(seed)
+    head = Eagle3Head(Eagle3Config.for_target(target, draft_vocab_size))
+    with torch.no_grad():
+        for parameter in head.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.2)
+        head.lm_head.weight.copy_(target.lm_head.weight[:draft_vocab_size])
+    head.set_vocabulary(torch.arange(draft_vocab_size))
+    return head.to(target.dtype).eval()
+
+
+@pytest.fixture(scope="session")
+def tiny_target() -> Target:
+    return make_tiny_target()
+
+
+@pytest.fixture(scope="session")
+def tiny_head(tiny_target: Target) -> Eagle3Head:
+    return make_tiny_head(tiny_target)

@@ -1,0 +1,292 @@
+"""`prepare` from end to end on a tiny target: what is stored, resumed, split, refused and shown."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from conftest import make_tiny_target
+from rich.console import Console
+from torch import nn
+
+import draft.data.dataset
+import draft.data.writing
+from draft.data.dataset import Dataset, Row, assign_splits, open_dataset
+from draft.data.inspect import coloured, inspect
+from draft.data.prepare import prepare
+from draft.data.responses import generate_responses
+from draft.errors import UserError
+from draft.target import Target
+
+SELF_PROMPTED = {"num_prompts": 8, "batch_size": 20}
+QUESTIONS = [f"Question number {number}?" for number in range(20)]
+
+
+@pytest.fixture(scope="module")
+def target() -> Target:
+    """Writes lower-case words, and ends its turns."""
+    made = make_tiny_target(dtype=torch.float32)
+    head = nn.Linear(32, 259).requires_grad_(False)
+    head.weight.copy_(made.lm_head.weight)
+    head.bias.fill_(-1e4)
+    letters = made.tokenizer("abcdefghijklmnopqrstuvwxyz", add_special_tokens=False).input_ids
+    head.bias[letters] = 0.0
+    head.bias[made.tokenizer(" ", add_special_tokens=False).input_ids + [2]] = 2.0
+    made.lm_head = made.model.lm_head = head
+    return made
+
+
+@pytest.fixture
+def questions(tmp_path: Path) -> Path:
+    path = tmp_path / "questions.jsonl"
+    path.write_text("\n".join(json.dumps({"question": question}) for question in QUESTIONS))
+    return path
+
+
+def run(target: Target, out: Path, **arguments: Any) -> Dataset:
+    return prepare(target, out, **{"max_new_tokens": 12, "batch_size": 4, "progress": False, **arguments})
+
+
+def contents(dataset: Dataset) -> list[tuple[Any, ...]]:
+    return [
+        (row.id, row.ids, row.mask, row.temperature, row.split)
+        for split in ("train", "held-out")
+        for row in dataset.rows(split)
+    ]
+
+
+def test_answers_to_a_file(target: Target, questions: Path, tmp_path: Path) -> None:
+    dataset = run(target, tmp_path / "data", prompts=[questions], greedy_share=0.25, held_out_share=0.2)
+    rows = dataset.rows("train") + dataset.rows("held-out")
+    assert len(rows) == 20 and len(dataset.rows("held-out")) == 4
+    assert sum(row.temperature == 0 for row in rows) == 5 and {row.temperature for row in rows} == {0.0, 1.0}
+    for row in rows:
+        text = target.tokenizer.decode(row.ids[: row.prompt_length])
+        assert text.startswith("<|im_start|>user\nQuestion") and text.endswith("<|im_start|>assistant\n")
+        assert row.mask == [False] * row.prompt_length + [True] * row.trained
+        assert row.trained == 12 or row.ids[-1] == 2
+        assert row.top_p == 1.0 and row.source == "questions.jsonl"
+    greedy = next(row for row in rows if row.temperature == 0)
+    ids = torch.tensor([greedy.ids[: greedy.prompt_length]])
+    answer = target.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
+    assert answer[0].tolist() == greedy.ids
+
+    manifest = json.loads((tmp_path / "data" / "manifest.json").read_text())
+    assert manifest["target_fingerprint"] == target.fingerprint and manifest["template_hash"] == target.template_hash
+    assert manifest["seed"] == 0 and manifest["counts"]["train"]["rows"] == 16
+    tokens = sum(manifest["counts"][split]["tokens"] for split in ("train", "held-out"))
+    assert tokens == sum(len(row.ids) for row in rows)
+    assert not (tmp_path / "data" / "parts").exists()
+    assert pq.read_schema(tmp_path / "data" / "train.parquet").names[:3] == ["id", "input_ids", "loss_mask"]
+
+
+def test_self_prompting(target: Target, uninterrupted: Any, tmp_path: Path) -> None:
+    dataset = run(target, tmp_path / "data", **{**SELF_PROMPTED, "batch_size": 11})
+    rows = dataset.rows("train") + dataset.rows("held-out")
+    prompts = {target.decode(row.ids[: row.prompt_length]) for row in rows}
+    assert len(rows) == len(prompts) == 8 and {row.source for row in rows} == {"self-prompted"}
+    assert all(len(prompt.split()) >= 3 for prompt in prompts)
+    assert contents(dataset) == uninterrupted[0]  # another batch size, the same data
+    other = run(target, tmp_path / "other", **SELF_PROMPTED, seed=1)
+    assert {row.id for row in other.rows("train")}.isdisjoint(row.id for row in rows)
+
+
+def test_a_target_without_usable_prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(draft.data.writing, "_SELF_PROMPT_ROUNDS", 2)
+    with pytest.raises(UserError, match="wrote no usable prompts.*--prompts"):
+        run(make_tiny_target(seed=3), tmp_path / "data", num_prompts=1, batch_size=16)  # bytes, not text
+    assert not (tmp_path / "data").exists()
+
+
+class Counting:
+    """The generator, with a count of finished responses, and a power cut at one of them."""
+
+    def __init__(self, stop_at: int | None = None) -> None:
+        self.stop_at = stop_at
+        self.written = 0
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Iterator[tuple[int, list[int]]]:
+        for result in generate_responses(*args, **kwargs):
+            if self.written + 1 == self.stop_at:
+                raise RuntimeError("power cut")
+            self.written += 1
+            yield result
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(target: Target, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Any], int]:
+    counting = Counting()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(draft.data.writing, "generate_responses", counting)
+        dataset = run(target, tmp_path_factory.mktemp("whole") / "data", **SELF_PROMPTED)
+    return contents(dataset), counting.written
+
+
+@pytest.mark.parametrize("stop_at", [7, -3])  # among the prompts, and among the responses
+def test_an_interrupted_run_goes_on(
+    target: Target, uninterrupted: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_at: int
+) -> None:
+    whole, total = uninterrupted
+    monkeypatch.setattr(draft.data.dataset, "_ROWS_PER_PART", 4)
+    first, second = Counting(stop_at % total), Counting()
+    out = tmp_path / "data"
+    monkeypatch.setattr(draft.data.writing, "generate_responses", first)
+    with pytest.raises(RuntimeError, match="power cut"):
+        run(target, out, **SELF_PROMPTED)
+    with pytest.raises(UserError, match="unfinished; repeat"):
+        open_dataset(out)
+    with pytest.raises(UserError, match=r"begun with max_new_tokens = 12, and this call has 13; choose another"):
+        run(target, out, **SELF_PROMPTED, max_new_tokens=13)
+    monkeypatch.setattr(draft.data.writing, "generate_responses", second)
+    assert contents(run(target, out, **SELF_PROMPTED)) == whole
+    assert first.written + second.written == total  # nothing is written twice
+
+
+def test_a_finished_data_set_is_left_alone(
+    target: Target, questions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = contents(run(target, tmp_path / "data", prompts=[questions]))
+    monkeypatch.setattr(draft.data.writing, "generate_responses", None)
+    assert contents(run(target, tmp_path / "data", prompts=[questions], progress=True)) == first
+    assert "complete" in capsys.readouterr().out
+    questions.write_text(questions.read_text().replace("number 3", "number 33"))
+    with pytest.raises(UserError, match="begun with prompts_hash"):
+        run(target, tmp_path / "data", prompts=[questions])
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "letter.txt").write_text("dear")
+    with pytest.raises(UserError, match="exists and is no data set"):
+        run(target, tmp_path / "mine", prompts=[questions])
+
+
+def test_the_same_prompt_is_never_in_both_splits(target: Target, tmp_path: Path) -> None:
+    path = tmp_path / "pairs.jsonl"  # each question begins two different conversations
+    turns = [[question, f"and {again}"] for question in QUESTIONS for again in range(2)]
+    path.write_text("\n".join(json.dumps({"turns": pair}) for pair in turns + turns[:5]))
+    dataset = run(target, tmp_path / "data", prompts=[path], held_out_share=0.5, max_new_tokens=3)
+    train, held_out = ({row.id for row in dataset.rows(split)} for split in ("train", "held-out"))
+    assert len(train) == len(held_out) == 10 and train.isdisjoint(held_out)
+    assert dataset.manifest["counts"]["duplicates"] == 5
+    assert len(dataset.rows("train")) + len(dataset.rows("held-out")) == 40
+
+
+def test_the_split_depends_on_the_seed_and_counts_prompts() -> None:
+    def held_out(share: float, seed: int, ids: list[str]) -> list[str]:
+        rows = [Row(id, [1], [True], 0, 0.0, 1.0, "test") for id in ids]
+        return [row.id for row in assign_splits(rows, share, seed) if row.split == "held-out"]
+
+    ids = [f"{number:03d}" for number in range(100)]
+    first = held_out(0.3, 0, ids)
+    assert len(first) == 30 and first == held_out(0.3, 0, ids) and first != held_out(0.3, 1, ids)
+    assert held_out(0.3, 0, ids[::-1]) == first[::-1]
+    assert set(held_out(0.3, 0, ids + ids[:50])) == set(first)  # more rows of a prompt change nothing
+    for share, count in ((0.0, 0), (0.01, 1), (0.99, 2), (1.0, 3)):
+        assert len(held_out(share, 0, ids[:3])) == count
+
+
+def test_turns_are_answered_one_after_the_other(target: Target, tmp_path: Path) -> None:
+    path = tmp_path / "turns.json"
+    path.write_text(json.dumps([{"turns": ["First thing?", "Second thing?"]}, {"turns": ["Only thing?"]}]))
+    dataset = run(target, tmp_path / "data", prompts=[path], greedy_share=1.0, held_out_share=0.0)
+    row = max(dataset.rows("train"), key=lambda row: len(row.ids))
+    parts = target.tokenizer.decode(row.ids).split("<|im_start|>")
+    assert [part.split("\n")[0] for part in parts[1:]] == ["user", "assistant", "user", "assistant"]
+    second = len(row.mask) - row.mask[::-1].index(False)  # where the last response begins
+    ids = torch.tensor([row.ids[:second]])
+    answer = target.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
+    assert answer[0].tolist() == row.ids
+    assert row.mask[row.prompt_length] and not row.mask[second - 1] and sum(row.mask) > len(row.ids) - second
+    assert dataset.rows("held-out") == []
+
+
+def test_over_long_conversations_are_dropped_and_counted(target: Target, tmp_path: Path) -> None:
+    path = tmp_path / "long.jsonl"
+    path.write_text("\n".join(json.dumps({"prompt": "word " * count}) for count in (1, 2, 3, 30, 40)))
+    dataset = run(target, tmp_path / "data", prompts=[path], max_length=70)
+    rows = dataset.rows("train") + dataset.rows("held-out")
+    assert len(rows) == 3 and max(len(row.ids) for row in rows) <= 70
+    assert dataset.manifest["counts"]["too_long"] == 2
+    with pytest.raises(UserError, match=r"no conversation is left \(.*too_long 5.*\); raise --max-length, now 20"):
+        run(target, tmp_path / "none", prompts=[path], max_length=20)
+    assert not (tmp_path / "none").exists()
+
+
+def test_kept_responses(target: Target, tmp_path: Path) -> None:
+    path = tmp_path / "kept.jsonl"
+    path.write_text("\n".join(json.dumps({"question": q, "answer": f"Answer to {q}"}) for q in QUESTIONS))
+    dataset = run(target, tmp_path / "data", prompts=[path], keep_responses=True, num_prompts=8)
+    rows = dataset.rows("train") + dataset.rows("held-out")
+    assert len(rows) == 8 and {row.temperature for row in rows} == {None}
+    for row in rows:
+        spoken = target.tokenizer.decode([token for token, wanted in zip(row.ids, row.mask, strict=True) if wanted])
+        assert spoken.startswith("Answer to Question number") and spoken.endswith("?<|im_end|>")
+    answered = run(target, tmp_path / "answered", prompts=[path])
+    assert {row.id for row in rows} <= {row.id for row in answered.rows("train") + answered.rows("held-out")}
+    again = run(target, tmp_path / "copy", prompts=[answered.folder / "train.parquet"], keep_responses=True)
+    copied = sorted((r.id, r.ids, r.temperature) for r in again.rows("train") + again.rows("held-out"))
+    assert copied == sorted((row.id, row.ids, row.temperature) for row in answered.rows("train"))
+
+
+def test_rows_of_tokens_are_checked_against_the_vocabulary(target: Target, tmp_path: Path) -> None:
+    path = tmp_path / "tokens.jsonl"
+    path.write_text(json.dumps({"prompt_ids": [1, 5], "response_ids": [300]}))
+    with pytest.raises(UserError, match="line 1: token 300 is beyond the target's vocabulary of 259"):
+        run(target, tmp_path / "data", prompts=[path], keep_responses=True)
+
+
+def test_another_target_is_refused(target: Target, questions: Path, tmp_path: Path) -> None:
+    dataset = run(target, tmp_path / "data", prompts=[questions], max_new_tokens=2)
+    dataset.check_target(target)
+    other = make_tiny_target(seed=9)
+    with pytest.raises(UserError) as refusal:
+        dataset.check_target(other)
+    assert target.fingerprint in str(refusal.value) and other.fingerprint in str(refusal.value)
+    with pytest.raises(UserError, match="begun with target_fingerprint"):
+        run(other, tmp_path / "data", prompts=[questions], max_new_tokens=2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "what"),
+    [
+        ({"greedy_share": 1.5}, "--greedy-share is 1.5"),
+        ({"num_prompts": 0}, "--num-prompts is 0"),
+        ({"max_new_tokens": 0}, "--max-new-tokens is 0"),
+        ({"keep_responses": True}, "give --prompts FILE"),
+    ],
+)
+def test_bad_arguments(target: Target, tmp_path: Path, arguments: dict[str, Any], what: str) -> None:
+    with pytest.raises(UserError, match=what):
+        run(target, tmp_path / "data", **arguments)
+    assert not (tmp_path / "data").exists()
+
+
+def test_damaged_data_sets_are_named(target: Target, questions: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="holds no data set"):
+        open_dataset(tmp_path / "absent")
+    dataset = run(target, tmp_path / "data", prompts=[questions], max_new_tokens=2)
+    with pytest.raises(UserError, match="split 'test' is unknown"):
+        dataset.rows("test")
+    (dataset.folder / "train.parquet").write_bytes(b"PAR1")
+    with pytest.raises(UserError, match="not a whole Parquet file"):
+        dataset.rows("train")
+    (dataset.folder / "manifest.json").write_text('{"version": 99}')
+    with pytest.raises(UserError, match="version 99"):
+        open_dataset(dataset.folder)
+
+
+def test_inspect_colours_what_is_trained_on(target: Target, questions: Path, tmp_path: Path) -> None:
+    dataset = run(target, tmp_path / "data", prompts=[questions])
+    out = io.StringIO()
+    inspect(dataset.folder, examples=2, console=Console(file=out, width=120))
+    shown = out.getvalue()
+    assert target.fingerprint in shown and "questions.jsonl: 18" in shown
+    assert shown.count("<|im_start|>user") == 2
+    row = dataset.rows("train")[0]
+    text = coloured(row, target.tokenizer)
+    green = "".join(text.plain[span.start : span.end] for span in text.spans if "green" in str(span.style))
+    assert green == target.tokenizer.decode(row.ids[row.prompt_length :])

@@ -1,0 +1,183 @@
+"""Reading prompts: every column and file kind, and what is said about those that are wrong."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from draft.data.prompts import fit, load_prompts, user_turn, written_prompt
+from draft.errors import UserError
+from draft.target import Target
+
+USER = {"role": "user", "content": "Hello there"}
+ANSWER = {"role": "assistant", "content": "General"}
+
+
+def jsonl(folder: Path, *rows: Any, name: str = "data.jsonl") -> str:
+    path = folder / name
+    path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("row", "contents"),
+    [
+        ({"prompt": "one"}, ["one"]),
+        ({"id": 3, "question": "one", "answer": "two"}, ["one"]),
+        ({"text": "one", "code": "two"}, ["one"]),
+        ({"turns": ["one", "two"], "category": "x"}, ["one", "two"]),
+        ({"instruction": "one", "input": "two", "output": "three"}, ["one\n\ntwo"]),
+        ({"instruction": "one", "input": ""}, ["one"]),
+        ({"messages": [USER, ANSWER, {"role": "user", "content": "And?"}]}, ["Hello there", "And?"]),
+        ({"conversations": [{"from": "gpt", "value": "Hi"}, {"from": "human", "value": "one"}]}, ["one"]),
+        ({"prompt": [{"role": "user", "content": [{"type": "text", "text": "one"}]}]}, ["one"]),
+        ({"messages": [{"role": "system", "content": "Be kind."}, USER]}, ["Be kind.", "Hello there"]),
+    ],
+)
+def test_columns_are_found(tmp_path: Path, row: dict[str, Any], contents: list[str]) -> None:
+    (prompt,) = load_prompts(jsonl(tmp_path, row))
+    assert [message["content"] for message in prompt.messages] == contents
+    assert all(message["role"] in ("system", "user") for message in prompt.messages)
+    assert prompt.source == "data.jsonl"
+
+
+def test_a_column_can_be_named(tmp_path: Path) -> None:
+    path = jsonl(tmp_path, {"prompt": "wrong", "body": "right"})
+    assert load_prompts(path, column="body")[0].messages[0]["content"] == "right"
+    with pytest.raises(UserError, match=r"data.jsonl, line 1: no column 'bodi' \(it has prompt, body\)"):
+        load_prompts(path, column="bodi")
+
+
+def test_every_kind_of_file(tmp_path: Path) -> None:
+    rows = [{"question": "one, two"}, {"question": "three\nfour"}]
+    with (tmp_path / "a.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["question"])
+        writer.writeheader()
+        writer.writerows(rows)
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    (tmp_path / "b.json").write_text(json.dumps({"data": rows}))
+    (tmp_path / "lines.json").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "a.jsonl").write_text("\ufeff" + "\n\n".join(map(json.dumps, rows)))
+    with gzip.open(tmp_path / "a.jsonl.gz", "wt") as file:
+        file.write("\n".join(map(json.dumps, rows)))
+    for name in ("a.csv", "a.parquet", "a.json", "b.json", "lines.json", "a.jsonl", "a.jsonl.gz"):
+        read = [prompt.messages[0]["content"] for prompt in load_prompts(str(tmp_path / name))]
+        assert read == ["one, two", "three\nfour"], name
+
+
+@pytest.mark.parametrize(
+    ("row", "what"),
+    [
+        ('{"prompt": "cut', r"line 2: not JSON \(Unterminated string"),
+        ("[1, 2]", "line 2: the row is a list"),
+        ({"other": "x"}, "line 2: column 'prompt' is missing"),
+        ({"prompt": 7}, "line 2: column 'prompt' is a int"),
+        ({"prompt": "  "}, "line 2: column 'prompt' is empty"),
+        ('{"prompt": "half \\ud83d"}', "line 2: column 'prompt' holds half a surrogate"),
+        ({"prompt": [ANSWER]}, "line 2: there is no user turn"),
+        ({"prompt": [{"role": "tool", "content": "x"}]}, "line 2: turn 1 has the role 'tool'"),
+        ({"prompt": [USER, {"role": "user"}]}, "line 2: turn 2 is missing"),
+        ({"prompt": [{"role": "user", "content": [{"type": "image"}]}]}, "line 2: turn 1 has parts that are not text"),
+    ],
+)
+def test_a_malformed_row_is_named(tmp_path: Path, row: Any, what: str) -> None:
+    with pytest.raises(UserError, match=f"data.jsonl, {what}"):
+        load_prompts(jsonl(tmp_path, {"prompt": "fine"}, row))
+
+
+def test_malformed_files(tmp_path: Path) -> None:
+    (tmp_path / "latin.jsonl").write_bytes(b'{"prompt": "fine"}\n{"prompt": "caf\xe9"}\n')
+    (tmp_path / "a.csv").write_text("prompt,kind\nfine,x\nshort\n")
+    (tmp_path / "a.json").write_text('[\n{"prompt": "fine"},\n{"prompt" "x"}]')
+    (tmp_path / "a.parquet").write_bytes(b"PAR1 and no more")
+    (tmp_path / "a.jsonl.gz").write_bytes(b"not gzip")
+    (tmp_path / "a.txt").write_text("hello")
+    (tmp_path / "empty.jsonl").write_text("\n\n")
+    (tmp_path / "scalar.json").write_text("7")
+    for name, what in {
+        "latin.jsonl": "line 2: not UTF-8",
+        "a.csv": "line 3: fewer values than the header",
+        "a.json": "line 3: not JSON",
+        "a.parquet": "not a whole Parquet file",
+        "a.jsonl.gz": "line 1: cannot be read",
+        "a.txt": "unknown kind of file",
+        "empty.jsonl": "holds no rows",
+        "scalar.json": "line 1: a int",
+        "absent.jsonl": "no such file",
+        "": "is a folder",
+    }.items():
+        with pytest.raises(UserError, match=what):
+            load_prompts(str(tmp_path / name))
+
+
+def test_no_known_column_names_those_there_are(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"line 1: none of the columns messages.*\(it has body, kind\).*--column"):
+        load_prompts(jsonl(tmp_path, {"body": "x", "kind": "y"}))
+
+
+def test_kept_responses(tmp_path: Path) -> None:
+    kept = load_prompts(jsonl(tmp_path, {"question": "one", "answer": "two"}), keep_responses=True)[0]
+    assert [(m["role"], m["content"]) for m in kept.messages] == [("user", "one"), ("assistant", "two")]
+    kept = load_prompts(jsonl(tmp_path, {"messages": [USER, ANSWER, USER]}), keep_responses=True)[0]
+    assert kept.messages == [USER, ANSWER]  # the unanswered end is cut
+    assert load_prompts(jsonl(tmp_path, {"text": "A story."}), keep_responses=True)[0].text == "A story."
+    with pytest.raises(UserError, match="line 1: there is no response to keep"):
+        load_prompts(jsonl(tmp_path, {"messages": [USER]}), keep_responses=True)
+
+
+def test_rows_of_tokens(tmp_path: Path) -> None:
+    path = jsonl(tmp_path, {"prompt_ids": [1, 5], "response_ids": [6, 2], "temperature": 0.8, "top_p": 0.95})
+    row = load_prompts(path, keep_responses=True)[0].row
+    assert row is not None
+    assert (row.ids, row.mask, row.prompt_length) == ([1, 5, 6, 2], [False, False, True, True], 2)
+    assert (row.temperature, row.top_p) == (0.8, 0.95)
+    with pytest.raises(UserError, match="pass --keep-responses"):
+        load_prompts(path)
+    path = jsonl(tmp_path, {"input_ids": [1, 5, 6], "loss_mask": [0, 0, 1]})
+    row = load_prompts(path, keep_responses=True)[0].row
+    assert row is not None and row.mask == [False, False, True] and row.temperature is None
+    with pytest.raises(UserError, match="line 1: column 'loss_mask' is not a list of as many"):
+        load_prompts(jsonl(tmp_path, {"input_ids": [1, 5, 6], "loss_mask": [0, 1]}), keep_responses=True)
+    with pytest.raises(UserError, match="line 1: column 'response_ids' is not a list of token ids"):
+        load_prompts(jsonl(tmp_path, {"prompt_ids": [1], "response_ids": ["x"]}), keep_responses=True)
+
+
+def test_hub_data_sets_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    def offline(name: str, split: str) -> Any:
+        raise ConnectionError(f"cannot reach {name} {split}")
+
+    monkeypatch.setattr(datasets, "load_dataset", offline)
+    with pytest.raises(UserError, match="someone/data:test: neither a file.*cannot reach someone/data test"):
+        load_prompts("someone/data:test")
+    rows = [{"prompt": "one"}, {"prompt": "two"}]
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: rows)
+    assert len(load_prompts("someone/data")) == 2
+
+
+def test_the_user_turn_of_the_template(tiny_target: Target) -> None:
+    before, after = user_turn(tiny_target)
+    assert tiny_target.tokenizer.decode(before) == "<|im_start|>user\n"
+    assert after == "<|im_end|>\n"
+
+    def ids(text: str) -> list[int]:
+        return tiny_target.tokenizer(text, add_special_tokens=False).input_ids
+
+    assert written_prompt(tiny_target, ids(" How are you today? <|im_end|>"), after) == "How are you today?"
+    assert written_prompt(tiny_target, ids("How are you today, my"), after) is None  # cut by the length
+    assert written_prompt(tiny_target, ids("How are you?[/INST] Fine"), "[/INST]") == "How are you?"
+
+
+def test_unfit_prompts() -> None:
+    assert fit("What is the capital of France?")
+    for text in ("Hi", "one two", "the cat " * 20, "no " + "x" * 30 + " yes or no", "bro\ufffdken text is here"):
+        assert not fit(text), text

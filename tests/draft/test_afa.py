@@ -1,0 +1,318 @@
+"""AFA-LoRA's layer beside all that PEFT can do to a layer: formula, other adapters, refusals."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+
+from draft.afa import (
+    AfaLinear,
+    AfaLoraConfig,
+    add_adapter,
+    beta_at,
+    set_annealing_step,
+)
+from draft.errors import UserError
+
+PLACEMENTS = ["A-s-B", "s-A-B", "s-A-B-s", "s-A-s-B", "s-A-s-B-s"]
+SIGMA: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": lambda z: z / (1 + torch.exp(-z)),
+    "gelu": lambda z: 0.5 * z * (1 + torch.erf(z / math.sqrt(2))),
+    "relu": lambda z: (z + z.abs()) / 2,
+    "tanh": lambda z: 1 - 2 / (torch.exp(2 * z) + 1),
+}
+X = torch.randn(3, 4, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+class Head(nn.Module):
+    """Stands for a draft head: a plain nn.Module with nn.Linear children."""
+
+    def __init__(self, dtype: torch.dtype = torch.float64) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.fc = nn.Linear(6, 5)
+        self.lm_head = nn.Linear(5, 7, bias=False)
+        self.to(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.lm_head(torch.tanh(self.fc(x)))
+
+
+def randomise(model: nn.Module, seed: int = 3) -> None:
+    """Gives A and B values, as if trained."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".lora_" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+
+
+def adapted(dtype: torch.dtype = torch.float64, **options: Any) -> PeftModel:
+    options = {"r": 4, "lora_alpha": 6, "target_modules": ["fc", "lm_head"]} | options
+    model = add_adapter(Head(dtype), AfaLoraConfig(**options))
+    randomise(model)
+    return model.eval()
+
+
+def delta(x: Tensor, a: Tensor, b: Tensor, beta: float, activation: str, placement: str) -> Tensor:
+    stages = {
+        "A": lambda h: h @ a.double().T,
+        "B": lambda h: h @ b.double().T,
+        "s": lambda h: beta * SIGMA[activation](h) + (1 - beta) * h,
+    }
+    for stage in placement.split("-"):
+        x = stages[stage](x)
+    return x
+
+
+def expected_fc(model: PeftModel, names: dict[str, tuple[float, str, str]], x: Tensor = X) -> Tensor:
+    """fc's output for adapters of scaling 6/4: {adapter: (beta, activation, placement)}."""
+    fc = model.get_base_model().fc
+    out = x @ fc.base_layer.weight.T + fc.base_layer.bias
+    for name, (beta, activation, placement) in names.items():
+        a, b = fc.lora_A[name].weight, fc.lora_B[name].weight
+        out = out + 1.5 * delta(x, a, b, beta, activation, placement)
+    return out
+
+
+def close(a: Tensor, b: Tensor, tolerance: float = 1e-10) -> None:
+    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+# ---- schedule and configuration ----
+
+
+def test_linear_schedule() -> None:
+    assert [beta_at(step, 10) for step in range(11)] == pytest.approx([1, 2 / 3, 1 / 3] + [0] * 8)
+    assert beta_at(3, 10) == 0.0 and beta_at(7, 100, 0.07) == 0.0  # exactly, though 0.07 * 100 > 7 in binary
+    assert beta_at(1, 1, 1.0) == 0.0
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "exponential"])
+@pytest.mark.parametrize(("total", "ratio"), [(100, 0.3), (7, 0.5), (3, 1.0), (1, 0.3), (1000, 0.001)])
+def test_every_schedule_falls_from_one_to_exactly_zero(schedule: str, total: int, ratio: float) -> None:
+    betas = [beta_at(step, total, ratio, schedule) for step in range(total + 1)]
+    assert betas[0] == 1.0 and betas[-1] == 0.0 and betas == sorted(betas, reverse=True)
+    assert all((beta == 0.0) == (step >= ratio * total - 1e-9) for step, beta in enumerate(betas) if step)
+
+
+def test_schedule_formulas() -> None:
+    assert beta_at(15, 100, 0.3, "cosine") == pytest.approx(0.5)
+    assert beta_at(10, 100, 0.3, "cosine") == pytest.approx(0.75)
+    tail = math.exp(-5)
+    assert beta_at(15, 100, 0.3, "exponential") == pytest.approx((math.exp(-2.5) - tail) / (1 - tail))
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        ({"activation": "swish"}, "swish"),
+        ({"placement": "A-B-s"}, "A-B-s"),
+        ({"schedule": "step"}, "step"),
+        ({"decay_ratio": 0.0}, "decay_ratio is 0.0"),
+        ({"decay_ratio": 1.5}, "1.5"),
+        ({"decay_ratio": float("nan")}, "nan"),
+        ({"beta": -0.1}, "-0.1"),
+        ({"step": -1, "total_steps": 4}, "-1"),
+        ({"use_dora": True}, "use_dora"),
+        ({"lora_bias": True}, "lora_bias"),
+        ({"init_lora_weights": "pissa"}, "pissa"),
+        ({"target_parameters": ["experts.down"]}, "target_parameters"),
+    ],
+)
+def test_a_wrong_option_is_named(options: dict[str, Any], word: str) -> None:
+    with pytest.raises(UserError, match=word):
+        AfaLoraConfig(**options)
+
+
+def test_config_follows_step_and_total() -> None:
+    config = AfaLoraConfig(placement="σ-A-σ-B", step=1, total_steps=10)
+    assert config.placement == "s-A-s-B" and config.beta == pytest.approx(2 / 3)
+    assert copy.deepcopy(config) == config and config._custom_modules == {nn.Linear: AfaLinear}
+
+
+# ---- the layer ----
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("activation", SIGMA)
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_layer_is_the_formula(placement: str, activation: str, beta: float) -> None:
+    model = adapted(placement=placement, activation=activation, beta=beta)
+    close(model.get_base_model().fc(X), expected_fc(model, {"default": (beta, activation, placement)}))
+
+
+def test_beta_follows_the_step_in_every_layer() -> None:
+    model = adapted(activation="tanh")
+    head = model.get_base_model()
+    for step in range(5):
+        beta = set_annealing_step(model, step, 10)
+        assert beta == beta_at(step, 10) == model.peft_config["default"].beta
+        close(head.fc(X), expected_fc(model, {"default": (beta, "tanh", "A-s-B")}))
+        assert [m.annealed["default"].beta_on(X.device).item() for m in (head.fc, head.lm_head)] == [beta] * 2
+    assert (model.peft_config["default"].step, model.peft_config["default"].total_steps) == (4, 10)
+    assert not any("beta" in name for name, _ in [*model.named_buffers(), *model.state_dict().items()])
+
+
+def test_set_annealing_step_needs_an_afa_adapter() -> None:
+    with pytest.raises(UserError, match="no AFA-LoRA adapter"):
+        set_annealing_step(add_adapter(Head(), LoraConfig(target_modules=["fc"])), 0, 10)
+    with pytest.raises(UserError, match="'other'"):
+        set_annealing_step(adapted(), 0, 10, "other")
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize("beta", [0.0, 0.5])
+def test_bf16_input_is_never_cast_up(placement: str, beta: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = adapted(torch.bfloat16, placement=placement, beta=beta)
+    fc = model.get_base_model().fc
+    assert fc.lora_A["default"].weight.dtype == torch.float32
+    seen: set[torch.dtype] = set()
+    linear = nn.functional.linear
+    monkeypatch.setattr(nn.functional, "linear", lambda x, *rest: (seen.add(x.dtype), linear(x, *rest))[1])
+    out = fc(X.bfloat16())
+    assert out.dtype == torch.bfloat16 and seen == {torch.bfloat16}
+    out.float().sum().backward()
+    assert fc.lora_A["default"].weight.grad.dtype == torch.float32
+
+
+def test_a_hooked_base_layer_is_called_and_gives_the_same() -> None:
+    model = adapted(beta=0.4)
+    fc, calls = model.get_base_model().fc, []
+    fused = fc(X)
+    fc.base_layer.register_forward_hook(lambda *_: calls.append(1))
+    close(fc(X), fused)
+    assert calls == [1]
+
+
+def test_dropout_acts_in_training_only() -> None:
+    model = adapted(beta=0.4, lora_dropout=0.5)
+    fc = model.get_base_model().fc
+    expected = expected_fc(model, {"default": (0.4, "silu", "A-s-B")})
+    close(fc(X), expected)
+    model.train()
+    torch.manual_seed(5)
+    dropped = nn.functional.dropout(X, 0.5)
+    torch.manual_seed(5)
+    base = X @ fc.base_layer.weight.T + fc.base_layer.bias
+    a, b = fc.lora_A["default"].weight, fc.lora_B["default"].weight
+    close(fc(X), base + 1.5 * delta(dropped, a, b, 0.4, "silu", "A-s-B"))
+
+
+def test_rslora_scaling() -> None:
+    model = adapted(beta=0.4, use_rslora=True)
+    fc = model.get_base_model().fc
+    base = X @ fc.base_layer.weight.T + fc.base_layer.bias
+    a, b = fc.lora_A["default"].weight, fc.lora_B["default"].weight
+    close(fc(X), base + 6 / math.sqrt(4) * delta(X, a, b, 0.4, "silu", "A-s-B"))
+
+
+def test_disabled_adapter_is_the_base() -> None:
+    model = adapted(beta=0.4)
+    base = Head()(X)
+    with model.disable_adapter():
+        close(model(X), base)
+    assert not torch.allclose(model(X), base)
+
+
+@pytest.mark.parametrize("plain_first", [False, True])
+def test_plain_lora_beside_afa_on_the_same_layers(plain_first: bool) -> None:
+    shared = {"r": 4, "lora_alpha": 6, "target_modules": ["fc", "lm_head"]}
+    configs = {"plain": LoraConfig(**shared), "afa": AfaLoraConfig(**shared, beta=0.4)}
+    first, second = ("plain", "afa") if plain_first else ("afa", "plain")
+    model = get_peft_model(Head(), configs[first], adapter_name=first)
+    model.add_adapter(second, configs[second])
+    randomise(model)
+    model.eval()
+    fc = model.get_base_model().fc
+    alone = {"plain": {"plain": (0.0, "silu", "A-s-B")}, "afa": {"afa": (0.4, "silu", "A-s-B")}}
+    for name, adapters in alone.items():
+        model.set_adapter(name)
+        close(fc(X), expected_fc(model, adapters))
+    model.base_model.set_adapter(["plain", "afa"])
+    close(fc(X), expected_fc(model, alone["plain"] | alone["afa"]))
+    rows = ["afa", "plain", "__base__"]
+    mixed = model(X, adapter_names=rows)
+    for row, name in enumerate(rows):
+        model.set_adapter(name) if name != "__base__" else model.base_model.disable_adapter_layers()
+        close(mixed[row], model(X)[row])
+
+
+def test_two_afa_adapters_add_up_and_anneal_apart() -> None:
+    model = adapted(beta=1.0)
+    add_adapter(model, AfaLoraConfig(r=4, lora_alpha=6, target_modules=["fc"], placement="s-A-B-s"), "two")
+    randomise(model)
+    model.base_model.set_adapter(["default", "two"])
+    set_annealing_step(model, 1, 10, "two")
+    expected = expected_fc(model, {"default": (1.0, "silu", "A-s-B"), "two": (2 / 3, "silu", "s-A-B-s")})
+    close(model.eval().get_base_model().fc(X), expected)
+
+
+def test_beta_moved_in_inference_mode_can_be_trained_with() -> None:
+    model = adapted(beta=0.5)
+    variant = model.get_base_model().fc.annealed["default"]
+    with torch.inference_mode():
+        model(X)
+        moved = variant.beta_on(torch.device("meta"))  # as by the first forward on a GPU
+    assert moved.device.type == "meta" and not moved.is_inference()
+
+
+def test_relu_after_b_moves_by_the_second_step() -> None:
+    options = {"placement": "s-A-B-s", "activation": "relu", "r": 4, "target_modules": ["fc"]}
+    model = add_adapter(Head(), AfaLoraConfig(**options))
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    b = model.get_base_model().fc.lora_B["default"].weight
+    moved = []
+    for step in range(2):
+        set_annealing_step(model, step, 10)
+        model(X).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        moved.append(bool(b.abs().sum() > 0))
+    assert moved == [False, True]
+
+
+# ---- refusals ----
+
+
+class QuantisedLinear(nn.Linear):
+    """A subclass, as quantisation libraries make them."""
+
+
+@pytest.mark.parametrize("existing", [False, True])
+@pytest.mark.parametrize(
+    ("layer", "word"),
+    [
+        (nn.Embedding(9, 6), "Embedding"),
+        (nn.Conv1d(6, 6, 1), "Conv1d"),
+        (QuantisedLinear(6, 6), "QuantisedLinear"),
+    ],
+)
+def test_layers_that_are_not_plain_linear_are_named(layer: nn.Module, word: str, existing: bool) -> None:
+    model: nn.Module = nn.ModuleDict({"odd": copy.deepcopy(layer)})
+    config = AfaLoraConfig(target_modules=["odd"])
+    if existing:
+        model = get_peft_model(model, LoraConfig(target_modules=["odd"]))
+    with pytest.raises(UserError, match=f"'odd' is .*{word}"):
+        model.add_adapter("afa", config) if isinstance(model, PeftModel) else get_peft_model(model, config)
+
+
+def test_quantised_weight_in_a_plain_linear_is_named() -> None:
+    odd = nn.Linear(6, 6)
+    odd.weight = nn.Parameter(torch.zeros(6, 6, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(UserError, match="'odd' is .*int8"):
+        add_adapter(nn.ModuleDict({"odd": odd}), AfaLoraConfig(target_modules=["odd"]))
+
+
+def test_target_that_names_no_layer() -> None:
+    with pytest.raises(UserError, match="'q_projj'.*fc, lm_head"):
+        add_adapter(Head(), AfaLoraConfig(target_modules=["fc", "q_projj"]))
+    with pytest.raises(UserError, match="Head"):
+        add_adapter(Head(), AfaLoraConfig(target_modules="nothing.*"))

@@ -1,0 +1,151 @@
+"""Heads are read strictly and written whole."""
+
+import json
+
+import pytest
+import torch
+from conftest import make_tiny_head, make_tiny_target
+from safetensors.torch import load_file, save_file
+
+from draft.checkpoint import atomic_folder, check_fits, load_head, save_head
+from draft.errors import UserError
+
+PLAIN_NAMES = {
+    "fc.weight",
+    "midlayer.hidden_norm.weight",
+    "midlayer.input_layernorm.weight",
+    "midlayer.post_attention_layernorm.weight",
+    "midlayer.self_attn.q_proj.weight",
+    "midlayer.self_attn.k_proj.weight",
+    "midlayer.self_attn.v_proj.weight",
+    "midlayer.self_attn.o_proj.weight",
+    "midlayer.mlp.gate_proj.weight",
+    "midlayer.mlp.up_proj.weight",
+    "midlayer.mlp.down_proj.weight",
+    "norm.weight",
+    "lm_head.weight",
+    "d2t",
+    "t2d",
+}
+
+
+@pytest.fixture
+def folder(tiny_head, tiny_target, tmp_path):
+    save_head(tiny_head, tmp_path / "head", dtype=torch.float64, about={"target_fingerprint": tiny_target.fingerprint})
+    return tmp_path / "head"
+
+
+def edit(folder, change):
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def test_round_trip_is_exact(folder, tiny_head):
+    head, about = load_head(folder)
+    assert about["target_fingerprint"]
+    assert head.config == tiny_head.config
+    for (name, ours), theirs in zip(tiny_head.state_dict().items(), head.state_dict().values(), strict=True):
+        assert torch.equal(ours, theirs), name
+
+
+def test_the_file_has_the_names_and_offsets_that_engines_read(folder, tiny_head):
+    tensors = load_file(folder / "model.safetensors")
+    assert set(tensors) == PLAIN_NAMES
+    target_ids = torch.arange(len(tensors["d2t"])) + tensors["d2t"]
+    assert torch.equal(target_ids, tensors["t2d"].nonzero()[:, 0])
+    config = json.loads((folder / "config.json").read_text())
+    assert config["architectures"] == ["LlamaForCausalLMEagle3"]
+    assert config["model_type"] == "llama" and config["num_hidden_layers"] == 1
+    assert config["draft_vocab_size"] == 200 and config["vocab_size"] == 259
+    assert config["norm_before_residual"] is False and config["tie_word_embeddings"] is False
+    assert not any("layer_ids" in key for key in config)  # engines disagree on what such ids mean
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda t: t.pop("fc.weight"), "fc.weight is missing"),
+        (lambda t: t.update(extra=torch.zeros(1)), "extra is unexpected"),
+        (lambda t: t.update({"norm.weight": torch.zeros(3)}), r"norm.weight has shape \(3,\)"),
+    ],
+)
+def test_a_wrong_tensor_is_named(folder, change, words):
+    edit(folder, change)
+    with pytest.raises(UserError, match=words):
+        load_head(folder)
+
+
+def test_names_of_other_trainers_are_understood(folder, tiny_head):
+    def rename(tensors):
+        for name in [name for name in tensors if name.startswith("midlayer.")]:
+            tensors[name.replace("midlayer.", "layers.0.")] = tensors.pop(name)
+        del tensors["t2d"]
+        tensors["embed_tokens.weight"] = torch.zeros(259, 32)
+
+    edit(folder, rename)
+    head, _ = load_head(folder)
+    assert torch.equal(head.t2d, tiny_head.t2d)
+    assert torch.equal(head.midlayer.mlp.up_proj.weight, tiny_head.midlayer.mlp.up_proj.weight)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("norm_before_residual", True, "norm_before_residual"),
+        ("architectures", ["MedusaModel"], "MedusaModel"),
+        ("rms_norm_eps", None, "rms_norm_eps"),
+        ("eagle_aux_hidden_state_layer_ids", [1, 3, 4], r"\[1, 3, 4\]"),
+        ("num_hidden_layers", 2, "num_hidden_layers"),
+    ],
+)
+def test_an_unsupported_config_is_refused(folder, key, value, words):
+    config = json.loads((folder / "config.json").read_text())
+    config[key] = value
+    if value is None:
+        del config[key]
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=words):
+        check_fits(*load_head(folder), make_tiny_target())
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_damaged_file_is_named(folder, name):
+    (folder / name).write_bytes(b"{ nonsense")
+    with pytest.raises(UserError, match=name):
+        load_head(folder)
+
+
+def test_a_missing_head_names_the_bundled_ones(tmp_path):
+    with pytest.raises(UserError, match="smollm2-eagle3"):
+        load_head(tmp_path / "nowhere")
+
+
+def test_another_target_is_refused_with_both_fingerprints(folder, tiny_target):
+    head, about = load_head(folder)
+    other = make_tiny_target(seed=1)
+    check_fits(head, about, tiny_target)
+    with pytest.raises(UserError, match=f"{tiny_target.fingerprint}.*{other.fingerprint}"):
+        check_fits(head, about, other)
+
+
+def test_a_head_of_another_width_is_refused(tiny_target):
+    head = make_tiny_head(tiny_target)
+    head.config.hidden_size = 64
+    with pytest.raises(UserError, match=r"hidden size is 64 and the target's is 32"):
+        check_fits(head, {}, tiny_target)
+
+
+def test_a_failed_write_leaves_the_old_folder(tmp_path):
+    folder = tmp_path / "head"
+    with atomic_folder(folder) as temporary:
+        (temporary / "file").write_text("old")
+    with pytest.raises(RuntimeError), atomic_folder(folder) as temporary:
+        (temporary / "file").write_text("new")
+        raise RuntimeError
+    assert (folder / "file").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["head"]
+    with atomic_folder(folder) as temporary:
+        (temporary / "file").write_text("new")
+    assert (folder / "file").read_text() == "new"
+    assert [path.name for path in tmp_path.iterdir()] == ["head"]

@@ -1,0 +1,264 @@
+"""The paired comparison, its gate, and what it writes."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import make_tiny_head
+from rich.console import Console
+
+import draft.comparison
+from draft.acceptance import replay
+from draft.comparison import Contender, compare, general_rows, row_ids
+from draft.comparison_report import print_report, public, summary, to_json, write_report
+from draft.data.dataset import Row, conversation_id, write_dataset
+from draft.data.responses import generate_responses
+from draft.errors import UserError
+from draft.tau import Interval, bootstrap_gain
+from draft.training.step import shift_left, unroll
+
+ROWS = 24
+
+
+@pytest.fixture(scope="module")
+def rows(tiny_target):
+    generator = torch.Generator().manual_seed(5)
+    prompts = [torch.randint(3, 259, (4,), generator=generator).tolist() for _ in range(ROWS)]
+    made = []
+    for heat in (0.0, 1.0):
+        for index, response in generate_responses(tiny_target, prompts, max_new_tokens=10, temperature=heat):
+            prompt = prompts[index]
+            mask = [False] * len(prompt) + [True] * len(response)
+            made.append(Row(conversation_id(prompt), [*prompt, *response], mask, len(prompt), heat, 1.0, "test"))
+    return made
+
+
+@pytest.fixture(scope="module")
+def better(tiny_target, tiny_head, rows):
+    """The tiny head after some steps on the rows' own text."""
+    head = make_tiny_head(tiny_target).train()
+    ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row.ids) for row in rows], batch_first=True)
+    with torch.no_grad():
+        output = tiny_target.forward(ids, layers=tiny_target.default_auxiliary_layers)
+        embeds = tiny_target.embedding(ids)
+        teacher = tiny_target.logits(output.last_hidden, head.vocabulary).softmax(-1)
+    optimiser = torch.optim.AdamW(head.parameters(), lr=5e-3)
+    for _ in range(25):
+        loss = torch.zeros((), dtype=torch.float64)
+        for step, hidden in enumerate(unroll(head, embeds, output.auxiliary, 2)):
+            loss = loss - (shift_left(teacher, 1 + step) * head.logits(hidden).log_softmax(-1)).sum(-1).mean()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    return head.eval()
+
+
+def contender(name, head, **about):
+    return Contender(name, head, {"trained_rows": [], **about})
+
+
+@pytest.fixture(scope="module")
+def comparison(tiny_target, tiny_head, better, rows):
+    base = contender("base", tiny_head)
+    new = contender("/home/someone/heads/new", better, command="draft-train merge /home/someone/run --out x/new")
+    new.about["trained_rows"].extend(["0" * 12, "1" * 12])
+    return compare(tiny_target, base, new, rows, rows[: ROWS // 2], max_steps=5, resamples=500)
+
+
+def test_numbers_are_those_of_replay(tiny_target, tiny_head, better, rows, comparison):
+    alone = {
+        name: replay(tiny_target, {"x": head}, rows, 5)["x"]
+        for name, head in [("baseline", tiny_head), ("candidate", better)]
+    }
+    for length in (1, 3, 5):
+        for name, result in alone.items():
+            assert comparison.domain.greedy.taus[name][length - 1].value == result.tau(length)
+            assert (comparison.domain.replay(name).blocks == result.blocks).all()
+        gain = bootstrap_gain(
+            *(alone[name].units(length).tolist() for name in ("baseline", "candidate")), resamples=500
+        )
+        assert comparison.domain.greedy.gains[length - 1] == gain
+    assert comparison.domain.greedy.conversations == ROWS
+    assert comparison.domain.sampled.conversations == ROWS
+    assert comparison.general.greedy.conversations == ROWS // 2
+    assert comparison.general.sampled is None  # the first rows are the greedy ones
+
+
+def test_a_better_head_ships_and_a_worse_one_does_not(tiny_target, tiny_head, better, rows, comparison):
+    assert comparison.gain(comparison.domain).low > 0
+    assert comparison.ship and comparison.verdict == "ship"
+    back = compare(
+        tiny_target,
+        contender("new", better),
+        contender("base", tiny_head),
+        rows,
+        max_steps=2,
+        deciding_length=2,
+        resamples=200,
+    )
+    assert not back.ship and back.verdict == "don't ship"
+    same = compare(
+        tiny_target,
+        contender("new", better),
+        contender("copy", better),
+        rows,
+        max_steps=2,
+        deciding_length=2,
+        resamples=200,
+    )
+    assert same.gain(same.domain) == Interval(0, 0, 0)
+    assert not same.ship
+
+
+@pytest.mark.parametrize(
+    ("domain_low", "general_low", "ship"),
+    [
+        (0.01, None, True),
+        (0.0, None, False),
+        (-0.01, None, False),
+        (math.nan, None, False),
+        (0.01, -0.019, True),
+        (0.01, -0.02, False),
+        (0.01, 0.05, True),
+        (-0.01, 0.05, False),
+        (0.01, math.nan, False),
+    ],
+)
+def test_the_gate(comparison, domain_low, general_low, ship):
+    def measurement(low):
+        gains = [Interval(9.0, 9.0, 9.0)] * 4 + [Interval(0.5, low, 0.9)]  # only the deciding length counts
+        return replace(comparison.domain, greedy=replace(comparison.domain.greedy, gains=gains))
+
+    general = None if general_low is None else measurement(general_low)
+    assert replace(comparison, domain=measurement(domain_low), general=general).ship is ship
+
+
+def test_rows_that_the_candidate_was_trained_on_are_refused(tiny_target, tiny_head, rows):
+    base = contender("base", tiny_head)
+    trained = contender("new", tiny_head, trained_rows=row_ids(rows[:3]))
+    with pytest.raises(UserError, match=f"3 of the {ROWS} domain rows .* held-out split"):
+        compare(tiny_target, base, trained, rows[:ROWS], max_steps=1, deciding_length=1)
+    with pytest.raises(UserError, match="3 of the 4 general rows"):
+        compare(tiny_target, base, trained, rows[4:ROWS], rows[:4], max_steps=1, deciding_length=1)
+    # the same prompts answered at temperature 1 are the same conversations
+    with pytest.raises(UserError, match="3 of the 48 domain rows"):
+        compare(tiny_target, base, trained, rows[ROWS:] + rows[3:ROWS] + rows[:3], max_steps=1, deciding_length=1)
+    compare(tiny_target, trained, base, rows[:ROWS], max_steps=1, deciding_length=1, resamples=100)
+
+
+def test_row_ids(rows):
+    assert row_ids(rows) == sorted({row.id[:12] for row in rows})
+    assert all(len(id) == 12 for id in row_ids(rows)) and len(row_ids(rows)) == ROWS
+
+
+def test_mistakes_are_told(tiny_target, tiny_head, rows):
+    base = contender("base", tiny_head)
+    with pytest.raises(UserError, match="deciding_length = 9"):
+        compare(tiny_target, base, base, rows, deciding_length=9)
+    with pytest.raises(UserError, match="0123"):
+        compare(tiny_target, base, contender("new", tiny_head, target_fingerprint="0123"), rows)
+    with pytest.raises(UserError, match="temperature 0"):
+        compare(tiny_target, base, base, rows[ROWS:])
+
+
+def test_warnings(tiny_target, tiny_head, rows, comparison):
+    assert comparison.warnings == [w for w in comparison.warnings if w.startswith("general: only 12 greedy")]
+    few = compare(
+        tiny_target,
+        Contender("a", tiny_head, {}),
+        Contender("b", tiny_head, {}),
+        rows[:3],
+        max_steps=1,
+        deciding_length=1,
+    )
+    assert [w.split()[0] for w in few.warnings] == ["domain:", "the", "general"]
+    assert "only 3 greedy conversations" in few.warnings[0]
+
+
+def test_the_report(comparison, tiny_target, tmp_path):
+    write_report(comparison, tmp_path / "out")
+    files = {path.name for path in (tmp_path / "out").iterdir()}
+    assert files == {"comparison.json", "comparison.md", "comparison.png"}
+    text = (tmp_path / "out" / "comparison.json").read_text()
+    values = json.loads(text, parse_constant=pytest.fail)  # NaN is not JSON
+    assert values["verdict"] == "ship" and values["deciding_length"] == 5
+    assert values["target"] == {"name": "tiny", "fingerprint": tiny_target.fingerprint}
+    assert values["heads"]["candidate"] == {
+        "name": "new",
+        "about": {"trained_rows": 2, "command": "draft-train merge run --out x/new"},
+    }
+    fifth = values["domain"]["greedy"]["speculation_lengths"][4]
+    replayed = comparison.domain.replay("candidate")
+    assert fifth["speculation_length"] == 5
+    assert fifth["candidate"]["acceptance_length"]["value"] == replayed.tau(5)
+    assert fifth["candidate"]["acceptance_per_position"] == replayed.acceptance_per_position(5)
+    assert fifth["candidate"]["conditional_acceptance_per_position"][0] == replayed.acceptance_per_position(5)[0]
+    assert fifth["candidate"]["emitted"] / fifth["candidate"]["verifications"] == replayed.tau(5)
+    assert fifth["gain"]["low"] == comparison.gain(comparison.domain).low
+    assert values["domain"]["temperature_1"]["conversations"] == ROWS
+    assert values["general"]["temperature_1"] is None
+    markdown = (tmp_path / "out" / "comparison.md").read_text()
+    assert markdown.startswith("# Ship\n") and summary(comparison) in markdown
+    for each in (text, markdown):
+        assert "/home" not in each
+    assert (tmp_path / "out" / "comparison.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_unknown_numbers_are_null(comparison, tmp_path):
+    blocks = comparison.domain.replay("candidate").blocks * 0
+    empty = {name: replace(result, blocks=blocks) for name, result in comparison.domain.greedy.results.items()}
+    domain = replace(comparison.domain, greedy=replace(comparison.domain.greedy, results=empty))
+    write_report(replace(comparison, domain=domain, general=None), tmp_path)
+    values = json.loads((tmp_path / "comparison.json").read_text(), parse_constant=pytest.fail)
+    assert values["general"] is None
+    assert values["domain"]["greedy"]["speculation_lengths"][0]["baseline"]["acceptance_per_position"] == [None]
+
+
+def test_the_table(comparison):
+    console = Console(file=io.StringIO(), width=110)
+    print_report(comparison, console)
+    shown = console.file.getvalue()
+    for title in (
+        "Domain, greedy, 24 conv",
+        "Domain, temperature 1",
+        "General, greedy, 12 conv",
+        "Verdict at K = 5: ship",
+    ):
+        assert title in shown
+    assert "General, temperature 1" not in shown
+    assert str(comparison.domain.greedy.taus["candidate"][4]) in shown
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("merge /home/u/run --out ~/heads/new", "merge run --out new"),
+        ("--data=/srv/x/data", "--data=data"),
+        ("HuggingFaceTB/SmolLM2-135M", "HuggingFaceTB/SmolLM2-135M"),
+        ("runs/a/b", "runs/a/b"),
+        ("https://example.org/a/b", "https://example.org/a/b"),
+    ],
+)
+def test_public(before, after):
+    assert public({"key": [before]}) == {"key": [after]}
+
+
+def test_general_rows(tiny_target, rows, tmp_path, monkeypatch):
+    monkeypatch.setattr(draft.comparison, "GENERAL_ROWS", tmp_path / "general")
+    with pytest.raises(UserError, match="--general"):
+        general_rows(tiny_target)
+    (tmp_path / "general").mkdir()
+    held_out = [replace(row, split="held-out") for row in rows]
+    write_dataset(tmp_path / "general", held_out, {"target_fingerprint": tiny_target.fingerprint, "target": "tiny"})
+    assert general_rows(tiny_target) == held_out
+    write_dataset(tmp_path / "general", held_out, {"target_fingerprint": "another", "target": "tiny"})
+    assert general_rows(tiny_target) is None
+
+
+def test_to_json_needs_no_files(comparison):
+    assert json.loads(json.dumps(to_json(comparison)))["summary"] == summary(comparison)

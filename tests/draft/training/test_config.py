@@ -1,0 +1,51 @@
+"""Settings: precedence, types and unknown keys."""
+
+import pytest
+
+from draft.errors import UserError
+from draft.training.config import resolve, to_yaml
+
+MINIMUM = {"data": ["d"], "head": "h"}
+
+
+def test_overrides_beat_flags_beat_file(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("training: {seed: 1, epochs: 2, learning_rate: 1e-3}\nadapter: {rank: 4}\n")
+    flags = {**MINIMUM, "seed": 5, "rank": None}
+    settings = resolve("adapt", "o", config_file=file, flags=flags, overrides=["training.seed=9"])
+    assert (settings.training.seed, settings.training.epochs, settings.adapter.rank) == (9, 2.0, 4)
+    assert settings.learning_rate == 1e-3
+
+
+def test_a_resolved_configuration_reads_back_the_same(tmp_path):
+    settings = resolve("adapt", "o", flags={**MINIMUM, "method": "lora", "targets": ["fc"]})
+    file = tmp_path / "config.yaml"
+    file.write_text(to_yaml(settings))
+    assert resolve("adapt", "o", config_file=file) == settings
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"overrides": ["training.sed=1"]}, "training.sed"),
+        ({"overrides": ["train.seed=1"]}, "'train'"),
+        ({"overrides": ["training.seed=x"]}, "'x'"),
+        ({"overrides": ["training.seed=true"]}, "True"),
+        ({"overrides": ["training.seed"]}, "section.key=value"),
+        ({"overrides": ["adapter.rank=0"]}, "rank = 0"),
+        ({"flags": {**MINIMUM, "method": "dora"}}, "'dora'"),
+        ({"flags": {**MINIMUM, "loss": "mse"}}, "'mse'"),
+        ({"flags": {"head": "h"}}, "--data"),
+        ({"flags": {"data": ["d"]}}, "--head"),
+    ],
+)
+def test_a_mistake_is_named(change, words):
+    with pytest.raises(UserError, match=words):
+        resolve("adapt", "o", **{"flags": MINIMUM, **change})
+
+
+def test_a_broken_file_is_named(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("training: [\n")
+    with pytest.raises(UserError, match=r"run\.yaml"):
+        resolve("adapt", "o", config_file=file, flags=MINIMUM)

@@ -1,0 +1,166 @@
+"""Whole runs on a tiny target: pretrain, adapt by each method, interrupt, resume, merge."""
+
+import json
+
+import pytest
+import torch
+from conftest import make_tiny_target
+from rich.console import Console
+
+from draft.checkpoint import load_head
+from draft.data.prepare import prepare
+from draft.errors import UserError
+from draft.merge import merge_run
+from draft.training.config import resolve
+from draft.training.trainer import Trainer, learning_rate_at
+
+QUIET = Console(quiet=True)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A tiny target on disk, data that it wrote, and a head pretrained on them for a few steps."""
+    root = tmp_path_factory.mktemp("world")
+    target = make_tiny_target(dtype=torch.float32)
+    target.model.save_pretrained(root / "target")
+    target.tokenizer.save_pretrained(root / "target")
+    prompts = root / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"number {n} and {n * 7 % 11}"}) + "\n" for n in range(24)))
+    from draft.target import load_target
+
+    target = load_target(str(root / "target"), "float32")
+    prepare(target, root / "data", prompts=[prompts], max_new_tokens=24, held_out_share=0.25, progress=False)
+    run(root, "pretrain", "pretrained", draft_vocab_size=180, max_steps=12, save_every=5)
+    return root
+
+
+def run(root, mode, name, overrides=(), **flags):
+    flags = {"target": str(root / "target"), "dtype": "float32", "data": [str(root / "data")], "draft_steps": 3,
+             "tokens_per_batch": 256, "eval_every": 6, "eval_rows": 3, **flags}  # fmt: skip
+    if mode == "adapt":
+        flags["head"] = str(root / "pretrained" / "head")
+    settings = resolve(mode, str(root / name), flags=flags, overrides=overrides)
+    return Trainer(settings, QUIET).train()
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_pretraining_lowers_the_loss_and_leaves_a_whole_run(world):
+    folder = world / "pretrained"
+    losses = [line["loss"] for line in metrics(folder) if "loss" in line]
+    assert len(losses) == 12 and sum(losses[-3:]) < 0.9 * sum(losses[:3])
+    assert [line["step"] for line in metrics(folder) if "tau" in line] == [0, 6, 12]
+    head, about = load_head(folder / "head")
+    assert about["method"] == "full" and about["steps"] == 12 and about["trained_rows"]
+    assert head.config.draft_vocab_size == 180
+    names = {path.name for path in folder.iterdir()}
+    files = {"config.yaml", "provenance.json", "metrics.jsonl", "training.png", "about.json"}
+    assert files | {"checkpoints", "head"} <= names
+    kept = {path.name for path in (folder / "checkpoints").iterdir()}
+    assert kept == {"step-0000010", "step-0000012", "latest.json"}
+
+
+@pytest.mark.parametrize("method", ["afa-lora", "lora", "full"])
+def test_adapting_and_merging(world, method, tmp_path):
+    result = run(world, "adapt", f"adapted-{method}", method=method, rank=4, alpha=8, max_steps=10)
+    betas = [line["beta"] for line in metrics(world / f"adapted-{method}") if "loss" in line]
+    if method == "afa-lora":
+        assert betas == pytest.approx([2 / 3, 1 / 3] + [0.0] * 8)
+    else:
+        assert betas == [None] * 10
+    assert result.name == ("head" if method == "full" else "adapter")
+    merged = merge_run(world / f"adapted-{method}", tmp_path / "merged")
+    base, _ = load_head(world / "pretrained" / "head")
+    head, about = load_head(tmp_path / "merged")
+    assert set(head.state_dict()) == set(base.state_dict()) and head.fc.weight.dtype == base.fc.weight.dtype
+    assert not torch.equal(head.midlayer.self_attn.q_proj.weight, base.midlayer.self_attn.q_proj.weight)
+    assert torch.equal(head.d2t, base.d2t)
+    assert about["method"] == method
+    if method != "full":
+        assert merged.layers == 7 and merged.rounding < 1e-6
+        assert torch.equal(head.lm_head.weight, base.lm_head.weight)
+
+
+def test_a_merged_head_computes_what_the_adapter_computed(world, tmp_path):
+    from draft.afa import load_afa_adapter
+
+    run(world, "adapt", "for-merging", rank=4, max_steps=4)
+    merge_run(world / "for-merging", tmp_path / "merged")
+    base, _ = load_head(world / "pretrained" / "head", dtype=torch.float64)
+    load_afa_adapter(base, world / "for-merging" / "adapter", is_trainable=False)
+    merged, _ = load_head(tmp_path / "merged", dtype=torch.float64)
+    x = torch.randn(1, 6, 96, dtype=torch.float64), torch.randn(1, 6, 32, dtype=torch.float64)
+    positions = torch.arange(6)[None]
+    with torch.no_grad():
+        ours, theirs = (head.logits(head(x[1], head.fuse(x[0]), positions)) for head in (merged, base.eval()))
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+def test_an_annealed_adapter_is_not_merged(world, tmp_path):
+    run(world, "adapt", "early", rank=4, max_steps=10)
+    folder = world / "early" / "adapter"
+    config = json.loads((folder / "adapter_config.json").read_text())
+    config |= {"peft_type": "AFA_LORA", "step": 1, "total_steps": 10, "decay_ratio": 0.3, "beta": 2 / 3}
+    config |= {"activation": "silu", "placement": "A-s-B", "schedule": "linear"}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="step 3"):
+        merge_run(world / "early", tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize("method", ["afa-lora", "full"])
+def test_an_interrupted_run_ends_with_the_same_weights(world, method, monkeypatch):
+    settings = {"method": method, "rank": 4, "max_steps": 8, "save_every": 3, "gradient_accumulation": 2}
+    run(world, "adapt", f"whole-{method}", **settings)
+
+    class Interrupted(Exception):
+        pass
+
+    original = Trainer._optimise
+
+    def stop(trainer, window):
+        if trainer.step == 5:
+            raise Interrupted
+        return original(trainer, window)
+
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(Trainer, "_optimise", stop)
+        run(world, "adapt", f"broken-{method}", **settings)
+    run(world, "adapt", f"broken-{method}", **settings)
+    kinds = [f"whole-{method}", f"broken-{method}"]
+    heads = [load_head(merge_run(world / kind, world / f"{kind}-head").head)[0].state_dict() for kind in kinds]
+    for name, value in heads[0].items():
+        assert torch.equal(value, heads[1][name]), name
+    lines = [[(line["step"], line.get("loss")) for line in metrics(world / kind)] for kind in kinds]
+    assert [line for line in lines[0] if line[1]] == [line for line in lines[1] if line[1]]
+
+
+def test_accumulation_gives_the_gradient_of_the_larger_batch(world):
+    small = run(world, "adapt", "accumulated", method="full", max_steps=1, gradient_accumulation=100)
+    large = run(world, "adapt", "at-once", method="full", max_steps=1, tokens_per_batch=100_000)
+    for name, value in load_head(small)[0].state_dict().items():
+        torch.testing.assert_close(value, load_head(large)[0].state_dict()[name], atol=2e-5, rtol=0)
+    losses = [metrics(world / name)[1]["loss"] for name in ("accumulated", "at-once")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_other_settings_in_the_same_folder_are_refused(world):
+    with pytest.raises(UserError, match="other settings"):
+        run(world, "pretrain", "pretrained", draft_vocab_size=100, max_steps=12, save_every=5)
+
+
+def test_data_of_another_target_is_refused(world, tmp_path):
+    other = make_tiny_target(seed=3, dtype=torch.float32)
+    other.model.save_pretrained(tmp_path / "other")
+    other.tokenizer.save_pretrained(tmp_path / "other")
+    with pytest.raises(UserError, match=other.fingerprint):
+        run(world, "pretrain", "wrong", target=str(tmp_path / "other"), max_steps=1)
+
+
+def test_the_learning_rate_rises_and_falls_to_a_tenth():
+    settings = resolve("pretrain", "o", flags={"data": ["d"], "learning_rate": 1.0, "warmup_ratio": 0.1})
+    rates = [learning_rate_at(step, 100, settings) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1) and max(rates) == rates[10] == pytest.approx(1.0)
+    assert rates[99] == pytest.approx(0.1, abs=1e-3) and rates[10:] == sorted(rates[10:], reverse=True)
