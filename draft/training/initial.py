@@ -52,9 +52,11 @@ class Ridge:
 
 @torch.no_grad()
 def initialise(head: Eagle3Head, target: Target, batches: Iterable[tuple[Features, Tensor]], seed: int) -> None:
-    """Set the head's weights in place from batches of (features, attention mask [batch, tokens])."""
+    """Set the head's weights in place from batches of (features, attention mask [batch, tokens]); none: leave it."""
     generator = torch.Generator().manual_seed(seed)
     batches = list(batches)
+    if not batches:
+        return
     layer, attention = head.midlayer, head.midlayer.self_attn
     for norm in (layer.input_layernorm, layer.hidden_norm, layer.post_attention_layernorm):
         norm.weight.fill_(1.0)

@@ -102,9 +102,14 @@ class Trainer:
             return head, about
         size = min(settings.model.draft_vocab_size, target.vocab_size)
         vocabulary = draft_vocabulary(self.rows.train, size, target.vocab_size, sorted(target.eos_token_ids))
+        # a run that goes on takes its weights from the checkpoint
+        first = iter(()) if self._latest() else self._first_batches()
         with self.console.status("Solving for the head's first weights"):
-            head = new_head(target, vocabulary, self._first_batches(), settings.training.seed)
+            head = new_head(target, vocabulary, first, settings.training.seed)
         return head, {}
+
+    def _latest(self) -> Path | None:
+        return latest_snapshot(self.folder / "checkpoints")
 
     def _first_batches(self) -> Iterator[tuple[Features, Tensor]]:
         """Enough rows of the first epoch for the closed-form start: (features, attention mask)."""
@@ -229,14 +234,18 @@ class Trainer:
             )
         config.write_text(wanted)
         write_json(self.folder / "provenance.json", provenance())
-        checkpoint = latest_snapshot(self.folder / "checkpoints")
+        checkpoint = self._latest()
         if checkpoint is not None:
-            self.step = load_snapshot(checkpoint, self.saver, self.optimizer.optimizer)["step"]
+            progress = load_snapshot(checkpoint, self.saver, self.optimizer.optimizer)
+            self.step = progress["step"]
+            for group, scale in zip(self.optimizer.param_groups, progress["scales"], strict=True):
+                group["scale"] = scale
             self.console.print(f"Continuing {str(self.folder)!r} from step {self.step} of {self.total_steps}.")
         self._anneal()
 
     def _save_snapshot(self) -> None:
-        progress = {"step": self.step, "total_steps": self.total_steps}
+        scales = [group["scale"] for group in self.optimizer.param_groups]
+        progress = {"step": self.step, "total_steps": self.total_steps, "scales": scales}
         save_snapshot(
             self.folder / "checkpoints",
             self.saver,

@@ -136,7 +136,7 @@ def _sentence(problem: dict[str, Any]) -> str:
     """One problem: the field, what holds for it, and the value where it is a number or a short word."""
     if problem["type"] == "json_invalid":
         return f"the body is not valid JSON: {problem['ctx']['error']}"
-    field = ".".join(ascii(part)[1:-1] if isinstance(part, str) else str(part) for part in problem["loc"][1:])
+    field = ".".join(str(part) for part in problem["loc"][1:])
     about = f"`{field[:100]}`: " if field else ""
     # texts are the user's own, and an error does not repeat them, except a word in a number's place
     value = problem["input"]

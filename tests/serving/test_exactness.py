@@ -339,7 +339,7 @@ def deviations(samples: Counter[tuple[int, ...]], law: dict[tuple[int, ...], flo
 
 @pytest.mark.parametrize("rule", list(RULES))
 def test_sampled_answers_follow_the_law_of_the_target(small: Engine, rule: str) -> None:
-    prompt, total = [1, 2], 800
+    prompt, total = [1, 2], 600
     settings = {"max_new_tokens": LENGTH, "temperature": 1.3, "top_p": 0.9, "ignore_eos": True}
     samples: Counter[tuple[int, ...]] = Counter()
     accepted = 0

@@ -220,6 +220,16 @@ def test_sampled_chains_follow_the_target(name: str) -> None:
     assert deviations(samples, probabilities(target, 0.8, 2), 3) > 5
 
 
+def test_what_replaces_a_rejected_draft_does_not_depend_on_it() -> None:
+    # token 3 is mostly drafted and never right; were it replaced with the noise that it was drafted with, token 0, the
+    # other likely draft, would come too rarely
+    target = {prefix: torch.tensor([0.4, 0.2, 0.4, 0.0]).double().log() for prefix in random_tables(1, 0)}
+    head = {prefix: torch.tensor([0.3, 0.0, 0.01, 0.69]).double().log() for prefix in target}
+    rules = (RULES["rejection"](SamplingParams(temperature=1.0), seed) for seed in range(1200))
+    samples = [decode(rule, target, head, k=1, length=2)[:1] for rule in rules]
+    assert deviations(samples, probabilities(target, 1.0), 1) < 4
+
+
 def test_drawing_notices_a_rule_that_drafts_and_judges_differently() -> None:
     class WrongQ(RULES["rejection"]):  # type: ignore[misc]
         def draft(self, logits: Tensor, vocabulary: Tensor, position: int) -> tuple[Tensor, Tensor | None]:

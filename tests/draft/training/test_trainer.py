@@ -110,10 +110,10 @@ def test_an_annealed_adapter_is_not_merged(world, tmp_path):
     assert not (tmp_path / "merged").exists()
 
 
-@pytest.mark.parametrize("method", ["afa-lora", "full"])
-def test_an_interrupted_run_ends_with_the_same_weights(world, method, monkeypatch):
+@pytest.mark.parametrize(("mode", "method"), [("adapt", "afa-lora"), ("adapt", "full"), ("pretrain", "full")])
+def test_an_interrupted_run_ends_with_the_same_weights(world, mode, method, monkeypatch):
     settings = {"method": method, "rank": 4, "max_steps": 8, "save_every": 3, "gradient_accumulation": 2}
-    run(world, "adapt", f"whole-{method}", **settings)
+    run(world, mode, f"{mode}-whole-{method}", **settings)
 
     class Interrupted(Exception):
         pass
@@ -127,9 +127,9 @@ def test_an_interrupted_run_ends_with_the_same_weights(world, method, monkeypatc
 
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
         patch.setattr(Trainer, "_optimise", stop)
-        run(world, "adapt", f"broken-{method}", **settings)
-    run(world, "adapt", f"broken-{method}", **settings)
-    kinds = [f"whole-{method}", f"broken-{method}"]
+        run(world, mode, f"{mode}-broken-{method}", **settings)
+    run(world, mode, f"{mode}-broken-{method}", **settings)
+    kinds = [f"{mode}-whole-{method}", f"{mode}-broken-{method}"]
     heads = [load_head(merge_run(world / kind, world / f"{kind}-head").head)[0].state_dict() for kind in kinds]
     for name, value in heads[0].items():
         assert torch.equal(value, heads[1][name]), name
