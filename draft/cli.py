@@ -220,8 +220,9 @@ def compare(
     loaded = load_target(target, dtype, device)
     dataset = open_dataset(data)
     dataset.check_target(loaded)
-    rows = general_rows(loaded)
-    if general is not None:
+    if general is None:
+        rows = general_rows(loaded)
+    else:
         other = open_dataset(general)
         other.check_target(loaded)
         rows = list(other.rows("held-out"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -28,11 +29,16 @@ class Interval:
         return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
+@lru_cache(maxsize=4)  # a report asks for the same resamples of the same units many times
+def _counts(units: int, resamples: int, seed: int) -> np.ndarray:
+    """How often each unit is drawn, with replacement: [resamples, units]."""
+    rng = np.random.default_rng(seed)
+    return rng.multinomial(units, np.full(units, 1 / units), size=resamples).astype(np.float64)
+
+
 def _resampled_sums(values: np.ndarray, resamples: int, seed: int) -> np.ndarray:
     """Sums over units drawn with replacement: values [units, columns] -> [resamples, columns]."""
-    rng = np.random.default_rng(seed)
-    counts = rng.multinomial(len(values), np.full(len(values), 1 / len(values)), size=resamples)
-    return counts @ values
+    return _counts(len(values), resamples, seed) @ values
 
 
 def bootstrap_ratio(

@@ -23,7 +23,7 @@ from serving.engine.proposers import ChainProposer
 
 PROMPT = [3, 1]
 NEW_TOKENS = 4
-MAX_STEPS = 3
+MAX_STEPS = 2
 
 
 def row(prompt, response, temperature=1.0, top_p=1.0, id="row"):

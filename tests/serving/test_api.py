@@ -93,7 +93,7 @@ def test_what_turns_sampling_on(client, parameters, samples) -> None:
         assert again["generated_text"] == drawn["generated_text"]
 
 
-def test_the_same_seed_gives_the_same_text_whatever_speculation_does(client) -> None:
+def test_the_same_seed_gives_the_same_text_whatever_speculation_does(client, tiny_target, tiny_head) -> None:
     def speculating(**speculative: Any) -> dict[str, Any]:
         settings = {"temperature": 1.0, "seed": 7, "details": True, "max_new_tokens": 16}
         return ask(client, **settings, speculative=speculative).json()
@@ -111,7 +111,13 @@ def test_the_same_seed_gives_the_same_text_whatever_speculation_does(client) -> 
     assert (figures["enabled"], figures["drafted"], figures["acceptance_per_position"]) == (False, 0, [])
     assert speculating(num_tokens=0)["details"]["speculative"]["enabled"] is False
     assert len(two["details"]["speculative"]["acceptance_per_position"]) == 2
-    assert speculating(rule="rejection")["details"]["speculative"]["rule"] == "rejection"
+    by_rejection = speculating(rule="rejection")
+    assert by_rejection["details"]["speculative"]["rule"] == "rejection"
+    params = SamplingParams(max_new_tokens=16, temperature=1.0, seed=7)
+    expected = Engine(tiny_target, tiny_head, rule="rejection").generate(
+        tiny_target.tokenizer(PROMPT).input_ids, params
+    )
+    assert by_rejection["generated_text"] == expected.text != default["generated_text"]
 
 
 def test_figures_of_speculation_are_the_engine_s(client, tiny_target, tiny_head) -> None:
