@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from peft import PeftModel
 from rich.console import Console
-from torch import Tensor, nn
+from torch import Tensor
 
 from draft.acceptance import replay_acceptance_length
 from draft.afa import set_annealing_step
@@ -28,6 +28,7 @@ from draft.training.config import RunSettings, to_yaml
 from draft.training.features import Features, FeatureSource, fits_in_memory
 from draft.training.monitor import Monitor, draw, provenance
 from draft.training.objective import Objective, loss_sum, trained_positions
+from draft.training.optimiser import learning_rate_at, parameter_groups
 from draft.training.snapshots import latest_snapshot, load_snapshot, save_snapshot, trained_parameters
 
 INITIAL_TOKENS = 40_000  # that a new head's first weights are solved from
@@ -266,29 +267,6 @@ class Trainer:
         self.head.eval()
         save_head(self.head, result, dtype=self.target.stored_dtype, about=about)
         return result
-
-
-def parameter_groups(parameters: list[nn.Parameter], *, scaled: bool) -> list[dict[str, Any]]:
-    """One group a parameter, with `scale`, its share of the learning rate.
-
-    Adam moves every weight by about the rate, whatever its size. `fc` reads raw residual streams of large scale and has
-    small weights: a rate that suits the other matrices would overwrite it in a few steps. So the share falls with the
-    root mean square of the starting weights, below that of a common initialisation (0.02).
-    """
-    sizes = [float(parameter.detach().float().pow(2).mean().sqrt()) for parameter in parameters]
-    return [
-        {"params": [parameter], "scale": min(1.0, size / 0.02) if scaled else 1.0}
-        for parameter, size in zip(parameters, sizes, strict=True)
-    ]
-
-
-def learning_rate_at(step: int, total_steps: int, settings: RunSettings) -> float:
-    """The rate of the step after `step` steps: a linear rise, then a cosine to a tenth of the peak."""
-    warmup = max(1, round(settings.training.warmup_ratio * total_steps))
-    if step < warmup:
-        return settings.learning_rate * (step + 1) / warmup
-    progress = (step - warmup) / max(1, total_steps - warmup)
-    return settings.learning_rate * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
 
 
 def _load_rows(settings: RunSettings, target: Target) -> Rows:

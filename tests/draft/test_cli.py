@@ -56,13 +56,32 @@ def test_the_whole_path(run, folder):
     status, shown = run("adapt", *COMMON, *train, "--head", "base/head", "--rank", 4, "--out", "run", "training.seed=3")
     assert status == 0 and "seed: 3" in (folder / "run" / "config.yaml").read_text()
     assert run("merge", "run", "--out", "head")[0] == 0
-    assert {path.name for path in (folder / "head").iterdir()} == {"config.json", "draftsmith.json", "model.safetensors"}
-    compare = ("compare", *COMMON, "--baseline", "base/head", "--candidate", "head", "--data", "data", "--out", "report")
+    assert {path.name for path in (folder / "head").iterdir()} == {
+        "config.json",
+        "draftsmith.json",
+        "model.safetensors",
+    }
+    compare = (
+        "compare",
+        *COMMON,
+        "--baseline",
+        "base/head",
+        "--candidate",
+        "head",
+        "--data",
+        "data",
+        "--out",
+        "report",
+    )
     status, shown = run(*compare)
     report = json.loads((folder / "report" / "comparison.json").read_text())
     assert status == (0 if report["verdict"] == "ship" else 1)
     assert report["verdict"] in shown.lower().replace("’", "'")
-    assert {path.name for path in (folder / "report").iterdir()} == {"comparison.json", "comparison.md", "comparison.png"}
+    assert {path.name for path in (folder / "report").iterdir()} == {
+        "comparison.json",
+        "comparison.md",
+        "comparison.png",
+    }
 
 
 def test_a_head_compared_with_itself_is_not_shipped(run, folder):

@@ -184,7 +184,7 @@ def test_the_split_depends_on_the_seed_and_counts_prompts() -> None:
     first = held_out(0.3, 0, ids)
     assert len(first) == 30 and first == held_out(0.3, 0, ids) and first != held_out(0.3, 1, ids)
     assert held_out(0.3, 0, ids[::-1]) == first[::-1]
-    assert set(held_out(0.3, 0, ids + ids[:50])) == set(first)  # more rows of a prompt change nothing
+    assert set(held_out(0.3, 0, ids + first[:1] * 40)) == set(first)  # more rows of a prompt change nothing
     for share, count in ((0.0, 0), (0.01, 1), (0.99, 2), (1.0, 3)):
         assert len(held_out(share, 0, ids[:3])) == count
 
@@ -206,12 +206,13 @@ def test_turns_are_answered_one_after_the_other(target: Target, tmp_path: Path) 
 
 def test_over_long_conversations_are_dropped_and_counted(target: Target, tmp_path: Path) -> None:
     path = tmp_path / "long.jsonl"
-    path.write_text("\n".join(json.dumps({"prompt": "word " * count}) for count in (1, 2, 3, 30, 40)))
+    path.write_text("\n".join(json.dumps({"prompt": "word " * count}) for count in (1, 2, 3, 10, 30, 40)))
+    # ten words make a prompt of 69 tokens: its response would go on beyond the 70th
     dataset = run(target, tmp_path / "data", prompts=[path], max_length=70)
     rows = dataset.rows("train") + dataset.rows("held-out")
     assert len(rows) == 3 and max(len(row.ids) for row in rows) <= 70
-    assert dataset.manifest["counts"]["too_long"] == 2
-    with pytest.raises(UserError, match=r"no conversation is left \(.*too_long 5.*\); raise --max-length, now 20"):
+    assert dataset.manifest["counts"]["too_long"] == 3
+    with pytest.raises(UserError, match=r"no conversation is left \(.*too_long 6.*\); raise --max-length, now 20"):
         run(target, tmp_path / "none", prompts=[path], max_length=20)
     assert not (tmp_path / "none").exists()
 

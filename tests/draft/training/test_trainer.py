@@ -12,7 +12,8 @@ from draft.data.prepare import prepare
 from draft.errors import UserError
 from draft.merge import merge_run
 from draft.training.config import resolve
-from draft.training.trainer import Trainer, learning_rate_at
+from draft.training.optimiser import learning_rate_at, parameter_groups
+from draft.training.trainer import Trainer
 
 QUIET = Console(quiet=True)
 
@@ -164,3 +165,9 @@ def test_the_learning_rate_rises_and_falls_to_a_tenth():
     rates = [learning_rate_at(step, 100, settings) for step in range(100)]
     assert rates[0] == pytest.approx(0.1) and max(rates) == rates[10] == pytest.approx(1.0)
     assert rates[99] == pytest.approx(0.1, abs=1e-3) and rates[10:] == sorted(rates[10:], reverse=True)
+
+
+def test_small_weights_move_by_small_steps():
+    parameters = [torch.nn.Parameter(torch.full((3,), size)) for size in (0.001, 0.02, 1.0)]
+    assert [group["scale"] for group in parameter_groups(parameters, scaled=True)] == pytest.approx([0.05, 1.0, 1.0])
+    assert [group["scale"] for group in parameter_groups(parameters, scaled=False)] == [1.0, 1.0, 1.0]
