@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -37,6 +38,23 @@ def load_base_head(settings: RunSettings, target: Target) -> tuple[Eagle3Head, d
     head, about = load_head(settings.model.head, device=target.device)
     check_fits(head, {} if settings.model.other_target else about, target)
     return head.to(target.dtype if settings.method != "full" else master_dtype(target)), about
+
+
+def with_vocabulary(head: Eagle3Head, target: Target, vocabulary: Tensor) -> Eagle3Head:
+    """The same head over another draft vocabulary: known tokens keep their LM head rows, new ones get the target's.
+
+    vocabulary: sorted target ids [draft_vocab].
+    """
+    vocabulary = vocabulary.to(head.d2t.device)
+    result = Eagle3Head(replace(head.config, draft_vocab_size=len(vocabulary)))
+    result.to(head.d2t.device, head.fc.weight.dtype).set_vocabulary(vocabulary)
+    weights = {name: value for name, value in head.state_dict().items() if name not in ("lm_head.weight", "d2t", "t2d")}
+    result.load_state_dict(weights, strict=False)
+    rows = target.lm_head.weight.detach().to(head.lm_head.weight, copy=True)  # [vocab, hidden]
+    rows[head.vocabulary] = head.lm_head.weight.detach()
+    with torch.no_grad():
+        result.lm_head.weight.copy_(rows[vocabulary])
+    return result
 
 
 def master_dtype(target: Target) -> torch.dtype:

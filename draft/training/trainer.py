@@ -23,7 +23,7 @@ from draft.data.examples import Batch, batches, collate
 from draft.data.vocabulary import coverage, draft_vocabulary
 from draft.errors import UserError
 from draft.target import Target, load_target
-from draft.training.build import load_base_head, make_trainable, new_head
+from draft.training.build import load_base_head, make_trainable, new_head, with_vocabulary
 from draft.training.config import RunSettings, to_yaml
 from draft.training.features import Features, FeatureSource, fits_in_memory
 from draft.training.monitor import Monitor, draw, provenance
@@ -93,6 +93,8 @@ class Trainer:
         settings, target = self.settings, self.target
         if settings.model.head:
             head, about = load_base_head(settings, target)
+            if settings.model.rebuild_vocabulary:
+                head = with_vocabulary(head, target, self._vocabulary())
             share = coverage(self.rows.train, head.vocabulary.cpu())
             self.console.print(f"The head's vocabulary covers {share:.1%} of the tokens that are trained on.")
             if share < 0.95:
@@ -101,13 +103,15 @@ class Trainer:
                     "a head pretrained on this domain would know them."
                 )
             return head, about
-        size = min(settings.model.draft_vocab_size, target.vocab_size)
-        vocabulary = draft_vocabulary(self.rows.train, size, target.vocab_size, sorted(target.eos_token_ids))
         # a run that goes on takes its weights from the checkpoint
         first = iter(()) if self._latest() else self._first_batches()
         with self.console.status("Solving for the head's first weights"):
-            head = new_head(target, vocabulary, first, settings.training.seed)
+            head = new_head(target, self._vocabulary(), first, settings.training.seed)
         return head, {}
+
+    def _vocabulary(self) -> Tensor:
+        size = min(self.settings.model.draft_vocab_size, self.target.vocab_size)
+        return draft_vocabulary(self.rows.train, size, self.target.vocab_size, sorted(self.target.eos_token_ids))
 
     def _latest(self) -> Path | None:
         return latest_snapshot(self.folder / "checkpoints")

@@ -171,3 +171,17 @@ def test_small_weights_move_by_small_steps():
     parameters = [torch.nn.Parameter(torch.full((3,), size)) for size in (0.001, 0.02, 1.0)]
     assert [group["scale"] for group in parameter_groups(parameters, scaled=True)] == pytest.approx([0.05, 1.0, 1.0])
     assert [group["scale"] for group in parameter_groups(parameters, scaled=False)] == [1.0, 1.0, 1.0]
+
+
+def test_a_rebuilt_vocabulary_keeps_what_the_head_knows(world):
+    base, _ = load_head(world / "pretrained" / "head")
+    flags = {"head": str(world / "pretrained" / "head"), "rebuild_vocabulary": True, "draft_vocab_size": 220}
+    result = run(world, "pretrain", "rebuilt", max_steps=1, learning_rate=1e-9, **flags)
+    rebuilt, _ = load_head(result)
+    assert rebuilt.config.draft_vocab_size == 220
+    shared = [(i, rebuilt.vocabulary.tolist().index(t)) for i, t in enumerate(base.vocabulary.tolist())]
+    old, new = (torch.tensor(column) for column in zip(*shared, strict=True))
+    torch.testing.assert_close(rebuilt.lm_head.weight[new], base.lm_head.weight[old], atol=1e-6, rtol=0)
+    torch.testing.assert_close(rebuilt.fc.weight, base.fc.weight, atol=1e-6, rtol=0)
+    with pytest.raises(UserError, match="rebuild_vocabulary"):
+        run(world, "adapt", "refused", method="lora", rebuild_vocabulary=True)
