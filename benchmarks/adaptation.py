@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from benchmarks.common import ROOT
@@ -75,7 +76,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def train(*words: object, accepted: tuple[int, ...] = (0,)) -> int:
     """Run `draft-train WORDS`, showing it first."""
     arguments = [str(word) for word in words]
-    console.print(f"\n[bold]$ draft-train {shlex.join(arguments)}[/]", soft_wrap=True)
+    console.print(f"\n[bold]$ draft-train {escape(shlex.join(arguments))}[/]", soft_wrap=True)
     status = subprocess.run([sys.executable, "-m", "draft.cli", *arguments], check=False).returncode
     if status not in accepted:
         raise UserError(f"`draft-train {arguments[0]}` ended with status {status}; its message is above.")
@@ -86,7 +87,7 @@ def train(*words: object, accepted: tuple[int, ...] = (0,)) -> int:
 def server(target: str, head: str) -> Iterator[str]:
     """A draft-serve on a free port of this machine, ended with the block; yields its address."""
     command = ["--target", target, "--head", head, "--port", "0"]
-    console.print(f"\n[bold]$ draft-serve {shlex.join(command)}[/]", soft_wrap=True)
+    console.print(f"\n[bold]$ draft-serve {escape(shlex.join(command))}[/]", soft_wrap=True)
     process = subprocess.Popen(
         [sys.executable, "-m", "serving.cli", *command], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
         env={**os.environ, "PYTHONUNBUFFERED": "1"},
@@ -147,7 +148,7 @@ def summarise(comparison: dict[str, Any], answers: dict[str, dict[str, Any]], *,
     else:
         console.print("The numbers do not say that the adapted head is better: [red]don't ship[/] (see the report).")
     same = answers["base"]["generated_text"] == answers["adapted"]["generated_text"]
-    console.print(f"\n[bold]{QUESTION}[/]\n{answers['adapted']['generated_text']}", highlight=False)
+    console.print(f"\n[bold]{QUESTION}[/]\n{escape(answers['adapted']['generated_text'])}", highlight=False)
     console.print(f"\nBoth heads gave {'the same' if same else 'a different'} text, as greedy decoding should.")
 
 

@@ -66,6 +66,7 @@ def _unpack(gguf: Path, folder: Path) -> None:
     source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix="unpacking-", dir=folder.parent))
+    temporary.chmod(0o755)  # another user of a container may read it too
     try:
         dense = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32, **dequantise_options(source))
         settings = dense.config.to_dict()

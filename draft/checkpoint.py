@@ -57,14 +57,20 @@ def save_head(head: Eagle3Head, folder: str | Path, *, dtype: torch.dtype, about
     dtype is that of the floating-point tensors in the file. `about` (target fingerprint, how it was made) goes
     to draftsmith.json, which other engines don't read.
     """
+    with atomic_folder(Path(folder)) as temporary:
+        write_head(head, temporary, dtype=dtype, about=about)
+
+
+def write_head(head: Eagle3Head, folder: Path, *, dtype: torch.dtype, about: dict[str, Any]) -> None:
+    """`save_head` into an existing folder: for those who check the files before they take their place."""
     tensors = {
         name: (value.to(dtype) if value.is_floating_point() else value).detach().cpu().contiguous()
         for name, value in head.state_dict().items()
     }
-    with atomic_folder(Path(folder)) as temporary:
-        save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
-        write_json(temporary / "config.json", head.config.as_json(dtype))
-        write_json(temporary / "draftsmith.json", about)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "model.safetensors").chmod(0o644)
+    write_json(folder / "config.json", head.config.as_json(dtype))
+    write_json(folder / "draftsmith.json", about)
 
 
 def load_head(

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from draft.afa import load_afa_adapter, merge_adapter
-from draft.checkpoint import load_head, save_head
+from draft.checkpoint import atomic_folder, load_head, save_head, write_head
 from draft.errors import UserError
 from draft.heads import Eagle3Head
 
@@ -31,7 +31,7 @@ def merge_run(run: str | Path, out: str | Path) -> Merged:
     """Write the head that a run trained as plain linear weights: the base head's names, shapes and dtype.
 
     The sum W + s·B·A is made in float64 and rounded once to the file's dtype; the file is read back and compared
-    with it before this returns.
+    with it before it takes its place.
 
     Raises:
         UserError: while the adapter's β is above 0 (naming the step at which it reaches 0), or for a folder that is
@@ -50,21 +50,23 @@ def merge_run(run: str | Path, out: str | Path) -> Merged:
     wide = merge_adapter(load_afa_adapter(base.double(), run / "adapter", is_trainable=False))
     assert isinstance(wide, Eagle3Head)
     exact = {name: value.clone() for name, value in wide.state_dict().items()}
-    save_head(wide, out, dtype=stored, about=about)
-    return Merged(out, *_verify(out, before, exact))
+    with atomic_folder(out) as temporary:
+        write_head(wide, temporary, dtype=stored, about=about)
+        layers, rounding = _verify(temporary, before, exact)
+    return Merged(out, layers, rounding)
 
 
-def _verify(out: Path, before: dict[str, Tensor], exact: dict[str, Tensor]) -> tuple[int, float]:
+def _verify(folder: Path, before: dict[str, Tensor], exact: dict[str, Tensor]) -> tuple[int, float]:
     """Read the file back: same names, finite, the exact sum rounded once."""
-    written = load_file(out / "model.safetensors")
+    written = load_file(folder / "model.safetensors")
     if set(written) != set(before):
-        raise UserError(f"the merged head {str(out)!r} has other tensors than its base head; do not use it.")
+        raise UserError("the merged head has other tensors than its base head; nothing was written.")
     changed, rounding = 0, 0.0
     for name, value in written.items():
         if not value.is_floating_point():
             continue
         if not torch.equal(value, exact[name].to(value.dtype)) or not torch.isfinite(value).all():
-            raise UserError(f"tensor {name} of {str(out)!r} is not the sum that was computed; write it again.")
+            raise UserError(f"tensor {name}, read back, is not the finite sum that was computed; nothing was written.")
         if not torch.equal(value, before[name]):
             changed += 1
             rounding = max(rounding, float((value.double() - exact[name]).abs().max() / exact[name].abs().max()))

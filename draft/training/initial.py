@@ -91,7 +91,8 @@ def initialise(head: Eagle3Head, target: Target, batches: Iterable[tuple[Feature
 
 def _best_scale(head: Eagle3Head, target: Target, features: Features, mask: Tensor) -> float:
     """The factor on the head's logits that gives the least KL to the target."""
-    hidden = next(unroll(head, features.embeds, features.auxiliary, 1, attention_mask=mask))
+    dtype = head.fc.weight.dtype
+    hidden = next(unroll(head, features.embeds.to(dtype), features.auxiliary.to(dtype), 1, attention_mask=mask))
     following = mask[:, 1:]  # token t+1 exists
     student = head.logits(hidden[:, :-1][following]).float()
     teacher = target.logits(features.last_hidden[:, 1:][following], head.vocabulary.to(target.device)).float()

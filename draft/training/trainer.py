@@ -52,20 +52,15 @@ class Trainer:
         self.folder = Path(settings.out)
         self.console = console or Console()
         self.target = load_target(settings.model.target, settings.model.dtype, settings.model.device)
+        if self.target.dtype == torch.float16:
+            raise UserError("dtype float16 is too narrow to train in without loss scaling; use bfloat16 or float32.")
         self.rows = _load_rows(settings, self.target)
         torch.manual_seed(settings.training.seed)
         self.features = self._feature_source()
         head, about = self._starting_head()
         self.head, self.saver = make_trainable(head, settings)
         self.about = self._about(about)
-        half = self.target.dtype in (torch.bfloat16, torch.float16)
-        # full training keeps float32 masters under autocast; adapters run at the base weights' dtype without it
-        self.accelerator = Accelerator(
-            mixed_precision=str(self.target.dtype)[6:].replace("bfloat16", "bf16").replace("float16", "fp16")
-            if half and settings.method == "full"
-            else "no",
-            cpu=self.target.device.type == "cpu",
-        )
+        self.accelerator = Accelerator(cpu=self.target.device.type == "cpu")
         self.parameters = list(trained_parameters(self.saver).values())
         self.optimizer = self.accelerator.prepare(
             torch.optim.AdamW(
@@ -88,6 +83,11 @@ class Trainer:
             tokens = sum(len(row.ids) for row in self.rows.train)
             remember = training.epochs > 1 and fits_in_memory(self.target, tokens)
         return FeatureSource(self.target, remember=remember)
+
+    def _autocast(self) -> torch.autocast:
+        """Full training keeps float32 masters under autocast; adapters run at their base weights' dtype without it."""
+        half = self.target.dtype == torch.bfloat16 and self.settings.method == "full"
+        return torch.autocast(self.target.device.type, torch.bfloat16, enabled=half)
 
     def _starting_head(self) -> tuple[Any, dict[str, Any]]:
         settings, target = self.settings, self.target
@@ -182,7 +182,7 @@ class Trainer:
         total, agreement = 0.0, torch.zeros(self.objective.draft_steps, 2)
         for batch, rows in zip(examples, window, strict=True):
             features = self.features.get(batch, rows)
-            with self.accelerator.autocast():
+            with self._autocast():
                 loss, hits = loss_sum(self.head, self.target, batch, features, self.objective)
             self.accelerator.backward(loss / max(1, positions))
             total += loss.item()
@@ -225,7 +225,7 @@ class Trainer:
         if not (self.settings.training.eval_every and self.rows.held_out):
             return {}
         self.head.eval()
-        with torch.no_grad(), self.accelerator.autocast():
+        with torch.no_grad(), self._autocast():
             tau = replay_acceptance_length(self.target, self.head, self.rows.held_out, EVALUATED_LENGTH)
         self.head.train()
         return {"tau": tau} if math.isfinite(tau) else {}

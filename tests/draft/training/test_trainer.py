@@ -185,3 +185,18 @@ def test_a_rebuilt_vocabulary_keeps_what_the_head_knows(world):
     torch.testing.assert_close(rebuilt.fc.weight, base.fc.weight, atol=1e-6, rtol=0)
     with pytest.raises(UserError, match="rebuild_vocabulary"):
         run(world, "adapt", "refused", method="lora", rebuild_vocabulary=True)
+
+
+@pytest.mark.parametrize(("mode", "method"), [("pretrain", "full"), ("adapt", "full"), ("adapt", "afa-lora")])
+def test_half_precision(world, mode, method):
+    """Masters and adapters stay in float32; what is saved has the target's stored dtype."""
+    flags = {"method": method, "rank": 4, "dtype": "bfloat16", "max_steps": 4, "draft_vocab_size": 180}
+    result = run(world, mode, f"half-{mode}-{method}", **flags)
+    losses = [line["loss"] for line in metrics(world / f"half-{mode}-{method}") if "loss" in line]
+    assert all(torch.isfinite(torch.tensor(losses)))
+    if method == "full":
+        assert load_head(result)[0].fc.weight.dtype == torch.float32
+    reference = {**flags, "dtype": "float32"}
+    run(world, mode, f"single-{mode}-{method}", **reference)
+    single = [line["loss"] for line in metrics(world / f"single-{mode}-{method}") if "loss" in line]
+    assert losses == pytest.approx(single, rel=0.05)
