@@ -33,7 +33,9 @@ class ModelSettings:
     target: str = _setting("smollm2", "Target: hub id, folder, .gguf file, or smollm2 (bundled).")
     head: str | None = _setting(None, "Head to start from: a folder, or smollm2-eagle3 (bundled). Needed by adapt.")
     draft_vocab_size: int = _setting(8192, "Tokens of a new head's reduced vocabulary (pretrain).")
-    rebuild_vocabulary: bool = _setting(False, "Choose --head's vocabulary anew from the data (pretrain, adapt by full).")
+    rebuild_vocabulary: bool = _setting(
+        False, "Choose --head's vocabulary anew from the data (pretrain, adapt by full)."
+    )
     dtype: str = _setting("auto", "Compute dtype: auto, bfloat16, float16, float32 or float64.")
     device: str = _setting("auto", "Device: auto, cpu, cuda.")
     other_target: bool = _setting(False, "Accept a head that was made for another version of this target.")
@@ -109,7 +111,9 @@ class RunSettings:
         if self.mode == "adapt" and not self.model.head:
             raise UserError("no head given; pass --head, the head to adapt (the bundled one is smollm2-eagle3).")
         if self.model.rebuild_vocabulary and self.method != "full":
-            raise UserError(f"rebuild_vocabulary needs method full, not {self.method}: an adapter keeps its head's map.")
+            raise UserError(
+                f"rebuild_vocabulary needs method full, not {self.method}: an adapter keeps its head's map."
+            )
         for section, name, least in _LEAST:
             value = getattr(getattr(self, section), name)
             if value is not None and not value >= least:
