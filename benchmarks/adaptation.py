@@ -43,6 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
         train("adapt", "--target", options.target, "--head", options.head, "--data", data, "--method", "afa-lora",
               "--epochs", options.epochs, "--draft-steps", 3, "--eval-every", 0, "--out", run)  # fmt: skip
         train("merge", run, "--out", head)
+        (report / "comparison.json").unlink(missing_ok=True)
         status = train("compare", "--target", options.target, "--baseline", options.head, "--candidate", head,
                        "--data", data, "--out", report, accepted=(0, 1))  # fmt: skip
         answers = {name: ask(options.target, path) for name, path in (("base", options.head), ("adapted", str(head)))}
@@ -140,7 +141,7 @@ def summarise(comparison: dict[str, Any], answers: dict[str, dict[str, Any]], *,
         f"{speeds['adapted'] / speeds['base'] - 1:+.1%}",
     )  # fmt: skip
     served = [answers[name]["details"]["speculative"]["acceptance_length"] for name in ("base", "adapted")]
-    table.add_row("τ of that request", *(f"{tau:.2f}" for tau in served), "")
+    table.add_row("τ of that request", *("-" if tau is None else f"{tau:.2f}" for tau in served), "")
     console.print()
     console.print(table)
     if shipped:

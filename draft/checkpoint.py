@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -24,9 +25,20 @@ PRETRAINED = Path(__file__).parent / "pretrained"
 _OPTIONAL = {"embed_tokens.weight"}  # other trainers save a copy of the target's embedding; engines ignore it
 
 
+HEAD_FILES = frozenset({"config.json", "model.safetensors", "draftsmith.json"})
+
+
 @contextmanager
-def atomic_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder that takes the place of `folder` when the block ends well, and vanishes when it doesn't."""
+def atomic_folder(folder: Path, files: frozenset[str]) -> Iterator[Path]:
+    """A temporary folder that takes the place of `folder` when the block ends well, and vanishes when it doesn't.
+
+    Raises:
+        UserError: when `folder` exists and holds anything but `files`: only what this wrote before is replaced.
+    """
+    if folder.exists():
+        others = sorted({path.name for path in folder.iterdir()} - files) if folder.is_dir() else [folder.name]
+        if others:
+            raise UserError(f"{str(folder)!r} holds something else ({others[0]}); choose another folder to write to.")
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     temporary.chmod(0o755)
@@ -57,7 +69,7 @@ def save_head(head: Eagle3Head, folder: str | Path, *, dtype: torch.dtype, about
     dtype is that of the floating-point tensors in the file. `about` (target fingerprint, how it was made) goes
     to draftsmith.json, which other engines don't read.
     """
-    with atomic_folder(Path(folder)) as temporary:
+    with atomic_folder(Path(folder), HEAD_FILES) as temporary:
         write_head(head, temporary, dtype=dtype, about=about)
 
 
@@ -95,6 +107,12 @@ def load_head(
     stored = DTYPES.get(config_values.get("torch_dtype") or config_values.get("dtype") or "float32", torch.float32)
     about = folder / "draftsmith.json"
     return head.to(device=device, dtype=dtype or stored).eval(), _read_json(about) if about.is_file() else {}
+
+
+def head_sha256(folder: str | Path) -> str:
+    """Identifies a head's weights: the first half of its safetensors file's sha256."""
+    path = _find(folder) / "model.safetensors"
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:32] if path.is_file() else "missing"
 
 
 def _find(folder: str | Path) -> Path:

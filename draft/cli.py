@@ -38,9 +38,10 @@ def main() -> None:
     except UserError as error:
         print(f"draft-train: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("draft-train: interrupted; the same command goes on where it stopped.", file=sys.stderr)
-        sys.exit(130)
+    except Exception:
+        # 1 says "don't ship"; a fault of ours must not look like a verdict
+        logging.exception("draft-train: this is a bug; please report it with the lines below")
+        sys.exit(3)
 
 
 def _quiet_transformers() -> None:
@@ -90,7 +91,7 @@ def prepare(
     from draft.data.prepare import prepare as run
     from draft.target import load_target
 
-    run(
+    dataset = run(
         load_target(target, dtype, device),
         out,
         prompts=prompts,
@@ -103,6 +104,12 @@ def prepare(
         held_out_share=held_out_share,
         batch_size=batch_size,
         seed=seed,
+    )
+    counts = dataset.manifest["counts"]
+    dropped = ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in counts.items() if type(count) is int)
+    console.print(
+        f"{out}: {counts['train']['rows']} rows to train on, {counts['held-out']['rows']} held out ({dropped}). "
+        f"Next: draft-train inspect {out}"
     )
 
 
@@ -124,7 +131,11 @@ def _training_command(mode: Literal["pretrain", "adapt"], sections: list[str], d
         from draft.training.trainer import Trainer
 
         settings = resolve(mode, str(out), config_file=config, overrides=overrides or (), flags=flags)
-        result = Trainer(settings, console).train()
+        try:
+            result = Trainer(settings, console).train()
+        except KeyboardInterrupt:
+            console.print("Interrupted and saved; the same command goes on from here.")
+            raise
         console.print(f"Wrote {result}. Next: draft-train merge {out} --out HEAD")
 
     keyword = introspection.Parameter.KEYWORD_ONLY
@@ -217,6 +228,10 @@ def compare(
     from draft.data.dataset import open_dataset
     from draft.target import load_target
 
+    try:
+        out.mkdir(parents=True, exist_ok=True)  # before the long work, not after it
+    except OSError as error:
+        raise UserError(f"--out {str(out)!r} cannot be made ({error.strerror}); choose another.") from error
     loaded = load_target(target, dtype, device)
     dataset = open_dataset(data)
     dataset.check_target(loaded)

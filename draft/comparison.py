@@ -19,6 +19,7 @@ from draft.tau import Interval, bootstrap_gain, bootstrap_ratio
 DECIDING_LENGTH = 5
 GENERAL_TOLERANCE = 0.02  # of general τ that a head may lose for its domain's sake
 FEW_CONVERSATIONS = 20
+LEAST_CONVERSATIONS = 5  # with one, the interval has no width at all
 GENERAL_ROWS = Path(__file__).parent / "data" / "general"
 BASELINE, CANDIDATE = "baseline", "candidate"
 
@@ -69,7 +70,12 @@ class Comparison:
 
     @property
     def ship(self) -> bool:
-        """Whether the candidate's greedy gain is certain on the domain, and its loss on general traffic is bounded."""
+        """Whether the candidate's greedy gain is certain on the domain, and its loss on general traffic is bounded.
+
+        Never on fewer conversations than an interval can be trusted from.
+        """
+        if any(measurement.greedy.conversations < LEAST_CONVERSATIONS for measurement in self.measurements.values()):
+            return False
         if not self.gain(self.domain).low > 0:  # NaN is not above 0 either
             return False
         return self.general is None or self.gain(self.general).low > -GENERAL_TOLERANCE

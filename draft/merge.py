@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from draft.afa import load_afa_adapter, merge_adapter
-from draft.checkpoint import atomic_folder, load_head, save_head, write_head
+from draft.checkpoint import HEAD_FILES, atomic_folder, head_sha256, load_head, save_head, write_head
 from draft.errors import UserError
 from draft.heads import Eagle3Head
 
@@ -43,14 +43,20 @@ def merge_run(run: str | Path, out: str | Path) -> Merged:
         head, _ = load_head(run / "head")
         save_head(head, out, dtype=_dtype_of(head), about=about)
         return Merged(out, layers=0, rounding=0.0)
-    base, _ = load_head(_base_head(run))
+    base_head = _base_head(run)
+    if head_sha256(base_head) != about["base_head_sha256"]:
+        raise UserError(
+            f"the head {base_head!r} is not the one that {str(run)!r} was trained on: its weights have changed since; "
+            "restore it, or adapt again."
+        )
+    base, _ = load_head(base_head)
     stored = _dtype_of(base)
     before = {name: value.clone() for name, value in base.state_dict().items()}
     # the wide copy is the exact sum; only writing it rounds
     wide = merge_adapter(load_afa_adapter(base.double(), run / "adapter", is_trainable=False))
     assert isinstance(wide, Eagle3Head)
     exact = {name: value.clone() for name, value in wide.state_dict().items()}
-    with atomic_folder(out) as temporary:
+    with atomic_folder(out, HEAD_FILES) as temporary:
         write_head(wide, temporary, dtype=stored, about=about)
         layers, rounding = _verify(temporary, before, exact)
     return Merged(out, layers, rounding)

@@ -53,6 +53,13 @@ class Target:
                 "norm; use a decoder-only model such as Llama, Qwen or Mistral."
             )
         self.decoder = decoder
+        if not hasattr(self.config, "rms_norm_eps"):
+            raise UserError(
+                f"target {name!r}: {type(model).__name__} has no RMSNorm, which an EAGLE-3 head needs; use another."
+            )
+        # Granite divides its logits by one number, Cohere multiplies them by another
+        self.logit_scale: float = getattr(self.config, "logit_scale", None) or 1.0
+        self.logit_scale /= getattr(self.config, "logits_scaling", None) or 1.0
         self.embedding: nn.Embedding = model.get_input_embeddings()
         self.lm_head: nn.Linear = model.get_output_embeddings()
 
@@ -129,6 +136,7 @@ class Target:
             scores = nn.functional.linear(
                 last_hidden, self._lm_head_rows(vocabulary), None if bias is None else bias[vocabulary]
             )
+        scores = scores * self.logit_scale
         cap = getattr(self.config, "final_logit_softcapping", None)
         return scores if cap is None else torch.tanh(scores / cap) * cap
 
@@ -166,6 +174,7 @@ class Target:
         for name, weight in sorted(self.model.named_parameters()):
             flat = weight.detach().flatten()
             sample = flat[:: max(1, flat.numel() // 8192)].to("cpu", torch.bfloat16)
+            sample = sample.masked_fill(sample.abs() < 2**-14, 0)  # float16 cannot hold smaller ones exactly
             digest.update(f"{name}{tuple(weight.shape)}".encode())
             digest.update(sample.view(torch.int16).numpy().tobytes())
         return digest.hexdigest()[:16]
@@ -208,7 +217,7 @@ def load_tokenizer(name: str) -> Any:
     source, options = _locate(name)
     try:
         return AutoTokenizer.from_pretrained(source, **options)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:
         raise UserError(_why_not_loaded(name, error)) from error
 
 
@@ -222,14 +231,14 @@ def load_target(name: str, dtype: str | torch.dtype = "auto", device: str = "aut
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    place = _resolve_device(device)
     wanted = _resolve_dtype(dtype, place)
     tokenizer = load_tokenizer(name)
     source, options = _locate(name)
     try:
         stored = AutoConfig.from_pretrained(source, **options).dtype
         model = AutoModelForCausalLM.from_pretrained(source, dtype=wanted, **options, **dequantise_options(options))
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # a damaged file raises whatever its reader does
         raise UserError(_why_not_loaded(name, error)) from error
     model.to(place)  # type: ignore[arg-type]
     return Target(name, model, tokenizer, stored)
@@ -257,6 +266,17 @@ def _why_not_loaded(name: str, error: Exception) -> str:
             f"network run `hf download {name}`, or pass a local folder, a .gguf file or `{BUNDLED_TARGET}`."
         )
     return f"target {name!r} could not be loaded ({reason}); pass a causal language model that transformers supports."
+
+
+def _resolve_device(device: str) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        place = torch.device(device)
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"device {device!r} is not there on this machine; use auto, cpu or cuda.") from error
+    return place
 
 
 def _resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype | str:

@@ -18,10 +18,10 @@ from draft.errors import UserError
 def records(source: str) -> Iterator[tuple[str, Any]]:
     """(file and line, row) of a file or hub data set."""
     path = Path(source).expanduser()
-    kind = "".join(suffix for suffix in path.suffixes[-2:] if suffix in _READERS or suffix == ".gz").lower()
-    reader = _READERS.get(kind.removesuffix(".gz"))
+    name = path.name.lower()
+    reader = _READERS.get(Path(name.removesuffix(".gz")).suffix)
     if path.is_file():
-        if reader is None or (kind.endswith(".gz") and reader is _parquet):
+        if reader is None or (name.endswith(".gz") and reader is _parquet):
             raise UserError(f"{source}: unknown kind of file; give .jsonl, .json, .csv (each also .gz) or .parquet.")
         return reader(path, source)
     if reader is not None or path.exists() or source.startswith((".", "/", "~")):

@@ -178,9 +178,8 @@ def _kept(target: Target, prompt: Prompt) -> Row:
                 f"{target.vocab_size}; use the target that these tokens belong to."
             )
         return prompt.row
-    if (
-        prompt.text
-    ):  # ordinary text: the target's distribution teaches after every token but has nothing to say on the first
+    if prompt.text:
+        # the target's distribution teaches after every token, but has nothing to say on the first
         ids = tokenise(target, prompt.text)
         mask = [False] * min(1, len(ids)) + [True] * (len(ids) - 1)
     else:
@@ -189,7 +188,8 @@ def _kept(target: Target, prompt: Prompt) -> Row:
         except UserError as error:
             raise UserError(f"{prompt.where}: {error}") from error
     length = mask.index(True) if True in mask else len(ids)
-    return Row(conversation_id(ids[:length]), ids, mask, length, None, None, prompt.source)
+    # ordinary text has no prompt that could tell it from another text
+    return Row(conversation_id(ids if prompt.text else ids[:length]), ids, mask, length, None, None, prompt.source)
 
 
 def _manifest(writer: Writer, rows: list[Row], sources: Sequence[str | Path] | None) -> dict[str, Any]:

@@ -163,7 +163,8 @@ def _token_row(record: Record, source: str) -> Row:
         mask = [bool(value) for value in values]
     length = mask.index(True) if True in mask else len(ids)
     heat, top_p = (_number(record, name) for name in ("temperature", "top_p"))
-    return Row(conversation_id(ids[:length]), ids, mask, length, heat, top_p, source)
+    # without a prompt of its own, a row is told apart by all of its tokens
+    return Row(conversation_id(ids[:length] if length > 1 else ids), ids, mask, length, heat, top_p, source)
 
 
 def _ids(record: Record, column: str) -> list[int]:

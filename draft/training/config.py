@@ -98,7 +98,7 @@ class RunSettings:
     @property
     def learning_rate(self) -> float:
         kind = "pretrain" if self.mode == "pretrain" else self.adapter.method
-        return self.training.learning_rate or _LEARNING_RATES[kind]
+        return _LEARNING_RATES[kind] if self.training.learning_rate is None else self.training.learning_rate
 
     def check(self) -> None:
         """Refuse values that can only fail later."""
@@ -134,6 +134,8 @@ _LEAST = (
     ("training", "keep_checkpoints", 1),
     ("training", "save_every", 1),
     ("training", "eval_every", 0),
+    ("training", "eval_rows", 0),
+    ("training", "step_decay", 0.0),
 )
 SECTIONS: dict[str, type] = {
     "model": ModelSettings,
@@ -178,8 +180,14 @@ def resolve(
         section, dot, key = name.partition(".")
         if not (equals and dot):
             raise UserError(f"override {override!r} is not of the form section.key=value.")
-        _set(settings, section, key, yaml.safe_load(text))
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise UserError(f"override {override!r}: the value is not YAML; quote it.") from error
+        _set(settings, section, key, value)
     settings.check()
+    if settings.model.head and Path(settings.model.head).is_dir():
+        settings.model.head = str(Path(settings.model.head).resolve())  # merge may be called from another folder
     return settings
 
 

@@ -60,7 +60,10 @@ class Monitor:
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+    lines = file.read_text().splitlines() if file.is_file() else []
+    if lines and not lines[-1].endswith("}"):  # cut off while it was written
+        lines.pop()
+    return [json.loads(line) for line in lines]
 
 
 def draw(folder: Path) -> None:

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from draft.checkpoint import atomic_folder, write_json
 from draft.errors import UserError
 
+_FILES = frozenset({"state.safetensors", "progress.json"})
+
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -31,7 +33,7 @@ def save_snapshot(
             tensors[f"{key}.{name}"] = value.detach().cpu().contiguous()
     name = f"step-{progress['step']:07d}"
     try:
-        with atomic_folder(folder / name) as temporary:
+        with atomic_folder(folder / name, _FILES) as temporary:
             save_file(tensors, temporary / "state.safetensors")
             write_json(temporary / "progress.json", progress)
         write_json(folder / "latest.json", {"checkpoint": name})

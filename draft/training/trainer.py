@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,7 +18,7 @@ from torch import Tensor
 
 from draft.acceptance import replay_acceptance_length
 from draft.afa import set_annealing_step
-from draft.checkpoint import save_head, write_json
+from draft.checkpoint import atomic_folder, head_sha256, save_head, write_json
 from draft.comparison import row_ids
 from draft.data.dataset import Row, open_dataset
 from draft.data.examples import Batch, batches, collate
@@ -32,6 +34,7 @@ from draft.training.optimiser import learning_rate_at, parameter_groups
 from draft.training.snapshots import latest_snapshot, load_snapshot, save_snapshot, trained_parameters
 
 INITIAL_TOKENS = 40_000  # that a new head's first weights are solved from
+ADAPTER_FILES = frozenset({"adapter_config.json", "adapter_model.safetensors", "README.md"})
 EVALUATED_LENGTH = 5  # the speculation length of the replay that is logged
 
 
@@ -61,6 +64,10 @@ class Trainer:
         self.head, self.saver = make_trainable(head, settings)
         self.about = self._about(about)
         self.accelerator = Accelerator(cpu=self.target.device.type == "cpu")
+        if self.accelerator.num_processes > 1:
+            raise UserError(
+                f"{self.accelerator.num_processes} processes: training runs in one; start it without a launcher."
+            )
         self.parameters = list(trained_parameters(self.saver).values())
         self.optimizer = self.accelerator.prepare(
             torch.optim.AdamW(
@@ -136,7 +143,8 @@ class Trainer:
             "target_fingerprint": self.target.fingerprint,
             "mode": settings.mode,
             "method": settings.method,
-            "base_head": settings.model.head,
+            "base_head": settings.model.head and Path(settings.model.head).name,
+            "base_head_sha256": settings.model.head and head_sha256(settings.model.head),
             "tokens": sum(len(row.ids) for row in self.rows.train),
             "trained_tokens": sum(sum(row.mask) for row in self.rows.train),
             "trained_rows": sorted({*row_ids(self.rows.train), *base.get("trained_rows", [])}),
@@ -145,15 +153,26 @@ class Trainer:
 
     def train(self) -> Path:
         """Run to the end; returns the folder of the head or adapter that was written."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--out {str(self.folder)!r} cannot be made ({error.strerror}); choose another.") from error
         self._start_or_resume()
-        accelerator, training = self.accelerator, self.settings.training
         parameters = sum(parameter.numel() for parameter in self.parameters)
         self.console.print(
             f"{self.settings.mode} ({self.settings.method}): {parameters:,} trained parameters, "
             f"{len(self.rows.train)} rows, {self.total_steps} steps, "
             f"{str(self.target.dtype)[6:]} on {self.target.device}"
         )
+        try:
+            self._loop()
+        except KeyboardInterrupt:
+            self._save_snapshot()  # an interrupted run goes on from here
+            raise
+        return self._finish()
+
+    def _loop(self) -> None:
+        training = self.settings.training
         with Monitor(self.folder, self.total_steps, self.step, self.console) as monitor:
             if self.step == 0:
                 monitor.log(0, self._evaluate())
@@ -164,15 +183,13 @@ class Trainer:
                 metrics, tokens = self._optimise(window)
                 self.step += 1
                 beta = self._anneal()
-                if accelerator.is_main_process:
-                    monitor.log(self.step, {"lr": rate, "beta": beta, **metrics}, tokens=tokens)
-                    if training.eval_every and self.step % training.eval_every == 0:
-                        monitor.log(self.step, self._evaluate())
-                    if self.step % training.save_every == 0 or self.step == self.total_steps:
-                        self._save_snapshot()
+                monitor.log(self.step, {"lr": rate, "beta": beta, **metrics}, tokens=tokens)
+                if training.eval_every and self.step % training.eval_every == 0:
+                    monitor.log(self.step, self._evaluate())
+                if self.step % training.save_every == 0 or self.step == self.total_steps:
+                    self._save_snapshot()
             if training.eval_every and self.step % training.eval_every:
                 monitor.log(self.step, self._evaluate())
-        return self._finish()
 
     def _optimise(self, window: list[list[int]]) -> tuple[dict[str, Any], int]:
         """One optimiser step over the batches of `window`, each a list of row numbers; metrics, and tokens read."""
@@ -190,7 +207,7 @@ class Trainer:
         norm = self.accelerator.clip_grad_norm_(self.parameters, self.settings.training.max_grad_norm)
         if not math.isfinite(float(norm)):
             raise UserError(
-                f"the gradient is not finite at step {self.step + 1}; continue from the last checkpoint with a lower "
+                f"the gradient is not finite at step {self.step + 1}; start again in another --out with a lower "
                 f"--learning-rate than {self.settings.learning_rate}."
             )
         self.optimizer.step()
@@ -242,15 +259,27 @@ class Trainer:
         checkpoint = self._latest()
         if checkpoint is not None:
             progress = load_snapshot(checkpoint, self.saver, self.optimizer.optimizer)
+            if progress["identity"] != self._identity():
+                raise UserError(
+                    f"the data, the target or the base head of {str(self.folder)!r} have changed since it was "
+                    "interrupted; choose another --out, or delete it."
+                )
             self.step = progress["step"]
             for group, scale in zip(self.optimizer.param_groups, progress["scales"], strict=True):
                 group["scale"] = scale
             self.console.print(f"Continuing {str(self.folder)!r} from step {self.step} of {self.total_steps}.")
         self._anneal()
 
+    def _identity(self) -> str:
+        """Changes with anything but the settings that the weights of a run depend on."""
+        rows = [(row.id, len(row.ids), row.trained) for row in self.rows.train]
+        return hashlib.sha256(
+            json.dumps([rows, self.target.fingerprint, self.about["base_head_sha256"], self.total_steps]).encode()
+        ).hexdigest()[:32]
+
     def _save_snapshot(self) -> None:
         scales = [group["scale"] for group in self.optimizer.param_groups]
-        progress = {"step": self.step, "total_steps": self.total_steps, "scales": scales}
+        progress = {"step": self.step, "scales": scales, "identity": self._identity()}
         save_snapshot(
             self.folder / "checkpoints",
             self.saver,
@@ -262,14 +291,15 @@ class Trainer:
     def _finish(self) -> Path:
         draw(self.folder)
         about = {**self.about, "steps": self.step}
-        write_json(self.folder / "about.json", about)
         if isinstance(self.saver, PeftModel):
             result = self.folder / "adapter"
-            self.saver.save_pretrained(str(result))
-            return result
-        result = self.folder / "head"
-        self.head.eval()
-        save_head(self.head, result, dtype=self.target.stored_dtype, about=about)
+            with atomic_folder(result, ADAPTER_FILES) as temporary:
+                self.saver.save_pretrained(str(temporary))
+        else:
+            result = self.folder / "head"
+            self.head.eval()
+            save_head(self.head, result, dtype=self.target.stored_dtype, about=about)
+        write_json(self.folder / "about.json", about)  # last: it marks the run as finished
         return result
 
 

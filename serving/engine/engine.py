@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from draft.checkpoint import check_fits
+from draft.data.row_cache import check_architecture
 from draft.errors import UserError
 from draft.heads import Eagle3Head
 from draft.target import Target
@@ -52,6 +53,7 @@ class Engine:
         Raises:
             UserError: when the head is not of the target's shape, or a value is out of range.
         """
+        check_architecture(target)
         if head is not None:
             check_fits(head, {}, target)
         self.target = target

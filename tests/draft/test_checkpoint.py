@@ -136,16 +136,28 @@ def test_a_head_of_another_width_is_refused(tiny_target):
         check_fits(head, {}, tiny_target)
 
 
+FILE = frozenset({"file"})
+
+
 def test_a_failed_write_leaves_the_old_folder(tmp_path):
     folder = tmp_path / "head"
-    with atomic_folder(folder) as temporary:
+    with atomic_folder(folder, FILE) as temporary:
         (temporary / "file").write_text("old")
-    with pytest.raises(RuntimeError), atomic_folder(folder) as temporary:
+    with pytest.raises(RuntimeError), atomic_folder(folder, FILE) as temporary:
         (temporary / "file").write_text("new")
         raise RuntimeError
     assert (folder / "file").read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["head"]
-    with atomic_folder(folder) as temporary:
+    with atomic_folder(folder, FILE) as temporary:
         (temporary / "file").write_text("new")
     assert (folder / "file").read_text() == "new"
     assert [path.name for path in tmp_path.iterdir()] == ["head"]
+
+
+def test_only_what_was_written_before_is_replaced(tmp_path, tiny_head):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("precious")
+    for precious in (tmp_path / "run", tmp_path / "run" / "config.yaml", tmp_path):
+        with pytest.raises(UserError, match="holds something else"):
+            save_head(tiny_head, precious, dtype=torch.float64, about={})
+    assert (tmp_path / "run" / "config.yaml").read_text() == "precious"

@@ -1,6 +1,7 @@
 """Whole runs on a tiny target: pretrain, adapt by each method, interrupt, resume, merge."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -200,3 +201,43 @@ def test_half_precision(world, mode, method):
     run(world, mode, f"single-{mode}-{method}", **reference)
     single = [line["loss"] for line in metrics(world / f"single-{mode}-{method}") if "loss" in line]
     assert losses == pytest.approx(single, rel=0.05)
+
+
+def test_a_base_head_that_changed_is_not_merged_into(world, tmp_path):
+    shutil.copytree(world / "pretrained" / "head", tmp_path / "base")
+    flags = {"target": str(world / "target"), "dtype": "float32", "data": [str(world / "data")], "eval_every": 0}
+    settings = resolve("adapt", str(tmp_path / "run"), flags={**flags, "head": str(tmp_path / "base"), "max_steps": 2})
+    Trainer(settings, QUIET).train()
+    merge_run(tmp_path / "run", tmp_path / "base")
+    with pytest.raises(UserError, match="changed since"):
+        merge_run(tmp_path / "run", tmp_path / "base")
+
+
+def test_ctrl_c_saves_and_other_data_are_then_refused(world, tmp_path, monkeypatch):
+    """An interrupted run goes on from where it was, but not over other data in the same folder."""
+    target = make_tiny_target(dtype=torch.float32)
+    flags = {"target": str(world / "target"), "dtype": "float32", "draft_vocab_size": 180, "max_steps": 4}
+    flags |= {"eval_every": 0, "data": [str(tmp_path / "data")]}
+
+    def trainer(word):
+        shutil.rmtree(tmp_path / "data", ignore_errors=True)
+        prompts = tmp_path / "prompts.jsonl"
+        prompts.write_text("".join(json.dumps({"prompt": f"{word} {n}"}) + "\n" for n in range(8)))
+        prepare(target, tmp_path / "data", prompts=[prompts], max_new_tokens=8, progress=False)
+        return Trainer(resolve("pretrain", str(tmp_path / "run"), flags=flags), QUIET)
+
+    original = Trainer._optimise
+
+    def stop(self, window):
+        if self.step == 2:
+            raise KeyboardInterrupt
+        return original(self, window)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Trainer, "_optimise", stop)
+        trainer("one").train()
+    with pytest.raises(UserError, match="have changed"):
+        trainer("two").train()
+    again = trainer("one")
+    again.train()
+    assert again.step == 4 and [line["step"] for line in metrics(tmp_path / "run") if "loss" in line] == [1, 2, 3, 4]
