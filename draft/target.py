@@ -166,6 +166,8 @@ class Target:
     def fingerprint(self) -> str:
         """Identifies weights, tokenizer and template together, whatever dtype or device they were loaded to.
 
+        (In float16 that holds for checkpoints stored in half precision; wider ones are rounded twice.)
+
         Of each weight up to 8192 evenly spread elements are hashed, in bfloat16: a change of training touches
         them all, and a large model is fingerprinted in seconds.
         """

@@ -56,8 +56,11 @@ def test_a_folder_loads_in_the_dtype_that_is_asked_for(saved, tiny_target):
     assert loaded.encode_chat([{"role": "user", "content": "a"}], add_generation_prompt=True)[0] == 1
 
 
-def test_the_fingerprint_is_of_weights_tokenizer_and_template(saved, tiny_target):
-    prints = {load_target(str(saved), dtype).fingerprint for dtype in ("float16", "bfloat16", "float32", "float64")}
+def test_the_fingerprint_is_of_weights_tokenizer_and_template(tmp_path, tiny_target):
+    half = make_tiny_target(dtype=torch.bfloat16)
+    half.model.save_pretrained(tmp_path)
+    half.tokenizer.save_pretrained(tmp_path)
+    prints = {load_target(str(tmp_path), dtype).fingerprint for dtype in ("float16", "bfloat16", "float32", "float64")}
     assert len(prints) == 1
     assert make_tiny_target(seed=1).fingerprint != tiny_target.fingerprint
     other = make_tiny_target()
