@@ -41,7 +41,8 @@ def main(arguments: list[str] | None = None) -> int:
         train("prepare", "--target", options.target, "--prompts", options.prompts, "--num-prompts", options.num_prompts,
               "--max-new-tokens", 160, "--greedy-share", 0.75, "--held-out-share", 0.3, "--out", data)  # fmt: skip
         train("adapt", "--target", options.target, "--head", options.head, "--data", data, "--method", "afa-lora",
-              "--epochs", options.epochs, "--draft-steps", 3, "--eval-every", 0, "--out", run)  # fmt: skip
+              "--epochs", options.epochs, "--tokens-per-batch", 1024, "--draft-steps", 3, "--eval-every", 0,
+              "--out", run)  # fmt: skip
         train("merge", run, "--out", head)
         (report / "comparison.json").unlink(missing_ok=True)
         status = train("compare", "--target", options.target, "--baseline", options.head, "--candidate", head,
@@ -69,7 +70,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--head", default="smollm2-eagle3", help="head to adapt (default: %(default)s, bundled)")
     parser.add_argument("--prompts", type=Path, default=WORD_PROBLEMS, help="prompts of the domain (JSONL)")
     parser.add_argument("--num-prompts", type=int, default=150, help="how many of them (default: %(default)s)")
-    parser.add_argument("--epochs", type=float, default=4, help="passes over the data (default: %(default)s)")
+    parser.add_argument("--epochs", type=float, default=2, help="passes over the data (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("runs/adaptation"), help="folder (default: %(default)s)")
     return parser.parse_args(arguments)
 
