@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
     data, run, head, report = (folder / name for name in ("data", "run", "head", "report"))
     try:
         train("prepare", "--target", options.target, "--prompts", options.prompts, "--num-prompts", options.num_prompts,
-              "--max-new-tokens", 160, "--greedy-share", 0.75, "--held-out-share", 0.3, "--out", data)  # fmt: skip
+              "--max-new-tokens", 128, "--greedy-share", 0.75, "--held-out-share", 0.3, "--out", data)  # fmt: skip
         train("adapt", "--target", options.target, "--head", options.head, "--data", data, "--method", "afa-lora",
               "--epochs", options.epochs, "--tokens-per-batch", 1024, "--draft-steps", 3, "--eval-every", 0,
               "--out", run)  # fmt: skip
@@ -145,10 +145,7 @@ def summarise(comparison: dict[str, Any], answers: dict[str, dict[str, Any]], *,
     table.add_row("τ of that request", *("-" if tau is None else f"{tau:.2f}" for tau in served), "")
     console.print()
     console.print(table)
-    if shipped:
-        console.print("The adapted head is better on the domain, and not worse on general traffic: [green]ship[/].")
-    else:
-        console.print("The numbers do not say that the adapted head is better: [red]don't ship[/] (see the report).")
+    console.print(("[green]Ship[/]: " if shipped else "[red]Don't ship[/]: ") + escape(comparison["summary"]))
     same = answers["base"]["generated_text"] == answers["adapted"]["generated_text"]
     console.print(f"\n[bold]{QUESTION}[/]\n{escape(answers['adapted']['generated_text'])}", highlight=False)
     console.print(f"\nBoth heads gave {'the same' if same else 'a different'} text, as greedy decoding should.")
