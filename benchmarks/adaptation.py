@@ -45,13 +45,13 @@ def main(arguments: list[str] | None = None) -> int:
               "--out", run)  # fmt: skip
         train("merge", run, "--out", head)
         (report / "comparison.json").unlink(missing_ok=True)
-        status = train("compare", "--target", options.target, "--baseline", options.head, "--candidate", head,
+        train("compare", "--target", options.target, "--baseline", options.head, "--candidate", head,
                        "--data", data, "--out", report, accepted=(0, 1))  # fmt: skip
         answers = {name: ask(options.target, path) for name, path in (("base", options.head), ("adapted", str(head)))}
     except UserError as error:
         print(f"adaptation: {error}", file=sys.stderr)
         return 2
-    summarise(json.loads((report / "comparison.json").read_text()), answers, shipped=status == 0)
+    summarise(json.loads((report / "comparison.json").read_text()), answers)
     console.print(
         f"\nDone in {(time.monotonic() - started) / 60:.1f} minutes. "
         "Next, with your own prompts (JSONL, a `prompt` column):\n"
@@ -126,7 +126,7 @@ def ask(target: str, head: str) -> dict[str, Any]:
     return {**answer, "seconds": seconds}
 
 
-def summarise(comparison: dict[str, Any], answers: dict[str, dict[str, Any]], *, shipped: bool) -> None:
+def summarise(comparison: dict[str, Any], answers: dict[str, dict[str, Any]]) -> None:
     """τ before and after, the served answers, and the verdict."""
     table = Table(title="The head before and after adaptation (greedy, K = 5)")
     for heading in ("", "base head", "adapted head", "gain"):
@@ -145,7 +145,7 @@ def summarise(comparison: dict[str, Any], answers: dict[str, dict[str, Any]], *,
     table.add_row("τ of that request", *("-" if tau is None else f"{tau:.2f}" for tau in served), "")
     console.print()
     console.print(table)
-    console.print(("[green]Ship[/]: " if shipped else "[red]Don't ship[/]: ") + escape(comparison["summary"]))
+    console.print(escape(comparison["summary"]))
     same = answers["base"]["generated_text"] == answers["adapted"]["generated_text"]
     console.print(f"\n[bold]{QUESTION}[/]\n{escape(answers['adapted']['generated_text'])}", highlight=False)
     console.print(f"\nBoth heads gave {'the same' if same else 'a different'} text, as greedy decoding should.")
