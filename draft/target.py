@@ -276,7 +276,7 @@ def _resolve_device(device: str) -> torch.device:
     try:
         place = torch.device(device)
         torch.empty(0, device=place)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError) as error:
         raise UserError(f"device {device!r} is not there on this machine; use auto, cpu or cuda.") from error
     return place
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -55,6 +57,14 @@ def make_tiny_target(seed: int = 0, dtype: torch.dtype = torch.float64, max_leng
     )
     model = LlamaForCausalLM(config).to(dtype)
     return Target("tiny", model, byte_tokenizer())
+
+
+def save_tiny_target(folder: Path) -> Target:
+    """A float32 tiny target, also written to `folder` as a user would have it."""
+    target = make_tiny_target(dtype=torch.float32)
+    target.model.save_pretrained(folder)
+    target.tokenizer.save_pretrained(folder)
+    return target
 
 
 def make_tiny_head(target: Target, seed: int = 0, draft_vocab_size: int = 200) -> Eagle3Head:

@@ -4,8 +4,7 @@ import json
 import sys
 
 import pytest
-import torch
-from conftest import make_tiny_target
+from conftest import save_tiny_target
 
 from draft.cli import main
 
@@ -13,9 +12,7 @@ from draft.cli import main
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     root = tmp_path_factory.mktemp("cli")
-    target = make_tiny_target(dtype=torch.float32)
-    target.model.save_pretrained(root / "target")
-    target.tokenizer.save_pretrained(root / "target")
+    save_tiny_target(root / "target")
     lines = (json.dumps({"question": f"what is {n} plus {n * 3 % 17}?"}) for n in range(60))
     (root / "questions.jsonl").write_text("\n".join(lines))
     return root

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import make_tiny_target
+from conftest import make_tiny_target, save_tiny_target
 from rich.console import Console
 
 from draft.checkpoint import load_head
@@ -23,9 +23,7 @@ QUIET = Console(quiet=True)
 def world(tmp_path_factory):
     """A tiny target on disk, data that it wrote, and a head pretrained on them for a few steps."""
     root = tmp_path_factory.mktemp("world")
-    target = make_tiny_target(dtype=torch.float32)
-    target.model.save_pretrained(root / "target")
-    target.tokenizer.save_pretrained(root / "target")
+    save_tiny_target(root / "target")
     prompts = root / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": f"number {n} and {n * 7 % 11}"}) + "\n" for n in range(24)))
     from draft.target import load_target
