@@ -17,7 +17,14 @@ from peft.tuners.lora.layer import VARIANT_KWARG_KEYS, LoraVariant
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from afa_kernels import ACTIVATIONS, afa_lora_linear, annealed_lora, canonical_placement
+from afa_kernels import (
+    ACTIVATIONS,
+    KernelsError,
+    afa_lora_linear,
+    annealed_lora,
+    canonical_placement,
+    fall_back,
+)
 from draft.afa_schedule import beta_at, zero_step
 from draft.errors import UserError
 
@@ -192,7 +199,7 @@ class AfaLinear(lora.Linear):
         mixed_batch = kwargs.get("adapter_names") is not None
         if self.disable_adapters or self.merged or mixed_batch or not all_annealed:
             return super().forward(x, *args, **kwargs)
-        if len(active) == 1 and self._can_fuse(active[0]):
+        if len(active) == 1 and self._can_fuse(active[0], x):
             return self._fused(active[0], x)
         for key in (*VARIANT_KWARG_KEYS, "adapter_names"):  # meant for adapters, not for the base layer
             kwargs.pop(key, None)
@@ -201,21 +208,32 @@ class AfaLinear(lora.Linear):
             result = result + self.afa_delta(name, x)
         return result
 
-    def _can_fuse(self, name: str) -> bool:
-        drops = self.training and not isinstance(self.lora_dropout[name], nn.Identity)
-        return self.annealed[name].config.placement == "A-s-B" and not drops and is_bare(self.base_layer)
+    def _can_fuse(self, name: str, x: Tensor) -> bool:
+        if self.annealed[name].config.placement != "A-s-B" or not is_bare(self.base_layer):
+            return False
+        dropout = self.lora_dropout[name]
+        if self.training and not isinstance(dropout, nn.Identity):
+            try:
+                fall_back(f"LoRA dropout is {cast(nn.Dropout, dropout).p:g}, and they have none", x.device.type)
+            except KernelsError as error:
+                raise UserError(str(error)) from None
+            return False
+        return True
 
     def _fused(self, name: str, x: Tensor) -> Tensor:
         variant, base = self.annealed[name], cast(nn.Linear, self.base_layer)
-        return afa_lora_linear(
-            x,
-            base.weight,
-            base.bias,
-            *lora_weights(self, name),
-            beta=variant.beta_on(x.device),
-            scaling=self.scaling[name],
-            activation=variant.config.activation,
-        )
+        try:
+            return afa_lora_linear(
+                x,
+                base.weight,
+                base.bias,
+                *lora_weights(self, name),
+                beta=variant.beta_on(x.device),
+                scaling=self.scaling[name],
+                activation=variant.config.activation,
+            )
+        except KernelsError as error:  # AFA_KERNELS asks for what can't be
+            raise UserError(str(error)) from None
 
     def afa_delta(self, name: str, x: Tensor) -> Tensor:  # [..., in] -> [..., out]
         """What AFA adapter `name` adds to the base output, in x's dtype."""

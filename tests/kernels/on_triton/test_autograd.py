@@ -1,0 +1,227 @@
+"""The kernels inside the machinery of training: autocast, checkpointing, torch.compile, DDP, no gradients."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from kernel_cases import DEVICE, INTERPRETING, OUTPUTS, limit, make_case, relative_error, run
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+from afa_kernels import KernelsError, afa_lora_linear, dispatch, fall_back, launch, reference, tuning
+
+
+class Layer(nn.Module):
+    """An adapted layer between two activations, as in a draft head."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32, function=afa_lora_linear) -> None:
+        super().__init__()
+        case = make_case(1, 33, 20, 4)
+        self.weight = nn.Parameter(case.weight.to(dtype), requires_grad=False)
+        self.lora_a, self.lora_b = nn.Parameter(case.lora_a), nn.Parameter(case.lora_b)
+        self.beta, self.function = case.beta.double(), function
+
+    def forward(self, x: Tensor) -> Tensor:
+        options = {"beta": self.beta, "scaling": 2.0, "activation": "silu"}
+        return torch.tanh(self.function(x * 2, self.weight, None, self.lora_a, self.lora_b, **options))
+
+
+def gradients(layer: nn.Module, x: Tensor, call=None) -> dict[str, Tensor]:
+    """The output, and the gradients of x, A and B."""
+    x = x.detach().requires_grad_()
+    layer.zero_grad()
+    y = (layer if call is None else call)(x)
+    y.float().square().sum().backward()
+    inner = getattr(layer, "module", layer)
+    return {"y": y.detach(), "dx": x.grad, "dA": inner.lora_a.grad.clone(), "dB": inner.lora_b.grad.clone()}
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return all(torch.equal(one[name], other[name]) for name in OUTPUTS)
+
+
+X = make_case(6, 33, 1, 1, seed=4).x.reshape(2, 3, 33)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpoint(reentrant: bool) -> None:
+    layer = Layer()
+    assert same(gradients(layer, X), gradients(layer, X, lambda x: checkpoint(layer, x, use_reentrant=reentrant)))
+
+
+def test_compiling_the_surrounding_model_keeps_one_graph() -> None:
+    layer = Layer()
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    graphs = []
+    for beta in (0.3, 0.0, 1.0):
+        layer.beta.fill_(beta)
+        assert same(gradients(layer, X), gradients(layer, X, compiled))
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs == [1, 1, 1]  # a new beta is no new graph
+    with torch.no_grad():
+        assert torch.equal(compiled(X), layer(X))
+
+
+def test_compiling_with_a_dynamic_number_of_tokens() -> None:
+    layer = Layer()
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=True)
+    for x in (X, X[:1], X[:, :2]):
+        assert same(gradients(layer, x), gradients(layer, x, compiled))
+
+
+def test_the_operators_keep_torchs_contract() -> None:
+    from afa_kernels.autograd import backward_op, forward_op
+
+    case = make_case(5, 7, 3, 2)
+    tensors = (case.x, case.weight, case.bias, case.lora_a, case.lora_b, case.beta)
+    torch.library.opcheck(forward_op, (*tensors, 1.5, "silu"))
+    z = case.x @ case.lora_a.T
+    for wanted in ([True, True, True], [True, False, True], [False, True, False]):
+        args = (case.dy, case.x, case.weight, case.lora_a, case.lora_b, z, case.beta, 1.5, "tanh", wanted)
+        torch.library.opcheck(backward_op, (*args, torch.float32, torch.bfloat16))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = make_case(24, 33, 28, 4, dtypes="fp32" if dtype == torch.float32 else "bf16+fp32")
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        got = run(case)
+    expected = run(case.to(torch.float64), reference.afa_lora_linear)
+    assert got["y"].dtype == torch.bfloat16 and got["dx"].dtype == dtype
+    assert got["dA"].dtype == got["dB"].dtype == torch.float32
+    case.dy = case.dy.bfloat16()
+    assert all(relative_error(got[name], expected[name]) < limit(torch.bfloat16) for name in OUTPUTS)
+
+
+def test_autocast_around_the_backward_changes_nothing() -> None:
+    layer = Layer()
+    with tuning.only("update"):  # whose frozen product is torch's, and would be cast
+        x = X.clone().requires_grad_()
+        (plain,) = torch.autograd.grad(layer(x).sum(), x)
+        y = layer(x)
+        with torch.autocast(DEVICE, dtype=torch.bfloat16):
+            (under,) = torch.autograd.grad(y.sum(), x)
+    assert torch.equal(plain, under)
+
+
+@pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
+def test_gradients_switched_off(off) -> None:
+    layer = Layer()
+    with off():
+        y = layer(X)
+    assert torch.equal(y, layer(X).detach()) and not y.requires_grad
+
+
+def test_double_backward_is_refused() -> None:
+    layer = Layer()
+    x = X.clone().requires_grad_()
+    (dx,) = torch.autograd.grad(layer(x).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative .double backward.*AFA_KERNELS=reference"):
+        dx.sum().backward()
+
+
+@pytest.mark.parametrize("wanted", ["x", "lora_a", "lora_b"])
+def test_only_the_gradients_that_are_wanted(wanted: str) -> None:
+    case = make_case(9, 8, 7, 3, bias=True)
+    everything = run(case)
+    tensors = {k: getattr(case, k).detach().clone() for k in ("x", "weight", "bias", "lora_a", "lora_b")}
+    tensors[wanted].requires_grad_()
+    y = afa_lora_linear(**tensors, beta=case.beta, scaling=case.scaling, activation=case.activation)
+    y.backward(case.dy)
+    name = {"x": "dx", "lora_a": "dA", "lora_b": "dB"}[wanted]
+    assert torch.equal(tensors[wanted].grad, everything[name])
+    assert all(t.grad is None for k, t in tensors.items() if k != wanted)
+
+
+def test_beta_gets_no_gradient_and_a_new_value_counts() -> None:
+    layer = Layer()
+    layer.beta.requires_grad_()
+    gradients(layer, X)
+    assert layer.beta.grad is None
+    before = layer(X)
+    layer.beta = torch.tensor(0.9, device=DEVICE)
+    assert not torch.equal(before, layer(X))
+
+
+# ---- what takes the reference path, and says so ----
+
+
+def refused(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, word: str, **replaced: Tensor) -> None:
+    """With AFA_KERNELS=triton an error says why; by itself the reference runs, and the log says so once."""
+    case = make_case(4, 5, 6, 3)
+    tensors = {k: getattr(case, k) for k in ("x", "weight", "bias", "lora_a", "lora_b")} | replaced
+    options = {"beta": case.beta, "scaling": 1.1, "activation": "gelu"}
+    with pytest.raises(KernelsError, match=word):
+        afa_lora_linear(**tensors, **options)
+    monkeypatch.setenv("AFA_KERNELS", "auto")
+    monkeypatch.setattr(launch, "forward", lambda *a: pytest.fail("the kernels ran"))
+    dispatch._say_once.cache_clear()
+    with caplog.at_level(logging.WARNING, logger="afa_kernels"):
+        for _ in range(3):
+            y = afa_lora_linear(**tensors, **options)
+    assert torch.equal(y, reference.afa_lora_linear(**tensors, **options))
+    assert [word in record.message for record in caplog.records] == [True]
+
+
+def test_a_large_rank(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    a, b = torch.ones(257, 5, device=DEVICE), torch.ones(6, 257, device=DEVICE)
+    refused(monkeypatch, caplog, "rank 257 is above 256", lora_a=a, lora_b=b)
+
+
+def test_another_dtype(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    tensors = {"x": torch.ones(4, 5), "weight": torch.ones(6, 5), "bias": torch.ones(6)}
+    doubles = {k: t.to(DEVICE, torch.float64) for k, t in tensors.items()}
+    refused(monkeypatch, caplog, "torch.float64 is not one of", **doubles)
+
+
+def test_a_weight_that_is_trained(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    weight = torch.ones(6, 5, device=DEVICE, requires_grad=True)
+    refused(monkeypatch, caplog, "weight or bias wants a gradient", weight=weight)
+
+
+def test_dropout_is_said_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(KernelsError, match="LoRA dropout"):
+        fall_back("LoRA dropout is 0.1", DEVICE)
+    monkeypatch.setenv("AFA_KERNELS", "auto")
+    dispatch._say_once.cache_clear()
+    for _ in range(2):
+        fall_back("LoRA dropout is 0.1", DEVICE)
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+
+
+def test_the_reference_can_be_forced(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = make_case(4, 5, 6, 3)
+    assert same(run(case), run(case))
+    monkeypatch.setattr(launch, "forward", lambda *a: pytest.fail("the kernels ran"))
+    monkeypatch.setenv("AFA_KERNELS", "reference")
+    assert same(run(case), run(case, reference.afa_lora_linear))
+
+
+# ---- DDP ----
+
+
+def _train(rank: int, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    layer = DistributedDataParallel(Layer())
+    torch.save(gradients(layer, X[rank : rank + 1]), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.skipif(not INTERPRETING, reason="two processes on one card need no gloo")
+def test_two_processes_share_their_gradients(tmp_path: Path) -> None:
+    mp.start_processes(_train, (str(tmp_path),), nprocs=2, start_method="fork")
+    alone = [gradients(Layer(), X[rank : rank + 1]) for rank in range(2)]
+    for rank in range(2):
+        got = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        assert torch.equal(got["y"], alone[rank]["y"])
+        for name in ("dA", "dB"):
+            torch.testing.assert_close(got[name], (alone[0][name] + alone[1][name]) / 2)

@@ -1,0 +1,153 @@
+"""The PEFT layer of draft.afa: what goes through the kernels, what does not, and that both give the same."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import pytest
+import torch
+from kernel_cases import DEVICE, limit, relative_error
+from torch import Tensor, nn
+
+from afa_kernels import dispatch, launch
+from draft.afa import AfaLoraConfig, add_adapter, set_annealing_step
+from draft.errors import UserError
+
+
+class Head(nn.Module):
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.fc = nn.Linear(18, 21, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x)
+
+
+def adapted(dtype: torch.dtype = torch.float32, **options: object) -> nn.Module:
+    options = {"r": 3, "lora_alpha": 6, "target_modules": ["fc"], "beta": 0.4} | options
+    model = add_adapter(Head(dtype), AfaLoraConfig(**options))
+    give_values(model)
+    return model.to(DEVICE)
+
+
+def give_values(model: nn.Module) -> None:
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) / 4)
+
+
+X = torch.randn(2, 5, 18, generator=torch.Generator().manual_seed(2)).to(DEVICE)
+
+
+def trained(model: nn.Module, x: Tensor) -> list[Tensor]:
+    """The output and every gradient."""
+    x = x.detach().requires_grad_()
+    model.zero_grad()
+    y = model(x)
+    y.float().square().sum().backward()
+    return [y.detach(), x.grad, *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+
+
+@pytest.fixture
+def compare(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """compare(model, x): how often the kernels ran; both ways gave the same."""
+    calls: list[int] = []
+    forward = launch.forward
+    monkeypatch.setattr(launch, "forward", lambda *args: calls.append(1) or forward(*args))
+
+    def compare(model: nn.Module, x: Tensor = X) -> int:
+        calls.clear()
+        monkeypatch.setenv("AFA_KERNELS", "auto")
+        got = trained(model, x)
+        count = len(calls)
+        monkeypatch.setenv("AFA_KERNELS", "reference")
+        expected = trained(model, x)
+        assert len(calls) == count and len(got) == len(expected) > 2
+        assert all(relative_error(*pair) < limit(x.dtype) for pair in zip(got, expected, strict=True))
+        return count
+
+    return compare
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu", "relu", "tanh"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_adapter_is_fused(dtype: torch.dtype, activation: str, compare: Callable[..., int]) -> None:
+    model = adapted(dtype, activation=activation)
+    for step in (0, 1, 3):
+        set_annealing_step(model, step, 10)
+        assert compare(model, X.to(dtype)) == 1
+
+
+@pytest.mark.parametrize("placement", ["s-A-B", "s-A-B-s", "s-A-s-B", "s-A-s-B-s"])
+def test_other_placements_are_not(placement: str, compare: Callable[..., int]) -> None:
+    assert compare(adapted(placement=placement)) == 0
+
+
+def test_two_adapters_are_not(compare: Callable[..., int]) -> None:
+    model = adapted()
+    add_adapter(model, AfaLoraConfig(r=2, lora_alpha=6, target_modules=["fc"], beta=0.7), "two")
+    give_values(model)
+    model.to(DEVICE)
+    assert compare(model) == 1  # "two" is there and not active
+    model.base_model.set_adapter(["default", "two"])
+    assert compare(model) == 0
+    model.set_adapter("two")
+    assert compare(model) == 1
+
+
+def test_a_hooked_base_layer_is_not(compare: Callable[..., int]) -> None:
+    model = adapted()
+    seen: list[int] = []
+    model.get_base_model().fc.base_layer.register_forward_hook(lambda *_: seen.append(1))
+    assert compare(model) == 0 and len(seen) == 2
+
+
+def test_disabled_and_merged_adapters_are_not(compare: Callable[..., int], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = adapted(beta=0.0)
+    assert compare(model) == 1
+    calls: list[int] = []
+    monkeypatch.setattr(launch, "forward", lambda *args: calls.append(1))
+    monkeypatch.setenv("AFA_KERNELS", "auto")
+    with torch.no_grad():
+        base = model.get_base_model().fc.base_layer(X)
+        with model.disable_adapter():
+            torch.testing.assert_close(model(X), base)
+        model.merge_adapter()
+        assert not torch.allclose(model(X), base)
+    assert not calls
+
+
+def test_dropout_takes_pytorch_and_says_so_once(
+    compare: Callable[..., int], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = adapted(lora_dropout=0.25)
+    assert compare(model.eval()) == 1
+    model.train()
+    dispatch._say_once.cache_clear()
+    monkeypatch.setenv("AFA_KERNELS", "auto")
+    monkeypatch.setattr(launch, "forward", lambda *args: pytest.fail("the kernels ran"))
+    with caplog.at_level(logging.WARNING, logger="afa_kernels"):
+        model(X), model(X)
+    assert len(caplog.records) == 1 and "LoRA dropout is 0.25" in caplog.text
+    monkeypatch.setenv("AFA_KERNELS", "triton")
+    with pytest.raises(UserError, match="LoRA dropout is 0.25"):
+        model(X)
+
+
+def test_an_impossible_force_is_the_users_mistake() -> None:
+    model = adapted(r=257)
+    with pytest.raises(UserError, match="rank 257 is above 256"):
+        model(X)
+
+
+def test_compiling_a_model_with_adapted_layers() -> None:
+    model = adapted()
+    torch._dynamo.reset()
+    compiled = torch.compile(model.get_base_model(), fullgraph=True, backend="aot_eager")
+    for step in (0, 1, 2):
+        set_annealing_step(model, step, 10)
+        assert torch.equal(compiled(X), model(X))
