@@ -28,6 +28,11 @@ FROM python:3.11-slim
 ENV PATH=/opt/venv/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     DRAFTSMITH_CACHE=/cache
+# The engine compiles its CPU kernels for the machine that it finds itself on.
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends g++ \
+    && rm -rf /var/lib/apt/lists/*
 RUN useradd --uid 10001 --create-home draftsmith \
     && install --directory --owner=draftsmith /cache
 COPY --from=build /opt/venv /opt/venv

@@ -26,8 +26,6 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from benchmarks import acceptance_report as report
 from benchmarks import common
 from benchmarks.acceptance_report import Variant
@@ -35,7 +33,8 @@ from benchmarks.common import Prompt
 from draft.checkpoint import check_fits, load_head
 from draft.errors import UserError
 from draft.target import Target, load_target
-from serving.engine import Completion, Engine, SamplingParams
+from serving.engine import Completion, Engine, SamplingParams, Speculation
+from serving.engine.build import MODES
 from serving.engine.verification import RULES
 
 MODULE = "benchmarks.acceptance_length"
@@ -60,7 +59,16 @@ class Measurement:
         self.max_new_tokens = arguments.max_new_tokens
         self.seed = arguments.seed
         self.engines = {
-            name: Engine(target, head, speculation_length=max(arguments.speculation_length))
+            # chains of a fixed length: what is measured is the head, not the controller
+            name: Engine(
+                target,
+                head,
+                speculation="chain",
+                speculation_length=max(arguments.speculation_length),
+                mode=arguments.mode,
+                max_batch=1,
+                threads=arguments.threads,
+            )
             for name, head in heads.items()
         }
         self.variants = {
@@ -74,13 +82,13 @@ class Measurement:
     def decode(self, variant: Variant, prompt_ids: list[int], seed: int, max_new_tokens: int) -> Completion:
         # plain decoding goes through the first head's engine: the same code and models, speculation off
         engine = self.engines[variant.head] if variant.head else next(iter(self.engines.values()))
-        return engine.generate(
-            prompt_ids,
-            SamplingParams(max_new_tokens=max_new_tokens, temperature=variant.temperature, seed=seed),
-            speculative=variant.head is not None,
-            speculation_length=variant.speculation_length or None,
+        wishes = Speculation(
+            enabled=variant.head is not None,
+            num_tokens=variant.speculation_length or None,
             rule=variant.rule if variant.rule in RULES else None,
         )
+        params = SamplingParams(max_new_tokens=max_new_tokens, temperature=variant.temperature, seed=seed)
+        return engine.generate([prompt_ids], params, wishes)[0]
 
     def warm_up(self) -> None:
         """One short untimed decode of each variant, since the first of its kind pays for what it sets up."""
@@ -167,7 +175,12 @@ def parse(arguments: Sequence[str]) -> Namespace:
         "--limit": {"type": common.whole(1), "metavar": "N", "help": "only N prompts, the categories taking turns"},
         "--seed": {"type": common.whole(0), "default": 0, "metavar": "N", "help": "default: %(default)s"},
         "--dtype": {"default": "auto", "help": "auto (default), bfloat16, float16, float32 or float64"},
-        "--threads": {"type": common.whole(1), "metavar": "N", "help": "CPU threads (default: torch's own choice)"},
+        "--mode": {
+            "choices": MODES,
+            "default": "auto",
+            "help": "compiled kernels (CPU), or eager; default: %(default)s",
+        },
+        "--threads": {"type": common.whole(1), "metavar": "N", "help": "CPU threads (default: all of this process's)"},
         "--out": {"required": True, "metavar": "DIR", "help": "folder for acceptance_length.json and .png"},
     }
     for name, note in (("--temperature", ""), ("--speculation-length", ""), ("--rule", "; for temperatures above 0")):
@@ -225,8 +238,6 @@ def measure_all(measurement: Measurement, prompts: list[Prompt]) -> Measured:
 
 def benchmark(arguments: Namespace, command: Sequence[str]) -> int:
     console = common.make_console()
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
     chosen = common.load_prompts(arguments.prompts, arguments.limit)
     out = common.output_folder(arguments.out)
     target = load_target(arguments.target, arguments.dtype)

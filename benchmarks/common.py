@@ -171,6 +171,11 @@ def head_provenance(name: str, head: str) -> dict[str, Any]:
     return {"name": name, "path": head, "sha256": digest.hexdigest()}
 
 
+def cores() -> int:
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _cpu_model() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -262,7 +267,7 @@ def make_console() -> Console:
     """A console that prints names as they are, wide enough for the tables when the output goes to a file."""
     plain: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False}
     console = Console(**plain)
-    return console if console.is_terminal else Console(**plain, width=150)
+    return console if console.is_terminal else Console(**plain, width=int(os.environ.get("COLUMNS", 150)))
 
 
 def progress_bar() -> Progress:

@@ -118,7 +118,7 @@ def replay(
         )
     tallies = {name: _Tally(len(greedy), max_steps) for name in heads}
     with torch.no_grad():
-        for indices, ids, output in target_passes(target, greedy, tokens_per_batch, progress):
+        for indices, ids, output in target_passes(target, greedy, tokens_per_batch, progress, heads.values()):
             wanted = response_positions([spans[index] for index in indices], ids)
             for name, head in heads.items():
                 leading = _leading_hits(target, head, ids, output, wanted, max_steps).tolist()
@@ -189,16 +189,23 @@ def walk(leading: Sequence[int], span: Span, length: int) -> Iterator[tuple[int,
 
 
 def target_passes(
-    target: Target, rows: Sequence[Row], tokens_per_batch: int, progress: str | None
+    target: Target,
+    rows: Sequence[Row],
+    tokens_per_batch: int,
+    progress: str | None,
+    heads: Iterable[Eagle3Head] = (),
 ) -> Iterator[tuple[list[int], Tensor, TargetOutput]]:
     """Yield (indices of rows, ids [batch, tokens], the target's output), rows of similar length together.
 
+    The output has the auxiliary states that any of `heads` reads; without heads, those of the default layers.
     Padding on the right needs no mask: everything is causal, and no real token sees what follows it.
     """
+    wanted = {layer for head in heads for layer in head.auxiliary_layers(target)}
+    layers = sorted(wanted or target.default_auxiliary_layers)
     together = batches(rows, tokens_per_batch, seed=0, epoch=0)
     for indices in track(together, description=progress or "", disable=progress is None):
         ids = collate([rows[index] for index in indices]).input_ids.to(target.device)
-        yield indices, ids, target.forward(ids, layers=target.default_auxiliary_layers)
+        yield indices, ids, target.forward(ids, layers=layers)
 
 
 def response_positions(spans: list[list[Span]], ids: Tensor) -> Tensor:
@@ -213,8 +220,8 @@ def response_positions(spans: list[list[Span]], ids: Tensor) -> Tensor:
 def drafted_states(target: Target, head: Eagle3Head, ids: Tensor, output: TargetOutput, steps: int) -> Iterator[Tensor]:
     """Yield the head's hidden states of each draft step, [batch, tokens, hidden], in the head's dtype."""
     dtype = head.norm.weight.dtype
-    assert output.auxiliary is not None
-    return unroll(head, target.embedding(ids).to(dtype), output.auxiliary.to(dtype), steps)
+    auxiliary = output.states_of(head.auxiliary_layers(target)).to(dtype)
+    return unroll(head, target.embedding(ids).to(dtype), auxiliary, steps)
 
 
 def _leading_hits(

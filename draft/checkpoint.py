@@ -22,8 +22,6 @@ from draft.heads import ARCHITECTURES, Eagle3Head
 from draft.target import DTYPES
 
 PRETRAINED = Path(__file__).parent / "pretrained"
-_OPTIONAL = {"embed_tokens.weight"}  # other trainers save a copy of the target's embedding; engines ignore it
-
 
 HEAD_FILES = frozenset({"config.json", "model.safetensors", "draftsmith.json"})
 
@@ -103,7 +101,7 @@ def load_head(
     config_class, head_class = ARCHITECTURES[names[0]]
     head = head_class(config_class.from_dict(config_values))
     tensors = _read_tensors(folder / "model.safetensors")
-    _load_strictly(head, tensors, folder)
+    fill(head, tensors, str(folder))
     stored = DTYPES.get(config_values.get("torch_dtype") or config_values.get("dtype") or "float32", torch.float32)
     about = folder / "draftsmith.json"
     return head.to(device=device, dtype=dtype or stored).eval(), _read_json(about) if about.is_file() else {}
@@ -142,33 +140,59 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     except (SafetensorError, OSError) as error:
         raise UserError(f"{str(path)!r} is not a whole safetensors file ({error}); write or copy it again.") from error
     # the same layer is called layers.0 by some trainers, and midlayer by others; engines take both
-    kept = {name: value for name, value in tensors.items() if name not in _OPTIONAL}
-    return {name.replace("layers.0.", "midlayer.", 1): value for name, value in kept.items()}
+    return {name.replace("layers.0.", "midlayer.", 1): value for name, value in tensors.items()}
 
 
-def _load_strictly(head: Eagle3Head, tensors: dict[str, Tensor], folder: Path) -> None:
-    if "t2d" not in tensors and "d2t" in tensors:  # engines derive it; so do we
-        tensors["t2d"] = torch.zeros_like(head.t2d)
-        tensors["t2d"][tensors["d2t"] + torch.arange(len(tensors["d2t"]))] = True
+def fill(head: Eagle3Head, tensors: dict[str, Tensor], name: str) -> None:
+    """Put `tensors`, by the plain format's names, into the head called `name`.
+
+    Raises:
+        UserError: naming the first missing, unexpected or misshapen tensor.
+    """
+    if "embed_tokens.weight" in tensors:
+        raise UserError(
+            f"head {name!r}: tensor embed_tokens.weight is unexpected: the target's embedding is used, and this may "
+            f"differ; `draft-train import {name}` compares them, and leaves it out."
+        )
+    tensors = _with_token_map(head, tensors, name)
     expected = head.state_dict()
-    for name, value in expected.items():
-        if name not in tensors:
-            raise UserError(f"head {str(folder)!r}: tensor {name} is missing; the file is not a whole EAGLE-3 head.")
-        if tensors[name].shape != value.shape:
+    for key, value in expected.items():
+        if key not in tensors:
+            raise UserError(f"head {name!r}: tensor {key} is missing; the file is not a whole EAGLE-3 head.")
+        if tensors[key].shape != value.shape:
             raise UserError(
-                f"head {str(folder)!r}: tensor {name} has shape {tuple(tensors[name].shape)}, its config.json says "
+                f"head {name!r}: tensor {key} has shape {tuple(tensors[key].shape)}, its config.json says "
                 f"{tuple(value.shape)}; the two files do not belong together."
             )
     unexpected = sorted(set(tensors) - set(expected))
     if unexpected:
-        raise UserError(
-            f"head {str(folder)!r}: tensor {unexpected[0]} is unexpected; export the head again without it."
-        )
+        raise UserError(f"head {name!r}: tensor {unexpected[0]} is unexpected; export the head again without it.")
     head.load_state_dict(tensors)
 
 
+def _with_token_map(head: Eagle3Head, tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+    """Derive t2d where it is missing, as engines do; leave out a full vocabulary's maps, which must be trivial."""
+    tensors = dict(tensors)
+    if head.config.full_vocabulary:
+        if tensors.pop("d2t", head.d2t).any() or not tensors.pop("t2d", head.t2d).all():
+            raise UserError(
+                f"head {name!r}: d2t reorders a draft vocabulary as large as the target's ({head.config.vocab_size}); "
+                "engines take such a head only without a map."
+            )
+    elif "t2d" not in tensors and "d2t" in tensors:
+        ids = tensors["d2t"] + torch.arange(len(tensors["d2t"]))
+        if int(ids.min()) < 0 or int(ids.max()) >= len(head.t2d):
+            raise UserError(
+                f"head {name!r}: d2t gives target ids from {int(ids.min())} to {int(ids.max())}, and the vocabulary "
+                f"has {len(head.t2d)}; use a head made for this vocabulary."
+            )
+        tensors["t2d"] = torch.zeros_like(head.t2d)
+        tensors["t2d"][ids] = True
+    return tensors
+
+
 def check_fits(head: Eagle3Head, about: dict[str, Any], target: Any) -> None:
-    """Refuse a head that was made for another target: naming both values."""
+    """Refuse a head that was made for another target, naming both values; lend the target's LM head to one without."""
     for what, ours, theirs in (
         ("hidden size", head.config.hidden_size, target.hidden_size),
         ("vocabulary", head.config.vocab_size, target.vocab_size),
@@ -177,6 +201,8 @@ def check_fits(head: Eagle3Head, about: dict[str, Any], target: Any) -> None:
             raise UserError(
                 f"the head's {what} is {ours} and the target's is {theirs}; use a head made for this target."
             )
+    head.auxiliary_layers(target)  # refuses layers that the target hasn't
+    head.borrow(target)
     made_for = about.get("target_fingerprint")
     if made_for and made_for != target.fingerprint:
         raise UserError(

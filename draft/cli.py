@@ -206,6 +206,53 @@ def merge(
 
 
 @app.command(
+    name="import",
+    epilog=_examples("draft-train import EAGLE3-LLaMA3.1-Instruct-8B --target Llama-3.1-8B-Instruct --out heads/stock"),
+)
+def import_(
+    source: Annotated[Path, typer.Argument(help="Folder of a head in another project's format.")],
+    out: Annotated[Path, typer.Option(help="Folder of the head to write.")],
+    target: Target = "smollm2",
+    auxiliary_layers: Annotated[
+        str | None,
+        typer.Option(help="Layers whose inputs the head reads, such as 2,15,27, if its config.json leaves that open."),
+    ] = None,
+    dtype: Dtype = "auto",
+    device: Annotated[str, typer.Option(help="Device: auto, cpu, cuda.")] = "auto",
+) -> None:
+    """Bring a head of SafeAILab, SGLang, vLLM or speculators to this program's format."""
+    from draft.interop import import_head
+    from draft.target import load_target
+
+    try:
+        layers = None if auxiliary_layers is None else [int(layer) for layer in auxiliary_layers.split(",")]
+    except ValueError as error:
+        raise UserError(f"--auxiliary-layers {auxiliary_layers!r} is no list of numbers, such as 2,15,27.") from error
+    imported = import_head(source, load_target(target, dtype, device), out, auxiliary_layers=layers)
+    console.print(f"Found a head in the format {imported.kind}.", soft_wrap=True)
+    for note in imported.notes:
+        console.print(f"  {note[0].upper()}{note[1:]}", soft_wrap=True, markup=False)
+    console.print(f"Wrote {imported.head}.", soft_wrap=True)
+
+
+@app.command(epilog=_examples("draft-train export heads/mine --format plain --out exports/mine"))
+def export(
+    head: Annotated[str, typer.Argument(help="The head: a folder, or the name of one that ships.")],
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    format: Annotated[str, typer.Option(help="plain (vLLM and SGLang alike), vllm, sglang or speculators.")] = "plain",
+    target: Annotated[str | None, typer.Option(help="Target [default: the one that the head was made for].")] = None,
+    speculation_length: Annotated[int, typer.Option(min=1, help="Drafted tokens, in what is printed.")] = 3,
+) -> None:
+    """Write a head as another engine loads it, and print how that engine is started."""
+    from draft.interop import export_head
+
+    exported = export_head(head, format, out, target=target, speculation_length=speculation_length)
+    console.print(f"Wrote {exported.folder}.", soft_wrap=True)
+    for engine, command in exported.commands.items():
+        console.print(f"{engine}:\n  {command}", soft_wrap=True, markup=False, highlight=False)
+
+
+@app.command(
     epilog=_examples(
         "draft-train compare --baseline smollm2-eagle3 --candidate heads/mine --data data/mine --out report"
     )

@@ -67,7 +67,7 @@ def sampled_acceptance(
     emitted = {name: np.zeros((len(sampled), max_steps)) for name in heads}
     verifications = {name: np.zeros((len(sampled), max_steps)) for name in heads}
     with torch.no_grad():
-        for indices, ids, output in target_passes(target, sampled, tokens_per_batch, progress):
+        for indices, ids, output in target_passes(target, sampled, tokens_per_batch, progress, heads.values()):
             wanted = response_positions([spans[index] for index in indices], ids)
             for name, head in heads.items():
                 ratios, overlaps = rejection_terms(target, head, ids, output, wanted, max_steps)

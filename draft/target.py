@@ -30,6 +30,15 @@ class TargetOutput:
 
     last_hidden: Tensor  # [batch, tokens, hidden], after the final norm: what the LM head reads
     auxiliary: Tensor | None  # [batch, tokens, layers * hidden], residual stream entering the chosen layers
+    layers: tuple[int, ...] = ()  # the chosen layers
+
+    def states_of(self, layers: Sequence[int]) -> Tensor:
+        """`auxiliary` of some of the chosen layers only: [batch, tokens, len(layers) * hidden]."""
+        assert self.auxiliary is not None
+        if tuple(layers) == self.layers:
+            return self.auxiliary
+        states = dict(zip(self.layers, self.auxiliary.chunk(len(self.layers), dim=-1), strict=True))
+        return torch.cat([states[layer] for layer in layers], dim=-1)
 
 
 class Target:
@@ -77,7 +86,7 @@ class Target:
 
     @property
     def vocab_size(self) -> int:
-        return self.lm_head.weight.shape[0]
+        return self.lm_head.out_features
 
     @property
     def num_layers(self) -> int:
@@ -125,7 +134,7 @@ class Target:
                 use_cache=past_key_values is not None,
             )
         auxiliary = torch.cat([captured[layer] for layer in layers], dim=-1) if layers else None
-        return TargetOutput(output.last_hidden_state, auxiliary)
+        return TargetOutput(output.last_hidden_state, auxiliary, tuple(layers or ()))
 
     def logits(self, last_hidden: Tensor, vocabulary: Tensor | None = None) -> Tensor:
         """Logits [..., vocab] of normalised hidden states [..., hidden]; only the rows `vocabulary` when given."""

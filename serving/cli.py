@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import logging
-import signal
-import socket
 import sys
 from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-import uvicorn
 
 from draft.errors import UserError
+from serving.server import Listener, serve_until_stopped
 
 if TYPE_CHECKING:
-    from fastapi import FastAPI
-
     from serving.engine import Engine
-
-# what is running when a stop is asked for has this long to finish; containers are killed after 10 s
-_DRAIN_SECONDS = 8
 
 # \b keeps the lines as they are
 _EXAMPLES = """\b
@@ -42,78 +36,130 @@ class Rule(StrEnum):
     rejection = "rejection"
 
 
+class Drafting(StrEnum):
+    """When tokens are drafted, and in which shape."""
+
+    auto = "auto"
+    chain = "chain"
+    tree = "tree"
+    off = "off"
+
+
+class Mode(StrEnum):
+    """How the models' steps are run."""
+
+    auto = "auto"
+    compiled = "compiled"
+    eager = "eager"
+
+
 @cli.command(epilog=_EXAMPLES)
 def serve(
     target: Annotated[str, typer.Option(help="A hub id, a folder, a .gguf file, or smollm2 (bundled).")] = "smollm2",
     head: Annotated[
         str | None, typer.Option(help="A folder, or smollm2-eagle3 (bundled). Without: plain decoding.")
     ] = None,
-    speculation_length: Annotated[int, typer.Option(min=1, help="Tokens drafted per verification, at most.")] = 5,
+    speculation: Annotated[
+        Drafting, typer.Option(help="auto: what is measured to be fastest, at every step.")
+    ] = Drafting.auto,
+    speculation_length: Annotated[int, typer.Option(min=1, help="Tokens drafted in a row, at most.")] = 5,
+    tree_size: Annotated[int, typer.Option(min=1, help="Nodes of a tree of drafted tokens, at most.")] = 16,
     rule: Annotated[Rule, typer.Option(help="Both are lossless; see the README.")] = Rule.shared_noise,
-    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one and prints it.")] = 8000,
+    mode: Annotated[Mode, typer.Option(help="Compiled steps, or eager ones, which start at once.")] = Mode.auto,
+    attention: Annotated[str, typer.Option(help="auto, eager, sdpa, flex or flash_attention_2.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16, float32 or float64.")] = "auto",
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads for the arithmetic.")] = None,
+    warm_up: Annotated[bool, typer.Option(help="Compile, and time steps, before the first request.")] = True,
+    max_batch: Annotated[int, typer.Option(min=1, help="Requests decoded at once.")] = 16,
+    max_length: Annotated[
+        int | None, typer.Option(min=2, help="Tokens of prompt and answer. Default: the target's context.")
+    ] = None,
     max_waiting: Annotated[int, typer.Option(min=0, help="Requests in line before new ones get 429.")] = 64,
+    max_waiting_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Tokens, asked for and to be read, in line before new ones get 429.")
+    ] = None,
+    prefill_chunk: Annotated[int, typer.Option(min=1, help="Tokens of prompts that are read in one step.")] = 128,
     max_new_tokens_limit: Annotated[
         int | None,
         typer.Option(min=1, help="The most a request may ask for. Default: what the context holds."),
     ] = None,
-    threads: Annotated[
-        int | None, typer.Option(min=1, help="CPU threads for the arithmetic. Default: torch's.")
+    request_timeout: Annotated[
+        float, typer.Option(min=0, help="Seconds from a request's receipt to its end; 0: no limit.")
+    ] = 600.0,
+    max_body_bytes: Annotated[int, typer.Option(min=1, help="Of a request.")] = 2_000_000,
+    drain_seconds: Annotated[
+        float, typer.Option(min=0, help="After SIGTERM, for what runs to finish; containers are killed after 10.")
+    ] = 8.0,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one and prints it.")] = 8000,
+    api_key: Annotated[
+        str | None,
+        typer.Option(envvar="DRAFTSMITH_API_KEY", help="Asked of clients; the variable is not seen in ps."),
+    ] = None,
+    cors_origin: Annotated[
+        list[str] | None, typer.Option(help="Whose pages may use the server from a browser; repeatable.")
+    ] = None,
+    strict_model_name: Annotated[
+        bool, typer.Option("--strict-model-name", help="404 for other model names on /v1.")
+    ] = False,
+    metrics_prefix: Annotated[
+        str, typer.Option(help="vllm lets existing dashboards and vllm bench serve read /metrics.")
+    ] = "draftsmith",
+    ssl_certfile: Annotated[Path | None, typer.Option(help="Serve HTTPS with this certificate.")] = None,
+    ssl_keyfile: Annotated[Path | None, typer.Option(help="Its key, where it is another file.")] = None,
+    ssl_keyfile_password: Annotated[
+        str | None, typer.Option(envvar="DRAFTSMITH_SSL_KEYFILE_PASSWORD", help="Of the key.")
     ] = None,
 ) -> None:
     """Serve a target, and the draft head that makes it faster, over HTTP."""
-    from serving.api.app import create_app  # here, so that --help does not wait for torch
-    from serving.api.operations import Limits
+    _check_key(api_key)
+    _check_prefix(metrics_prefix)
+    tls = _tls(ssl_certfile, ssl_keyfile, ssl_keyfile_password)
+    with Listener(host, port) as listener:  # before the model is loaded, which takes longer than finding the port taken
+        from serving.api.app import create_app  # here, so that --help does not wait for torch
+        from serving.api.limits import Limits
 
-    with _bind(host, port) as listener:  # before the model is loaded, which takes longer than finding the port taken
-        engine = _load(target, head, speculation_length, str(rule), dtype, threads)
         app = create_app(
-            engine, head_name=head, limits=Limits(max_waiting=max_waiting, max_new_tokens=max_new_tokens_limit)
+            None,
+            head_name=head,
+            limits=Limits(
+                max_new_tokens=max_new_tokens_limit,
+                max_body_bytes=max_body_bytes,
+                request_seconds=request_timeout or None,
+            ),
+            api_key=api_key,
+            cors_origins=cors_origin or (),
+            strict_model_name=strict_model_name,
+            metrics_prefix=metrics_prefix,
         )
+
+        def load() -> Engine:
+            return _load(
+                target,
+                head,
+                dtype,
+                warm_up=warm_up,
+                speculation=str(speculation),
+                speculation_length=speculation_length,
+                tree_size=tree_size,
+                rule=str(rule),
+                mode=str(mode),
+                attention=attention,
+                threads=threads,
+                max_batch=max_batch,
+                max_length=max_length,
+                max_waiting=max_waiting,
+                max_waiting_tokens=max_waiting_tokens,
+                prefill_chunk=prefill_chunk,
+            )
+
         what = f"{target} with {head}, K = {speculation_length}, {rule}" if head else f"{target} without a draft head"
-        address = f"http://{_in_url(host)}:{listener.getsockname()[1]}"
-        _run(_config(app), listener, f"serving {what} on {address}")
+        address = listener.url("https" if tls else "http")
+        serve_until_stopped(app, load, listener, f"serving {what} on {address}", drain_seconds, tls)
 
 
-def _config(app: FastAPI) -> uvicorn.Config:
-    return uvicorn.Config(
-        app,
-        log_config=None,
-        log_level="warning",
-        access_log=False,  # the app logs requests itself, with their ids
-        server_header=False,
-        ws="none",
-        lifespan="on",
-        timeout_graceful_shutdown=_DRAIN_SECONDS,
-    )
-
-
-def _bind(host: str, port: int) -> socket.socket:
-    """A bound socket that does not listen yet: a client that comes while the model loads is refused, not kept."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, kind, protocol)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-    except OSError as error:
-        raise _cannot_listen(host, port, error) from error
-    return listener
-
-
-def _cannot_listen(host: str, port: int, error: OSError) -> UserError:
-    return UserError(
-        f"cannot listen on {host} port {port} ({error.strerror}); choose another --host or --port (0: a free one)."
-    )
-
-
-def _in_url(host: str) -> str:
-    return f"[{host}]" if ":" in host else host
-
-
-def _load(target: str, head: str | None, speculation_length: int, rule: str, dtype: str, threads: int | None) -> Engine:
+def _load(target: str, head: str | None, dtype: str, *, warm_up: bool, threads: int | None, **options: Any) -> Engine:
     import torch
-    from prometheus_client import disable_created_metrics
     from transformers.utils.logging import disable_progress_bar
 
     from draft.checkpoint import check_fits, load_head
@@ -122,7 +168,6 @@ def _load(target: str, head: str | None, speculation_length: int, rule: str, dty
 
     if threads is not None:
         torch.set_num_threads(threads)
-    disable_created_metrics()  # a time of birth beside each counter, which nobody reads
     if not sys.stderr.isatty():
         disable_progress_bar()
     loaded = load_target(target, dtype)
@@ -130,39 +175,43 @@ def _load(target: str, head: str | None, speculation_length: int, rule: str, dty
     if head is not None:
         draft_head, about = load_head(head, dtype=loaded.dtype, device=loaded.device)
         check_fits(draft_head, about, loaded)
-    return Engine(loaded, draft_head, speculation_length=speculation_length, rule=rule)
+    engine = Engine(loaded, draft_head, threads=threads, **options)
+    if warm_up:
+        engine.warm_up()
+    return engine
 
 
-class _Server(uvicorn.Server):
-    """uvicorn, with one line on stdout once it accepts requests."""
-
-    ready_line = ""
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        if self.started:
-            print(self.ready_line, flush=True)
+def _check_key(key: str | None) -> None:
+    if key is not None and not (key.isascii() and key.isprintable() and key.strip() == key != ""):
+        raise UserError("--api-key must be printable ASCII characters without spaces around; leave it out for no key.")
 
 
-def _run(config: uvicorn.Config, listener: socket.socket, ready_line: str) -> None:
-    """Serve until SIGTERM or SIGINT, which end the process with status 0 once running requests are answered."""
-    try:
-        listener.listen(config.backlog)
-    except OSError as error:  # bound at the same time by another server that was still loading
-        host, port, *_ = listener.getsockname()
-        raise _cannot_listen(host, port, error) from error
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(
-            number, lambda *_: None
-        )  # uvicorn, having stopped, raises the signal again for what was here before
-    server = _Server(config)
-    server.ready_line = ready_line
-    server.run(sockets=[listener])
+def _check_prefix(prefix: str) -> None:
+    if not (prefix.isascii() and prefix.isidentifier()):
+        raise UserError(f"--metrics-prefix {prefix!r} must be letters, digits and underscores, such as vllm.")
+
+
+def _tls(certificate: Path | None, key: Path | None, password: str | None) -> dict[str, str | None]:
+    """uvicorn's options for HTTPS; none for HTTP."""
+    if certificate is None:
+        if key is not None or password is not None:
+            raise UserError("--ssl-keyfile needs --ssl-certfile.")
+        return {}
+    for flag, path in (("--ssl-certfile", certificate), ("--ssl-keyfile", key)):
+        if path is not None and not path.is_file():
+            raise UserError(f"{flag} {path}: no such file.")
+    return {
+        "ssl_certfile": str(certificate),
+        "ssl_keyfile": str(key) if key is not None else None,
+        "ssl_keyfile_password": password,
+    }
 
 
 def main() -> None:
     """Entry point: a user's mistake is one sentence and exit status 2."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    from serving.api.logs import log_as_json
+
+    log_as_json(logging.INFO)
     try:
         cli()
     except UserError as error:

@@ -6,127 +6,42 @@
     logits     = lm_head(norm(hidden))         over the draft vocabulary, predicting token t+2
 
 The next draft step reads `hidden` (before the norm) in the place of `fused`, and the embedding of the token that was
-just drafted.
+just drafted. Options of the configuration change that:
+
+    norm_before_fc         fc(input_norm(cat(...)))
+    fc_norm                fc(cat(fc_norm[0](low), fc_norm[1](mid), ...)); with norm_output this is EAGLE-3.1
+    norm_before_residual   hidden = hidden_norm(fused) + attention(layer in)
+    norm_output            the next draft step reads norm(hidden)
+    shared_lm_head         lm_head is the target's
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from draft.errors import UserError
+from draft.heads.eagle3_config import Eagle3Config
 from draft.heads.rotary import Rotary, rotate
 from draft.target import Target
 
 
-class KeyValueCache(Protocol):
-    """What attention needs of a cache: store the new keys and values, give back all that may be attended to."""
+class Attend(Protocol):
+    """How queries find their keys and values: where a head decodes, an engine's cache keeps those of the past."""
 
-    def update(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """keys, values: [batch, kv_heads, new, head_dim] -> [batch, kv_heads, past + new, head_dim]."""
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """query [batch, heads, new, d], key, value [batch, kv_heads, new, d] -> [batch, new, heads, d]."""
         ...
 
 
-@dataclass
-class Eagle3Config:
-    """Shapes of an EAGLE-3 head, under the keys of its config.json."""
-
-    hidden_size: int
-    intermediate_size: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    vocab_size: int  # the target's
-    draft_vocab_size: int
-    rms_norm_eps: float
-    rope_parameters: dict[str, Any]
-    max_position_embeddings: int  # the target's
-    bos_token_id: int | None = None
-    eos_token_id: int | None = None
-    pad_token_id: int | None = None
-
-    @classmethod
-    def for_target(cls, target: Target, draft_vocab_size: int) -> Eagle3Config:
-        """A head of the target's own width.
-
-        It has as many key-value heads as heads: the embedding reaches the residual stream through the values
-        only, and a small target's grouped values are too narrow to carry a token's identity.
-        """
-        config = target.config
-        eos = sorted(target.eos_token_ids)
-        heads = config.num_attention_heads
-        return cls(
-            hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
-            num_attention_heads=heads,
-            num_key_value_heads=heads,
-            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
-            vocab_size=target.vocab_size,
-            draft_vocab_size=draft_vocab_size,
-            rms_norm_eps=config.rms_norm_eps,
-            rope_parameters=dict(config.rope_parameters),
-            max_position_embeddings=target.max_length,
-            bos_token_id=config.bos_token_id,
-            eos_token_id=eos[0] if eos else None,
-            pad_token_id=config.pad_token_id,
-        )
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Eagle3Config:
-        """Read a config.json; refuses options that change the arithmetic and are not built here."""
-        for flag in ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output", "attention_bias", "mlp_bias"):
-            if values.get(flag):
-                raise UserError(
-                    f"head config: {flag} = {values[flag]!r} is not supported; use a head trained without it."
-                )
-        for key in ("eagle_aux_hidden_state_layer_ids", "eagle_config"):
-            ids = values.get(key)
-            ids = (ids or {}).get("eagle_aux_hidden_state_layer_ids") if key == "eagle_config" else ids
-            if ids:
-                raise UserError(
-                    f"head config: auxiliary layers {ids} are chosen in {key}; only heads of the default layers "
-                    "(2, n/2, n-3), which write none, are supported."
-                )
-        if values.get("num_hidden_layers", 1) != 1:
-            raise UserError(f"head config: num_hidden_layers = {values['num_hidden_layers']}; use a head of one layer.")
-        values = dict(values)
-        heads = values.get("num_attention_heads", 1)
-        values.setdefault("num_key_value_heads", heads)
-        values["head_dim"] = values.get("head_dim") or values["hidden_size"] // heads
-        values["draft_vocab_size"] = values.get("draft_vocab_size") or values.get("vocab_size")
-        if not values.get("rope_parameters"):
-            rope = values.get("rope_scaling") or {"rope_type": "default"}
-            values["rope_parameters"] = {**rope, "rope_theta": values.get("rope_theta", 10000.0)}
-        missing = [f.name for f in fields(cls) if f.name not in values and not f.name.endswith("_token_id")]
-        if missing:
-            raise UserError(
-                f"head config: the keys {', '.join(missing)} are missing; this is not a whole EAGLE-3 config."
-            )
-        return cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values})
-
-    def as_json(self, dtype: torch.dtype) -> dict[str, Any]:
-        """The whole config.json. No layer ids: the default layers are the one thing that engines agree on."""
-        rope = dict(self.rope_parameters)
-        scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
-        return {
-            "architectures": ["LlamaForCausalLMEagle3"],
-            "model_type": "llama",
-            **asdict(self),
-            "num_hidden_layers": 1,
-            "hidden_act": "silu",
-            "rope_theta": rope.get("rope_theta", 10000.0),
-            "rope_scaling": None if scaling.get("rope_type", "default") == "default" else scaling,
-            "attention_bias": False,
-            "mlp_bias": False,
-            "tie_word_embeddings": False,
-            "norm_before_residual": False,
-            "initializer_range": 0.02,
-            "use_cache": True,
-            "torch_dtype": str(dtype).removeprefix("torch."),
-        }
+def attend_causally(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Within a text that is read in one piece; shapes as in `Attend`."""
+    mixed = nn.functional.scaled_dot_product_attention(
+        query, key, value, is_causal=True, enable_gqa=key.shape[1] != query.shape[1]
+    )
+    return mixed.transpose(1, 2)
 
 
 class RMSNorm(nn.Module):
@@ -140,7 +55,7 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Attention over cat(embedding, hidden), whose keys and values may come from a cache."""
+    """Attention over cat(embedding, hidden)."""
 
     def __init__(self, config: Eagle3Config) -> None:
         super().__init__()
@@ -160,16 +75,8 @@ class Attention(nn.Module):
         """[batch, heads, tokens, head_dim] -> [batch, tokens, hidden]."""
         return self.o_proj(mixed.transpose(1, 2).flatten(2))
 
-    def forward(
-        self, x: Tensor, rotation: tuple[Tensor, Tensor], cache: KeyValueCache | None, mask: Tensor | None
-    ) -> Tensor:
-        q, k, v = self.project(x, rotation)
-        if cache is not None:
-            k, v = cache.update(k, v)
-        mixed = nn.functional.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None and q.shape[2] > 1, enable_gqa=k.shape[1] != q.shape[1]
-        )
-        return self.merge(mixed)
+    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
+        return self.o_proj(attend(*self.project(x, rotation)).flatten(2))
 
     def _split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
@@ -196,21 +103,35 @@ class Midlayer(nn.Module):
         self.self_attn = Attention(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
+        self.norm_before_residual = config.norm_before_residual
 
-    def mix(self, embeds: Tensor, hidden: Tensor) -> Tensor:
-        """embeds, hidden: [batch, tokens, hidden] -> the layer's input [batch, tokens, 2 * hidden]."""
-        return torch.cat([self.input_layernorm(embeds), self.hidden_norm(hidden)], dim=-1)
+    def mix(self, embeds: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """embeds, hidden: [batch, tokens, hidden] -> attention's input [batch, tokens, 2 * hidden], the residual."""
+        normed = self.hidden_norm(hidden)
+        x = torch.cat([self.input_layernorm(embeds), normed], dim=-1)
+        return x, normed if self.norm_before_residual else hidden
 
-    def finish(self, hidden: Tensor, attended: Tensor) -> Tensor:
+    def finish(self, residual: Tensor, attended: Tensor) -> Tensor:
         """Both residual additions around attention's output: [batch, tokens, hidden]."""
-        hidden = hidden + attended
+        hidden = residual + attended
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
+
+
+class Lender:
+    """A target that lends its LM head; copies of a head, however deep, borrow from the same one."""
+
+    def __init__(self, target: Target) -> None:
+        self.target = target
+
+    def __deepcopy__(self, memo: object) -> Lender:
+        return self
 
 
 class Eagle3Head(nn.Module):
     """An EAGLE-3 head; its state dict has the names of the plain checkpoint format.
 
     `d2t` holds offsets: draft id i is target id i + d2t[i]. `t2d` marks the target ids that the draft vocabulary has.
+    Neither is saved where the draft vocabulary is the whole one.
     """
 
     d2t: Tensor
@@ -219,13 +140,28 @@ class Eagle3Head(nn.Module):
     def __init__(self, config: Eagle3Config) -> None:
         super().__init__()
         self.config = config
-        self.fc = nn.Linear(3 * config.hidden_size, config.hidden_size, bias=False)
+        size, count, eps = config.hidden_size, config.num_auxiliary, config.rms_norm_eps
+        self.input_norm = RMSNorm(count * size, eps) if config.norm_before_fc else None
+        self.fc_norm = nn.ModuleList([RMSNorm(size, eps) for _ in range(count)]) if config.fc_norm else None
+        self.fc = nn.Linear(count * size, size, bias=False)
         self.midlayer = Midlayer(config)
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.lm_head = nn.Linear(config.hidden_size, config.draft_vocab_size, bias=False)
-        self.register_buffer("d2t", torch.zeros(config.draft_vocab_size, dtype=torch.int64))
-        self.register_buffer("t2d", torch.zeros(config.vocab_size, dtype=torch.bool))
+        self.norm = RMSNorm(size, eps)
+        self.lm_head = None if config.shared_lm_head else nn.Linear(size, config.draft_vocab_size, bias=False)
+        self.lender: Lender | None = None
+        full = config.full_vocabulary
+        d2t, t2d = torch.zeros(config.draft_vocab_size, dtype=torch.int64), torch.full((config.vocab_size,), full)
+        self.register_buffer("d2t", d2t, persistent=not full)
+        self.register_buffer("t2d", t2d, persistent=not full)
         self.rope = Rotary(config.rope_parameters, config.head_dim, config.max_position_embeddings)
+
+    def auxiliary_layers(self, target: Target) -> tuple[int, ...]:
+        """The layers of `target` whose states `fuse` takes, in its order."""
+        return self.config.layers(target)
+
+    def borrow(self, target: Target) -> None:
+        """Use the target's LM head, where the head has none of its own."""
+        if self.lm_head is None:
+            self.lender = Lender(target)
 
     def set_vocabulary(self, target_ids: Tensor) -> None:
         """Choose the draft vocabulary: sorted target ids [draft_vocab]."""
@@ -239,32 +175,52 @@ class Eagle3Head(nn.Module):
         """Target ids of the draft vocabulary, [draft_vocab] int64."""
         return self.d2t + torch.arange(len(self.d2t), device=self.d2t.device)
 
+    def normed(self, auxiliary: Tensor) -> Tensor:
+        """What `fc` reads of auxiliary hidden states: [batch, tokens, layers * hidden], same shape."""
+        if self.input_norm is not None:
+            auxiliary = self.input_norm(auxiliary)
+        if self.fc_norm is not None:
+            states = auxiliary.chunk(len(self.fc_norm), dim=-1)
+            auxiliary = torch.cat([norm(state) for norm, state in zip(self.fc_norm, states, strict=True)], dim=-1)
+        return auxiliary
+
     def fuse(self, auxiliary: Tensor) -> Tensor:
-        """Auxiliary hidden states [batch, tokens, 3 * hidden] -> [batch, tokens, hidden]."""
-        return self.fc(auxiliary)
+        """Auxiliary hidden states [batch, tokens, layers * hidden] -> [batch, tokens, hidden]."""
+        return self.fc(self.normed(auxiliary))
 
     def forward(
         self,
         embeds: Tensor,
         hidden: Tensor,
         position_ids: Tensor,
-        cache: KeyValueCache | None = None,
-        mask: Tensor | None = None,
+        attend: Attend = attend_causally,
     ) -> Tensor:
         """One pass of the decoder layer.
 
         embeds, hidden: [batch, tokens, hidden]; hidden is `fuse`d target states, or this method's own output in later
         draft steps. position_ids: [batch, tokens], the position of the token whose state `hidden` is (the
-        embedding is of the token after it). mask: boolean, True = attend, [batch, 1, tokens, past + tokens]; None means
-        causal, or everything for a single token.
+        embedding is of the token after it).
 
         Returns:
-            [batch, tokens, hidden], before the final norm: give it to `logits`, and to the next draft step.
+            [batch, tokens, hidden], before the final norm but for norm_output: give it to `logits`, and to the next
+            draft step.
         """
         layer = self.midlayer
-        attended = layer.self_attn(layer.mix(embeds, hidden), self.rope(position_ids, hidden.dtype), cache, mask)
-        return layer.finish(hidden, attended)
+        x, residual = layer.mix(embeds, hidden)
+        return self.finish(residual, layer.self_attn(x, self.rope(position_ids, hidden.dtype), attend))
+
+    def finish(self, residual: Tensor, attended: Tensor) -> Tensor:
+        """What follows attention: [batch, tokens, hidden], as `forward` returns it."""
+        hidden = self.midlayer.finish(residual, attended)
+        return self.norm(hidden) if self.config.norm_output else hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[batch, tokens, hidden] -> [batch, tokens, draft_vocab]."""
-        return self.lm_head(self.norm(hidden))
+        if not self.config.norm_output:
+            hidden = self.norm(hidden)
+        if self.lm_head is not None:
+            return self.lm_head(hidden)
+        if self.lender is None:
+            raise UserError("the head has no LM head of its own; give it the target's with `head.borrow(target)`.")
+        target = self.lender.target
+        return target.lm_head(hidden.to(target.dtype)).to(hidden.dtype)

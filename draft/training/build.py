@@ -46,12 +46,14 @@ def with_vocabulary(head: Eagle3Head, target: Target, vocabulary: Tensor) -> Eag
     vocabulary: sorted target ids [draft_vocab].
     """
     vocabulary = vocabulary.to(head.d2t.device)
-    result = Eagle3Head(replace(head.config, draft_vocab_size=len(vocabulary)))
+    result = Eagle3Head(replace(head.config, draft_vocab_size=len(vocabulary), shared_lm_head=False))
+    assert result.lm_head is not None
     result.to(head.d2t.device, head.fc.weight.dtype).set_vocabulary(vocabulary)
     weights = {name: value for name, value in head.state_dict().items() if name not in ("lm_head.weight", "d2t", "t2d")}
     result.load_state_dict(weights, strict=False)
-    rows = target.lm_head.weight.detach().to(head.lm_head.weight, copy=True)  # [vocab, hidden]
-    rows[head.vocabulary] = head.lm_head.weight.detach()
+    rows = target.lm_head.weight.detach().to(head.fc.weight, copy=True)  # [vocab, hidden]
+    if head.lm_head is not None:
+        rows[head.vocabulary] = head.lm_head.weight.detach()
     with torch.no_grad():
         result.lm_head.weight.copy_(rows[vocabulary])
     return result

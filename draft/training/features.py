@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +17,7 @@ class Features:
     """What training reads of the target, for a right-padded batch."""
 
     embeds: Tensor  # [batch, tokens, hidden]
-    auxiliary: Tensor  # [batch, tokens, 3 * hidden]
+    auxiliary: Tensor  # [batch, tokens, layers * hidden]
     last_hidden: Tensor  # [batch, tokens, hidden], after the final norm
 
 
@@ -26,27 +27,27 @@ class FeatureSource:
     def __init__(self, target: Target, *, remember: bool) -> None:
         self.target = target
         self.remember = remember
-        self._rows: dict[int, Tensor] = {}  # row -> [tokens, 4 * hidden] on the CPU
+        self.layers: Sequence[int] = target.default_auxiliary_layers  # a head may read others
+        self._rows: dict[int, Tensor] = {}  # row -> [tokens, (layers + 1) * hidden] on the CPU
 
     def get(self, batch: Batch, rows: list[int]) -> Features:
         """Features of `batch`, whose rows are the training rows `rows`."""
-        target = self.target
+        target, width = self.target, len(self.layers) * self.target.hidden_size
         with torch.no_grad():
             if self.remember and all(row in self._rows for row in rows):
-                both = torch.zeros(*batch.input_ids.shape, 4 * target.hidden_size, dtype=target.dtype)
+                both = torch.zeros(*batch.input_ids.shape, width + target.hidden_size, dtype=target.dtype)
                 for index, row in enumerate(rows):
                     both[index, : len(self._rows[row])] = self._rows[row]
                 both = both.to(target.device)
             else:
-                output = target.forward(
-                    batch.input_ids, layers=target.default_auxiliary_layers, attention_mask=batch.attention_mask.long()
-                )
+                mask = batch.attention_mask.long()
+                output = target.forward(batch.input_ids, layers=self.layers, attention_mask=mask)
                 assert output.auxiliary is not None
                 both = torch.cat([output.auxiliary, output.last_hidden], dim=-1)
                 if self.remember:
                     for index, row in enumerate(rows):
                         self._rows[row] = both[index, batch.attention_mask[index].bool()].cpu()
-            auxiliary, last_hidden = both.split([3 * target.hidden_size, target.hidden_size], dim=-1)
+            auxiliary, last_hidden = both.split([width, target.hidden_size], dim=-1)
             return Features(target.embedding(batch.input_ids), auxiliary, last_hidden)
 
 

@@ -3,8 +3,8 @@
 A head has to turn the target's state at token t and the embedding of token t+1 into the target's next state. Its
 linear part can be solved for. With n_t the target's last hidden state at t, before the final norm's weights:
 
-    fc                 ridge regression of n_t       on the auxiliary states of t
-    o_proj · v_proj    ridge regression of n_{t+1} - fc(...) on cat(embedding of t+1, fc(...)), both normed
+    fc                 ridge regression of n_t       on the auxiliary states of t, as fc reads them
+    o_proj · v_proj    ridge regression of n_{t+1} - residual on cat(embedding of t+1, fc(...)), both normed
 
 which has rank at most heads * head_dim and so splits into the two matrices by a singular value decomposition.
 Queries and keys start as the same random projection of the embedding: every position then attends mostly to itself,
@@ -61,17 +61,18 @@ def initialise(head: Eagle3Head, target: Target, batches: Iterable[tuple[Feature
     for norm in (layer.input_layernorm, layer.hidden_norm, layer.post_attention_layernorm):
         norm.weight.fill_(1.0)
 
-    fuse = Ridge()
+    fuse, dtype = Ridge(), head.fc.weight.dtype
     for features, mask in batches:
-        fuse.add(features.auxiliary[mask].float(), _normed_states(target, features.last_hidden[mask]))
+        auxiliary = head.normed(features.auxiliary[mask].to(dtype))
+        fuse.add(auxiliary.float(), _normed_states(target, features.last_hidden[mask]))
     head.fc.weight.copy_(fuse.solve())
 
     mix = Ridge()
     for features, mask in batches:
         following = mask[:, 1:]  # token t+1 exists
-        hidden = head.fuse(features.auxiliary[:, :-1][following].to(head.fc.weight.dtype))
-        x = layer.mix(features.embeds[:, 1:][following].to(hidden.dtype), hidden)
-        mix.add(x, _normed_states(target, features.last_hidden[:, 1:][following]) - hidden.float())
+        hidden = head.fuse(features.auxiliary[:, :-1][following].to(dtype))
+        x, residual = layer.mix(features.embeds[:, 1:][following].to(dtype), hidden)
+        mix.add(x, _normed_states(target, features.last_hidden[:, 1:][following]) - residual.float())
     _split(mix.solve(), attention.v_proj, attention.o_proj, attention.head_dim)
 
     size = head.config.hidden_size
@@ -84,7 +85,8 @@ def initialise(head: Eagle3Head, target: Target, batches: Iterable[tuple[Feature
     attention.q_proj.weight.copy_(heads.reshape(-1, 2 * size))
 
     _start_mlp(layer, target, generator)
-    head.lm_head.weight.copy_(target.lm_head.weight[head.vocabulary.to(target.device)])
+    if head.lm_head is not None:
+        head.lm_head.weight.copy_(target.lm_head.weight[head.vocabulary.to(target.device)])
     head.norm.weight.copy_(target.decoder.norm.weight)
     head.norm.weight.mul_(_best_scale(head, target, *batches[0]))
 

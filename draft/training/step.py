@@ -31,7 +31,8 @@ def unroll(
 ) -> Iterator[Tensor]:
     """Yield the head's hidden states of draft steps 0..steps-1, each [batch, tokens, hidden].
 
-    embeds: [batch, tokens, hidden], the target's embeddings of x; auxiliary: [batch, tokens, 3 * hidden] of the same x.
+    embeds: [batch, tokens, hidden], the target's embeddings of x; auxiliary: [batch, tokens, layers * hidden], its
+    states of the same x at `head.auxiliary_layers`.
     attention_mask: [batch, tokens], True = a real token; rows are padded on the right. Entry i of step k is
     meaningful where x[i+1+k] exists; beyond the end the embeddings are zeros.
     """
@@ -51,7 +52,8 @@ def unroll(
     own: list[tuple[Tensor, Tensor]] = []  # keys and values of steps 1.., each [batch, heads, tokens, head_dim]
     for step in range(steps):
         embeds = shift_left(embeds)
-        q, k, v = attention.project(layer.mix(embeds, hidden), head.rope(positions + step, hidden.dtype))
+        x, residual = layer.mix(embeds, hidden)
+        q, k, v = attention.project(x, head.rope(positions + step, hidden.dtype))
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
         q = q * attention.head_dim**-0.5
         if base is None:
@@ -66,7 +68,7 @@ def unroll(
             mixed = weights[..., :tokens] @ base[1]
             for index, (_, value) in enumerate(own):
                 mixed = mixed + weights[..., tokens + index, None] * value
-        hidden = layer.finish(hidden, attention.merge(mixed))
+        hidden = head.finish(residual, attention.merge(mixed))
         yield hidden
 
 

@@ -61,6 +61,7 @@ class Trainer:
         torch.manual_seed(settings.training.seed)
         self.features = self._feature_source()
         head, about = self._starting_head()
+        self.features.layers = head.auxiliary_layers(self.target)
         self.head, self.saver = make_trainable(head, settings)
         self.about = self._about(about)
         self.accelerator = Accelerator(cpu=self.target.device.type == "cpu")

@@ -1,165 +1,207 @@
-"""POST /generate: TGI's contract in front of the worker."""
+"""TGI's surface: POST /generate, /generate_stream and /."""
 
 from __future__ import annotations
 
-import asyncio
-import math
 import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass
 from typing import Any
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
 
-from draft.errors import UserError
-from serving.api.operations import Service
+from serving.api.answers import Generation
+from serving.api.documentation import as_stream, documented
+from serving.api.errors import api_error, body_of
+from serving.api.figures import finite, speculation_of, speculative_details
+from serving.api.prompts import Names, encode, new_tokens
 from serving.api.schemas import (
-    ApiError,
-    Details,
     ErrorResponse,
     GenerateParameters,
     GenerateRequest,
     GenerateResponse,
-    Speculative,
-    SpeculativeDetails,
-    TokenDetails,
+    StreamEvent,
 )
-from serving.api.worker import EngineStopped, Job, Overloaded
-from serving.engine import Completion, SamplingParams, SpeculationStats
+from serving.api.service import Service
+from serving.api.sse import EventStream, event
+from serving.engine import Completion, SamplingParams, Speculation, Token
 
-router = APIRouter(tags=["generation"])
+router = APIRouter(tags=["TGI"])
 
 DEFAULT_MAX_NEW_TOKENS = 128
-_STATUSES = (400, 413, 415, 422, 429, 500, 503)
+_NAMES = Names("inputs", "max_new_tokens")
+_STATUSES = (400, 401, 408, 413, 415, 422, 424, 429, 500, 503, 504)
+_ERRORS = documented(ErrorResponse, _STATUSES)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A request as the engine takes it, and what its answer needs."""
+
+    service: Service
+    inputs: str
+    parameters: GenerateParameters
+    prompt_ids: list[int]
+    speculation: Speculation
+    generation: Generation
+    received: float  # seconds of time.monotonic()
+    validated: float
+
+
+@router.post("/generate", response_model=GenerateResponse, responses=_ERRORS | as_stream(StreamEvent))
+async def generate(body: GenerateRequest, request: Request) -> Response:
+    """Generate text; with `stream` as server-sent events, one a token."""
+    return await (_streamed if body.stream else _whole)(await _begin(body, request), request)
 
 
 @router.post(
-    "/generate",
-    response_model=GenerateResponse,
-    response_model_exclude_unset=True,
-    responses={status: {"model": ErrorResponse} for status in _STATUSES},
+    "/generate_stream", status_code=200, response_class=EventStream, responses=_ERRORS | as_stream(StreamEvent)
 )
-async def generate(body: GenerateRequest, request: Request) -> GenerateResponse:
-    """Generate text; the answer waits in line behind the requests that came before."""
+async def generate_stream(body: GenerateRequest, request: Request) -> Response:
+    """Generate text as server-sent events: exactly one a token, the last one with generated_text and details."""
+    return await _streamed(await _begin(body, request), request)
+
+
+@router.post("/", response_model=list[GenerateResponse], responses=_ERRORS | as_stream(StreamEvent))
+async def compatible(body: GenerateRequest, request: Request) -> Response:
+    """As /generate, for clients that know a model by its address only: a list of one when not streamed."""
+    asked = await _begin(body, request)
+    return await _streamed(asked, request) if body.stream else await _whole(asked, request, listed=True)
+
+
+async def _begin(body: GenerateRequest, request: Request) -> Asked:
     service: Service = request.app.state.service
     received = time.monotonic()
     asked = body.parameters or GenerateParameters()
-    try:
-        service.worker.check_room()  # a full server does not tokenise
-        prompt_ids = await service.encode(body.inputs)
-        params = _sampling_params(asked, len(prompt_ids), service)
-        length, rule = _speculation(asked, service)
-        job = service.worker.submit(prompt_ids, params, speculation_length=length, rule=rule)
-        completion = await _completion(request, service, job)
-    except UserError as error:  # the engine's own checks of a request, in words meant for its author
-        raise ApiError(422, "validation", str(error)) from error
-    except Overloaded as error:
-        raise ApiError(429, "overloaded", "Model is overloaded", {"retry-after": "1"}) from error
-    except EngineStopped as error:
-        raise ApiError(503, "generation", "the engine has stopped") from error
-    service.metrics.answered(completion, queued=job.started - job.submitted, total=time.monotonic() - received)
-    text = (body.inputs if asked.return_full_text else "") + completion.text
-    if not asked.details:
-        return GenerateResponse(generated_text=text)
-    return GenerateResponse(generated_text=text, details=_details(completion, job))
-
-
-async def _completion(request: Request, service: Service, job: Job) -> Completion:
-    """Wait for the answer or for the client to leave, whichever is first; nothing runs on for a client that left."""
-    answer = asyncio.wrap_future(job.future)
-    gone = asyncio.ensure_future(_client_gone(request))
-    either: set[asyncio.Future[Any]] = {answer, gone}
-    try:
-        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-        if answer.done():
-            return answer.result()
-    finally:  # also when the server, shutting down, cancels this very task
-        gone.cancel()
-        if not answer.done():
-            answer.cancel()
-            service.worker.cancel(job)
-    raise ApiError(499, "cancelled", "the client closed the connection")
-
-
-async def _client_gone(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-
-
-def _sampling_params(asked: GenerateParameters, prompt_tokens: int, service: Service) -> SamplingParams:
-    temperature = 1.0 if asked.temperature is None else asked.temperature
-    return SamplingParams(
-        max_new_tokens=_max_new_tokens(asked.max_new_tokens, prompt_tokens, service),
-        temperature=temperature if asked.samples else 0.0,
+    service.check_open()  # a full server does not tokenise
+    prompt_ids = await encode(service, body.inputs, _NAMES, bounded=asked.truncate is None)
+    prompt_ids = prompt_ids[-(asked.truncate or 0) :]
+    needs_logprobs = bool(asked.details or body.stream or request.url.path == "/generate_stream")
+    params = SamplingParams(
+        max_new_tokens=new_tokens(service, asked.max_new_tokens, len(prompt_ids), DEFAULT_MAX_NEW_TOKENS, _NAMES),
+        temperature=(1.0 if asked.temperature is None else asked.temperature) if asked.samples else 0.0,
         top_p=asked.top_p or 1.0,
         top_k=min(asked.top_k or 0, service.engine.target.vocab_size),  # more is no truncation, whatever the number
+        repetition_penalty=asked.repetition_penalty or 1.0,
+        frequency_penalty=asked.frequency_penalty or 0.0,
         seed=asked.seed,
         stop=tuple(asked.stop or ()),
+        logprobs=(asked.top_n_tokens or 0) if needs_logprobs else None,
     )
+    speculation = speculation_of(asked.speculative, service)
+    validated = time.monotonic()
+    generation = Generation.begin(service, [prompt_ids], [params], speculation, received)
+    request.scope["draftsmith.log"] = {"prompt_tokens": len(prompt_ids)}
+    return Asked(service, body.inputs, asked, prompt_ids, speculation, generation, received, validated)
 
 
-def _max_new_tokens(asked: int | None, prompt_tokens: int, service: Service) -> int:
-    """The number of tokens to generate, refused where it exceeds the server's limit or the context."""
-    context = service.engine.max_length
-    limit = service.limits.max_new_tokens or context
-    room = context - prompt_tokens
-    if prompt_tokens == 0:
-        raise ApiError(422, "validation", "`inputs` must have at least 1 token. Given: 0")
-    if room < 1:
-        raise ApiError(422, "validation", f"`inputs` must have less than {context} tokens. Given: {prompt_tokens}")
-    if asked is None:
-        return min(DEFAULT_MAX_NEW_TOKENS, limit, room)
-    if asked > limit:
-        raise ApiError(422, "validation", f"`max_new_tokens` must be <= {limit}. Given: {str(asked)[:40]}")
-    if asked > room:
-        raise ApiError(
-            422,
-            "validation",
-            f"`inputs` tokens + `max_new_tokens` must be <= {context}. "
-            f"Given: {prompt_tokens} `inputs` tokens and {asked} `max_new_tokens`",
-        )
-    return asked
+async def _whole(asked: Asked, request: Request, *, listed: bool = False) -> Response:
+    [completion] = await asked.generation.completions(request)
+    request.scope["draftsmith.log"] |= {"generated_tokens": len(completion.token_ids)}
+    answer: dict[str, Any] = {"generated_text": _text(asked, completion)}
+    if asked.parameters.details:
+        answer["details"] = {
+            **_details(asked, completion),
+            "prefill": [],
+            "tokens": [_token(asked, token) for token in completion.tokens],
+        }
+        if asked.parameters.top_n_tokens:
+            answer["details"]["top_tokens"] = [_alternatives(asked, token) for token in completion.tokens]
+    return JSONResponse([answer] if listed else answer, headers=_times(asked, completion))
 
 
-def _speculation(asked: GenerateParameters, service: Service) -> tuple[int, str]:
-    """How many tokens to draft at a time (0: plain decoding), capped by what the server does, and the rule."""
-    engine, wanted = service.engine, asked.speculative or Speculative()
-    rule = wanted.rule or engine.rule
-    if engine.head is None or wanted.enabled is False:
-        return 0, rule
-    if wanted.num_tokens is None:
-        return engine.speculation_length, rule
-    return min(wanted.num_tokens, engine.speculation_length), rule
+async def _streamed(asked: Asked, request: Request) -> Response:
+    headers = {"x-compute-type": asked.service.engine.target.device.type}
+    return EventStream(_events(asked, request), asked.service.limits.stalled_seconds, headers)
 
 
-def _details(completion: Completion, job: Job) -> Details:
-    return Details(
-        finish_reason=completion.finish_reason,
-        generated_tokens=len(completion.token_ids),
-        seed=completion.seed,
-        prefill=[],
-        tokens=[
-            TokenDetails(id=token.id, text=token.text, logprob=_finite(token.logprob), special=token.special)
-            for token in completion.tokens
-        ],
-        speculative=SpeculativeDetails(
-            enabled=job.speculation_length > 0,
-            rule=job.rule,
-            speculation_length=job.speculation_length,
-            acceptance_length=_finite(completion.stats.acceptance_length),
-            verifications=completion.stats.verifications,
-            drafted=completion.stats.drafted,
-            accepted=completion.stats.accepted,
-            emitted=completion.stats.emitted,
-            acceptance_per_position=acceptance_per_position(completion.stats),
-        ),
-    )
+async def _events(asked: Asked, request: Request) -> AsyncGenerator[bytes]:
+    """Events, those of one step together; after the first a failure is an event, too."""
+    index = 0
+    try:
+        async with aclosing(asked.generation.bursts()) as bursts:
+            async for _, tokens, completion in bursts:
+                events = []
+                for token in tokens:
+                    index += 1
+                    last = completion if token is tokens[-1] else None
+                    events.append(event(_event(asked, index, token, last), b"data:"))
+                if events:
+                    yield b"".join(events)
+    except Exception as error:
+        told = api_error(error)
+        if index == 0:
+            raise told from error
+        yield event(body_of(told, openai=False), b"data:")
+    finally:
+        request.scope["draftsmith.log"] |= {"generated_tokens": index}
 
 
-def acceptance_per_position(stats: SpeculationStats) -> list[float | None]:
-    """accepted / drafted at each draft position; None where nothing was drafted."""
-    pairs = zip(stats.accepted_per_position, stats.drafted_per_position, strict=True)
-    return [accepted / drafted if drafted else None for accepted, drafted in pairs]
+def _event(asked: Asked, index: int, token: Token, completion: Completion | None) -> dict[str, Any]:
+    told: dict[str, Any] = {"index": index, "token": _token(asked, token)}
+    if asked.parameters.top_n_tokens:
+        told["top_tokens"] = _alternatives(asked, token)
+    told |= {"generated_text": None, "details": None}
+    if completion is not None:
+        told["generated_text"] = _text(asked, completion)
+        told["details"] = {**_details(asked, completion), "input_length": len(asked.prompt_ids)}
+    return told
 
 
-def _finite(value: float) -> float | None:
-    """JSON has no NaN: null where a figure is undefined."""
-    return value if math.isfinite(value) else None
+def _text(asked: Asked, completion: Completion) -> str:
+    return (asked.inputs if asked.parameters.return_full_text else "") + completion.text
+
+
+def _details(asked: Asked, completion: Completion) -> dict[str, Any]:
+    return {
+        "finish_reason": completion.finish_reason,
+        "generated_tokens": len(completion.token_ids),
+        "seed": completion.seed,
+        "speculative": speculative_details(completion, asked.speculation, asked.service).model_dump(),
+    }
+
+
+def _token(asked: Asked, token: Token) -> dict[str, Any]:
+    about: dict[str, Any] = {
+        "id": token.id, "text": token.text, "logprob": finite(token.logprob), "special": token.special
+    }  # fmt: skip
+    if asked.parameters.wants_origin:
+        accepted = token.accepted_position is not None
+        about["origin"] = {
+            "source": "draft" if accepted else "target",
+            "position": token.accepted_position + 1 if token.accepted_position is not None else None,
+            "rejected": None if token.rejected is None else _alternative(asked, token.rejected, None),
+        }
+    return about
+
+
+def _alternatives(asked: Asked, token: Token) -> list[dict[str, Any]]:
+    return [_alternative(asked, token_id, logprob) for token_id, logprob in token.top or ()]
+
+
+def _alternative(asked: Asked, token_id: int, logprob: float | None) -> dict[str, Any]:
+    text, special = asked.service.token_text(token_id)
+    return {"id": token_id, "text": text, "logprob": finite(logprob), "special": special}
+
+
+def _times(asked: Asked, completion: Completion) -> dict[str, str]:
+    """TGI's headers: milliseconds, tokens and characters."""
+    now, times, generated = time.monotonic(), asked.generation.requests[0].times, len(completion.token_ids)
+
+    def milliseconds(seconds: float) -> str:
+        return str(round(1000 * seconds))
+
+    inference = times.finished - times.started
+    return {
+        "x-compute-type": asked.service.engine.target.device.type,
+        "x-compute-time": f"{now - asked.received:.3f}",
+        "x-compute-characters": str(len(asked.inputs)),
+        "x-total-time": milliseconds(now - asked.received),
+        "x-validation-time": milliseconds(asked.validated - asked.received),
+        "x-queue-time": milliseconds(times.started - times.submitted),
+        "x-inference-time": milliseconds(inference),
+        "x-time-per-token": milliseconds(inference / max(1, generated)),
+        "x-prompt-tokens": str(len(asked.prompt_ids)),
+        "x-generated-tokens": str(generated),
+    }

@@ -5,89 +5,155 @@ The names after the prefix are those of vLLM, of which llama.cpp has the spec_de
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from collections.abc import Callable
+from concurrent.futures import Future
+from itertools import pairwise
+from typing import Any
 
-from serving.api.worker import Worker
-from serving.engine import Completion
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    disable_created_metrics,
+    generate_latest,
+)
 
-_PREFIX = "draftsmith:"
-# a small model answers in tenths of a second, a large one on a CPU in minutes
-_LATENCY_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320, 640)
-_TOKEN_BUCKETS = (0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.3, 0.6, 1.2, 2.5)
-FINISH_REASONS = ("length", "eos_token", "stop_sequence")
+from serving.engine import Completion, Engine, Request
+
+PREFIX = "draftsmith"
+# seconds; a small model answers in tenths of a second, a large one on a CPU in minutes
+_LATENCY = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320, 640)
+_FIRST_TOKEN = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.3, 0.6, 1.2, 2.5, 5, 10, 20, 40, 80, 160, 640)
+_PER_TOKEN = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.3, 0.6, 1.2, 2.5, 5, 10)
+_TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000)
+# name -> (what it is, buckets)
+_HISTOGRAMS = {
+    "time_to_first_token_seconds": ("From receipt to the first token", _FIRST_TOKEN),
+    "inter_token_latency_seconds": ("Between the steps that brought a request's tokens", _PER_TOKEN),
+    "request_time_per_output_token_seconds": ("Decoding time / tokens after the first", _PER_TOKEN),
+    "e2e_request_latency_seconds": ("From receipt to the end of generation", _LATENCY),
+    "request_queue_time_seconds": ("Time in the line", _LATENCY),
+    "request_prefill_time_seconds": ("From the line to the first token", _LATENCY),
+    "request_decode_time_seconds": ("From the first token to the last", _LATENCY),
+    "request_prompt_tokens": ("Tokens of a prompt", _TOKENS),
+    "request_generation_tokens": ("Tokens of an answer", _TOKENS),
+}
+FINISH_REASONS = ("length", "eos_token", "stop_sequence", "cancelled", "error")
 # the status of a request that got no answer -> why
 FAILURES = {
     400: "validation",
+    404: "validation",
+    408: "timeout",
     413: "validation",
     415: "validation",
     422: "validation",
+    424: "generation",
     429: "overloaded",
     499: "cancelled",
     500: "generation",
-    503: "generation",
+    503: "unavailable",
+    504: "timeout",
 }
 
 
 class Metrics:
-    """Counters, gauges and histograms of one server. `positions`: how many tokens are drafted at most."""
+    """Counters, gauges and histograms of one server."""
 
-    def __init__(self, worker: Worker, positions: int) -> None:
+    def __init__(self, engine: Engine, *, prefix: str = PREFIX, model_name: str = "") -> None:
+        """prefix: `vllm` makes existing dashboards read these, with the labels that they select by."""
+        disable_created_metrics()  # a time of birth beside each counter, which scrapers take for another count
         self.registry = CollectorRegistry()
+        self._metrics: dict[str, Any] = {}
+        self._prefix = prefix + ":"
+        self._labels = {"model_name": model_name, "engine": "0"} if prefix != PREFIX else {}
         self._drafts = self._counter("spec_decode_num_drafts", "Verifications that had drafted tokens")
         self._drafted = self._counter("spec_decode_num_draft_tokens", "Drafted tokens")
         self._accepted = self._counter("spec_decode_num_accepted_tokens", "Drafted tokens that were accepted")
-        self._accepted_at = self._counter(
-            "spec_decode_num_accepted_tokens_per_pos", "Accepted tokens by draft position", "position"
-        )
+        self._accepted_at = {
+            position: self._counter(
+                "spec_decode_num_accepted_tokens_per_pos", "Accepted tokens by draft position", position=str(position)
+            )
+            for position in range(engine.speculation_length if engine.head else 0)
+        }
         self._prompt_tokens = self._counter("prompt_tokens", "Tokens of the prompts that were answered")
-        self._generated = self._counter("generation_tokens", "Tokens of the answers")
-        self._answered = self._counter("request_success", "Answered requests", "finished_reason")
-        self._failed = self._counter("request_failure", "Requests without an answer", "reason")
-        self._gauge("num_requests_running", "Requests in the engine").set_function(lambda: worker.running)
-        self._gauge("num_requests_waiting", "Requests in the line").set_function(lambda: worker.waiting)
-        self._end_to_end = self._histogram("e2e_request_latency_seconds", "From receipt to answer", _LATENCY_BUCKETS)
-        self._queued = self._histogram("request_queue_time_seconds", "Time in the line", _LATENCY_BUCKETS)
-        self._per_token = self._histogram(
-            "request_time_per_output_token_seconds", "Decoding time per token after the first", _TOKEN_BUCKETS
-        )
+        self._generated = self._counter("generation_tokens", "Tokens generated")
         # a series that is there from the start reads as 0, one that appears later as a gap
-        for position in range(positions):
-            self._accepted_at.labels(str(position))
-        for reason in FINISH_REASONS:
-            self._answered.labels(reason)
-        for reason in FAILURES.values():
-            self._failed.labels(reason)
+        self._ended = {
+            reason: self._counter("request_success", "Sequences by how they ended", finished_reason=reason)
+            for reason in FINISH_REASONS
+        }
+        self._failed = {
+            reason: self._counter("request_failure", "Requests without a whole answer", reason=reason)
+            for reason in sorted(set(FAILURES.values()))
+        }
+        self._gauge("num_requests_running", "Sequences in the engine", lambda: engine.running)
+        self._gauge("num_requests_waiting", "Sequences in the line", lambda: engine.waiting)
+        self._gauge("kv_cache_usage_perc", "Used places of the cache / all of them", lambda: engine.cache_usage)
+        self._histograms = {name: self._histogram(name, *about) for name, about in _HISTOGRAMS.items()}
 
-    def answered(self, completion: Completion, *, queued: float, total: float) -> None:
-        """Count an answer; `queued` and `total` in seconds."""
-        stats, generated = completion.stats, len(completion.token_ids)
+    def watch(self, request: Request, received: float) -> None:
+        """Count a sequence when it ends; received: when its HTTP request came, in seconds of time.monotonic()."""
+
+        def ended(future: Future[Completion]) -> None:
+            if future.exception() is not None:
+                self._ended["error"].inc()
+            else:
+                self._count(request, future.result(), received)
+
+        request.future.add_done_callback(ended)
+
+    def failed(self, status: int) -> None:
+        """Count a request that got no answer, by the HTTP status that it got instead."""
+        if status in FAILURES:
+            self._failed[FAILURES[status]].inc()
+
+    def exposition(self) -> bytes:
+        return generate_latest(self.registry)
+
+    def _count(self, request: Request, completion: Completion, received: float) -> None:
+        stats, times, generated = completion.stats, request.times, len(completion.token_ids)
         # a verification drafts its first position or nothing, so that position counts the drafts
         self._drafts.inc(stats.drafted_per_position[0] if stats.drafted_per_position else 0)
         self._drafted.inc(stats.drafted)
         self._accepted.inc(stats.accepted)
         for position, accepted in enumerate(stats.accepted_per_position):
-            self._accepted_at.labels(str(position)).inc(accepted)
-        self._prompt_tokens.inc(len(completion.prompt_ids))
+            self._accepted_at[position].inc(accepted)
         self._generated.inc(generated)
-        self._answered.labels(completion.finish_reason).inc()
-        self._queued.observe(queued)
-        self._end_to_end.observe(total)
+        self._ended[completion.finish_reason].inc()
+        if times.first_token:
+            self._prompt_tokens.inc(len(completion.prompt_ids))
+            self._observe("time_to_first_token_seconds", times.first_token - received)
+        for earlier, later in pairwise(request.arrivals):
+            self._observe("inter_token_latency_seconds", later - earlier)
+        if completion.finish_reason == "cancelled":
+            return
+        decoding = times.finished - times.first_token
         if generated > 1:
-            self._per_token.observe(stats.decode_seconds / (generated - 1))
+            self._observe("request_time_per_output_token_seconds", decoding / (generated - 1))
+        self._observe("e2e_request_latency_seconds", times.finished - received)
+        self._observe("request_queue_time_seconds", times.started - times.submitted)
+        self._observe("request_prefill_time_seconds", times.first_token - times.started)
+        self._observe("request_decode_time_seconds", decoding)
+        self._observe("request_prompt_tokens", len(completion.prompt_ids))
+        self._observe("request_generation_tokens", generated)
 
-    def failed(self, status: int) -> None:
-        """Count a request that got no answer, by the HTTP status that it got instead."""
-        if status in FAILURES:
-            self._failed.labels(FAILURES[status]).inc()
+    def _observe(self, name: str, value: float) -> None:
+        self._histograms[name].observe(value)
 
-    def exposition(self) -> bytes:
-        return generate_latest(self.registry)
+    def _counter(self, name: str, about: str, **labels: str) -> Counter:
+        return self._series(Counter, name, about, labels)
 
-    def _counter(self, name: str, about: str, *labels: str) -> Counter:
-        return Counter(_PREFIX + name, about, labels, registry=self.registry)
-
-    def _gauge(self, name: str, about: str) -> Gauge:
-        return Gauge(_PREFIX + name, about, registry=self.registry)
+    def _gauge(self, name: str, about: str, value: Callable[[], float]) -> None:
+        self._series(Gauge, name, about, {}).set_function(value)
 
     def _histogram(self, name: str, about: str, buckets: tuple[float, ...]) -> Histogram:
-        return Histogram(_PREFIX + name, about, registry=self.registry, buckets=buckets)
+        return self._series(Histogram, name, about, {}, buckets=buckets)
+
+    def _series(self, kind: Any, name: str, about: str, labels: dict[str, str], **options: Any) -> Any:
+        """One time series; those that differ in a label's value only belong to one metric."""
+        labels = self._labels | labels
+        if name not in self._metrics:
+            self._metrics[name] = kind(self._prefix + name, about, tuple(labels), registry=self.registry, **options)
+        metric = self._metrics[name]
+        return metric.labels(**labels) if labels else metric

@@ -1,104 +1,139 @@
-"""What operators ask: is it alive, what does it serve, how is it doing. None of it queues behind generation."""
+"""What operators ask: is it alive, is it ready, what does it serve, how is it doing. Never behind generation."""
 
 from __future__ import annotations
 
-import asyncio
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+import math
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
+from fastapi.responses import PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST
+from pydantic import BaseModel
 
 from draft.heads import ARCHITECTURES
-from serving.api.metrics import Metrics
-from serving.api.schemas import MAX_STOP_CHARACTERS, MAX_STOP_SEQUENCES, ApiError, ErrorResponse
-from serving.api.worker import Worker
+from serving.api.documentation import documented
+from serving.api.errors import ApiError
+from serving.api.openai_schemas import MAX_CHOICES
+from serving.api.prompts import Names, encode
+from serving.api.schemas import (
+    MAX_STOP_CHARACTERS,
+    MAX_STOP_SEQUENCES,
+    MAX_TOP_N_TOKENS,
+    ErrorResponse,
+    Prompt,
+    Strict,
+)
+from serving.api.service import Service
 from serving.engine import Engine
+from serving.engine.params import MAX_LOGPROBS
 
 router = APIRouter(tags=["operations"])
 
-
-@dataclass(frozen=True)
-class Limits:
-    """What a client may ask for."""
-
-    max_waiting: int = 64  # requests in the line behind the one that runs
-    max_new_tokens: int | None = None  # None: as many as the context holds
-    max_body_bytes: int = 2_000_000
+_GUARDED = (401, 503)
 
 
-class Service:
-    """What the routes share: the engine behind its worker, the limits, the metrics."""
-
-    def __init__(self, engine: Engine, head_name: str | None, limits: Limits) -> None:
-        self.engine = engine
-        self.head_name = head_name and public_name(head_name)
-        self.limits = limits
-        self.worker = Worker(engine, limits.max_waiting)
-        self.metrics = Metrics(self.worker, engine.speculation_length if engine.head else 0)
-        # one thread: a tokenizer may not be set up by two at once
-        self._encoder = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
-
-    async def encode(self, text: str) -> list[int]:
-        """Token ids of a prompt, off the event loop: two megabytes of text take a second."""
-        tokenizer = self.engine.target.tokenizer
-        return await asyncio.get_running_loop().run_in_executor(
-            self._encoder, lambda: tokenizer(text, verbose=False).input_ids
-        )
-
-    def stop(self) -> None:
-        self.worker.stop()
-        self._encoder.shutdown(wait=False, cancel_futures=True)
+class Status(BaseModel):
+    status: str
 
 
-def public_name(name: str) -> str:
-    """A name that tells clients nothing of the machine's folders: a path's last part; hub ids stay whole."""
-    path = Path(name).expanduser()
-    return path.resolve().name if path.is_absolute() or path.exists() else name
+class TokenizeRequest(Strict):
+    """Body of POST /tokenize."""
+
+    inputs: Prompt
+    add_special_tokens: bool | None = None
 
 
-def package_version() -> str:
-    try:
-        return version("draftsmith")
-    except PackageNotFoundError:  # run from a checkout that was never installed
-        return "unknown"
+class TokenOfText(BaseModel):
+    """start, stop: characters of the text."""
+
+    id: int
+    text: str
+    start: int
+    stop: int
 
 
 @router.get("/health", responses={503: {"model": ErrorResponse}})
-async def health(request: Request) -> dict[str, str]:
-    """200 while requests can be served; 503 once the engine's thread has ended."""
+async def health(request: Request) -> Status:
+    """200 while a restart would not help; 503 once the engine's thread has ended."""
     service: Service = request.app.state.service
-    if not service.worker.alive:
-        raise ApiError(503, "healthcheck", "unhealthy")
-    return {"status": "ok"}
+    if not service.alive:
+        raise ApiError("healthcheck", "unhealthy")
+    return Status(status="ok")
 
 
-@router.get("/info")
+@router.get("/ready", responses=documented(ErrorResponse, (503,)))
+async def ready(request: Request) -> Status:
+    """200 while requests are taken; 503 while the model is loaded, and while the server finishes what runs."""
+    service: Service = request.app.state.service
+    why = "draining" if service.draining else "loading" if not service.loaded else "" if service.alive else "unhealthy"
+    if why:
+        raise ApiError("healthcheck", why)
+    return Status(status="ready")
+
+
+@router.get("/info", responses=documented(ErrorResponse, _GUARDED))
 async def info(request: Request) -> dict[str, Any]:
-    """The target, the head and the limits."""
+    """The target, the head, the limits, the versions, and how the engine decides about speculation."""
     service: Service = request.app.state.service
     engine, target = service.engine, service.engine.target
     return {
-        "model_id": public_name(target.name),
+        "model_id": service.model_name,
         "architecture": type(target.model).__name__,
         "dtype": str(target.dtype).removeprefix("torch."),
         "device": target.device.type,
         "head": _about_head(service),
-        "speculation_length": engine.speculation_length if engine.head else 0,
+        "speculation": engine.speculation,
+        "speculation_length": service.speculation_length,
         "rule": engine.rule,
         "limits": {
             "max_total_tokens": engine.max_length,
-            "max_new_tokens": service.limits.max_new_tokens or engine.max_length,
-            "max_waiting_requests": service.limits.max_waiting,
+            "max_new_tokens": service.max_new_tokens,
+            "max_concurrent_requests": engine.max_batch,
+            "max_waiting_requests": engine.max_waiting,
+            "max_waiting_tokens": engine.max_waiting_tokens,
             "max_stop_sequences": MAX_STOP_SEQUENCES,
             "max_stop_characters": MAX_STOP_CHARACTERS,
+            "max_top_n_tokens": MAX_TOP_N_TOKENS,
+            "max_logprobs": MAX_LOGPROBS,
+            "max_choices": MAX_CHOICES,
             "max_body_bytes": service.limits.max_body_bytes,
+            "request_seconds": service.limits.request_seconds,
         },
+        "engine": _engine_stats(engine),
         "version": package_version(),
+        "versions": {name: package_version(name) for name in ("draftsmith", "torch", "transformers")},
     }
+
+
+@router.get("/metrics", response_class=PlainTextResponse, responses=documented(ErrorResponse, _GUARDED))
+async def metrics(request: Request) -> Response:
+    """Prometheus' text format."""
+    service: Service = request.app.state.service
+    text = service.metrics.exposition() if service.metrics is not None else b""
+    return Response(text, media_type=CONTENT_TYPE_LATEST)
+
+
+@router.post("/tokenize", responses=documented(ErrorResponse, (400, 401, 408, 413, 415, 422, 503)))
+async def tokenize(body: TokenizeRequest, request: Request) -> list[TokenOfText]:
+    """The tokens of a text, as /generate would read it."""
+    service: Service = request.app.state.service
+    special = body.add_special_tokens is not False
+    ids = await encode(service, body.inputs, Names("inputs", ""), special_tokens=special)
+    spans = await service.offsets(body.inputs, special_tokens=special)
+    return [
+        TokenOfText(
+            id=token_id, text=body.inputs[start:stop] or service.token_text(token_id)[0], start=start, stop=stop
+        )
+        for token_id, (start, stop) in zip(ids, spans, strict=True)
+    ]
+
+
+def package_version(name: str = "draftsmith") -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:  # run from a checkout that was never installed
+        return "unknown"
 
 
 def _about_head(service: Service) -> dict[str, Any] | None:
@@ -113,8 +148,20 @@ def _about_head(service: Service) -> dict[str, Any] | None:
     }
 
 
-@router.get("/metrics")
-async def metrics(request: Request) -> Response:
-    """Prometheus' text format."""
-    service: Service = request.app.state.service
-    return Response(service.metrics.exposition(), media_type=CONTENT_TYPE_LATEST)
+def _engine_stats(engine: Engine) -> Any:
+    try:
+        return _json_able(engine.stats())
+    except RuntimeError:  # the engine's thread changed a table while it was read
+        return None
+
+
+def _json_able(value: Any) -> Any:
+    """JSON has no NaN and no infinity."""
+    match value:
+        case dict():
+            return {str(key): _json_able(each) for key, each in value.items()}
+        case list() | tuple():
+            return [_json_able(each) for each in value]
+        case float():
+            return value if math.isfinite(value) else None
+    return value

@@ -1,4 +1,4 @@
-"""What goes over the wire on the TGI surface: requests, answers and errors.
+"""What goes over the wire on TGI's surface, and what both surfaces share.
 
 TGI's contract with two deviations: temperature 0 is allowed and greedy, top_p 1 is allowed and off. A request without
 `parameters` is greedy, too. A sampling parameter is implemented exactly or refused by name; none is ignored.
@@ -10,46 +10,66 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from serving.engine.sequence import SEED_LIMIT
+from serving.engine.params import SEED_LIMIT
 
 MAX_STOP_SEQUENCES = 16
 MAX_STOP_CHARACTERS = 256
 MAX_TEMPERATURE = 100.0
+MAX_TOP_N_TOKENS = 5
 
 # what TGI defines and this server does not implement -> the values that mean "off" (null always does)
 NOT_IMPLEMENTED: dict[str, tuple[Any, ...]] = {
     "adapter_id": (),
     "best_of": (1,),
     "decoder_input_details": (False,),
-    "frequency_penalty": (0,),
     "grammar": (),
-    "repetition_penalty": (1,),
-    "top_n_tokens": (0,),
-    "truncate": (),
     "typical_p": (1,),
     "watermark": (False,),
 }
 
 
-class ApiError(Exception):
-    """An answer that is not 200. The message goes to the client: no paths, prompts or exception text in it."""
-
-    def __init__(self, status: int, kind: str, message: str, headers: dict[str, str] | None = None) -> None:
-        super().__init__(message)
-        self.status, self.kind, self.message, self.headers = status, kind, message, headers
-
-
-def _without_nul(text: str) -> str:
-    """Refuse what some tokenizers trip over and JSON can carry; pydantic itself refuses unpaired surrogates."""
+def _clean(text: str) -> str:
+    """Refuse what JSON can carry and tokenizers trip over."""
     if "\0" in text:
         raise ValueError("must not contain NUL characters")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("must not contain unpaired surrogates") from None
     return text
+
+
+_PATTERN: dict[str, Any] = {"pattern": r"^[^\u0000]*$"}  # for the schema; `_clean` says it in words
+Text = Annotated[str, Field(json_schema_extra=_PATTERN), AfterValidator(_clean)]
+Prompt = Annotated[str, Field(min_length=1, json_schema_extra=_PATTERN), AfterValidator(_clean)]
+StopString = Annotated[
+    str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS, json_schema_extra=_PATTERN), AfterValidator(_clean)
+]
+StopStrings = Annotated[list[StopString], Field(max_length=MAX_STOP_SEQUENCES)]
+Seed = Annotated[int, Field(ge=0, lt=SEED_LIMIT)]
 
 
 class Strict(BaseModel):
     """No coercion ("5" is not 5, true is not 1), no NaN or infinity, no unknown keys."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, hide_input_in_errors=True)
+
+
+def refuse_not_implemented(body: BaseModel, table: dict[str, tuple[Any, ...]]) -> None:
+    for name, off in table.items():
+        value = getattr(body, name)
+        if value is not None and not any(
+            value == each and isinstance(value, bool) == isinstance(each, bool) for each in off
+        ):
+            raise ValueError(f"`{name}` is not implemented by this server; leave it out")
+
+
+def not_implemented(table: dict[str, tuple[Any, ...]], name: str) -> Any:
+    """The field of something that is refused unless it is off."""
+    off = [*table[name], None]
+    return Field(
+        default=None, description="not implemented: only what means off is taken", json_schema_extra={"enum": off}
+    )
 
 
 class Speculative(Strict):
@@ -62,6 +82,10 @@ class Speculative(Strict):
     rule: Literal["shared-noise", "rejection"] | None = Field(default=None, description="null: the server's")
 
 
+class SpeculativeWithOrigin(Speculative):
+    origin: bool | None = Field(default=None, description="tell of each token where it came from")
+
+
 class GenerateParameters(Strict):
     """Sampling is on when do_sample is true or any of temperature, top_k and top_p is set; otherwise greedy."""
 
@@ -71,55 +95,52 @@ class GenerateParameters(Strict):
     temperature: float | None = Field(default=None, ge=0, le=MAX_TEMPERATURE, description="0 is greedy; null: 1.0")
     top_p: float | None = Field(default=None, gt=0, le=1)
     top_k: int | None = Field(default=None, ge=1)
-    seed: int | None = Field(default=None, ge=0, lt=SEED_LIMIT, description="null: drawn, and reported in the details")
-    stop: (
-        list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS), AfterValidator(_without_nul)]] | None
-    ) = Field(default=None, max_length=MAX_STOP_SEQUENCES, description="the stop string stays in the text")
+    repetition_penalty: float | None = Field(default=None, gt=0, description="of tokens in the prompt or the answer")
+    frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
+    seed: Seed | None = Field(default=None, description="null: drawn, and reported in the details")
+    stop: StopStrings | None = Field(default=None, description="the stop string stays in the text")
     do_sample: bool | None = None
+    truncate: int | None = Field(default=None, ge=1, description="keep only so many tokens at the end of the inputs")
     return_full_text: bool | None = Field(default=None, description="put the prompt before the generated text")
     details: bool | None = None
-    speculative: Speculative | None = None
+    top_n_tokens: int | None = Field(
+        default=None, ge=0, le=MAX_TOP_N_TOKENS, description="with details: the most probable tokens at each place"
+    )
+    speculative: SpeculativeWithOrigin | None = None
 
-    adapter_id: Any = Field(default=None, description="not implemented: null only")
-    best_of: Any = Field(default=None, description="not implemented: null or 1 only")
-    decoder_input_details: Any = Field(default=None, description="not implemented: null or false only")
-    frequency_penalty: Any = Field(default=None, description="not implemented: null or 0 only")
-    grammar: Any = Field(default=None, description="not implemented: null only")
-    repetition_penalty: Any = Field(default=None, description="not implemented: null or 1 only")
-    top_n_tokens: Any = Field(default=None, description="not implemented: null or 0 only")
-    truncate: Any = Field(default=None, description="not implemented: null only")
-    typical_p: Any = Field(default=None, description="not implemented: null or 1 only")
-    watermark: Any = Field(default=None, description="not implemented: null or false only")
+    adapter_id: Any = not_implemented(NOT_IMPLEMENTED, "adapter_id")
+    best_of: Any = not_implemented(NOT_IMPLEMENTED, "best_of")
+    decoder_input_details: Any = not_implemented(NOT_IMPLEMENTED, "decoder_input_details")
+    grammar: Any = not_implemented(NOT_IMPLEMENTED, "grammar")
+    typical_p: Any = not_implemented(NOT_IMPLEMENTED, "typical_p")
+    watermark: Any = not_implemented(NOT_IMPLEMENTED, "watermark")
 
     @model_validator(mode="after")
     def _refuse_what_is_not_implemented(self) -> GenerateParameters:
-        for name, off in NOT_IMPLEMENTED.items():
-            value = getattr(self, name)
-            if value is not None and value not in off:
-                raise ValueError(f"`{name}` is not implemented by this server; leave it out")
+        refuse_not_implemented(self, NOT_IMPLEMENTED)
         return self
 
     @property
     def samples(self) -> bool:
         return bool(self.do_sample) or not (self.temperature is None and self.top_k is None and self.top_p is None)
 
+    @property
+    def wants_origin(self) -> bool:
+        return bool(self.speculative and self.speculative.origin)
+
 
 class GenerateRequest(Strict):
-    """Body of POST /generate."""
+    """Body of POST /generate, /generate_stream and /."""
 
-    inputs: Annotated[str, Field(min_length=1), AfterValidator(_without_nul)]
+    inputs: Prompt
     parameters: GenerateParameters | None = None
-    stream: bool | None = Field(default=None, description="streaming is not implemented: null or false only")
-
-    @model_validator(mode="after")
-    def _refuse_streaming(self) -> GenerateRequest:
-        if self.stream:
-            raise ValueError("`stream` is not implemented by this server; leave it out")
-        return self
+    stream: bool | None = Field(
+        default=None, description="answer with server-sent events; /generate_stream always does"
+    )
 
 
-class TokenDetails(BaseModel):
-    """One generated token; logprob is the target's own, before temperature and truncation."""
+class AlternativeToken(BaseModel):
+    """logprob: natural log of the target's own probability, before penalties, temperature and truncation."""
 
     id: int
     text: str
@@ -127,12 +148,30 @@ class TokenDetails(BaseModel):
     special: bool
 
 
+class Origin(BaseModel):
+    """Where a token came from."""
+
+    source: Literal["draft", "target"] = Field(
+        description="draft: drafted and accepted; target: supplied by the target"
+    )
+    position: int | None = Field(description="the draft position, from 1, of an accepted token")
+    rejected: AlternativeToken | None = Field(
+        description="what the head had drafted in the place of a token that the target supplied; logprob is null"
+    )
+
+
+class TokenDetails(AlternativeToken):
+    """One generated token."""
+
+    origin: Origin | None = Field(default=None, description="only with speculative.origin")
+
+
 class SpeculativeDetails(BaseModel):
     """What speculation did for this request. Tokens that the prefill gave are in neither count."""
 
     enabled: bool
     rule: str
-    speculation_length: int = Field(description="tokens drafted at a time; 0 when speculation was off")
+    speculation_length: int = Field(description="tokens drafted at a time, at most; 0 when speculation was off")
     acceptance_length: float | None = Field(description="emitted / verifications, bonus token included")
     verifications: int
     drafted: int
@@ -145,8 +184,9 @@ class Details(BaseModel):
     finish_reason: str = Field(description="length, eos_token or stop_sequence")
     generated_tokens: int
     seed: int | None = Field(description="null: the request was greedy")
-    prefill: list[TokenDetails] = Field(description="always empty: the prompt's tokens are not reported")
+    prefill: list[AlternativeToken] = Field(description="always empty: the prompt's tokens are not reported")
     tokens: list[TokenDetails]
+    top_tokens: list[list[AlternativeToken]] | None = Field(default=None, description="only with top_n_tokens")
     speculative: SpeculativeDetails
 
 
@@ -155,6 +195,24 @@ class GenerateResponse(BaseModel):
 
     generated_text: str
     details: Details | None = None
+
+
+class StreamDetails(BaseModel):
+    finish_reason: str
+    generated_tokens: int
+    seed: int | None
+    input_length: int
+    speculative: SpeculativeDetails
+
+
+class StreamEvent(BaseModel):
+    """One event a token; the last one has generated_text and details. In place of it, an error: ErrorResponse."""
+
+    index: int = Field(description="from 1")
+    token: TokenDetails
+    top_tokens: list[AlternativeToken] | None = None
+    generated_text: str | None
+    details: StreamDetails | None
 
 
 class ErrorResponse(BaseModel):

@@ -1,112 +1,91 @@
-"""Keys and values in slots that are allocated once; a rollback lowers a length, and copies nothing."""
+"""Keys and values in slots that are allocated once; a rollback lowers a slot's length and copies nothing."""
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin
-
-_GRANULE = 256  # slots are allocated in multiples of this, so that requests of similar lengths share them
 
 
-class SlotLayer(CacheLayerMixin):
-    """The keys and values of one attention layer. Also the whole cache of a draft head (`KeyValueCache`).
+@dataclass(frozen=True)
+class LayerShape:
+    """What one attention layer stores for each token."""
 
-    Slots from `length` on may hold entries that were rolled back: they are never returned, and are overwritten by
-    what comes next.
-    """
-
-    is_sliding = False  # sliding-window layers keep all of their past too; their mask forgets what is outside
-
-    def __init__(self, capacity: int = 0) -> None:
-        super().__init__()
-        self.capacity = capacity
-        self.length = 0
-        self._slots: tuple[Tensor, Tensor] | None = None  # [batch, kv_heads, capacity, head_dim] each
-
-    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Append to the slots.
-
-        key_states, value_states: [batch, kv_heads, new, head_dim] -> views [batch, kv_heads, past + new, head_dim]
-        of everything that is live.
-        """
-        if self._slots is None:
-            self.lazy_initialization(key_states, value_states)
-        assert self._slots is not None
-        start, end = self.length, self.length + key_states.shape[2]
-        assert end <= self.capacity, f"{end} tokens do not fit in {self.capacity} slots"
-        for slots, new in zip(self._slots, (key_states, value_states), strict=True):
-            slots[:, :, start:end] = new
-        self.length = end
-        self.keys, self.values = (slots[:, :, :end] for slots in self._slots)
-        return self.keys, self.values
-
-    def clear(self, capacity: int) -> None:
-        """Forget everything, and hold at least `capacity` tokens from now on."""
-        self.length = 0
-        if capacity > self.capacity:
-            self.capacity = -(-capacity // _GRANULE) * _GRANULE
-            self._slots = None
-
-    def rollback(self, length: int) -> None:
-        """Keep the first `length` tokens only."""
-        assert 0 <= length <= self.length, f"cannot roll back from {self.length} to {length} tokens"
-        self.length = length
-
-    # what transformers asks of a cache's layer
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        batch, heads, _, _ = key_states.shape
-        # keys and values may differ in width
-        self._slots = (
-            key_states.new_empty(batch, heads, self.capacity, key_states.shape[3]),
-            value_states.new_empty(batch, heads, self.capacity, value_states.shape[3]),
-        )
-        self.is_initialized = True
-
-    def get_seq_length(self) -> int:
-        return self.length
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """(keys that `update` will return, position of the first of them)."""
-        return self.length + query_length, 0
-
-    def get_max_length(self) -> int:
-        return self.capacity
-
-    get_max_cache_shape = get_max_length  # its name in older versions
-
-
-class SlotCache(Cache):
-    """The target's cache, in the form that any Hugging Face decoder takes as `past_key_values`."""
-
-    def __init__(self, num_layers: int) -> None:
-        self.slot_layers = [SlotLayer() for _ in range(num_layers)]
-        super().__init__(layers=list(self.slot_layers))
+    heads: int
+    key_width: int
+    value_width: int
+    dtype: torch.dtype
+    device: torch.device
 
     @property
-    def length(self) -> int:
-        return self.slot_layers[0].length
-
-    def clear(self, capacity: int) -> None:
-        """Forget everything, and hold at least `capacity` tokens from now on."""
-        for layer in self.slot_layers:
-            layer.clear(capacity)
-
-    def rollback(self, length: int) -> None:
-        """Keep the first `length` tokens of every layer."""
-        for layer in self.slot_layers:
-            layer.rollback(length)
+    def bytes_per_token(self) -> int:
+        return self.heads * (self.key_width + self.value_width) * self.dtype.itemsize
 
 
-def causal_mask(past: int, new: int, device: torch.device) -> Tensor | None:
-    """True = attend, [1, 1, new, past + new]: `new` tokens after `past` cached ones. None where attention needs none.
+class SlotCache:
+    """The keys and values of several layers for several sequences, which join and leave independently.
 
-    Attention without a mask is causal only for an empty past, and sees everything only for one new token.
+    Entry i of a slot belongs to the token at position i. Entries from a slot's length on are stale: they are never
+    attended to, and are overwritten by what comes next. Sliding-window layers keep all of their past too; the
+    attention forgets what is outside.
     """
-    if past == 0 or new == 1:
-        return None
-    keys = torch.arange(past + new, device=device)
-    return (keys <= keys[past:, None])[None, None]
+
+    def __init__(self, shapes: list[LayerShape], slots: int, capacity: int) -> None:
+        """capacity: the most tokens a slot can hold, drafted ones included.
+
+        Memory is asked for at once; on a CPU the system provides pages as they are first written.
+        """
+        self.capacity = capacity
+        self.lengths = [0] * slots
+        self._free = list(reversed(range(slots)))
+        # layers of one shape share a tensor, so that moving entries is one operation:
+        # [layers, slots, heads, capacity, width]
+        self._stacks: list[tuple[Tensor, Tensor]] = []
+        self.layers: list[tuple[Tensor, Tensor]] = [None] * len(shapes)  # type: ignore[list-item]
+        for shape in dict.fromkeys(shapes):
+            members = [index for index, other in enumerate(shapes) if other == shape]
+            keys, values = (
+                torch.empty(len(members), slots, shape.heads, capacity, width, dtype=shape.dtype, device=shape.device)
+                for width in (shape.key_width, shape.value_width)
+            )
+            self._stacks.append((keys, values))
+            for place, index in enumerate(members):
+                self.layers[index] = keys[place], values[place]  # [slots, heads, capacity, width] each
+
+    @property
+    def free_slots(self) -> int:
+        return len(self._free)
+
+    @property
+    def used_tokens(self) -> int:
+        return sum(self.lengths)
+
+    def acquire(self) -> int:
+        """An empty slot; there must be one."""
+        slot = self._free.pop()
+        self.lengths[slot] = 0
+        return slot
+
+    def release(self, slot: int) -> None:
+        self.lengths[slot] = 0
+        self._free.append(slot)
+
+    def extend(self, slot: int, count: int) -> None:
+        """`count` entries were written after the slot's length."""
+        length = self.lengths[slot] + count
+        assert length <= self.capacity, f"{length} tokens do not fit in {self.capacity} places"
+        self.lengths[slot] = length
+
+    def keep(self, slot: int, base: int, entries: list[int]) -> None:
+        """Of the block written at `base`, keep the given entries (rising indices into the block), and nothing after it.
+
+        A chain's accepted prefix lies where it belongs already; a tree's accepted path is moved together.
+        """
+        if entries != list(range(len(entries))):
+            moved = torch.tensor([base + entry for entry in entries])
+            places = slice(base, base + len(entries))
+            for stack in self._stacks:
+                for store in stack:
+                    store[:, slot, :, places] = store[:, slot, :, moved.to(store.device)]
+        self.lengths[slot] = base + len(entries)

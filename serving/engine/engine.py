@@ -1,42 +1,50 @@
-"""The loop: prefill, then draft, verify and emit until the request ends."""
+"""The engine: requests come in, wait for a slot, join the steps of the others, and leave when they are done."""
 
 from __future__ import annotations
 
+import logging
 import secrets
+import threading
 import time
-from collections.abc import Callable
 from collections.abc import Sequence as Ids
-from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from draft.checkpoint import check_fits
 from draft.data.row_cache import check_architecture
 from draft.errors import UserError
 from draft.heads import Eagle3Head
 from draft.target import Target
-from serving.engine.cache import SlotCache
-from serving.engine.proposers import ChainProposer, Proposer
-from serving.engine.sequence import (
-    SEED_LIMIT,
-    Completion,
-    SamplingParams,
-    Sequence,
-    SpeculationStats,
-    Token,
-    special_ids,
+from serving.engine.build import Models, build_models
+from serving.engine.decoder import Decoder
+from serving.engine.line import Line
+from serving.engine.proposers import BRANCHING
+from serving.engine.request import (
+    MAX_SPECULATION_LENGTH,
+    EngineStopped,
+    Request,
+    Speculation,
+    check_speculation_length,
 )
-from serving.engine.verification import RULES, Proposal, Rule, make_rule
+from serving.engine.rows import Row
+from serving.engine.sampling import Processor
+from serving.engine.sequence import SEED_LIMIT, Completion, SamplingParams, Sequence, special_ids
+from serving.engine.settings import SPECULATIONS, check_choice, check_max_length, check_positive, make_controller
+from serving.engine.verification import RULES, make_rule
+from serving.engine.warm_up import warm_up
 
-MAX_SPECULATION_LENGTH = 32  # beyond any acceptance length that a chain reaches
+log = logging.getLogger(__name__)
+
+# after one of these the accelerator's context is gone for good; running out of memory is not among them
+_FATAL: tuple[type[BaseException], ...] = tuple(filter(None, [getattr(torch, "AcceleratorError", None)]))
 
 
 class Engine:
     """Decodes with a target, and a draft head when there is one; the answers are the target's own either way.
 
-    One request at a time: the engine owns its caches, is neither thread-safe nor re-entrant, and calls back from
-    the thread that called it.
+    `generate` answers a list of prompts from the thread that calls it. `start` gives the engine a thread of its own,
+    and then `submit` may be called from any thread.
     """
 
     def __init__(
@@ -44,11 +52,26 @@ class Engine:
         target: Target,
         head: Eagle3Head | None = None,
         *,
+        speculation: str = "auto",
         speculation_length: int = 5,
+        tree_size: int = 16,
         rule: str = "shared-noise",
+        mode: str = "auto",
+        attention: str = "auto",
+        max_batch: int = 16,
         max_length: int | None = None,
+        max_waiting: int = 1024,
+        max_waiting_tokens: int | None = None,
+        prefill_chunk: int = 128,
+        threads: int | None = None,
     ) -> None:
-        """max_length: the most tokens of prompt and answer together (default: what the target was made for).
+        """
+        speculation: `auto` chooses at every step what should give the most tokens per second, plain decoding and trees
+        included; `chain` and `tree` always draft, `off` never. speculation_length: the most tokens drafted in a row.
+        tree_size: the most nodes of a tree. mode: see `build_models`. max_batch: requests decoded at once. max_length:
+        the most tokens of prompt and answer together (default: what the target was made for). max_waiting,
+        max_waiting_tokens: what may wait behind those that run. prefill_chunk: prompt tokens read in one step.
+        threads: of the arithmetic on a CPU.
 
         Raises:
             UserError: when the head is not of the target's shape, or a value is out of range.
@@ -56,181 +79,234 @@ class Engine:
         check_architecture(target)
         if head is not None:
             check_fits(head, {}, target)
-        self.target = target
-        self.head = head
-        self.speculation_length = _check_speculation_length(speculation_length)
-        self.rule = _check_rule(rule)
-        self.max_length = _check_max_length(max_length, target)
-        self.proposer: Proposer | None = ChainProposer(target, head) if head is not None else None
-        self.cache = SlotCache(target.num_layers)
-        self.special_ids = special_ids(target.tokenizer, target.eos_token_ids)
+        self.target, self.head = target, head
+        self.speculation = check_choice("speculation", speculation, SPECULATIONS)
+        self.speculation_length = check_speculation_length(speculation_length)
+        self.rule = check_choice("rule", rule, tuple(RULES))
+        self.max_length = check_max_length(max_length, target)
+        self.max_batch = check_positive("max_batch", max_batch)
+        self.max_waiting, self.max_waiting_tokens = max_waiting, max_waiting_tokens
+        self._line = Line(max_waiting, max_waiting_tokens)
+        models = build_models(
+            target,
+            head if speculation != "off" else None,
+            mode=mode,
+            attention=attention,
+            slots=self.max_batch,
+            # drafts beyond a sequence's last token need places too, and those that the head reads but that
+            # are not in its tree
+            capacity=self.max_length + max(tree_size, BRANCHING * self.speculation_length, MAX_SPECULATION_LENGTH) + 1,
+            threads=threads,
+        )
+        self.mode = models.mode
+        self.models: Models = models
+        self.controller = make_controller(speculation, self.speculation_length, tree_size)
+        self._decoder = Decoder(
+            models.runner,
+            models.proposer,
+            self.controller,
+            prefill_chunk=check_positive("prefill_chunk", prefill_chunk),
+        )
+        self._special_ids = special_ids(target.tokenizer, target.eos_token_ids)
+        self._rows: list[Row] = []  # touched by the thread that steps only
+        self._thread: threading.Thread | None = None
 
-    @torch.inference_mode()
-    def generate(
-        self,
-        prompt_ids: Ids[int],
-        params: SamplingParams,
-        *,
-        speculative: bool = True,
-        speculation_length: int | None = None,
-        rule: str | None = None,
-        on_token: Callable[[Token], None] | None = None,
-        cancelled: Callable[[], bool] = lambda: False,
-    ) -> Completion:
-        """Decode one request.
+    def warm_up(self) -> None:
+        """Compile, and learn what a step costs: before the first request, not while one waits. See `warm_up`."""
+        for tokens, seconds in warm_up(self.models).items():
+            self.controller.costs.target.seed(tokens, seconds)
 
-        speculative: False decodes plainly, as an engine without a head does. speculation_length, rule: this request's
-        own. on_token is called with each token as it is decided; `cancelled` is asked once a step, and ends the
-        request with what it has.
+    # requests
+
+    def submit(self, prompt_ids: Ids[int], params: SamplingParams, speculation: Speculation | None = None) -> Request:
+        """Put a request at the end of the line.
 
         Raises:
-            UserError: for an empty prompt, ids outside the vocabulary, or a request that does not fit the context.
+            UserError: for an empty prompt, ids outside the vocabulary, an unknown rule, or a request that cannot fit.
+            Overloaded: the line is full.
+            EngineStopped: the engine has ended.
         """
-        self._check_prompt(prompt_ids, params)
-        length = _check_speculation_length(
-            self.speculation_length if speculation_length is None else speculation_length
-        )
-        proposer = self.proposer if speculative and length > 0 else None
-        seed = params.seed
-        if seed is None and params.temperature > 0:
-            seed = secrets.randbelow(SEED_LIMIT)
-        request = _Request(
-            sequence=Sequence(prompt_ids, params, self.target.tokenizer, self.target.eos_token_ids, self.special_ids),
-            rule=make_rule(_check_rule(rule) if rule else self.rule, params, seed or 0),
-            speculation_length=length if proposer else 0,
-            emit=on_token or (lambda token: None),
-        )
-        began = time.perf_counter()
-        self._prefill(request, proposer)
-        prefilled = time.perf_counter()
-        while request.sequence.finish_reason is None:
-            if cancelled():
-                request.sequence.finish_reason = "cancelled"
-                break
-            self._step(request, proposer)
-        request.stats.prefill_seconds = prefilled - began
-        request.stats.decode_seconds = time.perf_counter() - prefilled
-        return request.completion(seed)
+        wishes = speculation or Speculation()
+        self._check_request(prompt_ids, params, wishes)
+        request = Request(list(prompt_ids), params, wishes)
+        self._line.join(request, self._free_slots)
+        return request
 
-    def _check_prompt(self, prompt_ids: Ids[int], params: SamplingParams) -> None:
-        if not prompt_ids:
+    def check_room(self, tokens: int = 0) -> None:
+        """Raises Overloaded or EngineStopped when a request of so many tokens would be turned away now."""
+        self._line.check_room(tokens, self._free_slots)
+
+    @property
+    def _free_slots(self) -> int:
+        return max(0, self.max_batch - len(self._rows))
+
+    def generate(
+        self,
+        prompts: Ids[Ids[int]],
+        params: SamplingParams | Ids[SamplingParams],
+        speculation: Speculation | None = None,
+    ) -> list[Completion]:
+        """Answer prompts (lists of token ids), as many at once as the engine takes; params: of all, or one each.
+
+        Raises:
+            UserError: as `submit`, before anything is generated.
+            EngineStopped: the engine has ended.
+        """
+        each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
+        wishes = speculation or Speculation()
+        for prompt, own in zip(prompts, each, strict=True):
+            self._check_request(prompt, own, wishes)
+        requests = [Request(list(prompt), own, wishes) for prompt, own in zip(prompts, each, strict=True)]
+        self._line.join_all(requests)
+        if self._thread is None:
+            while any(not request.done for request in requests) and self.step():
+                pass
+        return [request.result() for request in requests]
+
+    def _check_request(self, prompt_ids: Ids[int], params: SamplingParams, wishes: Speculation) -> None:
+        if not len(prompt_ids):
             raise UserError("the prompt is empty; give at least one token.")
         wrong = [token for token in prompt_ids if not 0 <= token < self.target.vocab_size]
         if wrong:
             raise UserError(
                 f"the prompt has token id {wrong[0]}; the target's go from 0 to {self.target.vocab_size - 1}."
             )
+        params.check_vocabulary(self.target.vocab_size)
         if len(prompt_ids) + params.max_new_tokens > self.max_length:
             raise UserError(
                 f"the prompt has {len(prompt_ids)} tokens and max_new_tokens is {params.max_new_tokens}: together "
                 f"they exceed the context of {self.max_length}; shorten the prompt or ask for at most "
                 f"{max(0, self.max_length - len(prompt_ids))} tokens."
             )
+        if wishes.rule is not None:
+            check_choice("rule", wishes.rule, tuple(RULES))
 
-    def _prefill(self, request: _Request, proposer: Proposer | None) -> None:
-        """Read the prompt, emit the first token, and let the head read the prompt."""
-        sequence = request.sequence
-        capacity = sequence.length + sequence.params.max_new_tokens
-        self.cache.clear(capacity)
-        prompt = torch.tensor([sequence.prompt_ids], device=self.target.device)  # [1, prompt]
-        last, auxiliary = self._forward(prompt, proposer)
-        logits = self.target.logits(last[:, -1:])  # [1, 1, vocab]
-        emitted = self._decide(request, logits, Proposal(prompt[:, :0]))
-        if proposer is not None and auxiliary is not None and sequence.finish_reason is None:
-            proposer.start(capacity)
-            proposer.observe(torch.cat([prompt[:, 1:], emitted], dim=1), auxiliary)
+    # the loop
 
-    def _step(self, request: _Request, proposer: Proposer | None) -> None:
-        """Draft, verify in one pass of the target, emit, and keep the accepted prefix in both caches."""
-        sequence, stats = request.sequence, request.stats
-        read = self.cache.length  # all tokens but the last
-        last_token = torch.tensor([[sequence.last_id]], device=self.target.device)
-        # a verification emits one token more than stand: further drafts could not be used
-        count = min(request.speculation_length, sequence.remaining - 1)
-        proposal = proposer.propose(count, request.rule) if proposer and count else Proposal(last_token[:, :0])
-        block = torch.cat([last_token, proposal.tokens], dim=1)  # [1, K+1]
-        hidden, auxiliary = self._forward(block, proposer)
-        emitted = self._decide(request, self.target.logits(hidden), proposal)
-        stats.count(drafted=count, tokens=sequence.tokens[len(sequence.tokens) - emitted.shape[1] :])
-        self.cache.rollback(read + emitted.shape[1])
-        if proposer is not None and auxiliary is not None and sequence.finish_reason is None:
-            proposer.observe(emitted, auxiliary[:, : emitted.shape[1]])
+    def step(self) -> bool:
+        """Let requests in, advance all that run by one step, and let those go that are done. False: nothing to do."""
+        self._admit()
+        self._dismiss()  # those that were cancelled
+        if not self._rows:
+            return bool(len(self._line))
+        try:
+            self._decoder.step(self._rows)
+        except _FATAL:
+            raise
+        except Exception as error:  # whose fault it was cannot be told: all that took part fail, the engine goes on
+            log.exception("a step failed; the %d requests in it end with an error", len(self._rows))
+            failed, self._rows = self._rows, []
+            for row in failed:
+                self._release(row)
+                row.request.fail(error)
+        self._dismiss()
+        return bool(self._rows or len(self._line))
 
-    def _forward(self, ids: Tensor, proposer: Proposer | None) -> tuple[Tensor, Tensor | None]:
-        """The target over [1, n] tokens after the cached ones -> last hidden, auxiliary states: [1, n, ...]."""
-        past = self.cache.length
-        output = self.target.forward(
-            ids,
-            layers=proposer.layers if proposer else None,
-            position_ids=torch.arange(past, past + ids.shape[1], device=ids.device)[None],
-            past_key_values=self.cache,
-        )
-        return output.last_hidden, output.auxiliary
+    def _admit(self) -> None:
+        self._line.drop_cancelled()
+        while self.models.runner.cache.free_slots and (request := self._line.next()) is not None:
+            request.stamp(started=time.monotonic())
+            self._rows.append(self._row(request))
 
-    def _decide(self, request: _Request, logits: Tensor, proposal: Proposal) -> Tensor:
-        """Verify, and emit what stands until the sequence ends.
-
-        logits: [1, K+1, vocab]. Returns the emitted ids, [1, n].
-        """
-        sequence = request.sequence
-        verdict = request.rule.verify(logits, proposal, sequence.length)
-        precise = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        chosen = precise.gather(-1, verdict.tokens[..., None])[..., 0]
-        logprobs = chosen - precise.logsumexp(dim=-1)  # [1, K+1]
-        # the step's one wait for the device; float64 holds ids exactly
-        count = verdict.accepted[:, None].expand_as(logprobs)
-        ids, values, (accepted, *_) = torch.stack([verdict.tokens, logprobs.double(), count])[:, 0].tolist()
-        emitted = 0
-        while emitted <= accepted and sequence.finish_reason is None:
-            position = emitted if emitted < accepted else None
-            request.emit(sequence.append(int(ids[emitted]), values[emitted], position))
-            emitted += 1
-        return verdict.tokens[:, :emitted]
-
-
-@dataclass
-class _Request:
-    """A request while it is decoded."""
-
-    sequence: Sequence
-    rule: Rule
-    speculation_length: int  # 0: plain decoding
-    emit: Callable[[Token], None]
-    stats: SpeculationStats = field(default_factory=SpeculationStats)
-
-    def completion(self, seed: int | None) -> Completion:
-        sequence = self.sequence
-        assert sequence.finish_reason is not None
-        return Completion(
-            prompt_ids=sequence.prompt_ids,
-            token_ids=[token.id for token in sequence.tokens],
-            tokens=sequence.tokens,
-            text=sequence.text,
-            finish_reason=sequence.finish_reason,
+    def _row(self, request: Request) -> Row:
+        params, wishes = request.params, request.speculation
+        seed = params.seed
+        if seed is None and params.temperature > 0:
+            seed = secrets.randbelow(SEED_LIMIT)
+        asked = self.speculation_length if wishes.num_tokens is None else wishes.num_tokens
+        proposer = self.models.proposer
+        cap = min(asked, self.speculation_length) if proposer is not None and wishes.enabled else 0
+        return Row(
+            request=request,
+            sequence=Sequence(
+                request.prompt_ids, params, self.target.tokenizer, self.target.eos_token_ids, self._special_ids
+            ),
+            processor=Processor(params, request.prompt_ids, self.target.vocab_size, self.target.eos_token_ids),
+            rule=make_rule(wishes.rule or self.rule, params, seed or 0),
             seed=seed,
-            stats=self.stats,
+            slot=self.models.runner.cache.acquire(),
+            cap=cap,
+            acceptance=self.controller.row(cap),
+            drafting=proposer.join() if proposer is not None and cap else None,
         )
 
+    def _dismiss(self) -> None:
+        """Answer the requests that are done or were given up, and free their slots."""
+        for row in self._rows:
+            if row.request.cancelled and not row.finished:
+                row.sequence.cancel()
+        leaving = [row for row in self._rows if row.finished]
+        self._rows = [row for row in self._rows if not row.finished]
+        for row in leaving:  # whoever has the answer finds the slot free
+            self._release(row)
+            row.request.finish(row.completion(), row.sequence.release())
 
-def _check_speculation_length(length: int) -> int:
-    if not isinstance(length, int) or not 0 <= length <= MAX_SPECULATION_LENGTH:
-        raise UserError(
-            f"speculation_length = {length!r}: it must be a whole number from 0 (off) to {MAX_SPECULATION_LENGTH}."
-        )
-    return length
+    def _release(self, row: Row) -> None:
+        self.models.runner.cache.release(row.slot)
+        if row.drafting is not None and self.models.proposer is not None:
+            self.models.proposer.leave(row.drafting)
+
+    # the thread
+
+    def start(self) -> None:
+        """Give the engine a thread of its own."""
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def alive(self) -> bool:
+        """Whether requests are served: the thread runs, or there is none and the caller steps."""
+        return not self._line.closed and (self._thread is None or self._thread.is_alive())
+
+    def close(self, timeout: float = 10.0) -> None:
+        """End after the present step; whoever still waits gets EngineStopped."""
+        left = self._line.close()
+        if self._thread is not None:
+            self._thread.join(timeout)
+        else:
+            left += [row.request for row in self._rows]
+        _turn_away(left)
+
+    def _run(self) -> None:
+        try:
+            while not self._line.closed:
+                if not self.step():
+                    self._line.wait()
+        except BaseException:
+            log.critical("the engine's thread died; restart the server", exc_info=True)
+        finally:
+            left = [*(row.request for row in self._rows), *self._line.close()]
+            self._rows = []
+            _turn_away(left)
+
+    # figures
+
+    @property
+    def running(self) -> int:
+        return len(self._rows)
+
+    @property
+    def waiting(self) -> int:
+        return len(self._line)
+
+    @property
+    def cache_usage(self) -> float:
+        """Used places of the cache / all of them."""
+        cache = self.models.runner.cache
+        return cache.used_tokens / (len(cache.lengths) * cache.capacity)
+
+    def stats(self) -> dict[str, Any]:
+        """What the engine is doing and how its controller decides; JSON-able."""
+        return {
+            "running": self.running,
+            "waiting": self.waiting,
+            "cache_usage": self.cache_usage,
+            "mode": self.mode,
+            "seconds": vars(self._decoder.seconds).copy(),
+            "speculation": self.controller.stats(),
+        }
 
 
-def _check_rule(rule: str) -> str:
-    if rule not in RULES:
-        raise UserError(f"rule = {rule!r}: it must be one of {', '.join(RULES)}.")
-    return rule
-
-
-def _check_max_length(length: int | None, target: Target) -> int:
-    if length is None:
-        return target.max_length
-    if not 2 <= length <= target.max_length:
-        raise UserError(
-            f"max_length = {length}: it must be from 2 to {target.max_length}, the context of target {target.name!r}."
-        )
-    return length
+def _turn_away(requests: list[Request]) -> None:
+    for request in requests:
+        request.fail(EngineStopped("the engine has ended"))

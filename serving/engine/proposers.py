@@ -2,91 +2,217 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from draft.heads import Eagle3Head
-from draft.target import Target
-from serving.engine.cache import SlotLayer, causal_mask
-from serving.engine.verification import Proposal, Rule
+from serving.engine.batch import Batch, Segment
+from serving.engine.runner import HeadRunner
+from serving.engine.tree import DraftTree, TreeGrower
+from serving.engine.verification import Rule
+
+BRANCHING = 8  # children that a tree's node may have, and nodes that the head reads at a depth
+
+
+@dataclass(frozen=True)
+class Job:
+    """A wish for drafts of one sequence."""
+
+    state: Any  # what `join` gave
+    length: int  # at least 1: of a chain, or the depth of a tree
+    nodes: int  # of a tree; 0: a chain
+    rule: Rule
 
 
 class Proposer(Protocol):
-    """Guesses continuations of one sequence. `observe` is told all that the target has read, in order."""
+    """Guesses continuations of sequences. `observe` is told, in order, all that the target has read of each."""
 
     @property
     def layers(self) -> tuple[int, ...]:
         """Whose auxiliary hidden states `observe` wants."""
         ...
 
-    def start(self, capacity: int) -> None:
-        """Forget the last sequence; the next one has at most `capacity` tokens."""
+    def join(self) -> Any:
+        """A new sequence begins; returns its state. There are never more than the engine has slots."""
         ...
 
-    def observe(self, following: Tensor, auxiliary: Tensor) -> None:
-        """The target has read n more tokens.
+    def leave(self, state: Any) -> None:
+        """The sequence has ended."""
+        ...
 
-        following: [1, n], the token after each of them; auxiliary: [1, n, layers * hidden], the target's true states.
+    def observe(self, state: Any, following: Sequence[int], auxiliary: Tensor) -> None:
+        """The target has read n more tokens. Cheap: what the head has to compute waits for `propose`.
+
+        following: the token after each of them; auxiliary: [n, layers * hidden], the target's true states.
         """
         ...
 
-    def propose(self, count: int, rule: Rule) -> Proposal:
-        """`count` (at least 1) tokens to follow the last observed one; leaves no trace in what was observed."""
+    def catch_up(self, states: Sequence[Any]) -> int:
+        """Compute what waits for these sequences; returns how many tokens that were. `propose` does it, too."""
+        ...
+
+    def propose(self, jobs: Sequence[Job]) -> list[DraftTree]:
+        """Drafts that follow the last token observed of each sequence; leaves no trace in what was observed."""
         ...
 
 
-class ChainProposer:
-    """One chain of drafts from an EAGLE-3 head.
+@dataclass(eq=False)
+class HeadState:
+    """What a head knows of one sequence."""
+
+    slot: int
+    hidden: Tensor | None = None  # [1, hidden], the head's output at the last position that it has read
+    # what the target has read and the head has not: after a phase without speculation that is a lot
+    following: list[int] = field(default_factory=list)
+    auxiliary: list[Tensor] = field(default_factory=list)  # [n, layers * hidden] each
+
+    @property
+    def backlog(self) -> int:
+        return len(self.following)
+
+
+class HeadProposer:
+    """Chains and trees from an EAGLE-3 head.
 
     At position i the head reads the state of token i and the embedding of token i+1, and predicts token i+2. Past
     the target's last state it reads its own output, before the norm, as training-time test taught it to.
     """
 
-    def __init__(self, target: Target, head: Eagle3Head) -> None:
-        self.layers = target.default_auxiliary_layers
-        self.target, self.head = target, head
-        self.vocabulary = head.vocabulary  # [draft_vocab] target ids
-        self.dtype = head.fc.weight.dtype
-        self.cache = SlotLayer()
-        self._hidden: Tensor | None = None  # [1, 1, hidden], the head's output at the last observed position
+    def __init__(
+        self, runner: HeadRunner, layers: tuple[int, ...], *, read_limit: int = 512, branching: int = BRANCHING
+    ) -> None:
+        """read_limit: the most tokens that the head reads in one pass; branching: children of a tree's node."""
+        self.runner, self.layers = runner, layers
+        self.read_limit, self.branching = read_limit, branching
+        self.vocabulary = runner.head.vocabulary  # [draft_vocab] target ids
+        self.vocab_size = runner.head.config.vocab_size
+        self.device = self.vocabulary.device
 
-    def start(self, capacity: int) -> None:
-        self.cache.clear(capacity)
-        self._hidden = None
+    def join(self) -> HeadState:
+        return HeadState(self.runner.cache.acquire())
 
-    def observe(self, following: Tensor, auxiliary: Tensor) -> None:
-        fused = self.head.fuse(auxiliary.to(self.dtype))  # [1, n, hidden]
-        self._hidden = self._read(following, fused)[:, -1:]
+    def leave(self, state: HeadState) -> None:
+        self.runner.cache.release(state.slot)
 
-    def propose(self, count: int, rule: Rule) -> Proposal:
-        assert self._hidden is not None, "nothing was observed"
-        observed = self.cache.length
-        first = observed + 1  # position of the first token to draft; `observed` is that of the last token known
-        hidden = self._hidden
-        tokens: list[Tensor] = []  # each [1]
-        distributions: list[Tensor] = []  # each [1, draft_vocab]; none for rules that don't need them
-        for step in range(count):
-            token, q = rule.draft(self.head.logits(hidden)[:, -1], self.vocabulary, first + step)
-            tokens.append(token)
-            if q is not None:
-                distributions.append(q)
-            if step + 1 < count:
-                hidden = self._read(token[:, None], hidden)
-        self.cache.rollback(observed)  # the drafted steps go: accepted tokens are read again with true states
-        chain = torch.stack(tokens, dim=1)  # [1, K]
-        return Proposal(chain, self._spread(distributions) if distributions else None)
+    def observe(self, state: HeadState, following: Sequence[int], auxiliary: Tensor) -> None:
+        state.following.extend(following)
+        state.auxiliary.append(auxiliary)
 
-    def _read(self, following: Tensor, hidden: Tensor) -> Tensor:
-        """Run the head over n positions after the cached ones: [1, n], [1, n, hidden] -> [1, n, hidden]."""
-        past, new = self.cache.length, following.shape[1]
-        positions = torch.arange(past, past + new, device=following.device)[None]
-        embeds = self.target.embedding(following).to(self.dtype)
-        return self.head(embeds, hidden, positions, self.cache, causal_mask(past, new, following.device))
+    def propose(self, jobs: Sequence[Job]) -> list[DraftTree]:
+        self.catch_up([job.state for job in jobs])
+        trees: dict[int, DraftTree] = {}
+        chains = [index for index, job in enumerate(jobs) if not job.nodes]
+        grown = [index for index, job in enumerate(jobs) if job.nodes]
+        for indices, draft in ((chains, self._chains), (grown, self._trees)):
+            if indices:
+                trees.update(zip(indices, draft([jobs[index] for index in indices]), strict=True))
+        return [trees[index] for index in range(len(jobs))]
 
-    def _spread(self, distributions: list[Tensor]) -> Tensor:
-        """K distributions [1, draft_vocab] -> [1, K, vocab]: tokens outside the draft vocabulary have none."""
-        q = torch.stack(distributions, dim=1)
-        full = q.new_zeros(1, len(distributions), self.target.vocab_size)
-        return full.index_copy(2, self.vocabulary, q)
+    def catch_up(self, states: Sequence[HeadState]) -> int:
+        """Read what the target has read since, with its true states: all sequences in one pass, when it is not long."""
+        cache = self.runner.cache
+        waiting = [state for state in states if state.backlog]
+        total = sum(state.backlog for state in waiting)
+        fused = {
+            id(state): self.runner.fuse(state.auxiliary[0] if len(state.auxiliary) == 1 else torch.cat(state.auxiliary))
+            for state in waiting
+        }  # [backlog, hidden] each
+        while waiting:
+            room, segments, parts = self.read_limit, list[Segment](), list[Tensor]()
+            reading: list[tuple[HeadState, int]] = []
+            for state in waiting:
+                count = min(state.backlog, room)
+                if not count:
+                    break
+                room -= count
+                past = cache.lengths[state.slot]
+                segments.append(Segment(state.slot, past, past, state.following[:count]))
+                parts.append(fused[id(state)][:count])
+                reading.append((state, count))
+            batch = Batch.of(segments, self.device)
+            output = self.runner.forward(batch, torch.cat(parts))
+            for index, (state, count) in enumerate(reading):
+                cache.extend(state.slot, count)
+                state.hidden = output[batch.rows(index).stop - 1, None]
+                fused[id(state)] = fused[id(state)][count:]
+                del state.following[:count]
+            waiting = [state for state in waiting if state.backlog]
+        for state in states:
+            state.auxiliary.clear()
+        return total
+
+    def _chains(self, jobs: list[Job]) -> list[DraftTree]:
+        lengths = self.runner.cache.lengths
+        observed = [lengths[job.state.slot] for job in jobs]  # also the position of the last token known
+        drafts: list[tuple[list[Tensor], list[Tensor]]] = [([], []) for _ in jobs]  # tokens [1] and q [1, draft_vocab]
+        active = list(range(len(jobs)))
+        hidden = torch.cat([job.state.hidden for job in jobs])  # [active, hidden]
+        for step in range(max(job.length for job in jobs)):
+            logits = self.runner.logits(hidden)  # [active, draft_vocab]
+            for row, index in enumerate(active):
+                token, q = jobs[index].rule.draft(logits[row, None], self.vocabulary, [observed[index] + 1 + step])
+                drafts[index][0].append(token)
+                if q is not None:
+                    drafts[index][1].append(q)
+            going_on = [row for row, index in enumerate(active) if step + 1 < jobs[index].length]
+            if not going_on:
+                break
+            hidden = hidden if len(going_on) == len(active) else hidden[going_on]
+            active = [active[row] for row in going_on]
+            segments = [
+                Segment(jobs[index].state.slot, observed[index], observed[index] + step, [0]) for index in active
+            ]
+            # the drafted ids stay on the device: nothing waits for it inside the chain
+            ids = torch.cat([drafts[index][0][-1] for index in active])
+            hidden = self.runner.forward(Batch.of(segments, self.device, ids), hidden)
+        tokens = torch.cat([token for chain, _ in drafts for token in chain]).tolist()
+        trees, start = [], 0
+        for job, (_, distributions) in zip(jobs, drafts, strict=True):
+            q = self._spread(torch.cat(distributions)) if distributions else None
+            trees.append(DraftTree.chain(tokens[start : start + job.length], q))
+            start += job.length
+        return trees
+
+    def _trees(self, jobs: list[Job]) -> list[DraftTree]:
+        lengths = self.runner.cache.lengths
+        observed = [lengths[job.state.slot] for job in jobs]
+        growers = [TreeGrower(self.branching, job.length, job.nodes) for job in jobs]
+        # of the nodes that were read last, [nodes, hidden]; at first the last token known
+        states: dict[int, Tensor] = {index: job.state.hidden for index, job in enumerate(jobs)}
+        depth = 1  # of the nodes to be found next
+        while states:
+            logits = self.runner.logits(torch.cat(list(states.values())))
+            segments, inputs, growing, start = list[Segment](), list[Tensor](), list[int](), 0
+            for index, hidden in states.items():
+                count, place = len(hidden), observed[index] + depth
+                scores = jobs[index].rule.candidate_scores(
+                    logits[start : start + count], self.vocabulary, [place] * count
+                )
+                start += count
+                grower = growers[index]
+                frontier = grower.grow(scores, self.vocabulary)
+                if frontier is None:
+                    continue
+                parents = list(grower.read_parents)
+                past = observed[index] + len(parents) - len(frontier.tokens)
+                segments.append(Segment(jobs[index].state.slot, observed[index], past, frontier.tokens, parents))
+                inputs.append(hidden[frontier.rows])
+                growing.append(index)
+            if not growing:
+                break
+            batch = Batch.of(segments, self.device)
+            output = self.runner.forward(batch, torch.cat(inputs))
+            states = {index: output[slice_of(batch.rows(row))] for row, index in enumerate(growing)}
+            depth += 1
+        return [grower.tree() for grower in growers]
+
+    def _spread(self, q: Tensor) -> Tensor:
+        """Distributions [K, draft_vocab] -> [K, vocab]: tokens outside the draft vocabulary have none."""
+        return q.new_zeros(len(q), self.vocab_size).index_copy(1, self.vocabulary, q)
+
+
+def slice_of(rows: range) -> slice:
+    return slice(rows.start, rows.stop)

@@ -1,85 +1,113 @@
-"""From logits to a warped distribution, and random numbers that depend on what they decide and on nothing else.
+"""From logits to the distribution that a request asks for; noise.py draws from it.
 
-A random number is a function of (seed, purpose, position, candidate): of no generator's state, batch or order of
-evaluation. That is what makes an answer repeatable from its seed with speculation on or off.
-
-The function is SplitMix64 (Steele, Lea and Flood, OOPSLA 2014) with its state as a counter:
-stream(key)[n] = mix(key + (n + 1) * GAMMA). The seed's stream gives a key for each purpose, that key's stream gives one
-for each position, and that one's stream gives 64 bits for each candidate.
+The order is that of transformers: logit bias; repetition penalty; presence and frequency penalties; the ban of what
+would end the answer before min_new_tokens; temperature; top-k; top-p; min-p. Under speculation each row is processed as
+plain decoding would: with the tokens that were drafted before it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from enum import IntEnum
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from serving.engine.sequence import SamplingParams
+from serving.engine.noise import Purpose, choose, gumbel, top_choices, uniform
+from serving.engine.params import SamplingParams
 
-_GAMMA = 0x9E3779B97F4A7C15
-_MIX_1 = 0xBF58476D1CE4E5B9
-_MIX_2 = 0x94D049BB133111EB
-_MASK = 2**64 - 1
-_NUCLEUS_GUESS = 256  # most nuclei are smaller, and the largest few are found faster than all are sorted
+__all__ = ["Processor", "Purpose", "choose", "gumbel", "heat", "top_choices", "uniform", "warp"]
 
-
-class Purpose(IntEnum):
-    """What a random number is for; numbers of different purposes are independent."""
-
-    CHOICE = 0  # which token the target chooses
-    DRAFT = 1  # which token the head drafts, under the rejection rule
-    ACCEPT = 2  # whether a drafted token stands, under the rejection rule
+_NUCLEUS_GUESS = 1024  # most nuclei are smaller, and the largest few are found faster than all are sorted
+_TIES_GUESS = 14  # logits of a bf16 model often tie at the edge of the top k
+_TINY, _HUGE = 1e-30, 1e30  # beyond these, float32 would give 0 or infinity, and they already decide everything
 
 
-def _mix(x: int) -> int:
-    """SplitMix64's finaliser."""
-    x = ((x ^ (x >> 30)) * _MIX_1) & _MASK
-    x = ((x ^ (x >> 27)) * _MIX_2) & _MASK
-    return x ^ (x >> 31)
+class Processor:
+    """What one request does to the target's logits, and the counts of tokens that this needs."""
 
+    def __init__(
+        self, params: SamplingParams, prompt_ids: Sequence[int], vocab_size: int, eos_ids: Iterable[int] = ()
+    ) -> None:
+        """Raises UserError when the request names a token outside the vocabulary."""
+        params.check_vocabulary(vocab_size)
+        self.params = params
+        self._emitted = 0
+        ends = {*params.stop_ids, *(() if params.ignore_eos else eos_ids)}
+        self._ends = torch.tensor(sorted(ends), dtype=torch.int64)
+        bias = dict(params.logit_bias)
+        self._bias_ids = torch.tensor(list(bias), dtype=torch.int64)
+        self._bias = torch.tensor(list(bias.values()), dtype=torch.float64)
+        self._repetition = min(max(params.repetition_penalty, _TINY), _HUGE)
+        self._penalises = (params.repetition_penalty, params.presence_penalty, params.frequency_penalty) != (1, 0, 0)
+        # whether `adjust` may ever change anything
+        self.active = bool(bias) or self._penalises or (params.min_new_tokens > 0 and bool(ends))
+        if self._penalises:
+            self._counts = torch.zeros(vocab_size)  # in the answer
+            self._seen_ids = torch.zeros(vocab_size, dtype=torch.int64)  # [:len(_seen)]: in the prompt or the answer
+            self._seen: set[int] = set()
+            for token_id in dict.fromkeys(prompt_ids if params.repetition_penalty != 1 else ()):
+                self._see(token_id)
 
-def _stream(key: int, counter: int) -> int:
-    return _mix((key + (counter + 1) * _GAMMA) & _MASK)
+    def append(self, token_id: int) -> None:
+        """Take note of an emitted token."""
+        self._emitted += 1
+        if self._penalises:
+            self._counts[token_id] += 1
+            self._see(token_id)
 
+    def adjust(self, logits: Tensor, prefixes: Sequence[Sequence[int]]) -> Tensor:
+        """Logits with bias, penalties and bans; greedy requests take their argmax.
 
-def _signed(value: int) -> int:
-    """The 64-bit pattern of `value` as torch's int64 has it."""
-    value &= _MASK
-    return value - 2**64 if value >= 2**63 else value
+        logits: [n, vocab]; prefixes: for each row the drafted ids between the emitted tokens and the row's own.
 
+        Returns:
+            [n, vocab] in at least float32, or `logits` itself where nothing applies.
+        """
+        early = [row for row, ids in enumerate(prefixes) if self._emitted + len(ids) < self.params.min_new_tokens]
+        bans = bool(early) and len(self._ends) > 0
+        if not (len(self._bias) or self._penalises or bans):
+            return logits
+        self._move(logits.device)
+        scores = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True)
+        if len(self._bias):
+            scores[:, self._bias_ids] += self._bias.to(scores.dtype)
+        if self._penalises:
+            self._penalise(scores, prefixes)
+        if bans:
+            scores[torch.tensor(early, device=scores.device)[:, None], self._ends] = -torch.inf
+        return scores
 
-def _shift_right(x: Tensor, bits: int) -> Tensor:
-    # torch shifts int64 arithmetically: the copies of the sign are cleared
-    return (x >> bits).bitwise_and_((1 << (64 - bits)) - 1)
+    def warp(self, logits: Tensor) -> Tensor:
+        """`warp` for this request."""
+        return warp(logits, self.params)
 
+    def _see(self, token_id: int) -> None:
+        if token_id not in self._seen:
+            self._seen_ids[len(self._seen)] = token_id
+            self._seen.add(token_id)
 
-def _stream_tensor(key: int, counters: Tensor) -> Tensor:
-    """`_stream` of many counters, as int64 bit patterns; torch's products wrap modulo 2**64."""
-    x = (counters * _signed(_GAMMA)).add_(_signed(key + _GAMMA))
-    x.bitwise_xor_(_shift_right(x, 30)).mul_(_signed(_MIX_1))
-    x.bitwise_xor_(_shift_right(x, 27)).mul_(_signed(_MIX_2))
-    return x.bitwise_xor_(_shift_right(x, 31))
+    def _penalise(self, scores: Tensor, prefixes: Sequence[Sequence[int]]) -> None:
+        """In place. The emitted tokens are the same for all rows; each row's drafted ones are done over for it."""
+        drafted = [(row, token, count) for row, ids in enumerate(prefixes) for token, count in Counter(ids).items()]
+        rows, tokens, extra = torch.tensor(drafted, dtype=torch.int64, device=scores.device).view(-1, 3).unbind(1)
+        single = self._penalised(scores[rows, tokens], self._counts[tokens] + extra)
+        seen = self._seen_ids[: len(self._seen)]
+        scores[:, seen] = self._penalised(scores[:, seen], self._counts[seen])
+        scores[rows, tokens] = single
 
+    def _penalised(self, scores: Tensor, counts: Tensor) -> Tensor:
+        """Scores of tokens that have been seen, `counts` times in the answer (arXiv 1909.05858; OpenAI's API)."""
+        scores = torch.where(scores > 0, scores / self._repetition, scores * self._repetition)
+        counts, present = counts.to(scores.dtype), (counts > 0).to(scores.dtype)
+        return scores - self.params.frequency_penalty * counts - self.params.presence_penalty * present
 
-def uniform(seed: int, purpose: Purpose, positions: Sequence[int], candidates: Tensor) -> Tensor:
-    """Uniform numbers strictly between 0 and 1, in float64.
-
-    positions: of [rows] tokens, absolute in the sequence; candidates: [n] int64, such as token ids -> [rows, n].
-    """
-    key = _stream(seed, purpose)
-    bits = candidates.new_empty(len(positions), len(candidates))
-    for row, position in zip(bits, positions, strict=True):
-        # row by row: that of a whole vocabulary stays in a core's cache, which is three times faster
-        row.copy_(_shift_right(_stream_tensor(_stream(key, position), candidates), 12))
-    # 52 bits and a half: neither 0 nor 1 can come out, and the steps are even
-    return bits.to(torch.float64).add_(0.5).mul_(2.0**-52)
-
-
-def gumbel(seed: int, purpose: Purpose, positions: Sequence[int], candidates: Tensor) -> Tensor:
-    """Standard Gumbel noise [rows, n] in float64: argmax(log p + noise) is a draw from p."""
-    return uniform(seed, purpose, positions, candidates).log_().neg_().log_().neg_()
+    def _move(self, device: torch.device) -> None:
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor) and value.device != device:
+                setattr(self, name, value.to(device))
 
 
 def heat(logits: Tensor, temperature: float) -> Tensor:
@@ -89,34 +117,54 @@ def heat(logits: Tensor, temperature: float) -> Tensor:
     float32, while 1e-30 already decides between any two logits that differ.
     """
     scores = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return (scores - scores.amax(dim=-1, keepdim=True)) / max(temperature, 1e-30)
+    return (scores - scores.amax(dim=-1, keepdim=True)).div_(max(temperature, _TINY))
 
 
 def warp(logits: Tensor, params: SamplingParams) -> Tensor:
-    """Log-probabilities of the distribution that a request asks for: temperature (above 0), then top-k, then top-p.
+    """Log-probabilities of the distribution that a request asks for: temperature (above 0), top-k, top-p, min-p.
 
-    logits: [..., vocab] -> [..., vocab], -inf for tokens outside; half precision is computed in float32. Tokens as
-    probable as the last one that is kept are kept too, so the result does not depend on any order.
+    logits: [..., vocab] -> [..., vocab], -inf for tokens outside; half precision is computed in float32. top-p is of
+    what top-k leaves, min-p is relative to the most probable token. Tokens as probable as the last one that is kept are
+    kept too, so the result does not depend on any order.
     """
-    scores = heat(logits, params.temperature)
+    scores = heat(logits, params.temperature)  # the largest is 0
     vocab = scores.shape[-1]
-    if 0 < params.top_k < vocab:
-        least = scores.topk(params.top_k, dim=-1).values[..., -1:]
-        scores = scores.masked_fill(scores < least, -torch.inf)
-    log_p = scores.log_softmax(dim=-1)
-    if params.top_p == 1:
-        return log_p
-    outside = log_p < _nucleus_edge(log_p, params.top_p)
-    return log_p.masked_fill(outside, -torch.inf).log_softmax(dim=-1)
-
-
-def _nucleus_edge(log_p: Tensor, top_p: float) -> Tensor:
-    """The least log-probability [..., 1] in the smallest set of most probable tokens whose sum reaches top_p."""
-    for count in (min(_NUCLEUS_GUESS, log_p.shape[-1]), log_p.shape[-1]):
-        largest = log_p.topk(count, dim=-1).values  # [..., count], falling
-        # a token is in the set when those before it fall short of top_p
-        before = largest.exp().cumsum(dim=-1) - largest.exp()
-        inside = before < top_p
-        if not inside[..., -1].any():
+    top_k = params.top_k if 0 < params.top_k < vocab else 0
+    if not top_k and params.top_p == 1 and params.min_p == 0:
+        return scores.log_softmax(dim=-1)
+    total = None if top_k or params.top_p == 1 else scores.logsumexp(dim=-1, keepdim=True)
+    for count in (top_k + _TIES_GUESS if top_k else _NUCLEUS_GUESS, 8 * _NUCLEUS_GUESS, vocab):
+        largest = _largest(scores, min(count, vocab))  # [..., count], falling
+        edge = _edge(largest, top_k, params, total)
+        inside = largest >= edge
+        if count >= vocab or not inside[..., -1].any():  # all that are kept are among the largest
             break
-    return largest.gather(-1, inside.sum(dim=-1, keepdim=True) - 1)
+    norm = largest.masked_fill(~inside, -torch.inf).logsumexp(dim=-1, keepdim=True)
+    return torch.where(scores >= edge, scores - norm, -torch.inf)
+
+
+def _edge(largest: Tensor, top_k: int, params: SamplingParams, total: Tensor | None) -> Tensor:
+    """The least score [..., 1] that is kept, as far as the largest ones [..., count] tell.
+
+    total: log of the sum of all scores' exponentials, [..., 1]; needed for top-p without top-k.
+    """
+    edge = torch.full_like(largest[..., :1], math.log(params.min_p) if params.min_p else -torch.inf)
+    if top_k:
+        least = largest[..., top_k - 1 : top_k]
+        edge = torch.maximum(edge, least)
+        largest = largest.masked_fill(largest < least, -torch.inf)
+    if params.top_p < 1:
+        p = (largest - (largest.logsumexp(dim=-1, keepdim=True) if total is None else total)).exp()
+        # a token is in the nucleus when those before it fall short of top_p
+        inside = p.cumsum(dim=-1) - p < params.top_p
+        edge = torch.maximum(edge, largest.gather(-1, inside.sum(dim=-1, keepdim=True) - 1))
+    return edge
+
+
+def _largest(scores: Tensor, count: int) -> Tensor:
+    """The `count` largest of [..., vocab], falling."""
+    if scores.device.type != "cpu":
+        return scores.topk(count, dim=-1).values
+    # numpy's vectorised sort takes a tenth of the time of torch's
+    largest = np.partition(scores.numpy(), -count, axis=-1)[..., -count:]
+    return torch.from_numpy(np.sort(largest, axis=-1)[..., ::-1].copy())

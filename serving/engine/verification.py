@@ -1,95 +1,172 @@
-"""Which drafted tokens stand: pure functions on tensors, and the rules that feed them.
+"""Which drafted tokens stand: rules that reproduce the target's own distribution p exactly, whatever is drafted.
 
-Both rules are lossless: what comes out is distributed as the target's own warped distribution p, whatever is drafted.
+`position` is that of the first token to be decided. A node of depth d is at position + d - 1, and what the target
+says after it is about position + d. p at a row is the target's law there: adjusted for the drafted tokens on the
+row's path, then warped.
+
+*Shared noise* (Daliri et al., arXiv 2408.07978). The target's choice at a position is argmax(log p + g), with g
+keyed by (seed, position, token). Nodes stand while they equal it, so the text is that of plain decoding with the
+same seed, and drafts may depend on g in any way. Greedy is g = 0.
+
+*Rejection*. Chains are drawn from q and stand with min(1, p/q); the first token that falls is replaced by a draw
+from norm(max(0, p - q)) (Leviathan et al. 2211.17192, Chen et al. 2302.01318). Candidates in trees are a function
+of the prefix, so q = 1: child x of a row stands with p(x); where it falls, p(x) becomes 0 and the rest is
+renormalised for the next child, and after the last one the rest gives the token (EAGLE, arXiv 2401.15077). In all,
+some child stands with the children's probability under p.
+
+Why numbers keyed by position serve rejection, too. A verification that looks at the ACCEPT (does a draft stand) or
+CHOICE (what replaces it, or the bonus token) numbers of a position does so because all before it stood, and
+therefore emits that position's token: each is looked at in one verification only, as chain or as tree. The DRAFT
+numbers of a position serve again when a chain falls before it. But whether x_i stands depends on numbers of
+positions up to i, so what was drafted behind the first rejection decided nothing, and given all that was emitted
+its numbers are as good as new. The three purposes are independent, and so are siblings, whose numbers are keyed by
+their tokens, too. This asks of the engine: how many tokens are drafted, as chain or as tree, may depend on what was
+emitted and accepted and how long it took, but not on a drafted token that is then withheld.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from serving.engine.sampling import Purpose, gumbel, heat, uniform, warp
-from serving.engine.sequence import SamplingParams
+from serving.engine.noise import Purpose, choose, gumbel, uniform
+from serving.engine.params import SamplingParams
+from serving.engine.sampling import Processor, heat
+from serving.engine.tree import DraftTree
+
+Law = Callable[
+    [int], Tensor
+]  # row of a verification -> log p [vocab]; computed when asked for: warping a row is not free
 
 
-@dataclass(frozen=True)
-class Proposal:
-    """A chain of drafted tokens."""
+class Verdict(NamedTuple):
+    """What a verification emits: the tokens of `path`, then `bonus`."""
 
-    tokens: Tensor  # [1, K] target ids
-    q: Tensor | None = None  # [1, K, vocab] what each was drawn from, over the target's vocabulary; rejection needs it
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What a verification emits: `accepted` drafted tokens, then one of the target's own; the rest is void."""
-
-    tokens: Tensor  # [batch, K+1]
-    accepted: Tensor  # [batch] int64, 0..K
+    path: list[int]  # accepted nodes, from a child of the root on
+    bonus: int  # the target's own token
 
 
-def verify_shared_noise(choices: Tensor, drafted: Tensor) -> Verdict:
-    """Drafted tokens stand as long as they are what the target itself chooses (arXiv 2408.07978; greedy likewise).
+class Dice(Protocol):
+    """The random decisions of the rejection rule."""
 
-    choices: [batch, K+1], the target's choice after each drafted prefix; drafted: [batch, K].
-    """
-    accepted = (choices[:, :-1] == drafted).long().cumprod(dim=1).sum(dim=1)
-    return Verdict(choices, accepted)
+    def stands(self, probability: float, position: int, candidate: int) -> bool:
+        """True with this probability."""
+        ...
+
+    def draw(self, log_p: Tensor, position: int) -> int:
+        """A token from log_p [vocab]."""
+        ...
 
 
-def acceptance_probability(p: Tensor, q: Tensor, drafted: Tensor) -> Tensor:
-    """min(1, p(x) / q(x)) of each drafted token: p, q [batch, K, vocab], drafted [batch, K] -> [batch, K]."""
-    p_drafted, q_drafted = (x.gather(-1, drafted[..., None])[..., 0] for x in (p, q))
-    return (p_drafted / q_drafted).clamp(max=1.0)
+class SeededDice:
+    """Decisions that depend on (seed, position, purpose, candidate)."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def stands(self, probability: float, position: int, candidate: int) -> bool:
+        return uniform(self.seed, Purpose.ACCEPT, [position], torch.tensor([candidate])).item() < probability
+
+    def draw(self, log_p: Tensor, position: int) -> int:
+        return int(choose(log_p[None], self.seed, [position])[0])
+
+
+def follow(tree: DraftTree, choice: Callable[[int], int]) -> Verdict:
+    """The longest path of the tree that equals the target's choices; choice: row -> token, asked on that path only."""
+    path: list[int] = []
+    row = 0
+    while (token := choice(row)) in tree.children[row]:
+        path.append(tree.children[row][token])
+        row = path[-1] + 1
+    return Verdict(path, token)
+
+
+def verify_shared_noise(choices: Sequence[int], tree: DraftTree) -> Verdict:
+    """The shared-noise rule where the target's choices at all rows are known; greedy rows share one argmax."""
+    return follow(tree, choices.__getitem__)
+
+
+def greedy_choices(logits: Tensor) -> list[int]:
+    """The greedy choice of each row: [N, vocab], adjusted where a request asks for it -> N ids."""
+    return logits.argmax(dim=-1).tolist()
+
+
+def draft_stands(p: Tensor, q: Tensor, token: int) -> float:
+    """min(1, p(x) / q(x)), the probability that x, drawn from q, stands; p, q: [vocab]."""
+    drawn = float(q[token])
+    return min(1.0, float(p[token]) / drawn) if drawn > 0 else 0.0
 
 
 def residual(p: Tensor, q: Tensor) -> Tensor:
-    """norm(max(0, p - q)), what replaces a rejected draft: p, q [..., vocab] -> [..., vocab].
-
-    It is p where nothing is left, which is where q = 0 (no draft: the bonus token) or, by rounding, q = p.
-    """
+    """norm(max(0, p - q)) [vocab], what replaces a rejected draft; p where, by rounding, nothing is left."""
     left = (p - q).clamp(min=0.0)
-    total = left.sum(dim=-1, keepdim=True)
-    return torch.where(total > 0, left / total, p)
+    total = left.sum()
+    return left / total if total > 0 else p
 
 
-def verify_rejection(p: Tensor, q: Tensor, drafted: Tensor, uniforms: Tensor, noise: Tensor) -> Verdict:
-    """Speculative sampling (Leviathan et al. 2211.17192, Chen et al. 2302.01318).
+def candidate_stands(left: Tensor, token: int) -> float:
+    """The probability that the deterministic candidate x stands: p(x) renormalised over what is left of p [vocab]."""
+    return float(left[token] / left.sum())
 
-    p: [batch, K+1, vocab] the target's distribution after each drafted prefix; q: [batch, K, vocab] what each of
-    drafted [batch, K] was drawn from; uniforms: [batch, K]; noise: [batch, K+1, vocab] standard Gumbel.
-    """
-    accept = uniforms < acceptance_probability(p[:, :-1], q, drafted)
-    accepted = accept.long().cumprod(dim=1).sum(dim=1)  # [batch]
-    row = accepted[:, None, None].expand(-1, 1, p.shape[-1])
-    q_or_none = torch.cat([q, torch.zeros_like(p[:, :1])], dim=1)  # nothing was drafted for the bonus token
-    left = residual(p.gather(1, row), q_or_none.gather(1, row))  # [batch, 1, vocab]
-    supplied = (left.log() + noise.gather(1, row)).argmax(dim=-1)  # [batch, 1]
-    tokens = torch.cat([drafted, supplied], dim=1).scatter(1, accepted[:, None], supplied)
-    return Verdict(tokens, accepted)
+
+def without(left: Tensor, token: int) -> Tensor:
+    """What is left of p [vocab], not normalised, once this token has fallen."""
+    return left.index_fill(0, torch.tensor([token], device=left.device), 0.0)
+
+
+def verify_chain(tree: DraftTree, law: Law, position: int, dice: Dice) -> Verdict:
+    """The rejection rule for a chain whose tokens were drawn from tree.q."""
+    assert tree.q is not None
+    for node, token in enumerate(tree.tokens):
+        p = law(node).exp()  # [vocab]
+        q = tree.q[node].to(p.dtype)
+        if not dice.stands(draft_stands(p, q, token), position + node, token):
+            return Verdict(list(range(node)), dice.draw(residual(p, q).log(), position + node))
+    return Verdict(list(range(len(tree))), dice.draw(law(len(tree)), position + len(tree)))
+
+
+def verify_candidates(tree: DraftTree, law: Law, position: int, dice: Dice) -> Verdict:
+    """The rejection rule for a tree, or a chain, whose tokens are deterministic given what precedes them."""
+    path: list[int] = []
+    row = 0
+    while tree.children[row]:
+        left = law(row).exp()  # [vocab]
+        for token, node in tree.children[row].items():
+            if dice.stands(candidate_stands(left, token), position, token):
+                path.append(node)
+                break
+            left = without(left, token)
+        else:
+            return Verdict(path, dice.draw((left / left.sum()).log(), position))
+        position, row = position + 1, path[-1] + 1
+    return Verdict(path, dice.draw(law(row), position))
 
 
 class Rule(Protocol):
-    """How one request's tokens are drafted and verified. Its methods never wait for the device.
+    """How one request's tokens are drafted and verified.
 
-    The head drafts at the request's temperature; truncation is left to the target, which is lossless all the same.
+    The head drafts at the request's temperature; truncation and penalties are left to the target, without loss.
     """
 
-    def draft(self, logits: Tensor, vocabulary: Tensor, position: int) -> tuple[Tensor, Tensor | None]:
-        """Draft the token at `position`.
+    def draft(self, logits: Tensor, vocabulary: Tensor, positions: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+        """Draft the tokens at these m positions, each a chain's next one. Never waits for the device.
 
-        logits: [1, draft_vocab] of the head; vocabulary: [draft_vocab] target ids.
+        logits: [m, draft_vocab] of the head; vocabulary: [draft_vocab] target ids.
 
         Returns:
-            target ids [1], and the distribution [1, draft_vocab] they were drawn from when verification needs it.
+            target ids [m], and the distributions [m, draft_vocab] they were drawn from where verification needs them.
         """
         ...
 
-    def verify(self, logits: Tensor, proposal: Proposal, position: int) -> Verdict:
-        """Decide on the tokens from `position` on; logits: [1, K+1, vocab] of the target after each drafted prefix."""
+    def candidate_scores(self, logits: Tensor, vocabulary: Tensor, positions: Sequence[int]) -> Tensor:
+        """What a `TreeGrower` wants: log-probabilities [m, draft_vocab] that tokens at m positions will stand."""
+        ...
+
+    def verify(self, logits: Tensor, tree: DraftTree, position: int, processor: Processor) -> Verdict:
+        """Decide on the tokens from `position` on; logits: [n+1, vocab] of the target at the rows of the tree."""
         ...
 
 
@@ -99,50 +176,76 @@ class Greedy:
     def __init__(self, params: SamplingParams, seed: int) -> None:
         pass
 
-    def draft(self, logits: Tensor, vocabulary: Tensor, position: int) -> tuple[Tensor, Tensor | None]:
+    def draft(self, logits: Tensor, vocabulary: Tensor, positions: Sequence[int]) -> tuple[Tensor, Tensor | None]:
         return vocabulary[logits.argmax(dim=-1)], None
 
-    def verify(self, logits: Tensor, proposal: Proposal, position: int) -> Verdict:
-        return verify_shared_noise(logits.argmax(dim=-1), proposal.tokens)
+    def candidate_scores(self, logits: Tensor, vocabulary: Tensor, positions: Sequence[int]) -> Tensor:
+        return heat(logits, 1.0).log_softmax(dim=-1)
+
+    def verify(self, logits: Tensor, tree: DraftTree, position: int, processor: Processor) -> Verdict:
+        prefixes = [tree.prefix(row) for row in range(len(tree) + 1)]
+        return verify_shared_noise(greedy_choices(processor.adjust(logits, prefixes)), tree)
 
 
 class SharedNoise:
     """The target chooses argmax(log p + g), the head guesses with the same g: the text depends on the seed only."""
 
     def __init__(self, params: SamplingParams, seed: int) -> None:
-        self.params, self.seed = params, seed
+        self.temperature, self.seed = params.temperature, seed
 
-    def draft(self, logits: Tensor, vocabulary: Tensor, position: int) -> tuple[Tensor, Tensor | None]:
-        noise = gumbel(self.seed, Purpose.CHOICE, [position], vocabulary)
-        return vocabulary[(heat(logits, self.params.temperature) + noise).argmax(dim=-1)], None
+    def _noisy(self, logits: Tensor, vocabulary: Tensor, positions: Sequence[int]) -> Tensor:
+        """log q + g [m, draft_vocab], up to a constant a row. Nodes of a frontier share a position, and so noise."""
+        distinct = sorted(set(positions))
+        noise = gumbel(self.seed, Purpose.CHOICE, distinct, vocabulary)
+        scores = heat(logits, self.temperature)
+        return scores + noise[[distinct.index(position) for position in positions]].to(scores.dtype)
 
-    def verify(self, logits: Tensor, proposal: Proposal, position: int) -> Verdict:
-        log_p = warp(logits, self.params)
-        return verify_shared_noise((log_p + _choice_noise(self.seed, position, logits)).argmax(dim=-1), proposal.tokens)
+    def draft(self, logits: Tensor, vocabulary: Tensor, positions: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+        return vocabulary[self._noisy(logits, vocabulary, positions).argmax(dim=-1)], None
+
+    def candidate_scores(self, logits: Tensor, vocabulary: Tensor, positions: Sequence[int]) -> Tensor:
+        """softmax(log q + g) as an estimate of which token argmax(log p + g) will be.
+
+        Were q = p, the argmax would be certain; the less q resembles p, the flatter the truth. A softmax of unit
+        scale is between the two, and a probability, so that nodes under different parents compare. Measured on
+        random pairs p = norm(q exp(s z)) with z normal, trees of 16 nodes, accepted tokens for s = 0.3, 1, 2: by
+        this 3.9, 3.2, 2.1; nodes found by log q + g but ranked by log q alone 2.1, 1.8, 1.5; without noise 1.9,
+        1.7, 1.4; by sums of log q + g not normalised 0.2, 0.2, 0.1. Twice the scale gains with a strong head and
+        loses with a weak one (4.8, 3.3, 1.9).
+        """
+        return self._noisy(logits, vocabulary, positions).log_softmax(dim=-1)
+
+    def verify(self, logits: Tensor, tree: DraftTree, position: int, processor: Processor) -> Verdict:
+        law, dice, depths = target_law(logits, tree, processor), SeededDice(self.seed), [0, *tree.depths]
+        return follow(tree, lambda row: dice.draw(law(row), position + depths[row]))
 
 
 class Rejection:
-    """Chains are drawn from q and stand with min(1, p/q). Without drafts it chooses what shared noise chooses.
-
-    A position that was drafted and not reached is drafted again with the same numbers. That is sound: whether
-    earlier tokens stand depends on the numbers of their own positions only.
-    """
+    """Chains, drawn from q, stand with min(1, p/q); a tree's candidates with p. Without drafts it is shared noise."""
 
     def __init__(self, params: SamplingParams, seed: int) -> None:
-        self.params, self.seed = params, seed
+        self.temperature, self.seed = params.temperature, seed
 
-    def draft(self, logits: Tensor, vocabulary: Tensor, position: int) -> tuple[Tensor, Tensor | None]:
-        log_q = heat(logits, self.params.temperature).log_softmax(dim=-1)
-        noise = gumbel(self.seed, Purpose.DRAFT, [position], vocabulary)
-        return vocabulary[(log_q + noise).argmax(dim=-1)], log_q.exp()
+    def draft(self, logits: Tensor, vocabulary: Tensor, positions: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+        log_q = heat(logits, self.temperature).log_softmax(dim=-1)
+        return vocabulary[choose(log_q, self.seed, positions, Purpose.DRAFT)], log_q.exp()
 
-    def verify(self, logits: Tensor, proposal: Proposal, position: int) -> Verdict:
-        p = warp(logits, self.params).exp()
-        count = proposal.tokens.shape[1]
-        one = torch.zeros(1, dtype=torch.int64, device=logits.device)
-        uniforms = uniform(self.seed, Purpose.ACCEPT, range(position, position + count), one).mT  # [1, K]
-        q = p[:, :0] if proposal.q is None else proposal.q.to(p.dtype)
-        return verify_rejection(p, q, proposal.tokens, uniforms, _choice_noise(self.seed, position, logits)[None])
+    def candidate_scores(self, logits: Tensor, vocabulary: Tensor, positions: Sequence[int]) -> Tensor:
+        """log q: deterministic, as verification requires of a tree."""
+        return heat(logits, self.temperature).log_softmax(dim=-1)
+
+    def verify(self, logits: Tensor, tree: DraftTree, position: int, processor: Processor) -> Verdict:
+        decide = verify_candidates if tree.q is None else verify_chain
+        return decide(tree, target_law(logits, tree, processor), position, SeededDice(self.seed))
+
+
+def target_law(logits: Tensor, tree: DraftTree, processor: Processor) -> Law:
+    """The target's own distribution at each row; logits: [n+1, vocab]."""
+
+    def log_p(row: int) -> Tensor:
+        return processor.warp(processor.adjust(logits[row : row + 1], [tree.prefix(row)]))[0]
+
+    return log_p
 
 
 RULES: dict[str, type[SharedNoise] | type[Rejection]] = {"shared-noise": SharedNoise, "rejection": Rejection}
@@ -151,10 +254,3 @@ RULES: dict[str, type[SharedNoise] | type[Rejection]] = {"shared-noise": SharedN
 def make_rule(name: str, params: SamplingParams, seed: int) -> Rule:
     """The rule of one request; at temperature 0 both are greedy."""
     return (RULES[name] if params.temperature > 0 else Greedy)(params, seed)
-
-
-def _choice_noise(seed: int, position: int, logits: Tensor) -> Tensor:
-    """Gumbel noise [K+1, vocab] for the target's choices; logits: [1, K+1, vocab]."""
-    vocabulary = torch.arange(logits.shape[2], device=logits.device)
-    positions = range(position, position + logits.shape[1])
-    return gumbel(seed, Purpose.CHOICE, positions, vocabulary)

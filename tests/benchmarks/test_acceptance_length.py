@@ -218,7 +218,10 @@ def test_provenance_and_picture(results: dict[str, Any], outcome: Path, models: 
     assert sorted(path.name for path in outcome.iterdir()) == ["acceptance_length.json", "acceptance_length.png"]
 
 
-def test_prints_the_tables(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_prints_the_tables(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "400")  # heads of one name are told apart by their paths, which are long here
     file = write_jsonl(tmp_path / "p.jsonl", [{"category": "[/red]", "question": "Hi"}])
     options = ("--prompts", str(file), "--temperature", "0", "--speculation-length", "2")
     assert run(models, tmp_path / "out", *options, heads=("first", "first")) == 0

@@ -15,7 +15,7 @@ from draft.data.responses import generate_responses
 from draft.errors import UserError
 from draft.heads import Eagle3Head
 from draft.training.step import shift_left, unroll
-from serving.engine import Engine, SamplingParams
+from serving.engine import Engine, SamplingParams, Speculation
 
 EOS = frozenset({23, 83})  # bytes that the tiny target's greedy text does contain, in the place of its <|im_end|>
 PROMPTS = [[5, 9, 200], [70, 71, 72, 73, 74, 75, 76], [33, 250, 12, 99, 180], [1, 120, 45, 7]]
@@ -60,13 +60,11 @@ def head(target):
 @pytest.fixture(scope="module")
 def completions(target, head):
     """Greedy answers of the engine for each speculation length, prompt by prompt."""
-    engine = Engine(target, head)
+    engine = Engine(target, head, speculation="chain", speculation_length=MAX_STEPS)
+    prompts = [PROMPTS[index] for index, _, _ in REQUESTS]
+    params = [SamplingParams(limit, ignore_eos=ignore) for _, limit, ignore in REQUESTS]
     return {
-        length: [
-            engine.generate(PROMPTS[index], SamplingParams(limit, ignore_eos=ignore), speculation_length=length)
-            for index, limit, ignore in REQUESTS
-        ]
-        for length in range(1, MAX_STEPS + 1)
+        length: engine.generate(prompts, params, Speculation(num_tokens=length)) for length in range(1, MAX_STEPS + 1)
     }
 
 
@@ -105,7 +103,8 @@ def test_the_cases_that_matter_occur_in_these_texts(target, head, rows, completi
 def test_each_response_of_a_conversation_is_a_generation_of_its_own(target, head, completions):
     first = completions[1][2]
     prompt = [*first.prompt_ids, *first.token_ids, 10, 11, 12]
-    second = Engine(target, head).generate(prompt, SamplingParams(12, ignore_eos=True), speculation_length=3)
+    engine = Engine(target, head, speculation="chain", speculation_length=3)
+    (second,) = engine.generate([prompt], SamplingParams(12, ignore_eos=True))
     mask = [False] * len(first.prompt_ids) + [True] * 15 + [False] * 3 + [True] * 12
     both = replace(row(first.prompt_ids, []), ids=[*prompt, *second.token_ids], mask=mask)
     result = replay(target, {"head": head}, [both], 3)["head"]

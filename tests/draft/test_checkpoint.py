@@ -67,6 +67,8 @@ def test_the_file_has_the_names_and_offsets_that_engines_read(folder, tiny_head)
     [
         (lambda t: t.pop("fc.weight"), "fc.weight is missing"),
         (lambda t: t.update(extra=torch.zeros(1)), "extra is unexpected"),
+        (lambda t: t.update({"embed_tokens.weight": torch.zeros(259, 32)}), "embed_tokens.*draft-train import"),
+        (lambda t: (t.pop("t2d"), t["d2t"].add_(100)), "target ids from 100 to 299.*has 259"),
         (lambda t: t.update({"norm.weight": torch.zeros(3)}), r"norm.weight has shape \(3,\)"),
     ],
 )
@@ -81,7 +83,6 @@ def test_names_of_other_trainers_are_understood(folder, tiny_head):
         for name in [name for name in tensors if name.startswith("midlayer.")]:
             tensors[name.replace("midlayer.", "layers.0.")] = tensors.pop(name)
         del tensors["t2d"]
-        tensors["embed_tokens.weight"] = torch.zeros(259, 32)
 
     edit(folder, rename)
     head, _ = load_head(folder)
@@ -92,10 +93,16 @@ def test_names_of_other_trainers_are_understood(folder, tiny_head):
 @pytest.mark.parametrize(
     ("key", "value", "words"),
     [
-        ("norm_before_residual", True, "norm_before_residual"),
+        ("mlp_bias", True, "mlp_bias = True"),
+        ("hidden_act", "gelu", "hidden_act = 'gelu'"),
+        ("eagle_config", {"use_last_layernorm": False}, "eagle_config.use_last_layernorm"),
+        ("layer_types", ["sliding_attention"], "sliding_attention"),
+        ("draft_vocab_size", 259, "d2t reorders"),
         ("architectures", ["MedusaModel"], "MedusaModel"),
         ("rms_norm_eps", None, "rms_norm_eps"),
-        ("eagle_aux_hidden_state_layer_ids", [1, 3, 4], r"\[1, 3, 4\]"),
+        ("eagle_aux_hidden_state_layer_ids", [1, 3, 9], r"\[1, 3, 9\] and the target has 8 layers"),
+        ("eagle_aux_hidden_state_layer_ids", [3, 1, 4], r"\[3, 1, 4\].*must rise"),
+        ("eagle_config", {"eagle_aux_hidden_state_layer_ids": [1, 3, 5]}, "1,3,5 as vLLM reads it, 2,4,6 as SGLang"),
         ("num_hidden_layers", 2, "num_hidden_layers"),
     ],
 )

@@ -19,7 +19,10 @@ from draft.sampled_acceptance import rejection_terms, sampled_acceptance
 from draft.target import Target
 from draft.training.step import unroll
 from serving.engine import Engine, SamplingParams
-from serving.engine.proposers import ChainProposer
+from serving.engine.attention import slot_attention_by
+from serving.engine.formulas import sdpa
+from serving.engine.proposers import HeadProposer, Job
+from serving.engine.runner import HeadRunner
 
 PROMPT = [3, 1]
 NEW_TOKENS = 4
@@ -70,7 +73,7 @@ class Forced:
     def __init__(self, tokens):
         self.tokens, self.q = list(tokens), []
 
-    def draft(self, logits, vocabulary, position):
+    def draft(self, logits, vocabulary, positions):
         self.q.append(torch.zeros(4, dtype=torch.float64).index_copy(0, vocabulary, logits[0].softmax(-1)))
         return torch.tensor([self.tokens[len(self.q) - 1]]), None
 
@@ -91,10 +94,11 @@ class Oracle:
         """The engine's own drafting distributions after PROMPT and text, for each of `drafts`."""
         ids = torch.tensor([[*PROMPT, *text]])
         auxiliary = self.target.forward(ids, layers=self.target.default_auxiliary_layers).auxiliary
-        proposer, rule = ChainProposer(self.target, self.head), Forced(drafts)
-        proposer.start(32)
-        proposer.observe(ids[:, 1:], auxiliary[:, :-1])
-        proposer.propose(len(drafts), rule)
+        runner = HeadRunner(self.target, self.head, slots=1, capacity=32, kernel=slot_attention_by(sdpa))
+        proposer, rule = HeadProposer(runner, self.target.default_auxiliary_layers), Forced(drafts)
+        state = proposer.join()
+        proposer.observe(state, ids[0, 1:].tolist(), auxiliary[0, :-1])
+        proposer.propose([Job(state, len(drafts), 0, rule)])
         return rule.q
 
     def expected(self, text):
@@ -180,11 +184,10 @@ def test_the_estimate_agrees_with_the_engine(length):
     """On texts that the engine wrote: verifications that they took against those that they take on average."""
     target = make_four_token_target(set())
     head = make_three_token_head(target)
-    engine = Engine(target, head, rule="rejection")
-    completions = [
-        engine.generate([1, seed % 4, 3], SamplingParams(40, temperature=1.0, seed=seed), speculation_length=length)
-        for seed in range(6)
-    ]
+    engine = Engine(target, head, rule="rejection", speculation="chain", speculation_length=length)
+    completions = engine.generate(
+        [[1, seed % 4, 3] for seed in range(6)], [SamplingParams(40, temperature=1.0, seed=seed) for seed in range(6)]
+    )
     rows = [row(c.prompt_ids, c.token_ids, id=str(seed)) for seed, c in enumerate(completions)]
     result = sampled_acceptance(target, {"head": head}, rows, length)["head"]
     stats = [c.stats for c in completions]

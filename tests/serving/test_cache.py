@@ -1,132 +1,244 @@
-"""Slots against forward passes from scratch, in float64, through several families of decoders."""
+"""Slots, ragged batches and attention over them: against the definitions, token by token."""
 
+from __future__ import annotations
+
+import math
 import random
 
 import pytest
 import torch
-from conftest import byte_tokenizer, make_tiny_head, make_tiny_target
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
-from transformers import AutoModelForCausalLM, Gemma3TextConfig, MistralConfig, PretrainedConfig, Qwen3Config
 
-from draft.target import Target
-from serving.engine.cache import SlotCache, SlotLayer, causal_mask
+from draft.errors import UserError
+from serving.engine.attention import SlotLayer, View, slot_attention_by
+from serving.engine.batch import Batch, Segment
+from serving.engine.cache import LayerShape, SlotCache
+from serving.engine.formulas import FORMULAS, Formula, choose_formula, explicit, flex, sdpa
 
-SMALL = {
-    "vocab_size": 259,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 8,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 128,
-    "eos_token_id": 2,
-    "pad_token_id": 2,
-    "initializer_range": 0.2,
-}
-FAMILIES: dict[str, PretrainedConfig] = {
-    "qwen3": Qwen3Config(**SMALL),
-    "mistral with a window of 5": MistralConfig(**SMALL, sliding_window=5),
-    "gemma3, windows of 5 and full layers": Gemma3TextConfig(**SMALL, sliding_window=5, query_pre_attn_scalar=8),
-}
+CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="module", params=["llama", *FAMILIES])
-def target(request: pytest.FixtureRequest) -> Target:
-    if request.param == "llama":
-        return make_tiny_target(max_length=128)
-    torch.manual_seed(1)
-    model = AutoModelForCausalLM.from_config(FAMILIES[request.param]).to(torch.float64)
-    return Target(request.param, model, byte_tokenizer())
+def shape(heads: int = 2, key_width: int = 4, value_width: int = 3) -> LayerShape:
+    return LayerShape(heads, key_width, value_width, torch.float64, CPU)
 
 
-def read(target: Target, cache: SlotCache, ids: Tensor) -> Tensor:
-    """The target over [1, n] tokens after the cached ones -> last hidden [1, n, hidden]."""
-    positions = torch.arange(cache.length, cache.length + ids.shape[1])[None]
-    return target.forward(ids, position_ids=positions, past_key_values=cache).last_hidden
+def filled(cache: SlotCache) -> SlotCache:
+    """Entry i of a slot holds i, in each layer, key and value."""
+    for keys, values in cache.layers:
+        for store in (keys, values):
+            store.copy_(torch.arange(cache.capacity, dtype=store.dtype)[:, None].expand(store.shape))
+    return cache
 
 
-@torch.inference_mode()
-@pytest.mark.parametrize("seed", range(4))
-def test_blocks_and_rollbacks_equal_a_forward_from_scratch(target: Target, seed: int) -> None:
-    rng = random.Random(seed)
-    ids = torch.tensor([[rng.randrange(3, 259) for _ in range(30)]])
-    expected = target.forward(ids).last_hidden
-    cache = SlotCache(target.num_layers)
-    cache.clear(48)
-    while cache.length < 30:
-        start = cache.length
-        size = min(rng.choice([1, 2, 3, 6, 12]), 30 - start)
-        # a block whose tail is wrong, as drafted tokens are: only its head is kept
-        kept = rng.randrange(1, size + 1)
-        block = ids[:, start : start + size].clone()
-        block[:, kept:] = 3 + (block[:, kept:] + 7) % 256
-        hidden = read(target, cache, block)
-        assert cache.length == start + size
-        torch.testing.assert_close(hidden[:, :kept], expected[:, start : start + kept], rtol=1e-9, atol=1e-9)
-        cache.rollback(start + kept)
-    whole = SlotCache(target.num_layers)
-    whole.clear(48)
-    read(target, whole, ids)
-    for ours, scratch in zip(cache.slot_layers, whole.slot_layers, strict=True):
-        assert ours.keys is not None and scratch.keys is not None
-        # the slices were taken before the last rollback
-        torch.testing.assert_close(ours.keys[:, :, :30], scratch.keys, rtol=1e-9, atol=1e-9)
+# slots
 
 
-@torch.inference_mode()
-def test_a_cleared_cache_serves_longer_and_shorter_sequences(target: Target) -> None:
-    cache = SlotCache(target.num_layers)
-    for length in (5, 20, 8, 100):  # the last one does not fit in what was allocated
-        ids = torch.randint(3, 259, (1, length), generator=torch.Generator().manual_seed(length))
-        cache.clear(length)
-        hidden = read(target, cache, ids)
-        torch.testing.assert_close(hidden, target.forward(ids).last_hidden, rtol=1e-9, atol=1e-9)
+def test_slots_are_handed_out_empty_and_come_back() -> None:
+    cache = SlotCache([shape()], slots=3, capacity=8)
+    slots = [cache.acquire() for _ in range(3)]
+    assert sorted(slots) == [0, 1, 2] and cache.free_slots == 0
+    cache.extend(slots[1], 5)
+    cache.extend(slots[2], 2)
+    assert cache.used_tokens == 7
+    cache.release(slots[1])
+    assert (cache.free_slots, cache.used_tokens) == (1, 2)
+    assert cache.acquire() == slots[1] and cache.lengths[slots[1]] == 0
 
 
-@torch.inference_mode()
-def test_a_heads_cache_equals_its_full_pass() -> None:
-    head = make_tiny_head(make_tiny_target())
-    torch.manual_seed(0)
-    embeds, hidden = torch.randn(2, 1, 20, 32, dtype=torch.float64)
-    positions = torch.arange(20)[None]
-    expected = head(embeds, hidden, positions)
-    cache = SlotLayer()
-    cache.clear(20)
-    for start, end in ((0, 9), (9, 10), (10, 14), (14, 20)):
-        part = slice(start, end)
-        mask = causal_mask(start, end - start, embeds.device)
-        output = head(embeds[:, part], hidden[:, part], positions[:, part], cache, mask)
-        torch.testing.assert_close(output, expected[:, part], rtol=1e-12, atol=1e-12)
-        # what was drafted after it leaves no trace
-        head(-embeds[:, :1], hidden[:, :1], positions[:, :1] + end, cache) if end < 20 else None
-        cache.rollback(end)
+def test_what_does_not_fit_is_refused() -> None:
+    cache = SlotCache([shape()], slots=1, capacity=4)
+    slot = cache.acquire()
+    cache.extend(slot, 3)
+    with pytest.raises(AssertionError, match="5 tokens do not fit in 4 places"):
+        cache.extend(slot, 2)
+    assert cache.lengths[slot] == 3
 
 
-def test_slots_refuse_what_does_not_fit() -> None:
-    layer = SlotLayer(capacity=4)
-    keys = torch.zeros(1, 1, 3, 2)
-    layer.update(keys, keys)
-    with pytest.raises(AssertionError, match="6 tokens do not fit in 4 slots"):
-        layer.update(keys, keys)
-    with pytest.raises(AssertionError, match="cannot roll back from 3 to 4"):
-        layer.rollback(4)
+def test_layers_have_their_own_shapes_and_memory() -> None:
+    shapes = [shape(), shape(1, 6, 6), shape(), shape(1, 6, 6)]
+    cache = SlotCache(shapes, slots=2, capacity=5)
+    for index, (one, (keys, values)) in enumerate(zip(shapes, cache.layers, strict=True)):
+        assert keys.shape == (2, one.heads, 5, one.key_width) and values.shape == (2, one.heads, 5, one.value_width)
+        keys.fill_(index)
+        values.fill_(10 + index)
+    assert [keys.unique().tolist() for keys, _ in cache.layers] == [[0], [1], [2], [3]]
+    assert [values.unique().tolist() for _, values in cache.layers] == [[10], [11], [12], [13]]
+    assert shapes[1].bytes_per_token == 12 * 8
 
 
-def test_slots_are_allocated_once() -> None:
-    layer = SlotLayer(capacity=8)
-    first, _ = layer.update(torch.ones(1, 1, 3, 2), torch.ones(1, 1, 3, 2))
-    layer.rollback(2)
-    second, _ = layer.update(torch.zeros(1, 1, 4, 2), torch.zeros(1, 1, 4, 2))
-    assert first.data_ptr() == second.data_ptr()
-    assert second[0, 0, :, 0].tolist() == [1, 1, 0, 0, 0, 0]
-    layer.clear(5)
-    third, _ = layer.update(torch.ones(1, 1, 1, 2), torch.ones(1, 1, 1, 2))
-    assert third.data_ptr() == first.data_ptr()
+def test_a_chain_is_kept_where_it_lies_and_a_path_is_moved_together() -> None:
+    cache = filled(SlotCache([shape(), shape(1, 2, 2), shape()], slots=2, capacity=12))
+    slot = cache.acquire()
+    other = 1 - slot
+    cache.extend(slot, 10)
+    cache.keep(slot, 4, [0, 1, 2])
+    assert cache.lengths[slot] == 7
+    assert all(keys[slot, 0, :, 0].tolist() == list(range(12)) for keys, _ in cache.layers)
+    cache.keep(slot, 4, [0, 3, 5])
+    assert cache.lengths[slot] == 7
+    for keys, values in cache.layers:
+        for store in (keys, values):
+            assert store[slot, :, :, 0].tolist() == [[0, 1, 2, 3, 4, 7, 9, 7, 8, 9, 10, 11]] * store.shape[1]
+            assert store[other, 0, :, 0].tolist() == list(range(12))
+    cache.keep(slot, 4, [])
+    assert cache.lengths[slot] == 4
 
 
-def test_the_causal_mask() -> None:
-    assert causal_mask(0, 5, torch.device("cpu")) is None and causal_mask(7, 1, torch.device("cpu")) is None
-    mask = causal_mask(2, 3, torch.device("cpu"))
-    assert mask is not None and mask.shape == (1, 1, 3, 5)
-    assert mask[0, 0].long().tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
+@given(entries=st.sets(st.integers(0, 15), max_size=12).map(sorted), base=st.integers(0, 8))
+@settings(max_examples=100, deadline=None)
+def test_any_path_is_kept(entries: list[int], base: int) -> None:
+    cache = filled(SlotCache([shape()], slots=1, capacity=24))
+    slot = cache.acquire()
+    cache.keep(slot, base, entries)
+    kept = cache.layers[0][0][slot, 0, : cache.lengths[slot], 0].tolist()
+    assert kept == [*range(base), *(base + entry for entry in entries)]
+
+
+# batches
+
+
+def test_a_ragged_batch_by_hand() -> None:
+    tree = Segment(slot=4, base=7, past=9, ids=[30, 31, 32], parents=[-1, 0, 0, 1, 3])
+    batch = Batch.of([Segment(2, 5, 5, [10, 11]), tree, Segment(0, 0, 0, [20])], CPU)
+    assert batch.ids.tolist() == [[10, 11, 30, 31, 32, 20]]
+    assert batch.positions.tolist() == [[5, 6, 8, 9, 10, 0]]
+    assert batch.table.tolist() == [[2, 5, 5, 0, 2], [4, 7, 9, 2, 3], [0, 0, 0, 5, 1]]
+    assert [list(batch.rows(index)) for index in range(3)] == [[0, 1], [2, 3, 4], [5]]
+    assert batch.mask.int().tolist() == [
+        [1, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0],
+        [1, 0, 1, 0, 0],  # sees the root and itself, not its sibling
+        [1, 1, 0, 1, 0],
+        [1, 1, 0, 1, 1],
+        [1, 0, 0, 0, 0],
+    ]
+
+
+def test_chains_need_no_mask_and_ids_may_be_on_the_device_already() -> None:
+    batch = Batch.of([Segment(0, 3, 4, [0]), Segment(1, 5, 5, [0])], CPU, torch.tensor([8, 9]))
+    assert batch.mask.shape == (0, 0) and batch.ids.tolist() == [[8, 9]] and batch.positions.tolist() == [[4, 5]]
+
+
+# attention
+
+
+def random_segments(rng: random.Random, slots: int) -> list[Segment]:
+    """Prompts, chains, whole trees and parts of trees, each in a slot of its own."""
+    segments = []
+    for slot in rng.sample(range(slots), rng.randrange(1, slots + 1)):
+        base, count = rng.randrange(9), rng.randrange(1, 7)
+        kind = rng.choice(["chain", "part of a chain", "tree", "part of a tree"])
+        read = rng.randrange(4) if kind.startswith("part") else 0
+        parents = None
+        if kind.endswith("tree"):
+            parents = [rng.randrange(-1, node) for node in range(read + count)]
+        segments.append(Segment(slot, base, base + read, [0] * count, parents))
+    return segments
+
+
+def seen(segment: Segment, index: int, window: int) -> list[int]:
+    """The places that a token sees, by the definition."""
+    parents = segment.parents or range(-1, segment.past - segment.base + len(segment.ids) - 1)
+    position: dict[int, int] = {}
+    for node, parent in enumerate(parents):
+        position[node] = segment.base if parent < 0 else position[parent] + 1
+    node = segment.past - segment.base + index
+    path = []
+    at = node
+    while at >= 0:
+        path.append(at)
+        at = parents[at]
+    places = {place: place for place in range(segment.base)} | {segment.base + n: position[n] for n in path}
+    return [place for place, where in places.items() if not window or where > position[node] - window]
+
+
+@given(
+    formula=st.sampled_from([explicit, explicit, sdpa, sdpa, sdpa, flex]),  # without its compiler flex is slow
+    seed=st.integers(0, 10_000),
+    groups=st.sampled_from([1, 3]),
+    window=st.sampled_from([0, 0, 1, 4, 100]),
+    softcap=st.sampled_from([0.0, 2.0]),
+)
+@example(formula=flex, seed=0, groups=3, window=4, softcap=2.0)
+@settings(max_examples=60, deadline=None)
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_attention_is_what_it_is_by_definition(
+    formula: Formula, seed: int, groups: int, window: int, softcap: float
+) -> None:
+    rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    kv_heads, width, value_width, slots, scale = 2, 4, 4 if formula is flex else 6, 4, 0.37
+    segments = random_segments(rng, slots)
+    batch = Batch.of(segments, CPU)
+    count = batch.ids.shape[1]
+
+    def noise(*sizes: int) -> Tensor:
+        return torch.randn(*sizes, generator=generator, dtype=torch.float64)
+
+    query = noise(1, kv_heads * groups, count, width) * 2
+    key, value = noise(1, kv_heads, count, width), noise(1, kv_heads, count, value_width)
+    keys, values = noise(slots, kv_heads, 24, width), noise(slots, kv_heads, 24, value_width)
+    before = keys.clone()
+    view = View.empty()
+    if 0 < window < 32:
+        view.masks = {window: view.mask}
+    view.show(batch)
+    layer = SlotLayer(keys, values, view, slot_attention_by(formula))
+    mixed = layer.kernel(query, key, value, layer, scale, window, softcap)
+    assert mixed.shape == (1, count, kv_heads * groups, value_width)
+    row = 0
+    touched = set()
+    for segment in segments:
+        for index in range(len(segment.ids)):
+            touched.add((segment.slot, segment.past + index))
+            assert torch.equal(keys[segment.slot, :, segment.past + index], key[0, :, row])
+            places = seen(segment, index, window)
+            for head in range(kv_heads * groups):
+                scores = keys[segment.slot, head // groups, places] @ query[0, head, row] * scale
+                scores = softcap * torch.tanh(scores / softcap) if softcap else scores
+                expected = scores.softmax(0) @ values[segment.slot, head // groups, places]
+                torch.testing.assert_close(mixed[0, row, head], expected, rtol=1e-9, atol=1e-9)
+            row += 1
+    for slot, place in {(s, p) for s in range(slots) for p in range(24)} - touched:
+        assert torch.equal(keys[slot, :, place], before[slot, :, place])
+
+
+def test_stale_entries_are_never_looked_at() -> None:
+    keys = torch.full((1, 1, 8, 4), math.nan, dtype=torch.float64)
+    view, values = View.empty(), keys.clone()
+    layer = SlotLayer(keys, values, view, slot_attention_by(sdpa))
+    for segment in (Segment(0, 0, 0, [1, 2, 3]), Segment(0, 2, 2, [4, 5, 6], [-1, 0, 0])):
+        view.show(Batch.of([segment], CPU))
+        new = torch.ones(1, 1, 3, 4, dtype=torch.float64)
+        assert layer.kernel(new, new, new, layer, 1.0, 0, 0.0).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "words"),
+    [
+        ("magic", torch.float32, ["'magic'", "auto, eager, sdpa, flex, flash_attention_2"]),
+        ("flash_attention_2", torch.float32, ["flash_attention_2", "CUDA", "cpu", "use auto or sdpa"]),
+        ("flex", torch.float32, ["flex", "cpu", "use auto or sdpa"]),
+    ],
+)
+def test_an_impossible_attention_is_refused_with_the_reason(name: str, dtype: torch.dtype, words: list[str]) -> None:
+    with pytest.raises(UserError) as error:
+        choose_formula(name, CPU, dtype)
+    assert all(word in str(error.value) for word in words)
+
+
+def test_what_a_gpu_would_refuse() -> None:
+    with pytest.raises(UserError, match="float16 or bfloat16.*float32"):
+        choose_formula("flash_attention_2", torch.device("cuda"), torch.float32)
+    assert choose_formula("flex", torch.device("cuda"), torch.float32) is flex
+    assert choose_formula("auto", torch.device("cuda"), torch.float32) is sdpa
+
+
+def test_names_lead_to_formulas() -> None:
+    assert choose_formula("auto", CPU, torch.float64) is sdpa
+    assert {name: choose_formula(name, CPU, torch.float64) for name in ("eager", "sdpa")} == {
+        "eager": explicit,
+        "sdpa": sdpa,
+    }
+    assert set(FORMULAS) == {"eager", "sdpa", "flex", "flash_attention_2"}

@@ -1,196 +1,431 @@
-"""The engine's contract: what it refuses, what it reports, where it stops."""
+"""The engine's contract: its line, its threads, what it refuses and reports, and that requests end one by one."""
 
+from __future__ import annotations
+
+import asyncio
+import json
 import math
+import threading
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
-from conftest import byte_tokenizer, make_tiny_head, make_tiny_target
-from transformers import AddedToken
+from conftest import make_tiny_head, make_tiny_target
+from oracle import Case, Oracle, engine_of, submit, texts_of, tiny
 
 from draft.errors import UserError
-from serving.engine import Engine, SamplingParams, SpeculationStats, Token
-from serving.engine.sequence import Sequence, special_ids
+from serving.engine import Completion, Engine, EngineStopped, Overloaded, Request, SamplingParams, Speculation, Token
+from serving.engine.proposers import HeadProposer
+
+TARGET = tiny("llama")
+HEAD = make_tiny_head(TARGET)
+CHAIN: dict[str, Any] = {"speculation": "chain", "speculation_length": 4}
 
 
-@pytest.fixture(scope="module")
-def engine() -> Engine:
-    target = make_tiny_target(max_length=64)
-    return Engine(target, make_tiny_head(target))
+def params(count: int = 8, **fields: Any) -> SamplingParams:
+    return SamplingParams(count, **{"ignore_eos": True, **fields})
 
 
-def encode(text: str) -> list[int]:
-    return byte_tokenizer()(text, add_special_tokens=False).input_ids
+def finish(engine: Engine) -> None:
+    while engine.step():
+        pass
 
 
-def sequence(params: SamplingParams, prompt: str = "x") -> Sequence:
-    tokenizer, eos_ids = byte_tokenizer(), frozenset([2])
-    return Sequence(encode(prompt), params, tokenizer, eos_ids, special_ids(tokenizer, eos_ids))
+@pytest.fixture
+def threaded() -> Iterator[Engine]:
+    engine = Engine(TARGET, HEAD, max_batch=3)
+    engine.start()
+    yield engine
+    engine.close()
 
 
-def feed(state: Sequence, ids: list[int]) -> list[str]:
-    """Append until the sequence ends; the texts of its tokens."""
-    texts = []
-    for token_id in ids:
-        texts.append(state.append(token_id, -1.0, None).text)
-        if state.finish_reason:
+# the line
+
+
+def test_requests_wait_for_a_slot_and_are_served_in_their_order() -> None:
+    engine = Engine(TARGET, max_batch=2)
+    requests = [engine.submit([50 + i], params(4 + i)) for i in range(5)]
+    assert (engine.running, engine.waiting) == (0, 5)
+    engine.step()
+    assert (engine.running, engine.waiting) == (2, 3)
+    finished = []
+    while engine.step():
+        assert engine.running <= 2
+        finished += [i for i, request in enumerate(requests) if request.done and i not in finished]
+    assert [*finished, 4][:5] == [0, 1, 2, 3, 4] and all(request.done for request in requests)
+    for request in requests:
+        times = request.times
+        assert 0 < times.submitted <= times.started <= times.first_token <= times.finished
+    assert not engine.step() and engine.cache_usage == 0
+
+
+def test_a_request_joins_those_that_run() -> None:
+    engine = Engine(TARGET, HEAD, max_batch=4, **CHAIN)
+    first = engine.submit([50], params(30))
+    for _ in range(3):
+        engine.step()
+    second = engine.submit([60, 61], params(2))
+    finish(engine)
+    assert second.times.finished < first.times.finished
+    alone = Engine(TARGET, max_batch=1).generate([[50], [60, 61]], [params(30), params(2)])
+    assert [r.result().token_ids for r in (first, second)] == [c.token_ids for c in alone]
+
+
+def test_a_long_prompt_does_not_stall_those_that_stream() -> None:
+    engine = Engine(TARGET, max_batch=2, prefill_chunk=4)
+    streaming = engine.submit([50], params(20))
+    engine.step()
+    long = engine.submit(list(range(3, 43)), params(2))
+    for read in range(4, 40, 4):
+        before = len(engine._rows[0].sequence.tokens)
+        engine.step()
+        assert engine._rows[1].read == read and len(engine._rows[0].sequence.tokens) == before + 1
+    finish(engine)
+    assert [len(request.result().token_ids) for request in (streaming, long)] == [20, 2]
+
+
+def test_the_line_is_bounded() -> None:
+    engine = Engine(TARGET, max_batch=2, max_waiting=3)
+    for _ in range(5):  # two of them will run
+        engine.submit([50], params())
+    with pytest.raises(Overloaded, match="5 requests wait"):
+        engine.submit([50], params())
+    with pytest.raises(Overloaded):
+        engine.check_room()
+    engine.step()
+    with pytest.raises(Overloaded, match="3 requests wait"):
+        engine.submit([50], params())
+    finish(engine)
+    engine.submit([50], params())
+    tokens = Engine(TARGET, max_batch=1, max_waiting_tokens=30)
+    tokens.submit([50] * 40, params())  # the first always gets in
+    with pytest.raises(Overloaded, match="48 tokens wait"):
+        tokens.submit([50], params())
+
+
+def test_a_request_that_was_given_up_does_not_take_a_place_in_the_line() -> None:
+    engine = Engine(TARGET, max_batch=1, max_waiting=1)
+    running = engine.submit([50], params(20))
+    engine.step()
+    waiting = engine.submit([60], params())
+    waiting.cancel()
+    other = engine.submit([70], params(1))
+    engine.step()
+    given_up = waiting.result(timeout=0)
+    assert (given_up.finish_reason, given_up.tokens, given_up.stats.emitted) == ("cancelled", [], 0)
+    assert not running.done and not other.done
+    finish(engine)
+    assert len(running.result().token_ids) == 20 and len(other.result().token_ids) == 1
+
+
+# cancelling
+
+
+@pytest.mark.parametrize("speculation", ["off", "chain", "tree", "auto"])
+def test_cancelling_frees_the_slot_at_the_next_step(speculation: str) -> None:
+    engine = Engine(TARGET, HEAD, max_batch=2, speculation=speculation)
+    first, second = (engine.submit([50 + i, 60], params(24)) for i in range(2))
+    third = engine.submit([70], params(3))
+    for _ in range(4):
+        engine.step()
+    assert engine.waiting == 1
+    first.cancel()
+    engine.step()
+    assert first.done and engine.running == 1
+    completion = first.result()
+    assert completion.finish_reason == "cancelled" and 3 <= len(completion.token_ids) < 24
+    assert completion.stats.emitted == len(completion.token_ids) - 1
+    engine.step()
+    assert engine.running == 2 and engine.waiting == 0
+    finish(engine)
+    alone = Engine(TARGET, max_batch=1).generate([[50, 60], [51, 60], [70]], [params(24), params(24), params(3)])
+    assert completion.token_ids == alone[0].token_ids[: len(completion.token_ids)]
+    assert [r.result().token_ids for r in (second, third)] == [c.token_ids for c in alone[1:]]
+    proposer = engine.models.proposer
+    assert engine.models.runner.cache.free_slots == 2
+    assert speculation == "off" or (isinstance(proposer, HeadProposer) and proposer.runner.cache.free_slots == 2)
+
+
+def test_cancelling_while_the_prompt_is_read() -> None:
+    engine = Engine(TARGET, HEAD, max_batch=1, prefill_chunk=4)
+    request = engine.submit(list(range(3, 43)), params(4))
+    engine.step()
+    request.cancel()
+    engine.step()
+    assert request.result(timeout=0).tokens == [] and request.result().finish_reason == "cancelled"
+    assert engine.generate([[50]], params(3))[0].finish_reason == "length"
+
+
+# failures
+
+
+def test_a_step_that_fails_ends_its_requests_and_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(TARGET, HEAD, max_batch=2, **CHAIN)
+    requests = [engine.submit([50 + i], params(6)) for i in range(3)]
+    for _ in range(2):
+        engine.step()
+    honest = engine.models.runner.forward
+
+    def broken(batch: Any) -> Any:
+        monkeypatch.setattr(engine.models.runner, "forward", honest)
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(engine.models.runner, "forward", broken)
+    finish(engine)
+    for request in requests[:2]:
+        with pytest.raises(RuntimeError, match="out of memory"):
+            request.result(timeout=0)
+    alone = Engine(TARGET, max_batch=1).generate([[52], [50]], params(6))
+    assert requests[2].result().token_ids == alone[0].token_ids
+    assert engine.generate([[50]], params(6))[0].token_ids == alone[1].token_ids
+    assert engine.cache_usage == 0
+
+
+def test_a_failure_in_the_thread_is_the_requests_and_the_thread_goes_on(
+    threaded: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(threaded._decoder, "step", lambda rows: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        threaded.submit([50], params()).result(timeout=60)
+    monkeypatch.undo()
+    assert threaded.alive and len(threaded.submit([50], params()).result(timeout=60).token_ids) == 8
+
+
+def test_a_dead_thread_leaves_nobody_waiting(threaded: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def die() -> bool:
+        raise SystemExit
+
+    request = threaded.submit([50], params(2))
+    request.result(timeout=60)
+    monkeypatch.setattr(threaded, "step", die)
+    with pytest.raises(EngineStopped):
+        threaded.submit([50], params()).result(timeout=60)
+    threaded._thread.join(60)  # type: ignore[union-attr]
+    assert not threaded.alive
+    with pytest.raises(EngineStopped):
+        threaded.submit([50], params())
+
+
+# threads and streams
+
+
+def test_many_threads_submit_at_once(threaded: Engine) -> None:
+    answers: dict[int, Completion] = {}
+
+    def ask(index: int) -> None:
+        answers[index] = threaded.submit([50 + index % 4, 9], params(3 + index % 5)).result(timeout=120)
+
+    threads = [threading.Thread(target=ask, args=(index,)) for index in range(20)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for index, answer in answers.items():
+        longest = answers[next(i for i in range(20) if i % 4 == index % 4 and i % 5 == 4)]
+        assert answer.token_ids == longest.token_ids[: 3 + index % 5] and len(answer.token_ids) == 3 + index % 5
+    assert len(answers) == 20 and threaded.running == 0
+
+
+def test_generate_goes_through_the_thread_where_there_is_one(threaded: Engine) -> None:
+    alone = Engine(TARGET, max_batch=1).generate([[50], [51]], params(5))
+    assert [c.token_ids for c in threaded.generate([[50], [51]], params(5))] == [c.token_ids for c in alone]
+
+
+def test_closing_turns_everyone_away() -> None:
+    engine = Engine(TARGET, max_batch=1)
+    engine.start()
+    requests = [engine.submit([50], params(60)) for _ in range(3)]
+    engine.close()
+    for request in requests:
+        with pytest.raises(EngineStopped):
+            request.result(timeout=10)
+    assert not engine.alive
+    for ask in (lambda: engine.submit([50], params()), lambda: engine.generate([[50]], params()), engine.check_room):
+        with pytest.raises(EngineStopped):
+            ask()
+    unstarted = Engine(TARGET, max_batch=1)
+    request = unstarted.submit([50], params())
+    unstarted.close()
+    with pytest.raises(EngineStopped):
+        request.result(timeout=0)
+
+
+async def collected(request: Request) -> list[Token | Completion]:
+    return [event async for event in request.stream()]
+
+
+def test_a_stream_gives_each_token_once_and_the_completion_last(threaded: Engine) -> None:
+    async def main() -> list[list[Token | Completion]]:
+        each = [threaded.submit([50 + i], params(10 + i, temperature=2.0, seed=i)) for i in range(4)]
+        return await asyncio.gather(*map(collected, each))
+
+    for events in asyncio.run(main()):
+        *tokens, completion = events
+        assert isinstance(completion, Completion) and tokens == completion.tokens
+        assert "".join(t.text for t in tokens if isinstance(t, Token) and not t.special) == completion.text
+
+
+def test_a_stream_holds_back_what_a_stop_string_may_take(threaded: Engine) -> None:
+    (whole,) = threaded.generate([[50]], params(20))
+    stop = whole.text[6:9]
+    request = threaded.submit([50], params(20, stop=(stop,), keep_stop=False))
+    *tokens, completion = asyncio.run(collected(request))
+    assert isinstance(completion, Completion) and completion.finish_reason == "stop_sequence"
+    assert completion.text == whole.text[: whole.text.index(stop)]
+    assert "".join(token.text for token in tokens if isinstance(token, Token)) == completion.text
+
+
+def test_leaving_a_stream_cancels_the_request(threaded: Engine) -> None:
+    async def main() -> Request:
+        request = threaded.submit([50], params(60))
+        stream = request.stream()
+        async for _ in stream:
             break
-    return texts
+        await stream.aclose()  # type: ignore[attr-defined]
+        return request
+
+    assert asyncio.run(main()).result(timeout=60).finish_reason in ("cancelled", "length")
 
 
-def test_a_stop_string_across_tokens_ends_the_text_after_it() -> None:
-    state = sequence(SamplingParams(stop=("zzz", "END")))
-    assert feed(state, encode("the END of")) == list("the END")
-    assert state.text == "the END" and state.finish_reason == "stop_sequence"
+def test_a_stream_raises_what_ended_its_request(threaded: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threaded._decoder, "step", lambda rows: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        asyncio.run(collected(threaded.submit([50], params())))
 
 
-def test_a_stop_string_in_the_prompt_does_not_count() -> None:
-    state = sequence(SamplingParams(stop=("END",), max_new_tokens=4), prompt="EN")
-    feed(state, encode("Done"))
-    assert state.text == "Done" and state.finish_reason == "length"
+# what is reported
 
 
-def test_the_order_of_stopping_is_eos_stop_string_length() -> None:
-    state = sequence(SamplingParams(stop=("b",), max_new_tokens=2))
-    feed(state, encode("ab"))
-    assert state.finish_reason == "stop_sequence"
-    state = sequence(SamplingParams(max_new_tokens=2))
-    feed(state, [*encode("a"), 2])
-    assert state.finish_reason == "eos_token" and state.text == "a"
-    assert [(token.special, token.text) for token in state.tokens] == [(False, "a"), (True, "<|im_end|>")]
-
-
-def test_characters_of_several_tokens_appear_when_they_are_whole() -> None:
-    state = sequence(SamplingParams())
-    assert feed(state, encode("é日!")) == ["", "é", "", "", "日", "!"]
-    assert state.text == "é日!"
-    # cut inside a character: the rest is shown as the tokenizer shows it
-    state = sequence(SamplingParams(max_new_tokens=3))
-    assert "".join(feed(state, encode("é日!"))) == state.text == byte_tokenizer().decode(encode("é日!")[:3])
-
-
-def test_special_tokens_that_are_only_added_are_not_in_the_text() -> None:
-    tokenizer = byte_tokenizer()
-    tokenizer.add_tokens([AddedToken("<|tool|>", special=True)])
-    assert 259 not in tokenizer.all_special_ids and 259 in special_ids(tokenizer, frozenset())
-    state = Sequence([5], SamplingParams(max_new_tokens=9), tokenizer, frozenset(), special_ids(tokenizer, frozenset()))
-    feed(state, [*encode("a"), 259, *encode("b")])
-    assert state.text == "ab" == tokenizer.decode([*encode("a"), 259, *encode("b")], skip_special_tokens=True)
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_the_text_is_that_of_the_tokens(engine: Engine, seed: int) -> None:
-    params = SamplingParams(max_new_tokens=40, temperature=3.0, seed=seed, ignore_eos=True)
-    streamed: list[Token] = []
-    completion = engine.generate(encode("Hello"), params, on_token=streamed.append)
-    assert streamed == completion.tokens and [token.id for token in streamed] == completion.token_ids
-    assert completion.text == engine.target.decode(completion.token_ids)
-    assert completion.text == "".join(token.text for token in streamed if not token.special)
-
-
-def test_logprobs_are_the_targets_before_warping(engine: Engine) -> None:
-    params = SamplingParams(max_new_tokens=8, temperature=0.5, top_k=3, seed=1, ignore_eos=True)
-    completion = engine.generate([50, 60], params)
-    ids = torch.tensor([completion.prompt_ids + completion.token_ids])
-    with torch.inference_mode():
-        expected = engine.target.model(ids).logits.log_softmax(dim=-1)[0, 1:-1]
-    for token, row in zip(completion.tokens, expected, strict=True):
-        assert math.isclose(token.logprob, row[token.id].item(), abs_tol=1e-9)
-
-
-def test_counts_are_consistent(engine: Engine) -> None:
-    params = SamplingParams(max_new_tokens=30, temperature=2.5, seed=4, ignore_eos=True)
-    completion = engine.generate([50, 60], params, speculation_length=4)
-    stats = completion.stats
-    assert stats.emitted == 29 and stats.emitted == stats.accepted + stats.verifications
-    assert stats.acceptance_length == stats.emitted / stats.verifications
+def test_counts_are_consistent() -> None:
+    oracle = Oracle(TARGET, errors=0.2)
+    engine = engine_of(TARGET, oracle, speculation="chain", speculation_length=4)
+    request = submit(engine, Case.greedy(texts_of(TARGET)[0], 5, params(30)))
+    finish(engine)
+    stats = request.result().stats
+    assert stats.emitted == 29 == stats.accepted + stats.verifications
+    assert stats.acceptance_length == 29 / stats.verifications > 1
     assert sum(stats.drafted_per_position) == stats.drafted and sum(stats.accepted_per_position) == stats.accepted
     assert len(stats.drafted_per_position) == len(stats.accepted_per_position) == 4
-    positions = [token.accepted_position for token in completion.tokens]
+    positions = [token.accepted_position for token in request.result().tokens]
     assert positions[0] is None  # the prefill's
-    for index, count in enumerate(stats.accepted_per_position):
-        assert positions.count(index) == count
-    assert stats.accepted > 0 and stats.prefill_seconds > 0 and stats.decode_seconds > 0
+    assert [positions.count(index) for index in range(4)] == stats.accepted_per_position
+    assert stats.prefill_seconds > 0 and stats.decode_seconds > 0
 
 
-def test_counts_by_hand() -> None:
-    def tokens(positions: list[int | None]) -> list[Token]:
-        return [Token(5, "", -1.0, False, position) for position in positions]
-
-    stats = SpeculationStats()
-    assert math.isnan(stats.acceptance_length)
-    stats.count(drafted=3, tokens=tokens([0, 1, None]))
-    stats.count(drafted=3, tokens=tokens([None]))
-    stats.count(drafted=1, tokens=tokens([0]))  # ended by the drafted token
-    assert stats.drafted_per_position == [3, 2, 2] and stats.accepted_per_position == [2, 1, 0]
-    assert (stats.verifications, stats.drafted, stats.accepted, stats.emitted) == (3, 7, 3, 5)
-    assert stats.acceptance_length == 5 / 3
+def test_one_token_takes_no_decoding() -> None:
+    (completion,) = Engine(TARGET, HEAD, **CHAIN).generate([[50, 51]], params(1))
+    stats = completion.stats
+    assert (stats.verifications, stats.emitted, stats.drafted, stats.decode_seconds) == (0, 0, 0, 0.0)
+    assert math.isnan(stats.acceptance_length) and stats.prefill_seconds > 0
 
 
-def test_a_plain_engine_needs_no_head(engine: Engine) -> None:
-    plain = Engine(engine.target)
-    params = SamplingParams(max_new_tokens=5, ignore_eos=True)
-    completion = plain.generate([50], params)
-    assert completion.token_ids == engine.generate([50], params).token_ids
-    assert completion.stats.drafted == 0 and completion.stats.acceptance_length == 1 and completion.seed is None
+def test_stats_are_json_and_say_what_runs() -> None:
+    engine = Engine(TARGET, HEAD, max_batch=2, **CHAIN)
+    engine.submit([50] * 9, params(9))
+    engine.step()
+    stats = json.loads(json.dumps(engine.stats()))
+    assert (stats["running"], stats["waiting"], stats["mode"]) == (1, 0, "eager")
+    assert stats["cache_usage"] == engine.cache_usage > 0
+    finish(engine)
+    assert engine.stats()["speculation"]["plan"] == "chain 4"
+    assert sum(engine.stats()["speculation"]["steps"].values()) > 0
 
 
-def test_cancelling_ends_the_request_with_what_it_has(engine: Engine) -> None:
-    seen: list[Token] = []
-    params = SamplingParams(max_new_tokens=40, ignore_eos=True)
-    completion = engine.generate([50], params, on_token=seen.append, cancelled=lambda: len(seen) >= 3)
-    assert completion.finish_reason == "cancelled" and 3 <= len(completion.tokens) < 10
-    # and the engine serves the next one as if nothing had been
-    whole = engine.generate([50], params)
-    assert whole.token_ids[: len(seen)] == completion.token_ids and whole.finish_reason == "length"
+def test_a_plain_engine_needs_no_head() -> None:
+    params_ = params(5)
+    (plain,) = Engine(TARGET).generate([[50]], params_)
+    (headed,) = Engine(TARGET, HEAD, **CHAIN).generate([[50]], params_)
+    assert plain.token_ids == headed.token_ids and headed.stats.drafted > 0
+    assert plain.stats.drafted == 0 and plain.stats.acceptance_length == 1 and plain.seed is None
+
+
+def test_a_requests_own_wishes() -> None:
+    engine = Engine(TARGET, HEAD, max_batch=4, **CHAIN)
+    wishes = [
+        Speculation(enabled=False),
+        Speculation(num_tokens=0),
+        Speculation(num_tokens=2),
+        Speculation(num_tokens=9),
+    ]
+    requests = [engine.submit([50], params(12), each) for each in wishes]
+    finish(engine)
+    answers = [request.result() for request in requests]
+    assert len({tuple(answer.token_ids) for answer in answers}) == 1
+    # no request drafts more than the engine was built for
+    assert [len(answer.stats.drafted_per_position) for answer in answers] == [0, 0, 2, 4]
+
+
+# refusals
 
 
 @pytest.mark.parametrize(
     ("prompt", "count", "numbers"),
-    [([], 5, ["empty"]), ([5] * 60, 5, ["60", "5", "64", "4"]), ([5, 259], 5, ["259", "258"]), ([-1], 5, ["-1"])],
+    [([], 5, ["empty"]), ([5] * 70, 5, ["70", "5", "72", "2"]), ([5, 259], 5, ["259", "258"]), ([-1], 5, ["-1"])],
 )
-def test_prompts_that_cannot_be_served_are_refused(
-    engine: Engine, prompt: list[int], count: int, numbers: list[str]
-) -> None:
-    with pytest.raises(UserError) as error:
-        engine.generate(prompt, SamplingParams(max_new_tokens=count))
-    assert all(number in str(error.value) for number in numbers)
+def test_prompts_that_cannot_be_served_are_refused(prompt: list[int], count: int, numbers: list[str]) -> None:
+    engine = Engine(TARGET)
+    for ask in (lambda: engine.submit(prompt, params(count)), lambda: engine.generate([[5], prompt], params(count))):
+        with pytest.raises(UserError) as error:
+            ask()
+        assert all(number in str(error.value) for number in numbers)
+    assert engine.waiting == 0
 
 
-def test_options_out_of_range_are_refused(engine: Engine) -> None:
-    for options, value in (
-        ({"speculation_length": -1}, "-1"),
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"speculation": "always"}, "'always'.*auto, chain, tree, off"),
+        ({"speculation_length": -1}, "-1.*0.*32"),
         ({"speculation_length": 33}, "33"),
-        ({"rule": "typical"}, "'typical'"),
-        ({"max_length": 65}, "65"),
-    ):
-        with pytest.raises(UserError, match=value):
-            Engine(engine.target, **options)  # type: ignore[arg-type]
+        ({"speculation": "tree", "tree_size": 4}, "4.*more nodes than its depth, 5"),
+        ({"rule": "typical"}, "'typical'.*shared-noise, rejection"),
+        ({"mode": "fast"}, "'fast'"),
+        ({"mode": "compiled"}, "compiled.*float64"),
+        ({"attention": "paged"}, "'paged'"),
+        ({"max_length": 73}, "73.*2 to 72"),
+        ({"max_length": 1}, "1"),
+        ({"max_batch": 0}, "max_batch = 0"),
+        ({"prefill_chunk": 0}, "prefill_chunk = 0"),
+    ],
+)
+def test_options_out_of_range_are_refused(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        Engine(TARGET, HEAD, **options)
+
+
+def test_wishes_out_of_range_are_refused() -> None:
     with pytest.raises(UserError, match="33"):
-        engine.generate([5], SamplingParams(max_new_tokens=2), speculation_length=33)
+        Speculation(num_tokens=33)
     with pytest.raises(UserError, match="typical"):
-        engine.generate([5], SamplingParams(max_new_tokens=2), rule="typical")
-    assert Engine(engine.target, max_length=32).max_length == 32
+        Engine(TARGET).submit([5], params(), Speculation(rule="typical"))
+    with pytest.raises(UserError, match="logit_bias.*259"):
+        Engine(TARGET).submit([5], params(logit_bias={259: 1.0}))
 
 
-def test_a_head_of_another_shape_is_refused(engine: Engine) -> None:
-    head = make_tiny_head(engine.target)
+def test_a_head_of_another_shape_is_refused() -> None:
+    head = make_tiny_head(TARGET)
     head.config.hidden_size = 64
     with pytest.raises(UserError, match="64.*32"):
-        Engine(engine.target, head)
+        Engine(TARGET, head)
 
 
-def test_a_head_of_another_dtype_drafts(engine: Engine) -> None:
-    mixed = Engine(engine.target, make_tiny_head(engine.target).to(torch.float32))
-    params = SamplingParams(max_new_tokens=6, ignore_eos=True)
-    assert mixed.generate([50], params).token_ids == engine.generate([50], params).token_ids
+# other precisions
+
+
+def test_a_head_of_another_dtype_drafts() -> None:
+    mixed = Engine(TARGET, make_tiny_head(TARGET).to(torch.float32), **CHAIN)
+    (one,), (other,) = (engine.generate([[50]], params(6)) for engine in (mixed, Engine(TARGET)))
+    assert one.token_ids == other.token_ids and one.stats.drafted > 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_lower_precisions_decode(dtype: torch.dtype) -> None:
     target = make_tiny_target(dtype=dtype, max_length=64)
-    engine = Engine(target, make_tiny_head(target))
-    for temperature in (0.0, 1.0):
+    for speculation in ("chain", "tree"):
+        engine = Engine(target, make_tiny_head(target), speculation=speculation, mode="eager")
         for rule in ("shared-noise", "rejection"):
-            params = SamplingParams(max_new_tokens=6, temperature=temperature, seed=0, ignore_eos=True)
-            completion = engine.generate([50, 60], params, rule=rule)
-            assert len(completion.token_ids) == 6 and all(math.isfinite(t.logprob) for t in completion.tokens)
+            wishes = [params(6, temperature=temperature, seed=0, logprobs=0) for temperature in (0.0, 1.0)]
+            for completion in engine.generate([[50, 60]] * 2, wishes, Speculation(rule=rule)):
+                assert len(completion.token_ids) == 6
+                assert all(math.isfinite(token.logprob or 0.0) for token in completion.tokens)

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from conftest import make_tiny_head, make_tiny_target
+from conftest import make_tiny_target
 
+from benchmarks.interop.cases import random_head
 from draft.training.step import shift_left, unroll
 
 STEPS = 5
@@ -15,10 +16,11 @@ class GrowingCache:
     def __init__(self):
         self.keys = self.values = None
 
-    def update(self, keys, values):
-        self.keys = keys if self.keys is None else torch.cat([self.keys, keys], dim=2)
-        self.values = values if self.values is None else torch.cat([self.values, values], dim=2)
-        return self.keys, self.values
+    def __call__(self, query, key, value):
+        self.keys = key if self.keys is None else torch.cat([self.keys, key], dim=2)
+        self.values = value if self.values is None else torch.cat([self.values, value], dim=2)
+        mixed = torch.nn.functional.scaled_dot_product_attention(query, self.keys, self.values, enable_gqa=True)
+        return mixed.transpose(1, 2)
 
     def cut(self, length):
         self.keys, self.values = self.keys[:, :, :length], self.values[:, :, :length]
@@ -38,15 +40,33 @@ def decode_step_by_step(head, embeds, auxiliary, steps):
     return torch.stack(out)
 
 
-@pytest.mark.parametrize("kv_heads", [4, 2])
-def test_training_time_test_equals_decoding_through_the_cache(kv_heads):
-    target = make_tiny_target()
-    head = make_tiny_head(target)
-    if kv_heads != head.config.num_key_value_heads:
-        head.config.num_key_value_heads = kv_heads
+OPTIONS = {
+    "default": {},
+    "grouped values": {"num_key_value_heads": 2},
+    "norm_before_residual": {"norm_before_residual": True},
+    "norm_before_fc": {"norm_before_fc": True},
+    "fc_norm": {"fc_norm": True},
+    "norm_output": {"norm_output": True},
+    "EAGLE-3.1 of four layers": {"fc_norm": True, "norm_output": True, "auxiliary_layers": [1, 3, 6, 8]},
+    "shared LM head": {"draft_vocab_size": 259, "shared_lm_head": True},
+}
+
+
+def with_options(target, options):
+    values = {"draft_vocab_size": 200, **options}
+    head = random_head(target, **{key: value for key, value in values.items() if key != "num_key_value_heads"})
+    if "num_key_value_heads" in options:
+        head.config.num_key_value_heads = options["num_key_value_heads"]
         head = type(head)(head.config).to(torch.float64)
+    return head
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_training_time_test_equals_decoding_through_the_cache(option):
+    target = make_tiny_target()
+    head = with_options(target, OPTIONS[option])
     ids = torch.randint(3, 259, (1, 24), generator=torch.Generator().manual_seed(1))
-    output = target.forward(ids, layers=target.default_auxiliary_layers)
+    output = target.forward(ids, layers=head.auxiliary_layers(target))
     embeds = target.embedding(ids)
     with torch.no_grad():
         unrolled = torch.stack(list(unroll(head, embeds, output.auxiliary, STEPS)), dim=2)[0]  # [tokens, steps, hidden]

@@ -1,0 +1,224 @@
+"""Shapes and options of an EAGLE-3 head, under the keys of the config.json that vLLM and SGLang load."""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, asdict, dataclass, fields
+from typing import Any
+
+import torch
+
+from draft.errors import UserError
+from draft.target import Target
+
+LAYER_IDS = "eagle_aux_hidden_state_layer_ids"
+# options that change the arithmetic, and are built here
+OPTIONS = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
+# keys that change the arithmetic and are not: the only values that mean what is built here, absent ones aside
+_FIXED: dict[str, tuple[Any, ...]] = {
+    "attention_bias": (False, None),
+    "mlp_bias": (False, None),
+    "bias": (False, None),
+    "hidden_act": ("silu", "swish"),
+    "num_hidden_layers": (1,),
+    "partial_rotary_factor": (1.0, None),
+    "logit_scale": (1.0, None),
+}
+# the same in eagle_config, where ModelOpt writes them
+_FIXED_EAGLE: dict[str, tuple[Any, ...]] = {
+    "use_aux_hidden_state": (True,),
+    "use_input_layernorm_in_first_layer": (True,),
+    "use_last_layernorm": (True,),
+    "use_mtp_layernorm": (False,),
+}
+
+
+@dataclass
+class Eagle3Config:
+    """See the module; `auxiliary_layers` counts layers that have run, as `Target` does (vLLM's convention)."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int  # the target's
+    draft_vocab_size: int
+    rms_norm_eps: float
+    rope_parameters: dict[str, Any]
+    max_position_embeddings: int  # the target's
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+    norm_before_residual: bool = False  # the residual stream starts from the normed hidden state
+    norm_before_fc: bool = False  # one norm over all auxiliary states together
+    fc_norm: bool = False  # one norm for each auxiliary state
+    norm_output: bool = False  # the next draft step reads the state after the final norm
+    shared_lm_head: bool = False  # the target's; draft_vocab_size is null in the file
+    auxiliary_layers: list[int] | None = None  # None: the target's default layers
+
+    def __post_init__(self) -> None:
+        if self.shared_lm_head and self.draft_vocab_size != self.vocab_size:
+            raise UserError(
+                f"head config: the LM head is the target's, over {self.vocab_size} tokens, and draft_vocab_size is "
+                f"{self.draft_vocab_size}; a reduced vocabulary needs an LM head of its own."
+            )
+
+    @property
+    def full_vocabulary(self) -> bool:
+        """The draft vocabulary is the target's: engines then refuse a token map."""
+        return self.draft_vocab_size == self.vocab_size
+
+    @property
+    def num_auxiliary(self) -> int:
+        return 3 if self.auxiliary_layers is None else len(self.auxiliary_layers)
+
+    def layers(self, target: Target) -> tuple[int, ...]:
+        """The layers of `target` whose auxiliary states the head reads.
+
+        Raises:
+            UserError: when the target has no such layers.
+        """
+        if self.auxiliary_layers is None:
+            return target.default_auxiliary_layers
+        check_layers(self.auxiliary_layers, target.num_layers)
+        return tuple(self.auxiliary_layers)
+
+    @classmethod
+    def for_target(cls, target: Target, draft_vocab_size: int, **options: Any) -> Eagle3Config:
+        """A head of the target's own width; options: fields of this class.
+
+        It has as many key-value heads as heads: the embedding reaches the residual stream through the values
+        only, and a small target's grouped values are too narrow to carry a token's identity.
+        """
+        config = target.config
+        eos = sorted(target.eos_token_ids)
+        heads = config.num_attention_heads
+        return cls(
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            num_attention_heads=heads,
+            num_key_value_heads=heads,
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+            vocab_size=target.vocab_size,
+            draft_vocab_size=draft_vocab_size,
+            rms_norm_eps=config.rms_norm_eps,
+            rope_parameters=dict(config.rope_parameters),
+            max_position_embeddings=target.max_length,
+            bos_token_id=config.bos_token_id,
+            eos_token_id=eos[0] if eos else None,
+            pad_token_id=config.pad_token_id,
+            **options,
+        )
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Eagle3Config:
+        """Read a config.json; refuses what changes the arithmetic and is not built here."""
+        _check_fixed(values, _FIXED, "")
+        _check_fixed(values.get("eagle_config") or {}, _FIXED_EAGLE, "eagle_config.")
+        if "sliding_attention" in (values.get("layer_types") or ()):
+            raise UserError("head config: layer_types has sliding_attention; use a head with full attention.")
+        values = dict(values)
+        heads = values.get("num_attention_heads", 1)
+        values["num_key_value_heads"] = values.get("num_key_value_heads") or heads
+        values["head_dim"] = values.get("head_dim") or values.get("hidden_size", 0) // heads
+        values["shared_lm_head"] = "draft_vocab_size" in values and values["draft_vocab_size"] is None
+        values["draft_vocab_size"] = values.get("draft_vocab_size") or values.get("vocab_size")
+        if not values.get("rope_parameters"):
+            rope = values.get("rope_scaling") or {"rope_type": "default"}
+            values["rope_parameters"] = {**rope, "rope_theta": values.get("rope_theta", 10000.0)}
+        values.update({option: bool(values.get(option)) for option in OPTIONS})
+        values["auxiliary_layers"] = read_layer_ids(values)
+        missing = [f.name for f in fields(cls) if f.default is MISSING and values.get(f.name) is None]
+        if missing:
+            raise UserError(
+                f"head config: the keys {', '.join(missing)} are missing; this is not a whole EAGLE-3 config."
+            )
+        return cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values})
+
+    def as_json(self, dtype: torch.dtype) -> dict[str, Any]:
+        """The whole config.json, with the legacy spelling of RoPE beside today's.
+
+        Default layers are not written: they are the one thing that engines agree on. Others are written twice, since
+        vLLM counts the layers that have run, and SGLang wants the id of the last one that has.
+        """
+        rope = dict(self.rope_parameters)
+        scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+        values = asdict(self)
+        layers, shared = values.pop("auxiliary_layers"), values.pop("shared_lm_head")
+        options = {option: values.pop(option) for option in OPTIONS}
+        if shared:
+            values["draft_vocab_size"] = None
+        return {
+            "architectures": ["LlamaForCausalLMEagle3"],
+            "model_type": "llama",
+            **values,
+            "num_hidden_layers": 1,
+            "hidden_act": "silu",
+            "rope_theta": rope.get("rope_theta", 10000.0),
+            "rope_scaling": None if scaling.get("rope_type", "default") == "default" else scaling,
+            "attention_bias": False,
+            "mlp_bias": False,
+            "tie_word_embeddings": False,
+            "norm_before_residual": self.norm_before_residual,
+            **{option: True for option in OPTIONS[1:] if options[option]},
+            **({} if layers is None else layer_id_keys(layers)),
+            "initializer_range": 0.02,
+            "use_cache": True,
+            "torch_dtype": str(dtype).removeprefix("torch."),
+        }
+
+
+def layer_id_keys(layers: list[int]) -> dict[str, Any]:
+    """config.json's keys for other auxiliary layers than the default, each reader's in its own convention."""
+    return {
+        "num_aux_hidden_states": len(layers),
+        LAYER_IDS: list(layers),
+        "eagle_config": {LAYER_IDS: [layer - 1 for layer in layers], "use_aux_hidden_state": True},
+    }
+
+
+def read_layer_ids(values: dict[str, Any]) -> list[int] | None:
+    """The auxiliary layers that a config.json chooses, counted as layers that have run; None: the default ones.
+
+    Raises:
+        UserError: when the two spellings contradict each other, or only the one is there that engines read differently.
+    """
+    top = values.get(LAYER_IDS)
+    nested = (values.get("eagle_config") or {}).get(LAYER_IDS)
+    if not top:
+        if not nested:
+            return None
+        raise UserError(
+            f"head config: eagle_config.{LAYER_IDS} = {nested} is read by vLLM as the states entering these layers, "
+            "and by SGLang as those leaving them; use `draft-train import --auxiliary-layers` with the layers that the "
+            f"head was trained on: {_listed(nested)} as vLLM reads it, {_listed([i + 1 for i in nested])} as SGLang."
+        )
+    if nested and nested not in (top, [layer - 1 for layer in top]):
+        raise UserError(
+            f"head config: {LAYER_IDS} = {top} and eagle_config's = {nested} name different layers in every "
+            "convention; correct the one that is wrong."
+        )
+    return list(top)
+
+
+def check_layers(layers: list[int], num_layers: int) -> None:
+    """Raises UserError unless `layers` rise and lie within 0..num_layers: engines sort them, and drop doubles."""
+    rising = all(before < after for before, after in zip(layers, layers[1:], strict=False))
+    if not layers or not rising or layers[0] < 0 or layers[-1] > num_layers:
+        raise UserError(
+            f"the head's auxiliary layers are {list(layers)} and the target has {num_layers} layers; they must rise, "
+            f"from 0 at the lowest to {num_layers} at the highest."
+        )
+
+
+def _listed(layers: list[int]) -> str:
+    return ",".join(str(layer) for layer in layers)
+
+
+def _check_fixed(values: dict[str, Any], fixed: dict[str, tuple[Any, ...]], where: str) -> None:
+    for key, allowed in fixed.items():
+        if key in values and values[key] not in allowed:
+            raise UserError(
+                f"head config: {where}{key} = {values[key]!r} is not supported; "
+                f"only heads with {key} = {allowed[0]!r} are."
+            )

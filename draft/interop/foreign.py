@@ -1,0 +1,84 @@
+"""Reading a checkpoint folder of another project: its config.json and its tensors, nothing executed."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from draft.errors import UserError
+
+
+@dataclass
+class Checkpoint:
+    """What a folder holds; `notes` grows while it is understood: sentences for the user."""
+
+    folder: Path
+    file: str  # of the tensors
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+    about: dict[str, Any]  # draftsmith.json, where it is one of our exports
+    notes: list[str]
+
+
+def read_checkpoint(folder: str | Path) -> Checkpoint:
+    """Read `model.safetensors`, or `pytorch_model.bin` through `torch.load(weights_only=True)`, which runs no code.
+
+    Raises:
+        UserError: for a folder without them, a damaged file, or a pickle that holds more than tensors.
+    """
+    folder = Path(folder).expanduser()
+    config = _read_json(folder / "config.json")
+    about = _read_json(folder / "draftsmith.json") if (folder / "draftsmith.json").is_file() else {}
+    for file, read in _READERS.items():
+        if (folder / file).is_file():
+            tensors = read(folder / file)
+            return Checkpoint(folder, file, config, tensors, about, [])
+    raise UserError(f"{str(folder)!r} has no {' or '.join(_READERS)}; give the folder that the head was published as.")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{str(path)!r} is not readable JSON ({error}); give the folder of a whole head.") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{str(path)!r} holds a {type(values).__name__}, not a configuration; give a whole head.")
+    return values
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{str(path)!r} is not a whole safetensors file ({error}); download it again.") from error
+
+
+def _read_pickle(path: Path) -> dict[str, Tensor]:
+    try:
+        values = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{str(path)!r} is damaged or holds more than tensors, which may run code when it is loaded; get the "
+            "head as safetensors, or save its state dict alone."
+        ) from error
+    except (RuntimeError, OSError, EOFError, ValueError) as error:
+        reason = (str(error).splitlines() or ["empty"])[0][:120]
+        raise UserError(f"{str(path)!r} is not a whole PyTorch file ({reason}); download it again.") from error
+    strangers = (
+        [key for key, value in values.items() if not isinstance(value, Tensor)] if isinstance(values, dict) else []
+    )
+    if not isinstance(values, dict) or strangers:
+        what = f"{strangers[0]!r} is no tensor" if strangers else f"it holds a {type(values).__name__}"
+        raise UserError(f"{str(path)!r} is no state dict: {what}; save the head's state dict alone.")
+    return {name: value.contiguous() for name, value in values.items()}
+
+
+_READERS = {"model.safetensors": _read_safetensors, "pytorch_model.bin": _read_pickle}

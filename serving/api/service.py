@@ -1,0 +1,162 @@
+"""What the routes share: the engine, the limits, the metrics, and whether requests are taken at all."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from serving.api.errors import ApiError, unavailable
+from serving.api.limits import Limits
+from serving.api.metrics import PREFIX, Metrics
+from serving.engine import Engine
+from serving.engine.sequence import special_ids
+
+GENERATING = {"/", "/generate", "/generate_stream", "/v1/completions", "/v1/chat/completions"}
+_LAST_WORDS_SECONDS = 5.0  # for clients to take the last events when the server ends
+
+
+class Service:
+    """One server's state: loading (no engine yet), ready, draining, ended."""
+
+    def __init__(
+        self,
+        limits: Limits,
+        *,
+        head_name: str | None = None,
+        strict_model_name: bool = False,
+        metrics_prefix: str = PREFIX,
+    ) -> None:
+        self.limits = limits
+        self.head_name = head_name and public_name(head_name)
+        self.strict_model_name = strict_model_name
+        self.created = int(time.time())
+        self.in_flight = 0  # HTTP requests; those of /health, /ready and /metrics aside
+        self.draining = False
+        self.metrics: Metrics | None = None
+        self._metrics_prefix = metrics_prefix
+        self._engine: Engine | None = None
+        self._endings: set[asyncio.Future[ApiError]] = set()  # of the generations that run
+        # one thread: a tokenizer may not be set up by two at once
+        self._encoder = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
+
+    def attach(self, engine: Engine) -> None:
+        """From now on the service is ready, and the engine runs in its own thread."""
+        engine.start()
+        self.metrics = Metrics(engine, prefix=self._metrics_prefix, model_name=public_name(engine.target.name))
+        self._engine = engine
+
+    @property
+    def engine(self) -> Engine:
+        """Raises ApiError 503 while it is loaded."""
+        if self._engine is None:
+            raise unavailable("the model is being loaded")
+        return self._engine
+
+    @property
+    def loaded(self) -> bool:
+        return self._engine is not None
+
+    @property
+    def alive(self) -> bool:
+        """Whether a restart would not help: the engine's thread runs, or is yet to come."""
+        return self._engine is None or self._engine.alive
+
+    @property
+    def model_name(self) -> str:
+        return public_name(self.engine.target.name)
+
+    @property
+    def speculation_length(self) -> int:
+        """The most tokens drafted at a time."""
+        engine = self.engine
+        return engine.speculation_length if engine.head is not None and engine.speculation != "off" else 0
+
+    @property
+    def max_new_tokens(self) -> int:
+        return self.limits.max_new_tokens or self.engine.max_length
+
+    def check_open(self) -> Engine:
+        """The engine. Raises ApiError, Overloaded or EngineStopped where any request would be turned away."""
+        engine = self.engine
+        if self.draining:
+            raise unavailable("the server is shutting down")
+        engine.check_room()
+        return engine
+
+    def on_answer(self, path: str, status: int) -> None:
+        if self.metrics is not None and path in GENERATING:
+            self.metrics.failed(status)
+
+    # prompts
+
+    @cached_property
+    def longest_token(self) -> int:
+        """Characters of the longest one, at most: a byte-level vocabulary spells each byte as a character."""
+        return max(map(len, self.engine.target.tokenizer.get_vocab()))
+
+    async def encode(self, text: str, *, special_tokens: bool = True) -> list[int]:
+        """Token ids, off the event loop: two megabytes of text take a second."""
+        return (await self._tokenized(text, add_special_tokens=special_tokens)).input_ids
+
+    async def offsets(self, text: str, *, special_tokens: bool = True) -> list[tuple[int, int]]:
+        """Where each token is in the text: characters."""
+        return (
+            await self._tokenized(text, add_special_tokens=special_tokens, return_offsets_mapping=True)
+        ).offset_mapping
+
+    async def _tokenized(self, text: str, **options: bool) -> Any:
+        tokenizer = self.engine.target.tokenizer
+        return await asyncio.get_running_loop().run_in_executor(
+            self._encoder, lambda: tokenizer(text, verbose=False, **options)
+        )
+
+    def token_text(self, token_id: int) -> tuple[str, bool]:
+        """A token on its own, and whether it is special; a piece of a character shows as U+FFFD."""
+        tokenizer = self.engine.target.tokenizer
+        if token_id in self._special:
+            return tokenizer.convert_ids_to_tokens(token_id) or "", True
+        return self.engine.target.decode([token_id]), False
+
+    @cached_property
+    def _special(self) -> frozenset[int]:
+        return special_ids(self.engine.target.tokenizer, self.engine.target.eos_token_ids)
+
+    # the end
+
+    def ending(self) -> asyncio.Future[ApiError]:
+        """A future that is resolved when the server ends what still runs; to be cancelled by whoever took it."""
+        future: asyncio.Future[ApiError] = asyncio.get_running_loop().create_future()
+        self._endings.add(future)
+        future.add_done_callback(self._endings.discard)
+        return future
+
+    async def drain(self, seconds: float) -> None:
+        """Take no more requests, give those that run so long to finish, then end them with their surface's error."""
+        self.draining = True
+        await self._until_idle(seconds)
+        for future in list(self._endings):
+            if not future.done():
+                future.set_result(unavailable("the server is shutting down"))
+        await self._until_idle(_LAST_WORDS_SECONDS)
+
+    async def _until_idle(self, seconds: float) -> None:
+        deadline = asyncio.get_running_loop().time() + seconds
+        while self.in_flight and asyncio.get_running_loop().time() < deadline:
+            await asyncio.sleep(0.02)
+
+    def stop(self) -> None:
+        """End the engine; whoever still waits gets EngineStopped."""
+        self.draining = True
+        if self._engine is not None:
+            self._engine.close()
+        self._encoder.shutdown(wait=False, cancel_futures=True)
+
+
+def public_name(name: str) -> str:
+    """A name that tells clients nothing of the machine's folders: a path's last part; hub ids stay whole."""
+    path = Path(name).expanduser()
+    return path.resolve().name if path.is_absolute() or path.exists() else name

@@ -1,0 +1,134 @@
+"""Puts the engine's models together: eager, for any device and dtype, or compiled for this machine's CPU."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from draft.errors import UserError
+from draft.heads import Eagle3Head
+from draft.target import Target
+from serving.engine.attention import Kernel, SlotLayer, slot_attention_by
+from serving.engine.formulas import choose_formula
+from serving.engine.proposers import HeadProposer, Proposer
+from serving.engine.runner import HeadRunner, TargetRunner
+
+log = logging.getLogger(__name__)
+
+MODES = ("auto", "compiled", "eager")
+
+
+@dataclass(frozen=True)
+class Models:
+    """What the engine decodes with."""
+
+    runner: TargetRunner
+    proposer: Proposer | None
+    mode: str  # eager or compiled
+
+
+def build_models(
+    target: Target,
+    head: Eagle3Head | None,
+    *,
+    mode: str,
+    attention: str,
+    slots: int,
+    capacity: int,
+    threads: int | None,
+) -> Models:
+    """
+    mode: `eager` runs the models as they are; `compiled` (CPU, float32 or bfloat16) replaces the linear layers of the
+    target, in place, by packed ones, and attention by a kernel of ours; `auto` is compiled where that is possible.
+    threads: of the compiled kernels, all cores of this process by default; PyTorch itself is left with one then,
+    because its threads wait for each other actively, and stall when another process takes a core.
+
+    Raises:
+        UserError: for a mode or an attention that is impossible here, with the reason.
+    """
+    mode = _choose_mode(mode, attention, target)
+    kernel: Kernel
+    if mode == "compiled":
+        head = _pack(target, head, threads)
+        kernel = packed_attention
+    else:
+        kernel = slot_attention_by(choose_formula(attention, target.device, target.dtype))
+        if threads is not None:
+            torch.set_num_threads(threads)
+    layers = head.auxiliary_layers(target) if head is not None else ()
+    runner = TargetRunner(target, slots=slots, capacity=capacity, kernel=kernel, layers=layers)
+    proposer = None
+    if head is not None:
+        proposer = HeadProposer(HeadRunner(target, head, slots=slots, capacity=capacity, kernel=kernel), layers)
+    return Models(runner, proposer, mode)
+
+
+def packed_attention(
+    query: Tensor, key: Tensor, value: Tensor, layer: SlotLayer, scale: float, window: int, softcap: float
+) -> Tensor:
+    """The C++ kernel in the form of `Kernel`."""
+    from serving.engine.cpu import slot_attention
+
+    view = layer.view
+    return slot_attention(
+        query,
+        key,
+        value,
+        layer.keys,
+        layer.values,
+        view.positions,
+        view.table,
+        view.masks.get(window, view.mask),
+        scale,
+        window,
+        softcap,
+    )
+
+
+def _choose_mode(mode: str, attention: str, target: Target) -> str:
+    if mode not in MODES:
+        raise UserError(f"mode = {mode!r}: it must be one of {', '.join(MODES)}.")
+    if mode == "eager":
+        return mode
+    reason = _why_not_compiled(attention, target)
+    if reason and mode == "compiled":
+        raise UserError(f"mode = 'compiled' is impossible here: {reason}; use auto or eager.")
+    if reason:
+        log.info("decoding without compiled kernels: %s", reason)
+    return "eager" if reason else "compiled"
+
+
+def _why_not_compiled(attention: str, target: Target) -> str | None:
+    if target.device.type != "cpu":
+        return f"the compiled kernels are for CPUs, and the target is on {target.device.type}"
+    if target.dtype not in (torch.float32, torch.bfloat16):
+        return f"the kernels take float32 and bfloat16, and the target is in {str(target.dtype).removeprefix('torch.')}"
+    if attention != "auto":
+        return f"attention = {attention!r} was asked for, and the kernels have their own"
+    from serving.engine.cpu import load_kernels
+
+    try:
+        load_kernels()
+    except UserError as error:
+        return str(error).rstrip(".")
+    return None
+
+
+def _pack(target: Target, head: Eagle3Head | None, threads: int | None) -> Eagle3Head | None:
+    """Pack the linear layers of the target, in place, and of a copy of the head, which its owner may want to save."""
+    from serving.engine.cpu import pack_linears, set_threads
+
+    _ = target.fingerprint  # while its weights are there to be hashed
+    pack_linears(target.model, target.dtype)
+    target.lm_head = target.model.get_output_embeddings()
+    if head is not None:
+        head = copy.deepcopy(head)
+        pack_linears(head, target.dtype)
+    if threads is not None:
+        set_threads(threads)
+    torch.set_num_threads(1)
+    return head

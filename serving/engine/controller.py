@@ -1,0 +1,236 @@
+"""Chooses what to draft in each step: as much as gives the most tokens per second, and nothing where that is fastest.
+
+    rate(plan) = sum over requests of expected tokens / (pass over all their blocks + drafting)
+
+The costs come from `costs.py`, the expected tokens (1 + sum of products of acceptance rates) from `acceptance.py`; both
+are measured on the steps that are run anyway, so a plan is tried when what is known of it promises more than the
+present one by MARGIN. What is not being run is looked at now and then by probes: without drafting, whether
+drafting pays by now; while drafting, what a plain step costs by now. A probe goes on while it is no slower than
+the present plan, and what it lost decides how long the next one waits.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from serving.engine.acceptance import OFF, OVERALL_MEMORY, OVERALL_STRENGTH, Acceptance, Plan, RowStats
+from serving.engine.costs import ENOUGH, StepCosts
+
+MARGIN = 1.04  # what a plan must promise over the present one, and over plain decoding, to replace it
+PATIENCE = 8  # steps between decisions about an unchanged batch
+PROBE_BUDGET = 0.008  # share of the time that probes may lose
+PROBE_STEPS = 3, 16  # a probe's fewest and most steps
+PROBE_GAP = 48  # steps between two probes, however little they lose
+NEAR = 0.8  # of the present plan's rate must be promised by what is worth a probe while drafting
+CATCH_UP_STEPS = 64  # steps that share the cost of catching up when drafting begins again
+
+
+@dataclass
+class _Stretch:
+    """Steps of one plan, as they turned out."""
+
+    plan: Plan
+    steps: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    catch_up: float = 0.0  # seconds, too
+    comparable: bool = True  # False: it held other work, too
+
+
+class Controller:
+    """One for an engine. Call, in each step: choose, the observe methods as the parts are run, RowStats.observe.
+
+    All seconds are wall-clock.
+    """
+
+    def __init__(self, plans: Sequence[Plan], calibration: Mapping[int, float] | None = None) -> None:
+        """plans: those to choose from, besides OFF. calibration: tokens of a target pass -> seconds."""
+        self.plans = [OFF, *(plan for plan in plans if plan != OFF)]
+        self.plan = OFF
+        self.costs = StepCosts()
+        for tokens, seconds in (calibration or {}).items():
+            self.costs.target.seed(tokens, seconds)
+        self.acceptance = Acceptance(OVERALL_MEMORY, OVERALL_STRENGTH)
+        self.switches = self.probes = 0
+        self.chosen: Counter[Plan] = Counter()
+        self._rates: dict[Plan, float] = {}  # tokens per second that each plan promised at the last decision
+        self._clock = self._probe_at = 0.0  # seconds spent in steps
+        self._ran: Counter[Plan] = Counter()  # the step, counted from the first, that last ran each plan
+        self._wait = 0  # steps until the next decision
+        self._rows: list[RowStats] = []  # of the present step
+        self._emitted = 0  # by these rows before the present step
+        self._step = _Stretch(OFF)
+        self._probe: _Stretch | None = None
+
+    def row(self, cap: int, backlog: int = 0) -> RowStats:
+        """The tracker of a new request; see RowStats."""
+        return RowStats(self.acceptance, cap, backlog)
+
+    def choose(self, rows: Sequence[RowStats]) -> Plan:
+        """The plan for this step; each request drafts `plan.capped(row.cap)`.
+
+        rows: of all requests that are decoded in the step, those that draft nothing (cap 0) too: they share its pass.
+        """
+        self._finish_step()
+        changed = len(rows) != len(self._rows)
+        self._rows, self._emitted = list(rows), sum(row.emitted for row in rows)
+        plan = self._next(changed) if any(row.cap > 0 for row in rows) else OFF
+        self._step = _Stretch(plan, steps=1)
+        self.chosen[plan] += 1
+        self._ran[plan] = self.chosen.total()
+        return plan
+
+    def observe_target(self, tokens: int, seconds: float, *, ignore: bool = False) -> None:
+        """A pass of the target over `tokens` tokens, with the sampling and bookkeeping that follow it.
+
+        ignore: the pass held something else too (a chunk of a prompt), and says nothing about decoding.
+        """
+        if ignore:
+            self._step.comparable = False
+        else:
+            self.costs.target.observe(tokens, seconds)
+        self._step.seconds += seconds
+
+    def observe_draft(self, rows: int, steps: int, nodes: int, seconds: float) -> None:
+        """Drafting for `rows` requests, `nodes` tokens each in `steps` steps, with re-reading what was accepted."""
+        self.costs.draft[Plan(steps, nodes).kind].observe(rows * nodes / steps, seconds / steps)
+        self._step.seconds += seconds
+
+    def observe_catch_up(self, tokens: int, seconds: float) -> None:
+        """The head has read `tokens` tokens, of all requests, that the target decoded without it."""
+        self.costs.catch_up.observe(tokens, seconds)
+        self._step.catch_up += seconds
+
+    def stats(self) -> dict[str, Any]:
+        """What the controller believes and did, for people; JSON-able, seconds."""
+        rates, plain = self._rates, self._rates.get(OFF, 0.0)
+        return {
+            "plan": str(self.plan),
+            "expected_gain": rates[self.plan] / plain if plain and self.plan in rates else None,
+            "expected_tokens_per_second": {str(plan): rate for plan, rate in rates.items()},
+            "target_seconds": self.costs.target.table(),
+            "draft_step_seconds": {kind: curve.table() for kind, curve in self.costs.draft.items()},
+            "catch_up_seconds": self.costs.catch_up.table(),
+            "acceptance": {
+                str(plan): self.acceptance.rates(plan) for plan in self.plans if plan == self._shape(plan) != OFF
+            },
+            "steps": {str(plan): count for plan, count in self.chosen.items()},
+            "switches": self.switches,
+            "probes": self.probes,
+        }
+
+    def _finish_step(self) -> None:
+        """Account for the step before this one."""
+        step, probe = self._step, self._probe
+        self._clock += step.seconds + step.catch_up
+        if probe and step.plan == probe.plan:
+            probe.steps += 1
+            if step.comparable:
+                probe.tokens += sum(row.emitted for row in self._rows) - self._emitted
+                probe.seconds += step.seconds
+                probe.catch_up += step.catch_up
+
+    def _next(self, changed: bool) -> Plan:
+        """Go on with a probe or the plan, or decide anew. changed: requests have joined or left."""
+        self._wait -= 1
+        if self._probe and not changed and self._keeps_up(self._probe):
+            return self._probe.plan
+        if self._probe:
+            self._end_probe(self._probe)
+        elif self._wait > 0 and not changed:
+            return self.plan
+        self._decide()
+        if self._clock >= self._probe_at:
+            self._begin_probe()
+        return self._probe.plan if self._probe else self.plan
+
+    def _decide(self) -> None:
+        """Choose the plan."""
+        first, rates = not self._rates, self._promised()
+        self._rates = rates
+        best = max(rates, key=lambda plan: rates[plan])
+        safe = max((plan for plan in (OFF, self.plan) if plan in rates), key=lambda plan: rates[plan])
+        plan = best if rates[best] > MARGIN * rates[safe] else safe
+        if plan != self.plan or first:
+            self._probe_at = self._clock + PROBE_GAP * self._seconds(plan)
+        self.switches += plan != self.plan
+        self.plan = plan
+        self._wait = PATIENCE if self.costs.target.known(self._width(plan)) else ENOUGH
+
+    def _begin_probe(self) -> None:
+        """Without drafting, try what promises most; while drafting, what rested longest: OFF, or what comes near."""
+        rates, present = self._rates, self._rates[self.plan]
+        if not self.costs.target.known(self._width(self.plan)) or len(rates) == 1:
+            return
+        if self.plan == OFF:
+            plan = max((plan for plan in rates if plan != OFF), key=lambda plan: rates[plan])
+            self.acceptance.forget()
+            for row in self._rows:
+                row.forget()
+        else:
+            near = [plan for plan in rates if plan not in (OFF, self.plan) and rates[plan] >= NEAR * present]
+            plan = min([OFF, *near], key=lambda plan: self._ran[plan])
+        self._probe = _Stretch(plan)
+        self.probes += 1
+
+    def _keeps_up(self, probe: _Stretch) -> bool:
+        fewest, most = PROBE_STEPS
+        slower = probe.tokens < self._rates[self.plan] * probe.seconds
+        return probe.steps < fewest or (probe.steps < most and not slower)
+
+    def _end_probe(self, probe: _Stretch) -> None:
+        """Let the next probe wait until what this one lost is PROBE_BUDGET of the time."""
+        # by the model: a step that something else slowed down must not put off the next probe for long
+        lost = probe.steps * self._seconds(probe.plan) + probe.catch_up - probe.tokens / self._rates[self.plan]
+        self._probe_at = self._clock + max(lost / PROBE_BUDGET, PROBE_GAP * self._seconds(self.plan))
+        self._probe = None
+
+    def _promised(self) -> dict[Plan, float]:
+        """Tokens per second of each plan whose cost can be told, for the present requests."""
+        shapes = {self._shape(plan): self.acceptance.rates(self._shape(plan)) for plan in self.plans}
+        expected = {shape: [row.expected(shape, rates) for row in self._rows] for shape, rates in shapes.items()}
+        promised = {}
+        for plan in self.plans:
+            if plan != OFF and self._width(plan) > self.costs.target.reach:
+                continue
+            tokens = sum(
+                ladder[min(plan.length, row.cap)]
+                for row, ladder in zip(self._rows, expected[self._shape(plan)], strict=True)
+            )
+            seconds = self._seconds(plan) + self._catch_up_share(plan)
+            promised[plan] = tokens / seconds if seconds else 0.0
+        return promised
+
+    def _shape(self, plan: Plan) -> Plan:
+        """Whose acceptance rates hold for this plan too: the longest chain's for all chains."""
+        chains = [other for other in self.plans if other.kind == "chain"]
+        return max(chains, key=lambda chain: chain.length) if plan.kind == "chain" else plan
+
+    def _width(self, plan: Plan) -> int:
+        """Tokens of a pass of the target."""
+        return sum(1 + plan.capped(row.cap).nodes for row in self._rows)
+
+    def _seconds(self, plan: Plan) -> float:
+        """Of a step, catching up aside."""
+        width = self._width(plan)
+        drafting = self.costs.draft_seconds(plan.kind, plan.length, width - len(self._rows))
+        return self.costs.target(width) + drafting
+
+    def _catch_up_share(self, plan: Plan) -> float:
+        """Seconds: a step's share of what the head must read before it can draft."""
+        backlog = sum(row.backlog for row in self._rows if row.cap > 0)
+        return self.costs.catch_up(backlog) / CATCH_UP_STEPS if plan != OFF and backlog else 0.0
+
+
+class Fixed(Controller):
+    """Always the same plan, with the same interface and the same statistics."""
+
+    def __init__(self, plan: Plan) -> None:
+        super().__init__([plan])
+        self.plan = plan
+
+    def _next(self, changed: bool) -> Plan:
+        return self.plan

@@ -1,0 +1,93 @@
+"""The C++ operators with their shapes, and what torch.compile needs to know of them."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from serving.engine.cpu.build import built_library
+
+
+@lru_cache
+def load_kernels() -> None:
+    """Register torch.ops.draftsmith, with the shapes that tracing needs; compiles it the first time on a machine.
+
+    Raises:
+        UserError: when there is no C++ compiler, or it refuses the source.
+    """
+    torch.ops.load_library(str(built_library()))
+    panel = torch.ops.draftsmith.panel_width()
+
+    @torch.library.register_fake("draftsmith::pack")
+    def _pack(weight: Tensor) -> Tensor:
+        return weight.new_empty((weight.shape[0] + panel - 1) // panel, weight.shape[1], panel)
+
+    @torch.library.register_fake("draftsmith::packed_linear")
+    def _packed_linear(x: Tensor, packed: Tensor, out_features: int, bias: Tensor | None = None) -> Tensor:
+        return x.new_empty(*x.shape[:-1], out_features)
+
+    @torch.library.register_fake("draftsmith::slot_attention")
+    def _slot_attention(q: Tensor, k: Tensor, v: Tensor, *_: object) -> Tensor:
+        return q.new_empty(1, q.shape[2], q.shape[1], v.shape[3])
+
+
+def pack(weight: Tensor) -> Tensor:
+    """A linear layer's weight [out, in], float32 or bfloat16, in the order in which `packed_linear` reads it.
+
+    Returns [panels, in, panel width]: for this machine and process only, never to be saved.
+    """
+    load_kernels()
+    return torch.ops.draftsmith.pack(weight)
+
+
+def packed_linear(x: Tensor, packed: Tensor, out_features: int, bias: Tensor | None = None) -> Tensor:
+    """x [..., in] (float32 or bfloat16) through a packed weight: [..., out_features] in x's dtype.
+
+    Products are summed in float32, in the order of the inputs, whatever the number of rows.
+    """
+    return torch.ops.draftsmith.packed_linear(x, packed, out_features, bias)
+
+
+def slot_attention(
+    q: Tensor,  # [1, query heads, tokens, width]
+    k: Tensor,  # [1, key heads, tokens, width]
+    v: Tensor,  # [1, key heads, tokens, value width]
+    k_slots: Tensor,  # [slots, key heads, entries, width], written
+    v_slots: Tensor,  # [slots, key heads, entries, value width], written
+    positions: Tensor,  # int64 [tokens], for the window
+    segments: Tensor,  # int64 [segments, 5]: slot, base, past, start, count
+    mask: Tensor,  # bool [tokens, keys from base on], or empty: causal
+    scale: float,
+    window: int = 0,  # keys that a token sees, itself included; 0: all
+    softcap: float = 0.0,  # scores become softcap * tanh(scores / softcap); 0: unchanged
+) -> Tensor:
+    """Write the tokens' keys and values behind their slots' `past` entries, then attend.
+
+    Tokens start..start+count of the batch belong to one slot. Token j of a segment sees the keys [0, base) within its
+    window, and of the keys from base on those that the mask allows (the window is in the mask then), or without a mask
+    those up to its own, past + j, within its window. Tokens of no segment give zeros; a segment may be empty.
+
+    Under torch.compile the slots must be tensors that exist outside the graph, views of one tensor for the keys and of
+    another for the values: torch 2.13 loses the offset of a view that is made in the graph and then written by an
+    operator, and it copies what shares memory with the operator's other slots.
+
+    `load_kernels` must have been called. q, k, v and slots share one dtype, float32 or bfloat16.
+    Returns [1, tokens, query heads, value width].
+    """
+    return torch.ops.draftsmith.slot_attention(
+        q, k, v, k_slots, v_slots, positions, segments, mask, scale, window, softcap
+    )
+
+
+def set_threads(count: int) -> None:
+    """How many threads the operators share, the caller's included; at first as many as this process has cores."""
+    load_kernels()
+    torch.ops.draftsmith.set_threads(count)
+
+
+def threads() -> int:
+    """How many threads the operators share."""
+    load_kernels()
+    return torch.ops.draftsmith.get_threads()

@@ -1,0 +1,43 @@
+"""What an engine can be told, and what makes no sense."""
+
+from __future__ import annotations
+
+from draft.errors import UserError
+from draft.target import Target
+from serving.engine.acceptance import OFF, Plan
+from serving.engine.controller import Controller, Fixed
+
+SPECULATIONS = ("auto", "chain", "tree", "off")
+
+
+def make_controller(speculation: str, length: int, tree_size: int) -> Controller:
+    trees = [Plan(length, size) for size in sorted({8, 16, 32, tree_size}) if length < size <= tree_size]
+    if speculation == "auto":
+        return Controller([*(Plan.chain(k) for k in range(1, length + 1)), *trees])
+    if speculation == "tree" and not trees:
+        raise UserError(
+            f"tree_size = {tree_size}: a tree has more nodes than its depth, {length}; choose a larger one."
+        )
+    return Fixed({"off": OFF, "chain": Plan.chain(length), "tree": trees[-1] if trees else OFF}[speculation])
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> str:
+    if value not in choices:
+        raise UserError(f"{name} = {value!r}: it must be one of {', '.join(choices)}.")
+    return value
+
+
+def check_positive(name: str, value: int) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise UserError(f"{name} = {value!r}: it must be a whole number of at least 1.")
+    return value
+
+
+def check_max_length(length: int | None, target: Target) -> int:
+    if length is None:
+        return target.max_length
+    if not 2 <= length <= target.max_length:
+        raise UserError(
+            f"max_length = {length}: it must be from 2 to {target.max_length}, the context of target {target.name!r}."
+        )
+    return length

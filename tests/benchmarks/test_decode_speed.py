@@ -1,0 +1,97 @@
+"""The arithmetic of the speed figures, and a whole run on a tiny target."""
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import make_tiny_head, save_tiny_target
+
+from benchmarks import decode_bars, decode_speed
+from benchmarks import decode_report as report
+from benchmarks.decode_baselines import Timing
+from benchmarks.decode_report import Key
+from draft.checkpoint import save_head
+
+
+def timing(tokens: int, seconds: float, verifications: int = 0, output: tuple[int, ...] = (1, 2)) -> Timing:
+    return Timing(tokens, seconds, (output,), verifications, tokens, (("target", seconds),))
+
+
+def test_ratios_are_taken_within_a_repeat() -> None:
+    samples = {
+        Key(1, 0.0, None, "plain"): [timing(10, 1.0, 10), timing(10, 10.0, 10)],
+        Key(1, 0.0, None, "chain 2"): [timing(10, 0.5, 5), timing(10, 5.0, 5, (1, 3))],
+    }
+    plain, chain = report.summarise(samples)
+    assert plain["tokens_per_second"]["median"] == pytest.approx(5.5)  # of 10 and 1
+    assert chain["over_plain"] == {"median": 2.0, "least": 2.0, "most": 2.0}
+    assert chain["acceptance_length"] == 2.0 and plain["acceptance_length"] == 1.0
+    assert plain["identical"] == 1.0 and chain["identical"] == 0.0
+
+
+def test_pooling_adds_batches() -> None:
+    pooled = report.pool([timing(3, 1.0, 2), timing(5, 3.0, 4)])
+    assert (pooled.tokens, pooled.seconds, pooled.verifications, pooled.rate) == (8, 4.0, 6, 2.0)
+    assert dict(pooled.parts) == {"target": 4.0} and len(pooled.outputs) == 2
+
+
+def results(tau: float) -> dict:  # type: ignore[type-arg]
+    samples = {
+        Key(1, 0.0, None, "plain"): [timing(100, 1.0, 100)],
+        Key(1, 0.0, None, "chain 3"): [timing(200, 1.0, round(200 / tau))],
+        Key(1, 0.0, None, "automatic"): [timing(180, 1.0, 90)],
+    }
+    return {
+        "settings": {"dtype": "float32"},
+        "floor": report.floor(8_000_000, 1e9),
+        "steps": {"target": {1: 0.010, 2: 0.010, 8: 0.014, 16: 0.020}, "draft": 0.0005, "re-read": 0.0005},
+        "rates": report.summarise(samples),
+    }
+
+
+def test_the_prediction_and_the_bars() -> None:
+    found = results(tau=2.0)
+    found["predicted"] = report.predict(found)
+    seconds = report.interpolate({1: 0.010, 2: 0.010, 8: 0.014, 16: 0.020}, 4) + 3 * 0.0005 + 0.0005
+    assert report.interpolate({2: 0.010, 8: 0.014}, 4) == pytest.approx(0.010 + 0.004 / 3)
+    assert found["predicted"]["tokens_per_second"] == pytest.approx(2.0 / seconds)
+    bars = {bar["bar"]: bar for bar in decode_bars.judge(found)}
+    assert bars["plain step / reading its weights"]["figure"] == pytest.approx(0.010 / 0.008)
+    assert bars["verifying 8 tokens / plain step"]["met"] is True
+    assert bars["verifying 16 tokens / plain step"]["met"] is False
+    assert bars["plain / transformers generate"]["met"] is None
+    assert bars["automatic / plain, batch 1"] == {
+        "bar": "automatic / plain, batch 1",
+        "figure": pytest.approx(1.8),
+        "limit": "at least 1.1",
+        "met": True,
+    }
+    better = results(tau=3.0)
+    better["predicted"] = report.predict(better)
+    owed = next(bar for bar in decode_bars.judge(better) if bar["bar"] == "automatic / plain, batch 1")
+    assert owed["limit"] == "at least 1.6"
+
+
+def test_a_whole_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    target = save_tiny_target(tmp_path / "target")
+    head = make_tiny_head(target)
+    save_head(head, tmp_path / "head", dtype=target.dtype, about={})
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "Hi"}\n{"prompt": "Count to three"}\n')
+    status = decode_speed.main(
+        f"--target {tmp_path}/target --head {tmp_path}/head --prompts {tmp_path}/prompts.jsonl --out {tmp_path}/out "
+        "--dtype float32 --mode eager --batch 1 2 --speculation-length 2 --tree 4 --baseline none --repeats 1 "
+        "--limit 2 --max-new-tokens 5".split()
+    )
+    assert status == 0
+    written = json.loads((tmp_path / "out/decode_speed.json").read_text())
+    names = [(row["batch"], row["name"]) for row in written["rates"]]
+    assert names == [(batch, name) for batch in (1, 2) for name in ("plain", "chain 2", "tree 4", "automatic")]
+    assert all(row["identical"] == 1.0 for row in written["rates"])  # float32, one machine, tiny: no rounding decides
+    assert (tmp_path / "out/decode_speed.png").stat().st_size > 0
+    assert "floor of a plain step" in capsys.readouterr().out
+
+
+def test_a_tree_needs_more_nodes_than_it_is_deep(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        decode_speed.main(["--target", "t", "--head", "h", "--out", "o", "--speculation-length", "8", "--tree", "8"])
+    assert stop.value.code == 2 and "--tree" in capsys.readouterr().err

@@ -1,0 +1,134 @@
+"""The options of an EAGLE-3 head, against their formulas; a head with its own layers is trained and judged by them."""
+
+import copy
+
+import pytest
+import torch
+from torch.nn.functional import rms_norm
+
+from benchmarks.interop.cases import random_head
+from draft.acceptance import drafted_states, target_passes
+from draft.checkpoint import check_fits, load_head, save_head
+from draft.data.dataset import Row
+from draft.data.examples import collate
+from draft.errors import UserError
+from draft.heads import Eagle3Config
+from draft.training.build import with_vocabulary
+from draft.training.features import FeatureSource
+from draft.training.step import unroll
+
+IDS = torch.randint(3, 259, (1, 12), generator=torch.Generator().manual_seed(4))
+
+
+def by_hand(head, target, ids):
+    """Logits [tokens - 1, draft_vocab] of the first draft step, written out from the options' definitions."""
+    config, layer = head.config, head.midlayer
+
+    def norm(module, x):
+        return rms_norm(x, x.shape[-1:], None, config.rms_norm_eps) * module.weight
+
+    captured = target.forward(ids, layers=range(target.num_layers + 1)).auxiliary[0].chunk(target.num_layers + 1, -1)
+    states = [captured[index] for index in config.auxiliary_layers or (2, 4, 5)]
+    if config.norm_before_fc:
+        states = norm(head.input_norm, torch.cat(states, -1)).chunk(len(states), -1)
+    if config.fc_norm:
+        states = [norm(head.fc_norm[index], state) for index, state in enumerate(states)]
+    fused = torch.cat(states, -1)[:-1] @ head.fc.weight.T
+    normed = norm(layer.hidden_norm, fused)
+    x = torch.cat([norm(layer.input_layernorm, target.embedding(ids[0, 1:])), normed], -1)
+    rotation = head.rope(torch.arange(len(x))[None], x.dtype)
+    q, k, v = (part[0] for part in layer.self_attn.project(x[None], rotation))  # [heads, tokens, head_dim]
+    scores = q @ k.transpose(-1, -2) / config.head_dim**0.5
+    scores = scores.masked_fill(torch.ones(len(x), len(x)).triu(1).bool(), -torch.inf)
+    mixed = (scores.softmax(-1) @ v).transpose(0, 1).flatten(1)
+    hidden = (normed if config.norm_before_residual else fused) + mixed @ layer.self_attn.o_proj.weight.T
+    hidden = hidden + layer.mlp(norm(layer.post_attention_layernorm, hidden))
+    lm_head = target.lm_head if config.shared_lm_head else head.lm_head
+    normed = norm(head.norm, hidden)
+    return normed @ lm_head.weight.T, normed if config.norm_output else hidden
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"norm_before_residual": True},
+        {"norm_before_fc": True},
+        {"fc_norm": True},
+        {"norm_before_fc": True, "fc_norm": True},
+        {"norm_output": True},
+        {"auxiliary_layers": [0, 3, 7, 8]},
+        {"draft_vocab_size": 259},
+        {"draft_vocab_size": 259, "shared_lm_head": True},
+    ],
+    ids=lambda options: ", ".join(options) or "default",
+)
+def test_an_option_does_what_its_definition_says(tiny_target, options):
+    head = random_head(tiny_target, **options)
+    with torch.no_grad():
+        logits, fed_back = by_hand(head, tiny_target, IDS)
+        auxiliary = tiny_target.forward(IDS, layers=head.auxiliary_layers(tiny_target)).auxiliary
+        first = next(unroll(head, tiny_target.embedding(IDS), auxiliary, 1))[0, :-1]
+        torch.testing.assert_close(first, fed_back)
+        torch.testing.assert_close(head.logits(first), logits)
+        alone = head(tiny_target.embedding(IDS[:, 1:]), head.fuse(auxiliary[:, :-1]), torch.arange(11)[None])[0]
+        torch.testing.assert_close(alone, first)
+
+
+def test_heads_of_different_layers_are_judged_by_one_pass(tiny_target):
+    ids = IDS[0].tolist()
+    rows = [Row("a", ids, [False] * 2 + [True] * 10, 2, 0.0, 1.0, "test")]
+    heads = [random_head(tiny_target, auxiliary_layers=layers) for layers in (None, [1, 4, 8], [0, 7])]
+    with torch.no_grad():
+        [(_, together, output)] = target_passes(tiny_target, rows, 100, None, heads)
+        assert output.layers == (0, 1, 2, 4, 5, 7, 8)
+        for head in heads:
+            alone = tiny_target.forward(together, layers=head.auxiliary_layers(tiny_target))
+            pairs = zip(
+                drafted_states(tiny_target, head, together, output, 3),
+                drafted_states(tiny_target, head, together, alone, 3),
+                strict=True,
+            )
+            assert all(torch.equal(one, other) for one, other in pairs)
+
+
+@pytest.mark.parametrize("remember", [False, True])
+def test_training_reads_the_heads_own_layers(tiny_target, remember):
+    source = FeatureSource(tiny_target, remember=remember)
+    source.layers = random_head(tiny_target, auxiliary_layers=[1, 8]).auxiliary_layers(tiny_target)
+    batch = collate([Row("a", IDS[0].tolist(), [True] * 12, 1, 0.0, 1.0, "test")])
+    for _ in range(2):  # the second time from memory
+        features = source.get(batch, [0])
+        expected = tiny_target.forward(IDS, layers=[1, 8])
+        torch.testing.assert_close(features.auxiliary, expected.auxiliary)
+        torch.testing.assert_close(features.last_hidden, expected.last_hidden)
+
+
+def test_a_borrowed_lm_head_is_the_targets_also_in_a_copy(tiny_target, tmp_path):
+    head = random_head(tiny_target, draft_vocab_size=259, shared_lm_head=True)
+    save_head(head, tmp_path / "head", dtype=torch.float64, about={})
+    loaded, _ = load_head(tmp_path / "head")
+    hidden = torch.randn(2, 32, dtype=torch.float64)
+    with pytest.raises(UserError, match="borrow"):
+        loaded.logits(hidden)
+    check_fits(loaded, {}, tiny_target)
+    for borrower in (loaded, copy.deepcopy(loaded)):
+        assert borrower.lender.target is tiny_target
+        torch.testing.assert_close(borrower.logits(hidden), tiny_target.lm_head(loaded.norm(hidden)))
+    assert not any(parameter is tiny_target.lm_head.weight for parameter in loaded.parameters())
+
+
+def test_a_new_vocabulary_gives_a_borrower_an_lm_head_of_its_own(tiny_target):
+    head = random_head(tiny_target, draft_vocab_size=259, shared_lm_head=True)
+    ids = torch.arange(10, 60)
+    rebuilt = with_vocabulary(head, tiny_target, ids)
+    assert torch.equal(rebuilt.lm_head.weight, tiny_target.lm_head.weight[ids])
+
+
+def test_a_reduced_vocabulary_cannot_borrow(tiny_target):
+    with pytest.raises(UserError, match="over 259 tokens, and draft_vocab_size is 200"):
+        Eagle3Config.for_target(tiny_target, 200, shared_lm_head=True)
+
+
+def test_the_default_layers_are_the_targets(tiny_target, tiny_head):
+    assert tiny_head.auxiliary_layers(tiny_target) == (2, 4, 5)

@@ -1,0 +1,336 @@
+"""Tiny targets of several families, texts that transformers wrote with them, and a proposer that knows these texts.
+
+Random heads are seldom right. The oracle knows how a sequence goes on and errs at random places, so that blocks are
+accepted in part, in whole and not at all; and it checks all that the engine tells a proposer.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
+from typing import Any
+
+import torch
+from conftest import byte_tokenizer, make_tiny_target
+from torch import Tensor
+from transformers import (
+    AttentionInterface,
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    MistralConfig,
+    PretrainedConfig,
+    Qwen3Config,
+)
+from transformers.masking_utils import AttentionMaskInterface, eager_mask
+
+from draft.target import Target
+from serving.engine import Completion, Engine, Request, SamplingParams, Speculation
+from serving.engine.acceptance import OFF, Plan, RowStats
+from serving.engine.controller import Controller
+from serving.engine.proposers import Job, Proposer
+from serving.engine.sequence import Sequence as Answer
+from serving.engine.sequence import special_ids
+from serving.engine.tree import DraftTree
+
+CONTEXT = 72
+SMALL: dict[str, Any] = {
+    "vocab_size": 259,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": CONTEXT,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 2,
+    "initializer_range": 0.2,
+}
+FAMILIES: dict[str, PretrainedConfig] = {
+    "qwen3": Qwen3Config(**{**SMALL, "num_key_value_heads": 1, "num_hidden_layers": 9}),
+    "mistral, windows of 6": MistralConfig(**SMALL, sliding_window=6),
+    "gemma2, windows of 5 in half of the layers, bounded scores": Gemma2Config(
+        **SMALL, sliding_window=5, query_pre_attn_scalar=8, attn_logit_softcapping=3.0, final_logit_softcapping=8.0
+    ),
+    "gemma3, windows of 7 in most layers": Gemma3TextConfig(**SMALL, sliding_window=7, query_pre_attn_scalar=8),
+}
+
+
+def naive_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    softcap: float | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """transformers' own formula and masks, in the dtype of its input: its softmax would be in float32."""
+    groups = query.shape[1] // key.shape[1]
+    scores = query @ key.repeat_interleave(groups, dim=1).transpose(2, 3) * scaling
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    mixed = scores.softmax(dim=-1) @ value.repeat_interleave(groups, dim=1)
+    return mixed.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register("naive", naive_attention)
+AttentionMaskInterface.register("naive", eager_mask)
+
+
+def target_of(config: PretrainedConfig, name: str = "tiny", seed: int = 1) -> Target:
+    """A random target of any family, in float64."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config).to(torch.float64)
+    if getattr(config, "attn_logit_softcapping", None):
+        model.config._attn_implementation = "naive"  # sdpa has no bound on scores
+    return Target(name, model, byte_tokenizer())
+
+
+@dataclass(frozen=True)
+class Text:
+    """A prompt with its greedy continuation, and what the target thinks at each token."""
+
+    tokens: list[int]
+    written: int  # where the continuation begins
+    auxiliary: Tensor = field(repr=False)  # [tokens, 3 * hidden], the true states
+    log_p: Tensor = field(repr=False)  # [tokens, vocab], of the token after each
+
+
+@cache
+def tiny(family: str) -> Target:
+    """The target of a family; its EOS is a token that its greedy texts contain now and then."""
+    target = make_tiny_target(max_length=CONTEXT) if family == "llama" else target_of(FAMILIES[family], family)
+    written = [token for text in texts_of(target) for token in text.tokens[text.written :]]
+    rare = sorted((written.count(token), token) for token in set(written))
+    target.__dict__["eos_token_ids"] = frozenset(token for _, token in rare[:: max(1, len(rare) // 3)])
+    return target
+
+
+@cache
+@torch.inference_mode()
+def texts_of(target: Target) -> list[Text]:
+    """Ten texts as long as the context, by transformers' own greedy decoding from short and long prompts."""
+    generator = torch.Generator().manual_seed(5)
+    texts = []
+    for prompt_length in (1, 30):
+        prompts = torch.randint(3, 259, (5, prompt_length), generator=generator)
+        ids = greedy_by_transformers(target, prompts, CONTEXT - prompt_length)
+        output = target.forward(ids, layers=target.default_auxiliary_layers)
+        assert output.auxiliary is not None
+        log_p = target.logits(output.last_hidden).log_softmax(dim=-1)
+        for row in range(len(ids)):
+            texts.append(Text(ids[row].tolist(), prompt_length, output.auxiliary[row], log_p[row]))
+    return texts
+
+
+def greedy_by_transformers(target: Target, prompts: Tensor, count: int) -> Tensor:
+    """[rows, tokens] -> [rows, tokens + count], EOS ignored."""
+    return target.model.generate(
+        prompts,
+        attention_mask=torch.ones_like(prompts),
+        do_sample=False,
+        max_new_tokens=count,
+        eos_token_id=None,
+        pad_token_id=2,
+    )
+
+
+@dataclass
+class Script:
+    """How a sequence goes on, for the oracle."""
+
+    tokens: list[int]  # prompt and answer
+    auxiliary: Tensor | None = None  # the true states, where known
+    observed: int = 0  # tokens that the target has read
+    read: int = 0  # of these, what `catch_up` was called for
+
+
+class Oracle:
+    """Drafts what it knows to be right, with mistakes. Scripts go to sequences in the order in which they join."""
+
+    def __init__(self, target: Target, errors: float = 0.0, seed: int = 0) -> None:
+        """errors: probability that a drafted token is wrong, or that a tree lacks the right child."""
+        self.layers = target.default_auxiliary_layers
+        self.vocab, self.errors, self.rng = target.vocab_size, errors, random.Random(seed)
+        self.scripts: deque[Script] = deque()
+        self.present: list[Script] = []
+
+    def join(self) -> Script:
+        self.present.append(self.scripts.popleft())
+        return self.present[-1]
+
+    def leave(self, state: Script) -> None:
+        self.present.remove(state)
+
+    def observe(self, state: Script, following: Sequence[int], auxiliary: Tensor) -> None:
+        start, state.observed = state.observed, state.observed + len(following)
+        known = state.tokens[start + 1 : state.observed + 1]
+        assert list(following)[: len(known)] == known, "the engine left the continuation"
+        assert len(auxiliary) == len(following)
+        if state.auxiliary is not None:
+            torch.testing.assert_close(auxiliary, state.auxiliary[start : state.observed], rtol=1e-9, atol=1e-9)
+
+    def catch_up(self, states: Sequence[Script]) -> int:
+        backlog = sum(state.observed - state.read for state in states)
+        for state in states:
+            state.read = state.observed
+        return backlog
+
+    def propose(self, jobs: Sequence[Job]) -> list[DraftTree]:
+        self.catch_up([job.state for job in jobs])
+        return [self._tree(job) if job.nodes else self._chain(job) for job in jobs]
+
+    def _right(self, job: Job) -> list[int]:
+        known = job.state.tokens[job.state.observed + 1 :][: job.length]
+        return known + [self._any() for _ in range(job.length - len(known))]
+
+    def _any(self) -> int:
+        return self.rng.randrange(self.vocab)
+
+    def _errs(self) -> bool:
+        return self.rng.random() < self.errors
+
+    def _chain(self, job: Job) -> DraftTree:
+        return DraftTree.chain([self._any() if self._errs() else token for token in self._right(job)])
+
+    def _tree(self, job: Job) -> DraftTree:
+        """The right path hidden among wrong siblings and cousins, in any order that keeps parents before children."""
+        path = list[int]()
+        for token in self._right(job):
+            if self._errs() or len(path) == job.nodes:
+                break
+            path.append(token)
+        tokens, parents, depths = list[int](), list[int](), list[int]()
+        tip = -1  # the last node of the right path so far
+        placed = 0
+        while len(tokens) < job.nodes:
+            left = job.nodes - len(tokens)
+            if placed < len(path) and (left == len(path) - placed or self.rng.random() < 0.5):
+                parent, token = tip, path[placed]
+                tip, placed = len(tokens), placed + 1
+            else:
+                parent = self.rng.choice([-1, *(node for node, depth in enumerate(depths) if depth < job.length)])
+                token = self._any()
+                if (parent, token) in zip(parents, tokens, strict=True) or (
+                    parent == tip and placed < len(path) and token == path[placed]
+                ):
+                    continue
+            tokens.append(token)
+            parents.append(parent)
+            depths.append(1 if parent < 0 else depths[parent] + 1)
+        return DraftTree(tokens, parents)
+
+
+class Fickle(Controller):
+    """Switches plans at every step, whatever they cost."""
+
+    def __init__(self, plans: Sequence[Plan], seed: int = 0) -> None:
+        super().__init__(plans)
+        self.rng = random.Random(seed)
+
+    def choose(self, rows: Sequence[RowStats]) -> Plan:
+        super().choose(rows)  # its own bookkeeping must survive, too
+        return self.rng.choice([OFF, OFF, *self.plans])
+
+
+PLANS = [*(Plan.chain(k) for k in range(1, 9)), Plan(2, 4), Plan(3, 4), Plan(5, 16), Plan(8, 32)]
+
+
+def engine_of(target: Target, proposer: Proposer, controller: Controller | None = None, **options: Any) -> Engine:
+    """An engine that drafts with any proposer, and with any controller."""
+    engine = Engine(target, **{"tree_size": 32, "speculation_length": 8, **options})
+    engine.models = replace(engine.models, proposer=proposer)
+    engine.models.runner.layers = proposer.layers
+    engine._decoder.proposer = proposer
+    if controller is not None:
+        engine.controller = engine._decoder.controller = controller
+    return engine
+
+
+@dataclass(frozen=True)
+class Case:
+    """A request, when it comes, and what its answer must be."""
+
+    prompt: list[int]
+    params: SamplingParams
+    expected: list[int]  # what unlimited decoding would give: at least as many tokens as are asked for
+    auxiliary: Tensor | None = field(default=None, repr=False)
+    log_p: Tensor | None = field(default=None, repr=False)  # [tokens, vocab] of the expected tokens
+    speculation: Speculation = Speculation()
+    arrives: int = 0  # at which step
+
+    @classmethod
+    def greedy(cls, text: Text, prompt_length: int, params: SamplingParams, **rest: Any) -> Case:
+        """Any beginning of a text is a prompt whose greedy continuation is known."""
+        assert prompt_length >= text.written
+        tokens, log_p = text.tokens, text.log_p[prompt_length - 1 : -1]
+        return cls(tokens[:prompt_length], params, tokens[prompt_length:], text.auxiliary, log_p, **rest)
+
+    @property
+    def drafts(self) -> bool:
+        return self.speculation.enabled and self.speculation.num_tokens != 0
+
+
+def submit(engine: Engine, case: Case) -> Request:
+    """Put a case in the line, and tell the oracle, if the engine has one, how it goes on."""
+    proposer = engine.models.proposer
+    if isinstance(proposer, Oracle) and case.drafts:
+        proposer.scripts.append(Script(case.prompt + case.expected, case.auxiliary))
+    return engine.submit(case.prompt, case.params, case.speculation)
+
+
+def serve(engine: Engine, cases: Sequence[Case]) -> list[Completion]:
+    """Decode; requests arrive between steps, in any order. Returns the completions in the order of the cases."""
+    requests: dict[int, Request] = {}
+    step = 0
+    order = sorted(range(len(cases)), key=lambda index: cases[index].arrives)
+    while len(requests) < len(cases) or engine.running or engine.waiting:
+        for index in order:
+            if cases[index].arrives == step:
+                requests[index] = submit(engine, cases[index])
+        engine.step()
+        step += 1
+    return [requests[index].result(timeout=0) for index in range(len(cases))]
+
+
+def check(target: Target, case: Case, completion: Completion, tolerance: float = 1e-9) -> None:
+    """The answer is what one gets by cutting the expected tokens where they end; tolerance: of logprobs."""
+    answer = Answer(
+        case.prompt,
+        case.params,
+        target.tokenizer,
+        target.eos_token_ids,
+        special_ids(target.tokenizer, target.eos_token_ids),
+    )
+    for token in case.expected:
+        answer.append(token)
+        if answer.finish_reason:
+            break
+    assert completion.token_ids == [token.id for token in answer.tokens], case
+    assert (completion.text, completion.finish_reason, completion.stop_reason) == (
+        answer.text,
+        answer.finish_reason,
+        answer.stop_reason,
+    )
+    assert [token.text for token in completion.tokens] == [token.text for token in answer.tokens]
+    if case.params.logprobs is not None and case.log_p is not None:
+        for given, log_p in zip(completion.tokens, case.log_p, strict=False):
+            assert given.logprob is not None and given.top is not None
+            assert abs(given.logprob - log_p[given.id].item()) < tolerance
+            best = log_p.topk(case.params.logprobs)
+            assert [token_id for token_id, _ in given.top] == best.indices.tolist()
+            assert max(abs(p - q) for (_, p), q in zip(given.top, best.values.tolist(), strict=True)) < tolerance
+    stats = completion.stats
+    assert stats.emitted == max(0, len(completion.tokens) - 1)
+    assert stats.accepted == sum(token.accepted_position is not None for token in completion.tokens)
+    if not case.drafts:
+        assert stats.drafted == 0

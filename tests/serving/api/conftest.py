@@ -1,0 +1,35 @@
+"""What the tests of the HTTP service share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import pytest
+from fastapi.testclient import TestClient
+from http_testing import GatedEngine
+
+from draft.heads import Eagle3Head
+from draft.target import Target
+from serving.api.app import create_app
+from serving.engine import Engine
+
+
+@pytest.fixture(scope="module")
+def client(tiny_target: Target, tiny_head: Eagle3Head) -> Iterator[TestClient]:
+    """The service around a float64 target whose head drafts chains of 5."""
+    engine = Engine(tiny_target, tiny_head, speculation="chain")
+    with TestClient(create_app(engine, head_name="/home/someone/heads/tiny-head")) as client:
+        yield client
+
+
+@pytest.fixture
+def make_gated(tiny_target: Target, tiny_head: Eagle3Head) -> Callable[..., GatedEngine]:
+    """Makes an engine of one slot that takes no step before its gate is opened."""
+    return partial(GatedEngine, tiny_target, tiny_head, speculation="chain", max_batch=1)
+
+
+@pytest.fixture
+def gated(make_gated: Callable[..., GatedEngine]) -> GatedEngine:
+    """One with a line of two."""
+    return make_gated(max_waiting=2)

@@ -1,0 +1,240 @@
+"""The line of requests, clients that leave, failures, and the engine's end."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+import pytest
+from fastapi.testclient import TestClient
+from http_testing import PROMPT, in_process, series
+
+from serving.api.app import create_app
+from serving.engine import Engine, SamplingParams
+
+
+async def until(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not holds():
+        assert time.monotonic() < deadline, "it never happened"
+        await asyncio.sleep(0.002)
+
+
+def post(client: httpx.AsyncClient, inputs: str = PROMPT, **parameters: Any) -> asyncio.Task[httpx.Response]:
+    body = {"inputs": inputs, "parameters": {"max_new_tokens": 6, **parameters}}
+    return asyncio.ensure_future(client.post("/generate", json=body))
+
+
+def test_health_and_metrics_answer_during_generation_and_a_full_line_is_429(gated) -> None:
+    async def conversation(client: httpx.AsyncClient) -> None:
+        accepted = [post(client, f"{index} {PROMPT}") for index in range(3)]
+        await until(lambda: gated.running == 1 and gated.waiting == 2)
+        refused = await post(client)
+        assert refused.status_code == 429 and refused.headers["retry-after"] == "1"
+        assert refused.json() == {"error": "Model is overloaded", "error_type": "overloaded"}
+        for path, body in (("completions", {"prompt": "a"}), ("chat/completions", {"messages": [
+            {"role": "user", "content": "a"}]})):  # fmt: skip
+            answer = await client.post(f"/v1/{path}", json=body)
+            assert answer.status_code == 429 and answer.headers["retry-after"] == "1"
+            assert answer.json()["error"]["type"] == "rate_limit_error"
+        assert (await client.get("/health")).status_code == 200 == (await client.get("/ready")).status_code
+        text = (await client.get("/metrics")).text
+        assert series(text, "num_requests_running") == 1 and series(text, "num_requests_waiting") == 2
+        assert series(text, 'request_failure_total{reason="overloaded"}') == 3
+        assert not any(task.done() for task in accepted)
+        gated.gate.set()
+        assert [(await task).status_code for task in accepted] == [200] * 3
+        assert (await post(client)).status_code == 200  # there is room again
+
+    in_process(create_app(gated), conversation)
+
+
+def test_the_line_is_bounded_by_tokens_too(make_gated) -> None:
+    gated = make_gated(max_waiting=100, max_waiting_tokens=200)
+
+    async def conversation(client: httpx.AsyncClient) -> None:
+        running = post(client, "a")
+        await until(lambda: gated.running == 1)
+        waiting = post(client, "a", max_new_tokens=150)
+        await until(lambda: gated.waiting == 1)
+        assert (await post(client, "a", max_new_tokens=100)).status_code == 429
+        small = post(client, "a", max_new_tokens=10)
+        await until(lambda: gated.waiting == 2)
+        gated.gate.set()
+        assert [(await task).status_code for task in (running, waiting, small)] == [200] * 3
+
+    in_process(create_app(gated), conversation)
+
+
+def test_several_choices_are_taken_all_or_none(gated) -> None:
+    async def conversation(client: httpx.AsyncClient) -> None:
+        answer = await client.post("/v1/completions", json={"prompt": "a", "n": 5, "max_tokens": 2})
+        assert answer.status_code == 429
+        gated.gate.set()
+        await until(lambda: gated.running == gated.waiting == 0)
+        answer = await client.post("/v1/completions", json={"prompt": "a", "n": 3, "max_tokens": 2})
+        assert answer.status_code == 200
+
+    in_process(create_app(gated), conversation)
+
+
+def test_requests_at_once_get_what_they_get_alone(tiny_target, tiny_head) -> None:
+    alone = Engine(tiny_target)
+    settings = [{"temperature": index % 3 / 2, "seed": index, "max_new_tokens": 2 + index} for index in range(8)]
+
+    async def conversation(client: httpx.AsyncClient) -> list[str]:
+        answers = await asyncio.gather(
+            *(post(client, f"{index} {PROMPT}", **each) for index, each in enumerate(settings))
+        )
+        return [answer.json()["generated_text"] for answer in answers]
+
+    texts = in_process(create_app(Engine(tiny_target, tiny_head)), conversation)
+    prompts = [tiny_target.tokenizer(f"{index} {PROMPT}").input_ids for index in range(8)]
+    assert texts == [each.text for each in alone.generate(prompts, [SamplingParams(**each) for each in settings])]
+
+
+async def leave(app: Any, gone: asyncio.Event, path: str = "/generate") -> list[dict[str, Any]]:
+    """A client that sends a request to the app and closes the connection when `gone` is set."""
+    body = json.dumps({"inputs": PROMPT, "parameters": {"max_new_tokens": 100}}).encode()
+    messages = [{"type": "http.request", "body": body, "more_body": False}]
+    sent: list[dict[str, Any]] = []
+
+    async def receive() -> dict[str, Any]:
+        if messages:
+            return messages.pop()
+        await gone.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message)
+
+    headers = [(b"content-type", b"application/json")]
+    scope = {"type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST", "scheme": "http",
+             "path": path, "raw_path": path.encode(), "query_string": b"", "root_path": "", "headers": headers,
+             "client": ("test", 1), "server": ("test", 80)}  # fmt: skip
+    await app(scope, receive, send)
+    return sent
+
+
+@pytest.mark.parametrize("path", ["/generate", "/generate_stream"])
+def test_a_client_that_leaves_frees_the_engine_and_its_place_in_line(make_gated, path) -> None:
+    gated = make_gated(max_waiting=1)
+    app = create_app(gated)
+
+    async def conversation(client: httpx.AsyncClient) -> None:
+        gone, gone_too = asyncio.Event(), asyncio.Event()
+        running = asyncio.ensure_future(leave(app, gone, path))
+        await until(lambda: gated.running == 1)
+        waiting = asyncio.ensure_future(leave(app, gone_too, path))
+        await until(lambda: gated.waiting == 1)
+        assert (await post(client)).status_code == 429
+        gone_too.set()
+        await waiting
+        third = post(client)  # takes the place
+        await until(lambda: gated.waiting == 2 or third.done())
+        assert not third.done()
+        gone.set()  # the gate stays shut: only the cancellation lets the request end
+        await running
+        gated.gate.set()
+        assert (await third).status_code == 200
+        text = (await client.get("/metrics")).text
+        assert series(text, 'request_success_total{finished_reason="cancelled"}') == 2
+        assert gated.running == gated.waiting == 0
+
+    in_process(app, conversation)
+
+
+def test_an_engine_error_costs_its_requests_and_tells_nothing(gated, caplog) -> None:
+    gated.gate.set()
+    gated.failure = RuntimeError("/home/secret/weights exploded")
+
+    async def conversation(client: httpx.AsyncClient) -> None:
+        failed = await post(client)
+        assert failed.status_code == 424
+        assert failed.json() == {"error": "Request failed during generation", "error_type": "generation"}
+        gated.failure = None
+        assert (await client.get("/health")).status_code == 200
+        assert (await post(client)).status_code == 200
+        text = (await client.get("/metrics")).text
+        assert series(text, 'request_failure_total{reason="generation"}') == 1
+        assert series(text, 'request_success_total{finished_reason="error"}') == 1
+
+    in_process(create_app(gated), conversation)
+    assert "zebras" not in caplog.text and "exploded" in caplog.text
+
+
+def test_when_the_engine_s_thread_dies_nobody_hangs(make_gated) -> None:
+    gated = make_gated(max_waiting=5)
+    gated.failure = SystemExit("the thread is gone")
+
+    async def conversation(client: httpx.AsyncClient) -> None:
+        requests = [post(client) for _ in range(5)]
+        await until(lambda: gated.running == 1 and gated.waiting == 4)
+        assert (await client.get("/health")).status_code == 200
+        gated.gate.set()
+        for answer in [await task for task in requests] + [await post(client)]:
+            assert answer.status_code == 503 and answer.headers["retry-after"]
+        unhealthy = await client.get("/health")
+        assert unhealthy.status_code == 503 == (await client.get("/ready")).status_code
+        assert unhealthy.json() == {"error": "unhealthy", "error_type": "healthcheck"}
+        text = (await client.get("/metrics")).text
+        assert series(text, "num_requests_running") == series(text, "num_requests_waiting") == 0
+
+    in_process(create_app(gated), conversation)
+
+
+def test_draining_finishes_what_runs_takes_nothing_new_and_then_ends_the_rest(gated) -> None:
+    app = create_app(gated)
+
+    async def conversation(client: httpx.AsyncClient) -> None:
+        stream = asyncio.ensure_future(client.post("/generate_stream", json={"inputs": PROMPT}))
+        requests = [post(client), post(client)]
+        await until(lambda: gated.running == 1 and gated.waiting == 2)
+        draining = asyncio.ensure_future(app.state.service.drain(0.3))
+        await asyncio.sleep(0.05)
+        assert (await client.get("/health")).status_code == 200
+        assert (await client.get("/ready")).status_code == 503
+        turned_away = await post(client)
+        assert turned_away.status_code == 503 and turned_away.headers["retry-after"]
+        assert not any(task.done() for task in (stream, *requests))
+        await draining
+        for answer in [await stream, *[await task for task in requests]]:
+            assert answer.status_code == 503 and "shutting down" in answer.json()["error"]
+
+    in_process(app, conversation)
+
+
+def test_draining_waits_for_no_longer_than_needed(gated) -> None:
+    app = create_app(gated)
+
+    async def conversation(client: httpx.AsyncClient) -> None:
+        requests = [post(client) for _ in range(3)]
+        await until(lambda: gated.running == 1 and gated.waiting == 2)
+        draining = asyncio.ensure_future(app.state.service.drain(60))
+        gated.gate.set()
+        await draining
+        assert [(await task).status_code for task in requests] == [200] * 3
+
+    in_process(app, conversation)
+
+
+def test_while_the_model_is_loaded_the_server_is_alive_but_not_ready(tiny_target) -> None:
+    app = create_app(None)
+    with TestClient(app) as client:
+        assert client.get("/health").status_code == 200 == client.get("/metrics").status_code
+        for answer in (
+            client.get("/ready"),
+            client.get("/info"),
+            client.get("/v1/models"),
+            client.post("/generate", json={"inputs": "a"}),
+            client.post("/v1/completions", json={"prompt": "a"}),
+            client.post("/tokenize", json={"inputs": "a"}),
+        ):
+            assert answer.status_code == 503
+        app.state.service.attach(Engine(tiny_target))
+        assert client.get("/ready").status_code == 200
+        assert client.post("/generate", json={"inputs": "a", "parameters": {"max_new_tokens": 1}}).status_code == 200

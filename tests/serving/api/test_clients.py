@@ -1,0 +1,190 @@
+"""Real clients, unmodified, against a live server on a real port."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+from http_testing import PROMPT, eventually, idle, live, series
+from huggingface_hub import InferenceClient
+from huggingface_hub.errors import ValidationError
+
+from draft.heads import Eagle3Head
+from draft.target import Target
+from serving.api.app import create_app
+from serving.engine import Engine, SamplingParams
+
+ROOT = Path(__file__).parents[3]
+MESSAGES = [{"role": "user", "content": "A secretive prompt about zebras."}]
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_target: Target, tiny_head: Eagle3Head) -> Engine:
+    return Engine(tiny_target, tiny_head, speculation="chain", max_batch=2, max_waiting=2)
+
+
+@pytest.fixture(scope="module")
+def url(engine: Engine) -> Iterator[str]:
+    with live(create_app(engine)) as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def client(url: str) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=0)
+
+
+@pytest.fixture(scope="module")
+def text(tiny_target: Target) -> str:
+    """The greedy answer."""
+    ids = tiny_target.tokenizer(PROMPT).input_ids
+    return Engine(tiny_target).generate([ids], SamplingParams(max_new_tokens=12))[0].text
+
+
+# --- openai
+
+
+def test_openai_completions(client, text) -> None:
+    answer = client.completions.create(model="any", prompt=PROMPT, max_tokens=12, temperature=0, logprobs=1)
+    assert answer.choices[0].text == text and answer.choices[0].finish_reason == "length"
+    assert answer.usage.completion_tokens == 12
+    assert answer.usage.completion_tokens_details.accepted_prediction_tokens >= 0
+    assert len(answer.choices[0].logprobs.tokens) == len(answer.choices[0].logprobs.top_logprobs)
+    assert answer.model_extra["metrics"]["speculative_decoding"]["num_spec_tokens"] == 5
+    chunks = client.completions.create(model="any", prompt=PROMPT, max_tokens=12, temperature=0, stream=True)
+    assert "".join(chunk.choices[0].text for chunk in chunks) == text
+
+
+def test_openai_chat(client, text) -> None:
+    wishes = {"model": "any", "messages": MESSAGES, "max_completion_tokens": 12, "temperature": 0}
+    answer = client.chat.completions.create(**wishes, logprobs=True, top_logprobs=1)
+    assert answer.choices[0].message.content == text and answer.choices[0].message.role == "assistant"
+    assert answer.choices[0].logprobs.content[0].top_logprobs[0].logprob < 0
+    chunks = list(client.chat.completions.create(**wishes, stream=True, stream_options={"include_usage": True}))
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks[:-1]) == text
+    assert chunks[-1].usage == answer.usage
+    plain = client.chat.completions.create(**wishes, extra_body={"speculative": {"enabled": False}})
+    assert plain.choices[0].message.content == text
+    assert plain.usage.completion_tokens_details.rejected_prediction_tokens == 0
+    assert client.models.list().data[0].id == client.models.retrieve("tiny").id == "tiny"
+
+
+def test_openai_errors_are_its_exception_types(client, url, tiny_target) -> None:
+    with pytest.raises(openai.BadRequestError, match="temperature") as bad:
+        client.completions.create(model="any", prompt="a", temperature=3)
+    assert bad.value.param == "temperature" and bad.value.request_id
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("other")
+    with live(create_app(Engine(tiny_target), api_key="secret", strict_model_name=True)) as locked:
+        with pytest.raises(openai.AuthenticationError):
+            openai.OpenAI(base_url=f"{locked}/v1", api_key="wrong").models.list()
+        known = openai.OpenAI(base_url=f"{locked}/v1", api_key="secret")
+        with pytest.raises(openai.NotFoundError):
+            known.completions.create(model="other", prompt="a")
+        assert known.completions.create(model="tiny", prompt="a", max_tokens=1).choices
+
+
+def test_openai_retries_do_not_double_the_work(url, engine) -> None:
+    """Each attempt that the client gives up is cancelled before the next one is far."""
+    impatient = openai.OpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=2, timeout=0.25)
+    before = httpx.get(f"{url}/metrics").text
+    with pytest.raises(openai.APITimeoutError):
+        impatient.completions.create(
+            model="any", prompt=PROMPT, max_tokens=400, temperature=0, extra_body={"ignore_eos": True}
+        )
+    eventually(lambda: idle(engine))
+    after = httpx.get(f"{url}/metrics").text
+
+    def grown(name: str) -> float:
+        return series(after, name) - series(before, name)
+
+    cancelled = grown('request_success_total{finished_reason="cancelled"}')
+    assert 1 <= cancelled <= 3 and grown('request_success_total{finished_reason="length"}') == 0
+    assert grown("generation_tokens_total") < 400
+
+
+def test_openai_waits_as_it_is_told_when_the_server_is_full(url, engine, client) -> None:
+    with httpx.Client(timeout=60) as other:
+        body = {"inputs": PROMPT, "parameters": {"max_new_tokens": 400, "details": True}}
+        streams = [other.build_request("POST", f"{url}/generate_stream", json=body) for _ in range(4)]
+        open_streams = []
+        for request in streams:
+            import threading
+
+            thread = threading.Thread(target=lambda r=request: open_streams.append(other.send(r, stream=True)))
+            thread.start()
+        eventually(lambda: engine.running == 2 and engine.waiting == 2)
+        with pytest.raises(openai.RateLimitError) as full:
+            client.completions.create(model="any", prompt="a", max_tokens=1)
+        assert full.value.response.headers["retry-after"] == "1"
+        began = time.monotonic()
+        eventually(lambda: len(open_streams) >= 2)
+        for stream in list(open_streams):
+            stream.close()
+        patient = openai.OpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=8)
+        assert patient.completions.create(model="any", prompt="a", max_tokens=1).choices
+        assert time.monotonic() - began < 60
+        eventually(lambda: len(open_streams) == 4)
+        for stream in open_streams:
+            stream.close()
+    eventually(lambda: idle(engine))
+
+
+# --- huggingface_hub
+
+
+@pytest.mark.parametrize("path", ["", "/generate"])
+def test_inference_client_text_generation(url, text, path) -> None:
+    client = InferenceClient(model=url + path)
+    assert client.text_generation(PROMPT, max_new_tokens=12) == text
+    told = client.text_generation(PROMPT, max_new_tokens=12, details=True, stop=["\u2603"])
+    assert told.generated_text == text and len(told.details.tokens) == told.details.generated_tokens == 12
+    assert "".join(client.text_generation(PROMPT, max_new_tokens=12, stream=True)) == text
+    stream = list(client.text_generation(PROMPT, max_new_tokens=12, stream=True, details=True))
+    assert stream[-1].generated_text == text and stream[-1].details.finish_reason == "length"
+    sampled = {"do_sample": True, "temperature": 0.9, "top_k": 50, "top_p": 0.9, "repetition_penalty": 1.1, "seed": 4}
+    first = client.text_generation(PROMPT, max_new_tokens=12, **sampled)
+    assert first == client.text_generation(PROMPT, max_new_tokens=12, **sampled)
+    with pytest.raises(ValidationError, match="max_new_tokens"):
+        client.text_generation(PROMPT, max_new_tokens=10_000)
+
+
+def test_inference_client_chat(url, text) -> None:
+    client = InferenceClient(model=url)
+    answer = client.chat_completion(MESSAGES, max_tokens=12, temperature=0)
+    assert answer.choices[0].message.content == text
+    chunks = client.chat_completion(MESSAGES, max_tokens=12, temperature=0, stream=True)
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == text
+
+
+# --- curl
+
+
+def readme_commands() -> list[str]:
+    """The curl lines of the README and of the API's page, continued lines joined."""
+    texts = [(ROOT / name).read_text().replace("\\\n", " ") for name in ("README.md", "docs/http-api.md")]
+    return [line.strip() for text in texts for line in text.splitlines() if re.match(r"\s*curl ", line)]
+
+
+@pytest.mark.parametrize("command", readme_commands())
+def test_curl_lines_of_the_documents(url, command) -> None:
+    command = command.replace("localhost:8000", url.removeprefix("http://"))
+    done = subprocess.run(
+        [*shlex.split(command), "--fail-with-body", "-sS"], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout
+
+
+def test_curl_without_a_content_type_is_told_what_is_missing(url) -> None:
+    command = ["curl", "-s", "-w", "%{http_code}", f"{url}/generate", "-d", '{"inputs": "a"}']
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.stdout.endswith("415") and "application/json" in json.loads(done.stdout[:-3])["error"]

@@ -1,0 +1,149 @@
+"""POST /generate: TGI's contract, in process."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from fastapi.testclient import TestClient
+from http_testing import PROMPT, ask
+
+from serving.api.app import create_app
+from serving.api.limits import Limits
+from serving.api.schemas import GenerateParameters
+from serving.engine import Engine, SamplingParams
+
+
+def test_the_answer_is_the_engine_s_and_details_come_only_when_asked_for(client, tiny_target) -> None:
+    ids = tiny_target.tokenizer(PROMPT).input_ids
+    plain = Engine(tiny_target).generate([ids], SamplingParams(max_new_tokens=8, logprobs=0))[0]
+    assert ask(client).json() == {"generated_text": plain.text}
+    assert ask(client, details=False).json() == {"generated_text": plain.text}
+    details = ask(client, details=True).json()["details"]
+    assert details["finish_reason"] == plain.finish_reason
+    assert details["generated_tokens"] == len(plain.token_ids) == len(details["tokens"])
+    assert details["prefill"] == [] and details["seed"] is None
+    assert [token["id"] for token in details["tokens"]] == plain.token_ids
+    assert details["tokens"][0].keys() == {"id", "text", "logprob", "special"}
+    assert details["tokens"][0]["logprob"] == pytest.approx(plain.tokens[0].logprob)
+
+
+def test_a_request_of_inputs_alone_is_greedy_and_null_means_default(tiny_target, tiny_head) -> None:
+    off = {"best_of": 1, "watermark": False, "typical_p": 1.0, "repetition_penalty": 1, "frequency_penalty": 0.0,
+           "top_n_tokens": 0, "decoder_input_details": False, "stop": []}  # fmt: skip
+    with TestClient(create_app(Engine(tiny_target, tiny_head), limits=Limits(max_new_tokens=8))) as client:
+        bare = client.post("/generate", json={"inputs": PROMPT})
+        assert bare.status_code == 200
+        for parameters in (None, {}, dict.fromkeys(GenerateParameters.model_fields), off):
+            body = {"inputs": PROMPT, "parameters": parameters, "stream": None}
+            assert client.post("/generate", json=body).json() == bare.json() == ask(client).json()
+
+
+@pytest.mark.parametrize(
+    ("parameters", "samples"),
+    [
+        ({}, False),
+        ({"seed": 3}, False),
+        ({"do_sample": True}, True),
+        ({"do_sample": False}, False),
+        ({"temperature": 0.8}, True),
+        ({"top_p": 0.9}, True),
+        ({"top_k": 20}, True),
+        ({"top_k": 10**30}, True),
+        ({"do_sample": False, "top_k": 20}, True),
+        ({"temperature": 0.0}, False),
+        ({"temperature": 0, "do_sample": True, "top_p": 1.0}, False),
+    ],
+)
+def test_what_turns_sampling_on(client, parameters, samples) -> None:
+    greedy = ask(client).json()["generated_text"]
+    texts = {ask(client, **{"seed": seed, **parameters}).json()["generated_text"] for seed in range(2)}
+    assert (texts == {greedy}) != samples
+    if samples:
+        drawn = ask(client, details=True, **parameters).json()
+        again = ask(client, **{**parameters, "seed": drawn["details"]["seed"]}).json()
+        assert again["generated_text"] == drawn["generated_text"]
+
+
+def test_the_same_seed_gives_the_same_text_whatever_speculation_does(client, tiny_target, tiny_head) -> None:
+    def speculating(**speculative: Any) -> dict[str, Any]:
+        settings = {"temperature": 1.0, "seed": 7, "details": True, "max_new_tokens": 16}
+        return ask(client, **settings, speculative=speculative).json()
+
+    default, off, two, many = (
+        speculating(),
+        speculating(enabled=False),
+        speculating(num_tokens=2),
+        speculating(num_tokens=99, enabled=True),
+    )
+    assert default["generated_text"] == off["generated_text"] == two["generated_text"] == many["generated_text"]
+    lengths = [each["details"]["speculative"]["speculation_length"] for each in (default, off, two, many)]
+    assert lengths == [5, 0, 2, 5]  # capped by the server's
+    figures = off["details"]["speculative"]
+    assert (figures["enabled"], figures["drafted"], figures["acceptance_per_position"]) == (False, 0, [])
+    assert speculating(num_tokens=0)["details"]["speculative"]["enabled"] is False
+    assert len(two["details"]["speculative"]["acceptance_per_position"]) == 2
+    by_rejection = speculating(rule="rejection")
+    assert by_rejection["details"]["speculative"]["rule"] == "rejection"
+    params = SamplingParams(max_new_tokens=16, temperature=1.0, seed=7)
+    engine = Engine(tiny_target, tiny_head, rule="rejection", speculation="chain")
+    [expected] = engine.generate([tiny_target.tokenizer(PROMPT).input_ids], params)
+    assert by_rejection["generated_text"] == expected.text != default["generated_text"]
+
+
+def test_figures_of_speculation_are_the_engine_s(client, tiny_target, tiny_head) -> None:
+    figures = ask(client, details=True, max_new_tokens=30).json()["details"]["speculative"]
+    ids = tiny_target.tokenizer(PROMPT).input_ids
+    engine = Engine(tiny_target, tiny_head, speculation="chain")
+    stats = engine.generate([ids], SamplingParams(max_new_tokens=30))[0].stats
+    for name in ("verifications", "drafted", "accepted", "emitted"):
+        assert figures[name] == getattr(stats, name)
+    assert figures["acceptance_length"] == stats.emitted / stats.verifications
+    pairs = zip(stats.accepted_per_position, stats.drafted_per_position, strict=True)
+    assert figures["acceptance_per_position"] == [accepted / drafted for accepted, drafted in pairs]
+    assert (figures["enabled"], figures["speculation_length"], figures["rule"]) == (True, 5, "shared-noise")
+
+
+def test_one_token_has_no_acceptance_length(client) -> None:
+    figures = ask(client, details=True, max_new_tokens=1).json()["details"]["speculative"]
+    assert (figures["acceptance_length"], figures["verifications"]) == (None, 0)
+
+
+def test_stop_strings_end_the_text_and_stay_in_it(client) -> None:
+    text = ask(client, max_new_tokens=24).json()["generated_text"]
+    stop = next(character for character in text if character.isascii())  # the random model's bytes are rarely UTF-8
+    stopped = ask(client, max_new_tokens=24, stop=["\u2603", stop], details=True).json()
+    assert stopped["details"]["finish_reason"] == "stop_sequence"
+    assert stopped["generated_text"] == text[: text.index(stop) + len(stop)]
+
+
+def test_return_full_text_puts_the_prompt_first(client) -> None:
+    assert ask(client, return_full_text=True).json()["generated_text"] == PROMPT + ask(client).json()["generated_text"]
+
+
+def test_the_context_is_filled_to_its_last_token_and_no_further(tiny_target) -> None:
+    prompt_tokens = len(tiny_target.tokenizer(PROMPT).input_ids)
+    context = prompt_tokens + 5
+    with TestClient(create_app(Engine(tiny_target, max_length=context))) as client:
+        assert ask(client, max_new_tokens=5, details=True).json()["details"]["generated_tokens"] == 5
+        default = client.post("/generate", json={"inputs": PROMPT, "parameters": {"details": True}})
+        assert default.json()["details"]["generated_tokens"] == 5  # what is left
+        refused = ask(client, max_new_tokens=6).json()
+        assert refused["error"] == (
+            f"`inputs` tokens + `max_new_tokens` must be <= {context}. "
+            f"Given: {prompt_tokens} `inputs` tokens and 6 `max_new_tokens`"
+        )
+        for extra in (5, 6, 5000):
+            too_long = ask(client, PROMPT + "z" * extra, max_new_tokens=1)
+            assert too_long.status_code == 422 and str(context) in too_long.json()["error"]
+        assert ask(client, PROMPT + "zzzz", max_new_tokens=1).status_code == 200
+
+
+def test_the_server_s_own_limit_of_new_tokens(tiny_target) -> None:
+    with TestClient(create_app(Engine(tiny_target), limits=Limits(max_new_tokens=8))) as client:
+        assert ask(client, max_new_tokens=9).status_code == 422
+        assert "8" in ask(client, max_new_tokens=9).json()["error"]
+        assert ask(client, max_new_tokens=8, details=True).json()["details"]["generated_tokens"] <= 8
+        bare = client.post("/generate", json={"inputs": PROMPT, "parameters": {"details": True}})
+        assert bare.json()["details"]["generated_tokens"] <= 8
+        assert client.get("/info").json()["limits"]["max_new_tokens"] == 8

@@ -1,0 +1,185 @@
+"""Keys, origins, request ids, logs, and what is refused before a body is parsed."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+from fastapi.testclient import TestClient
+from http_testing import PROMPT, ask, in_process
+
+from serving.api.app import create_app
+from serving.api.errors import ApiError
+from serving.api.limits import Limits, check_json
+from serving.api.logs import JsonFormatter
+from serving.engine import Engine
+
+KEY = "a-key-of-some-length"
+OPEN = {("GET", "/health"), ("GET", "/ready"), ("GET", "/")}
+GUARDED = [("GET", "/info"), ("GET", "/metrics"), ("GET", "/v1/models"), ("GET", "/openapi.json"), ("GET", "/docs"),
+           ("POST", "/generate"), ("POST", "/generate_stream"), ("POST", "/"), ("POST", "/tokenize"),
+           ("POST", "/v1/completions"), ("POST", "/v1/chat/completions"), ("GET", "/made-up")]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def locked(tiny_target):
+    app = create_app(Engine(tiny_target), api_key=KEY, cors_origins=["https://pages.example"])
+    with TestClient(app) as client:
+        yield client
+
+
+@pytest.mark.parametrize(("method", "path"), GUARDED, ids=str)
+def test_without_the_key_there_is_401_in_the_surface_s_shape(locked, method, path) -> None:
+    for given in (None, "", f"Bearer {KEY}x", "Bearer ", f"Basic {KEY}", KEY, "Bearer \u00e9"):
+        headers = {} if given is None else {"authorization": given.encode()}
+        answer = locked.request(method, path, headers=headers)
+        assert answer.status_code == 401 and answer.headers["www-authenticate"] == "Bearer"
+        error = answer.json()["error"]
+        assert (error["code"] == "invalid_api_key") if path.startswith("/v1") else isinstance(error, str)
+        assert answer.headers["x-request-id"]
+    assert locked.request(method, path, headers={"authorization": f"bearer {KEY}"}).status_code != 401
+
+
+def test_what_is_open_without_the_key(locked) -> None:
+    for method, path in OPEN:
+        assert locked.request(method, path).status_code != 401
+
+
+def test_cors_only_where_it_is_asked_for(locked, client) -> None:
+    asked = {"origin": "https://pages.example", "access-control-request-method": "POST",
+             "access-control-request-headers": "authorization,content-type"}  # fmt: skip
+    allowed = locked.options("/generate", headers=asked)
+    assert allowed.status_code == 200 and allowed.headers["access-control-allow-origin"] == asked["origin"]
+    told = locked.post("/generate", json={"inputs": "a"}, headers={"origin": asked["origin"]})
+    assert told.status_code == 401 and told.headers["access-control-allow-origin"] == asked["origin"]
+    assert locked.options("/generate", headers=asked | {"origin": "https://evil.example"}).status_code == 400
+    assert "access-control-allow-origin" not in client.get("/health", headers=asked).headers
+
+
+def test_only_json_is_taken_and_the_way_out_is_named(client) -> None:
+    for headers in ({"content-type": "application/x-www-form-urlencoded"}, {"content-type": "text/plain"}, {}):
+        answer = client.post("/generate", content=b'{"inputs": "a"}', headers=headers)
+        assert answer.status_code == 415 and "application/json" in answer.json()["error"]
+    zipped = {"content-type": "application/json", "content-encoding": "gzip"}
+    assert client.post("/generate", content=b"\x1f\x8b", headers=zipped).status_code == 415
+    told = client.post("/v1/completions", content=b"{}").json()
+    assert "application/json" in told["error"]["message"]
+    body = b'{"inputs": "a", "parameters": {"max_new_tokens": 1}}'
+    odd = {"content-type": "Application/JSON; charset=utf-8"}
+    assert client.post("/generate", content=body, headers=odd).status_code == 200
+
+
+def test_a_body_past_the_limit_is_413_whether_or_not_it_says_its_length(tiny_target) -> None:
+    app = create_app(Engine(tiny_target), limits=Limits(max_body_bytes=1000))
+    body = json.dumps({"inputs": "z" * 2000}).encode()
+    with TestClient(app) as client:
+        for content in (body, iter([body[:600], body[600:]])):
+            answer = client.post("/generate", content=content, headers={"content-type": "application/json"})
+            assert answer.status_code == 413 and "1000" in answer.json()["error"]
+        answer = client.post("/v1/completions", content=body, headers={"content-type": "application/json"})
+        assert answer.status_code == 413 and "1000" in answer.json()["error"]["message"]
+        assert ask(client, "short", max_new_tokens=2).status_code == 200
+
+
+def test_a_body_that_does_not_come_is_408(tiny_target) -> None:
+    app = create_app(Engine(tiny_target), limits=Limits(body_seconds=0.1))
+
+    async def slowly():
+        yield b'{"inputs":'
+        await asyncio.sleep(30)
+
+    async def conversation(client):
+        headers = {"content-type": "application/json"}
+        return await client.post("/generate", content=slowly(), headers=headers)
+
+    answer = in_process(app, conversation)
+    assert answer.status_code == 408 and "0.1 seconds" in answer.json()["error"]
+
+
+@pytest.mark.parametrize(
+    ("unit", "refused"),
+    [(b'"', False), (b'"\\', False), (b'\\"', False), (b"[", True), (b"[]", True), (b'"[', True), (b'"\\"[', False)],
+)
+def test_checking_a_body_s_shape_takes_linear_time(unit, refused) -> None:
+    began = time.process_time()
+    with pytest.raises(ApiError) if refused else nullcontext():
+        check_json(unit * 300_000, 64)
+    assert time.process_time() - began < 5  # quadratic time would be hours
+
+
+def test_brackets_in_strings_are_not_nesting() -> None:
+    check_json(json.dumps({"inputs": "[{" * 1000 + '\\"' * 100}).encode(), 64)
+    check_json(b"[" * 64 + b"]" * 64, 64)
+    with pytest.raises(ApiError, match="64"):
+        check_json(b'["\\\\",' * 65, 64)
+
+
+def test_a_prompt_too_long_for_any_context_is_not_tokenised(tiny_target, monkeypatch) -> None:
+    app = create_app(Engine(tiny_target))
+
+    async def never(*_: Any, **__: Any) -> list[int]:
+        raise AssertionError("tokenised")
+
+    monkeypatch.setattr(app.state.service, "encode", never)
+    with TestClient(app) as client:
+        for path, body in (("/generate", {"inputs": "z" * 100_000}), ("/v1/completions", {"prompt": "z" * 100_000})):
+            answer = client.post(path, json=body)
+            assert answer.status_code in (400, 422) and "100000 characters" in answer.text and "512" in answer.text
+
+
+def test_truncate_keeps_the_end_of_the_inputs(client) -> None:
+    expected = ask(client, PROMPT, max_new_tokens=3).json()
+    long = "z" * 100_000 + PROMPT
+    tokens = len(client.post("/tokenize", json={"inputs": PROMPT}).json())
+    assert ask(client, long, max_new_tokens=3, truncate=tokens).json() == expected
+    assert ask(client, long, max_new_tokens=3, truncate=513).status_code == 422
+
+
+def test_log_lines_are_json_with_the_request_s_id_and_without_its_prompt(client, caplog) -> None:
+    handler = Collector()
+    logging.getLogger("serving").addHandler(handler)
+    logging.getLogger("serving").setLevel(logging.INFO)
+    try:
+        answer = ask(client, max_new_tokens=2)
+        refused = ask(client, max_new_tokens=0)
+        client.get("/health")
+    finally:
+        logging.getLogger("serving").removeHandler(handler)
+    lines = [json.loads(line) for line in handler.lines]
+    assert [line["request_id"] for line in lines] == [answer.headers["x-request-id"], refused.headers["x-request-id"]]
+    assert (lines[0]["method"], lines[0]["path"], lines[0]["status"]) == ("POST", "/generate", 200)
+    assert lines[0]["generated_tokens"] == 2 and lines[0]["prompt_tokens"] > 10 and lines[1]["status"] == 422
+    assert "zebras" not in "".join(handler.lines)
+
+
+class Collector(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+        self.setFormatter(JsonFormatter())
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(self.format(record))
+
+
+def test_metrics_under_another_prefix_are_vllm_s(tiny_target, tiny_head) -> None:
+    engine = Engine(tiny_target, tiny_head, speculation="chain")
+    with TestClient(create_app(engine, metrics_prefix="vllm")) as client:
+        ask(client, max_new_tokens=20)
+        text = client.get("/metrics").text
+    names = [
+        "spec_decode_num_drafts_total", "spec_decode_num_draft_tokens_total", "spec_decode_num_accepted_tokens_total",
+        "num_requests_running", "kv_cache_usage_perc", "generation_tokens_total", "time_to_first_token_seconds_count",
+    ]  # fmt: skip
+    for name in names:
+        assert f'\nvllm:{name}{{engine="0",model_name="tiny"}} ' in text
+    assert 'vllm:spec_decode_num_accepted_tokens_per_pos_total{engine="0",model_name="tiny",position="4"} ' in text
+    # as `vllm bench serve` reads them
+    read = [line for line in text.splitlines() if line.startswith("vllm:spec_decode_num_drafts")]
+    assert len(read) == 1 and float(read[0].split()[-1]) > 0
+    assert "draftsmith:" not in text and "_created" not in text

@@ -1,0 +1,166 @@
+"""Many requests at once against a live server: exactness, cancellation, slow readers."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import socket
+from typing import Any
+
+import httpx
+from http_testing import PROMPT, eventually, idle, live, series
+
+from serving.api.app import create_app
+from serving.engine import Engine, SamplingParams
+
+LIMITS = httpx.Limits(max_connections=400)
+
+
+def run(url: str, conversation: Any) -> Any:
+    async def inner() -> Any:
+        async with httpx.AsyncClient(base_url=url, timeout=300, limits=LIMITS) as client:
+            return await conversation(client)
+
+    return asyncio.run(inner())
+
+
+def mixed(index: int) -> dict[str, Any]:
+    """Parameters of one of two hundred requests."""
+    pick = random.Random(index)
+    settings: dict[str, Any] = {"max_new_tokens": pick.randint(1, 10)}
+    if index % 3:
+        settings |= {"temperature": pick.choice([0.3, 0.8, 1.0, 1.5]), "seed": index}
+        settings |= {"top_p": pick.choice([0.5, 0.9, 1.0]), "top_k": pick.choice([None, 5, 40])}
+    settings |= {"repetition_penalty": pick.choice([1.0, 1.0, 1.3]), "frequency_penalty": pick.choice([0.0, 0.0, 0.7])}
+    settings["stop"] = pick.choice([[], [], ["a", "\ufffd\ufffd\ufffd"]])
+    return settings
+
+
+def test_two_hundred_mixed_requests_in_flight_give_what_each_gives_alone(tiny_target, tiny_head) -> None:
+    async def conversation(client: httpx.AsyncClient) -> list[str]:
+        async def one(index: int) -> str:
+            wishes = mixed(index) | {"speculative": {"num_tokens": index % 6}}
+            body = {"inputs": f"{index} {PROMPT[: index % 40]}", "parameters": wishes, "stream": index % 2 == 0}
+            answer = await client.post("/generate", json=body)
+            assert answer.status_code == 200, answer.text
+            last = answer.text.strip().rsplit("data:", 1)[-1]
+            return json.loads(last)["generated_text"]
+
+        return list(await asyncio.gather(*(one(index) for index in range(200))))
+
+    engine = Engine(tiny_target, tiny_head, speculation="tree", max_batch=32)
+    with live(create_app(engine)) as url:
+        texts = run(url, conversation)
+    plain = Engine(tiny_target, max_batch=1)
+    for index, text in enumerate(texts):
+        if index % 4:  # plain decoding, one by one, takes its time
+            continue
+        settings = {name: value for name, value in mixed(index).items() if value is not None}
+        ids = tiny_target.tokenizer(f"{index} {PROMPT[: index % 40]}").input_ids
+        assert text == plain.generate([ids], SamplingParams(**settings))[0].text, index
+
+
+def test_a_cancel_storm_leaves_nothing_behind(tiny_target, tiny_head) -> None:
+    engine = Engine(tiny_target, tiny_head, speculation="chain", max_batch=16)
+
+    async def fresh(client: httpx.AsyncClient) -> str:
+        wishes = {"max_new_tokens": 12, "temperature": 1.0, "seed": 5}
+        return (await client.post("/generate", json={"inputs": PROMPT, "parameters": wishes})).json()["generated_text"]
+
+    async def storm(client: httpx.AsyncClient) -> tuple[str, list[bool], str]:
+        before = await fresh(client)
+        pick = random.Random(0)
+
+        async def one(index: int) -> bool:
+            """Whether the whole answer came."""
+            wishes = {"max_new_tokens": 400 if index % 2 else 6, "temperature": 1.0, "seed": index}
+            body = {"inputs": f"{index}", "parameters": wishes, "stream": index % 4 < 2}
+            if index % 4 == 1:  # left after some events
+                async with client.stream("POST", "/generate", json=body) as answer:
+                    left = pick.randint(1, 5)
+                    async for line in answer.aiter_lines():
+                        left -= line.startswith("data:")
+                        if not left:
+                            return False
+            task = asyncio.ensure_future(client.post("/generate", json=body))
+            if index % 4 == 3:  # left at any time, perhaps before the server has read the request
+                await asyncio.sleep(pick.uniform(0, 5))
+                task.cancel()
+            await asyncio.wait([task])
+            return not task.cancelled() and task.result().status_code == 200
+
+        whole = list(await asyncio.gather(*(one(index) for index in range(200))))
+        while not idle(engine):
+            await asyncio.sleep(0.01)
+        return before, whole, await fresh(client)
+
+    with live(create_app(engine)) as url:
+        before, whole, after = run(url, storm)
+        text = httpx.get(f"{url}/metrics").text
+    assert before == after and all(whole[index] for index in range(0, 200, 2))
+    assert not any(whole[index] for index in range(1, 200, 2))
+    assert idle(engine)
+    reasons = ("length", "eos_token", "stop_sequence", "cancelled", "error")
+    ended = {reason: series(text, f'request_success_total{{finished_reason="{reason}"}}') for reason in reasons}
+    # half of the dropped ones were certainly in the engine
+    assert ended["length"] + ended["eos_token"] == 102 and ended["error"] == 0 and 50 <= ended["cancelled"] <= 100
+    assert series(text, "e2e_request_latency_seconds_count") == 102
+    per_position = [
+        series(text, f'spec_decode_num_accepted_tokens_per_pos_total{{position="{index}"}}') for index in range(5)
+    ]
+    assert sum(per_position) == series(text, "spec_decode_num_accepted_tokens_total")
+
+
+def test_a_slow_reader_does_not_stall_others(tiny_target) -> None:
+    engine = Engine(tiny_target, max_batch=4)
+    with live(create_app(engine)) as url:
+        host, port = url.removeprefix("http://").split(":")
+        body = json.dumps({"inputs": PROMPT, "parameters": {"max_new_tokens": 60, "top_n_tokens": 5}}).encode()
+        head = "POST /generate_stream HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+        head += f"content-length: {len(body)}"
+        readers = []
+        for _ in range(3):
+            reader = socket.socket()
+            reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
+            reader.connect((host, int(port)))
+            reader.sendall(head.encode() + b"\r\n\r\n" + body)
+            readers.append(reader)
+        eventually(lambda: engine.running == 3)
+        answer = httpx.post(f"{url}/generate", json={"inputs": "a", "parameters": {"max_new_tokens": 4}}, timeout=60)
+        assert answer.status_code == 200
+        eventually(lambda: idle(engine), 120)  # they are decoded to the end though nobody reads
+        received = b""
+        while b'"generated_text":"' not in received or not received.endswith(b"\r\n0\r\n\r\n"):
+            part = readers[0].recv(65536)
+            assert part
+            received += part
+        assert received.count(b"data:") == 60
+        for reader in readers:
+            reader.close()
+
+
+def test_a_reader_that_takes_nothing_is_dropped(tiny_target) -> None:
+    from serving.api.sse import EventStream
+
+    closed = []
+
+    async def endless():
+        try:
+            while True:
+                yield b"x"
+        finally:
+            closed.append(True)
+
+    async def conversation() -> None:
+        async def receive() -> dict[str, Any]:
+            await asyncio.sleep(60)
+            return {"type": "http.disconnect"}
+
+        async def send(_message: dict[str, Any]) -> None:
+            await asyncio.sleep(60)
+
+        await asyncio.wait_for(EventStream(endless(), stalled_seconds=0.05)({}, receive, send), 10)
+
+    asyncio.run(conversation())
+    assert closed == [True]

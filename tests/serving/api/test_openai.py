@@ -1,0 +1,265 @@
+"""OpenAI's surface, in process: shapes, parameters, refusals."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from fastapi.testclient import TestClient
+from http_testing import PROMPT, events
+
+from serving.api.app import create_app
+from serving.engine import Engine, SamplingParams
+
+MESSAGES = [{"role": "user", "content": "A secretive prompt about zebras."}]
+
+
+def complete(client: Any, path: str = "completions", **body: Any) -> dict[str, Any]:
+    asked = {"messages": MESSAGES} if "chat" in path else {"prompt": PROMPT}
+    answer = client.post(f"/v1/{path}", json={"max_tokens": 12, "temperature": 0, **asked, **body})
+    assert answer.status_code == 200, answer.text
+    return answer.json() if not body.get("stream") else {"events": events(answer.text)}
+
+
+def alone(target: Any, **params: Any) -> Any:
+    params = {"max_new_tokens": 12, "keep_stop": False, **params}
+    return Engine(target).generate([target.tokenizer(PROMPT).input_ids], SamplingParams(**params))[0]
+
+
+def test_both_endpoints_answer_as_the_engine_does(client, tiny_target) -> None:
+    plain = alone(tiny_target)
+    told = complete(client)
+    assert told["choices"][0]["text"] == plain.text and told["object"] == "text_completion"
+    assert told["choices"][0]["finish_reason"] == {"eos_token": "stop"}.get(plain.finish_reason, plain.finish_reason)
+    chat = complete(client, "chat/completions", max_tokens=None, max_completion_tokens=12)
+    assert chat["choices"][0]["message"] == {"role": "assistant", "content": plain.text, "refusal": None}
+    usage, figures = chat["usage"], chat["metrics"]["speculative_decoding"]
+    assert usage["prompt_tokens"] == len(plain.prompt_ids)
+    assert usage["completion_tokens"] == len(plain.token_ids) == usage["total_tokens"] - usage["prompt_tokens"]
+    details = usage["completion_tokens_details"]
+    assert details["accepted_prediction_tokens"] == figures["num_accepted_draft_tokens"]
+    drafted = details["accepted_prediction_tokens"] + details["rejected_prediction_tokens"]
+    assert drafted == figures["num_draft_tokens"] > 0 and len(figures["acceptance_histogram"]) == 6
+    assert sum(figures["acceptance_histogram"]) == figures["num_spec_steps"]
+    accepted = sum(count * steps for count, steps in enumerate(figures["acceptance_histogram"]))
+    assert accepted == figures["num_accepted_draft_tokens"]
+    assert figures["mean_acceptance_length"] == 1 + accepted / figures["num_spec_steps"]
+
+
+@pytest.mark.parametrize("path", ["completions", "chat/completions"])
+def test_a_stream_is_the_same_answer_in_parts(client, path) -> None:
+    wishes = {"temperature": 0.9, "seed": 3, "n": 3}
+    whole = complete(client, path, **wishes)
+    *chunks, last, done = complete(client, path, **wishes, stream=True, stream_options={"include_usage": True})[
+        "events"
+    ]
+    assert done == "[DONE]" and last["choices"] == [] and last["usage"] == whole["usage"]
+    assert all(chunk["usage"] is None for chunk in chunks) and len({chunk["id"] for chunk in chunks}) == 1
+    for choice in whole["choices"]:
+        own = [chunk["choices"][0] for chunk in chunks if chunk["choices"][0]["index"] == choice["index"]]
+        if "chat" in path:
+            assert own[0]["delta"] == {"role": "assistant", "content": ""}
+            assert "".join(each["delta"].get("content", "") for each in own) == choice["message"]["content"]
+        else:
+            assert "".join(each["text"] for each in own) == choice["text"]
+        assert [each["finish_reason"] for each in own[:-1]] == [None] * (len(own) - 1)
+        assert own[-1]["finish_reason"] == choice["finish_reason"] and own[-1]["seed"] == choice["seed"]
+    without = complete(client, path, **wishes, stream=True)["events"]
+    assert all("usage" not in each for each in without[:-1]) and len(without) == len(chunks) + 1
+
+
+def test_every_choice_has_its_own_seed_and_can_be_had_again(client) -> None:
+    several = complete(client, prompt=["one ", "two "], n=2, temperature=1, seed=40)["choices"]
+    assert [each["index"] for each in several] == [0, 1, 2, 3] and [each["seed"] for each in several] == [40, 41] * 2
+    again = complete(client, prompt="two ", temperature=1, seed=41)["choices"][0]
+    assert again["text"] == several[3]["text"]
+    drawn = complete(client, temperature=1)["choices"][0]
+    assert complete(client, temperature=1, seed=drawn["seed"])["choices"][0]["text"] == drawn["text"]
+
+
+def test_prompts_as_token_ids_and_echo(client, tiny_target) -> None:
+    ids = tiny_target.tokenizer("zebra ").input_ids
+    text = complete(client, prompt="zebra ")["choices"][0]["text"]
+    for prompt in (ids, [ids, ids], ["zebra ", "zebra "]):
+        assert {each["text"] for each in complete(client, prompt=prompt)["choices"]} == {text}
+        echoed = complete(client, prompt=prompt, echo=True)["choices"]
+        assert {each["text"] for each in echoed} == {"zebra " + text}
+    streamed = complete(client, prompt="zebra ", echo=True, stream=True)["events"][:-1]
+    assert "".join(each["choices"][0]["text"] for each in streamed) == "zebra " + text
+
+
+def test_logprobs(client, tiny_target) -> None:
+    plain = alone(tiny_target, logprobs=2)
+    told = complete(client, logprobs=2)["choices"][0]["logprobs"]
+    shown = [token for token in plain.tokens if not token.special]
+    assert told["tokens"] == [token.text for token in shown]
+    assert told["token_logprobs"] == pytest.approx([token.logprob for token in shown])
+    assert told["text_offset"] == [sum(len(t.text) for t in shown[:i]) for i in range(len(shown))]
+    assert all(len(table) == 2 for table in told["top_logprobs"])
+    assert complete(client, logprobs=0)["choices"][0]["logprobs"]["top_logprobs"] is None
+    chat = complete(client, "chat/completions", logprobs=True, top_logprobs=2)["choices"][0]["logprobs"]["content"]
+    assert [each["logprob"] for each in chat] == pytest.approx(told["token_logprobs"])
+    assert all(len(each["top_logprobs"]) == 2 for each in chat)
+    streamed = complete(client, "chat/completions", logprobs=True, top_logprobs=2, stream=True)["events"][:-1]
+    parts = [each["choices"][0]["logprobs"] for each in streamed]
+    assert [token for part in parts if part for token in part["content"]] == chat
+    assert all(each["choices"][0]["logprobs"] is None for each in [complete(client)])
+
+
+def test_stop_strings_are_not_in_the_text(client) -> None:
+    text = complete(client, max_tokens=24)["choices"][0]["text"]
+    stop = next(character for character in text if character.isascii())
+    for wish in (stop, ["\u2603", stop]):
+        stopped = complete(client, max_tokens=24, stop=wish, logprobs=0)["choices"][0]
+        assert (stopped["text"], stopped["finish_reason"]) == (text[: text.index(stop)], "stop")
+        assert stopped["stop_reason"] == stop and "".join(stopped["logprobs"]["tokens"]) == stopped["text"]
+        streamed = complete(client, max_tokens=24, stop=wish, stream=True)["events"][:-1]
+        assert "".join(each["choices"][0]["text"] for each in streamed) == stopped["text"]
+    kept = complete(client, max_tokens=24, stop=stop, include_stop_str_in_output=True)["choices"][0]
+    assert kept["text"] == text[: text.index(stop) + 1]
+
+
+# a parameter as the client has it, and as the engine has it
+PARAMETERS = [
+    ({"top_k": 3, "temperature": 1, "seed": 5}, {"top_k": 3, "temperature": 1, "seed": 5}),
+    ({"top_k": -1, "temperature": 1, "seed": 5}, {"temperature": 1, "seed": 5}),
+    ({"top_p": 0.5, "temperature": 1, "seed": 5}, {"top_p": 0.5, "temperature": 1, "seed": 5}),
+    ({"min_p": 0.3, "temperature": 1, "seed": 5}, {"min_p": 0.3, "temperature": 1, "seed": 5}),
+    ({"presence_penalty": 2}, {"presence_penalty": 2}),
+    ({"frequency_penalty": 1.5}, {"frequency_penalty": 1.5}),
+    ({"repetition_penalty": 1.8}, {"repetition_penalty": 1.8}),
+    ({"logit_bias": {"70": 100}}, {"logit_bias": {70: 100}}),
+    ({"min_tokens": 12}, {"min_new_tokens": 12}),
+    ({"ignore_eos": True}, {"ignore_eos": True}),
+    ({"max_tokens": 3}, {"max_new_tokens": 3}),
+    ({"max_tokens": None}, {"max_new_tokens": 16}),
+]
+
+
+@pytest.mark.parametrize(("asked", "params"), PARAMETERS, ids=str)
+def test_each_parameter_does_what_the_engine_s_does(client, tiny_target, asked, params) -> None:
+    assert complete(client, **asked)["choices"][0]["text"] == alone(tiny_target, **params).text
+
+
+def test_temperature_s_default_is_1_and_speculation_changes_no_text(client, tiny_target) -> None:
+    expected = alone(tiny_target, temperature=1, seed=9).text
+    for how in (None, {"enabled": False}, {"num_tokens": 2}, {"num_tokens": 10**9}):
+        told = complete(client, temperature=None, seed=9, speculative=how)
+        assert told["choices"][0]["text"] == expected
+        length = told["metrics"]["speculative_decoding"]["num_spec_tokens"]
+        assert length == {None: 5}.get(how, 5) if how is None else length == min(how.get("num_tokens", 0), 5)
+
+
+def test_fields_without_effect_and_fields_that_are_off(client) -> None:
+    plain = complete(client)["choices"]
+    harmless = {"user": "me", "model": "anything", "metadata": {"a": "b"}, "store": False, "best_of": 1, "suffix": None,
+                "response_format": {"type": "text"}, "skip_special_tokens": True, "top_p": 1, "n": None}  # fmt: skip
+    assert complete(client, **harmless)["choices"] == plain
+    chat = complete(client, "chat/completions")["choices"]
+    off = {"tools": [], "tool_choice": "none", "parallel_tool_calls": None, "modalities": ["text"]}
+    assert complete(client, "chat/completions", **off)["choices"] == chat
+    parts = [{"role": "user", "content": [{"type": "text", "text": MESSAGES[0]["content"]}]}]
+    assert complete(client, "chat/completions", messages=parts)["choices"] == chat
+
+
+REFUSED = [
+    ("n", 5_000_000, "64"),
+    ("n", 0, "1"),
+    ("logprobs", 1_000_000_000, "20"),
+    ("logprobs", -1, "-1"),
+    ("temperature", 999999, "2"),
+    ("temperature", -1, "-1"),
+    ("top_p", -1, "-1"),
+    ("top_k", -2, "-2"),
+    ("min_p", 1.5, "1.5"),
+    ("repetition_penalty", 0, "greater than 0"),
+    ("presence_penalty", 3, "3"),
+    ("logit_bias", {"259": 1}, "258"),
+    ("logit_bias", {"a": 1}, "token ids"),
+    ("logit_bias", {"1": 101}, "100"),
+    ("stop_token_ids", [259], "258"),
+    ("stop", ["x"] * 17, "16"),
+    ("stop", "x" * 257, "256"),
+    ("stop", "", "1 character"),
+    ("max_tokens", 0, "1"),
+    ("max_tokens", 10**9, "512"),
+    ("min_tokens", 13, "13"),
+    ("seed", -1, "-1"),
+    ("seed", 2**63, str(2**63)),
+    ("prompt", "", "1 character"),
+    ("prompt", [], "prompt"),
+    ("prompt", [[]], "prompt"),
+    ("prompt", [259], "258"),
+    ("prompt", [-1], "-1"),
+    ("prompt", "z" * 10_000, "512"),
+    ("prompt", [1] * 513, "513"),
+    ("prompt", ["a"] * 65, "64"),
+    ("prompt", "a\0", "NUL"),
+    ("prompt", {"a": 1}, "prompt"),
+    ("best_of", 3, "best_of"),
+    ("suffix", "end", "suffix"),
+    ("response_format", {"type": "json_object"}, "response_format"),
+    ("prompt_logprobs", -1, "prompt_logprobs"),
+    ("stream_options", {"include_usage": True}, "stream"),
+    ("speculative", {"enabled": "on"}, "boolean"),
+    ("speculative", {"origin": True}, "origin"),
+    ("made_up", 1, "made_up"),
+]
+
+
+@pytest.mark.parametrize(("field", "value", "told"), REFUSED, ids=lambda value: str(value)[:30])
+def test_a_bad_parameter_is_400_by_name(client, field, value, told) -> None:
+    body = {"prompt": PROMPT, "max_tokens": 12, field: value}
+    answer = client.post("/v1/completions", json=body)
+    assert answer.status_code == 400, answer.text
+    error = answer.json()["error"]
+    assert error.keys() == {"message", "type", "param", "code"} and error["type"] == "invalid_request_error"
+    assert field in error["message"] and told in error["message"] and len(error["message"]) <= 500
+    assert "zebras" not in answer.text
+
+
+def test_as_many_prompts_times_n_as_there_are_choices(client) -> None:
+    answer = client.post("/v1/completions", json={"prompt": ["a"] * 13, "n": 5})
+    assert answer.status_code == 400 and answer.json()["error"]["param"] == "n" and "64" in answer.text
+
+
+REFUSED_CHATS = [
+    ({"messages": []}, "messages"),
+    ({"messages": [{"role": "wizard", "content": "a"}]}, "role"),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, "content"),
+    ({"messages": [{"role": "user"}]}, "content"),
+    ({"top_logprobs": 2}, "logprobs"),
+    ({"logprobs": True, "top_logprobs": 1_000_000_000}, "20"),
+    ({"max_tokens": 3, "max_completion_tokens": 4}, "max_completion_tokens"),
+    ({"max_completion_tokens": 10**6}, "max_completion_tokens"),
+    ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
+    ({"messages": [{"role": "user", "content": "z" * 600}]}, "512"),
+]
+
+
+@pytest.mark.parametrize(("body", "told"), REFUSED_CHATS, ids=lambda value: str(value)[:40])
+def test_a_bad_chat_is_400(client, body, told) -> None:
+    answer = client.post("/v1/chat/completions", json={"messages": MESSAGES, **body})
+    assert answer.status_code == 400 and told in answer.json()["error"]["message"], answer.text
+
+
+def test_a_template_that_refuses_is_400_without_its_words(client, tiny_target, monkeypatch) -> None:
+    refusing = "{{ raise_exception('roles of /home/someone must alternate') }}"
+    monkeypatch.setattr(tiny_target.tokenizer, "chat_template", refusing)
+    answer = client.post("/v1/chat/completions", json={"messages": MESSAGES})
+    assert answer.status_code == 400 and answer.json()["error"]["param"] == "messages"
+    assert "someone" not in answer.text
+
+
+def test_models_and_strict_names(client, tiny_target) -> None:
+    [about] = client.get("/v1/models").json()["data"]
+    assert (about["id"], about["root"], about["max_model_len"]) == ("tiny", "tiny", 512)
+    assert client.get("/v1/models/tiny").json()["id"] == "tiny"
+    assert client.get("/v1/models/other/one").status_code == 404
+    with TestClient(create_app(Engine(tiny_target), strict_model_name=True)) as strict:
+        for path in ("completions", "chat/completions"):
+            complete(strict, path, model="tiny", max_tokens=1)
+            asked = {"messages": MESSAGES, "prompt": PROMPT}["messages" if "chat" in path else "prompt"]
+            body = {"model": "gpt-4", "messages" if "chat" in path else "prompt": asked}
+            answer = strict.post(f"/v1/{path}", json=body)
+            assert answer.status_code == 404 and answer.json()["error"]["code"] == "model_not_found"

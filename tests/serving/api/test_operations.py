@@ -1,0 +1,92 @@
+"""Health, readiness, info, metrics and tokens, in process."""
+
+from __future__ import annotations
+
+from fastapi.testclient import TestClient
+from http_testing import ask, metric
+
+from serving.api.app import create_app
+from serving.api.service import public_name
+from serving.engine import Engine
+
+
+def test_paths_and_methods_that_do_not_exist(client) -> None:
+    for answer, status in ((client.get("/generate"), 405), (client.get("/nothing"), 404)):
+        assert answer.status_code == status and answer.json().keys() == {"error", "error_type"}
+
+
+# --- operations
+
+
+def test_every_answer_carries_a_request_id(client) -> None:
+    given = client.get("/health", headers={"x-request-id": "trace-42"})
+    assert given.headers["x-request-id"] == "trace-42"
+    for bad in ("a b", "x" * 500, "<script>"):
+        drawn = client.get("/health", headers={"x-request-id": bad}).headers["x-request-id"]
+        assert drawn != bad and len(drawn) == 32
+    assert ask(client, top_p=7).headers["x-request-id"] != ask(client, top_p=7).headers["x-request-id"]
+
+
+def test_info_tells_what_is_served_and_no_paths(client, tiny_target) -> None:
+    answer = client.get("/info")
+    about = answer.json()
+    assert (about["model_id"], about["architecture"], about["dtype"]) == ("tiny", "LlamaForCausalLM", "float64")
+    assert about["head"] == {"name": "tiny-head", "architecture": "LlamaForCausalLMEagle3", "draft_vocab_size": 200}
+    assert (about["speculation_length"], about["rule"], about["device"]) == (5, "shared-noise", "cpu")
+    assert about["limits"]["max_total_tokens"] == tiny_target.max_length
+    assert "/" not in answer.text and about["engine"]["speculation"]["plan"] == "chain 5"
+    assert set(about["versions"]) == {"draftsmith", "torch", "transformers"}
+    with TestClient(create_app(Engine(tiny_target))) as plain:
+        assert plain.get("/info").json()["head"] is None and plain.get("/info").json()["speculation_length"] == 0
+        figures = ask(plain, details=True, speculative={"enabled": True}).json()["details"]["speculative"]
+        assert figures["enabled"] is False and ask(plain).json() == ask(client).json()
+
+
+def test_public_names(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "mine").mkdir(parents=True)
+    assert public_name("HuggingFaceTB/SmolLM2-135M-Instruct") == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert public_name("smollm2") == "smollm2"
+    assert public_name("models/mine") == public_name(f"{tmp_path}/models/mine/") == public_name("models/../models/mine")
+    assert public_name("models/mine") == "mine"
+    assert public_name("/srv/gone/model.gguf") == "model.gguf"
+
+
+def test_metrics_add_up(tiny_target, tiny_head) -> None:
+    with TestClient(create_app(Engine(tiny_target, tiny_head, speculation="chain"))) as client:
+        assert metric(client, "spec_decode_num_drafts_total") == 0
+        answers = [
+            ask(client, details=True, max_new_tokens=n, temperature=t, seed=n) for n in (1, 7, 20) for t in (0, 1.0)
+        ]
+        details = [answer.json()["details"] for answer in answers]
+        assert ask(client, top_p=2).status_code == 422
+        figures = [each["speculative"] for each in details]
+        assert sum(each["accepted"] for each in figures) > 0
+        assert metric(client, "spec_decode_num_draft_tokens_total") == sum(each["drafted"] for each in figures)
+        assert metric(client, "spec_decode_num_accepted_tokens_total") == sum(each["accepted"] for each in figures)
+        positions = [
+            metric(client, f'spec_decode_num_accepted_tokens_per_pos_total{{position="{index}"}}') for index in range(5)
+        ]
+        assert sum(positions) == sum(each["accepted"] for each in figures) and positions == sorted(positions)[::-1]
+        drafts, verifications = metric(client, "spec_decode_num_drafts_total"), sum(f["verifications"] for f in figures)
+        assert 0 < drafts <= verifications  # the last one may have had room for the bonus token only
+        assert metric(client, "generation_tokens_total") == sum(each["generated_tokens"] for each in details)
+        reasons = {each["finish_reason"] for each in details}
+        counts = [metric(client, f'request_success_total{{finished_reason="{reason}"}}') for reason in reasons]
+        assert sum(counts) == metric(client, "e2e_request_latency_seconds_count") == 6
+        assert metric(client, 'request_failure_total{reason="validation"}') == 1
+        several = sum(each["generated_tokens"] > 1 for each in details)
+        assert metric(client, "request_time_per_output_token_seconds_count") == several
+        assert metric(client, "num_requests_running") == metric(client, "num_requests_waiting") == 0
+        assert metric(client, "kv_cache_usage_perc") == 0
+        assert metric(client, "time_to_first_token_seconds_count") == 6
+        assert metric(client, "request_generation_tokens_sum") == sum(each["generated_tokens"] for each in details)
+        assert metric(client, "request_queue_time_seconds_count") == metric(client, "request_prompt_tokens_count") == 6
+        verifications = sum(each["verifications"] for each in figures)
+        assert 0 < metric(client, "inter_token_latency_seconds_count") <= verifications
+
+
+def test_the_api_describes_itself(client) -> None:
+    schema = client.get("/openapi.json").json()
+    body = schema["paths"]["/generate"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    assert body["$ref"].endswith("/GenerateRequest")

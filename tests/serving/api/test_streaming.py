@@ -1,0 +1,133 @@
+"""Server-sent events on TGI's surface, in process."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from fastapi.testclient import TestClient
+from http_testing import PROMPT, GatedEngine, ask, events, in_process
+
+from serving.api.app import create_app
+from serving.api.limits import Limits
+
+SAMPLED = {"temperature": 1.0, "seed": 7, "max_new_tokens": 24}
+
+
+def stream(client: Any, path: str = "/generate_stream", **parameters: Any) -> list[dict[str, Any]]:
+    body = {"inputs": PROMPT, "parameters": {"max_new_tokens": 8, **parameters}}
+    answer = client.post(path, json=body if path == "/generate_stream" else body | {"stream": True})
+    assert answer.status_code == 200 and answer.headers["content-type"].startswith("text/event-stream")
+    return events(answer.text)
+
+
+@pytest.mark.parametrize("path", ["/generate_stream", "/generate", "/"])
+def test_one_event_a_token_and_the_last_has_all(client, path) -> None:
+    whole = ask(client, **SAMPLED, details=True).json()
+    told = stream(client, path, **SAMPLED)
+    assert whole["details"]["speculative"]["accepted"] > 0  # several tokens in one step, one event each all the same
+    assert [each["token"] for each in told] == whole["details"]["tokens"]
+    assert [each["index"] for each in told] == list(range(1, len(told) + 1))
+    assert all(each["generated_text"] is None and each["details"] is None for each in told[:-1])
+    last = told[-1]
+    assert last["generated_text"] == whole["generated_text"]
+    assert last["generated_text"] == "".join(each["token"]["text"] for each in told if not each["token"]["special"])
+    expected = {name: whole["details"][name] for name in ("finish_reason", "generated_tokens", "seed", "speculative")}
+    assert last["details"] == expected | {"input_length": last["details"]["input_length"]}
+
+
+def test_stop_strings_and_full_text_as_without_streaming(client) -> None:
+    text = ask(client, max_new_tokens=24).json()["generated_text"]
+    stop = next(character for character in text if character.isascii())
+    wishes = {"max_new_tokens": 24, "stop": ["\u2603", stop], "return_full_text": True}
+    told = stream(client, **wishes)
+    assert told[-1]["generated_text"] == ask(client, **wishes).json()["generated_text"]
+    assert told[-1]["generated_text"].endswith(stop) and told[-1]["details"]["finish_reason"] == "stop_sequence"
+
+
+def test_origins_say_which_tokens_were_drafted_and_what_fell(client) -> None:
+    plain = stream(client, **SAMPLED)
+    told = stream(client, **SAMPLED, speculative={"origin": True})
+    assert all("origin" not in each["token"] for each in plain)
+    origins = [each["token"].pop("origin") for each in told]
+    assert [each["token"] for each in told] == [each["token"] for each in plain]
+    figures = told[-1]["details"]["speculative"]
+    assert sum(origin["source"] == "draft" for origin in origins) == figures["accepted"] > 0
+    assert origins[0] == {"source": "target", "position": None, "rejected": None}  # the prefill's
+    previous = 0
+    for token, origin in zip(told, origins, strict=True):
+        if origin["source"] == "draft":
+            assert origin["position"] == previous + 1 and origin["rejected"] is None
+        elif origin["rejected"] is not None:
+            assert origin["rejected"]["id"] != token["token"]["id"] and isinstance(origin["rejected"]["text"], str)
+        previous = origin["position"] or 0
+    assert sum(origin["rejected"] is not None for origin in origins) > 0
+    whole = ask(client, **SAMPLED, details=True, speculative={"origin": True}).json()["details"]["tokens"]
+    assert [token["origin"] for token in whole] == origins
+
+
+def test_top_tokens(client) -> None:
+    told = stream(client, top_n_tokens=3)
+    assert all([top["id"] for top in each["top_tokens"]][0] == each["token"]["id"] for each in told)  # greedy
+    assert all(len(each["top_tokens"]) == 3 for each in told)
+    details = ask(client, details=True, top_n_tokens=3).json()["details"]
+    assert details["top_tokens"] == [each["top_tokens"] for each in told]
+    assert "top_tokens" not in ask(client, details=True).json()["details"]
+
+
+def test_what_is_refused_is_no_stream(client) -> None:
+    answer = client.post("/generate_stream", json={"inputs": PROMPT, "parameters": {"max_new_tokens": 10**6}})
+    assert answer.status_code == 422 and answer.json()["error_type"] == "validation"
+
+
+def failing(engine: GatedEngine, after: int, failure: BaseException) -> None:
+    """Let `after` steps of the engine succeed."""
+    inner, count = engine._decoder.step, iter(range(after + 1))
+
+    def step(rows: Any) -> None:
+        if next(count) == after:
+            raise failure
+        inner(rows)
+
+    engine.gate.set()
+    engine._decoder.step = step  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("failure", [RuntimeError("/home/secret exploded"), SystemExit("the thread is gone")])
+def test_a_failure_in_the_middle_is_the_last_event(gated, failure) -> None:
+    failing(gated, 3, failure)
+    body = {"inputs": PROMPT, "parameters": {"max_new_tokens": 40}}
+
+    async def conversation(client):
+        return (await client.post("/generate_stream", json=body)).text
+
+    text = in_process(create_app(gated), conversation)
+    *tokens, error = events(text)
+    assert tokens and all("token" in each for each in tokens) and "secret" not in text
+    assert error.keys() == {"error", "error_type"}
+
+
+def test_a_failure_before_the_first_token_has_a_status(gated) -> None:
+    failing(gated, 0, RuntimeError("/home/secret exploded"))
+    with TestClient(create_app(gated), raise_server_exceptions=False) as client:
+        for path, status in (("/generate_stream", 424), ("/v1/completions", 500)):
+            failing(gated, 0, RuntimeError("/home/secret exploded"))
+            body = {"prompt": "a", "stream": True} if "v1" in path else {"inputs": "a"}
+            answer = client.post(path, json=body)
+            assert answer.status_code == status and "secret" not in answer.text
+            assert answer.headers["x-should-retry"] == "false"
+
+
+def test_the_deadline_ends_a_stream_with_an_error(gated) -> None:
+    app = create_app(gated, limits=Limits(request_seconds=0.2))
+
+    async def conversation(client):
+        return [
+            await client.post("/generate_stream", json={"inputs": PROMPT}),
+            await client.post("/generate", json={"inputs": PROMPT}),
+            await client.post("/v1/completions", json={"prompt": PROMPT}),
+        ]
+
+    for answer in in_process(app, conversation):
+        assert answer.status_code == 504 and "0.2 seconds" in answer.text
+        assert answer.headers["x-should-retry"] == "false"

@@ -1,0 +1,408 @@
+"""The controller on simulated machines: it finds the best plan, never loses to plain decoding, and finds its way back.
+
+A run is judged by what its choices are worth on average (expected tokens over seconds without noise), so the bounds
+here are tight although the controller itself sees noisy times, slow outliers and random acceptance.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache
+from itertools import accumulate
+from operator import mul
+
+import pytest
+
+from serving.engine.acceptance import INITIAL_RATE, OFF, Acceptance, Plan, RowStats, widened
+from serving.engine.controller import Controller, Fixed
+
+CHAINS = [Plan.chain(length) for length in range(1, 7)]
+TREES = [Plan(4, 8), Plan(5, 16)]
+REQUEST = 128  # tokens of each request
+
+
+@dataclass
+class Machine:
+    """cost(N) = base + token * (tokens beyond the free ones), a draft step `draft`: milliseconds."""
+
+    base: float
+    token: float
+    draft: float
+    free: int = 0
+    noise: float = 0.04  # standard deviation of log seconds
+    outliers: float = 0.03  # share of passes that take five times as long
+    rng: random.Random = field(default_factory=lambda: random.Random(0))
+
+    def target(self, tokens: int) -> float:
+        return (self.base + self.token * max(0, tokens - self.free)) / 1e3
+
+    def drafting(self, plan: Plan) -> float:
+        return plan.length * self.draft / 1e3
+
+    def measured(self, seconds: float) -> float:
+        return seconds * self.rng.lognormvariate(0, self.noise) * (5 if self.rng.random() < self.outliers else 1)
+
+    def worth(self, plan: Plan, rows: int, rate: float) -> float:
+        """Tokens per second of a batch of equal rows."""
+        return rows * expected(plan, rate) / (self.target(rows * (1 + plan.nodes)) + self.drafting(plan))
+
+
+MEMORY_BOUND = dict(base=20, token=0.05, draft=1.0)
+TWO_CORES = dict(base=14, token=0.7, draft=1.3)
+ROOFLINE = dict(base=10, token=0.4, draft=0.6, free=32)
+COMPUTE_BOUND = dict(base=1, token=3.0, draft=0.6)
+SLOW_HEAD = dict(base=20, token=0.1, draft=14.0)
+
+
+@cache
+def true_rates(plan: Plan, rate: float) -> list[float]:
+    chain = [rate] * plan.length
+    return widened(chain, plan.nodes) if plan.kind == "tree" else chain
+
+
+@cache
+def expected(plan: Plan, rate: float) -> float:
+    return sum(accumulate(true_rates(plan, rate), mul, initial=1.0))
+
+
+@dataclass
+class Step:
+    plan: Plan
+    tokens: float  # expected
+    seconds: float  # without noise
+
+
+@dataclass
+class Simulation:
+    """Runs a controller as the engine does. `batch` and `rate` may change between calls of `steps`."""
+
+    controller: Controller
+    machine: Machine
+    batch: int = 1
+    rate: float | Callable[[int], float] = 0.5  # of acceptance, or how it depends on the request's number
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        self.rng = random.Random(self.seed)
+        self.rows: list[tuple[RowStats, int]] = []  # tracker, number of the request
+        self.requests = 0
+
+    def steps(self, count: int) -> list[Step]:
+        return [self.step() for _ in range(count)]
+
+    def step(self) -> Step:
+        self.rows = [(row, number) for row, number in self.rows if row.emitted < REQUEST][: self.batch]
+        while len(self.rows) < self.batch:
+            self.requests += 1
+            self.rows.append((self.controller.row(0), self.requests))
+        for row, _ in self.rows:
+            row.cap = min(8, REQUEST - row.emitted - 1)
+        plan = self.controller.choose([row for row, _ in self.rows])
+        done, plans = Step(plan, 0.0, 0.0), [plan.capped(row.cap) for row, _ in self.rows]
+        drafting = [row for (row, _), own in zip(self.rows, plans, strict=True) if own != OFF]
+        if drafting:
+            self._draft(plan, drafting, done)
+        width = sum(1 + own.nodes for own in plans)
+        done.seconds += self.machine.target(width)
+        self.controller.observe_target(width, self.machine.measured(self.machine.target(width)))
+        for (row, number), own in zip(self.rows, plans, strict=True):
+            rate = self.rate(number) if callable(self.rate) else self.rate
+            done.tokens += expected(own, rate)
+            accepted = 0
+            while accepted < own.length and self.rng.random() < true_rates(own, rate)[accepted]:
+                accepted += 1
+            row.observe(own, accepted, trimmed=row.emitted + accepted + 1 > REQUEST)
+        return done
+
+    def _draft(self, plan: Plan, rows: list[RowStats], done: Step) -> None:
+        if backlog := sum(row.backlog for row in rows):
+            done.seconds += self.machine.draft / 1e3
+            self.controller.observe_catch_up(backlog, self.machine.measured(self.machine.draft / 1e3))
+        seconds = self.machine.drafting(plan)
+        done.seconds += seconds
+        self.controller.observe_draft(len(rows), plan.length, plan.nodes, self.machine.measured(seconds))
+
+
+def speed(steps: list[Step]) -> float:
+    return sum(step.tokens for step in steps) / sum(step.seconds for step in steps)
+
+
+def simulate(machine: dict, batch: int = 1, rate: float = 0.5, seed: int = 0, plans=(*CHAINS, *TREES)) -> Simulation:
+    return Simulation(Controller(plans), Machine(**machine, rng=random.Random(seed)), batch, rate, seed)
+
+
+def best(simulation: Simulation) -> tuple[Plan, float]:
+    worth = {
+        plan: simulation.machine.worth(plan, simulation.batch, simulation.rate) for plan in simulation.controller.plans
+    }
+    return max(worth.items(), key=lambda item: item[1])
+
+
+# what it converges to
+
+
+@pytest.mark.parametrize("batch", [1, 4, 16])
+@pytest.mark.parametrize("rate", [0.15, 0.5, 0.75])
+@pytest.mark.parametrize("machine", [MEMORY_BOUND, TWO_CORES, ROOFLINE, COMPUTE_BOUND, SLOW_HEAD])
+def test_comes_within_5_percent_of_the_best_plan_and_never_loses_to_plain(machine: dict, rate: float, batch: int):
+    simulation = simulate(machine, batch, rate, seed=batch)
+    start, later = simulation.steps(300), simulation.steps(300)
+    plan, fastest = best(simulation)
+    plain = simulation.machine.worth(OFF, batch, rate)
+    assert speed(later) >= 0.95 * fastest, plan
+    assert speed(start + later) >= 0.98 * plain  # with all that it cost to find out
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_head_that_is_never_right_costs_next_to_nothing(seed: int):
+    simulation = simulate(TWO_CORES, rate=0.0, seed=seed)
+    assert speed(simulation.steps(100)) >= 0.95 * simulation.machine.worth(OFF, 1, 0.0)  # it must be tried to be known
+    assert speed(simulation.steps(2000)) >= 0.99 * simulation.machine.worth(OFF, 1, 0.0)
+    assert simulation.controller.plan == OFF
+
+
+def test_drafts_at_once_where_verifying_is_nearly_free_and_tau_is_two():
+    simulation = simulate(MEMORY_BOUND, rate=0.5)
+    steps = simulation.steps(60)
+    assert speed(steps[20:]) >= 1.3 * simulation.machine.worth(OFF, 1, 0.5)
+
+
+def test_a_calibration_makes_exploring_cheap():
+    machine = Machine(**COMPUTE_BOUND)
+    calibration = {width: machine.target(width) for width in (1, 2, 4, 8, 16, 32)}
+    simulation = Simulation(Controller(CHAINS, calibration), machine)
+    assert all(step.plan == OFF for step in simulation.steps(40))
+
+
+def test_requests_that_want_no_drafts_are_decoded_plainly_beside_those_that_do():
+    controller = Controller(CHAINS, {1: 0.02, 8: 0.021, 64: 0.025})
+    rows = [controller.row(cap) for cap in (0, 1, 8)]
+    plan = controller.choose(rows)
+    assert plan.length > 1
+    assert [plan.capped(row.cap).nodes for row in rows] == [0, 1, plan.length]
+    assert controller.choose([controller.row(0)]) == OFF
+    assert controller.choose([]) == OFF
+
+
+def test_a_request_of_poor_acceptance_stops_drafting_and_the_next_one_starts_afresh():
+    simulation = simulate(TWO_CORES, rate=0.7, plans=CHAINS)
+    simulation.steps(600)
+    simulation.rate = lambda number: 0.02 if number == poor else 0.7
+    simulation.rows, poor = [], simulation.requests + 1
+    during: list[Plan] = []
+    while simulation.requests <= poor:
+        during.append(simulation.step().plan)
+    assert during[0] != OFF and during[40:80].count(OFF) > 20
+    assert simulation.steps(20)[-1].plan != OFF
+
+
+# changes
+
+
+def test_a_shrinking_batch_drafts_again_without_a_probe():
+    simulation = simulate(dict(base=14, token=1.5, draft=1.3), batch=1, rate=0.6, plans=CHAINS)
+    simulation.steps(200)
+    simulation.batch = 32  # beyond what pays
+    simulation.steps(200)
+    assert simulation.controller.plan == OFF
+    probes = simulation.controller.probes
+    simulation.batch = 1
+    assert all(step.plan != OFF for step in simulation.steps(8)[1:])
+    assert simulation.controller.probes == probes
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("batch", [1, 4])
+def test_finds_out_within_400_steps_that_acceptance_has_risen(batch: int, seed: int):
+    simulation = simulate(MEMORY_BOUND if batch == 1 else ROOFLINE, batch, rate=0.0, seed=seed)
+    simulation.steps(1000)
+    assert simulation.controller.plan == OFF
+    simulation.rate = 0.7
+    simulation.steps(400)
+    assert speed(simulation.steps(200)) >= 0.85 * best(simulation)[1]
+
+
+def test_stops_within_60_steps_when_acceptance_has_fallen():
+    simulation = simulate(TWO_CORES, batch=4, rate=0.8)
+    simulation.steps(300)
+    assert simulation.controller.plan != OFF
+    simulation.rate = 0.02
+    simulation.steps(60)
+    assert speed(simulation.steps(200)) >= 0.98 * simulation.machine.worth(OFF, 4, 0.02)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_long_good_past_does_not_prolong_a_bad_present(seed: int):
+    simulation = simulate(TWO_CORES, rate=0.8, seed=seed)
+    simulation.steps(500)
+    simulation.rate = 0.0
+    simulation.steps(400)
+    assert speed(simulation.steps(600)) >= 0.98 * simulation.machine.worth(OFF, 1, 0.0)
+
+
+def test_a_probe_that_only_loses_is_a_short_one():
+    simulation = simulate(dict(base=20, token=6, draft=6), rate=0.0, plans=CHAINS)
+    simulation.steps(100)
+    assert simulation.controller.plan == OFF
+    chosen = [step.plan != OFF for step in simulation.steps(1500)]
+    probes = "".join("x" if drafted else " " for drafted in chosen).split()
+    assert probes and max(map(len, probes)) <= 4
+
+
+def test_longer_chains_are_looked_at_again_when_deeper_positions_have_improved():
+    acceptance = Acceptance(memory=256, strength=3)
+    for _ in range(100):
+        acceptance.observe(Plan.chain(6), 2)
+    assert acceptance.rates(Plan.chain(6))[2] < 0.1
+    for _ in range(2000):
+        acceptance.observe(Plan.chain(2), 2)
+    assert acceptance.rates(Plan.chain(6))[2] > 0.9
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_machine_that_slows_down_and_recovers_does_not_lead_astray(seed: int):
+    """Another process comes and goes: all passes take 2.5 times as long for a while."""
+    simulation = simulate(MEMORY_BOUND, batch=4, rate=0.6, seed=seed)
+    simulation.steps(400)
+    machine, usual = simulation.machine, simulation.machine.measured
+    steps = []
+    for factor in (2.5, 1.0) * 3:
+        machine.measured = lambda seconds, factor=factor: factor * usual(seconds)
+        steps += simulation.steps(150)
+    assert speed(steps) >= 0.9 * best(simulation)[1]
+
+
+def test_leaves_a_plan_that_only_stale_figures_of_plain_steps_speak_for():
+    """Plain steps were measured while the machine was slow; by now they would be faster than drafting."""
+    simulation = simulate(SLOW_HEAD, rate=0.5, plans=CHAINS)
+    for _ in range(30):
+        simulation.controller.costs.target.observe(1, 0.08)
+    simulation.steps(250)
+    assert speed(simulation.steps(200)) >= 0.97 * simulation.machine.worth(OFF, 1, 0.5)
+
+
+# steadiness and what it costs
+
+
+@pytest.mark.parametrize("machine", [MEMORY_BOUND, TWO_CORES, COMPUTE_BOUND, SLOW_HEAD])
+@pytest.mark.parametrize("batch", [1, 8])
+def test_noise_leads_to_few_switches(machine: dict, batch: int):
+    simulation = simulate(machine, batch, rate=0.5, seed=3)
+    simulation.steps(200)
+    before = simulation.controller.switches
+    simulation.steps(600)
+    assert simulation.controller.switches - before <= 4
+
+
+@pytest.mark.parametrize("machine", [TWO_CORES, SLOW_HEAD, COMPUTE_BOUND])
+def test_probes_lose_less_than_one_percent_of_the_time(machine: dict):
+    simulation = simulate(machine, batch=4, rate=0.05, seed=1)
+    simulation.steps(200)
+    probes = simulation.controller.probes
+    steps = simulation.steps(1500)
+    assert simulation.controller.probes > probes  # it keeps looking
+    assert speed(steps) >= 0.99 * simulation.machine.worth(OFF, 4, 0.05)
+
+
+def test_catching_up_counts_against_drafting_again():
+    for backlog, plan in ((0, Plan.chain(1)), (10, Plan.chain(1)), (1000, OFF)):
+        controller = Controller([Plan.chain(1)], {1: 0.02, 2: 0.02})
+        for tokens in (10, 1000):
+            controller.observe_catch_up(tokens, tokens * 0.002)
+        assert controller.choose([controller.row(cap=8, backlog=backlog)]) == plan
+
+
+def test_backlog_counts_plain_tokens_until_the_head_reads_them():
+    row = Controller(CHAINS).row(cap=8, backlog=5)
+    row.observe(OFF, 0)
+    row.observe(OFF, 0)
+    assert row.backlog == 7
+    row.observe(Plan.chain(2), 1)
+    assert row.backlog == 0 and row.emitted == 4
+
+
+def test_passes_with_prompts_are_not_measured():
+    controller = Controller(CHAINS)
+    controller.observe_target(200, 1.0, ignore=True)
+    assert controller.costs.target.reach == 0
+
+
+# acceptance
+
+
+def test_a_new_request_begins_with_the_overall_rates_and_leaves_them_as_it_shows_its_own():
+    overall = Acceptance(memory=256, strength=3)
+    plan, other = Plan.chain(3), RowStats(overall, cap=8)
+    for _ in range(200):
+        other.observe(plan, 3)
+    row = RowStats(overall, cap=8)
+    rates = overall.rates(plan)
+    assert row.expected(plan, rates) == pytest.approx(list(accumulate(accumulate(rates, mul), initial=1.0)))
+    for _ in range(60):
+        row.observe(plan, 0)
+    assert row.expected(plan, rates)[-1] < 2 < 3 < other.expected(plan, rates)[-1]
+
+
+def test_rates_are_conditional_on_what_came_before():
+    acceptance = Acceptance(memory=10**6, strength=1)
+    for step in range(4000):
+        acceptance.observe(Plan.chain(3), (0, 1, 3, 3)[step % 4])
+    assert acceptance.rates(Plan.chain(3)) == pytest.approx([3 / 4, 2 / 3, 1.0], abs=0.01)
+
+
+def test_a_verification_cut_short_by_the_end_of_the_request_teaches_nothing():
+    overall = Acceptance(memory=256, strength=3)
+    row = RowStats(overall, cap=8)
+    row.observe(Plan.chain(4), 1, trimmed=True)
+    assert overall.rates(Plan.chain(4)) == pytest.approx([INITIAL_RATE] * 4) and row.emitted == 2
+
+
+def test_weights_stay_finite_over_a_long_life():
+    acceptance = Acceptance(memory=4, strength=1)
+    for _ in range(10_000):
+        acceptance.observe(Plan.chain(2), 1)
+    assert acceptance.rates(Plan.chain(2)) == pytest.approx([0.95, 0.2], abs=0.06)
+
+
+def test_trees_are_guessed_from_chains_and_then_measured():
+    acceptance = Acceptance(memory=256, strength=3)
+    for step in range(1000):
+        acceptance.observe(Plan.chain(4), 4 * (step % 2))
+    chain, guess = acceptance.rates(Plan.chain(4)), acceptance.rates(Plan(4, 16))
+    assert all(low < high < 1 for low, high in zip(chain, guess, strict=True))
+    for _ in range(200):
+        acceptance.observe(Plan(4, 16), 0)
+    assert acceptance.rates(Plan(4, 16))[0] < 0.05 < chain[0]
+
+
+# the rest
+
+
+def test_plans():
+    assert [str(plan) for plan in (OFF, Plan.chain(3), Plan(4, 16))] == ["off", "chain 3", "tree 16x4"]
+    assert Plan.chain(5).capped(2) == Plan.chain(2) and Plan(4, 16).capped(2) == Plan(2, 16)
+    assert Plan(4, 16).capped(0) == Plan.chain(5).capped(0) == OFF and Plan(4, 16).capped(9) == Plan(4, 16)
+
+
+@pytest.mark.parametrize("plan", [OFF, Plan.chain(5), Plan(5, 16)])
+def test_a_fixed_plan_is_kept_whatever_it_costs(plan: Plan):
+    simulation = Simulation(Fixed(plan), Machine(**COMPUTE_BOUND), rate=0.0)
+    assert {step.plan for step in simulation.steps(50)} == {plan}
+
+
+def test_stats_are_json_and_tell_what_was_chosen():
+    simulation = simulate(MEMORY_BOUND, rate=0.7)
+    simulation.steps(200)
+    stats = json.loads(json.dumps(simulation.controller.stats()))
+    assert stats["plan"] == str(simulation.controller.plan)
+    assert sum(stats["steps"].values()) == 200
+    assert stats["expected_gain"] == pytest.approx(
+        simulation.machine.worth(simulation.controller.plan, 1, 0.7) / simulation.machine.worth(OFF, 1, 0.7), rel=0.15
+    )
+    assert stats["target_seconds"]["1"] == pytest.approx(simulation.machine.target(1), rel=0.1)
+    assert stats["draft_step_seconds"]["chain"]["1"] == pytest.approx(1e-3, rel=0.1)
+    assert stats["acceptance"].keys() == {"chain 6", "tree 8x4", "tree 16x5"}
+    assert json.loads(json.dumps(Fixed(OFF).stats()))["expected_gain"] is None

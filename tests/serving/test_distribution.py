@@ -1,0 +1,352 @@
+"""The law of speculative text, enumerated exactly and by drawing; each with controls that must fail.
+
+Enumeration runs the rules themselves: every random decision is read from a script, and the run is repeated until each
+combination of outcomes has been seen, with its probability.
+"""
+
+import itertools
+import math
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from torch import Tensor
+from toy_decoding import Model, Text, decode, drafted_chain, drafted_tree, new_processor
+
+from serving.engine import verification
+from serving.engine.params import SamplingParams
+from serving.engine.sampling import Processor, Purpose, heat
+from serving.engine.tree import DraftTree
+from serving.engine.verification import (
+    RULES,
+    Rejection,
+    Rule,
+    SeededDice,
+    SharedNoise,
+    draft_stands,
+    make_rule,
+    residual,
+)
+
+VOCAB, LENGTH = 3, 3
+VOCABULARY = torch.tensor([0, 2])  # the head lacks a token
+TARGET, HEAD = Model(1, VOCAB), Model(2, VOCAB)
+Law = dict[Text, float]
+
+PROCESSING = {
+    "plain": SamplingParams(temperature=0.8),
+    "top-k": SamplingParams(temperature=0.7, top_k=2),
+    "top-p, min-p": SamplingParams(temperature=1.2, top_p=0.8, min_p=0.1),
+    "penalties": SamplingParams(
+        temperature=1.0, repetition_penalty=1.5, presence_penalty=0.7, frequency_penalty=-0.6, logit_bias={1: 0.8}
+    ),
+    "min tokens": SamplingParams(temperature=1.0, top_k=2, min_new_tokens=2),
+}
+# children of a node, depth, nodes
+SHAPES = {"siblings": (2, 1, 2), "path": (1, 2, 2), "tree": (2, 2, 4), "all there is": (2, 3, 14)}
+
+
+def law_of_target(params: SamplingParams, length: int = LENGTH) -> Law:
+    """The joint law of the first tokens in plain decoding: one row at a time, nothing drafted."""
+    law: Law = {}
+    for cell in itertools.product(range(VOCAB), repeat=length):
+        processor, law[cell] = new_processor(params, VOCAB), 1.0
+        for i, token in enumerate(cell):
+            log_p = processor.warp(processor.adjust(TARGET(cell[:i])[None], [[]]))
+            law[cell] *= log_p[0, token].exp().item()
+            processor.append(token)
+    return law
+
+
+def total_variation(law: Law, expected: Law) -> float:
+    return sum(abs(law.get(cell, 0.0) - expected.get(cell, 0.0)) for cell in {*law, *expected}) / 2
+
+
+class Script:
+    """Random decisions as written; one that is not takes its first outcome, and the others remain to be tried."""
+
+    def __init__(self, written: list[int]) -> None:
+        self.written, self.taken = written, 0
+        self.weight = 1.0
+        self.alternatives: list[list[int]] = []
+        self._asked: set[tuple[str, int, int]] = set()
+        self._cells: dict[int, int] = {}  # position -> where its drafting number lies
+
+    def _decide(self, probabilities: list[float]) -> int:
+        possible = [outcome for outcome, probability in enumerate(probabilities) if probability > 0]
+        if self.taken == len(self.written):
+            self.alternatives += [[*self.written, outcome] for outcome in possible[1:]]
+            self.written = [*self.written, possible[0]]
+        outcome = self.written[self.taken]
+        self.taken += 1
+        self.weight *= probabilities[outcome]
+        return outcome
+
+    def _ask_once(self, purpose: str, position: int, candidate: int = 0) -> None:
+        assert (purpose, position, candidate) not in self._asked, "one random number for two decisions"
+        self._asked.add((purpose, position, candidate))
+
+    def stands(self, probability: float, position: int, candidate: int) -> bool:
+        self._ask_once("stands", position, candidate)
+        return bool(self._decide([1 - probability, probability]))
+
+    def draw(self, log_p: Tensor, position: int) -> int:
+        self._ask_once("draw", position)
+        return self._decide(log_p.exp().tolist())
+
+    def draft(self, q: Tensor, position: int, borders: list[float]) -> int:
+        """A token from q [vocab]. A position has one number, however often and after whatever it is drafted.
+
+        borders: of cells of (0, 1), such that all numbers of a cell draft the same token, after each prefix.
+        """
+        if position not in self._cells:
+            self._cells[position] = self._decide([high - low for low, high in itertools.pairwise(borders)])
+        low, high = borders[self._cells[position] :][:2]
+        return int((q.cumsum(0) < (low + high) / 2).sum())
+
+
+ScriptedPlan = Callable[[Text, Script], DraftTree]
+
+
+def law_of_speculation(monkeypatch: pytest.MonkeyPatch, rule: Rule, params: SamplingParams, plan: ScriptedPlan) -> Law:
+    """The joint law of the first tokens, over as many verifications as they take."""
+    law: Law = defaultdict(float)
+    untried: list[list[int]] = [[]]
+    while untried:
+        script = Script(untried.pop())
+        monkeypatch.setattr(verification, "SeededDice", lambda seed, script=script: script)
+        text = decode(rule, TARGET, params, lambda tokens, script=script: plan(tokens, script), LENGTH)
+        law[text] += script.weight
+        untried += script.alternatives
+    assert sum(law.values()) == pytest.approx(1, abs=1e-12)
+    return law
+
+
+def head_law(tokens: Text, temperature: float) -> Tensor:
+    """q [vocab], over the target's vocabulary."""
+    log_q = heat(HEAD(tokens)[VOCABULARY], temperature).log_softmax(dim=-1)
+    return torch.zeros(VOCAB, dtype=torch.float64).index_copy(0, VOCABULARY, log_q.exp())
+
+
+def chains(k: int, temperature: float = 0.8, reported: float | None = None) -> ScriptedPlan:
+    """Chains of k tokens drawn from q; reported: the temperature of the q that the rule is told, where it differs."""
+    borders = []  # of each position
+    for position in range(LENGTH):
+        prefixes = itertools.product(range(VOCAB), repeat=position)
+        sums = {round(x, 15) for prefix in prefixes for x in head_law(prefix, temperature).cumsum(0).tolist()}
+        borders.append(sorted({0.0, *sums, 1.0}))
+
+    def plan(tokens: Text, script: Script) -> DraftTree:
+        drafted: Text = ()
+        rows = []
+        for _ in range(min(k, LENGTH - len(tokens) - 1)):
+            prefix = tokens + drafted
+            rows.append(head_law(prefix, reported or temperature))
+            drafted += (script.draft(head_law(prefix, temperature), len(prefix), borders[len(prefix)]),)
+        return DraftTree.chain(drafted, torch.stack(rows) if rows else None)
+
+    return plan
+
+
+def trees(shape: str, params: SamplingParams) -> ScriptedPlan:
+    """Trees of the likeliest tokens, as the rejection rule has them."""
+    top_k, depth, size = SHAPES[shape]
+    rule = Rejection(params, 0)
+    return lambda tokens, _: drafted_tree(rule, HEAD, VOCABULARY, tokens, top_k=top_k, depth=depth, size=size)
+
+
+@pytest.mark.parametrize("processing", list(PROCESSING))
+@pytest.mark.parametrize("k", [1, 2])
+def test_rejection_of_chains_is_exact(processing: str, k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    params = PROCESSING[processing]
+    law = law_of_speculation(monkeypatch, Rejection(params, 0), params, chains(k))
+    assert total_variation(law, law_of_target(params)) < 1e-12
+
+
+@pytest.mark.parametrize("processing", list(PROCESSING))
+@pytest.mark.parametrize("shape", list(SHAPES))
+@pytest.mark.parametrize("name", list(RULES))
+def test_trees_are_exact(name: str, shape: str, processing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # for shared noise these are trees that the noise has no part in; where it has, the text is that of plain decoding
+    # token by token, which test_verification.py holds
+    params = PROCESSING[processing]
+    law = law_of_speculation(monkeypatch, make_rule(name, params, 0), params, trees(shape, params))
+    assert total_variation(law, law_of_target(params)) < 1e-12
+
+
+def test_what_is_drafted_may_depend_on_what_was_emitted(monkeypatch: pytest.MonkeyPatch) -> None:
+    params = PROCESSING["plain"]
+    by_last: dict[Text, ScriptedPlan] = {
+        (0,): trees("tree", params),
+        (1,): lambda tokens, _: DraftTree(),
+        (2,): chains(1),
+    }
+
+    def plan(tokens: Text, script: Script) -> DraftTree:
+        return by_last.get(tokens[-1:], chains(2))(tokens, script)
+
+    law = law_of_speculation(monkeypatch, Rejection(params, 0), params, plan)
+    assert total_variation(law, law_of_target(params)) < 1e-12
+
+
+def test_enumeration_notices_broken_chains(monkeypatch: pytest.MonkeyPatch) -> None:
+    params = PROCESSING["top-k"]
+    rule, expected = Rejection(params, 0), law_of_target(params)
+
+    def distance(plan: ScriptedPlan, used: SamplingParams = params) -> float:
+        return total_variation(law_of_speculation(monkeypatch, rule, used, plan), expected)
+
+    assert distance(chains(2)) < 1e-12
+    assert distance(chains(2), SamplingParams(temperature=0.7)) > 1e-3, "p that is not warped"
+    assert distance(chains(2), SamplingParams(temperature=1.1, top_k=2)) > 1e-3, "p of another temperature"
+    assert distance(chains(2, reported=0.3)) > 1e-3, "q of another temperature"
+
+    def withheld(tokens: Text, script: Script) -> DraftTree:
+        tree = chains(1)(tokens, script)
+        return DraftTree() if 2 in tree.tokens else tree
+
+    assert distance(withheld) > 1e-3, "drafts that are withheld for what they are"
+    broken = {
+        "residual": lambda p, q: p,
+        "draft_stands": lambda p, q, token: float(p[token]),
+    }
+    for name, function in broken.items():
+        with monkeypatch.context() as patch:
+            patch.setattr(verification, name, function)
+            assert distance(chains(2)) > 1e-3, name
+
+
+def test_enumeration_notices_broken_trees(monkeypatch: pytest.MonkeyPatch) -> None:
+    params = PROCESSING["plain"]
+    rule, expected, plan = Rejection(params, 0), law_of_target(params), trees("tree", params)
+
+    def distance(used: SamplingParams = params) -> float:
+        return total_variation(law_of_speculation(monkeypatch, rule, used, plan), expected)
+
+    assert distance() < 1e-12
+    assert distance(SamplingParams(temperature=1.0)) > 1e-3, "p that is not warped"
+    broken = {
+        "no renormalisation": ("candidate_stands", lambda left, token: float(left[token])),
+        "what fell stays possible": ("without", lambda left, token: left),
+        "candidates judged as if drawn from a q": (
+            "candidate_stands",
+            lambda left, token: min(1.0, float(left[token] / left.sum()) / 0.5),
+        ),
+    }
+    for reason, (name, function) in broken.items():
+        with monkeypatch.context() as patch:
+            patch.setattr(verification, name, function)
+            assert distance() > 1e-3, reason
+
+
+# how much stands
+
+
+def test_chains_stand_with_one_minus_the_distance_of_p_and_q() -> None:
+    p, q = (Model(seed, 5)(()).softmax(dim=0) for seed in (7, 8))
+    stands = sum(q[x].item() * draft_stands(p, q, x) for x in range(5))
+    assert stands == pytest.approx(1 - (p - q).abs().sum().item() / 2, abs=1e-12)
+    assert residual(p, q).sum().item() == pytest.approx(1, abs=1e-12)
+    assert residual(p, p).equal(p)
+
+
+def test_shared_noise_makes_drafts_stand_as_often_as_it_can() -> None:
+    # two races with the same clocks: P(both choose i) = 1 / sum_j max(p_j / p_i, q_j / q_i) (arXiv 2408.07978)
+    target, head, params, seeds = Model(7, 5), Model(8, 5), SamplingParams(temperature=1.0), 600
+    p, q = (model(()).softmax(dim=0) for model in (target, head))
+    expected = sum(1 / torch.maximum(p / p[i], q / q[i]).sum().item() for i in range(5))
+    stood = 0
+    for seed in range(seeds):
+        rule = SharedNoise(params, seed)
+        chain = drafted_chain(rule, head, torch.arange(5), (), 1)
+        stood += len(rule.verify(target(())[None].repeat(2, 1), chain, 0, Processor(params, [], 5)).path)
+    assert abs(stood - seeds * expected) < 4 * math.sqrt(seeds * expected * (1 - expected))
+
+
+# by drawing, with the real random numbers
+
+
+def deviations(samples: list[Text], expected: Law) -> float:
+    """Chi-square of sampled texts against a law, in standard deviations above its mean."""
+    counts = Counter(samples)
+    statistic, cells, rare_seen, rare_expected = 0.0, 0, 0, 0.0
+    for cell, probability in expected.items():
+        mean = probability * len(samples)
+        if mean < 5:
+            rare_seen, rare_expected = rare_seen + counts[cell], rare_expected + mean
+        else:
+            statistic, cells = statistic + (counts[cell] - mean) ** 2 / mean, cells + 1
+    if rare_expected > 1:
+        statistic, cells = statistic + (rare_seen - rare_expected) ** 2 / rare_expected, cells + 1
+    elif rare_seen and rare_expected == 0:
+        return math.inf
+    return (statistic - (cells - 1)) / math.sqrt(2 * (cells - 1))
+
+
+def deviation(rule_of_seed: Callable[[int], Rule], params: SamplingParams, shape: str, seeds: int) -> list[float]:
+    """Of the first two tokens from their law; then, as controls, from laws that are off."""
+
+    def text(rule: Rule) -> Text:
+        def plan(tokens: Text) -> DraftTree:
+            if shape == "chain":
+                return drafted_chain(rule, HEAD, VOCABULARY, tokens, 1)
+            return drafted_tree(rule, HEAD, VOCABULARY, tokens, top_k=2, depth=2, size=3)
+
+        return decode(rule, TARGET, params, plan, 2)
+
+    samples = [text(rule_of_seed(seed)) for seed in range(seeds)]
+    others = (SamplingParams(temperature=params.temperature), SamplingParams(temperature=1.4, top_p=params.top_p))
+    return [deviations(samples, law_of_target(law, 2)) for law in (params, *others)]
+
+
+@pytest.mark.parametrize("shape", ["chain", "tree"])
+@pytest.mark.parametrize("name", list(RULES))
+def test_sampled_texts_follow_the_target(name: str, shape: str) -> None:
+    params = SamplingParams(temperature=0.8, top_p=0.8)
+    own, *others = deviation(lambda seed: make_rule(name, params, seed), params, shape, seeds=400)
+    assert own < 4 < 5 < min(others)
+
+
+def replaced(rule_of_seed: Callable[[int], Rule]) -> float:
+    """Deviation of one token where every other draft is 2 and never right: what replaces it is 0 or 1, as likely."""
+    p, q = torch.tensor([0.75, 0.25, 0.0]).double(), torch.tensor([0.5, 0.0, 0.5]).double()
+    vocabulary = torch.arange(3)
+    samples = []
+    for seed in range(300):
+        rule = rule_of_seed(seed)
+        ids, drawn_from = rule.draft(q.log()[None], vocabulary, [0])
+        tree = DraftTree.chain(ids.tolist(), drawn_from)
+        verdict = rule.verify(p.log().repeat(2, 1), tree, 0, Processor(SamplingParams(temperature=1.0), [], 3))
+        samples.append((tree.tokens[0] if verdict.path else verdict.bonus,))
+    return deviations(samples, {(token,): p[token].item() for token in range(3)})
+
+
+def test_what_replaces_a_draft_does_not_depend_on_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    params = SamplingParams(temperature=1.0)
+
+    class Argmax(Rejection):
+        def draft(self, logits: Tensor, vocabulary: Tensor, positions: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+            _, q = super().draft(logits, vocabulary, positions)
+            return vocabulary[logits.argmax(dim=-1)], q  # judged as if it had been drawn
+
+    class Purposes:  # what replaces a draft is chosen by the noise that drafted it
+        CHOICE, DRAFT, ACCEPT = Purpose.CHOICE, Purpose.CHOICE, Purpose.ACCEPT
+
+    assert replaced(lambda seed: Rejection(params, seed)) < 4
+    assert replaced(lambda seed: Argmax(params, seed)) > 5
+    monkeypatch.setattr(verification, "Purpose", Purposes)
+    assert replaced(lambda seed: Rejection(params, seed)) > 5
+
+
+@pytest.mark.parametrize("changing", ["seed", "position", "candidate"])
+def test_decisions_differ_in_each_of_their_keys(changing: str) -> None:
+    key = {"seed": 1, "position": 2, "candidate": 3}
+    keys = [{**key, changing: value} for value in range(200)]
+    stood = [SeededDice(k["seed"]).stands(0.3, k["position"], k["candidate"]) for k in keys]
+    assert 30 < sum(stood) < 90
+    again = [SeededDice(k["seed"]).stands(0.3, k["position"], k["candidate"]) for k in keys]
+    assert stood == again
+    if changing != "candidate":
+        drawn = [SeededDice(k["seed"]).draw(torch.tensor([0.3, 0.7]).log(), k["position"]) for k in keys]
+        assert 110 < sum(drawn) < 170

@@ -1,0 +1,190 @@
+"""What a head proposes is what training-time test taught it: against passes from scratch, in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_tiny_head
+from oracle import CONTEXT, texts_of, tiny
+from torch import Tensor
+
+from serving.engine import Engine, SamplingParams
+from serving.engine.attention import slot_attention_by
+from serving.engine.formulas import sdpa
+from serving.engine.proposers import HeadProposer, HeadState, Job
+from serving.engine.runner import HeadRunner
+from serving.engine.sampling import Processor
+from serving.engine.tree import DraftTree
+from serving.engine.verification import Rule, Verdict, make_rule
+
+TARGET = tiny("llama")
+HEAD = make_tiny_head(TARGET)
+TEXT = texts_of(TARGET)[0]
+GREEDY = make_rule("shared-noise", SamplingParams(), 0)
+
+
+def proposer_of(capacity: int = CONTEXT, slots: int = 3, **options: Any) -> HeadProposer:
+    runner = HeadRunner(TARGET, HEAD, slots=slots, capacity=capacity, kernel=slot_attention_by(sdpa))
+    return HeadProposer(runner, TARGET.default_auxiliary_layers, **options)
+
+
+def observe(proposer: HeadProposer, state: HeadState, start: int, end: int) -> None:
+    """The target has read tokens start..end-1 of the text."""
+    proposer.observe(state, TEXT.tokens[start + 1 : end + 1], TEXT.auxiliary[start:end])
+
+
+@torch.inference_mode()
+def logits_after(read: int, drafted: Sequence[int]) -> Tensor:
+    """[draft_vocab]: the head's after `read` tokens of the text and some drafts, from scratch, a token at a time."""
+    hidden = HEAD.fuse(TEXT.auxiliary[None, :read])
+    ids = TEXT.tokens[1 : read + 1]
+    for token in [*drafted, None]:
+        embeds = TARGET.embedding(torch.tensor([ids]))
+        output = HEAD(embeds, hidden, torch.arange(len(ids))[None])[:, -1:]
+        if token is None:
+            break
+        hidden, ids = torch.cat([hidden, output], dim=1), [*ids, token]
+    return HEAD.logits(output)[0, 0]
+
+
+class Recorder:
+    """A rule that keeps the logits it is shown, and drafts and scores as it is told."""
+
+    def __init__(self, tokens: Sequence[int] = (), scores: Rule = GREEDY) -> None:
+        self.tokens, self.scores = list(tokens), scores
+        self.logits, self.positions = list[Tensor](), list[int]()
+
+    def draft(self, logits: Tensor, vocabulary: Tensor, positions: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+        self.positions += positions
+        self.logits += list(logits)
+        return torch.tensor([self.tokens[len(self.logits) - 1]]), None
+
+    def candidate_scores(self, logits: Tensor, vocabulary: Tensor, positions: Sequence[int]) -> Tensor:
+        self.positions += positions
+        self.logits += list(logits)
+        return self.scores.candidate_scores(logits, vocabulary, positions)
+
+    def verify(self, logits: Tensor, tree: DraftTree, position: int, processor: Processor) -> Verdict:
+        raise AssertionError("a proposer does not verify")
+
+
+@torch.inference_mode()
+def test_chains_read_what_training_time_test_read() -> None:
+    """After blocks of any size, and beside another sequence."""
+    proposer = proposer_of()
+    state, other = proposer.join(), proposer.join()
+    observe(proposer, other, 0, 11)
+    done = 0
+    for size, length in ((7, 4), (1, 1), (4, 5), (3, 2)):
+        observe(proposer, state, done, done + size)
+        done += size
+        rules = [Recorder([9, 20, 4, 100, 60][:n]) for n in (length, 3)]
+        trees = proposer.propose([Job(state, length, 0, rules[0]), Job(other, 3, 0, rules[1])])
+        for tree, rule, read in zip(trees, rules, (done, 11), strict=True):
+            assert tree == DraftTree.chain(rule.tokens)
+            assert rule.positions == [read + 1 + step for step in range(len(rule.tokens))]
+            for step, logits in enumerate(rule.logits):
+                torch.testing.assert_close(logits, logits_after(read, rule.tokens[:step]), rtol=1e-9, atol=1e-9)
+    assert proposer.runner.cache.lengths[state.slot] == done
+
+
+@torch.inference_mode()
+def test_a_node_of_a_tree_reads_its_own_path_only() -> None:
+    proposer = proposer_of()
+    state, other = proposer.join(), proposer.join()
+    observe(proposer, state, 0, 9)
+    observe(proposer, other, 0, 4)
+    rules = [Recorder(), Recorder()]
+    trees = proposer.propose([Job(state, 4, 12, rules[0]), Job(other, 3, 20, rules[1])])
+    for tree, rule, read, depth in zip(trees, rules, (9, 4), (4, 3), strict=True):
+        assert len(tree) == (12 if depth == 4 else 20) and 1 < tree.depth <= depth
+        for row, children in enumerate(tree.children):
+            if children:
+                logits = logits_after(read, tree.prefix(row))
+                assert any(torch.allclose(logits, seen, rtol=1e-9, atol=1e-9) for seen in rule.logits)
+                best = HEAD.vocabulary[logits.topk(8).indices].tolist()
+                assert list(children) == best[: len(children)]  # the likeliest, in their order
+        assert rule.positions[0] == read + 1 and max(rule.positions) <= read + depth
+
+
+@torch.inference_mode()
+def test_proposing_leaves_no_trace() -> None:
+    proposer, fresh = proposer_of(), proposer_of()
+    state, untouched = proposer.join(), fresh.join()
+    observe(proposer, state, 0, 6)
+    for nodes in (0, 16, 0, 8):
+        proposer.propose([Job(state, 4, nodes, GREEDY)])
+    observe(proposer, state, 6, 13)
+    observe(fresh, untouched, 0, 13)
+    jobs = [(proposer, state), (fresh, untouched)]
+    for nodes in (0, 16):
+        one, other = (each.propose([Job(own, 5, nodes, GREEDY)])[0] for each, own in jobs)
+        assert one == other
+
+
+@pytest.mark.parametrize("limit", [1, 3, 7, 512])
+@torch.inference_mode()
+def test_catching_up_in_parts_is_catching_up_at_once(limit: int) -> None:
+    proposer = proposer_of(read_limit=limit)
+    states = [proposer.join() for _ in range(3)]
+    for state, ends in zip(states, ([10], [3, 4, 5, 11], []), strict=True):
+        start = 0
+        for end in ends:
+            observe(proposer, state, start, end)
+            start = end
+    assert proposer.catch_up(states) == 21 and all(not state.backlog and not state.auxiliary for state in states)
+    assert proposer.catch_up(states) == 0
+    assert [proposer.runner.cache.lengths[state.slot] for state in states] == [10, 11, 0]
+    for state, read in zip(states, (10, 11), strict=False):
+        assert state.hidden is not None
+        torch.testing.assert_close(HEAD.logits(state.hidden)[0], logits_after(read, []), rtol=1e-9, atol=1e-9)
+
+
+@torch.inference_mode()
+def test_rejection_gets_the_distributions_that_it_drew_from() -> None:
+    proposer = proposer_of()
+    state, other = proposer.join(), proposer.join()
+    observe(proposer, state, 0, 6)
+    observe(proposer, other, 0, 3)
+    rule = make_rule("rejection", SamplingParams(temperature=0.7), 5)
+    chain, short, tree = proposer.propose([Job(state, 3, 0, rule), Job(other, 1, 0, rule)]) + proposer.propose(
+        [Job(state, 3, 9, rule)]
+    )
+    assert tree.q is None and short.q is not None and len(short.q) == 1
+    assert chain.q is not None
+    for step in range(3):
+        expected = torch.zeros(TARGET.vocab_size, dtype=torch.float64)
+        expected[HEAD.vocabulary] = (logits_after(6, chain.tokens[:step]) / 0.7).softmax(-1)
+        torch.testing.assert_close(chain.q[step], expected, rtol=1e-9, atol=1e-12)
+
+
+class Zigzag(Recorder):
+    """Scores that make as many nodes be read as possible: sharp for three levels, then flat, again and again."""
+
+    def candidate_scores(self, logits: Tensor, vocabulary: Tensor, positions: Sequence[int]) -> Tensor:
+        self.logits += list(logits)
+        flat = (positions[0] - self.first) % 5 == 4
+        scores = torch.full_like(logits, -0.7 if flat else -3.0)
+        if not flat:
+            scores[:, 0] = -0.01
+        return scores - torch.arange(logits.shape[1]) * 1e-6
+
+    first = 0
+
+
+@torch.inference_mode()
+def test_a_tree_at_the_end_of_the_context_fits_however_it_grows() -> None:
+    engine = Engine(TARGET, HEAD, speculation="tree", tree_size=32, speculation_length=20, max_length=60)
+    proposer = engine.models.proposer
+    assert isinstance(proposer, HeadProposer)
+    for left in (12, 21):
+        state = proposer.join()
+        observe(proposer, state, 0, 60 - left)
+        rule = Zigzag()
+        rule.first = 60 - left + 1
+        (tree,) = proposer.propose([Job(state, left - 2, 32, rule)])
+        assert len(tree) == 32
+    assert len(rule.logits) > 50

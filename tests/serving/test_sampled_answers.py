@@ -1,0 +1,149 @@
+"""The law of sampled answers of a real, very small model, drafted by a real head: chi-square against the exact law.
+
+The law is enumerated with transformers and the definition of each processing. Every combination of rule, shape of
+drafts and processing is drawn; EXACTNESS_SAMPLES=20000 in the environment gives each of them as many samples.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+from collections import Counter
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from conftest import byte_tokenizer, make_tiny_head
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from draft.heads import Eagle3Head
+from draft.target import Target
+from serving.engine import Engine, SamplingParams, verification
+from serving.engine.sampling import Processor
+
+VOCAB, LENGTH, PROMPT = 5, 3, [1, 2]
+SAMPLES = int(os.environ.get("EXACTNESS_SAMPLES", 600))
+Law = dict[tuple[int, ...], float]
+
+PROCESSING: dict[str, dict[str, Any]] = {
+    "plain": {"temperature": 1.0},
+    "truncated": {"temperature": 1.4, "top_k": 4, "top_p": 0.95, "min_p": 0.03},
+    "penalised": {
+        "temperature": 0.9,
+        "repetition_penalty": 1.4,
+        "presence_penalty": 0.5,
+        "frequency_penalty": 0.7,
+        "logit_bias": {3: 1.0, 0: -0.5},
+    },
+    "min tokens": {"temperature": 1.1, "min_new_tokens": 2, "stop_ids": (4,)},
+}
+SHAPES: dict[str, dict[str, Any]] = {
+    "off": {"speculation": "off"},
+    "chain": {"speculation": "chain", "speculation_length": 2},
+    "tree": {"speculation": "tree", "speculation_length": 1, "tree_size": 3},
+}
+
+
+@cache
+def small() -> tuple[Target, Eagle3Head]:
+    """Three layers, so that there are three auxiliary states, and five tokens, one of which the head lacks."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=3,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        max_position_embeddings=16,
+        initializer_range=0.8,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
+    )
+    model: Any = LlamaForCausalLM(config)
+    target = Target("small", model.to(torch.float64), byte_tokenizer())
+    return target, make_tiny_head(target, draft_vocab_size=4)
+
+
+@torch.inference_mode()
+def exact_law(fields: dict[str, Any]) -> Law:
+    """The joint law of the tokens, by walking through all answers: plain decoding, a row at a time."""
+    target, _ = small()
+    params = SamplingParams(LENGTH, ignore_eos=True, **fields)
+
+    def walk(text: tuple[int, ...], weight: float) -> None:
+        if len(text) == LENGTH or (text and text[-1] in params.stop_ids):
+            law[text] = law.get(text, 0.0) + weight
+            return
+        processor = Processor(params, PROMPT, VOCAB)
+        for token in text:
+            processor.append(token)
+        logits = target.model(torch.tensor([[*PROMPT, *text]])).logits[:, -1]
+        for token, log_p in enumerate(processor.warp(processor.adjust(logits, [[]]))[0].tolist()):
+            if log_p > -math.inf:
+                walk((*text, token), weight * math.exp(log_p))
+
+    law: Law = {}
+    walk((), 1.0)
+    assert sum(law.values()) == pytest.approx(1, abs=1e-12)
+    return law
+
+
+def draw(rule: str, shape: str, fields: dict[str, Any], samples: int = SAMPLES) -> tuple[Counter[tuple[int, ...]], int]:
+    """How often each answer came, and how many drafted tokens are in them."""
+    target, head = small()
+    engine = Engine(target, head, rule=rule, max_batch=128, prefill_chunk=256, **SHAPES[shape])
+    each = [SamplingParams(LENGTH, ignore_eos=True, seed=seed, **fields) for seed in range(samples)]
+    answers = engine.generate([PROMPT] * samples, each)
+    return Counter(tuple(a.token_ids) for a in answers), sum(a.stats.accepted for a in answers)
+
+
+def deviations(seen: Counter[tuple[int, ...]], law: Law) -> float:
+    """Chi-square in standard deviations above its mean; cells that expect fewer than 5 are taken together."""
+    assert set(seen) <= set(law), "an answer that cannot be"
+    total = sum(seen.values())
+    cells = {cell: p * total for cell, p in law.items() if p * total >= 5}
+    pairs = [(seen[cell], expected) for cell, expected in cells.items()]
+    rest = total - sum(expected for _, expected in pairs)
+    if rest >= 5:
+        pairs.append((total - sum(count for count, _ in pairs), rest))
+    freedom = len(pairs) - 1
+    return (sum((count - expected) ** 2 / expected for count, expected in pairs) - freedom) / math.sqrt(2 * freedom)
+
+
+# rejection without drafts is shared noise without drafts
+COMBINATIONS = [("shared-noise", "off"), *itertools.product(("shared-noise", "rejection"), ("chain", "tree"))]
+
+
+@pytest.mark.parametrize("processing", PROCESSING)
+@pytest.mark.parametrize(("rule", "shape"), COMBINATIONS)
+def test_sampled_answers_follow_the_law_of_the_target(rule: str, shape: str, processing: str) -> None:
+    law = exact_law(PROCESSING[processing])
+    seen, accepted = draw(rule, shape, PROCESSING[processing])
+    assert deviations(seen, law) < 5
+    assert (accepted > SAMPLES / 20) == (shape != "off")  # speculation took part
+    # what a wrong law would look like: another temperature
+    other = exact_law({**PROCESSING[processing], "temperature": 0.6})
+    assert not set(seen) <= set(other) or deviations(seen, other) > 5
+
+
+def always(p: Tensor, q: Tensor, token: int) -> float:
+    return 1.0
+
+
+BROKEN = {
+    "every draft stands": ("chain", "draft_stands", always),
+    "siblings are not renormalised": ("tree", "without", lambda left, token: left),
+}
+
+
+@pytest.mark.parametrize("mistake", BROKEN)
+def test_drawing_notices_a_broken_sampler(mistake: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    shape, name, broken = BROKEN[mistake]
+    monkeypatch.setattr(verification, name, broken)
+    seen, _ = draw("rejection", shape, PROCESSING["plain"], 1200)
+    assert deviations(seen, exact_law(PROCESSING["plain"])) > 5

@@ -1,0 +1,309 @@
+"""Where an answer ends, what of it is kept, and what is handed out when, against an oracle that sees all at once."""
+
+from dataclasses import dataclass
+from unittest.mock import patch
+
+import pytest
+from conftest import byte_tokenizer
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AddedToken
+
+from serving.engine.params import SamplingParams
+from serving.engine.sequence import Sequence, SpeculationStats, Token, special_ids
+
+BYTES, TOKENIZER = byte_tokenizer(), byte_tokenizer()
+EOS = 2
+SPECIAL = special_ids(TOKENIZER, frozenset([EOS]))
+
+
+def encode(text: str) -> list[int]:
+    return BYTES(text, add_special_tokens=False).input_ids  # bytes only
+
+
+# tokens of several characters, and halves of characters
+PIECES = ["ab", "aba", "b", "b日", "é!", "ENDE"]
+TOKENIZER.add_tokens([AddedToken(piece, normalized=False) for piece in PIECES])
+PIECE_IDS = TOKENIZER.convert_tokens_to_ids(PIECES)
+TOKEN_IDS = [*PIECE_IDS, *encode("aabEND é日!"), 1]
+
+
+def sequence(params: SamplingParams, prompt: str = "x") -> Sequence:
+    return Sequence(encode(prompt), params, TOKENIZER, frozenset([EOS]), SPECIAL)
+
+
+def feed(state: Sequence, ids: list[int]) -> list[Token]:
+    """Append until the sequence ends; what was released after each token."""
+    released = []
+    for index, token_id in enumerate(ids):
+        state.append(token_id, -float(index), [(token_id, -float(index))], index % 3)
+        released += state.release()
+        if state.finish_reason:
+            break
+    return released
+
+
+def texts(tokens: list[Token]) -> list[str]:
+    return [token.text for token in tokens if not token.special]
+
+
+@dataclass
+class Ending:
+    """How an answer ends: of the tokens that were read, the first `count` are kept."""
+
+    text: str
+    count: int
+    finish_reason: str | None
+    stop_reason: str | int | None
+    read: int
+
+
+def decode(ids: list[int]) -> str:
+    return TOKENIZER.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def certain(text: str) -> str:
+    return text.rstrip("\N{REPLACEMENT CHARACTER}")
+
+
+def first_match(text: str, begin: int, stops: tuple[str, ...]) -> tuple[int, int, str] | None:
+    """Try every end, and every stop string there."""
+    for end in range(begin, len(text) + 1):
+        for stop in sorted(stops, key=len, reverse=True):
+            if end - len(stop) >= begin and text[:end].endswith(stop):
+                return end - len(stop), end, stop
+    return None
+
+
+def ending(ids: list[int], params: SamplingParams) -> Ending:
+    """The oracle: decodes everything again after each token, searches all of it, and cuts."""
+    starts, before, begin = [], "", 0
+    for count, token_id in enumerate(ids, 1):
+        starts.append(len(before))
+        if token_id == EOS and not params.ignore_eos:
+            return Ending(decode(ids[:count]), count, "eos_token", None, count)
+        if token_id in params.stop_ids:
+            kept = count if params.keep_stop else count - 1
+            return Ending(decode(ids[:kept]), kept, "stop_sequence", token_id, count)
+        last = count == params.max_new_tokens
+        text = decode(ids[:count]) if last else certain(decode(ids[:count]))
+        if count <= params.min_new_tokens:
+            begin = len(text)
+        elif match := first_match(text, begin, params.stop):
+            cut = match[1] if params.keep_stop else match[0]
+            kept = max(params.min_new_tokens, sum(start < cut for start in starts))
+            return Ending(text[:cut], kept, "stop_sequence", match[2], count)
+        if last:
+            return Ending(text, count, "length", None, count)
+        before = text
+    return Ending(before, len(ids), None, None, len(ids))
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> tuple[list[int], SamplingParams]:
+    ids = draw(
+        st.lists(st.sampled_from([*TOKEN_IDS, EOS] if draw(st.booleans()) else TOKEN_IDS), min_size=1, max_size=30)
+    )
+    pieces = st.text(alphabet="abEND é日!", min_size=1, max_size=4)
+    stops = draw(st.lists(pieces | st.sampled_from(["END", "aba", "bab", "日", "é!", "abab"]), max_size=3))
+    if draw(st.booleans()):  # a stop string that is in the text
+        text = decode(ids).replace("\N{REPLACEMENT CHARACTER}", "")  # when that is certain, the oracle does not say
+        place = draw(st.integers(0, max(0, len(text) - 1)))
+        stops += [text[place : place + draw(st.integers(1, 5))] or "a"]
+    limit = draw(st.integers(1, 35))
+    params = SamplingParams(
+        max_new_tokens=limit,
+        min_new_tokens=draw(st.sampled_from([0, 0, min(limit, 3), limit])),
+        stop=stops,  # type: ignore[arg-type]
+        stop_ids=draw(st.lists(st.sampled_from([*TOKEN_IDS, EOS]), max_size=1)),  # type: ignore[arg-type]
+        keep_stop=draw(st.booleans()),
+        ignore_eos=draw(st.booleans()),
+    )
+    return ids, params
+
+
+@given(case=cases())
+@settings(max_examples=500, deadline=None)
+def test_an_answer_ends_where_an_oracle_ends_it(case: tuple[list[int], SamplingParams]) -> None:
+    ids, params = case
+    expected = ending(ids, params)
+    state = sequence(params)
+    released = feed(state, ids)
+    if expected.finish_reason is None:
+        assert state.finish_reason is None and certain(state.text) == certain(expected.text)
+        state.cancel()
+        released += state.release()
+        assert state.finish_reason == "cancelled"
+    else:
+        assert (state.finish_reason, state.stop_reason) == (expected.finish_reason, expected.stop_reason)
+        assert state.text == expected.text
+    # tokens, logprobs and what else they carry go together
+    assert [token.id for token in state.tokens] == ids[: expected.count]
+    assert [(t.logprob, t.top, t.accepted_position) for t in state.tokens] == [
+        (-float(index), [(ids[index], -float(index))], index % 3) for index in range(expected.count)
+    ]
+    assert "".join(texts(state.tokens)) == state.text
+    # each was released once, in order, as it now is
+    assert [id(token) for token in released] == [id(token) for token in state.tokens]
+    assert "".join(texts(released)) == state.text and state.release() == []
+
+
+@given(case=cases())
+@settings(max_examples=250, deadline=None)
+def test_what_is_released_does_not_change(case: tuple[list[int], SamplingParams]) -> None:
+    ids, params = case
+    state, given_out = sequence(params), []
+    for token_id in ids:
+        state.append(token_id)
+        given_out += [(token.id, token.text) for token in state.release()]
+        if state.finish_reason:
+            break
+    state.cancel()
+    given_out += [(token.id, token.text) for token in state.release()]
+    assert given_out == [(token.id, token.text) for token in state.tokens]
+
+
+def test_text_is_held_back_only_while_it_may_be_a_stop_string() -> None:
+    for keep_stop in (False, True):
+        state = sequence(SamplingParams(stop=("END",), keep_stop=keep_stop))
+        steps = []
+        for token_id in encode("a ENEND"):
+            state.append(token_id)
+            steps.append("".join(texts(state.release())))
+        assert steps == (list("a ENEND") if keep_stop else ["a", " ", "", "", "EN", "", ""])
+        assert state.text == ("a ENEND" if keep_stop else "a EN") and state.stop_reason == "END"
+    state = sequence(SamplingParams(stop=("END",), keep_stop=False))
+    assert texts(feed(state, encode("aEN"))) == ["a"]
+    state.cancel()
+    assert texts(state.release()) == ["E", "N"] and state.text == "aEN"
+
+
+def test_a_token_that_brings_more_than_the_stop_string_keeps_what_is_before() -> None:
+    piece = TOKENIZER.convert_tokens_to_ids("ENDE")
+    for keep_stop, text, kept in ((True, "aEND", ["a", "END"]), (False, "aE", ["a", "E"])):
+        state = sequence(SamplingParams(stop=("END",) if keep_stop else ("ND",), keep_stop=keep_stop))
+        assert texts(feed(state, [*encode("a"), piece, *encode("b")])) == kept and state.text == text
+
+
+def test_the_stop_string_that_is_complete_first_counts_and_of_two_the_longer() -> None:
+    state = sequence(SamplingParams(stop=("b日", "ab", "b"), keep_stop=False))
+    feed(state, encode("xab日"))
+    assert state.text == "x" and state.stop_reason == "ab"
+
+
+def test_a_stop_string_in_the_prompt_does_not_count() -> None:
+    state = sequence(SamplingParams(stop=("END",), max_new_tokens=4), prompt="EN")
+    feed(state, encode("Done"))
+    assert state.text == "Done" and state.finish_reason == "length"
+
+
+def test_the_order_of_stopping_is_eos_stop_id_stop_string_length() -> None:
+    b = encode("b")[0]
+    everything = {"stop": ("b",), "max_new_tokens": 2}
+    for settings_, ids, reason, stop in (
+        ({"stop_ids": (EOS,)}, [*encode("a"), EOS], "eos_token", None),
+        ({"stop_ids": (EOS,), "ignore_eos": True}, [*encode("a"), EOS], "stop_sequence", EOS),
+        ({"stop_ids": (b,)}, encode("ab"), "stop_sequence", b),
+        ({}, encode("ab"), "stop_sequence", "b"),
+        ({}, encode("ac"), "length", None),
+    ):
+        state = sequence(SamplingParams(**everything, **settings_))  # type: ignore[arg-type]
+        feed(state, ids)
+        assert (state.finish_reason, state.stop_reason) == (reason, stop)
+
+
+def test_an_eos_token_is_in_the_tokens_and_not_in_the_text() -> None:
+    state = sequence(SamplingParams())
+    feed(state, [*encode("a"), EOS])
+    assert state.text == "a"
+    assert [(token.special, token.text) for token in state.tokens] == [(False, "a"), (True, "<|im_end|>")]
+
+
+def test_a_stop_id_goes_with_its_text() -> None:
+    a, b = encode("ab")
+    for keep_stop, text in ((True, "ab"), (False, "a")):
+        state = sequence(SamplingParams(stop_ids=(b,), keep_stop=keep_stop))
+        assert texts(feed(state, [a, b])) == list(text) and state.text == text
+
+
+def test_characters_of_several_tokens_appear_when_they_are_whole() -> None:
+    state = sequence(SamplingParams())
+    assert texts(feed(state, encode("é日!"))) == ["", "é", "", "", "日", "!"]
+    assert state.text == "é日!"
+    # cut inside a character: the rest is shown as the tokenizer shows it
+    for ids in (encode("é日!")[:3], [*encode("é日!")[:3], EOS]):
+        state = sequence(SamplingParams(max_new_tokens=len(ids)))
+        assert "".join(texts(feed(state, ids))) == state.text == decode(ids)
+
+
+@given(ids=st.lists(st.integers(3, 258) | st.sampled_from(encode("é日")), max_size=60))
+@settings(max_examples=150, deadline=None)
+def test_any_bytes_give_the_text_of_the_tokenizer_at_a_bounded_cost(ids: list[int]) -> None:
+    state = sequence(SamplingParams(max_new_tokens=61))
+    with patch.object(TOKENIZER, "decode", side_effect=TOKENIZER.decode) as decoded:
+        feed(state, [*ids, EOS])
+    assert state.text == "".join(texts(state.tokens)) == decode(ids)
+    assert all(len(call.args[0]) <= 30 for call in decoded.call_args_list)
+    assert decoded.call_count <= 3 * len(ids) + 2
+
+
+def test_bytes_that_are_no_characters_are_not_waited_for() -> None:
+    stray = BYTES.convert_tokens_to_ids(BYTES.tokenize("é")[1])  # never begins a character
+    state = sequence(SamplingParams())
+    released = texts(feed(state, [stray] * 100))
+    assert state.text == "\N{REPLACEMENT CHARACTER}" * 97 and len(released) == 99
+
+
+def test_special_tokens_that_are_only_added_are_not_in_the_text() -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens([AddedToken("<|tool|>", special=True)])
+    assert 259 not in tokenizer.all_special_ids and 259 in special_ids(tokenizer, frozenset())
+    state = Sequence([5], SamplingParams(max_new_tokens=9), tokenizer, frozenset(), special_ids(tokenizer, frozenset()))
+    feed(state, [*encode("a"), 259, *encode("b")])
+    assert state.text == "ab" == tokenizer.decode([*encode("a"), 259, *encode("b")], skip_special_tokens=True)
+
+
+def test_text_of_the_first_tokens_is_no_part_of_a_stop_string() -> None:
+    state = sequence(SamplingParams(stop=("ab",), min_new_tokens=3, keep_stop=False))
+    feed(state, encode("ababab"))
+    assert state.text == "aba" + "b" and len(state.tokens) == 4
+
+
+def test_figures_are_settled_when_a_stop_string_takes_tokens_back() -> None:
+    def tokens(*positions: int | None) -> list[Token]:
+        return [Token(5, "", -1.0, False, position) for position in positions]
+
+    stats = SpeculationStats()
+    first, second = tokens(0, 1, None), tokens(0, None)
+    stats.count(depth=3, drafted=3, accepted=2, emitted=3)
+    stats.count(depth=2, drafted=2, accepted=1, emitted=2)
+    assert (stats.emitted, stats.accepted, stats.accepted_per_position) == (5, 3, [2, 1, 0])
+    stats.settle([*tokens(None), *first, *second])
+    assert (stats.emitted, stats.accepted, stats.accepted_per_position) == (5, 3, [2, 1, 0])
+    stats.settle([*tokens(None), *first[:1]])
+    assert (stats.emitted, stats.accepted, stats.accepted_per_position) == (1, 1, [1, 0, 0])
+    assert (stats.verifications, stats.drafted, stats.drafted_per_position) == (2, 5, [2, 2, 1])
+    stats.settle([])
+    assert stats.emitted == 0
+
+
+def test_appending_needs_no_more_than_an_id() -> None:
+    state = sequence(SamplingParams())
+    state.append(encode("a")[0])
+    assert state.release() == [Token(encode("a")[0], "a", None, False, None, None)]
+    assert (state.length, state.remaining, state.last_id) == (2, 127, encode("a")[0])
+
+
+def test_stop_ids_do_not_end_an_answer_that_has_ended() -> None:
+    state = sequence(SamplingParams(max_new_tokens=1))
+    feed(state, encode("a"))
+    state.cancel()
+    assert state.finish_reason == "length"
+
+
+@pytest.mark.parametrize("stop", ["aab", "abab", "aaaa"])
+def test_overlapping_beginnings_are_found(stop: str) -> None:
+    for text in ("aaab", "ababab", "aabaab", "aaaaa", "abaabab"):
+        state = sequence(SamplingParams(stop=(stop,), keep_stop=False))
+        feed(state, encode(text))
+        assert state.text == text.split(stop)[0] and (state.finish_reason is None) == (stop not in text)
