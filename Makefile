@@ -23,10 +23,10 @@ export PIP_ONLY_BINARY := :all:
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help run test bench clean
+.PHONY: help run test test-kernels-all interop bench clean
 
 help: ## Print this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-6s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 run: $(VENV)/installed ## Install, adapt the bundled draft head to a new domain, compare it, serve it (writes runs/)
 	$(PY) -m benchmarks.adaptation
@@ -36,6 +36,12 @@ test: $(VENV)/installed-dev ## Install, then run ruff, mypy and pytest
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 	$(PY) -m pytest -q
+
+test-kernels-all: $(VENV)/installed-dev ## Install, then compile every configuration of the GPU kernels (no GPU needed; half an hour)
+	$(PY) -m pytest -q -m every_configuration tests/kernels/test_compilation.py
+
+interop: $(VENV)/installed ## Prove exports against speculators and vLLM, each in an environment of its own (an hour on two cores)
+	PY=$(PY) sh benchmarks/interop/run.sh runs/interop
 
 bench: $(VENV)/installed ## Install, then measure the bundled head's acceptance length and speed (writes runs/)
 	$(PY) -m benchmarks.acceptance_length --target smollm2 --head smollm2-eagle3 \

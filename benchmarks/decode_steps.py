@@ -1,0 +1,97 @@
+"""What one step costs, part by part, and the least that it could cost."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from serving.engine import Engine
+from serving.engine.batch import Batch, Segment
+from serving.engine.proposers import HeadProposer
+from serving.engine.runner import HeadRunner, TargetRunner
+
+WIDTHS = (1, 2, 4, 8, 16, 32)
+PAST = 128  # tokens in the cache
+
+
+def median_seconds(run: Callable[[], object], repeats: int) -> float:
+    run()
+    timings = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        run()
+        timings.append(time.perf_counter() - began)
+    return statistics.median(timings)
+
+
+def step_costs(plain: Engine, drafting: Engine | None, repeats: int) -> dict[str, Any]:
+    """Seconds of passes of the target over 1, 2, ... tokens, of a draft step and of a re-read, each with its logits."""
+    costs: dict[str, Any] = {
+        "target": {width: median_seconds(_target_pass(plain.models.runner, width), repeats) for width in WIDTHS}
+    }
+    proposer = drafting.models.proposer if drafting else None
+    if isinstance(proposer, HeadProposer):
+        runner = proposer.runner
+        costs["draft"] = median_seconds(_head_pass(runner, 1, with_logits=True), repeats)
+        costs["re-read"] = median_seconds(_head_pass(runner, 2, with_logits=False), repeats)
+    return costs
+
+
+def _target_pass(runner: TargetRunner, width: int) -> Callable[[], object]:
+    @torch.inference_mode()
+    def run() -> object:
+        slot = runner.cache.acquire()
+        runner.cache.lengths[slot] = PAST
+        hidden, _ = runner.forward(Batch.of([Segment(slot, PAST, PAST, [1] * width)], runner.target.device))
+        choices = runner.logits(hidden).argmax(dim=-1).tolist()
+        runner.cache.release(slot)
+        return choices
+
+    return run
+
+
+def _head_pass(runner: HeadRunner, width: int, *, with_logits: bool) -> Callable[[], object]:
+    device = runner.embedding.weight.device
+    hidden = torch.zeros(width, runner.head.config.hidden_size, dtype=runner.dtype, device=device)
+    auxiliary = torch.zeros(width, 3 * runner.head.config.hidden_size, dtype=runner.dtype, device=device)
+
+    @torch.inference_mode()
+    def run() -> object:
+        slot = runner.cache.acquire()
+        batch = Batch.of([Segment(slot, PAST, PAST, [1] * width)], device)
+        output = runner.forward(batch, hidden if with_logits else runner.fuse(auxiliary))
+        runner.cache.release(slot)
+        return runner.logits(output).argmax(dim=-1).tolist() if with_logits else output
+
+    return run
+
+
+def read_bandwidth(threads: int, device: torch.device) -> float:
+    """Bytes per second at which these threads read memory: the best of some sums over far more than the caches hold."""
+    before = torch.get_num_threads()
+    data = torch.ones(2**28, dtype=torch.float32, device=device)  # 1 GiB
+    torch.set_num_threads(threads)
+    try:
+        timings = []
+        for _ in range(5):
+            began = time.perf_counter()
+            data.sum().item()
+            timings.append(time.perf_counter() - began)
+    finally:
+        torch.set_num_threads(before)
+    return data.numel() * data.itemsize / min(timings)
+
+
+def weight_bytes(engine: Engine) -> int:
+    """What a plain step reads of the target: all weights; of an embedding that the LM head does not share, one row."""
+    target = engine.target
+    tensors = {
+        id(x): x for module in (target.decoder, target.lm_head) for x in [*module.parameters(), *module.buffers()]
+    }
+    shared = target.embedding.weight is getattr(target.lm_head, "weight", None)
+    total = sum(x.numel() * x.itemsize for x in tensors.values())
+    return total - (0 if shared else target.embedding.weight.numel() * target.embedding.weight.itemsize)

@@ -1,0 +1,80 @@
+"""Speed where the machine is not ours alone, and how long a start takes."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from benchmarks.decode_baselines import Timing
+
+
+@contextmanager
+def busy_process() -> Iterator[None]:
+    """Another process that keeps a core busy."""
+    process = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        time.sleep(0.5)
+        yield
+    finally:
+        process.kill()
+        process.wait()
+
+
+def busy_share(run: Callable[[], Timing], repeats: int) -> float:
+    """Tokens per second beside a busy process / alone; the best of some runs each, alternating."""
+    alone, beside = [], []
+    for _ in range(repeats):
+        alone.append(run().rate)
+        with busy_process():
+            beside.append(run().rate)
+    return max(beside) / max(alone)
+
+
+def second_start(options: list[str], prompt: str, new_tokens: int = 96) -> dict[str, Any]:
+    """Seconds from the command of a server's second start to the end of its first answer at 80 % of full speed."""
+    for attempt in range(2):
+        began = time.monotonic()
+        with _server(options) as address:
+            ready = time.monotonic() - began
+            rates = []
+            for _ in range(4):
+                asked = time.monotonic()
+                _ask(address, prompt, new_tokens)
+                rates.append((new_tokens / (time.monotonic() - asked), time.monotonic() - began))
+        if attempt:
+            full = max(rate for rate, _ in rates)
+            return {"ready": ready, "start": next(ended for rate, ended in rates if rate >= 0.8 * full)}
+    raise AssertionError
+
+
+@contextmanager
+def _server(options: list[str]) -> Iterator[str]:
+    command = [sys.executable, "-m", "serving.cli", "--port", "0", *options]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    assert process.stdout is not None
+    try:
+        for line in process.stdout:
+            if found := re.search(r"http://\S+:\d+", line):
+                yield found[0]
+                break
+        else:
+            raise RuntimeError(f"{' '.join(command)} ended before it served")
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def _ask(address: str, prompt: str, new_tokens: int) -> None:
+    body = {"inputs": prompt, "parameters": {"max_new_tokens": new_tokens, "temperature": 0}}
+    request = urllib.request.Request(
+        f"{address}/generate", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=300) as response:
+        response.read()

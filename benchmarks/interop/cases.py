@@ -1,0 +1,56 @@
+"""The heads that are exported: one for each option of an EAGLE-3 head, random, over a random tiny target."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, models
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from draft.heads import Eagle3Config, Eagle3Head
+from draft.target import Target
+
+VOCAB = 259
+CASES: dict[str, dict[str, Any]] = {
+    "default": {},
+    "norm_before_residual": {"norm_before_residual": True},
+    "norm_before_fc": {"norm_before_fc": True},
+    "EAGLE-3.1": {"fc_norm": True, "norm_output": True},
+    "full vocabulary": {"draft_vocab_size": VOCAB},
+    "shared LM head": {"draft_vocab_size": VOCAB, "shared_lm_head": True},
+    "three other layers": {"auxiliary_layers": [1, 3, 6]},
+    "five layers": {"auxiliary_layers": [0, 2, 4, 5, 7], "fc_norm": True},
+}
+
+
+def tiny_target(folder: Path) -> Target:
+    """A random Llama of 8 layers, written to `folder` in float32 and named by it."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=8, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, max_position_embeddings=512, bos_token_id=1, eos_token_id=2, pad_token_id=2,
+        initializer_range=0.2, tie_word_embeddings=True,
+    )  # fmt: skip
+    words = Tokenizer(models.WordLevel({f"<{index}>": index for index in range(VOCAB)}, unk_token="<0>"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<0>", eos_token="<2>")
+    target = Target(str(folder), LlamaForCausalLM(config), tokenizer)
+    target.model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return target
+
+
+def random_head(target: Target, *, seed: int = 0, draft_vocab_size: int = 200, **options: Any) -> Eagle3Head:
+    """A random head with options of `Eagle3Config`, norms included; a reduced vocabulary leaves out a middle part."""
+    generator = torch.Generator().manual_seed(seed)
+    head = Eagle3Head(Eagle3Config.for_target(target, draft_vocab_size, **options)).to(target.dtype)
+    with torch.no_grad():
+        for parameter in head.parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.copy_(0.2 * noise if parameter.dim() > 1 else 1 + 0.3 * noise)
+    ids = torch.arange(target.vocab_size)
+    gap = target.vocab_size - draft_vocab_size
+    head.set_vocabulary(torch.cat([ids[:40], ids[40 + gap :]]))
+    head.borrow(target)
+    return head.eval()
