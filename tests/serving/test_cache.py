@@ -155,14 +155,15 @@ def seen(segment: Segment, index: int, window: int) -> list[int]:
 
 
 @given(
-    formula=st.sampled_from([explicit, explicit, sdpa, sdpa, sdpa, flex]),  # without its compiler flex is slow
+    formula=st.sampled_from([explicit, sdpa]),
     seed=st.integers(0, 10_000),
     groups=st.sampled_from([1, 3]),
     window=st.sampled_from([0, 0, 1, 4, 100]),
     softcap=st.sampled_from([0.0, 2.0]),
 )
-@example(formula=flex, seed=0, groups=3, window=4, softcap=2.0)
-@settings(max_examples=60, deadline=None)
+@example(formula=flex, seed=0, groups=3, window=4, softcap=2.0)  # without its compiler it is slow
+@example(formula=flex, seed=3, groups=1, window=0, softcap=0.0)
+@settings(max_examples=50, deadline=None)
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_attention_is_what_it_is_by_definition(
     formula: Formula, seed: int, groups: int, window: int, softcap: float

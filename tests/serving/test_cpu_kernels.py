@@ -254,7 +254,8 @@ def test_a_token_has_the_same_bits_alone_in_a_batch_in_a_tree_and_from_any_base(
         pick = torch.tensor(nodes)
         positions = torch.tensor([past + path.index(n) if n in path else past for n in nodes])
         q_, k_, v_ = (part[:, :, pick] for part in (q, k, v))
-        return slot_attention(q_, k_, v_, *slots, positions, torch.tensor([segment]), mask, 0.125, window)
+        keys, values = slots
+        return slot_attention(q_, k_, v_, keys, values, positions, torch.tensor([segment]), mask, 0.125, window)
 
     alone = [slot.clone() for slot in slots]
     one_by_one = [run([n], [1, past + i, past + i, 0, 1], PROMPT, alone) for i, n in enumerate(path)]

@@ -25,7 +25,7 @@ from serving.engine import Engine, SamplingParams, verification
 from serving.engine.sampling import Processor
 
 VOCAB, LENGTH, PROMPT = 5, 3, [1, 2]
-SAMPLES = int(os.environ.get("EXACTNESS_SAMPLES", 600))
+SAMPLES = int(os.environ.get("EXACTNESS_SAMPLES", 500))
 Law = dict[tuple[int, ...], float]
 
 PROCESSING: dict[str, dict[str, Any]] = {

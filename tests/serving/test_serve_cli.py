@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import signal
@@ -250,6 +251,7 @@ def refused(capfd, *arguments: str) -> str:
     """What draft-serve writes to stderr when it refuses its arguments."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["draft-serve", *arguments])
+        patch.setattr(logging.root, "handlers", [])  # main's writes to a stderr that is captured here only
         with pytest.raises(SystemExit) as stopped:
             cli.main()
     captured = capfd.readouterr()

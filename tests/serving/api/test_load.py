@@ -54,7 +54,7 @@ def test_two_hundred_mixed_requests_in_flight_give_what_each_gives_alone(tiny_ta
         texts = run(url, conversation)
     plain = Engine(tiny_target, max_batch=1)
     for index, text in enumerate(texts):
-        if index % 4:  # plain decoding, one by one, takes its time
+        if index % 3 == 0:  # greedy
             continue
         settings = {name: value for name, value in mixed(index).items() if value is not None}
         ids = tiny_target.tokenizer(f"{index} {PROMPT[: index % 40]}").input_ids
