@@ -72,9 +72,9 @@ def _server(options: list[str]) -> Iterator[str]:
 
 
 def _ask(address: str, prompt: str, new_tokens: int) -> None:
-    body = {"inputs": prompt, "parameters": {"max_new_tokens": new_tokens, "temperature": 0}}
+    body = {"prompt": prompt, "max_tokens": new_tokens, "temperature": 0, "ignore_eos": True}
     request = urllib.request.Request(
-        f"{address}/generate", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        f"{address}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
     with urllib.request.urlopen(request, timeout=300) as response:
         response.read()

@@ -165,12 +165,13 @@ def _load(target: str, head: str | None, dtype: str, *, warm_up: bool, threads: 
     from draft.checkpoint import check_fits, load_head
     from draft.target import load_target
     from serving.engine import Engine
+    from serving.engine.build import decoding_dtype
 
     if threads is not None:
         torch.set_num_threads(threads)
     if not sys.stderr.isatty():
         disable_progress_bar()
-    loaded = load_target(target, dtype)
+    loaded = load_target(target, decoding_dtype(dtype, options["mode"]))
     draft_head = None
     if head is not None:
         draft_head, about = load_head(head, dtype=loaded.dtype, device=loaded.device)

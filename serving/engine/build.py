@@ -67,6 +67,16 @@ def build_models(
     return Models(runner, proposer, mode)
 
 
+def decoding_dtype(dtype: str, mode: str) -> str:
+    """What `auto` means for decoding: on a CPU bfloat16, where the compiled kernels are there.
+
+    They read weights in bfloat16 and compute in float32: half the bytes, and no arithmetic that the CPU is slow at.
+    """
+    if dtype != "auto" or mode == "eager" or torch.cuda.is_available():
+        return dtype
+    return dtype if _why_no_kernels() else "bfloat16"
+
+
 def packed_attention(
     query: Tensor, key: Tensor, value: Tensor, layer: SlotLayer, scale: float, window: int, softcap: float
 ) -> Tensor:
@@ -109,6 +119,10 @@ def _why_not_compiled(attention: str, target: Target) -> str | None:
         return f"the kernels take float32 and bfloat16, and the target is in {str(target.dtype).removeprefix('torch.')}"
     if attention != "auto":
         return f"attention = {attention!r} was asked for, and the kernels have their own"
+    return _why_no_kernels()
+
+
+def _why_no_kernels() -> str | None:
     from serving.engine.cpu import load_kernels
 
     try:

@@ -41,7 +41,7 @@ class _Work:
 
 @dataclass
 class Seconds:
-    """Where the time of all steps went."""
+    """Where the time of all steps without prompts went."""
 
     head: float = 0.0  # drafting, and reading what was accepted
     target: float = 0.0  # its pass, to the logits
@@ -81,9 +81,10 @@ class Decoder:
         for part, (verdict, logits) in zip(work, verdicts, strict=True):
             self._advance(part, verdict, logits, auxiliary)
         seconds = time.perf_counter() - began
-        self.seconds.target += read - entered
-        self.seconds.sampling += decided - read
-        self.seconds.other += seconds - (decided - entered)
+        if len(decoding) == len(work):
+            self.seconds.target += read - entered
+            self.seconds.sampling += decided - read
+            self.seconds.other += seconds - (decided - entered)
         for row in decoding:
             row.stats.decode_seconds += seconds
         self.controller.observe_target(batch.ids.shape[1], seconds, ignore=len(decoding) < len(work))

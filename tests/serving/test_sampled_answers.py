@@ -145,5 +145,5 @@ BROKEN = {
 def test_drawing_notices_a_broken_sampler(mistake: str, monkeypatch: pytest.MonkeyPatch) -> None:
     shape, name, broken = BROKEN[mistake]
     monkeypatch.setattr(verification, name, broken)
-    seen, _ = draw("rejection", shape, PROCESSING["plain"], 1200)
+    seen, _ = draw("rejection", shape, PROCESSING["plain"], 800)
     assert deviations(seen, exact_law(PROCESSING["plain"])) > 5

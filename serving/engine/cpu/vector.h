@@ -59,7 +59,9 @@ inline Floats load(const BFloat16* from) {
 
 /// Keeps the compiler from loading a value again at each use: loads, not multiplications, are scarce then.
 inline Floats in_register(Floats value) {
-#if defined(__x86_64__)
+#if defined(__AVX512F__)
+  asm("" : "+v"(value));
+#elif defined(__x86_64__)
   asm("" : "+x"(value));
 #elif defined(__aarch64__)
   asm("" : "+w"(value));
