@@ -206,7 +206,11 @@ class Engine:
         self._line.drop_cancelled()
         while self.models.runner.cache.free_slots and (request := self._line.next()) is not None:
             request.stamp(started=time.monotonic())
-            self._rows.append(self._row(request))
+            try:
+                self._rows.append(self._row(request))
+            except Exception as error:  # this request's misfortune, not the engine's
+                log.exception("a request could not be taken up")
+                request.fail(error)
 
     def _row(self, request: Request) -> Row:
         params, wishes = request.params, request.speculation

@@ -15,6 +15,7 @@ from conftest import make_tiny_head, make_tiny_target
 from oracle import Case, Oracle, engine_of, submit, texts_of, tiny
 
 from draft.errors import UserError
+from draft.target import Target
 from serving.engine import Completion, Engine, EngineStopped, Overloaded, Request, SamplingParams, Speculation, Token
 from serving.engine.proposers import HeadProposer
 
@@ -429,3 +430,22 @@ def test_lower_precisions_decode(dtype: torch.dtype) -> None:
             for completion in engine.generate([[50, 60]] * 2, wishes, Speculation(rule=rule)):
                 assert len(completion.token_ids) == 6
                 assert all(math.isfinite(token.logprob or 0.0) for token in completion.tokens)
+
+
+def test_a_request_that_cannot_be_taken_up_fails_alone(tiny_target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(tiny_target, mode="eager", max_batch=1)
+    inner = engine._row
+
+    def row(request: Request) -> Any:
+        if request.prompt_ids == [7]:
+            raise RuntimeError("no such luck")
+        return inner(request)
+
+    monkeypatch.setattr(engine, "_row", row)
+    params = SamplingParams(max_new_tokens=2, ignore_eos=True)
+    bad, good = engine.submit([7], params), engine.submit([8], params)
+    while engine.step():
+        pass
+    with pytest.raises(RuntimeError, match="no such luck"):
+        bad.result(0)
+    assert len(good.result(0).token_ids) == 2
