@@ -130,7 +130,7 @@ def attend(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     layer: SlotLayer | Probe = module.draftsmith  # type: ignore[assignment]
     if isinstance(layer, Probe):
-        layer.saw(module, key, value, sliding_window or 0)
+        layer.saw(module, key, value, Scoring(scale, sliding_window or 0, softcap or 0.0))
         return torch.zeros_like(query[..., :1]).expand(*query.shape[:-1], value.shape[-1]).transpose(1, 2), None
     return layer.kernel(query, key, value, layer, scale, sliding_window or 0, softcap or 0.0), None
 
@@ -138,13 +138,22 @@ def attend(
 AttentionInterface.register(NAME, attend)
 
 
+@dataclass(frozen=True)
+class Scoring:
+    """How an attention layer scores keys."""
+
+    scale: float
+    window: int  # 0: none
+    softcap: float  # 0: none
+
+
 class Probe:
     """Attached to every module for one pass, it finds those that attend, and what each of them stores."""
 
     def __init__(self) -> None:
         self.found: dict[nn.Module, LayerShape] = {}
-        self.windows: set[int] = set()
+        self.scoring: list[Scoring] = []  # in the same order
 
-    def saw(self, module: nn.Module, key: Tensor, value: Tensor, window: int) -> None:
+    def saw(self, module: nn.Module, key: Tensor, value: Tensor, scoring: Scoring) -> None:
         self.found[module] = LayerShape(key.shape[1], key.shape[3], value.shape[3], key.dtype, key.device)
-        self.windows.add(window)
+        self.scoring.append(scoring)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,11 @@ from serving.engine.attention import NAME, Kernel, Probe, SlotLayer, View
 from serving.engine.batch import Batch, Segment
 from serving.engine.cache import LayerShape, SlotCache
 
+if TYPE_CHECKING:
+    from serving.engine.cpu.decoder import FusedDecoder
+
 _DEEPEST = 64  # no tree is deeper
+_PROBED = 24  # tokens by which two ways to run the layers are compared
 
 
 class TargetRunner:
@@ -34,17 +39,71 @@ class TargetRunner:
         self.view = View.empty()
         probe = _find_attention(target)
         # wider ones hold any tree that is ever drafted
-        self.view.masks = {window: self.view.mask for window in probe.windows if 0 < window <= _DEEPEST}
+        windows = {scoring.window for scoring in probe.scoring}
+        self.view.masks = {window: self.view.mask for window in windows if 0 < window <= _DEEPEST}
+        self.scoring = probe.scoring
         self.cache = SlotCache(list(probe.found.values()), slots, capacity)
         self.attached = {
             module: SlotLayer(keys, values, self.view, kernel)
             for module, (keys, values) in zip(probe.found, self.cache.layers, strict=True)
         }
         self.forwards: dict[nn.Module, Any] = {}  # compiled replacements of layers' forward methods
+        self.fused: FusedDecoder | None = None  # all layers in one call
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """-> last hidden states [N, hidden], after the final norm, and auxiliary states [N, layers * hidden]."""
         self.view.show(batch)
+        fused = self.fused if self.fused is not None and self.fused.takes(batch.ids.shape[1]) else None
+        hidden, states = self._fused(fused, batch) if fused else self._layer_by_layer(batch)
+        for segment in batch.segments:
+            self.cache.extend(segment.slot, len(segment.ids))
+        return hidden, states
+
+    def fuse_layers(self) -> bool:
+        """Run all layers in one call from now on, if the target is of the family that can; whether it is.
+
+        The linear layers must have been packed.
+        """
+        from serving.engine.cpu.decoder import recognise
+
+        self.fused = recognise(self.target.decoder.layers, self.scoring)
+        if self.fused is not None and not self._agree(self.fused):
+            self.fused = None
+        return self.fused is not None
+
+    def _agree(self, fused: FusedDecoder) -> bool:
+        """Whether a pass over a few tokens gives what the model's own code gives, but for rounding."""
+        count = min(_PROBED, self.cache.capacity)
+        ids = torch.arange(count).mul(7919).remainder(self.target.vocab_size).tolist()
+        slot = self.cache.acquire()
+        batch = Batch.of([Segment(slot, 0, 0, ids)], self.target.device)
+        self.view.show(batch)
+        passes = [
+            torch.cat([part.double() for part in run(batch) if part is not None], dim=-1)
+            for run in (self._layer_by_layer, functools.partial(self._fused, fused))
+        ]
+        self.cache.release(slot)
+        allowed = 64 * torch.finfo(self.target.dtype).eps ** 0.75
+        expected, got = passes
+        return bool((got - expected).norm() <= allowed * expected.norm())
+
+    def _fused(self, fused: FusedDecoder, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        decoder, dtype = self.target.decoder, self.target.dtype
+        embeds = decoder.embed_tokens(batch.ids)
+        masks = [self.view.masks.get(scoring.window, self.view.mask) for scoring in self.scoring]
+        output = fused.run(
+            embeds,
+            decoder.rotary_emb(embeds, position_ids=batch.positions),
+            self.cache.layers,
+            self.view.positions,
+            self.view.table,
+            masks,
+            self.layers,
+        )  # [1 + captured, N, hidden]
+        states = output[1:].transpose(0, 1).flatten(1).to(dtype) if self.layers else None
+        return decoder.norm(output[0]).to(dtype), states
+
+    def _layer_by_layer(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
         captured: dict[int, Tensor] = {}
         with (
             _attention_by(self.target, self.attached),
@@ -53,8 +112,6 @@ class TargetRunner:
         ):
             output = self.target.decoder(input_ids=batch.ids, position_ids=batch.positions, use_cache=False)
         states = torch.cat([captured[layer][0] for layer in self.layers], dim=-1) if self.layers else None
-        for segment in batch.segments:
-            self.cache.extend(segment.slot, len(segment.ids))
         return output.last_hidden_state[0], states
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -79,6 +136,30 @@ class HeadRunner:
         self.view = View.empty()
         self.layer = SlotLayer(*self.cache.layers[0], self.view, kernel)
         self.run: Any = self._run
+
+    def fuse_layer(self) -> bool:
+        """Run the layer in one call from now on, if it can be; whether it is. Its linear layers are packed."""
+        from serving.engine.cpu.decoder import recognise_head
+
+        fused = recognise_head(self.head, self.head.config.head_dim**-0.5)
+        if fused is None:
+            return False
+
+        def run(embeds: Tensor, hidden: Tensor, positions: Tensor) -> Tensor:
+            output = fused.run(
+                hidden,
+                self.head.rope(positions, torch.float32),
+                self.cache.layers,
+                self.view.positions,
+                self.view.table,
+                [self.view.mask],
+                (),
+                embeds,
+            ).to(hidden.dtype)  # [1, N, hidden]
+            return self.head.norm(output) if self.head.config.norm_output else output
+
+        self.run = run
+        return True
 
     def fuse(self, auxiliary: Tensor) -> Tensor:
         """The target's auxiliary states [n, layers * hidden] -> [n, hidden]."""

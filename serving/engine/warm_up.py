@@ -25,42 +25,58 @@ _REPEATS = 3
 def warm_up(models: Models) -> dict[int, float]:
     """Run passes of each width; returns seconds of a target pass by its number of tokens.
 
-    In compiled mode a decoder layer, which all layers share, and the head are compiled first: once for one token and
-    once for any number. The artefacts stay in the cache folder, so that the next start loads them.
+    In compiled mode, the layers of a target of the Llama family run in one C++ call; any other's are compiled first,
+    one for all, for one token and for any number, and the artefacts stay in the cache folder for the next start.
     """
     if models.mode == "compiled":
-        _compile(models)
+        _prepare(models)
     if isinstance(models.proposer, HeadProposer):
         _pass_of_head(models.proposer.runner, 1)
         _pass_of_head(models.proposer.runner, 2)
     return {width: _seconds(functools.partial(_pass_of_target, models.runner, width)) for width in WIDTHS}
 
 
-def _compile(models: Models) -> None:
-    from torch._dynamo.exc import TorchDynamoException
+def _prepare(models: Models) -> None:
+    """Let the layers run in one call where they can be, and compile those that can't."""
+    runner = models.runner
+    head = models.proposer.runner if isinstance(models.proposer, HeadProposer) else None
+    layers = not runner.fuse_layers()
+    midlayer = head is not None and not head.fuse_layer()
+    if not layers and not midlayer:
+        return
+    _set_compiler_up()
+    began = time.perf_counter()
+    if layers:
+        _compile_layers(runner)
+    if head is not None and midlayer:
+        head.run = torch.compile(head.run, fullgraph=True)
+        for width in (1, 2):
+            _pass_of_head(head, width)
+    log.info("compiled in %.0f s", time.perf_counter() - began)
+
+
+def _set_compiler_up() -> None:
     from torch._inductor import config
 
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "inductor"))
     config.cpp.threads = 1  # its parallel loops wait actively for threads that may not be running
-    began = time.perf_counter()
-    runner = models.runner
+
+
+def _compile_layers(runner: TargetRunner) -> None:
+    """One compiled layer, which all layers share."""
+    from torch._dynamo.exc import TorchDynamoException
+
     compiled = {
         kind: torch.compile(kind.forward, fullgraph=True)
         for kind in {type(layer) for layer in runner.target.decoder.layers}
     }
     runner.forwards = {layer: functools.partial(compiled[type(layer)], layer) for layer in runner.target.decoder.layers}
-    head = models.proposer.runner if isinstance(models.proposer, HeadProposer) else None
     try:
         for width in (1, 2):
             _pass_of_target(runner, width)
     except TorchDynamoException as error:
         log.warning("this target's layers run uncompiled: %s", str(error).strip().splitlines()[0])
         runner.forwards = {}
-    if head is not None:
-        head.run = torch.compile(head.run, fullgraph=True)
-        for width in (1, 2):
-            _pass_of_head(head, width)
-    log.info("compiled in %.0f s", time.perf_counter() - began)
 
 
 def _seconds(run: Callable[[], None]) -> float:
