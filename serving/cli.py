@@ -134,7 +134,7 @@ def serve(
         )
 
         def load() -> Engine:
-            return _load(
+            return load_engine(
                 target,
                 head,
                 dtype,
@@ -158,7 +158,14 @@ def serve(
         serve_until_stopped(app, load, listener, f"serving {what} on {address}", drain_seconds, tls)
 
 
-def _load(target: str, head: str | None, dtype: str, *, warm_up: bool, threads: int | None, **options: Any) -> Engine:
+def load_engine(
+    target: str, head: str | None, dtype: str, *, warm_up: bool, threads: int | None, **options: Any
+) -> Engine:
+    """An engine that is ready to be started; options: of Engine.
+
+    Raises:
+        UserError: when the target or the head cannot be loaded, do not fit each other, or an option is out of range.
+    """
     import torch
     from transformers.utils.logging import disable_progress_bar
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.decorators import mark_unbacked
 from transformers import AttentionInterface
 
 from draft.errors import UserError
@@ -38,18 +39,23 @@ class View:
     batch: Batch
     positions: Tensor  # [N]
     table: Tensor  # [segments, 5]
-    mask: Tensor  # [N, W] or [0, 0]
+    mask: Tensor  # [N, W], or [0, 2] where all are chains
     masks: dict[int, Tensor]  # window -> the same with only what is within it, for windows a tree may be deeper than
+    compiled: bool = False  # whether torch.compile reads it, which must not build again for other numbers of segments
 
     @classmethod
     def empty(cls) -> View:
         nothing = torch.empty(0, dtype=torch.int64)
-        return cls(Batch.of([], torch.device("cpu")), nothing, nothing.view(0, 5), nothing.view(0, 0).bool(), {})
+        return cls(Batch.of([], torch.device("cpu")), nothing, nothing.view(0, 5), nothing.view(0, 2).bool(), {})
 
     def show(self, batch: Batch) -> None:
         self.batch, self.positions, self.table, self.mask = batch, batch.positions[0], batch.table, batch.mask
         for window in self.masks:
             self.masks[window] = batch.mask_within(window)
+        if self.compiled:
+            mark_unbacked(self.table, 0)
+            for mask in (self.mask, *self.masks.values()):
+                mark_unbacked(mask, [0, 1])
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import functools
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -20,6 +20,7 @@ log = logging.getLogger(__name__)
 
 WIDTHS = (1, 2, 4, 8, 16, 32)  # tokens of a pass, from plain decoding to a tree
 _REPEATS = 3
+_FORK = (-1, 0, 0)  # a tree, whose mask a graph has to expect before it can do without
 
 
 def warm_up(models: Models) -> dict[int, float]:
@@ -49,9 +50,10 @@ def _prepare(models: Models) -> None:
     if layers:
         _compile_layers(runner)
     if head is not None and midlayer:
+        head.view.compiled = True
         head.run = torch.compile(head.run, fullgraph=True)
-        for width in (1, 2):
-            _pass_of_head(head, width)
+        _pass_of_head(head, 1)
+        _pass_of_head(head, 3, _FORK)
     log.info("compiled in %.0f s", time.perf_counter() - began)
 
 
@@ -71,9 +73,10 @@ def _compile_layers(runner: TargetRunner) -> None:
         for kind in {type(layer) for layer in runner.target.decoder.layers}
     }
     runner.forwards = {layer: functools.partial(compiled[type(layer)], layer) for layer in runner.target.decoder.layers}
+    runner.view.compiled = True
     try:
-        for width in (1, 2):
-            _pass_of_target(runner, width)
+        _pass_of_target(runner, 1)
+        _pass_of_target(runner, 3, _FORK)
     except TorchDynamoException as error:
         log.warning("this target's layers run uncompiled: %s", str(error).strip().splitlines()[0])
         runner.forwards = {}
@@ -90,19 +93,19 @@ def _seconds(run: Callable[[], None]) -> float:
 
 
 @torch.inference_mode()
-def _pass_of_target(runner: TargetRunner, width: int) -> None:
+def _pass_of_target(runner: TargetRunner, width: int, parents: Sequence[int] | None = None) -> None:
     """A pass over an empty slot, with its logits, as a verification would be."""
     slot = runner.cache.acquire()
-    hidden, _ = runner.forward(Batch.of([Segment(slot, 0, 0, [0] * width)], runner.target.device))
-    runner.logits(hidden).argmax(dim=-1).tolist()
+    hidden, _ = runner.forward(Batch.of([Segment(slot, 0, 0, [0] * width, parents)], runner.target.device))
+    runner.logits(hidden).max(dim=-1).indices.tolist()
     runner.cache.release(slot)
 
 
 @torch.inference_mode()
-def _pass_of_head(runner: HeadRunner, width: int) -> None:
+def _pass_of_head(runner: HeadRunner, width: int, parents: Sequence[int] | None = None) -> None:
     slot = runner.cache.acquire()
     config = runner.head.config
-    batch = Batch.of([Segment(slot, 0, 0, [0] * width)], runner.embedding.weight.device)
+    batch = Batch.of([Segment(slot, 0, 0, [0] * width, parents)], runner.embedding.weight.device)
     hidden = torch.zeros(width, config.hidden_size, dtype=runner.dtype, device=runner.embedding.weight.device)
     runner.logits(runner.forward(batch, hidden))
     runner.cache.release(slot)
