@@ -13,8 +13,7 @@ import torch
 from draft.bundled import cache_folder
 from serving.engine.batch import Batch, Segment
 from serving.engine.build import Models
-from serving.engine.proposers import HeadProposer
-from serving.engine.runner import HeadRunner, TargetRunner
+from serving.engine.runner import TargetRunner
 
 log = logging.getLogger(__name__)
 
@@ -30,9 +29,8 @@ def warm_up(models: Models) -> dict[int, float]:
     """
     if models.mode == "compiled":
         _compile(models)
-    if isinstance(models.proposer, HeadProposer):
-        _pass_of_head(models.proposer.runner, 1)
-        _pass_of_head(models.proposer.runner, 2)
+    elif models.proposer is not None:
+        models.proposer.warm_up(compiled=False)
     return {width: _seconds(functools.partial(_pass_of_target, models.runner, width)) for width in WIDTHS}
 
 
@@ -49,17 +47,14 @@ def _compile(models: Models) -> None:
         for kind in {type(layer) for layer in runner.target.decoder.layers}
     }
     runner.forwards = {layer: functools.partial(compiled[type(layer)], layer) for layer in runner.target.decoder.layers}
-    head = models.proposer.runner if isinstance(models.proposer, HeadProposer) else None
     try:
         for width in (1, 2):
             _pass_of_target(runner, width)
     except TorchDynamoException as error:
         log.warning("this target's layers run uncompiled: %s", str(error).strip().splitlines()[0])
         runner.forwards = {}
-    if head is not None:
-        head.run = torch.compile(head.run, fullgraph=True)
-        for width in (1, 2):
-            _pass_of_head(head, width)
+    if models.proposer is not None:
+        models.proposer.warm_up(compiled=True)
     log.info("compiled in %.0f s", time.perf_counter() - began)
 
 
@@ -79,14 +74,4 @@ def _pass_of_target(runner: TargetRunner, width: int) -> None:
     slot = runner.cache.acquire()
     hidden, _ = runner.forward(Batch.of([Segment(slot, 0, 0, [0] * width)], runner.target.device))
     runner.logits(hidden).argmax(dim=-1).tolist()
-    runner.cache.release(slot)
-
-
-@torch.inference_mode()
-def _pass_of_head(runner: HeadRunner, width: int) -> None:
-    slot = runner.cache.acquire()
-    config = runner.head.config
-    batch = Batch.of([Segment(slot, 0, 0, [0] * width)], runner.embedding.weight.device)
-    hidden = torch.zeros(width, config.hidden_size, dtype=runner.dtype, device=runner.embedding.weight.device)
-    runner.logits(runner.forward(batch, hidden))
     runner.cache.release(slot)
