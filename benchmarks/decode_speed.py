@@ -24,7 +24,7 @@ from benchmarks.decode_steps import read_bandwidth, step_costs, weight_bytes
 from benchmarks.decode_surroundings import busy_share, second_start
 from draft.checkpoint import check_fits, load_head
 from draft.errors import UserError
-from draft.heads import Eagle3Head
+from draft.heads import DraftHead
 from draft.target import Target, load_target
 from serving.engine import Engine, SamplingParams, Speculation
 from serving.engine.build import MODES
@@ -56,11 +56,11 @@ class Variant:
 class Engines:
     """Our engines over one target; they share its weights."""
 
-    def __init__(self, target: Target, head: Eagle3Head, arguments: Namespace) -> None:
+    def __init__(self, target: Target, head: DraftHead, arguments: Namespace) -> None:
         self.new_tokens, self.seed = arguments.max_new_tokens, arguments.seed
         self.target = target
 
-        def build(head: Eagle3Head | None, **options: Any) -> Engine:
+        def build(head: DraftHead | None, **options: Any) -> Engine:
             engine = Engine(
                 target,
                 head,

@@ -45,7 +45,8 @@ class Target:
     """A causal language model with its tokenizer and chat template.
 
     Layer ids count decoder layers that have run: id k is the residual stream that enters layer k (0-based), and
-    id n (the number of layers) the stream after the last one, before the final norm. This is vLLM's convention.
+    id n (the number of layers) the stream after the last one, before the final norm. This is vLLM's convention. Id
+    n + 1 (`output_layer`) is ours: the stream after the final norm, which the LM head reads.
     """
 
     def __init__(self, name: str, model: Any, tokenizer: Any, stored_dtype: torch.dtype | None = None) -> None:
@@ -91,6 +92,11 @@ class Target:
     @property
     def num_layers(self) -> int:
         return len(self.decoder.layers)
+
+    @property
+    def output_layer(self) -> int:
+        """The id of the last hidden states, after the final norm."""
+        return self.num_layers + 1
 
     @property
     def max_length(self) -> int:
@@ -205,8 +211,19 @@ def capture_hidden_states(decoder: nn.Module, layers: Sequence[int], into: dict[
 
         return hook
 
+    def store_output(layer: int) -> Any:
+        def hook(_module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
+            into[layer] = output
+
+        return hook
+
     modules = [*decoder.layers, decoder.norm]  # type: ignore[misc]
-    handles = [modules[layer].register_forward_pre_hook(store(layer), with_kwargs=True) for layer in layers]
+    handles = [
+        decoder.norm.register_forward_hook(store_output(layer))  # type: ignore[union-attr]
+        if layer == len(modules)
+        else modules[layer].register_forward_pre_hook(store(layer), with_kwargs=True)
+        for layer in layers
+    ]
     try:
         yield
     finally:

@@ -25,11 +25,19 @@ from draft.data.examples import Batch, batches, collate
 from draft.data.vocabulary import coverage, draft_vocabulary
 from draft.errors import UserError
 from draft.target import Target, load_target
-from draft.training.build import load_base_head, make_trainable, new_head, with_vocabulary
+from draft.training.build import (
+    blank_head,
+    initialise,
+    load_base_head,
+    make_trainable,
+    settle,
+    vocabulary_size,
+    with_vocabulary,
+)
 from draft.training.config import RunSettings, to_yaml
 from draft.training.features import Features, FeatureSource, fits_in_memory
 from draft.training.monitor import Monitor, draw, provenance
-from draft.training.objective import Objective, loss_sum, trained_positions
+from draft.training.objective import loss_sum, trained_positions
 from draft.training.optimiser import learning_rate_at, parameter_groups
 from draft.training.snapshots import latest_snapshot, load_snapshot, save_snapshot, trained_parameters
 
@@ -62,6 +70,7 @@ class Trainer:
         self.features = self._feature_source()
         head, about = self._starting_head()
         self.features.layers = head.auxiliary_layers(self.target)
+        self.objective = settle(settings, head)
         self.head, self.saver = make_trainable(head, settings)
         self.about = self._about(about)
         self.accelerator = Accelerator(cpu=self.target.device.type == "cpu")
@@ -79,7 +88,6 @@ class Trainer:
             )
         )
         training = settings.training
-        self.objective = Objective(training.loss, training.draft_steps, training.step_decay)
         self.steps_per_epoch = max(1, math.ceil(len(self._batches(0)) / training.gradient_accumulation))
         self.total_steps = training.max_steps or max(1, round(training.epochs * self.steps_per_epoch))
         self.step = 0
@@ -112,13 +120,15 @@ class Trainer:
                 )
             return head, about
         # a run that goes on takes its weights from the checkpoint
-        first = iter(()) if self._latest() else self._first_batches()
-        with self.console.status("Solving for the head's first weights"):
-            head = new_head(target, self._vocabulary(), first, settings.training.seed)
+        head = blank_head(target, self._vocabulary(), settings.model)
+        self.features.layers = head.auxiliary_layers(target)
+        if not self._latest():
+            with self.console.status("Solving for the head's first weights"):
+                initialise(head, target, self._first_batches(), settings.training.seed)
         return head, {}
 
     def _vocabulary(self) -> Tensor:
-        size = min(self.settings.model.draft_vocab_size, self.target.vocab_size)
+        size = vocabulary_size(self.settings.model, self.target)
         return draft_vocabulary(self.rows.train, size, self.target.vocab_size, sorted(self.target.eos_token_ids))
 
     def _latest(self) -> Path | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from draft.errors import UserError
-from draft.heads import Eagle3Head
+from draft.heads import StepwiseHead
 from draft.target import Target, capture_hidden_states
 from serving.engine.attention import NAME, Kernel, Probe, SlotLayer, View
 from serving.engine.batch import Batch, Segment
 from serving.engine.cache import LayerShape, SlotCache
+from serving.engine.compiler import set_compiler_up
 
 if TYPE_CHECKING:
     from serving.engine.cpu.decoder import FusedDecoder
@@ -120,18 +121,16 @@ class TargetRunner:
 
 
 class HeadRunner:
-    """An EAGLE-3 head over the embeddings of its target.
+    """A head that drafts step by step, over the embeddings of its target.
 
     At position i it reads the state of token i and the embedding of token i+1, which is the batch's token there.
     """
 
-    def __init__(self, target: Target, head: Eagle3Head, *, slots: int, capacity: int, kernel: Kernel) -> None:
+    def __init__(self, target: Target, head: StepwiseHead, *, slots: int, capacity: int, kernel: Kernel) -> None:
         self.head, self.embedding = head, target.embedding
-        self.dtype = head.norm.weight.dtype
+        self.dtype = head.dtype
         config = head.config
-        shape = LayerShape(
-            config.num_key_value_heads, config.head_dim, config.head_dim, self.dtype, head.norm.weight.device
-        )
+        shape = LayerShape(config.num_key_value_heads, config.head_dim, config.head_dim, self.dtype, head.device)
         self.cache = SlotCache([shape], slots, capacity)
         self.view = View.empty()
         self.layer = SlotLayer(*self.cache.layers[0], self.view, kernel)
@@ -174,6 +173,23 @@ class HeadRunner:
     def logits(self, hidden: Tensor) -> Tensor:
         """[n, hidden] -> [n, draft_vocab]."""
         return self.head.logits(hidden)
+
+    def compile(self) -> None:
+        """Run the layer in one call if it can be, and otherwise fuse what lies between the kernels."""
+        if self.fuse_layer():
+            return
+        set_compiler_up()
+        self.view.compiled = True
+        self.run = torch.compile(self._run, fullgraph=True)
+
+    @torch.inference_mode()
+    def try_out(self, width: int, parents: Sequence[int] | None = None) -> None:
+        """A pass over an empty slot."""
+        slot = self.cache.acquire()
+        batch = Batch.of([Segment(slot, 0, 0, [0] * width, parents)], self.head.device)
+        hidden = torch.zeros(width, self.head.config.hidden_size, dtype=self.dtype, device=self.head.device)
+        self.logits(self.forward(batch, hidden))
+        self.cache.release(slot)
 
     def _run(self, embeds: Tensor, hidden: Tensor, positions: Tensor) -> Tensor:
         return self.head(embeds, hidden, positions, self._attend)
