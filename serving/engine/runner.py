@@ -155,7 +155,7 @@ class HeadRunner:
                 (),
                 embeds,
             ).to(hidden.dtype)  # [1, N, hidden]
-            return self.head.norm(output) if self.head.config.norm_output else output
+            return self.head.norm(output) if getattr(self.head.config, "norm_output", False) else output
 
         self.run = run
         return True
