@@ -9,6 +9,7 @@ import torch
 
 from draft.errors import UserError
 from draft.target import Target
+from draft.target_support import head_rope
 
 LAYER_IDS = "eagle_aux_hidden_state_layer_ids"
 # options that change the arithmetic, and are built here
@@ -79,7 +80,13 @@ class Eagle3Config:
             UserError: when the target has no such layers.
         """
         if self.auxiliary_layers is None:
-            return target.default_auxiliary_layers
+            layers = target.default_auxiliary_layers
+            if min(layers) < 0 or max(layers) > target.num_layers:
+                raise UserError(
+                    f"target {target.name!r} has {target.num_layers} layers, too few for the auxiliary layers 2, n/2 "
+                    "and n-3 that an EAGLE-3 head reads by default; use a target of 3 layers or more."
+                )
+            return layers
         check_layers(self.auxiliary_layers, target.num_layers)
         return tuple(self.auxiliary_layers)
 
@@ -93,7 +100,7 @@ class Eagle3Config:
         config = target.config
         eos = sorted(target.eos_token_ids)
         heads = config.num_attention_heads
-        return cls(
+        made = cls(
             hidden_size=config.hidden_size,
             intermediate_size=config.intermediate_size,
             num_attention_heads=heads,
@@ -102,13 +109,15 @@ class Eagle3Config:
             vocab_size=target.vocab_size,
             draft_vocab_size=draft_vocab_size,
             rms_norm_eps=config.rms_norm_eps,
-            rope_parameters=dict(config.rope_parameters),
-            max_position_embeddings=target.max_length,
+            rope_parameters=head_rope(config),
+            max_position_embeddings=target.stated_length,
             bos_token_id=config.bos_token_id,
             eos_token_id=eos[0] if eos else None,
             pad_token_id=config.pad_token_id,
             **options,
         )
+        made.layers(target)  # refuses a target that has too few
+        return made
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Eagle3Config:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from draft.errors import UserError
 from draft.heads import Eagle3Head
-from draft.target import Target, capture_hidden_states
+from draft.target import Target
+from draft.target_hooks import attending_by, capture_hidden_states
 from serving.engine.attention import NAME, Kernel, Probe, SlotLayer, View
 from serving.engine.batch import Batch, Segment
 from serving.engine.cache import LayerShape, SlotCache
@@ -46,7 +47,7 @@ class TargetRunner:
         """-> last hidden states [N, hidden], after the final norm, and auxiliary states [N, layers * hidden]."""
         self.view.show(batch)
         captured: dict[int, Tensor] = {}
-        with (
+        with (  # the first of them locks the target: another engine may share it
             _attention_by(self.target, self.attached),
             _replaced_forwards(self.forwards),
             capture_hidden_states(self.target.decoder, self.layers, captured),
@@ -119,15 +120,10 @@ def _find_attention(target: Target) -> Probe:
 @contextmanager
 def _attention_by(target: Target, attached: dict[nn.Module, Any]) -> Iterator[None]:
     """Let the decoder attend by our function; the target is otherwise as it was, for replay or another engine."""
-    config = target.decoder.config
-    before = config._attn_implementation
-    config._attn_implementation = NAME
-    for module, layer in attached.items():
-        module.__dict__["draftsmith"] = layer
-    try:
+    with attending_by(target, NAME):
+        for module, layer in attached.items():
+            module.__dict__["draftsmith"] = layer
         yield
-    finally:
-        config._attn_implementation = before
 
 
 @contextmanager
