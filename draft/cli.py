@@ -57,6 +57,9 @@ def _examples(*lines: str) -> str:
 
 
 Target = Annotated[str, typer.Option(help="Target: hub id, folder, .gguf file, or smollm2 (bundled).")]
+TargetAdapter = Annotated[
+    str | None, typer.Option(help="PEFT LoRA adapter of the target, merged in memory: a folder.", show_default=False)
+]
 Dtype = Annotated[str, typer.Option(help="Compute dtype: auto, bfloat16, float16, float32 or float64.")]
 
 
@@ -69,6 +72,7 @@ Dtype = Annotated[str, typer.Option(help="Compute dtype: auto, bfloat16, float16
 def prepare(
     out: Annotated[Path, typer.Option(help="Folder of the data set; the same command continues an interrupted one.")],
     target: Target = "smollm2",
+    target_adapter: TargetAdapter = None,
     prompts: Annotated[
         list[str] | None,
         typer.Option(
@@ -92,7 +96,7 @@ def prepare(
     from draft.target import load_target
 
     dataset = run(
-        load_target(target, dtype, device),
+        load_target(target, dtype, device, target_adapter),
         out,
         prompts=prompts,
         num_prompts=num_prompts,
@@ -213,6 +217,7 @@ def import_(
     source: Annotated[Path, typer.Argument(help="Folder of a head in another project's format.")],
     out: Annotated[Path, typer.Option(help="Folder of the head to write.")],
     target: Target = "smollm2",
+    target_adapter: TargetAdapter = None,
     auxiliary_layers: Annotated[
         str | None,
         typer.Option(help="Layers whose inputs the head reads, such as 2,15,27, if its config.json leaves that open."),
@@ -228,7 +233,8 @@ def import_(
         layers = None if auxiliary_layers is None else [int(layer) for layer in auxiliary_layers.split(",")]
     except ValueError as error:
         raise UserError(f"--auxiliary-layers {auxiliary_layers!r} is no list of numbers, such as 2,15,27.") from error
-    imported = import_head(source, load_target(target, dtype, device), out, auxiliary_layers=layers)
+    loaded = load_target(target, dtype, device, target_adapter)
+    imported = import_head(source, loaded, out, auxiliary_layers=layers)
     console.print(f"Found a head in the format {imported.kind}.", soft_wrap=True)
     for note in imported.notes:
         console.print(f"  {note[0].upper()}{note[1:]}", soft_wrap=True, markup=False)
@@ -263,6 +269,7 @@ def compare(
     data: Annotated[Path, typer.Option(help="Data set of the domain; its held-out rows are used.")],
     out: Annotated[Path, typer.Option(help="Folder of the report.")],
     target: Target = "smollm2",
+    target_adapter: TargetAdapter = None,
     general: Annotated[Path | None, typer.Option(help="Data of general traffic [default: what ships].")] = None,
     dtype: Dtype = "auto",
     device: Annotated[str, typer.Option(help="Device: auto, cpu, cuda.")] = "auto",
@@ -279,7 +286,7 @@ def compare(
         out.mkdir(parents=True, exist_ok=True)  # before the long work, not after it
     except OSError as error:
         raise UserError(f"--out {str(out)!r} cannot be made ({error.strerror}); choose another.") from error
-    loaded = load_target(target, dtype, device)
+    loaded = load_target(target, dtype, device, target_adapter)
     dataset = open_dataset(data)
     dataset.check_target(loaded)
     if general is None:

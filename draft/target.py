@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from draft.bundled import BUNDLED_TARGET, bundled_target_folder, dequantise_options
+from draft.bundled import dequantise_options
 from draft.devices import DTYPES, fastest_cpu_dtype, resolve_device, resolve_dtype
 from draft.errors import UserError
-from draft.target_adapter import Adapter, merge_adapter, read_adapter
+from draft.target_adapter import Adapter, merge_adapter, read_adapter, warn_of_other_template
+from draft.target_files import locate, why_not_loaded
 from draft.target_hooks import capture_hidden_states
 from draft.target_support import check_config, check_room, rope_limit
 
@@ -96,6 +97,11 @@ class Target:
         self.logit_scale /= getattr(self.config, "logits_scaling", None) or 1.0
         self.embedding: nn.Embedding = model.get_input_embeddings()
         self.lm_head: nn.Linear = model.get_output_embeddings()
+
+    @property
+    def base_fingerprint(self) -> str:
+        """The fingerprint without the adapter, where there is one."""
+        return self.adapter.base_fingerprint if self.adapter else self.fingerprint
 
     @property
     def device(self) -> torch.device:
@@ -260,11 +266,11 @@ def load_tokenizer(name: str) -> Any:
     """The tokenizer of a target, without its weights; names and errors as in `load_target`."""
     from transformers import AutoTokenizer
 
-    source, options = _locate(name)
+    source, options = locate(name)
     try:
         return AutoTokenizer.from_pretrained(source, **options)
     except Exception as error:
-        raise UserError(_why_not_loaded(name, error)) from error
+        raise UserError(why_not_loaded(name, error)) from error
 
 
 def load_target(
@@ -284,20 +290,24 @@ def load_target(
     place = resolve_device(device)
     wanted = resolve_dtype(dtype, place)
     tokenizer = load_tokenizer(name)
-    source, options = _locate(name)
+    source, options = locate(name)
     try:
         config = AutoConfig.from_pretrained(source, **options)
     except Exception as error:  # a damaged file raises whatever its reader does
-        raise UserError(_why_not_loaded(name, error)) from error
+        raise UserError(why_not_loaded(name, error)) from error
+    if config.get_text_config() is not config:
+        log.info("target %r is a model of text and other media: its text part is used", name)
     if not options:  # a GGUF file's layers are known once it is read, and are dequantised
         check_config(name, config)
         check_room(name, config, wanted, place)
     found = read_adapter(adapter) if adapter is not None else None
+    if found is not None:
+        warn_of_other_template(found, tokenizer)
     try:
         model = AutoModelForCausalLM.from_pretrained(source, dtype=wanted, **options, **dequantise_options(options))
         model.to(place)  # type: ignore[arg-type]
     except Exception as error:
-        raise UserError(_why_not_loaded(name, error)) from error
+        raise UserError(why_not_loaded(name, error)) from error
     target = Target(name, model, tokenizer, config.dtype)
     if target.rope_limit:
         log.info("%s", target.limit_reason)
@@ -307,27 +317,3 @@ def load_target(
 def _adapted(target: Target, adapter: Adapter) -> Target:
     model, merged = merge_adapter(target.model, adapter, target.title, target.fingerprint)
     return Target(target.name, model, target.tokenizer, target.stored_dtype, merged)
-
-
-def _locate(name: str) -> tuple[str, dict[str, str]]:
-    """What `from_pretrained` should read for a target's name."""
-    if name == BUNDLED_TARGET:
-        return str(bundled_target_folder()), {}
-    path = Path(name).expanduser()
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise UserError(f"target {name!r}: no such file; give the path of an existing .gguf file.")
-        return str(path.parent), {"gguf_file": path.name}
-    if path.is_dir() and not (path / "config.json").is_file():
-        raise UserError(f"target {name!r}: the folder has no config.json; give a folder that save_pretrained wrote.")
-    return str(path) if path.is_dir() else name, {}
-
-
-def _why_not_loaded(name: str, error: Exception) -> str:
-    reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-    if isinstance(error, OSError) and not Path(name).expanduser().exists():
-        return (
-            f"target {name!r} is neither a folder here nor reachable on the hub ({reason}); on a machine with "
-            f"network run `hf download {name}`, or pass a local folder, a .gguf file or `{BUNDLED_TARGET}`."
-        )
-    return f"target {name!r} could not be loaded ({reason}); pass a causal language model that transformers supports."

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from draft.errors import UserError
+
+log = logging.getLogger(__name__)
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -22,6 +25,7 @@ class Adapter:
     folder: Path
     sha256: str  # of its two files
     fingerprint: str = ""  # of the target with it, once merged
+    base_fingerprint: str = ""  # of the target without it
 
 
 def read_adapter(folder: str | Path) -> Adapter:
@@ -52,6 +56,24 @@ def read_adapter(folder: str | Path) -> Adapter:
     return Adapter(name, path, digest.hexdigest()[:32])
 
 
+def warn_of_other_template(adapter: Adapter, tokenizer: Any) -> None:
+    """Trainers save the tokenizer beside an adapter; the target's own is used, and what differs is told."""
+    from transformers import AutoTokenizer
+
+    if not (adapter.folder / "tokenizer_config.json").is_file():
+        return
+    try:
+        theirs = AutoTokenizer.from_pretrained(adapter.folder).chat_template
+    except Exception:  # nothing of it is used
+        return
+    if theirs and theirs != tokenizer.chat_template:
+        log.warning(
+            "target adapter %r comes with another chat template than the target's, which is used; where it was "
+            "fine-tuned with that one, save it as the target's chat_template.jinja",
+            adapter.name,
+        )
+
+
 def merge_adapter(model: Any, adapter: Adapter, target: str, fingerprint: str) -> tuple[Any, Adapter]:
     """Merge `adapter` into `model`, in place; the target's files stay as they are.
 
@@ -60,7 +82,8 @@ def merge_adapter(model: Any, adapter: Adapter, target: str, fingerprint: str) -
     Raises:
         UserError: when the adapter was made for a model of other layers or shapes.
     """
-    from peft import PeftModel
+    from peft import PeftModel, get_peft_model_state_dict
+    from safetensors import safe_open
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -71,12 +94,16 @@ def merge_adapter(model: Any, adapter: Adapter, target: str, fingerprint: str) -
     missing = next((str(warning.message) for warning in caught if "missing adapter keys" in str(warning.message)), None)
     if missing:
         raise UserError(_misfit(adapter, target, missing))
+    with safe_open(adapter.folder / _WEIGHTS, "pt") as tensors:
+        unused = sorted(set(tensors.keys()) - set(get_peft_model_state_dict(wrapped)))
+    if unused:
+        raise UserError(_misfit(adapter, target, f"it has no place for {unused[0]}"))
     try:
         merged = wrapped.merge_and_unload(safe_merge=True)
     except ValueError as error:  # NaNs
         raise UserError(f"target adapter {adapter.name!r} cannot be merged ({_first_line(str(error))}).") from error
     both = hashlib.sha256(f"{fingerprint}:{adapter.sha256}".encode()).hexdigest()[:16]
-    return merged, replace(adapter, fingerprint=both)
+    return merged, replace(adapter, fingerprint=both, base_fingerprint=fingerprint)
 
 
 def _misfit(adapter: Adapter, target: str, reason: str) -> str:

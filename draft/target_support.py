@@ -40,9 +40,10 @@ def _why_not(config: Any) -> str | None:
                 f"save its text part ({text.model_type}) as a model of its own, and use that"
             )
         return f"{kind} is no causal language model that transformers knows; use one such as Llama, Qwen or Gemma"
-    # those that name their layers' kinds are judged by them where it matters
-    named = getattr(text, "layer_types", None)
-    if kind in _RECURRENT_KINDS or (not named and any(getattr(text, key, None) for key in _RECURRENT)):
+    # where some of the layers attend, whoever runs them says which of the others it cannot
+    kinds = set(getattr(text, "layer_types", None) or ()) - {"linear_attention"}
+    attends = any("attention" in layer for layer in kinds)
+    if kind in _RECURRENT_KINDS or (not attends and any(getattr(text, key, None) for key in _RECURRENT)):
         return (
             f"{kind} is a state-space or recurrent model, whose state cannot be taken back when a draft is rejected; "
             "use a model whose layers all attend"

@@ -113,9 +113,11 @@ class Dataset:
         """Refuse a target whose tokens or template these are not: UserError naming both fingerprints."""
         ours, theirs = self.manifest["target_fingerprint"], target.fingerprint
         if ours != theirs:
+            adapter = self.manifest.get("target_adapter")
+            made_for = repr(self.manifest["target"]) + (f" with adapter {adapter!r}" if adapter else "")
             raise UserError(
-                f"data set {str(self.folder)!r} was prepared for target {self.manifest['target']!r} with fingerprint "
-                f"{ours}, and target {target.name!r} has {theirs}; prepare data with this target, or use that one."
+                f"data set {str(self.folder)!r} was prepared for target {made_for} with fingerprint "
+                f"{ours}, and target {target.title} has {theirs}; prepare data with this target, or use that one."
             )
 
 

@@ -196,6 +196,7 @@ def _manifest(writer: Writer, rows: list[Row], sources: Sequence[str | Path] | N
     target, settings = writer.target, writer.settings
     return {
         "target": target.name,
+        "target_adapter": target.adapter.name if target.adapter else None,
         "target_fingerprint": target.fingerprint,
         "template_hash": target.template_hash,
         "vocab_size": target.vocab_size,

@@ -54,7 +54,8 @@ class Trainer:
         self.settings = settings
         self.folder = Path(settings.out)
         self.console = console or Console()
-        self.target = load_target(settings.model.target, settings.model.dtype, settings.model.device)
+        model = settings.model
+        self.target = load_target(model.target, model.dtype, model.device, model.target_adapter)
         if self.target.dtype == torch.float16:
             raise UserError("dtype float16 is too narrow to train in without loss scaling; use bfloat16 or float32.")
         self.rows = _load_rows(settings, self.target)
@@ -141,6 +142,7 @@ class Trainer:
         settings = self.settings
         return {
             "target": settings.model.target,
+            "target_adapter": settings.model.target_adapter,
             "target_fingerprint": self.target.fingerprint,
             "mode": settings.mode,
             "method": settings.method,

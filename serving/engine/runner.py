@@ -108,11 +108,12 @@ def _find_attention(target: Target) -> Probe:
     batch = Batch.of([Segment(0, 0, 0, [0])], target.device)
     with torch.inference_mode(), _attention_by(target, dict.fromkeys(target.decoder.modules(), probe)):
         target.decoder(input_ids=batch.ids, position_ids=batch.positions, use_cache=False)
-    if len(probe.found) != target.num_layers:
+    if len(probe.found) != target.num_layers or probe.again:
         raise UserError(
             f"target {target.name!r}: {len(probe.found)} of the {target.num_layers} layers of "
-            f"{type(target.model).__name__} attend through transformers' attention interface; the engine needs all of "
-            "them. Use another target."
+            f"{type(target.model).__name__} attend through transformers' attention interface"
+            f"{', some of them more than once' if probe.again else ''}; the engine needs all of them, once each. Use "
+            "another target."
         )
     return probe
 
