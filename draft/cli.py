@@ -13,6 +13,9 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.console import Console
 
+from draft import cli_prepare
+from draft.cli_options import Dtype, Target, TargetAdapter
+from draft.cli_options import examples as _examples
 from draft.errors import UserError
 from draft.training.config import SECTIONS, resolve, setting_types
 
@@ -52,69 +55,7 @@ def _quiet_transformers() -> None:
     transformers_logging.set_verbosity_error()
 
 
-def _examples(*lines: str) -> str:
-    return "Examples:\n\n" + "\n\n".join(f"`{line}`" for line in lines)
-
-
-Target = Annotated[str, typer.Option(help="Target: hub id, folder, .gguf file, or smollm2 (bundled).")]
-TargetAdapter = Annotated[
-    str | None, typer.Option(help="PEFT LoRA adapter of the target, merged in memory: a folder.", show_default=False)
-]
-Dtype = Annotated[str, typer.Option(help="Compute dtype: auto, bfloat16, float16, float32 or float64.")]
-
-
-@app.command(
-    epilog=_examples(
-        "draft-train prepare --target smollm2 --out data/general --num-prompts 500",
-        "draft-train prepare --target smollm2 --prompts questions.jsonl --out data/mine",
-    )
-)
-def prepare(
-    out: Annotated[Path, typer.Option(help="Folder of the data set; the same command continues an interrupted one.")],
-    target: Target = "smollm2",
-    target_adapter: TargetAdapter = None,
-    prompts: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="JSONL, JSON, Parquet or CSV file, or hub data set; repeatable. None: the target writes them."
-        ),
-    ] = None,
-    num_prompts: Annotated[int | None, typer.Option(min=1, help="At most so many conversations.")] = None,
-    column: Annotated[str | None, typer.Option(help="Column that holds the prompt or conversation.")] = None,
-    keep_responses: Annotated[bool, typer.Option(help="Use the responses in the files, not the target's.")] = False,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest response.")] = 256,
-    max_length: Annotated[int, typer.Option(min=8, help="Longer conversations are dropped, and counted.")] = 1024,
-    greedy_share: Annotated[float, typer.Option(min=0, max=1, help="Share written greedily; the rest at T = 1.")] = 0.5,
-    held_out_share: Annotated[float, typer.Option(min=0, max=1, help="Share of conversations kept for judging.")] = 0.1,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Rows written at once [default: by device].")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of prompts, responses and split.")] = 0,
-    dtype: Dtype = "auto",
-    device: Annotated[str, typer.Option(help="Device: auto, cpu, cuda.")] = "auto",
-) -> None:
-    """Let the target write its own training data."""
-    from draft.data.prepare import prepare as run
-    from draft.target import load_target
-
-    dataset = run(
-        load_target(target, dtype, device, target_adapter),
-        out,
-        prompts=prompts,
-        num_prompts=num_prompts,
-        column=column,
-        keep_responses=keep_responses,
-        max_new_tokens=max_new_tokens,
-        max_length=max_length,
-        greedy_share=greedy_share,
-        held_out_share=held_out_share,
-        batch_size=batch_size,
-        seed=seed,
-    )
-    counts = dataset.manifest["counts"]
-    dropped = ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in counts.items() if type(count) is int)
-    console.print(
-        f"{out}: {counts['train']['rows']} rows to train on, {counts['held-out']['rows']} held out ({dropped}). "
-        f"Next: draft-train inspect {out}"
-    )
+app.command(epilog=cli_prepare.EPILOG)(cli_prepare.prepare)
 
 
 @app.command(epilog=_examples("draft-train inspect data/mine --examples 2"))

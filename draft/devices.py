@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from functools import lru_cache
 
@@ -21,6 +22,14 @@ def resolve_device(device: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device {device!r} is not there on this machine; use auto, cpu or cuda.") from error
     return place
+
+
+def device_of_process(device: str) -> str:
+    """`auto` under a launcher of several processes: each its own GPU, where there are as many."""
+    rank = os.environ.get("LOCAL_RANK", "")
+    if device == "auto" and rank.isdecimal() and int(rank) < torch.cuda.device_count():
+        return f"cuda:{rank}"
+    return device
 
 
 def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype | str:
