@@ -133,8 +133,20 @@ class Endpoint:
         self._stopped.clear()
         try:
             asked = {pool.submit(self._answer, question): index for index, question in enumerate(questions)}
+            failure: BaseException | None = None
             for future in as_completed(asked):
-                yield asked[future], future.result()
+                if future.cancelled():
+                    continue
+                error = future.exception()
+                if error is None:
+                    yield asked[future], future.result()
+                elif failure is None:  # what the server is answering already is worth having
+                    failure = error
+                    self._stopped.set()
+                    for other in asked:
+                        other.cancel()
+            if failure is not None:
+                raise failure
         finally:
             self._stopped.set()
             pool.shutdown(wait=False, cancel_futures=True)
