@@ -110,12 +110,12 @@ def replay(
     Raises:
         UserError: when no row was written greedily with something to verify.
     """
-    greedy = [row for row in rows if row.temperature == 0]
+    greedy = [row for row in rows if row.greedy]
     spans = [generations(row, target.eos_token_ids) for row in greedy]
     if not any(span.end - span.start > 1 for each in spans for span in each):
         raise UserError(
-            "greedy replay needs responses of two tokens or more that the target wrote at temperature 0, and there are "
-            "none in these rows; run `draft-train prepare` with a share of greedy responses."
+            "greedy replay needs responses of two tokens or more that the target wrote at temperature 0 as these very "
+            "tokens, and there are none in these rows; run `draft-train prepare` with a share of greedy responses."
         )
     tallies = {name: _Tally(len(greedy), max_steps, head.longest) for name, head in heads.items()}
     with torch.no_grad():

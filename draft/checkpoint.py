@@ -205,7 +205,8 @@ def check_fits(head: DraftHead, about: dict[str, Any], target: Any) -> None:
     head.auxiliary_layers(target)  # refuses layers that the target hasn't
     head.borrow(target)
     made_for = about.get("target_fingerprint")
-    if made_for and made_for != target.fingerprint:
+    # under an adapter, the head of the target that it was trained on is the one to begin with
+    if made_for and made_for not in (target.fingerprint, target.base_fingerprint):
         raise UserError(
             f"the head was made for target {made_for} and this target is {target.fingerprint}; adapt it to this "
             "target with `draft-train adapt --other-target`, or use the target that it was made for."

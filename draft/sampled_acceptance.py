@@ -27,7 +27,7 @@ _POSITIONS_PER_CHUNK = 512  # positions whose probabilities over the whole vocab
 
 def is_sampled(row: Row) -> bool:
     """Whether a row was sampled from the target's own distribution, nothing cut off, and has something to verify."""
-    return row.temperature == 1 and row.top_p == 1 and row.trained > 1
+    return row.temperature == 1 and row.top_p == 1 and row.trained > 1 and not row.retokenised
 
 
 def sampled_acceptance(

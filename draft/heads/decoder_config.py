@@ -9,6 +9,7 @@ import torch
 
 from draft.errors import UserError
 from draft.target import Target
+from draft.target_support import head_rope
 
 # keys that change the arithmetic and are not built here: the only values that mean what is, absent ones aside
 _FIXED: dict[str, tuple[Any, ...]] = {
@@ -56,8 +57,8 @@ def sizes_like(target: Target) -> dict[str, Any]:
         "head_dim": getattr(config, "head_dim", None) or config.hidden_size // heads,
         "vocab_size": target.vocab_size,
         "rms_norm_eps": config.rms_norm_eps,
-        "rope_parameters": dict(config.rope_parameters),
-        "max_position_embeddings": target.max_length,
+        "rope_parameters": head_rope(config),
+        "max_position_embeddings": target.stated_length,
         "bos_token_id": config.bos_token_id,
         "eos_token_id": eos[0] if eos else None,
         "pad_token_id": config.pad_token_id,

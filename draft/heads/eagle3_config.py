@@ -60,7 +60,13 @@ class Eagle3Config(DecoderConfig):
             UserError: when the target has no such layers.
         """
         if self.auxiliary_layers is None:
-            return target.default_auxiliary_layers
+            layers = target.default_auxiliary_layers
+            if min(layers) < 0 or max(layers) > target.num_layers:
+                raise UserError(
+                    f"target {target.name!r} has {target.num_layers} layers, too few for the auxiliary layers 2, n/2 "
+                    "and n-3 that an EAGLE-3 head reads by default; use a target of 3 layers or more."
+                )
+            return layers
         check_layers(self.auxiliary_layers, target.num_layers)
         return tuple(self.auxiliary_layers)
 
@@ -68,7 +74,7 @@ class Eagle3Config(DecoderConfig):
     def for_target(cls, target: Target, draft_vocab_size: int, **options: Any) -> Eagle3Config:
         """A head of the target's own width; options: fields of this class."""
         config = cls(**sizes_like(target), draft_vocab_size=draft_vocab_size, **options)
-        config.layers(target)
+        config.layers(target)  # refuses a target that has too few
         return config
 
     @classmethod

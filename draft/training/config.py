@@ -31,6 +31,7 @@ def _setting(default: Any, help: str) -> Any:
 @dataclass
 class ModelSettings:
     target: str = _setting("smollm2", "Target: hub id, folder, .gguf file, or smollm2 (bundled).")
+    target_adapter: str | None = _setting(None, "PEFT LoRA adapter of the target, merged in memory: a folder.")
     head: str | None = _setting(None, "Head to start from: a folder, or smollm2-eagle3 (bundled). Needed by adapt.")
     architecture: str | None = _setting(None, f"Of a new head: {', '.join(ARCHITECTURES)} [default: {DEFAULT}].")
     head_options: list[str] = _setting(
@@ -237,8 +238,10 @@ def resolve(
             raise UserError(f"override {override!r} is not of the form section.key=value.")
         _set(settings, section, key, _read_value(override, text))
     settings.check()
-    if settings.model.head and Path(settings.model.head).is_dir():
-        settings.model.head = str(Path(settings.model.head).resolve())  # merge may be called from another folder
+    for name in ("head", "target_adapter"):  # merge may be called from another folder
+        given = getattr(settings.model, name)
+        if given and Path(given).is_dir():
+            setattr(settings.model, name, str(Path(given).resolve()))
     return settings
 
 

@@ -75,7 +75,7 @@ def initialise_eagle3(head: Eagle3Head, target: Target, batches: Iterable[tuple[
     fuse, dtype = Ridge(), head.fc.weight.dtype
     for features, mask in batches:
         auxiliary = head.normed(features.auxiliary[mask].to(dtype))
-        fuse.add(auxiliary.float(), _normed_states(target, features.last_hidden[mask]))
+        fuse.add(_wide(auxiliary), _normed_states(target, features.last_hidden[mask]))
     head.fc.weight.copy_(fuse.solve())
 
     mix = Ridge()
@@ -83,7 +83,7 @@ def initialise_eagle3(head: Eagle3Head, target: Target, batches: Iterable[tuple[
         following = mask[:, 1:]  # token t+1 exists
         hidden = head.fuse(features.auxiliary[:, :-1][following].to(dtype))
         x, residual = layer.mix(features.embeds[:, 1:][following].to(dtype), hidden)
-        mix.add(x, _normed_states(target, features.last_hidden[:, 1:][following]) - residual.float())
+        mix.add(x, _normed_states(target, features.last_hidden[:, 1:][following]) - _wide(residual))
     _split(mix.solve(), attention.v_proj, attention.o_proj, attention.head_dim)
 
     size = head.config.hidden_size
@@ -98,7 +98,7 @@ def initialise_eagle3(head: Eagle3Head, target: Target, batches: Iterable[tuple[
     _start_mlp(layer.mlp, layer.post_attention_layernorm, target, generator)
     if head.lm_head is not None:
         head.lm_head.weight.copy_(target.lm_head.weight[head.vocabulary.to(target.device)])
-    head.norm.weight.copy_(target.decoder.norm.weight)
+    head.norm.weight.copy_(norm_weight(target.decoder.norm, size))
     head.norm.weight.mul_(_best_scale(head, target, *batches[0]))
 
 
@@ -107,14 +107,26 @@ def _best_scale(head: Eagle3Head, target: Target, features: Features, mask: Tens
     dtype = head.fc.weight.dtype
     hidden = next(unroll(head, features.embeds.to(dtype), features.auxiliary.to(dtype), 1, attention_mask=mask))
     following = mask[:, 1:]  # token t+1 exists
-    student = head.logits(hidden[:, :-1][following]).float()
-    teacher = target.logits(features.last_hidden[:, 1:][following], head.vocabulary.to(target.device)).float()
+    student = _wide(head.logits(hidden[:, :-1][following]))
+    teacher = _wide(target.logits(features.last_hidden[:, 1:][following], head.vocabulary.to(target.device)))
     return min(_SCALES, key=lambda scale: float(kl(scale * student, teacher, None).mean()))
 
 
 def _normed_states(target: Target, last_hidden: Tensor) -> Tensor:
     """The target's last hidden states before the final norm's weights, [rows, hidden] of unit root mean square."""
-    return nn.functional.rms_norm(last_hidden.float() / target.decoder.norm.weight.float(), last_hidden.shape[-1:])
+    weight = norm_weight(target.decoder.norm, last_hidden.shape[-1])
+    return nn.functional.rms_norm(_wide(last_hidden) / _wide(weight), last_hidden.shape[-1:])
+
+
+def _wide(x: Tensor) -> Tensor:
+    """In float32 at least."""
+    return x.to(torch.promote_types(torch.float32, x.dtype))
+
+
+def norm_weight(norm: nn.Module, size: int) -> Tensor:
+    """What an RMSNorm multiplies by, [size]: Gemma's is one more than its weight."""
+    weight = next(norm.parameters())
+    return norm(torch.ones(1, size, dtype=weight.dtype, device=weight.device))[0].detach()
 
 
 def _split(product: Tensor, v_proj: nn.Linear, o_proj: nn.Linear, head_dim: int) -> None:
@@ -138,15 +150,28 @@ def _split(product: Tensor, v_proj: nn.Linear, o_proj: nn.Linear, head_dim: int)
 def _start_mlp(mlp: MLP, norm: RMSNorm, target: Target, generator: torch.Generator) -> None:
     """The inner features of the target's last MLP, with an almost silent output; `norm`: of its input."""
     last = target.decoder.layers[-1]
-    their_norm, theirs = getattr(last, "post_attention_layernorm", None), getattr(last, "mlp", None)
-    for name in ("gate_proj", "up_proj"):
-        ours, source = getattr(mlp, name), getattr(theirs, name, None)
-        if their_norm is not None and isinstance(source, nn.Linear) and source.weight.shape == ours.weight.shape:
-            ours.weight.copy_(source.weight)
-            norm.weight.copy_(their_norm.weight)
+    their_norm = next((getattr(last, name) for name in _NORMS_BEFORE_MLP if hasattr(last, name)), None)
+    for ours, source in zip((mlp.gate_proj, mlp.up_proj), _gate_and_up(last), strict=True):
+        if their_norm is not None and source is not None and source.shape == ours.weight.shape:
+            ours.weight.copy_(source)
+            norm.weight.copy_(norm_weight(their_norm, ours.in_features))
         else:
             ours.weight.normal_(std=ours.in_features**-0.5, generator=generator)
     mlp.down_proj.weight.normal_(std=_SILENT, generator=generator)
+
+
+_NORMS_BEFORE_MLP = ("pre_feedforward_layernorm", "post_attention_layernorm")  # Gemma has both
+
+
+def _gate_and_up(layer: nn.Module) -> tuple[Tensor | None, Tensor | None]:
+    """The two matrices that an MLP's input meets first, where it is one MLP and not a choice of experts."""
+    mlp = getattr(layer, "mlp", None)
+    fused = getattr(mlp, "gate_up_proj", None)  # Phi-3
+    if isinstance(fused, nn.Linear):
+        gate, up = fused.weight.chunk(2)
+        return gate, up
+    both = (getattr(mlp, name, None) for name in ("gate_proj", "up_proj"))
+    return tuple(each.weight if isinstance(each, nn.Linear) else None for each in both)  # type: ignore[return-value]
 
 
 @torch.no_grad()

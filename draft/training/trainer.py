@@ -62,7 +62,8 @@ class Trainer:
         self.settings = settings
         self.folder = Path(settings.out)
         self.console = console or Console()
-        self.target = load_target(settings.model.target, settings.model.dtype, settings.model.device)
+        model = settings.model
+        self.target = load_target(model.target, model.dtype, model.device, model.target_adapter)
         if self.target.dtype == torch.float16:
             raise UserError("dtype float16 is too narrow to train in without loss scaling; use bfloat16 or float32.")
         self.rows = _load_rows(settings, self.target)
@@ -151,6 +152,7 @@ class Trainer:
         settings = self.settings
         return {
             "target": settings.model.target,
+            "target_adapter": settings.model.target_adapter,
             "target_fingerprint": self.target.fingerprint,
             "mode": settings.mode,
             "method": settings.method,
@@ -321,7 +323,7 @@ def _load_rows(settings: RunSettings, target: Target) -> Rows:
         dataset = open_dataset(Path(folder))
         dataset.check_target(target)
         train += dataset.rows("train")
-        held_out += [row for row in dataset.rows("held-out") if row.temperature == 0]
+        held_out += [row for row in dataset.rows("held-out") if row.greedy]
     train = [row for row in train if sum(row.mask[2:])]
     if not train:
         raise UserError(f"{', '.join(settings.data.data)}: no training rows; prepare a larger data set.")

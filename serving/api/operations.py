@@ -24,7 +24,7 @@ from serving.api.schemas import (
     Prompt,
     Strict,
 )
-from serving.api.service import Service
+from serving.api.service import Service, public_name
 from serving.engine import Engine
 from serving.engine.params import MAX_LOGPROBS
 
@@ -79,6 +79,7 @@ async def info(request: Request) -> dict[str, Any]:
     engine, target = service.engine, service.engine.target
     return {
         "model_id": service.model_name,
+        "target_adapter": target.adapter and public_name(target.adapter.name),
         "architecture": type(target.model).__name__,
         "dtype": str(target.dtype).removeprefix("torch."),
         "device": target.device.type,

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from draft.errors import UserError
 from draft.heads import StepwiseHead
-from draft.target import Target, capture_hidden_states
+from draft.target import Target
+from draft.target_hooks import attending_by, capture_hidden_states
 from serving.engine.attention import NAME, Kernel, Probe, SlotLayer, View
 from serving.engine.batch import Batch, Segment
 from serving.engine.cache import LayerShape, SlotCache
@@ -92,6 +93,7 @@ class TargetRunner:
         decoder, dtype = self.target.decoder, self.target.dtype
         embeds = decoder.embed_tokens(batch.ids)
         masks = [self.view.masks.get(scoring.window, self.view.mask) for scoring in self.scoring]
+        inside = [layer for layer in self.layers if layer <= self.target.num_layers]
         output = fused.run(
             embeds,
             decoder.rotary_emb(embeds, position_ids=batch.positions),
@@ -99,14 +101,15 @@ class TargetRunner:
             self.view.positions,
             self.view.table,
             masks,
-            self.layers,
+            inside,
         )  # [1 + captured, N, hidden]
-        states = output[1:].transpose(0, 1).flatten(1).to(dtype) if self.layers else None
-        return decoder.norm(output[0]).to(dtype), states
+        hidden = decoder.norm(output[0]).to(dtype)
+        captured = {**dict(zip(inside, output[1:].to(dtype), strict=True)), self.target.output_layer: hidden}
+        return hidden, torch.cat([captured[layer] for layer in self.layers], dim=-1) if self.layers else None
 
     def _layer_by_layer(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
         captured: dict[int, Tensor] = {}
-        with (
+        with (  # the first of them locks the target: another engine may share it
             _attention_by(self.target, self.attached),
             _replaced_forwards(self.forwards),
             capture_hidden_states(self.target.decoder, self.layers, captured),
@@ -204,11 +207,12 @@ def _find_attention(target: Target) -> Probe:
     batch = Batch.of([Segment(0, 0, 0, [0])], target.device)
     with torch.inference_mode(), _attention_by(target, dict.fromkeys(target.decoder.modules(), probe)):
         target.decoder(input_ids=batch.ids, position_ids=batch.positions, use_cache=False)
-    if len(probe.found) != target.num_layers:
+    if len(probe.found) != target.num_layers or probe.again:
         raise UserError(
             f"target {target.name!r}: {len(probe.found)} of the {target.num_layers} layers of "
-            f"{type(target.model).__name__} attend through transformers' attention interface; the engine needs all of "
-            "them. Use another target."
+            f"{type(target.model).__name__} attend through transformers' attention interface"
+            f"{', some of them more than once' if probe.again else ''}; the engine needs all of them, once each. Use "
+            "another target."
         )
     return probe
 
@@ -216,15 +220,10 @@ def _find_attention(target: Target) -> Probe:
 @contextmanager
 def _attention_by(target: Target, attached: dict[nn.Module, Any]) -> Iterator[None]:
     """Let the decoder attend by our function; the target is otherwise as it was, for replay or another engine."""
-    config = target.decoder.config
-    before = config._attn_implementation
-    config._attn_implementation = NAME
-    for module, layer in attached.items():
-        module.__dict__["draftsmith"] = layer
-    try:
+    with attending_by(target, NAME):
+        for module, layer in attached.items():
+            module.__dict__["draftsmith"] = layer
         yield
-    finally:
-        config._attn_implementation = before
 
 
 @contextmanager
