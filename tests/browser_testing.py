@@ -57,8 +57,9 @@ def chromium(profile: Path, width: int = 1280, height: int = 900) -> Iterator[An
         driver.quit()
 
 
-def resize(driver: Any, width: int, height: int = 900) -> None:
-    metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
+def resize(driver: Any, width: int, height: int = 900, *, scale: float = 1, mobile: bool = False) -> None:
+    """width, height: in CSS pixels, each of scale * scale dots; mobile: without scroll bars."""
+    metrics = {"width": width, "height": height, "deviceScaleFactor": scale, "mobile": mobile}
     driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
 
 
@@ -142,6 +143,11 @@ class Page:
         from selenium.webdriver.common.action_chains import ActionChains
 
         ActionChains(self.driver).send_keys(*keys).perform()
+
+    def press_with_control(self, key: str) -> None:
+        from selenium.webdriver.common.action_chains import ActionChains
+
+        ActionChains(self.driver).key_down("\ue009").send_keys(key).key_up("\ue009").perform()
 
     def point_at(self, element: Any) -> None:
         from selenium.webdriver.common.action_chains import ActionChains

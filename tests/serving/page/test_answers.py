@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import operator
 import threading
 from typing import Any
 
@@ -74,7 +75,9 @@ def test_the_text_is_the_answer_s_with_characters_of_several_tokens(page, url) -
 
     wishes = {"temperature": 3.0, "seed": 5, "max_new_tokens": 160}
     page.fill(prompt="zebras", **wishes)
-    page.press("\ue009", "\ue007")  # Control and Enter
+    page.find("#prompt").click()
+    page.press_with_control("\ue007")  # Enter
+    page.until(lambda: page.text("#progress") != "")
     page.wait()
     with httpx.Client(base_url=url) as client:
         told = ask(client, "zebras", chat=True, details=True, **wishes).json()
@@ -127,17 +130,24 @@ def test_figures_live_and_stop(page, engine) -> None:
     engine.gate = Turnstile(8)
     page.fill(prompt="zebras", max_new_tokens=200, temperature=1, seed=7)
     page.find("#run").send_keys("\ue007")
+
+    def told() -> tuple[list[str], list[str]]:
+        """The figures as they are shown, and as the tokens say."""
+        seen = page.tokens()
+        verifications = sum(token["kind"] != "draft" for token in seen[1:])
+        stood = [sum(token["position"] == str(position) for token in seen) for position in range(1, 6)]
+        expected = [f"{(len(seen) - 1) / verifications:.2f}", *(as_percent(each / verifications) for each in stood)]
+        return [page.figure("tau"), *page.bars()], expected
+
     page.until(lambda: len(page.tokens()) >= 8)
-    seen, tau, bars = page.tokens(), page.figure("tau"), page.bars()
-    targets = sum(token["kind"] != "draft" for token in seen[1:])
-    assert float(tau) == pytest.approx((len(seen) - 1) / targets, abs=0.006)
-    first = sum(token["position"] == "1" for token in seen)
-    assert bars[0] == as_percent(first / targets) and len(bars) == 5
+    page.until(lambda: operator.eq(*told()))  # the last of the 8 steps has come
+    seen, (figures, _) = page.tokens(), told()
     assert page.text(".phase") == "running" and not page.find("#run").is_enabled()
     assert page.driver.switch_to.active_element == page.find("#stop")
     engine.gate.steps.release(6)
     page.until(lambda: len(page.tokens()) > len(seen) + 5)
-    assert (page.figure("tau"), page.bars()) != (tau, bars)
+    page.until(lambda: operator.eq(*told()))
+    assert told()[0] != figures
     page.press("\ue007")
 
     page.wait()
