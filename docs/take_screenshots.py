@@ -3,7 +3,8 @@
     draft-serve --target smollm2 --head smollm2-eagle3 --speculation chain
     python docs/take_screenshots.py http://127.0.0.1:8000
 
-Chains are forced because the automatic mode drafts little where drafting does not pay, as on a busy machine. Needs chromium, chromedriver and selenium, as the page's tests do (Debian: apt-get install chromium chromium-driver).
+Chains are forced because the automatic mode drafts little where drafting does not pay, as on a busy machine.
+Needs chromium, chromedriver and selenium, as the page's tests do (Debian: apt-get install chromium chromium-driver).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path
 DOCS = Path(__file__).resolve().parent
 PROMPT = "What are the benefits of drinking water?"
 # name -> width, height, dots a pixel, colour scheme
-SCREENS = {"desktop": (1280, 800, 1.5, "light"), "phone": (390, 844, 2, "dark")}
+SCREENS = {"desktop": (1280, 800, 1.25, "light"), "phone": (390, 844, 2, "dark")}
 
 
 def main(url: str) -> None:
@@ -25,7 +26,7 @@ def main(url: str) -> None:
     with tempfile.TemporaryDirectory() as profile, chromium(Path(profile)) as driver:
         for name, (width, height, scale, scheme) in SCREENS.items():
             phone = name == "phone"
-            resize(driver, width, height, scale=scale, mobile=phone)
+            resize(driver, width, height, scale=scale, mobile=True)
             prefer(driver, prefers_color_scheme=scheme)
             page = Page(driver, url.rstrip("/"))
             page.fill(prompt=PROMPT)
