@@ -11,7 +11,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 from draft.errors import UserError
-from serving.api import generate, openai, operations
+from serving.api import generate, openai, operations, page
 from serving.api.documentation import describe
 from serving.api.errors import ApiError, on_api_error, on_http_error, on_validation_error
 from serving.api.guard import ApiKey, Guard
@@ -52,7 +52,7 @@ def create_app(
 
     app = FastAPI(title="Draftsmith", version=package_version(), lifespan=lifespan)
     app.state.service = service
-    for router in (generate.router, openai.router, operations.router):
+    for router in (generate.router, openai.router, operations.router, page.router):
         app.include_router(router)
     describe(app, [StreamEvent, ErrorResponse, OpenAiError])
     for error in (ApiError, UserError, Overloaded, EngineStopped):

@@ -83,6 +83,7 @@ async def info(request: Request) -> dict[str, Any]:
         "architecture": type(target.model).__name__,
         "dtype": str(target.dtype).removeprefix("torch."),
         "device": target.device.type,
+        "chat_template": bool(target.tokenizer.chat_template),
         "head": _about_head(service),
         "speculation": engine.speculation,
         "speculation_length": service.speculation_length,

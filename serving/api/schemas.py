@@ -100,6 +100,9 @@ class GenerateParameters(Strict):
     seed: Seed | None = Field(default=None, description="null: drawn, and reported in the details")
     stop: StopStrings | None = Field(default=None, description="the stop string stays in the text")
     do_sample: bool | None = None
+    chat: bool | None = Field(
+        default=None, description="the inputs are what a user says: put them into the target's chat template"
+    )
     truncate: int | None = Field(default=None, ge=1, description="keep only so many tokens at the end of the inputs")
     return_full_text: bool | None = Field(default=None, description="put the prompt before the generated text")
     details: bool | None = None
@@ -157,6 +160,9 @@ class Origin(BaseModel):
     position: int | None = Field(description="the draft position, from 1, of an accepted token")
     rejected: AlternativeToken | None = Field(
         description="what the head had drafted in the place of a token that the target supplied; logprob is null"
+    )
+    drafted: int = Field(
+        description="tokens in a row that had been drafted for the verification which decided this token"
     )
 
 
