@@ -146,6 +146,7 @@ class HeadRunner:
         fused = recognise_head(self.head, self.head.config.head_dim**-0.5)
         if fused is None:
             return False
+        norm: Any = self.head.norm if getattr(self.head.config, "norm_output", False) else None
 
         def run(embeds: Tensor, hidden: Tensor, positions: Tensor) -> Tensor:
             output = fused.run(
@@ -158,7 +159,7 @@ class HeadRunner:
                 (),
                 embeds,
             ).to(hidden.dtype)  # [1, N, hidden]
-            return self.head.norm(output) if getattr(self.head.config, "norm_output", False) else output
+            return norm(output) if norm is not None else output
 
         self.run = run
         return True
