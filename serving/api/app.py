@@ -64,7 +64,9 @@ def create_app(
     app.add_exception_handler(RequestValidationError, on_validation_error)
     app.add_exception_handler(HTTPException, on_http_error)
     # the last one added is the first to see a request
-    app.add_middleware(BodyLimits, limits=limits, paths={route.path for route in routes if "POST" in route.methods})
+    app.add_middleware(
+        BodyLimits, limits=limits, paths={route.path for route in routes if "POST" in (route.methods or ())}
+    )
     if api_key is not None:
         app.add_middleware(ApiKey, key=api_key)
     if cors_origins:
