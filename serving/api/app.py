@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
@@ -52,15 +53,20 @@ def create_app(
 
     app = FastAPI(title="Draftsmith", version=package_version(), lifespan=lifespan)
     app.state.service = service
-    for router in (generate.router, openai.router, operations.router, page.router):
+    routers = (generate.router, openai.router, operations.router, page.router)
+    for router in routers:
         app.include_router(router)
+    routes = [route for router in routers for route in router.routes if isinstance(route, APIRoute)]
+    app.state.routes = routes  # for what is allowed where something else was tried
     describe(app, [StreamEvent, ErrorResponse, OpenAiError])
     for error in (ApiError, UserError, Overloaded, EngineStopped):
         app.add_exception_handler(error, on_api_error)
     app.add_exception_handler(RequestValidationError, on_validation_error)
     app.add_exception_handler(HTTPException, on_http_error)
     # the last one added is the first to see a request
-    app.add_middleware(BodyLimits, limits=limits)
+    app.add_middleware(
+        BodyLimits, limits=limits, paths={route.path for route in routes if "POST" in (route.methods or ())}
+    )
     if api_key is not None:
         app.add_middleware(ApiKey, key=api_key)
     if cors_origins:

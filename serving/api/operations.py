@@ -23,6 +23,7 @@ from serving.api.schemas import (
     ErrorResponse,
     Prompt,
     Strict,
+    described,
 )
 from serving.api.service import Service, public_name
 from serving.engine import Engine
@@ -39,6 +40,8 @@ class Status(BaseModel):
 
 class TokenizeRequest(Strict):
     """Body of POST /tokenize."""
+
+    model_config = described(example={"inputs": "Once upon a time"})
 
     inputs: Prompt
     add_special_tokens: bool | None = None
