@@ -17,6 +17,9 @@ TORCH_FLAGS_pypi :=
 # Only torch itself comes from that index: the pinned versions of what it needs are on PyPI.
 TORCH_FLAGS_cpu := --no-deps --index-url https://download.pytorch.org/whl/cpu
 
+# A file's tests stay in one process, because they share its servers and models, and the files start in their order.
+PARALLEL := -n auto --dist loadfile --no-loadscope-reorder
+
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Wheels only, so that installing never needs a compiler: a missing wheel is named at once.
 export PIP_ONLY_BINARY := :all:
@@ -35,7 +38,7 @@ test: $(VENV)/installed-dev ## Install, then run ruff, mypy and pytest
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
-	$(PY) -m pytest -q
+	$(PY) -m pytest -q $(PARALLEL)
 
 test-kernels-all: $(VENV)/installed-dev ## Install, then compile every configuration of the GPU kernels (no GPU needed; half an hour)
 	$(PY) -m pytest -q -m every_configuration tests/kernels/test_compilation.py

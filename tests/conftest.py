@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from benchmarks.common import cores
 from draft.heads import Eagle3Head
 from draft.heads.registry import ARCHITECTURES
 from draft.target import Target
@@ -18,6 +20,23 @@ TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+
+MOST_WORKERS = 4  # of `pytest -n auto`: a process that has loaded torch and models takes some 2 GB
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """One process for each core that this one may use; a container may have fewer than the machine."""
+    return min(cores(), MOST_WORKERS)
+
+
+def pytest_configure() -> None:
+    """Share the cores among the processes of pytest-xdist: PyTorch's threads stall when others take their cores."""
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    if workers > 1:
+        threads = max(1, torch.get_num_threads() // workers)
+        torch.set_num_threads(threads)
+        os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # for the servers and programs that tests start
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:

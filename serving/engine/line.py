@@ -29,10 +29,13 @@ class Line:
             raise EngineStopped("the engine has ended")
         waiting = [request for request in list(self._waiting) if not request.cancelled]
         if len(waiting) >= self.max_requests + free_slots:
-            raise Overloaded(f"{len(waiting)} requests wait already")
+            more = f" beyond the {free_slots} for which there is a slot" if free_slots else ""
+            raise Overloaded(f"{len(waiting)} requests wait already, and max_waiting is {self.max_requests}{more}")
         queued = sum(map(_tokens, waiting))
         if self.max_tokens is not None and waiting and queued + tokens > self.max_tokens:
-            raise Overloaded(f"{queued} tokens wait already")
+            raise Overloaded(
+                f"{queued} tokens wait already, {tokens} more came, and max_waiting_tokens is {self.max_tokens}"
+            )
 
     def join(self, request: Request, free_slots: int) -> None:
         """To the end of the line; raises as `check_room`."""

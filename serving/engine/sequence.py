@@ -32,8 +32,8 @@ class SpeculationStats:
     drafted_per_position: list[int] = field(default_factory=list)  # index: draft position
     accepted_per_position: list[int] = field(default_factory=list)
     steps: list[tuple[int, int]] = field(default_factory=list)  # of each verification: drafted in a row, accepted
-    prefill_seconds: float = 0.0  # the prompt through the target and the head, up to the first token
-    decode_seconds: float = 0.0  # all that follows
+    prefill_seconds: float = 0.0  # the prompt through the target, up to the first token
+    decode_seconds: float = 0.0  # the steps that follow; the head reads the prompt in the first of them that drafts
 
     @property
     def acceptance_length(self) -> float:

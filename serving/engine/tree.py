@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-import torch
 from torch import Tensor
 
 
@@ -80,17 +79,6 @@ class DraftTree:
     def prefix(self, row: int) -> list[int]:
         """The drafted tokens that a row follows and ends with; none for row 0."""
         return [self.tokens[node] for node in self.path(row - 1)]
-
-
-def ancestor_mask(parents: Sequence[int]) -> Tensor:
-    """Which rows of a verification each of them sees, as bool [n+1, n+1]: the root, its ancestors and itself.
-
-    parents: as in `DraftTree`, of n nodes.
-    """
-    mask = torch.eye(len(parents) + 1, dtype=torch.bool)
-    for node, parent in enumerate(parents):
-        mask[node + 1] |= mask[parent + 1]
-    return mask
 
 
 @dataclass(frozen=True)

@@ -90,18 +90,18 @@ def test_the_line_is_bounded() -> None:
     engine = Engine(TARGET, max_batch=2, max_waiting=3)
     for _ in range(5):  # two of them will run
         engine.submit([50], params())
-    with pytest.raises(Overloaded, match="5 requests wait"):
+    with pytest.raises(Overloaded, match="5 requests wait already, and max_waiting is 3 beyond the 2 for"):
         engine.submit([50], params())
     with pytest.raises(Overloaded):
         engine.check_room()
     engine.step()
-    with pytest.raises(Overloaded, match="3 requests wait"):
+    with pytest.raises(Overloaded, match="3 requests wait already, and max_waiting is 3$"):
         engine.submit([50], params())
     finish(engine)
     engine.submit([50], params())
     tokens = Engine(TARGET, max_batch=1, max_waiting_tokens=30)
     tokens.submit([50] * 40, params())  # the first always gets in
-    with pytest.raises(Overloaded, match="48 tokens wait"):
+    with pytest.raises(Overloaded, match="48 tokens wait already, 9 more came, and max_waiting_tokens is 30"):
         tokens.submit([50], params())
 
 

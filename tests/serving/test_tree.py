@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from serving.engine.tree import DraftTree, Frontier, TreeGrower, ancestor_mask
+from serving.engine.batch import Segment
+from serving.engine.tree import DraftTree, Frontier, TreeGrower
 
 #   root - 5 - 7 - 5
 #        \   \ 8
@@ -52,13 +53,21 @@ def parents_of_a_tree(draw: st.DrawFn) -> list[int]:
     return [draw(st.integers(-1, node - 1)) for node in range(draw(st.integers(0, 12)))]
 
 
-@given(parents=parents_of_a_tree())
-def test_a_row_sees_the_root_its_ancestors_and_itself(parents: list[int]) -> None:
-    tree, mask = DraftTree(list(range(len(parents))), parents), ancestor_mask(parents)
-    for row in range(len(parents) + 1):
-        expected = {0, row, *(node + 1 for node in tree.path(row - 1))}
-        assert set(mask[row].nonzero().flatten().tolist()) == expected
-    assert ancestor_mask(DraftTree.chain([1] * 4).parents).equal(torch.ones(5, 5, dtype=torch.bool).tril())
+@given(parents=parents_of_a_tree(), base=st.integers(0, 3), data=st.data())
+def test_a_row_sees_the_root_its_ancestors_and_itself(parents: list[int], base: int, data: st.DataObject) -> None:
+    """The verification of a tree, or its last rows where the first are in the cache."""
+    tree = DraftTree(list(range(len(parents))), parents)
+    count = data.draw(st.integers(1, len(parents) + 1))
+    cached = len(parents) + 1 - count
+    segment = Segment(0, base, base + cached, [7] * count, [-1, *(parent + 1 for parent in parents)])
+    seen = segment.visible()
+    assert len(seen) == count
+    for row, sees in enumerate(seen, cached):
+        assert {place for place, is_seen in enumerate(sees) if is_seen} == {
+            0,
+            row,
+            *(node + 1 for node in tree.path(row - 1)),
+        }
 
 
 class Scores:
