@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from benchmarks.interop.cases import CASES, random_head, tiny_target
 from draft.checkpoint import save_head
-from draft.interop import export_head
+from draft.interop.exporting import export_head
 from draft.target import Target, load_target
 from draft.training.step import unroll
 
