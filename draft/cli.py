@@ -243,7 +243,7 @@ def export(
     head: Annotated[str, typer.Argument(help="The head: a folder, or the name of one that ships.")],
     out: Annotated[Path, typer.Option(help="Folder to write.")],
     format: Annotated[
-        str, typer.Option(help="plain (EAGLE-3: vLLM and SGLang alike), vllm, sglang, speculators or medusa.")
+        str, typer.Option(help="plain (EAGLE-3, for most engines), vllm, sglang, speculators or medusa.")
     ] = "plain",
     target: Annotated[str | None, typer.Option(help="Target [default: the one that the head was made for].")] = None,
     speculation_length: Annotated[int, typer.Option(min=1, help="Drafted tokens, in what is printed.")] = 3,

@@ -123,12 +123,8 @@ def _vocabulary(found: Checkpoint, target: Target) -> Tensor:
 def _settle_lm_heads(found: Checkpoint, target: Target, heads: int, ids: Tensor) -> bool:
     """One LM head [draft_vocab, hidden] for each position, or none where all are the target's: returns whether."""
     tensors = found.tensors
-    own = {index: tensors.pop(f"lm_heads.{index}.weight", None) for index in range(heads)}
     single = tensors.pop("lm_head.weight", None)
-    if single is not None:
-        own = {index: single for index in range(heads) if own[index] is None} | {
-            index: value for index, value in own.items() if value is not None
-        }
+    own = {index: tensors.pop(f"lm_heads.{index}.weight", single) for index in range(heads)}
     lacking = [index for index, value in own.items() if value is None]
     if len(lacking) == heads and found.config.get("original_lm_head") and len(ids) == target.vocab_size:
         found.notes.append("the file has no LM head: the target's is used.")
@@ -137,7 +133,7 @@ def _settle_lm_heads(found: Checkpoint, target: Target, heads: int, ids: Tensor)
         raise UserError(
             f"{str(found.folder)!r}: lm_heads.{lacking[0]}.weight is missing, of {heads} positions; get the whole head."
         )
-    rows = [value for _, value in sorted(own.items()) if value is not None]
+    rows = [value for value in own.values() if value is not None]
     for index, value in enumerate(rows):
         if len(value) not in (target.vocab_size, len(ids)):
             raise UserError(
