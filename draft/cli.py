@@ -122,7 +122,10 @@ _training_command(
     "pretrain",
     ["model", "data", "training"],
     "Train all weights of a head, from scratch or from --head.",
-    _examples("draft-train pretrain --target smollm2 --data data/general --out runs/pretrain --epochs 3"),
+    _examples(
+        "draft-train pretrain --target smollm2 --data data/general --out runs/pretrain --epochs 3",
+        "draft-train pretrain --architecture medusa --head-options num_heads=4 --data data/general --out runs/medusa",
+    ),
 )
 _training_command(
     "adapt",
@@ -166,8 +169,8 @@ def import_(
     dtype: Dtype = "auto",
     device: Annotated[str, typer.Option(help="Device: auto, cpu, cuda.")] = "auto",
 ) -> None:
-    """Bring a head of SafeAILab, SGLang, vLLM or speculators to this program's format."""
-    from draft.interop import import_head
+    """Bring a head of SafeAILab, SGLang, vLLM, speculators or FasterDecoding to this program's format."""
+    from draft.interop.importing import import_head
     from draft.target import load_target
 
     try:
@@ -186,12 +189,14 @@ def import_(
 def export(
     head: Annotated[str, typer.Argument(help="The head: a folder, or the name of one that ships.")],
     out: Annotated[Path, typer.Option(help="Folder to write.")],
-    format: Annotated[str, typer.Option(help="plain (vLLM and SGLang alike), vllm, sglang or speculators.")] = "plain",
+    format: Annotated[
+        str, typer.Option(help="plain (EAGLE-3, for most engines), vllm, sglang, speculators or medusa.")
+    ] = "plain",
     target: Annotated[str | None, typer.Option(help="Target [default: the one that the head was made for].")] = None,
     speculation_length: Annotated[int, typer.Option(min=1, help="Drafted tokens, in what is printed.")] = 3,
 ) -> None:
     """Write a head as another engine loads it, and print how that engine is started."""
-    from draft.interop import export_head
+    from draft.interop.exporting import export_head
 
     exported = export_head(head, format, out, target=target, speculation_length=speculation_length)
     console.print(f"Wrote {exported.folder}.", soft_wrap=True)

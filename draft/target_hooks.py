@@ -42,19 +42,11 @@ def capture_hidden_states(decoder: nn.Module, layers: Sequence[int], into: dict[
 
         return hook
 
-    def store_output(layer: int) -> Any:
-        def hook(_module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
-            into[layer] = output
-
-        return hook
-
     modules = [*decoder.layers, decoder.norm]  # type: ignore[misc]
-    handles = [
-        decoder.norm.register_forward_hook(store_output(layer))  # type: ignore[union-attr]
-        if layer == len(modules)
-        else modules[layer].register_forward_pre_hook(store(layer), with_kwargs=True)
-        for layer in layers
-    ]
+    entered = [layer for layer in layers if layer < len(modules)]
+    handles = [modules[layer].register_forward_pre_hook(store(layer), with_kwargs=True) for layer in entered]
+    if len(modules) in layers:
+        handles.append(modules[-1].register_forward_hook(lambda _, args, output: into.update({len(modules): output})))
     try:
         yield
     finally:

@@ -21,7 +21,7 @@ from benchmarks.common import load_prompts
 from draft.acceptance import drafted_states
 from draft.checkpoint import check_fits, load_head
 from draft.heads import DraftHead
-from draft.interop import export_head
+from draft.interop.exporting import export_head
 from draft.interop.target_shape import target_shape
 from draft.target import Target, load_target
 from draft.tau import acceptance_length

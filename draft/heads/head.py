@@ -20,7 +20,9 @@ class HeadConfig(Protocol):
 
     hidden_size: int
     vocab_size: int  # the target's
-    draft_vocab_size: int
+
+    @property
+    def draft_vocab_size(self) -> int: ...
 
     @property
     def full_vocabulary(self) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,6 +13,14 @@ from draft.heads.eagle3 import Eagle3Head
 from draft.heads.eagle3_config import Eagle3Config
 from draft.heads.head import DraftHead
 from draft.heads.medusa import MedusaConfig, MedusaHead
+from draft.interop.eagle3_formats import EAGLE3_FORMATS
+from draft.interop.eagle3_sources import EAGLE3_SOURCES
+from draft.interop.eagle_formats import EAGLE_FORMATS, EAGLE_NO_FORMAT
+from draft.interop.eagle_sources import EAGLE_SOURCES
+from draft.interop.formats import Format
+from draft.interop.medusa_formats import MEDUSA_FORMATS, MEDUSA_NO_FORMAT
+from draft.interop.medusa_sources import MEDUSA_SOURCES
+from draft.interop.sources import Source
 from draft.target import Target
 from draft.training.features import Features
 from draft.training.initial import initialise_eagle, initialise_eagle3, initialise_medusa
@@ -41,6 +49,9 @@ class Architecture:
     feature_weight: float | None  # of the regression to the target's states in its loss; None: it doesn't guess them
     drafting: Literal["step by step", "at once"]  # the engine's proposer
     adapter_targets: Callable[[Any], tuple[str, ...]]  # layers that an adapter is put on
+    sources: tuple[Source, ...]  # formats that are imported; the first that recognises a checkpoint reads it
+    formats: Mapping[str, Format]  # formats that it is exported in, by name
+    no_format: Mapping[str, str]  # why it isn't in others
 
 
 ARCHITECTURES = {
@@ -66,6 +77,9 @@ ARCHITECTURES = {
             feature_weight=None,
             drafting="step by step",
             adapter_targets=lambda head: _DECODER_LAYER,
+            sources=EAGLE3_SOURCES,
+            formats=EAGLE3_FORMATS,
+            no_format={"medusa": "it is for Medusa heads"},
         ),
         Architecture(
             name="eagle",
@@ -80,6 +94,9 @@ ARCHITECTURES = {
             feature_weight=10.0,  # SafeAILab weighs regression 1 and cross-entropy 0.1
             drafting="step by step",
             adapter_targets=lambda head: _DECODER_LAYER,
+            sources=EAGLE_SOURCES,
+            formats=EAGLE_FORMATS,
+            no_format=EAGLE_NO_FORMAT,
         ),
         Architecture(
             name="medusa",
@@ -98,6 +115,9 @@ ARCHITECTURES = {
                 for block in range(head.config.num_heads)
                 for layer in range(head.config.num_layers)
             ),
+            sources=MEDUSA_SOURCES,
+            formats=MEDUSA_FORMATS,
+            no_format=MEDUSA_NO_FORMAT,
         ),
     )
 }
