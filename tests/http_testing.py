@@ -43,11 +43,11 @@ def events(text: str) -> list[Any]:
     return [each if each == "[DONE]" else json.loads(each) for each in data]
 
 
-def eventually(holds: Callable[[], bool], seconds: float = 30) -> None:
+def eventually(holds: Callable[[], bool], seconds: float = 30, every: float = 0.005) -> None:
     deadline = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < deadline, "it never happened"
-        time.sleep(0.005)
+        time.sleep(every)
 
 
 def idle(engine: Engine) -> bool:

@@ -9,7 +9,7 @@ import torch
 from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from draft.heads import Eagle3Config, Eagle3Head
+from draft.heads.registry import ARCHITECTURES
 from draft.target import Target
 
 VOCAB = 259
@@ -41,10 +41,15 @@ def tiny_target(folder: Path) -> Target:
     return target
 
 
-def random_head(target: Target, *, seed: int = 0, draft_vocab_size: int = 200, **options: Any) -> Eagle3Head:
-    """A random head with options of `Eagle3Config`, norms included; a reduced vocabulary leaves out a middle part."""
+def random_head(
+    target: Target, *, architecture: str = "eagle3", seed: int = 0, draft_vocab_size: int = 200, **options: Any
+) -> Any:
+    """A random head with options of its configuration, norms included; a reduced vocabulary lacks a middle part."""
     generator = torch.Generator().manual_seed(seed)
-    head = Eagle3Head(Eagle3Config.for_target(target, draft_vocab_size, **options)).to(target.dtype)
+    entry = ARCHITECTURES[architecture]
+    if not entry.reduced_vocabulary:
+        draft_vocab_size = target.vocab_size
+    head = entry.head(entry.config.for_target(target, draft_vocab_size, **options)).to(target.dtype)
     with torch.no_grad():
         for parameter in head.parameters():
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)

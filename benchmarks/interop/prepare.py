@@ -15,9 +15,9 @@ from safetensors.torch import save_file
 
 from benchmarks.interop.cases import CASES, random_head, tiny_target
 from draft.checkpoint import save_head
-from draft.interop import export_head
+from draft.heads.registry import architecture_of
+from draft.interop.exporting import export_head
 from draft.target import Target, load_target
-from draft.training.step import unroll
 
 STEPS, TOKENS = 3, 24
 FORMATS = ("speculators", "vllm")
@@ -46,7 +46,7 @@ def write_case(folder: Path, case: str, head: str | Path, target: Target) -> Non
     with torch.no_grad():
         auxiliary = target.forward(ids, layers=loaded.auxiliary_layers(target)).auxiliary
         assert auxiliary is not None
-        steps = unroll(loaded, target.embedding(ids), auxiliary, STEPS)
+        steps = architecture_of(loaded).unroll(loaded, target.embedding(ids), auxiliary, STEPS)
         logits = {f"logits.{step}": loaded.logits(hidden) for step, hidden in enumerate(steps)}
     tensors = {"ids": ids, "auxiliary": auxiliary, **logits}
     save_file({name: value.contiguous() for name, value in tensors.items()}, folder / f"{case}.safetensors")

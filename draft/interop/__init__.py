@@ -1,6 +1,4 @@
-"""Heads from elsewhere, and heads for elsewhere: `import_head` reads other formats, `export_head` writes them."""
+"""Heads from elsewhere, and heads for elsewhere: `importing.import_head`, `exporting.export_head`.
 
-from draft.interop.exporting import FORMATS, export_head
-from draft.interop.importing import import_head
-
-__all__ = ["FORMATS", "export_head", "import_head"]
+The formats of each architecture are in the `*_sources` and `*_formats` modules, and in `draft.heads.registry`'s table.
+"""

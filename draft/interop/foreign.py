@@ -29,7 +29,7 @@ class Checkpoint:
 
 
 def read_checkpoint(folder: str | Path) -> Checkpoint:
-    """Read `model.safetensors`, or `pytorch_model.bin` through `torch.load(weights_only=True)`, which runs no code.
+    """Read its safetensors file, or its pickle through `torch.load(weights_only=True)`, which runs no code.
 
     Raises:
         UserError: for a folder without them, a damaged file, or a pickle that holds more than tensors.
@@ -81,4 +81,9 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
     return {name: value.contiguous() for name, value in values.items()}
 
 
-_READERS = {"model.safetensors": _read_safetensors, "pytorch_model.bin": _read_pickle}
+_READERS = {
+    "model.safetensors": _read_safetensors,
+    "pytorch_model.bin": _read_pickle,
+    "medusa_lm_head.safetensors": _read_safetensors,
+    "medusa_lm_head.pt": _read_pickle,
+}

@@ -72,23 +72,35 @@ Rule = Callable[[dict[str, Any], dict[str, Tensor], TargetShape], Iterator[str]]
 
 
 def sizes(config: dict[str, Any], tensors: dict[str, Tensor], target: TargetShape) -> Iterator[str]:
-    """A head of its target's sizes."""
+    """A head of its target's sizes; a Medusa head has no positions."""
     for key, theirs in (
         ("hidden_size", target.hidden_size),
         ("vocab_size", target.vocab_size),
-        ("max_position_embeddings", target.max_length),
+        ("max_position_embeddings", target.stated_length),
     ):
-        if config[key] != theirs:
+        if config.get(key, theirs) != theirs:
             yield f"{key} is {config[key]} and the target's is {theirs}"
 
 
+Shapes = dict[str, tuple[int, ...]]
+
+
 def names_and_shapes(layer: str, *more: str) -> Rule:
-    """Exactly the tensors that the config.json makes an engine expect; more: those of the embedding's shape."""
+    """Those of an EAGLE-3 head; more: tensors of the embedding's shape."""
+
+    def expected(config: dict[str, Any]) -> Shapes:
+        copies = {name: (config["vocab_size"], config["hidden_size"]) for name in more}
+        return {**expected_shapes(config, layer), **copies}
+
+    return exactly(expected)
+
+
+def exactly(shapes: Callable[[dict[str, Any]], Shapes], *, besides: tuple[str, ...] = ()) -> Rule:
+    """Exactly the tensors that the config.json makes an engine expect; besides: what it is known to pass over."""
 
     def rule(config: dict[str, Any], tensors: dict[str, Tensor], target: TargetShape) -> Iterator[str]:
-        expected = expected_shapes(config, layer)
-        expected.update({name: (config["vocab_size"], config["hidden_size"]) for name in more})
-        found = {name: tuple(value.shape) for name, value in tensors.items()}
+        expected = shapes(config)
+        found = {name: tuple(value.shape) for name, value in tensors.items() if name not in besides}
         for name in sorted(set(expected) | set(found)):
             if expected.get(name) != found.get(name):
                 yield f"tensor {name} is {found.get(name, 'missing')} and must be {expected.get(name, 'left out')}"

@@ -40,8 +40,8 @@ class FeatureSource:
                     both[index, : len(self._rows[row])] = self._rows[row]
                 both = both.to(target.device)
             else:
-                mask = batch.attention_mask.long()
-                output = target.forward(batch.input_ids, layers=self.layers, attention_mask=mask)
+                # padding on the right needs no mask: no real token sees what follows it
+                output = target.forward(batch.input_ids, layers=self.layers)
                 assert output.auxiliary is not None
                 both = torch.cat([output.auxiliary, output.last_hidden], dim=-1)
                 if self.remember:

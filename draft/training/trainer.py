@@ -25,11 +25,19 @@ from draft.data.examples import Batch, batches, collate
 from draft.data.vocabulary import coverage, draft_vocabulary
 from draft.errors import UserError
 from draft.target import Target, load_target
-from draft.training.build import load_base_head, make_trainable, new_head, with_vocabulary
+from draft.training.build import (
+    blank_head,
+    initialise,
+    load_base_head,
+    make_trainable,
+    settle,
+    vocabulary_size,
+    with_vocabulary,
+)
 from draft.training.config import RunSettings, to_yaml
 from draft.training.features import Features, FeatureSource, fits_in_memory
 from draft.training.monitor import Monitor, draw, provenance
-from draft.training.objective import Objective, loss_sum, trained_positions
+from draft.training.objective import loss_sum, trained_positions
 from draft.training.optimiser import learning_rate_at, parameter_groups
 from draft.training.snapshots import latest_snapshot, load_snapshot, save_snapshot, trained_parameters
 
@@ -54,7 +62,8 @@ class Trainer:
         self.settings = settings
         self.folder = Path(settings.out)
         self.console = console or Console()
-        self.target = load_target(settings.model.target, settings.model.dtype, settings.model.device)
+        model = settings.model
+        self.target = load_target(model.target, model.dtype, model.device, model.target_adapter)
         if self.target.dtype == torch.float16:
             raise UserError("dtype float16 is too narrow to train in without loss scaling; use bfloat16 or float32.")
         self.rows = _load_rows(settings, self.target)
@@ -62,6 +71,7 @@ class Trainer:
         self.features = self._feature_source()
         head, about = self._starting_head()
         self.features.layers = head.auxiliary_layers(self.target)
+        self.objective = settle(settings, head)
         self.head, self.saver = make_trainable(head, settings)
         self.about = self._about(about)
         self.accelerator = Accelerator(cpu=self.target.device.type == "cpu")
@@ -79,7 +89,6 @@ class Trainer:
             )
         )
         training = settings.training
-        self.objective = Objective(training.loss, training.draft_steps, training.step_decay)
         self.steps_per_epoch = max(1, math.ceil(len(self._batches(0)) / training.gradient_accumulation))
         self.total_steps = training.max_steps or max(1, round(training.epochs * self.steps_per_epoch))
         self.step = 0
@@ -112,13 +121,15 @@ class Trainer:
                 )
             return head, about
         # a run that goes on takes its weights from the checkpoint
-        first = iter(()) if self._latest() else self._first_batches()
-        with self.console.status("Solving for the head's first weights"):
-            head = new_head(target, self._vocabulary(), first, settings.training.seed)
+        head = blank_head(target, self._vocabulary(), settings.model)
+        self.features.layers = head.auxiliary_layers(target)
+        if not self._latest():
+            with self.console.status("Solving for the head's first weights"):
+                initialise(head, target, self._first_batches(), settings.training.seed)
         return head, {}
 
     def _vocabulary(self) -> Tensor:
-        size = min(self.settings.model.draft_vocab_size, self.target.vocab_size)
+        size = vocabulary_size(self.settings.model, self.target)
         return draft_vocabulary(self.rows.train, size, self.target.vocab_size, sorted(self.target.eos_token_ids))
 
     def _latest(self) -> Path | None:
@@ -141,6 +152,7 @@ class Trainer:
         settings = self.settings
         return {
             "target": settings.model.target,
+            "target_adapter": settings.model.target_adapter,
             "target_fingerprint": self.target.fingerprint,
             "mode": settings.mode,
             "method": settings.method,
@@ -311,7 +323,7 @@ def _load_rows(settings: RunSettings, target: Target) -> Rows:
         dataset = open_dataset(Path(folder))
         dataset.check_target(target)
         train += dataset.rows("train")
-        held_out += [row for row in dataset.rows("held-out") if row.temperature == 0]
+        held_out += [row for row in dataset.rows("held-out") if row.greedy]
     train = [row for row in train if sum(row.mask[2:])]
     if not train:
         raise UserError(f"{', '.join(settings.data.data)}: no training rows; prepare a larger data set.")

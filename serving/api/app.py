@@ -7,11 +7,12 @@ from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 from draft.errors import UserError
-from serving.api import generate, openai, operations
+from serving.api import generate, openai, operations, page
 from serving.api.documentation import describe
 from serving.api.errors import ApiError, on_api_error, on_http_error, on_validation_error
 from serving.api.guard import ApiKey, Guard
@@ -52,15 +53,20 @@ def create_app(
 
     app = FastAPI(title="Draftsmith", version=package_version(), lifespan=lifespan)
     app.state.service = service
-    for router in (generate.router, openai.router, operations.router):
+    routers = (generate.router, openai.router, operations.router, page.router)
+    for router in routers:
         app.include_router(router)
+    routes = [route for router in routers for route in router.routes if isinstance(route, APIRoute)]
+    app.state.routes = routes  # for what is allowed where something else was tried
     describe(app, [StreamEvent, ErrorResponse, OpenAiError])
     for error in (ApiError, UserError, Overloaded, EngineStopped):
         app.add_exception_handler(error, on_api_error)
     app.add_exception_handler(RequestValidationError, on_validation_error)
     app.add_exception_handler(HTTPException, on_http_error)
     # the last one added is the first to see a request
-    app.add_middleware(BodyLimits, limits=limits)
+    app.add_middleware(
+        BodyLimits, limits=limits, paths={route.path for route in routes if "POST" in (route.methods or ())}
+    )
     if api_key is not None:
         app.add_middleware(ApiKey, key=api_key)
     if cors_origins:

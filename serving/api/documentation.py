@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ from fastapi import FastAPI
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
+from serving.api.bounds import bound
 from serving.api.errors import is_openai
 
 Responses = dict[int | str, dict[str, Any]]
@@ -34,19 +36,32 @@ def as_stream(model: type[BaseModel] | None = None) -> Responses:
 
 
 def describe(app: FastAPI, models: Sequence[type[BaseModel]]) -> None:
-    """Register these models, and drop FastAPI's own 422 from OpenAI's surface, which answers 400 instead."""
+    """Register these models, drop FastAPI's own 422 from OpenAI's surface, which answers 400 instead, and say what
+    holds for every answer, and for the server that runs."""
     generated = app.openapi
 
     def openapi() -> dict[str, Any]:
-        schema = generated()
+        schema = copy.deepcopy(generated())  # which is kept, also for when the model is there
         for path, methods in schema["paths"].items():
-            for operation in methods.values() if is_openai(path) else ():
-                operation["responses"].pop("422", None)
+            for operation in methods.values():
+                if is_openai(path):
+                    operation["responses"].pop("422", None)
+                for status, response in operation["responses"].items():
+                    response["headers"] = _headers(status)
         _, found = models_json_schema([(model, "serialization") for model in models], ref_template=_REFERENCE)
         schema["components"]["schemas"] |= found["$defs"]
+        if app.state.service.loaded:
+            bound(schema, app.state.service)
         return schema
 
     app.openapi = openapi  # type: ignore[method-assign]
+
+
+def _headers(status: str) -> dict[str, Any]:
+    headers: dict[str, Any] = {"x-request-id": {"required": True, "schema": {"type": "string"}}}
+    if status == "429":
+        headers["retry-after"] = {"required": True, "description": "seconds", "schema": {"type": "string"}}
+    return headers
 
 
 def _reference(name: str) -> dict[str, str]:

@@ -105,7 +105,13 @@ async def on_http_error(request: Request, error: Exception) -> JSONResponse:
     """Starlette's own refusals: no such path, wrong method, an unreadable body."""
     assert isinstance(error, HTTPException)
     kind = "not_found" if error.status_code == 404 else "validation"
-    told = ApiError(kind, error.detail, status=error.status_code, headers=dict(error.headers or {}))
+    headers = {name.lower(): value for name, value in (error.headers or {}).items()}
+    told = ApiError(kind, error.detail, status=error.status_code, headers=headers)
+    if error.status_code == 405:  # of the routes with this path Starlette names the first one's methods only
+        here = (route for route in request.app.state.routes if route.path_regex.match(request.url.path))
+        allowed = set[str]().union(*(route.methods for route in here))
+        if allowed:
+            headers["allow"] = ", ".join(sorted(allowed | {"HEAD"} if "GET" in allowed else allowed))
     return response_of(told, request.url.path)
 
 

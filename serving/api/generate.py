@@ -15,7 +15,7 @@ from serving.api.answers import Generation
 from serving.api.documentation import as_stream, documented
 from serving.api.errors import api_error, body_of
 from serving.api.figures import finite, speculation_of, speculative_details
-from serving.api.prompts import Names, encode, new_tokens
+from serving.api.prompts import Names, encode, new_tokens, rendered
 from serving.api.schemas import (
     ErrorResponse,
     GenerateParameters,
@@ -75,7 +75,9 @@ async def _begin(body: GenerateRequest, request: Request) -> Asked:
     received = time.monotonic()
     asked = body.parameters or GenerateParameters()
     service.check_open()  # a full server does not tokenise
-    prompt_ids = await encode(service, body.inputs, _NAMES, bounded=asked.truncate is None)
+    text = rendered(service, [{"role": "user", "content": body.inputs}], "chat") if asked.chat else body.inputs
+    # a template has the special tokens that its prompts begin with
+    prompt_ids = await encode(service, text, _NAMES, special_tokens=not asked.chat, bounded=asked.truncate is None)
     prompt_ids = prompt_ids[-(asked.truncate or 0) :]
     needs_logprobs = bool(asked.details or body.stream or request.url.path == "/generate_stream")
     params = SamplingParams(
@@ -172,6 +174,7 @@ def _token(asked: Asked, token: Token) -> dict[str, Any]:
             "source": "draft" if accepted else "target",
             "position": token.accepted_position + 1 if token.accepted_position is not None else None,
             "rejected": None if token.rejected is None else _alternative(asked, token.rejected, None),
+            "drafted": token.drafted,
         }
     return about
 

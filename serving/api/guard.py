@@ -55,8 +55,10 @@ class Guard:
 
         token = request_id_of_task.set(request_id)
         self.service.in_flight += path not in _QUIET
+        # the server sends no body where HEAD was asked
+        asked = {**scope, "method": "GET"} if scope["method"] == "HEAD" else scope
         try:
-            await self.app(scope, receive, send_with_id)
+            await self.app(asked, receive, send_with_id)
         except Exception as error:
             if not isinstance(error, ApiError):
                 log.exception("request failed")
@@ -68,7 +70,7 @@ class Guard:
             self.service.on_answer(path, status)
             if path not in _QUIET:
                 about = {"method": scope["method"], "path": path[:200], "status": status,
-                         "seconds": round(time.monotonic() - began, 4), **scope.get("draftsmith.log", {})}  # fmt: skip
+                         "seconds": round(time.monotonic() - began, 4), **asked.get("draftsmith.log", {})}  # fmt: skip
                 log.info("request", extra={"fields": about})
             request_id_of_task.reset(token)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+from collections.abc import Container
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -33,12 +34,14 @@ class Limits:
 class BodyLimits:
     """Pure ASGI: reads the whole body, checks it, and hands it on in one piece."""
 
-    def __init__(self, app: ASGIApp, limits: Limits) -> None:
+    def __init__(self, app: ASGIApp, limits: Limits, paths: Container[str]) -> None:
+        """paths: those that take a body, by POST; elsewhere none is read."""
         self.app = app
         self.limits = limits
+        self.paths = paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["method"] != "POST":  # no other method has a body here
+        if scope["type"] != "http" or scope["method"] != "POST" or scope["path"] not in self.paths:
             await self.app(scope, receive, send)
             return
         headers = dict(scope["headers"])

@@ -9,7 +9,6 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
-from jinja2 import TemplateError
 
 from serving.api.answers import Generation
 from serving.api.documentation import as_stream, documented
@@ -24,7 +23,7 @@ from serving.api.openai_schemas import (
     OpenAiError,
     Sampling,
 )
-from serving.api.prompts import Names, check_ids, encode, new_tokens
+from serving.api.prompts import Names, check_ids, encode, new_tokens, rendered
 from serving.api.service import Service
 from serving.api.sse import EventStream, event
 from serving.engine import SamplingParams
@@ -127,18 +126,14 @@ def _rendered(service: Service, body: ChatRequest) -> str:
         {"role": message.role, "content": message.text} | ({"name": message.name} if message.name else {})
         for message in body.messages
     ]
-    try:
-        return service.engine.target.render_chat(messages, add_generation_prompt=True)
-    except (TemplateError, ValueError) as error:  # templates raise on orders of roles that they do not know
-        message = "the model's chat template does not take these messages; check the order of their roles"
-        raise ApiError("validation", message, field="messages") from error
+    return rendered(service, messages, "messages")
 
 
 def _answer(
     service: Service, body: Sampling, prompts: list[list[int]], alternatives: int | None, chat: bool, echoed: list[str]
 ) -> Answer:
     speculation = speculation_of(body.speculative, service)
-    return Answer(service, chat, prompts, body.choices, speculation, alternatives, echoed)
+    return Answer(service, chat, prompts, body.choices, speculation, alternatives, echoed, bool(body.return_token_ids))
 
 
 async def _respond(body: Sampling, request: Request, answer: Answer, limits: list[int], received: float) -> Response:

@@ -1,11 +1,13 @@
 """What goes over the wire on OpenAI's surface: requests, and the answers' shapes for the schema.
 
 vLLM's extensions are taken where the engine has them: top_k, min_p, repetition_penalty, stop_token_ids, min_tokens,
-ignore_eos, include_stop_str_in_output. A sampling parameter is implemented exactly or refused by name; none is ignored.
+ignore_eos, include_stop_str_in_output, return_token_ids. A sampling parameter is implemented exactly or refused by
+name; none is ignored.
 """
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
@@ -19,6 +21,8 @@ from serving.api.schemas import (
     StopStrings,
     Strict,
     Text,
+    described,
+    either,
     not_implemented,
     refuse_not_implemented,
 )
@@ -28,9 +32,10 @@ MAX_CHOICES = 64  # of one request: prompts * n
 MAX_BIASES = 1024
 MAX_TEMPERATURE = 2.0
 MAX_MESSAGES = 4096
+TOKEN_KEY = "^(0|[1-9][0-9]{0,8})$"  # one way only to write an id, or two keys might mean the same
 
 NOT_IMPLEMENTED: dict[str, tuple[Any, ...]] = {
-    "best_of": (1,),
+    "best_of": (),
     "suffix": ("",),
     "allowed_token_ids": (),
     "bad_words": (),
@@ -62,9 +67,28 @@ CHAT_NOT_IMPLEMENTED: dict[str, tuple[Any, ...]] = {
 }
 
 
+# rules between fields, in JSON schema; the validators say them in words
+_OFF: dict[str, Any] = {"enum": [False, None]}
+_NULL: dict[str, Any] = {"type": "null"}
+_OPTIONS_NEED_A_STREAM = either({"stream_options": _NULL}, {"stream": {"const": True}})
+_NO_ECHO_WITH_LOGPROBS = either({"echo": _OFF}, {"logprobs": _NULL})
+_BEST_OF_AS_N = either({"best_of": _NULL}, {"n": {"enum": [1, None]}})
+_ALTERNATIVES_NEED_LOGPROBS = either({"top_logprobs": {"enum": [0, None]}}, {"logprobs": {"const": True}})
+_ONE_LIMIT = either({"max_tokens": _NULL}, {"max_completion_tokens": _NULL})
+_SEVERAL = {"type": "array", "items": {"type": ["string", "array"]}}
+# prompts * n <= MAX_CHOICES is no rule that JSON schema has; these follow from it
+_AS_MANY_CHOICES = [
+    {
+        "if": {"properties": {"prompt": {**_SEVERAL, "minItems": prompts}}},
+        "then": {"properties": {"n": {"maximum": MAX_CHOICES // prompts}}},
+    }
+    for prompts in (2, 5, 9, 17)
+]
+
+
 def _token_keys(bias: dict[str, float]) -> dict[str, float]:
     for key in bias:
-        if not (key.isascii() and key.isdecimal() and len(key) < 10):
+        if not re.fullmatch(TOKEN_KEY, key):
             raise ValueError("its keys must be token ids")
     return bias
 
@@ -79,7 +103,7 @@ class Sampling(Strict):
     """What both endpoints take."""
 
     model: Text | None = Field(default=None, description="any name, unless the server is strict")
-    n: int | None = Field(default=None, ge=1, le=MAX_CHOICES)
+    n: int | None = Field(default=None, ge=1, le=MAX_CHOICES, description=f"times prompts at most {MAX_CHOICES}")
     temperature: float | None = Field(default=None, ge=0, le=MAX_TEMPERATURE, description="0 is greedy; null: 1.0")
     top_p: float | None = Field(default=None, gt=0, le=1)
     top_k: int | None = Field(default=None, ge=-1, description="-1 and 0 are off")
@@ -90,7 +114,7 @@ class Sampling(Strict):
     logit_bias: (
         Annotated[
             dict[str, Annotated[float, Field(ge=-100, le=100)]],
-            Field(max_length=MAX_BIASES, json_schema_extra={"propertyNames": {"pattern": "^[0-9]{1,9}$"}}),
+            Field(max_length=MAX_BIASES, json_schema_extra={"propertyNames": {"pattern": TOKEN_KEY}}),
             AfterValidator(_token_keys),
         ]
         | None
@@ -104,6 +128,9 @@ class Sampling(Strict):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     speculative: Speculative | None = None
+    return_token_ids: bool | None = Field(
+        default=None, description="a choice's token_ids, its end included, and prompt_token_ids (vLLM)"
+    )
 
     # nothing that they could change exists here
     user: Text | None = None
@@ -153,6 +180,14 @@ TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 class CompletionRequest(Sampling):
     """Body of POST /v1/completions."""
 
+    model_config = described(
+        _OPTIONS_NEED_A_STREAM,
+        _NO_ECHO_WITH_LOGPROBS,
+        _BEST_OF_AS_N,
+        *_AS_MANY_CHOICES,
+        example={"prompt": "Once upon a time", "temperature": 0, "stop": ["\n"]},
+    )
+
     prompt: (
         Prompt
         | Annotated[list[Prompt], Field(min_length=1, max_length=MAX_CHOICES)]
@@ -163,7 +198,9 @@ class CompletionRequest(Sampling):
     echo: bool | None = Field(default=None, description="put the prompt before the text; not with logprobs")
     logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
 
-    best_of: Any = Field(default=None, description="not implemented: as n, or null", json_schema_extra={"enum": [None]})
+    best_of: Any = Field(
+        default=None, description="not implemented: the same as n, or null", json_schema_extra={"enum": [1, None]}
+    )
     suffix: Any = not_implemented(NOT_IMPLEMENTED, "suffix")
 
     @model_validator(mode="after")
@@ -198,6 +235,13 @@ class Message(Strict):
 class ChatRequest(Sampling):
     """Body of POST /v1/chat/completions."""
 
+    model_config = described(
+        _OPTIONS_NEED_A_STREAM,
+        _ALTERNATIVES_NEED_LOGPROBS,
+        _ONE_LIMIT,
+        example={"messages": [{"role": "user", "content": "Say hello."}], "seed": 1},
+    )
+
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
     max_completion_tokens: int | None = Field(default=None, ge=1, description="null: the room that is left")
     max_tokens: int | None = Field(default=None, ge=1, description="the older name of max_completion_tokens")
@@ -227,8 +271,8 @@ class ChatRequest(Sampling):
         self._check(shared | CHAT_NOT_IMPLEMENTED)
         if self.top_logprobs and not self.logprobs:
             raise ValueError("`top_logprobs` needs `logprobs` to be true")
-        if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
-            raise ValueError("`max_tokens` and `max_completion_tokens` differ; give one of them")
+        if None not in (self.max_tokens, self.max_completion_tokens):
+            raise ValueError("`max_tokens` and `max_completion_tokens` are two names of one thing; give one of them")
         return self
 
 

@@ -11,7 +11,7 @@ from fastapi.responses import PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel
 
-from draft.heads import ARCHITECTURES
+from draft.heads.registry import architecture_of
 from serving.api.documentation import documented
 from serving.api.errors import ApiError
 from serving.api.openai_schemas import MAX_CHOICES
@@ -23,8 +23,9 @@ from serving.api.schemas import (
     ErrorResponse,
     Prompt,
     Strict,
+    described,
 )
-from serving.api.service import Service
+from serving.api.service import Service, public_name
 from serving.engine import Engine
 from serving.engine.params import MAX_LOGPROBS
 
@@ -39,6 +40,8 @@ class Status(BaseModel):
 
 class TokenizeRequest(Strict):
     """Body of POST /tokenize."""
+
+    model_config = described(example={"inputs": "Once upon a time"})
 
     inputs: Prompt
     add_special_tokens: bool | None = None
@@ -79,9 +82,11 @@ async def info(request: Request) -> dict[str, Any]:
     engine, target = service.engine, service.engine.target
     return {
         "model_id": service.model_name,
+        "target_adapter": target.adapter and public_name(target.adapter.name),
         "architecture": type(target.model).__name__,
         "dtype": str(target.dtype).removeprefix("torch."),
         "device": target.device.type,
+        "chat_template": bool(target.tokenizer.chat_template),
         "head": _about_head(service),
         "speculation": engine.speculation,
         "speculation_length": service.speculation_length,
@@ -140,10 +145,9 @@ def _about_head(service: Service) -> dict[str, Any] | None:
     head = service.engine.head
     if head is None:
         return None
-    architecture = next(name for name, (_, built) in ARCHITECTURES.items() if isinstance(head, built))
     return {
         "name": service.head_name,
-        "architecture": architecture,
+        "architecture": architecture_of(head).stored_as,
         "draft_vocab_size": head.config.draft_vocab_size,
     }
 

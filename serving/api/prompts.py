@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from jinja2 import TemplateError
+
 from serving.api.errors import ApiError, echo
 from serving.api.service import Service
 
@@ -31,6 +33,19 @@ async def encode(
     if not ids:
         raise ApiError("validation", f"`{names.prompt}` must have at least 1 token. Given: 0", field=names.prompt)
     return ids
+
+
+def rendered(service: Service, messages: list[dict[str, str]], field: str) -> str:
+    """Messages as text under the target's own chat template, up to where its answer begins.
+
+    Raises:
+        UserError: there is no template. ApiError: it does not take these messages.
+    """
+    try:
+        return service.engine.target.render_chat(messages, add_generation_prompt=True)
+    except (TemplateError, ValueError) as error:  # templates raise on orders of roles that they do not know
+        message = "the model's chat template does not take these messages; check the order of their roles"
+        raise ApiError("validation", message, field=field) from error
 
 
 def check_ids(service: Service, ids: list[int] | tuple[int, ...], field: str) -> None:

@@ -49,10 +49,27 @@ StopStrings = Annotated[list[StopString], Field(max_length=MAX_STOP_SEQUENCES)]
 Seed = Annotated[int, Field(ge=0, lt=SEED_LIMIT)]
 
 
+def _whole(value: Any) -> Any:
+    match value:
+        case float() if value.is_integer() and abs(value) < SEED_LIMIT:
+            return int(value)
+        case dict():
+            return {name: _whole(each) for name, each in value.items()}
+        case list():
+            return [_whole(each) for each in value]
+    return value
+
+
 class Strict(BaseModel):
-    """No coercion ("5" is not 5, true is not 1), no NaN or infinity, no unknown keys."""
+    """No coercion ("5" is not 5, true is not 1, but 1.0 is), no NaN or infinity, no unknown keys."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, hide_input_in_errors=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _whole_numbers(cls, body: Any) -> Any:
+        """1.0 is an integer to JSON schema, and to languages that have one kind of number."""
+        return _whole(body)
 
 
 def refuse_not_implemented(body: BaseModel, table: dict[str, tuple[Any, ...]]) -> None:
@@ -70,6 +87,23 @@ def not_implemented(table: dict[str, tuple[Any, ...]], name: str) -> Any:
     return Field(
         default=None, description="not implemented: only what means off is taken", json_schema_extra={"enum": off}
     )
+
+
+def described(*rules: dict[str, Any], example: dict[str, Any] | None = None) -> ConfigDict:
+    """For a model's schema: rules between its fields, which its validators check, and a body that is accepted."""
+    extra: dict[str, Any] = {"allOf": list(rules)} if rules else {}
+    return ConfigDict(json_schema_extra=extra | ({"examples": [example]} if example else {}))
+
+
+def either(*alternatives: dict[str, Any]) -> dict[str, Any]:
+    """A rule between fields: one of these holds, each of which is fields with their schemas."""
+    return {"anyOf": [_holding(fields) for fields in alternatives]}
+
+
+def _holding(fields: dict[str, Any]) -> dict[str, Any]:
+    """A field whose schema is {"const": ...} must be there: left out it would be something else."""
+    needed = [name for name, schema in fields.items() if "const" in schema]
+    return {"properties": fields} | ({"required": needed} if needed else {})
 
 
 class Speculative(Strict):
@@ -100,6 +134,9 @@ class GenerateParameters(Strict):
     seed: Seed | None = Field(default=None, description="null: drawn, and reported in the details")
     stop: StopStrings | None = Field(default=None, description="the stop string stays in the text")
     do_sample: bool | None = None
+    chat: bool | None = Field(
+        default=None, description="the inputs are what a user says: put them into the target's chat template"
+    )
     truncate: int | None = Field(default=None, ge=1, description="keep only so many tokens at the end of the inputs")
     return_full_text: bool | None = Field(default=None, description="put the prompt before the generated text")
     details: bool | None = None
@@ -132,6 +169,10 @@ class GenerateParameters(Strict):
 class GenerateRequest(Strict):
     """Body of POST /generate, /generate_stream and /."""
 
+    model_config = described(
+        example={"inputs": "Once upon a time", "parameters": {"temperature": 0.7, "seed": 1, "details": True}}
+    )
+
     inputs: Prompt
     parameters: GenerateParameters | None = None
     stream: bool | None = Field(
@@ -157,6 +198,9 @@ class Origin(BaseModel):
     position: int | None = Field(description="the draft position, from 1, of an accepted token")
     rejected: AlternativeToken | None = Field(
         description="what the head had drafted in the place of a token that the target supplied; logprob is null"
+    )
+    drafted: int = Field(
+        description="tokens in a row that had been drafted for the verification which decided this token"
     )
 
 

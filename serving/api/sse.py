@@ -17,9 +17,13 @@ log = logging.getLogger(__name__)
 HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 
 
+# json.dumps would make one for each event
+_encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
+
+
 def event(data: Any, prefix: bytes = b"data: ") -> bytes:
     """One event, on a single line as some clients need it."""
-    return prefix + json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode() + b"\n\n"
+    return prefix + _encode(data).encode() + b"\n\n"
 
 
 class EventStream(Response):

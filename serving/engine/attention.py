@@ -137,7 +137,7 @@ def attend(
     layer: SlotLayer | Probe = module.draftsmith  # type: ignore[assignment]
     if isinstance(layer, Probe):
         layer.saw(module, key, value, Scoring(scale, sliding_window or 0, softcap or 0.0))
-        return torch.zeros_like(query[..., :1]).expand(*query.shape[:-1], value.shape[-1]).transpose(1, 2), None
+        return query.new_zeros(*query.transpose(1, 2).shape[:-1], value.shape[-1]), None
     return layer.kernel(query, key, value, layer, scale, sliding_window or 0, softcap or 0.0), None
 
 
@@ -159,7 +159,9 @@ class Probe:
     def __init__(self) -> None:
         self.found: dict[nn.Module, LayerShape] = {}
         self.scoring: list[Scoring] = []  # in the same order
+        self.again = 0  # calls of modules that had attended before
 
     def saw(self, module: nn.Module, key: Tensor, value: Tensor, scoring: Scoring) -> None:
+        self.again += module in self.found
         self.found[module] = LayerShape(key.shape[1], key.shape[3], value.shape[3], key.dtype, key.device)
         self.scoring.append(scoring)

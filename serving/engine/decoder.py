@@ -192,7 +192,7 @@ class Decoder:
             logprob, top = _logprobs(logits[nodes[place]], token, row.params.logprobs)
             accepted_position = place if place < len(verdict.path) else None
             rejected = next(iter(tree.children[nodes[place]]), None) if accepted_position is None else None
-            sequence.append(token, logprob, top, accepted_position, rejected)
+            sequence.append(token, logprob, top, accepted_position, rejected, tree.depth)
             row.processor.append(token)
             emitted.append(token)
             if sequence.finish_reason is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -11,11 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from draft.errors import UserError
-from draft.heads import Eagle3Head
-from draft.target import Target, capture_hidden_states
+from draft.heads import StepwiseHead
+from draft.target import Target
+from draft.target_hooks import attending_by, capture_hidden_states
 from serving.engine.attention import NAME, Kernel, Probe, SlotLayer, View
 from serving.engine.batch import Batch, Segment
 from serving.engine.cache import LayerShape, SlotCache
+from serving.engine.compiler import set_compiler_up
 
 if TYPE_CHECKING:
     from serving.engine.cpu.decoder import FusedDecoder
@@ -91,6 +93,7 @@ class TargetRunner:
         decoder, dtype = self.target.decoder, self.target.dtype
         embeds = decoder.embed_tokens(batch.ids)
         masks = [self.view.masks.get(scoring.window, self.view.mask) for scoring in self.scoring]
+        inside = [layer for layer in self.layers if layer <= self.target.num_layers]
         output = fused.run(
             embeds,
             decoder.rotary_emb(embeds, position_ids=batch.positions),
@@ -98,14 +101,15 @@ class TargetRunner:
             self.view.positions,
             self.view.table,
             masks,
-            self.layers,
+            inside,
         )  # [1 + captured, N, hidden]
-        states = output[1:].transpose(0, 1).flatten(1).to(dtype) if self.layers else None
-        return decoder.norm(output[0]).to(dtype), states
+        hidden = decoder.norm(output[0]).to(dtype)
+        captured = {**dict(zip(inside, output[1:].to(dtype), strict=True)), self.target.output_layer: hidden}
+        return hidden, torch.cat([captured[layer] for layer in self.layers], dim=-1) if self.layers else None
 
     def _layer_by_layer(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
         captured: dict[int, Tensor] = {}
-        with (
+        with (  # the first of them locks the target: another engine may share it
             _attention_by(self.target, self.attached),
             _replaced_forwards(self.forwards),
             capture_hidden_states(self.target.decoder, self.layers, captured),
@@ -120,18 +124,16 @@ class TargetRunner:
 
 
 class HeadRunner:
-    """An EAGLE-3 head over the embeddings of its target.
+    """A head that drafts step by step, over the embeddings of its target.
 
     At position i it reads the state of token i and the embedding of token i+1, which is the batch's token there.
     """
 
-    def __init__(self, target: Target, head: Eagle3Head, *, slots: int, capacity: int, kernel: Kernel) -> None:
+    def __init__(self, target: Target, head: StepwiseHead, *, slots: int, capacity: int, kernel: Kernel) -> None:
         self.head, self.embedding = head, target.embedding
-        self.dtype = head.norm.weight.dtype
+        self.dtype = head.dtype
         config = head.config
-        shape = LayerShape(
-            config.num_key_value_heads, config.head_dim, config.head_dim, self.dtype, head.norm.weight.device
-        )
+        shape = LayerShape(config.num_key_value_heads, config.head_dim, config.head_dim, self.dtype, head.device)
         self.cache = SlotCache([shape], slots, capacity)
         self.view = View.empty()
         self.layer = SlotLayer(*self.cache.layers[0], self.view, kernel)
@@ -144,6 +146,7 @@ class HeadRunner:
         fused = recognise_head(self.head, self.head.config.head_dim**-0.5)
         if fused is None:
             return False
+        norm: Any = self.head.norm if getattr(self.head.config, "norm_output", False) else None
 
         def run(embeds: Tensor, hidden: Tensor, positions: Tensor) -> Tensor:
             output = fused.run(
@@ -156,7 +159,7 @@ class HeadRunner:
                 (),
                 embeds,
             ).to(hidden.dtype)  # [1, N, hidden]
-            return self.head.norm(output) if self.head.config.norm_output else output
+            return norm(output) if norm is not None else output
 
         self.run = run
         return True
@@ -175,6 +178,23 @@ class HeadRunner:
         """[n, hidden] -> [n, draft_vocab]."""
         return self.head.logits(hidden)
 
+    def compile(self) -> None:
+        """Run the layer in one call if it can be, and otherwise fuse what lies between the kernels."""
+        if self.fuse_layer():
+            return
+        set_compiler_up()
+        self.view.compiled = True
+        self.run = torch.compile(self._run, fullgraph=True)
+
+    @torch.inference_mode()
+    def try_out(self, width: int, parents: Sequence[int] | None = None) -> None:
+        """A pass over an empty slot."""
+        slot = self.cache.acquire()
+        batch = Batch.of([Segment(slot, 0, 0, [0] * width, parents)], self.head.device)
+        hidden = torch.zeros(width, self.head.config.hidden_size, dtype=self.dtype, device=self.head.device)
+        self.logits(self.forward(batch, hidden))
+        self.cache.release(slot)
+
     def _run(self, embeds: Tensor, hidden: Tensor, positions: Tensor) -> Tensor:
         return self.head(embeds, hidden, positions, self._attend)
 
@@ -188,11 +208,12 @@ def _find_attention(target: Target) -> Probe:
     batch = Batch.of([Segment(0, 0, 0, [0])], target.device)
     with torch.inference_mode(), _attention_by(target, dict.fromkeys(target.decoder.modules(), probe)):
         target.decoder(input_ids=batch.ids, position_ids=batch.positions, use_cache=False)
-    if len(probe.found) != target.num_layers:
+    if len(probe.found) != target.num_layers or probe.again:
         raise UserError(
             f"target {target.name!r}: {len(probe.found)} of the {target.num_layers} layers of "
-            f"{type(target.model).__name__} attend through transformers' attention interface; the engine needs all of "
-            "them. Use another target."
+            f"{type(target.model).__name__} attend through transformers' attention interface"
+            f"{', some of them more than once' if probe.again else ''}; the engine needs all of them, once each. Use "
+            "another target."
         )
     return probe
 
@@ -200,15 +221,10 @@ def _find_attention(target: Target) -> Probe:
 @contextmanager
 def _attention_by(target: Target, attached: dict[nn.Module, Any]) -> Iterator[None]:
     """Let the decoder attend by our function; the target is otherwise as it was, for replay or another engine."""
-    config = target.decoder.config
-    before = config._attn_implementation
-    config._attn_implementation = NAME
-    for module, layer in attached.items():
-        module.__dict__["draftsmith"] = layer
-    try:
+    with attending_by(target, NAME):
+        for module, layer in attached.items():
+            module.__dict__["draftsmith"] = layer
         yield
-    finally:
-        config._attn_implementation = before
 
 
 @contextmanager

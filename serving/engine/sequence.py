@@ -75,6 +75,7 @@ class Token:
     accepted_position: int | None  # 0-based draft position, or None: supplied by the target itself
     top: list[tuple[int, float]] | None = None  # the most probable ids and their logprobs, falling
     rejected: int | None = None  # what the head had drafted here, the first of several, where the target said otherwise
+    drafted: int = 0  # tokens in a row that had been drafted for the verification which decided this one
 
 
 @dataclass
@@ -153,6 +154,7 @@ class Sequence:
         top: list[tuple[int, float]] | None = None,
         accepted_position: int | None = None,
         rejected: int | None = None,
+        drafted: int = 0,
     ) -> None:
         """Add one token and decide whether the sequence ends with it; arguments as in `Token`."""
         is_eos, is_stop = token_id in self._eos_ids, token_id in self.params.stop_ids
@@ -165,7 +167,7 @@ class Sequence:
         if not dropped:
             self._starts.append(len(self.text))
             name = (self._tokenizer.convert_ids_to_tokens(token_id) or "") if special else added
-            self.tokens.append(Token(token_id, name, logprob, special, accepted_position, top, rejected))
+            self.tokens.append(Token(token_id, name, logprob, special, accepted_position, top, rejected, drafted))
         if not hidden:
             self._last_shown = len(self.tokens) - 1
         self.text += added

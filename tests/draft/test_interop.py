@@ -15,7 +15,9 @@ from benchmarks.interop.cases import CASES, random_head
 from draft.checkpoint import load_head, save_head
 from draft.cli import main
 from draft.errors import UserError
-from draft.interop import FORMATS, export_head, import_head
+from draft.interop.exporting import export_head
+from draft.interop.formats import NAMES as FORMATS
+from draft.interop.importing import import_head
 
 TABLE = Path(cases.__file__).parent / "table.json"
 NAMES = "eagle_aux_hidden_state_layer_ids"
@@ -25,6 +27,7 @@ REFUSED = {
     ("sglang", "norm_before_residual"): "SGLang has no norm_before_residual",
     ("plain", "three other layers"): "llama.cpp would silently read the default layers",
     ("plain", "five layers"): "llama.cpp would silently read the default layers",
+    **{("medusa", case): "it is for Medusa heads; use --format plain or vllm or sglang" for case in CASES},
 }
 
 
@@ -83,7 +86,7 @@ def test_the_bundled_head_can_be_exported(tmp_path):
         assert (exported.folder / "model.safetensors").is_file()
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", FORMATS[:-1])
 def test_the_command_lines_name_target_head_and_length(world, tmp_path, format):
     folder, target = world
     out = tmp_path / "it's here"
@@ -154,7 +157,13 @@ def test_a_head_that_an_engine_would_stumble_over_is_not_written(world, tmp_path
 
 def test_an_unknown_format_and_an_unnamed_target_are_refused(world, tmp_path):
     folder, target = world
-    refused(tmp_path / "out", "choose one of plain, vllm, sglang, speculators", export_head, folder / "default", "onnx")
+    refused(
+        tmp_path / "out",
+        "choose one of plain, vllm, sglang, speculators, medusa",
+        export_head,
+        folder / "default",
+        "onnx",
+    )
     save_head(random_head(target), tmp_path / "head", dtype=torch.float32, about={})
     refused(tmp_path / "out", "pass --target", export_head, tmp_path / "head", "plain")
     export_head(tmp_path / "head", "plain", tmp_path / "out", target=target.name)
@@ -332,10 +341,10 @@ def test_a_missing_half_of_the_token_map_is_derived(foreign):
 
 
 def test_something_else_is_named_with_the_known_formats(foreign, tmp_path):
-    foreign.config["architectures"] = ["MedusaModel"]
-    foreign.tensors = {"blocks.0.layers.0.weight": torch.zeros(2, 2)}
+    foreign.config["architectures"] = ["HydraModel"]
+    foreign.tensors = {"hydra.0.weight": torch.zeros(2, 2)}
     foreign.publish()
-    foreign.refused("MedusaModel.*SafeAILab EAGLE-3")
+    foreign.refused("HydraModel.*SafeAILab EAGLE-3.*FasterDecoding Medusa")
     refused(tmp_path / "out", "config.json", import_head, tmp_path / "nowhere", make_tiny_target())
 
 

@@ -118,7 +118,7 @@ def test_a_ragged_batch_by_hand() -> None:
 
 def test_chains_need_no_mask_and_ids_may_be_on_the_device_already() -> None:
     batch = Batch.of([Segment(0, 3, 4, [0]), Segment(1, 5, 5, [0])], CPU, torch.tensor([8, 9]))
-    assert batch.mask.shape == (0, 0) and batch.ids.tolist() == [[8, 9]] and batch.positions.tolist() == [[4, 5]]
+    assert batch.mask.numel() == 0 and batch.ids.tolist() == [[8, 9]] and batch.positions.tolist() == [[4, 5]]
 
 
 # attention

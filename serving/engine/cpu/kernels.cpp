@@ -174,6 +174,7 @@ at::Tensor decoder_layers_op(const at::Tensor& hidden, const at::Tensor& embeds,
   TORCH_CHECK(positions.numel() == tokens && cos.numel() == sin.numel() && cos.numel() % std::max<int64_t>(tokens, 1) == 0 &&
                   segments.dim() == 2 && segments.size(1) == 5,
               "decoder_layers: positions, cos, sin or segments do not fit ", tokens, " tokens");
+  for (const int64_t layer : captured) TORCH_CHECK(layer >= 0 && layer <= layers, "decoder_layers: there is no layer ", layer);
   at::Tensor out = at::empty({1 + int64_t(captured.size()), tokens, size}, hidden.options().dtype(at::kFloat));
   if (tokens == 0) return out;
   const at::Tensor stream = out[0];

@@ -147,3 +147,26 @@ def test_the_server_s_own_limit_of_new_tokens(tiny_target) -> None:
         bare = client.post("/generate", json={"inputs": PROMPT, "parameters": {"details": True}})
         assert bare.json()["details"]["generated_tokens"] <= 8
         assert client.get("/info").json()["limits"]["max_new_tokens"] == 8
+
+
+def test_chat_puts_the_inputs_into_the_template(client) -> None:
+    wishes = {"max_new_tokens": 12, "temperature": 1.0, "seed": 3, "details": True}
+    said = "A secretive prompt about zebras."
+    asked = ask(client, said, chat=True, **wishes).json()
+    assert asked == ask(client, PROMPT, **wishes).json()  # which is the template around it
+    assert asked != ask(client, said, **wishes).json() == ask(client, said, chat=False, **wishes).json()
+    assert ask(client, said, chat=True, return_full_text=True, **wishes).json()["generated_text"] == (
+        said + asked["generated_text"]
+    )
+
+
+def test_chat_without_a_template_is_refused(client) -> None:
+    tokenizer = client.app.state.service.engine.target.tokenizer
+    template, tokenizer.chat_template = tokenizer.chat_template, None
+    try:
+        assert client.get("/info").json()["chat_template"] is False
+        answer = ask(client, "a", chat=True)
+    finally:
+        tokenizer.chat_template = template
+    assert answer.status_code == 422 and "chat template" in answer.json()["error"]
+    assert client.get("/info").json()["chat_template"] is True

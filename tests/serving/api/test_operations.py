@@ -15,6 +15,22 @@ def test_paths_and_methods_that_do_not_exist(client) -> None:
         assert answer.status_code == status and answer.json().keys() == {"error", "error_type"}
 
 
+def test_another_method_is_405_with_those_that_are_allowed_whatever_its_body(client) -> None:
+    for method, path, allowed in (
+        ("GET", "/generate", "POST"),
+        ("POST", "/health", "GET, HEAD"),
+        ("DELETE", "/v1/models/tiny", "GET, HEAD"),
+    ):
+        answer = client.request(method, path, content=b"no JSON")
+        assert answer.status_code == 405 and answer.headers["allow"] == allowed
+
+
+def test_head_is_get_without_its_body(client) -> None:
+    for path in ("/health", "/ready", "/metrics", "/v1/models", "/info", "/openapi.json"):
+        assert client.head(path).status_code == 200 and client.head(path).headers["x-request-id"]
+    assert client.head("/generate").status_code == 405
+
+
 # --- operations
 
 

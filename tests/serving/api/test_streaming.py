@@ -53,7 +53,13 @@ def test_origins_say_which_tokens_were_drafted_and_what_fell(client) -> None:
     assert [each["token"] for each in told] == [each["token"] for each in plain]
     figures = told[-1]["details"]["speculative"]
     assert sum(origin["source"] == "draft" for origin in origins) == figures["accepted"] > 0
-    assert origins[0] == {"source": "target", "position": None, "rejected": None}  # the prefill's
+    assert origins[0] == {"source": "target", "position": None, "rejected": None, "drafted": 0}  # the prefill's
+    verified = origins[1:]
+    begins = [index for index, origin in enumerate(verified) if index == 0 or verified[index - 1]["source"] == "target"]
+    assert len(begins) == figures["verifications"]
+    assert sum(verified[index]["drafted"] for index in begins) == figures["drafted"]  # chains: none beside another
+    for begin, end in zip(begins, [*begins[1:], len(verified)], strict=True):
+        assert len({origin["drafted"] for origin in verified[begin:end]}) == 1 and verified[begin]["drafted"] <= 5
     previous = 0
     for token, origin in zip(told, origins, strict=True):
         if origin["source"] == "draft":

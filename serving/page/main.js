@@ -1,0 +1,237 @@
+// The form, and what its buttons do.
+
+const SHOW_EVERY = 60; // milliseconds: painting each token would take time from a server on the same machine
+
+const $ = (id) => document.getElementById(id);
+const prompt = $("prompt");
+let info = null; // what /info said
+let running = null; // the AbortController of what runs
+let again = 0; // the timer of the next try to connect
+
+const hideTip = watchTokens($("cards"), $("tip"));
+
+// the server
+
+function say(element, words) {
+  element.textContent = words;
+  element.hidden = !words;
+}
+
+async function connect() {
+  clearTimeout(again);
+  try {
+    info = await serverInfo($("key").value);
+  } catch (error) {
+    $("state").dataset.state = "off";
+    $("state").textContent = error.status === 503 ? "Loading …" : error.status === 401 ? "Key needed" : "Not connected";
+    if (error.status === 401) $("access").open = true;
+    if (error.status !== 503) return fail(error);
+    again = setTimeout(connect, 2000); // the model is being loaded
+    return;
+  }
+  say($("error"), "");
+  $("state").dataset.state = "on";
+  $("state").textContent = "Ready";
+  showServer();
+}
+
+function drafts() {
+  return info === null || info.speculation_length > 0;
+}
+
+function showServer() {
+  const { model_id, head, dtype, device, limits, speculation_length: length, chat_template } = info;
+  $("served").textContent = [model_id, head ? `head ${head.name}` : "no draft head", `${dtype} on ${device}`].join(" · ");
+  const why = head ? "runs with speculation off" : "has no draft head";
+  const away = head ? "--speculation auto" : "--head";
+  const missing = `This server ${why}, so every token is the target's own, and there is nothing to compare. `;
+  say($("notice"), drafts() ? "" : `${missing}Start it with ${away} to see speculation.`);
+  $("max_new_tokens").max = limits.max_new_tokens;
+  $("num_tokens").max = length;
+  $("num_tokens").placeholder = `up to ${length}`;
+  $("num_tokens").disabled = $("compare").disabled = !drafts();
+  if (!chat_template) {
+    document.querySelector("[value=chat]").disabled = true;
+    document.querySelector("[value=raw]").checked = true;
+  }
+}
+
+function fail(error) {
+  say($("error"), error.message);
+  if (error.status === 401) {
+    $("access").open = true;
+    $("key").focus();
+  }
+}
+
+// a request
+
+function number(id) {
+  return $(id).value === "" ? undefined : Number($(id).value);
+}
+
+/** What the form says, as `generate` takes it. */
+function wanted() {
+  const parameters = { chat: document.querySelector("[value=chat]").checked };
+  for (const name of ["max_new_tokens", "temperature", "top_p", "top_k"]) parameters[name] = number(name);
+  const stop = $("stop_strings").value.split("\n").filter(Boolean);
+  if (stop.length) parameters.stop = stop.map((each) => each.replaceAll("\\n", "\n"));
+  parameters.speculative = { origin: true, num_tokens: number("num_tokens") };
+  const { temperature, top_p, top_k } = parameters;
+  const samples = temperature > 0 || (temperature === undefined && (top_p ?? top_k) !== undefined);
+  // drawn here rather than by the server, so that both answers of a comparison have the same one
+  const drawn = samples ? String(crypto.getRandomValues(new Uint32Array(1))[0]) : "";
+  return { inputs: prompt.value, parameters, seed: $("seed").value || drawn };
+}
+
+/** Ask once and show it as it comes. Returns what there is to say and compare of the whole answer. */
+async function follow(request, card, signal) {
+  const plain = request.parameters.speculative.enabled === false || !drafts();
+  const figures = new Figures(performance.now());
+  const ids = [];
+  let details = null;
+  let unseen = [];
+  let timer = 0;
+  function show() {
+    clearTimeout(timer);
+    timer = 0;
+    if (unseen.length) card.add(unseen);
+    unseen = [];
+    if (ids.length) card.show(figures, plain);
+  }
+  card.phase = "running";
+  try {
+    for await (const events of generate(request, $("key").value, signal)) {
+      figures.add(events, performance.now());
+      unseen.push(...events);
+      timer ||= setTimeout(show, SHOW_EVERY);
+      ids.push(...events.map(({ token }) => token.id));
+      details = events.at(-1).details;
+    }
+    card.phase = "";
+  } catch (error) {
+    card.phase = error.name === "AbortError" ? `stopped after ${plural(ids.length, "token")}` : "incomplete";
+    throw error;
+  } finally {
+    show();
+    card.end(details, request.seed);
+  }
+  return { ids, text: card.text, speed: figures.speed, details, figures };
+}
+
+// the buttons
+
+function setRunning(controller) {
+  running = controller;
+  const busy = controller !== null;
+  const focused = document.activeElement;
+  $("stop").disabled = !busy;
+  $("run").disabled = busy;
+  $("compare").disabled = busy || !drafts();
+  // a disabled button would take the keyboard's focus with it
+  if (busy && [$("run"), $("compare")].includes(focused)) $("stop").focus();
+  if (!busy && focused === $("stop")) $("run").focus();
+}
+
+/** Check the form, make room for so many answers, run `work`, and say how it ended. */
+async function perform(titles, work) {
+  if (running) return;
+  if (!$("form").reportValidity()) return;
+  const controller = new AbortController();
+  const cards = titles.map((title) => new Card(title));
+  hideTip();
+  setRunning(controller);
+  say($("error"), "");
+  $("empty").hidden = $("verdict").hidden = true;
+  $("legend").hidden = false;
+  showLegend($("legend").querySelector("ul"), info?.speculation_length ?? LEVELS);
+  $("cards").classList.toggle("pair", cards.length > 1);
+  $("cards").replaceChildren(...cards.map((card) => card.root));
+  const still = matchMedia("(prefers-reduced-motion: reduce)").matches;
+  if ($("results").getBoundingClientRect().top > innerHeight / 2)
+    $("results").scrollIntoView({ behavior: still ? "auto" : "smooth" });
+  try {
+    $("progress").textContent = await work(cards, controller.signal);
+  } catch (error) {
+    $("progress").textContent = error.name === "AbortError" ? "Stopped." : "Failed.";
+    if (error.name !== "AbortError") fail(error);
+    for (const card of cards.filter((each) => !each.answer.firstElementChild)) card.root.remove();
+  }
+  setRunning(null);
+}
+
+function runOnce() {
+  return perform(["Answer"], async ([card], signal) => {
+    $("progress").textContent = "Answering …";
+    const { details, figures } = await follow(wanted(), card, signal);
+    const { enabled, drafted, verifications } = details.speculative;
+    const idle = info?.speculation === "auto" && enabled && verifications && !drafted;
+    const about = idle ? " Nothing was drafted: the server found plain decoding to be faster." : "";
+    return `Done: ${plural(details.generated_tokens, "token")}, ${digits(figures.speed, 1)} a second.${about}`;
+  });
+}
+
+function compare() {
+  return perform(["With speculation", "Speculation off"], async ([first, second], signal) => {
+    const request = wanted();
+    request.parameters.speculative.enabled = true;
+    $("progress").textContent = "Answering with speculation, 1 of 2 …";
+    second.phase = "waiting for the first";
+    const on = await follow(request, first, signal);
+    $("progress").textContent = "Answering with speculation off, 2 of 2 …";
+    request.parameters.speculative = { origin: true, enabled: false };
+    const off = await follow(request, second, signal);
+    showVerdict(on, off);
+    return "Done: both answers are there.";
+  });
+}
+
+function showVerdict(on, off) {
+  const part = (name, words) => ($("verdict").querySelector(`.${name}`).textContent = words);
+  const ratio = on.speed && off.speed ? on.speed / off.speed : null;
+  $("verdict").hidden = false;
+  part("ratio", ratio === null ? "–" : `${ratio.toFixed(2)} ×`);
+  const how = ratio > 1.02 ? "is faster" : ratio < 0.98 ? "is slower" : "makes no difference";
+  const speeds = `${digits(on.speed, 1)} tokens a second with it, ${digits(off.speed, 1)} without.`;
+  part("words", ratio === null ? "Too short to tell a speed." : `Speculation ${how} here: ${speeds}`);
+  part("identity", identity(on, off));
+}
+
+/** Whether the texts are the same, and if not, why that may be. */
+function identity(on, off) {
+  if (on.text === off.text) return "The two texts are identical.";
+  const place = on.ids.findIndex((id, index) => id !== off.ids[index]);
+  const from = `The texts differ from token ${(place < 0 ? on.ids.length : place) + 1} on: `;
+  const sampled = on.details.seed !== null;
+  if (sampled && on.details.speculative.rule === "rejection")
+    return `${from}under the rejection rule a seed gives another text with speculation, of the same distribution.`;
+  return `${from}passes of different widths round differently${info ? ` in ${info.dtype}` : ""}, and a near tie fell the other way.`;
+}
+
+// events
+
+$("form").addEventListener("submit", (event) => {
+  event.preventDefault();
+  runOnce();
+});
+$("compare").addEventListener("click", compare);
+$("stop").addEventListener("click", () => running?.abort());
+$("form").addEventListener("keydown", (event) => {
+  if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) {
+    event.preventDefault();
+    runOnce();
+  }
+});
+$("form").addEventListener("invalid", ({ target }) => target.closest("details")?.setAttribute("open", ""), true);
+$("key").addEventListener("input", () => storeKey($("key").value));
+$("key").addEventListener("change", connect);
+for (const example of document.querySelectorAll(".examples button")) {
+  example.addEventListener("click", () => {
+    prompt.value = example.textContent;
+    prompt.focus();
+  });
+}
+
+$("key").value = storedKey();
+$("settings").open = matchMedia("(min-width: 60rem)").matches;
+connect();
