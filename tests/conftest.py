@@ -21,6 +21,20 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
+# of tiny models of every family
+SHAPE: dict[str, Any] = {
+    "vocab_size": 259,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 2,
+    "initializer_range": 0.2,
+}
 MOST_WORKERS = 4  # of `pytest -n auto`: a process that has loaded torch and models takes some 2 GB
 
 
@@ -58,25 +72,16 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     return fast
 
 
-def make_tiny_target(seed: int = 0, dtype: torch.dtype = torch.float64, max_length: int = 512) -> Target:
-    """A random Llama of 8 layers over the byte vocabulary, with logits wide enough that greedy text is not constant."""
+def make_tiny_target(
+    seed: int = 0, dtype: torch.dtype = torch.float64, max_length: int = 512, **options: Any
+) -> Target:
+    """A random Llama of 8 layers over the byte vocabulary, with logits wide enough that greedy text is not constant.
+
+    options: fields of its configuration.
+    """
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=259,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=8,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        max_position_embeddings=max_length,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=2,
-        initializer_range=0.2,
-        tie_word_embeddings=True,
-    )
-    model = LlamaForCausalLM(config).to(dtype)
+    own = {"max_position_embeddings": max_length, "tie_word_embeddings": True, **options}
+    model = LlamaForCausalLM(LlamaConfig(**{**SHAPE, **own})).to(dtype)
     return Target("tiny", model, byte_tokenizer())
 
 

@@ -6,25 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from conftest import byte_tokenizer
+from conftest import SHAPE, byte_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
 CONTEXT = 160
 SHORT_ROPE = 64  # tokens from which longrope would give all others new states
-SMALL: dict[str, Any] = {
-    "vocab_size": 259,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 8,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": CONTEXT,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 2,
-    "initializer_range": 0.2,
-}
+SMALL: dict[str, Any] = {**SHAPE, "max_position_embeddings": CONTEXT}
 # Phi-3's configuration has the limit twice, and believes the one outside
 PHI: dict[str, Any] = {"original_max_position_embeddings": SHORT_ROPE}
 LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": SHORT_ROPE}

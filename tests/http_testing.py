@@ -43,7 +43,7 @@ def events(text: str) -> list[Any]:
     return [each if each == "[DONE]" else json.loads(each) for each in data]
 
 
-def eventually(holds: Callable[[], bool], seconds: float = 30, every: float = 0.005) -> None:
+def eventually(holds: Callable[[], bool], seconds: float = 120, every: float = 0.005) -> None:
     deadline = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < deadline, "it never happened"
@@ -55,7 +55,7 @@ def idle(engine: Engine) -> bool:
     return engine.running == engine.waiting == 0 and engine.cache_usage == 0
 
 
-def in_process(app: FastAPI, conversation: Callable[[httpx.AsyncClient], Any], seconds: float = 60) -> Any:
+def in_process(app: FastAPI, conversation: Callable[[httpx.AsyncClient], Any], seconds: float = 240) -> Any:
     """Run a conversation of concurrent requests with an app on one event loop."""
 
     async def run() -> Any:

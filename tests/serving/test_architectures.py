@@ -10,20 +10,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import byte_tokenizer, make_tiny_head, make_tiny_target
-from oracle import (
-    CONTEXT,
-    PLANS,
-    SMALL,
-    Case,
-    Fickle,
-    Oracle,
-    Text,
-    check,
-    engine_of,
-    greedy_by_transformers,
-    serve,
-    target_of,
-)
+from oracle import PLANS, Case, Fickle, Oracle, check, engine_of, serve
+from tiny_targets import CONTEXT, SMALL, Text, greedy_by_transformers, target_of
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from draft.errors import UserError

@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 from conftest import make_tiny_head
-from oracle import CONTEXT, texts_of, tiny
+from tiny_targets import CONTEXT, texts_of, tiny
 from torch import Tensor
 
 from serving.engine import Engine, SamplingParams

@@ -7,139 +7,26 @@ here are tight although the controller itself sees noisy times, slow outliers an
 from __future__ import annotations
 
 import json
-import random
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import cache
 from itertools import accumulate
 from operator import mul
 
 import pytest
+from simulation import (
+    CHAINS,
+    COMPUTE_BOUND,
+    MEMORY_BOUND,
+    ROOFLINE,
+    SLOW_HEAD,
+    TWO_CORES,
+    Machine,
+    Simulation,
+    best,
+    simulate,
+    speed,
+)
 
-from serving.engine.acceptance import INITIAL_RATE, OFF, Acceptance, Plan, RowStats, widened
+from serving.engine.acceptance import INITIAL_RATE, OFF, Acceptance, Plan, RowStats
 from serving.engine.controller import Controller, Fixed
-
-CHAINS = [Plan.chain(length) for length in range(1, 7)]
-TREES = [Plan(4, 8), Plan(5, 16)]
-REQUEST = 128  # tokens of each request
-
-
-@dataclass
-class Machine:
-    """cost(N) = base + token * (tokens beyond the free ones), a draft step `draft`: milliseconds."""
-
-    base: float
-    token: float
-    draft: float
-    free: int = 0
-    noise: float = 0.04  # standard deviation of log seconds
-    outliers: float = 0.03  # share of passes that take five times as long
-    rng: random.Random = field(default_factory=lambda: random.Random(0))
-
-    def target(self, tokens: int) -> float:
-        return (self.base + self.token * max(0, tokens - self.free)) / 1e3
-
-    def drafting(self, plan: Plan) -> float:
-        return plan.length * self.draft / 1e3
-
-    def measured(self, seconds: float) -> float:
-        return seconds * self.rng.lognormvariate(0, self.noise) * (5 if self.rng.random() < self.outliers else 1)
-
-    def worth(self, plan: Plan, rows: int, rate: float) -> float:
-        """Tokens per second of a batch of equal rows."""
-        return rows * expected(plan, rate) / (self.target(rows * (1 + plan.nodes)) + self.drafting(plan))
-
-
-MEMORY_BOUND = dict(base=20, token=0.05, draft=1.0)
-TWO_CORES = dict(base=14, token=0.7, draft=1.3)
-ROOFLINE = dict(base=10, token=0.4, draft=0.6, free=32)
-COMPUTE_BOUND = dict(base=1, token=3.0, draft=0.6)
-SLOW_HEAD = dict(base=20, token=0.1, draft=14.0)
-
-
-@cache
-def true_rates(plan: Plan, rate: float) -> list[float]:
-    chain = [rate] * plan.length
-    return widened(chain, plan.nodes) if plan.kind == "tree" else chain
-
-
-@cache
-def expected(plan: Plan, rate: float) -> float:
-    return sum(accumulate(true_rates(plan, rate), mul, initial=1.0))
-
-
-@dataclass
-class Step:
-    plan: Plan
-    tokens: float  # expected
-    seconds: float  # without noise
-
-
-@dataclass
-class Simulation:
-    """Runs a controller as the engine does. `batch` and `rate` may change between calls of `steps`."""
-
-    controller: Controller
-    machine: Machine
-    batch: int = 1
-    rate: float | Callable[[int], float] = 0.5  # of acceptance, or how it depends on the request's number
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        self.rng = random.Random(self.seed)
-        self.rows: list[tuple[RowStats, int]] = []  # tracker, number of the request
-        self.requests = 0
-
-    def steps(self, count: int) -> list[Step]:
-        return [self.step() for _ in range(count)]
-
-    def step(self) -> Step:
-        self.rows = [(row, number) for row, number in self.rows if row.emitted < REQUEST][: self.batch]
-        while len(self.rows) < self.batch:
-            self.requests += 1
-            self.rows.append((self.controller.row(0), self.requests))
-        for row, _ in self.rows:
-            row.cap = min(8, REQUEST - row.emitted - 1)
-        plan = self.controller.choose([row for row, _ in self.rows])
-        done, plans = Step(plan, 0.0, 0.0), [plan.capped(row.cap) for row, _ in self.rows]
-        drafting = [row for (row, _), own in zip(self.rows, plans, strict=True) if own != OFF]
-        if drafting:
-            self._draft(plan, drafting, done)
-        width = sum(1 + own.nodes for own in plans)
-        done.seconds += self.machine.target(width)
-        self.controller.observe_target(width, self.machine.measured(self.machine.target(width)))
-        for (row, number), own in zip(self.rows, plans, strict=True):
-            rate = self.rate(number) if callable(self.rate) else self.rate
-            done.tokens += expected(own, rate)
-            accepted = 0
-            while accepted < own.length and self.rng.random() < true_rates(own, rate)[accepted]:
-                accepted += 1
-            row.observe(own, accepted, trimmed=row.emitted + accepted + 1 > REQUEST)
-        return done
-
-    def _draft(self, plan: Plan, rows: list[RowStats], done: Step) -> None:
-        if backlog := sum(row.backlog for row in rows):
-            done.seconds += self.machine.draft / 1e3
-            self.controller.observe_catch_up(backlog, self.machine.measured(self.machine.draft / 1e3))
-        seconds = self.machine.drafting(plan)
-        done.seconds += seconds
-        self.controller.observe_draft(len(rows), plan.length, plan.nodes, self.machine.measured(seconds))
-
-
-def speed(steps: list[Step]) -> float:
-    return sum(step.tokens for step in steps) / sum(step.seconds for step in steps)
-
-
-def simulate(machine: dict, batch: int = 1, rate: float = 0.5, seed: int = 0, plans=(*CHAINS, *TREES)) -> Simulation:
-    return Simulation(Controller(plans), Machine(**machine, rng=random.Random(seed)), batch, rate, seed)
-
-
-def best(simulation: Simulation) -> tuple[Plan, float]:
-    worth = {
-        plan: simulation.machine.worth(plan, simulation.batch, simulation.rate) for plan in simulation.controller.plans
-    }
-    return max(worth.items(), key=lambda item: item[1])
-
 
 # what it converges to
 

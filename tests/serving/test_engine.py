@@ -1,45 +1,21 @@
-"""The engine's contract: its line, its threads, what it refuses and reports, and that requests end one by one."""
+"""The engine's contract: its line, what it refuses and reports, and that requests end one by one."""
 
 from __future__ import annotations
 
-import asyncio
 import json
 import math
-import threading
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from conftest import make_tiny_head, make_tiny_target
-from oracle import Case, Oracle, engine_of, submit, texts_of, tiny
+from oracle import Case, Oracle, engine_of, submit
+from small_engines import CHAIN, HEAD, TARGET, finish, params
+from tiny_targets import texts_of
 
 from draft.errors import UserError
-from draft.target import Target
-from serving.engine import Completion, Engine, EngineStopped, Overloaded, Request, SamplingParams, Speculation, Token
+from serving.engine import Engine, Overloaded, Speculation
 from serving.engine.proposers import HeadProposer
-
-TARGET = tiny("llama")
-HEAD = make_tiny_head(TARGET)
-CHAIN: dict[str, Any] = {"speculation": "chain", "speculation_length": 4}
-
-
-def params(count: int = 8, **fields: Any) -> SamplingParams:
-    return SamplingParams(count, **{"ignore_eos": True, **fields})
-
-
-def finish(engine: Engine) -> None:
-    while engine.step():
-        pass
-
-
-@pytest.fixture
-def threaded() -> Iterator[Engine]:
-    engine = Engine(TARGET, HEAD, max_batch=3)
-    engine.start()
-    yield engine
-    engine.close()
-
 
 # the line
 
@@ -156,143 +132,6 @@ def test_cancelling_while_the_prompt_is_read() -> None:
     engine.step()
     assert request.result(timeout=0).tokens == [] and request.result().finish_reason == "cancelled"
     assert engine.generate([[50]], params(3))[0].finish_reason == "length"
-
-
-# failures
-
-
-def test_a_step_that_fails_ends_its_requests_and_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = Engine(TARGET, HEAD, max_batch=2, **CHAIN)
-    requests = [engine.submit([50 + i], params(6)) for i in range(3)]
-    for _ in range(2):
-        engine.step()
-    honest = engine.models.runner.forward
-
-    def broken(batch: Any) -> Any:
-        monkeypatch.setattr(engine.models.runner, "forward", honest)
-        raise RuntimeError("out of memory")
-
-    monkeypatch.setattr(engine.models.runner, "forward", broken)
-    finish(engine)
-    for request in requests[:2]:
-        with pytest.raises(RuntimeError, match="out of memory"):
-            request.result(timeout=0)
-    alone = Engine(TARGET, max_batch=1).generate([[52], [50]], params(6))
-    assert requests[2].result().token_ids == alone[0].token_ids
-    assert engine.generate([[50]], params(6))[0].token_ids == alone[1].token_ids
-    assert engine.cache_usage == 0
-
-
-def test_a_failure_in_the_thread_is_the_requests_and_the_thread_goes_on(
-    threaded: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(threaded._decoder, "step", lambda rows: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        threaded.submit([50], params()).result(timeout=60)
-    monkeypatch.undo()
-    assert threaded.alive and len(threaded.submit([50], params()).result(timeout=60).token_ids) == 8
-
-
-def test_a_dead_thread_leaves_nobody_waiting(threaded: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    def die() -> bool:
-        raise SystemExit
-
-    request = threaded.submit([50], params(2))
-    request.result(timeout=60)
-    monkeypatch.setattr(threaded, "step", die)
-    with pytest.raises(EngineStopped):
-        threaded.submit([50], params()).result(timeout=60)
-    threaded._thread.join(60)  # type: ignore[union-attr]
-    assert not threaded.alive
-    with pytest.raises(EngineStopped):
-        threaded.submit([50], params())
-
-
-# threads and streams
-
-
-def test_many_threads_submit_at_once(threaded: Engine) -> None:
-    answers: dict[int, Completion] = {}
-
-    def ask(index: int) -> None:
-        answers[index] = threaded.submit([50 + index % 4, 9], params(3 + index % 5)).result(timeout=120)
-
-    threads = [threading.Thread(target=ask, args=(index,)) for index in range(20)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for index, answer in answers.items():
-        longest = answers[next(i for i in range(20) if i % 4 == index % 4 and i % 5 == 4)]
-        assert answer.token_ids == longest.token_ids[: 3 + index % 5] and len(answer.token_ids) == 3 + index % 5
-    assert len(answers) == 20 and threaded.running == 0
-
-
-def test_generate_goes_through_the_thread_where_there_is_one(threaded: Engine) -> None:
-    alone = Engine(TARGET, max_batch=1).generate([[50], [51]], params(5))
-    assert [c.token_ids for c in threaded.generate([[50], [51]], params(5))] == [c.token_ids for c in alone]
-
-
-def test_closing_turns_everyone_away() -> None:
-    engine = Engine(TARGET, max_batch=1)
-    engine.start()
-    requests = [engine.submit([50], params(60)) for _ in range(3)]
-    engine.close()
-    for request in requests:
-        with pytest.raises(EngineStopped):
-            request.result(timeout=10)
-    assert not engine.alive
-    for ask in (lambda: engine.submit([50], params()), lambda: engine.generate([[50]], params()), engine.check_room):
-        with pytest.raises(EngineStopped):
-            ask()
-    unstarted = Engine(TARGET, max_batch=1)
-    request = unstarted.submit([50], params())
-    unstarted.close()
-    with pytest.raises(EngineStopped):
-        request.result(timeout=0)
-
-
-async def collected(request: Request) -> list[Token | Completion]:
-    return [event async for event in request.stream()]
-
-
-def test_a_stream_gives_each_token_once_and_the_completion_last(threaded: Engine) -> None:
-    async def main() -> list[list[Token | Completion]]:
-        each = [threaded.submit([50 + i], params(10 + i, temperature=2.0, seed=i)) for i in range(4)]
-        return await asyncio.gather(*map(collected, each))
-
-    for events in asyncio.run(main()):
-        *tokens, completion = events
-        assert isinstance(completion, Completion) and tokens == completion.tokens
-        assert "".join(t.text for t in tokens if isinstance(t, Token) and not t.special) == completion.text
-
-
-def test_a_stream_holds_back_what_a_stop_string_may_take(threaded: Engine) -> None:
-    (whole,) = threaded.generate([[50]], params(20))
-    stop = whole.text[6:9]
-    request = threaded.submit([50], params(20, stop=(stop,), keep_stop=False))
-    *tokens, completion = asyncio.run(collected(request))
-    assert isinstance(completion, Completion) and completion.finish_reason == "stop_sequence"
-    assert completion.text == whole.text[: whole.text.index(stop)]
-    assert "".join(token.text for token in tokens if isinstance(token, Token)) == completion.text
-
-
-def test_leaving_a_stream_cancels_the_request(threaded: Engine) -> None:
-    async def main() -> Request:
-        request = threaded.submit([50], params(60))
-        stream = request.stream()
-        async for _ in stream:
-            break
-        await stream.aclose()  # type: ignore[attr-defined]
-        return request
-
-    assert asyncio.run(main()).result(timeout=60).finish_reason in ("cancelled", "length")
-
-
-def test_a_stream_raises_what_ended_its_request(threaded: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(threaded._decoder, "step", lambda rows: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        asyncio.run(collected(threaded.submit([50], params())))
 
 
 # what is reported
@@ -430,22 +269,3 @@ def test_lower_precisions_decode(dtype: torch.dtype) -> None:
             for completion in engine.generate([[50, 60]] * 2, wishes, Speculation(rule=rule)):
                 assert len(completion.token_ids) == 6
                 assert all(math.isfinite(token.logprob or 0.0) for token in completion.tokens)
-
-
-def test_a_request_that_cannot_be_taken_up_fails_alone(tiny_target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = Engine(tiny_target, mode="eager", max_batch=1)
-    inner = engine._row
-
-    def row(request: Request) -> Any:
-        if request.prompt_ids == [7]:
-            raise RuntimeError("no such luck")
-        return inner(request)
-
-    monkeypatch.setattr(engine, "_row", row)
-    params = SamplingParams(max_new_tokens=2, ignore_eos=True)
-    bad, good = engine.submit([7], params), engine.submit([8], params)
-    while engine.step():
-        pass
-    with pytest.raises(RuntimeError, match="no such luck"):
-        bad.result(0)
-    assert len(good.result(0).token_ids) == 2

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_tiny_head
-from oracle import CONTEXT, texts_of, tiny
+from tiny_targets import CONTEXT, texts_of, tiny
 from torch import Tensor
 
 from serving.engine import Engine, SamplingParams

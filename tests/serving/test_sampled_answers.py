@@ -15,9 +15,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import byte_tokenizer, make_tiny_head
+from conftest import make_tiny_head, make_tiny_target
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from draft.heads import DraftHead
 from draft.target import Target
@@ -50,22 +49,20 @@ SHAPES: dict[str, dict[str, Any]] = {
 @cache
 def small(architecture: str = "eagle3") -> tuple[Target, DraftHead]:
     """Three layers, so that there are three auxiliary states, and five tokens, one of which most heads lack."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
+    target = make_tiny_target(
+        max_length=16,
         vocab_size=VOCAB,
         hidden_size=8,
         intermediate_size=8,
         num_hidden_layers=3,
         num_attention_heads=1,
         num_key_value_heads=1,
-        max_position_embeddings=16,
         initializer_range=0.8,
+        tie_word_embeddings=False,
         bos_token_id=None,
         eos_token_id=None,
         pad_token_id=None,
     )
-    model: Any = LlamaForCausalLM(config)
-    target = Target("small", model.to(torch.float64), byte_tokenizer())
     return target, make_tiny_head(target, draft_vocab_size=4, architecture=architecture)
 
 

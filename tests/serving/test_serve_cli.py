@@ -133,7 +133,7 @@ def test_a_client_that_hangs_up_stops_its_generation(server) -> None:
     with pytest.raises(httpx.ReadTimeout):
         body = {"inputs": PROMPT, "parameters": {"max_new_tokens": 400, "stop": ["\u2603"]}}
         httpx.post(f"{server.url}/generate", json=body, timeout=httpx.Timeout(30, read=0.05))
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while server.metric(cancelled) == before or server.metric("num_requests_running"):
         assert time.monotonic() < deadline, "the request ran on"
         time.sleep(0.02)
@@ -149,7 +149,7 @@ def test_a_large_body_is_refused_with_an_answer(server) -> None:
 
 def test_its_log_has_request_ids_and_no_prompts(server) -> None:
     answer = server.generate(max_new_tokens=2)
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 120
     while answer.headers["x-request-id"] not in server.log.read_text():
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -185,7 +185,7 @@ def test_sigterm_under_load_loses_no_accepted_request(server) -> None:
 
 
 def wait_for(holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while not holds():
         assert time.monotonic() < deadline, "it never happened"
         time.sleep(0.01)

@@ -6,14 +6,15 @@ import json
 import re
 import shlex
 import subprocess
-import time
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
 import openai
 import pytest
-from http_testing import PROMPT, eventually, idle, live, series
+from http_testing import PROMPT, GatedEngine, eventually, idle, live, series
 from huggingface_hub import InferenceClient
 from huggingface_hub.errors import ValidationError
 
@@ -111,31 +112,22 @@ def test_openai_retries_do_not_double_the_work(url, engine) -> None:
     assert grown("generation_tokens_total") < 400
 
 
-def test_openai_waits_as_it_is_told_when_the_server_is_full(url, engine, client) -> None:
-    with httpx.Client(timeout=60) as other:
-        body = {"inputs": PROMPT, "parameters": {"max_new_tokens": 400, "details": True}}
-        streams = [other.build_request("POST", f"{url}/generate_stream", json=body) for _ in range(4)]
-        open_streams = []
-        for request in streams:
-            import threading
-
-            thread = threading.Thread(target=lambda r=request: open_streams.append(other.send(r, stream=True)))
-            thread.start()
-        eventually(lambda: engine.running == 2 and engine.waiting == 2)
-        with pytest.raises(openai.RateLimitError) as full:
-            client.completions.create(model="any", prompt="a", max_tokens=1)
-        assert full.value.response.headers["retry-after"] == "1"
-        began = time.monotonic()
-        eventually(lambda: len(open_streams) >= 2)
-        for stream in list(open_streams):
-            stream.close()
-        patient = openai.OpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=8)
-        assert patient.completions.create(model="any", prompt="a", max_tokens=1).choices
-        assert time.monotonic() - began < 60
-        eventually(lambda: len(open_streams) == 4)
-        for stream in open_streams:
-            stream.close()
-    eventually(lambda: idle(engine))
+def test_openai_waits_as_it_is_told_when_the_server_is_full(tiny_target, tiny_head) -> None:
+    engine = GatedEngine(tiny_target, tiny_head, speculation="chain", max_batch=2, max_waiting=2)
+    body = {"inputs": PROMPT, "parameters": {"max_new_tokens": 4}}
+    with live(create_app(engine)) as url, ThreadPoolExecutor(4) as pool:
+        asked = [pool.submit(httpx.post, f"{url}/generate", json=body, timeout=120) for _ in range(4)]
+        try:
+            eventually(lambda: engine.running == 2 and engine.waiting == 2)
+            hasty, patient = (openai.OpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=n) for n in (0, 8))
+            with pytest.raises(openai.RateLimitError) as full:
+                hasty.completions.create(model="any", prompt="a", max_tokens=1)
+            assert full.value.response.headers["retry-after"] == "1"
+            threading.Timer(0.5, engine.gate.set).start()
+            assert patient.completions.create(model="any", prompt="a", max_tokens=1).choices
+        finally:
+            engine.gate.set()
+        assert [each.result().status_code for each in asked] == [200] * 4
 
 
 # --- huggingface_hub

@@ -1,0 +1,21 @@
+"""What several benchmarks are run on."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_tiny_head, make_tiny_target
+
+from draft.checkpoint import save_head
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `target`, head `first`, its copy `copy`, and head `other`."""
+    folder = tmp_path_factory.mktemp("models")
+    target = make_tiny_target()
+    target.model.save_pretrained(folder / "target")
+    target.tokenizer.save_pretrained(folder / "target")
+    for name, seed in (("first", 0), ("copy", 0), ("other", 1)):
+        save_head(make_tiny_head(target, seed), folder / name, dtype=torch.float64, about={})
+    return folder
