@@ -146,6 +146,7 @@ def test_a_whole_run_with_its_bars(tmp_path: Path, capsys: pytest.CaptureFixture
 
 def test_mistakes_are_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_tiny_target(tmp_path / "target")
+    capsys.readouterr()  # transformers shows that it saves
     arguments = f"--target {tmp_path}/target --head {tmp_path} --dtype float32 --mode eager --out {tmp_path}/out"
     assert serving_load.main(arguments.split()) == 2
     error = capsys.readouterr().err
