@@ -263,3 +263,43 @@ def test_models_and_strict_names(client, tiny_target) -> None:
             body = {"model": "gpt-4", "messages" if "chat" in path else "prompt": asked}
             answer = strict.post(f"/v1/{path}", json=body)
             assert answer.status_code == 404 and answer.json()["error"]["code"] == "model_not_found"
+
+
+@pytest.mark.parametrize(
+    ("extra", "param"),
+    [
+        ({"tools": [{"type": "function"}]}, "tools"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"top_logprobs": 2}, "top_logprobs"),
+        ({"stream_options": {"include_usage": True}}, "stream_options"),
+        ({"max_tokens": 2, "max_completion_tokens": 2}, "max_tokens"),
+    ],
+    ids=str,
+)
+def test_what_the_whole_body_is_refused_for_is_named_as_the_param(client, extra, param) -> None:
+    error = client.post("/v1/chat/completions", json={"messages": MESSAGES, **extra}).json()["error"]
+    assert error["param"] == param and f"`{param}`" in error["message"]
+
+
+def test_best_of_is_n_or_refused(client) -> None:
+    for n, best_of, status in ((1, 1, 200), (2, 2, 200), (2, 1, 400), (1, 2, 400), (None, 1, 200)):
+        body = {"prompt": PROMPT, "max_tokens": 1, "n": n, "best_of": best_of}
+        assert client.post("/v1/completions", json=body).status_code == status, (n, best_of)
+
+
+@pytest.mark.parametrize("value", ["NaN", "-Infinity", "1e999", '"\\ud800"', '[{"b": NaN}]'])
+def test_metadata_is_ignored_only_where_it_could_be_sent_on(client, value) -> None:
+    body = '{"prompt": "a", "max_tokens": 1, "metadata": {"a": %s}}'
+    headers = {"content-type": "application/json"}
+    assert client.post("/v1/completions", content=body % "[1.5]", headers=headers).status_code == 200
+    answer = client.post("/v1/completions", content=body % value, headers=headers)
+    assert answer.status_code == 400 and answer.json()["error"]["param"] == "metadata"
+
+
+@pytest.mark.parametrize(
+    ("body", "told"), [("", "JSON object"), ("[]", "JSON object"), ('{"prompt": "a"} x', "valid JSON")]
+)
+def test_what_is_no_object_is_told_so(client, body, told) -> None:
+    answer = client.post("/v1/completions", content=body, headers={"content-type": "application/json"})
+    assert answer.status_code == 400 and told in answer.json()["error"]["message"]
+    assert answer.json()["error"]["param"] is None
