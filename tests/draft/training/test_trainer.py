@@ -166,6 +166,38 @@ def test_accumulation_gives_the_gradient_of_the_larger_batch(world):
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
+NEW_HEADS = {
+    "EAGLE-3.1 of four layers": ["fc_norm=true", "norm_output=true", "auxiliary_layers=[1, 3, 6, 8]"],
+    "a borrowed LM head": ["shared_lm_head=true"],
+    "other norms": ["norm_before_fc=true", "norm_before_residual=true"],
+    "medusa": ["shared_lm_head=true", "num_layers=2", "num_heads=4"],
+    "eagle": ["fc_bias=true", "qkv_bias=true"],
+}
+
+
+@pytest.mark.parametrize("name", NEW_HEADS)
+def test_a_new_head_has_the_options_that_were_asked_for(world, name):
+    architecture = name if name in ("medusa", "eagle") else "eagle3"
+    options = {"architecture": architecture, "head_options": NEW_HEADS[name], "max_steps": 2}
+    head, _ = load_head(run(world, "pretrain", name, **options))
+    for option in NEW_HEADS[name]:
+        key, value = option.split("=")
+        assert json.dumps(getattr(head.config, key)) == value
+    assert bool(head.own_lm_heads) == (architecture != "eagle" and "shared_lm_head=true" not in NEW_HEADS[name])
+
+
+def test_settings_that_an_architecture_has_no_use_for_are_refused(world):
+    for flags, words in (
+        ({"architecture": "medusa", "head_options": ["num_heads=2"]}, "draft_steps = 3: the head drafts 2 tokens"),
+        ({"feature_weight": 1.0}, "eagle3 does not guess the target's states"),
+        ({"mode": "adapt", "architecture": "eagle"}, "is of architecture eagle3, not eagle"),
+        ({"mode": "adapt", "head": str(world / "pretrained-eagle" / "head"), "method": "full",
+          "rebuild_vocabulary": True}, "rebuild_vocabulary: a head of architecture eagle"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=words):
+            run(world, **{"mode": "pretrain", "name": "refused", "max_steps": 1, **flags})
+
+
 def test_other_settings_in_the_same_folder_are_refused(world):
     with pytest.raises(UserError, match="other settings"):
         run(world, "pretrain", "pretrained", draft_vocab_size=100, max_steps=12, save_every=5)
