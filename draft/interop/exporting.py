@@ -26,6 +26,7 @@ from draft.interop.rules import (
     default_layers_elsewhere,
     problems,
 )
+from draft.interop.served_targets import accepted_by
 from draft.interop.target_shape import target_shape, target_tensor
 
 SPECULATORS_VERSION = "0.9.0"
@@ -37,6 +38,7 @@ class Exported:
 
     folder: Path
     commands: dict[str, str]  # engine -> how to serve the target with the head
+    notes: list[str]  # which engines accept such a target
 
 
 Build = Callable[[Eagle3Head, torch.dtype, TargetShape, int], dict[str, Any]]
@@ -86,7 +88,7 @@ def export_head(
         write_json(temporary / "config.json", config)
         write_json(temporary / "draftsmith.json", about)  # other engines don't read it; an import keeps it
     commands = {engine: command(out, shape, speculation_length) for engine, command in how.commands.items()}
-    return Exported(out, commands)
+    return Exported(out, *accepted_by(commands, shape.architecture, about))
 
 
 def _tensors(head: Eagle3Head, layer: str) -> dict[str, Tensor]:
