@@ -200,6 +200,8 @@ def export(
 
     exported = export_head(head, format, out, target=target, speculation_length=speculation_length)
     console.print(f"Wrote {exported.folder}.", soft_wrap=True)
+    for note in exported.notes:
+        console.print(f"  {note}", soft_wrap=True, markup=False, highlight=False)
     for engine, command in exported.commands.items():
         console.print(f"{engine}:\n  {command}", soft_wrap=True, markup=False, highlight=False)
 

@@ -68,6 +68,26 @@ def test_a_stream_is_the_same_answer_in_parts(client, path) -> None:
     assert all("usage" not in each for each in without[:-1]) and len(without) == len(chunks) + 1
 
 
+@pytest.mark.parametrize("path", ["completions", "chat/completions"])
+def test_token_ids_are_told_where_they_are_asked_for(client, tiny_target, path) -> None:
+    """Under vLLM's names: of the prompt, and of each choice, with the token that ended it."""
+    wishes = {"temperature": 0.9, "seed": 3, "n": 2, "max_tokens": 40}
+    whole = complete(client, path, **wishes, return_token_ids=True)
+    prompt = tiny_target.tokenizer(PROMPT).input_ids
+    for choice in whole["choices"]:
+        plain = alone(tiny_target, temperature=0.9, seed=choice["seed"], max_new_tokens=40)
+        assert choice["token_ids"] == plain.token_ids
+        assert (whole if "chat" in path else choice)["prompt_token_ids"] == prompt
+    *chunks, done = complete(client, path, **wishes, return_token_ids=True, stream=True)["events"]
+    for choice in whole["choices"]:
+        own = [chunk for chunk in chunks if chunk["choices"][0]["index"] == choice["index"]]
+        ids = [token for chunk in own for token in chunk["choices"][0].get("token_ids", [])]
+        assert ids == choice["token_ids"]
+        assert (own[0] if "chat" in path else own[0]["choices"][0])["prompt_token_ids"] == prompt
+    without = complete(client, path, **wishes)
+    assert "token_ids" not in without["choices"][0] and "prompt_token_ids" not in {**without, **without["choices"][0]}
+
+
 def test_every_choice_has_its_own_seed_and_can_be_had_again(client) -> None:
     several = complete(client, prompt=["one ", "two "], n=2, temperature=1, seed=40)["choices"]
     assert [each["index"] for each in several] == [0, 1, 2, 3] and [each["seed"] for each in several] == [40, 41] * 2
