@@ -32,16 +32,7 @@ def forward_op(
 
 
 @forward_op.register_fake
-def _(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    a: Tensor,
-    b: Tensor,
-    beta: Tensor,
-    scaling: float,
-    activation: str,
-) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape[0], weight.shape[0]), x.new_empty(x.shape[0], a.shape[0], dtype=torch.float32)
 
 
@@ -72,20 +63,8 @@ def backward_op(
 
 
 @backward_op.register_fake
-def _(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    a: Tensor,
-    b: Tensor,
-    z: Tensor,
-    beta: Tensor,
-    scaling: float,
-    activation: str,
-    wanted: list[bool],
-    a_dtype: torch.dtype,
-    b_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(dy: Tensor, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *_, wanted, a_dtype, b_dtype = rest
     return (
         x.new_empty(x.shape if wanted[0] else (0,)),
         a.new_empty(a.shape, dtype=a_dtype) if wanted[1] else x.new_empty(0),

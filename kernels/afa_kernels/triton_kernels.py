@@ -94,6 +94,29 @@ def _phi_backward(dh, z, beta, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
+def _add_product(
+    acc, p_ptrs, q_ptrs, p_step, q_step, width,
+    BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """acc + p q in fp32, over the `width` columns of p and rows of q.
+
+    p_ptrs and q_ptrs point to the first BLOCK_K of them; a step of BLOCK_K moves them on by p_step and q_step.
+    """
+    ks = tl.arange(0, BLOCK_K)
+    for start in range(0, width, BLOCK_K):
+        if EVEN_K:
+            p = tl.load(p_ptrs)
+            q = tl.load(q_ptrs)
+        else:
+            p = tl.load(p_ptrs, mask=(ks < width - start)[None, :], other=0.0)
+            q = tl.load(q_ptrs, mask=(ks < width - start)[:, None], other=0.0)
+        acc = _dot(p, q, acc, INTERPRETED)
+        p_ptrs += p_step
+        q_ptrs += q_step
+    return acc
+
+
+@triton.jit
 def _times_factor(
     p_ptr, f_ptr, rows, width, rank, stride_pt, stride_pk, stride_fk, stride_fr,
     BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, EVEN_K: tl.constexpr,
@@ -105,17 +128,9 @@ def _times_factor(
     p_ptrs = p_ptr + rows.to(tl.int64)[:, None] * stride_pt + ks[None, :] * stride_pk
     f_ptrs = f_ptr + ks[:, None] * stride_fk + (ranks % rank)[None, :] * stride_fr
     acc = tl.full((BLOCK_T, BLOCK_R), 0.0, tl.float32)
-    for start in range(0, width, BLOCK_K):
-        if EVEN_K:
-            p = tl.load(p_ptrs)
-            f = tl.load(f_ptrs)
-        else:
-            p = tl.load(p_ptrs, mask=(ks < width - start)[None, :], other=0.0)
-            f = tl.load(f_ptrs, mask=(ks < width - start)[:, None], other=0.0)
-        acc = _dot(p, f, acc, INTERPRETED)
-        p_ptrs += BLOCK_K * stride_pk
-        f_ptrs += BLOCK_K * stride_fk
-    return acc
+    return _add_product(
+        acc, p_ptrs, f_ptrs, BLOCK_K * stride_pk, BLOCK_K * stride_fk, width, BLOCK_K, EVEN_K, INTERPRETED
+    )
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -206,16 +221,9 @@ def linear_kernel(
         ks = tl.arange(0, BLOCK_K)
         p_ptrs = p_ptr + safe_rows[:, None] * stride_pt + ks[None, :] * stride_pk
         v_ptrs = v_ptr + ks.to(tl.int64)[:, None] * stride_vk + safe_cols[None, :] * stride_vn
-        for start in range(0, width, BLOCK_K):
-            if EVEN_K:
-                p = tl.load(p_ptrs)
-                v = tl.load(v_ptrs)
-            else:
-                p = tl.load(p_ptrs, mask=(ks < width - start)[None, :], other=0.0)
-                v = tl.load(v_ptrs, mask=(ks < width - start)[:, None], other=0.0)
-            acc = _dot(p, v, acc, INTERPRETED)
-            p_ptrs += BLOCK_K * stride_pk
-            v_ptrs += BLOCK_K * stride_vk
+        acc = _add_product(
+            acc, p_ptrs, v_ptrs, BLOCK_K * stride_pk, BLOCK_K * stride_vk, width, BLOCK_K, EVEN_K, INTERPRETED
+        )
         if HAS_BIAS:
             acc += tl.load(bias_ptr + safe_cols).to(tl.float32)[None, :]
     tl.store(out_ptrs, _cast(acc, out_ptr.dtype.element_ty, INTERPRETED), mask=mask)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from afa_models import PLACEMENTS, Head, X, adapted, close, randomise
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
@@ -21,44 +22,12 @@ from draft.afa import (
 )
 from draft.errors import UserError
 
-PLACEMENTS = ["A-s-B", "s-A-B", "s-A-B-s", "s-A-s-B", "s-A-s-B-s"]
 SIGMA: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": lambda z: z / (1 + torch.exp(-z)),
     "gelu": lambda z: 0.5 * z * (1 + torch.erf(z / math.sqrt(2))),
     "relu": lambda z: (z + z.abs()) / 2,
     "tanh": lambda z: 1 - 2 / (torch.exp(2 * z) + 1),
 }
-X = torch.randn(3, 4, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-
-
-class Head(nn.Module):
-    """Stands for a draft head: a plain nn.Module with nn.Linear children."""
-
-    def __init__(self, dtype: torch.dtype = torch.float64) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.fc = nn.Linear(6, 5)
-        self.lm_head = nn.Linear(5, 7, bias=False)
-        self.to(dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.lm_head(torch.tanh(self.fc(x)))
-
-
-def randomise(model: nn.Module, seed: int = 3) -> None:
-    """Gives A and B values, as if trained."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if ".lora_" in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator))
-
-
-def adapted(dtype: torch.dtype = torch.float64, **options: Any) -> PeftModel:
-    options = {"r": 4, "lora_alpha": 6, "target_modules": ["fc", "lm_head"]} | options
-    model = add_adapter(Head(dtype), AfaLoraConfig(**options))
-    randomise(model)
-    return model.eval()
 
 
 def delta(x: Tensor, a: Tensor, b: Tensor, beta: float, activation: str, placement: str) -> Tensor:
@@ -80,10 +49,6 @@ def expected_fc(model: PeftModel, names: dict[str, tuple[float, str, str]], x: T
         a, b = fc.lora_A[name].weight, fc.lora_B[name].weight
         out = out + 1.5 * delta(x, a, b, beta, activation, placement)
     return out
-
-
-def close(a: Tensor, b: Tensor, tolerance: float = 1e-10) -> None:
-    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
 # ---- schedule and configuration ----

@@ -12,7 +12,6 @@ from afa_kernels import launch, triton_kernels
 
 pytestmark = pytest.mark.skipif(not INTERPRETING, reason="on a card it would read and write other memory")
 
-ROW_MASK = "(ks < width - start)[None, :], other=0.0)"
 TOKEN_MASK = "mask = (rows < tokens)[:, None] & (cols < columns)[None, :]"
 # What is broken: the activation of the case that must notice, the text as it is, and as it would be.
 MUTATIONS = {
@@ -24,8 +23,12 @@ MUTATIONS = {
     "scaling of y": ("silu", "acc *= scaling", "acc *= 1.0"),
     "scaling of dz": ("silu", "dh = scaling * _times_factor", "dh = _times_factor"),
     "scaling of dB": ("silu", "_cast(acc * scaling, out_ptr", "_cast(acc, out_ptr"),
-    "the mask of a thin product": ("silu", f"{ROW_MASK}\n            f", "None)\n            f"),
-    "the mask of the large product": ("silu", f"{ROW_MASK}\n                v", "None)\n                v"),
+    "the mask of a product's left side": (
+        "silu",
+        "(p_ptrs, mask=(ks < width - start)[None, :], other=0.0)",
+        "(p_ptrs)",
+    ),
+    "the mask of its right side": ("silu", "(q_ptrs, mask=(ks < width - start)[:, None], other=0.0)", "(q_ptrs)"),
     "the mask of the rank": ("silu", "mask=(r < rank)[None, :], other=0.0", "mask=None"),
     "the mask of the tokens": ("silu", "mask=inside, other=0.0)\n        q", "mask=None)\n        q"),
     "the mask of y": ("silu", TOKEN_MASK, TOKEN_MASK.replace("rows < tokens", "rows > -1")),
