@@ -15,6 +15,7 @@ import yaml
 from draft.errors import UserError
 from draft.training.losses import LOSSES
 
+TRACKERS = ("tensorboard", "wandb", "trackio", "none")
 METHODS = ("afa-lora", "lora", "full")
 # the decoder layer's matrices: the LM head is most of the weights and has the target's rows already, and fc reads raw
 # residual streams, whose outliers make an adapter on it unstable at rates that suit the others
@@ -31,7 +32,11 @@ def _setting(default: Any, help: str) -> Any:
 @dataclass
 class ModelSettings:
     target: str = _setting("smollm2", "Target: hub id, folder, .gguf file, or smollm2 (bundled).")
-    head: str | None = _setting(None, "Head to start from: a folder, or smollm2-eagle3 (bundled). Needed by adapt.")
+    head: str | None = _setting(
+        None,
+        "Warm start: the head whose weights a new run starts from, a folder or smollm2-eagle3 (bundled). Needed by "
+        "adapt. (To go on with an interrupted run: --resume.)",
+    )
     draft_vocab_size: int = _setting(8192, "Tokens of a new head's reduced vocabulary (pretrain).")
     rebuild_vocabulary: bool = _setting(
         False, "Choose --head's vocabulary anew from the data (pretrain, adapt by full)."
@@ -56,7 +61,10 @@ class AdapterSettings:
 @dataclass
 class DataSettings:
     data: list[str] = _setting([], "Folders that `draft-train prepare` wrote; give it more than once to mix.")
-    tokens_per_batch: int = _setting(2048, "Tokens (padding included) of one forward pass.")
+    tokens_per_batch: int = _setting(2048, "Tokens (padding included) of one forward pass of one process.")
+    packing: bool | None = _setting(
+        None, "Several conversations in one row, each attending to itself only (default: on CUDA)."
+    )
 
 
 @dataclass
@@ -66,7 +74,7 @@ class TrainingSettings:
     learning_rate: float | None = _setting(None, f"Peak learning rate; by default {_LEARNING_RATES}.")
     warmup_ratio: float = _setting(0.05, "Share of the steps in which the rate rises; then a cosine to a tenth.")
     max_grad_norm: float = _setting(0.5, "Gradients are clipped to this norm.")
-    gradient_accumulation: int = _setting(1, "Batches per optimiser step.")
+    gradient_accumulation: int = _setting(1, "Batches per optimiser step and process.")
     draft_steps: int = _setting(4, "Draft steps K that training-time test unrolls.")
     step_decay: float = _setting(0.8, "Draft step k weighs step_decay ** k in the loss.")
     loss: str = _setting("kl", f"Loss: {', '.join(LOSSES)}.")
@@ -77,6 +85,15 @@ class TrainingSettings:
     keep_checkpoints: int = _setting(2, "Newest checkpoints that are kept.")
     keep_hidden_states: bool | None = _setting(
         None, "Keep the target's hidden states in memory between epochs (default: if they fit in a third of it)."
+    )
+    cache_hidden_states: str | None = _setting(
+        None, "Folder to keep the target's hidden states in, for targets too large to run at every epoch."
+    )
+    deterministic: bool | None = _setting(
+        None, "Use only algorithms that give the same bits every time (default: on a CPU, where they cost nothing)."
+    )
+    log_with: list[str] = _setting(
+        [], "Tracker: tensorboard (the default where it is installed), wandb, trackio or none; repeatable."
     )
 
 
@@ -113,6 +130,11 @@ class RunSettings:
         if self.model.rebuild_vocabulary and self.method != "full":
             raise UserError(
                 f"rebuild_vocabulary needs method full, not {self.method}: an adapter keeps its head's map."
+            )
+        unknown = [name for name in self.training.log_with if name not in TRACKERS]
+        if unknown or ("none" in self.training.log_with and len(self.training.log_with) > 1):
+            raise UserError(
+                f"log_with {', '.join(self.training.log_with)}: choose from {', '.join(TRACKERS[:-1])}, or none alone."
             )
         for section, name, least in _LEAST:
             value = getattr(getattr(self, section), name)

@@ -1,7 +1,9 @@
 """Whole runs on a tiny target: pretrain, adapt by each method, interrupt, resume, merge."""
 
 import json
+import os
 import shutil
+import signal
 
 import pytest
 import torch
@@ -13,7 +15,9 @@ from draft.data.prepare import prepare
 from draft.errors import UserError
 from draft.merge import merge_run
 from draft.training.config import resolve
+from draft.training.interruption import Interrupted
 from draft.training.optimiser import learning_rate_at, parameter_groups
+from draft.training.snapshots import latest_snapshot
 from draft.training.trainer import Trainer
 
 QUIET = Console(quiet=True)
@@ -120,10 +124,10 @@ def test_an_interrupted_run_ends_with_the_same_weights(world, mode, method, monk
 
     original = Trainer._optimise
 
-    def stop(trainer, window):
+    def stop(trainer, *arguments):
         if trainer.step == 5:
             raise Interrupted
-        return original(trainer, window)
+        return original(trainer, *arguments)
 
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
         patch.setattr(Trainer, "_optimise", stop)
@@ -226,14 +230,15 @@ def test_ctrl_c_saves_and_other_data_are_then_refused(world, tmp_path, monkeypat
 
     original = Trainer._optimise
 
-    def stop(self, window):
+    def stop(self, *arguments):
         if self.step == 2:
-            raise KeyboardInterrupt
-        return original(self, window)
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(self, *arguments)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(Interrupted, match="after step 3"):
         patch.setattr(Trainer, "_optimise", stop)
         trainer("one").train()
+    assert latest_snapshot(tmp_path / "run" / "checkpoints").name == "step-0000003"
     with pytest.raises(UserError, match="have changed"):
         trainer("two").train()
     again = trainer("one")
