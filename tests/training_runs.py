@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -42,11 +43,11 @@ def command(world: Path, mode: str, out: Path | str, *more: str) -> list[str]:
 class Run:
     """`draft-train` in a process of its own, its output in a file."""
 
-    def __init__(self, arguments: list[str], *, file_size: int | None = None) -> None:
+    def __init__(self, arguments: list[str], *, file_size: int | None = None, **environment: str) -> None:
         """file_size: no file that it writes may grow beyond, in bytes: what a full disk does, without one."""
         self.out = Path(arguments[arguments.index("--out") + 1])
-        self.log = self.out.with_name(f"{self.out.name}.log")
-        self.process = CONTEXT.Process(target=_main, args=(arguments, str(self.log), file_size))
+        self.log = self.out.with_name(f"{self.out.name}{environment.get('RANK', '')}.log")
+        self.process = CONTEXT.Process(target=_main, args=(arguments, str(self.log), file_size, environment))
         self.process.start()
 
     def wait(self) -> int:
@@ -71,7 +72,8 @@ class Run:
         return self.log.read_text() if self.log.is_file() else ""
 
 
-def _main(arguments: list[str], log: str, file_size: int | None) -> None:
+def _main(arguments: list[str], log: str, file_size: int | None, environment: dict[str, str]) -> None:
+    os.environ.update(environment)
     with open(log, "w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -83,6 +85,16 @@ def _main(arguments: list[str], log: str, file_size: int | None) -> None:
 
     sys.argv = ["draft-train", *arguments]
     main()
+
+
+def run_group(arguments: list[str], count: int = 2, file_size: int | None = None, **environment: str) -> list[Run]:
+    """The processes of one run, with what `torchrun` puts into their environment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **environment}
+    ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
+    return [Run(arguments, file_size=file_size, **shared, **rank) for rank in ranks]
 
 
 def launch(launcher: list[str], arguments: list[str]) -> subprocess.CompletedProcess[str]:

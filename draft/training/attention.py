@@ -72,14 +72,14 @@ class TrainingAttention:
     ) -> Tensor:
         padding = (0, 0, 0, self._blocks * BLOCK - self.tokens)  # so that each step's keys begin with a block
         keys, values = (torch.cat([pad(step[part], padding) for step in (base, *own)], dim=2) for part in (0, 1))
-        mixed = flex_attention(pad(query, padding), keys, values, block_mask=self._block_mask(len(own)))
+        mixed = flex_attention(pad(query, padding), keys, values, block_mask=self._block_mask(len(query), len(own)))
         return mixed[:, :, : self.tokens]
 
     @property
     def _blocks(self) -> int:
         return -(-self.tokens // BLOCK)
 
-    def _block_mask(self, steps: int) -> Any:
+    def _block_mask(self, rows: int, steps: int) -> Any:
         """Which keys of `flex` are seen, where `steps` draft steps came after step 0.
 
         The blocks are found without looking at single keys, which would take as much memory as the scores.
@@ -90,7 +90,7 @@ class TrainingAttention:
 
         count = self._blocks
         # padding ends every row: as the last segment it keeps the numbers of a row in order
-        segments = torch.ones(1, self.tokens, dtype=torch.int64, device=self.device)
+        segments = torch.ones(rows, self.tokens, dtype=torch.int64, device=self.device)
         if self.segments is not None:
             segments = self.segments.masked_fill(self.segments == 0, self.tokens + 1)
         segments = pad(segments, (0, count * BLOCK - self.tokens), value=self.tokens + 1)  # [rows, blocks * BLOCK]

@@ -17,6 +17,7 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.utils import (
     DistributedType,
+    FullyShardedDataParallelPlugin,
     GradientAccumulationPlugin,
     ProjectConfiguration,
     broadcast,
@@ -55,6 +56,10 @@ class Processes:
                 InitProcessGroupKwargs(timeout=PATIENCE),
             ],
         )
+        if self.accelerator.distributed_type == DistributedType.MULTI_CPU and _launcher_shards():
+            # without an accelerator Accelerate 1.15 would fall back to DDP without a word; torch shards there too
+            self.accelerator.state.distributed_type = DistributedType.FSDP
+            self.accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
         self.count, self.rank = self.accelerator.num_processes, self.accelerator.process_index
         self.is_main = self.accelerator.is_main_process
         self._check(device)
@@ -81,15 +86,17 @@ class Processes:
         """Whether each process holds only a part of each weight (FSDP2)."""
         return self.accelerator.distributed_type == DistributedType.FSDP
 
-    def wrap(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, Any]:
-        """The module whose forward is called for training, and the optimiser; its weights start as process 0's."""
+    def spread(self, module: nn.Module) -> None:
+        """Give every process the weights and buffers of process 0."""
         if self.count > 1:
             for tensor in (*module.parameters(), *module.buffers()):
                 broadcast(tensor.data)
-        places = [False, False]
-        if self.sharded:
-            return tuple(self.accelerator.prepare(module, optimizer))
-        return tuple(self.accelerator.prepare(module, optimizer, device_placement=places))
+
+    def wrap(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, Any]:
+        """The module whose forward is called for training, and the optimiser over its weights."""
+        # FSDP2 decides itself where things go, and takes no wishes
+        places = {} if self.sharded else {"device_placement": [False, False]}
+        return tuple(self.accelerator.prepare(module, optimizer, **places))
 
     def accumulating(self, module: nn.Module, *, last: bool) -> AbstractContextManager[Any]:
         """Around one batch of a step: gradients are summed over the processes after the last one only."""
@@ -122,8 +129,13 @@ class Processes:
         self.accelerator.wait_for_everyone()
 
     def end(self) -> None:
-        """Close the trackers and leave the group of processes."""
+        """Close the trackers and leave the group of processes, none before the others are done with it."""
+        self.wait()
         self.accelerator.end_training()
+
+
+def _launcher_shards() -> bool:
+    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -76,6 +76,7 @@ class Trainer:
         solves = self.processes.is_main and not self.progress
         first = self._first_batches() if solves else iter(())
         head, base = starting_head(settings, self.target, self.rows.train, first, self.console)
+        self.processes.spread(head)
         self.features.layers = head.auxiliary_layers(self.target)
         self.about = about_run(settings, self.target, self.rows.train, base)
         self.head, self.saver = make_trainable(head, settings)
