@@ -16,30 +16,31 @@ from serving.engine.runner import HeadRunner, TargetRunner
 
 WIDTHS = (1, 2, 4, 8, 16, 32)
 PAST = 128  # tokens in the cache
+ROUNDS_A_REPEAT = 4  # they are short: more of them tell more
 
 
-def median_seconds(run: Callable[[], object], repeats: int) -> float:
-    run()
-    timings = []
-    for _ in range(repeats):
-        began = time.perf_counter()
-        run()
-        timings.append(time.perf_counter() - began)
-    return statistics.median(timings)
+def median_seconds(runs: dict[Any, Callable[[], object]], rounds: int) -> dict[Any, float]:
+    """Medians over rounds in which every one runs once, so that a slow moment of the machine hits all alike."""
+    timings: dict[Any, list[float]] = {name: [] for name in runs}
+    for _ in range(1 + rounds):
+        for name, run in runs.items():
+            began = time.perf_counter()
+            run()
+            timings[name].append(time.perf_counter() - began)
+    return {name: statistics.median(seconds[1:]) for name, seconds in timings.items()}
 
 
 def step_costs(plain: Engine, drafting: Engine | None, repeats: int) -> dict[str, Any]:
     """Seconds of passes of the target over 1, 2, ... tokens, of a draft step and of a re-read, each with its logits."""
-    costs: dict[str, Any] = {
-        "target": {width: median_seconds(_target_pass(plain.models.runner, width), repeats) for width in WIDTHS}
-    }
+    runs: dict[Any, Callable[[], object]] = {width: _target_pass(plain.models.runner, width) for width in WIDTHS}
     proposer = drafting.models.proposer if drafting else None
     if isinstance(proposer, HeadProposer):
         runner = proposer.runner
-        costs["draft"] = median_seconds(_head_pass(runner, 1), repeats)
         auxiliary = torch.zeros(2, len(proposer.layers) * runner.head.config.hidden_size, dtype=runner.dtype)
-        costs["re-read"] = median_seconds(_head_pass(runner, 2, auxiliary.to(runner.head.device)), repeats)
-    return costs
+        runs["draft"] = _head_pass(runner, 1)
+        runs["re-read"] = _head_pass(runner, 2, auxiliary.to(runner.head.device))
+    seconds = median_seconds(runs, ROUNDS_A_REPEAT * repeats)
+    return {"target": {width: seconds.pop(width) for width in WIDTHS}, **seconds}
 
 
 def _target_pass(runner: TargetRunner, width: int) -> Callable[[], object]:
@@ -48,7 +49,7 @@ def _target_pass(runner: TargetRunner, width: int) -> Callable[[], object]:
         slot = runner.cache.acquire()
         runner.cache.lengths[slot] = PAST
         hidden, _ = runner.forward(Batch.of([Segment(slot, PAST, PAST, [1] * width)], runner.target.device))
-        choices = runner.logits(hidden).argmax(dim=-1).tolist()
+        choices = runner.logits(hidden).max(dim=-1).indices.tolist()
         runner.cache.release(slot)
         return choices
 
@@ -66,7 +67,7 @@ def _head_pass(runner: HeadRunner, width: int, auxiliary: torch.Tensor | None = 
         batch = Batch.of([Segment(slot, PAST, PAST, [1] * width)], device)
         output = runner.forward(batch, hidden if auxiliary is None else runner.fuse(auxiliary))
         runner.cache.release(slot)
-        return runner.logits(output).argmax(dim=-1).tolist() if auxiliary is None else output
+        return runner.logits(output).max(dim=-1).indices.tolist() if auxiliary is None else output
 
     return run
 

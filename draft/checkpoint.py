@@ -42,6 +42,8 @@ def atomic_folder(folder: Path, files: frozenset[str]) -> Iterator[Path]:
     temporary.chmod(0o755)
     try:
         yield temporary
+        for path in (*temporary.iterdir(), temporary):  # a rename may reach the disk before the data does
+            sync(path)
         if folder.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
             os.replace(folder, old / "folder")
@@ -49,16 +51,35 @@ def atomic_folder(folder: Path, files: frozenset[str]) -> Iterator[Path]:
             shutil.rmtree(old)
         else:
             os.replace(temporary, folder)
+        sync(folder.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's data, or a folder's entries, are on the disk; where folders can't be opened, they wait."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:
+        if path.is_dir():  # Windows
+            return
+        raise
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON through a temporary name and a rename."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(json.dumps(value, indent=2) + "\n")
+        sync(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def save_head(head: DraftHead, folder: str | Path, *, dtype: torch.dtype, about: dict[str, Any]) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import inspect as introspection
 import logging
+import os
 import sys
+import time
 import warnings
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -27,6 +29,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 console = Console()
+SECONDS_FOR_PROCESS_0 = 5
 
 
 def main() -> None:
@@ -39,6 +42,9 @@ def main() -> None:
     try:
         app()
     except UserError as error:
+        if int(os.environ.get("RANK", 0)):
+            # process 0 says most mistakes too; it ends with them, and the launcher then ends this one
+            time.sleep(SECONDS_FOR_PROCESS_0)
         print(f"draft-train: {error}", file=sys.stderr)
         sys.exit(2)
     except Exception:
@@ -72,16 +78,26 @@ def inspect(
 def _training_command(mode: Literal["pretrain", "adapt"], sections: list[str], doc: str, examples: str) -> None:
     """Register a command with one flag for each setting of `sections`."""
 
-    def command(out: Path, config: Path | None, overrides: list[str] | None, **flags: Any) -> None:
+    def command(out: Path, config: Path | None, resume: bool | None, overrides: list[str] | None, **flags: Any) -> None:
+        from draft.training.allocator import keep_freed_memory
+        from draft.training.interruption import Interrupted
         from draft.training.trainer import Trainer
 
+        if resume and config is None and (out / "config.yaml").is_file():
+            config = out / "config.yaml"  # with it `--out RUN --resume` is a whole command
         settings = resolve(mode, str(out), config_file=config, overrides=overrides or (), flags=flags)
+        keep_freed_memory()
         try:
-            result = Trainer(settings, console).train()
-        except KeyboardInterrupt:
-            console.print("Interrupted and saved; the same command goes on from here.")
-            raise
-        console.print(f"Wrote {result}. Next: draft-train merge {out} --out HEAD")
+            trainer = Trainer(settings, console, resume=resume)
+            result = trainer.train()
+        except Interrupted as interrupted:
+            if trainer.processes.is_main:
+                console.print(
+                    f"Interrupted, and saved after step {interrupted.step}; the same command goes on from there."
+                )
+            raise typer.Exit(interrupted.exit_code) from interrupted
+        if trainer.processes.is_main:
+            console.print(f"Wrote {result}. Next: draft-train merge {out} --out HEAD", soft_wrap=True)
 
     keyword = introspection.Parameter.KEYWORD_ONLY
     parameters = [
@@ -101,6 +117,21 @@ def _training_command(mode: Literal["pretrain", "adapt"], sections: list[str], d
             keyword,
             default=None,
             annotation=Annotated[Path | None, typer.Option(help="YAML file of settings; flags take precedence.")],
+        ),
+        introspection.Parameter(
+            "resume",
+            keyword,
+            default=None,
+            annotation=Annotated[
+                bool | None,
+                typer.Option(
+                    show_default=False,
+                    help="--resume: go on with the interrupted run in --out, which has to have a checkpoint; its "
+                    "settings need not be repeated. --no-resume: start again, discarding what that run wrote. "
+                    "Neither: go on if there is a checkpoint, else start. "
+                    "(--head is a warm start: a new run from a head's weights.)",
+                ),
+            ],
         ),
     ]
     for section in sections:
@@ -200,6 +231,8 @@ def export(
 
     exported = export_head(head, format, out, target=target, speculation_length=speculation_length)
     console.print(f"Wrote {exported.folder}.", soft_wrap=True)
+    for note in exported.notes:
+        console.print(f"  {note}", soft_wrap=True, markup=False, highlight=False)
     for engine, command in exported.commands.items():
         console.print(f"{engine}:\n  {command}", soft_wrap=True, markup=False, highlight=False)
 

@@ -44,7 +44,7 @@ def prepare(
         str | None,
         typer.Option(
             help="Answer one part of the conversations, 0/4 the first of four, each by a process of its own with the "
-            "same arguments and --out, at once or one after the other. `accelerate launch` sets it by itself.",
+            "same arguments and --out, at once or one after the other; torchrun and `accelerate launch` set it.",
             show_default=False,
         ),
     ] = None,

@@ -85,6 +85,19 @@ def make_tiny_target(
     return Target("tiny", model, byte_tokenizer())
 
 
+def make_writing_target() -> Target:
+    """A float32 tiny target that writes lower-case words, and ends its turns."""
+    made = make_tiny_target(dtype=torch.float32)
+    head = torch.nn.Linear(32, 259).requires_grad_(False)
+    head.weight.copy_(made.lm_head.weight)
+    head.bias.fill_(-1e4)
+    letters = made.tokenizer("abcdefghijklmnopqrstuvwxyz", add_special_tokens=False).input_ids
+    head.bias[letters] = 0.0
+    head.bias[made.tokenizer(" ", add_special_tokens=False).input_ids + [2]] = 2.0
+    made.lm_head = made.model.lm_head = head
+    return made
+
+
 def save_tiny_target(folder: Path) -> Target:
     """A float32 tiny target, also written to `folder` as a user would have it."""
     target = make_tiny_target(dtype=torch.float32)

@@ -106,12 +106,15 @@ class Endpoint:
         """
         self.settings, self.target, self.seed = settings, target, seed
         self._stopped = threading.Event()
-        key = os.environ.get(settings.api_key_env, "")
+        key = os.environ.get(settings.api_key_env, "").strip()
+        if not key.isascii():
+            raise EndpointError(f"${settings.api_key_env} holds letters that no key has; set it to the server's key.")
         self._client = httpx.Client(
             base_url=_base(settings.url),
             headers={"authorization": f"Bearer {key}"} if key else {},
             timeout=httpx.Timeout(settings.timeout, connect=min(30.0, settings.timeout)),
             limits=httpx.Limits(max_connections=settings.concurrency),
+            follow_redirects=True,
         )
         self.model = settings.model or self._served_model()
         self._dialect = self._find_dialect()
@@ -230,8 +233,6 @@ class Endpoint:
                 told = str(error) or type(error).__name__
                 if not retry_unreachable and isinstance(error, httpx.ConnectError):
                     break
-            except httpx.InvalidURL as error:
-                raise EndpointError(f"--endpoint {self.settings.url!r} is no address ({error}).") from error
             else:
                 if answer.status_code not in _RETRIED:
                     return self._checked(answer)
@@ -265,7 +266,10 @@ class Endpoint:
 
 def _base(url: str) -> str:
     """The address that paths are joined to: with /v1, whether or not the user gave it, or a path below it."""
-    address = httpx.URL(url)
+    try:
+        address = httpx.URL(url)
+    except httpx.InvalidURL:
+        address = httpx.URL("")
     if address.scheme not in ("http", "https") or not address.host:
         raise EndpointError(f"--endpoint {url!r} is no address; give one such as http://localhost:8000/v1.")
     path = address.path.rstrip("/")

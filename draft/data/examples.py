@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jinja2 import TemplateError
@@ -127,14 +127,27 @@ def _spoken(target: Target, ids: list[int]) -> list[bool]:
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows padded on the right to one length."""
+    """Rows padded on the right to one length; packed, each holds several conversations, one after the other."""
 
     input_ids: Tensor  # [batch, tokens] int64
-    attention_mask: Tensor  # [batch, tokens] int64, 0 on padding
+    # [batch, tokens] int64: 0 on padding, 1 elsewhere; packed, the number of the conversation in its row, from 1
+    attention_mask: Tensor
     loss_mask: Tensor  # [batch, tokens] bool, true where the token is to be trained on
+    position_ids: Tensor | None = None  # packed only: [batch, tokens] int64, from 0 in each conversation
+    # (row of the batch, first token, number of tokens) of each conversation, in the order they were given
+    places: tuple[tuple[int, int, int], ...] = ()
 
     def to(self, device: torch.device | str) -> Batch:
-        return Batch(self.input_ids.to(device), self.attention_mask.to(device), self.loss_mask.to(device))
+        names = ("input_ids", "attention_mask", "loss_mask", "position_ids")
+        tensors = {name: getattr(self, name) for name in names}
+        return replace(self, **{name: value.to(device) for name, value in tensors.items() if value is not None})
+
+    def trained_ahead(self, by: int) -> Tensor:
+        """[batch, tokens] bool: entries i whose token i + by is trained on and of the same conversation."""
+        ahead = torch.zeros_like(self.loss_mask)
+        ahead[:, :-by] = self.loss_mask[:, by:]
+        ahead[:, :-by] &= self.attention_mask[:, by:] == self.attention_mask[:, :-by]
+        return ahead
 
 
 def batches(rows: Sequence[Row], tokens_per_batch: int, seed: int, epoch: int) -> list[list[int]]:
@@ -160,15 +173,61 @@ def batches(rows: Sequence[Row], tokens_per_batch: int, seed: int, epoch: int) -
     return result
 
 
-def collate(rows: Sequence[Row]) -> Batch:
-    """Rows as one batch, padded with id 0 on the right."""
-    width = max(len(row.ids) for row in rows)
-    input_ids = torch.zeros(len(rows), width, dtype=torch.int64)
-    attention_mask = torch.zeros(len(rows), width, dtype=torch.int64)
-    loss_mask = torch.zeros(len(rows), width, dtype=torch.bool)
-    for place, row in enumerate(rows):
-        length = len(row.ids)
-        input_ids[place, :length] = torch.tensor(row.ids)
-        attention_mask[place, :length] = 1
-        loss_mask[place, :length] = torch.tensor(row.mask)
-    return Batch(input_ids, attention_mask, loss_mask)
+def packed_batches(rows: Sequence[Row], tokens_per_batch: int, capacity: int, seed: int, epoch: int) -> list[list[int]]:
+    """Indices of rows, each once, in batches that `collate` packs into at most `tokens_per_batch // capacity` rows.
+
+    First fit by falling length, among so many rows as `batches` sorts together. capacity: tokens of a packed row, at
+    least the longest conversation's. The order depends on the seed and the epoch only.
+    """
+    order = list(range(len(rows)))
+    shuffle = random.Random(hashed(seed, "packed", epoch)).shuffle
+    shuffle(order)
+    mean = max(1, sum(len(row.ids) for row in rows) // max(1, len(rows)))
+    together = _BATCHES_SORTED_TOGETHER * max(1, tokens_per_batch // mean)
+    count = max(1, tokens_per_batch // capacity)
+    result: list[list[int]] = []
+    for start in range(0, len(order), together):
+        bins: list[list[int]] = []
+        room: list[int] = []
+        for index in sorted(order[start : start + together], key=lambda index: -len(rows[index].ids)):
+            length = len(rows[index].ids)
+            place = next((place for place, left in enumerate(room) if left >= length), len(bins))
+            if place == len(bins):
+                bins.append([])
+                room.append(capacity)
+            bins[place].append(index)
+            room[place] -= length
+        # in the order in which they were opened: filling rows one after the other then gives the same bins again
+        for first in range(0, len(bins), count):
+            result.append([index for packed in bins[first : first + count] for index in packed])
+    shuffle(result)
+    return result
+
+
+def collate(rows: Sequence[Row], capacity: int | None = None) -> Batch:
+    """Conversations padded with id 0 on the right: one a row, or packed into rows of at most `capacity` tokens."""
+    places = _places([len(row.ids) for row in rows], capacity)
+    shape = places[-1][0] + 1, max(start + length for _, start, length in places)
+    input_ids = torch.zeros(shape, dtype=torch.int64)
+    attention_mask = torch.zeros(shape, dtype=torch.int64)
+    loss_mask = torch.zeros(shape, dtype=torch.bool)
+    position_ids = torch.arange(shape[1]).repeat(shape[0], 1)
+    for row, (line, start, length) in zip(rows, places, strict=True):
+        end = start + length
+        input_ids[line, start:end] = torch.tensor(row.ids)
+        loss_mask[line, start:end] = torch.tensor(row.mask)
+        attention_mask[line, start:end] = attention_mask[line].max() + 1
+        position_ids[line, start:] = torch.arange(shape[1] - start)  # also of the padding, if nothing more follows
+    return Batch(input_ids, attention_mask, loss_mask, None if capacity is None else position_ids, places)
+
+
+def _places(lengths: Sequence[int], capacity: int | None) -> tuple[tuple[int, int, int], ...]:
+    """Where each conversation lies, see `Batch.places`; a row is filled until the next one has no room in it."""
+    places: list[tuple[int, int, int]] = []
+    line, start = 0, 0
+    for length in lengths:
+        if places and (capacity is None or start + length > capacity):
+            line, start = line + 1, 0
+        places.append((line, start, length))
+        start += length
+    return tuple(places)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -79,6 +80,10 @@ class DraftHead(nn.Module, ABC):
     def longest(self) -> int | None:
         """The most tokens that it can draft in a row; None: any number."""
         return None
+
+    def beyond(self, steps: int) -> Sequence[nn.Module]:
+        """The modules that no draft step before `steps` computes with: so many steps don't train them."""
+        return ()
 
     @abstractmethod
     def auxiliary_layers(self, target: Target) -> tuple[int, ...]:

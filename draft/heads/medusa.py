@@ -113,6 +113,9 @@ class MedusaHead(DraftHead):
     def own_lm_heads(self) -> dict[str, nn.Linear]:
         return {f"lm_heads.{index}": lm_head for index, lm_head in enumerate(self.lm_heads)}  # type: ignore[misc]
 
+    def beyond(self, steps: int) -> list[nn.Module]:
+        return [*self.blocks[steps:], *self.lm_heads[steps:]]
+
     def auxiliary_layers(self, target: Target) -> tuple[int, ...]:
         return (target.output_layer,)
 

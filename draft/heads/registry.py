@@ -44,7 +44,7 @@ class Architecture:
     renames: tuple[tuple[str, str], ...]  # (part of a tensor's name in some files, ours)
     # (head, target, (features, attention mask) of some rows, seed): a new head's first weights
     initialise: Callable[[Any, Target, Iterable[tuple[Features, Tensor]], int], None]
-    # (head, embeds, auxiliary, steps, *, attention_mask): states of each draft step, in training and in replay
+    # (head, embeds, auxiliary, steps, *, attention_mask, position_ids): states of each draft step, also in replay
     unroll: Callable[..., Iterator[Tensor]]
     feature_weight: float | None  # of the regression to the target's states in its loss; None: it doesn't guess them
     drafting: Literal["step by step", "at once"]  # the engine's proposer

@@ -10,6 +10,7 @@ from draft.errors import UserError
 from draft.heads import DraftHead, registry
 from draft.interop.formats import NAMES, Format
 from draft.interop.rules import problems
+from draft.interop.served_targets import accepted_by
 from draft.interop.target_shape import target_shape
 
 _FILES = HEAD_FILES | {"medusa_lm_head.pt"}
@@ -21,6 +22,7 @@ class Exported:
 
     folder: Path
     commands: dict[str, str]  # engine -> how to serve the target with the head
+    notes: list[str]  # which engines accept such a target
 
 
 def export_head(
@@ -54,7 +56,8 @@ def export_head(
         write_json(temporary / "config.json", config)
         write_json(temporary / "draftsmith.json", about)  # other engines don't read it; an import keeps it
     commands = {engine: command(out, shape, speculation_length) for engine, command in how.commands(loaded).items()}
-    return Exported(out, commands)
+    method = registry.architecture_of(loaded).name
+    return Exported(out, *accepted_by(commands, shape.architecture, about, method))
 
 
 def _format(head: DraftHead, format: str, name: str) -> Format:

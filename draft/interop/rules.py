@@ -76,7 +76,7 @@ def sizes(config: dict[str, Any], tensors: dict[str, Tensor], target: TargetShap
     for key, theirs in (
         ("hidden_size", target.hidden_size),
         ("vocab_size", target.vocab_size),
-        ("max_position_embeddings", target.stated_length),
+        ("max_position_embeddings", target.max_length),
     ):
         if config.get(key, theirs) != theirs:
             yield f"{key} is {config[key]} and the target's is {theirs}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -115,9 +115,21 @@ def settle(settings: RunSettings, head: DraftHead) -> Objective:
     return Objective(training.loss, training.draft_steps, training.step_decay, training.feature_weight)
 
 
+def untrained(head: DraftHead, settings: RunSettings) -> Sequence[nn.Module]:
+    """What the (settled) number of draft steps leaves as it is; DDP would wait for its gradients forever."""
+    steps = settings.training.draft_steps
+    return () if steps is None else head.beyond(steps)
+
+
 def master_dtype(target: Target) -> torch.dtype:
     """Trained weights are kept in at least float32."""
     return torch.promote_types(torch.float32, target.dtype)
+
+
+def autocast(target: Target, settings: RunSettings) -> torch.autocast:
+    """Full training keeps float32 masters under autocast; adapters run at their base weights' dtype without it."""
+    half = target.dtype == torch.bfloat16 and settings.method == "full"
+    return torch.autocast(target.device.type, torch.bfloat16, enabled=half)
 
 
 def adapter_config(settings: AdapterSettings) -> LoraConfig:
@@ -144,10 +156,12 @@ def make_trainable(head: DraftHead, settings: RunSettings) -> tuple[DraftHead, n
     Returns:
         the head that computes, and the module that saves itself: the head, or the PeftModel around it.
     """
-    if settings.method == "full":
-        return head.requires_grad_(True), head
-    torch.manual_seed(settings.training.seed)  # PEFT draws A from the global generator
-    peft_model = add_adapter(head, adapter_config(settings.adapter))
+    saver: nn.Module = head.requires_grad_(True)
+    if settings.method != "full":
+        torch.manual_seed(settings.training.seed)  # PEFT draws A from the global generator
+        saver = add_adapter(head, adapter_config(settings.adapter))
+    for module in untrained(head, settings):
+        module.requires_grad_(False)
     if not any(parameter.requires_grad for parameter in head.parameters()):
         raise UserError(f"targets {settings.adapter.targets} match no layer of the head; nothing would be trained.")
-    return head, peft_model
+    return head, saver

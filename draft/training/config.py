@@ -16,9 +16,11 @@ from draft.errors import UserError
 from draft.heads.registry import ARCHITECTURES, DEFAULT
 from draft.training.losses import LOSSES
 
+TRACKERS = ("tensorboard", "wandb", "trackio", "none")
 METHODS = ("afa-lora", "lora", "full")
 DRAFT_VOCABULARY = 8192  # tokens of a new head's reduced vocabulary
 DRAFT_STEPS = 4  # that training-time test unrolls, for heads that draft any number
+LEFT_TO_THE_HEAD = {"architecture", "targets", "draft_steps", "feature_weight"}  # what `build.settle` fills in
 _LEARNING_RATES = {"pretrain": 1e-3, "full": 2e-4, "lora": 1e-3, "afa-lora": 1e-3}
 
 
@@ -32,7 +34,11 @@ def _setting(default: Any, help: str) -> Any:
 class ModelSettings:
     target: str = _setting("smollm2", "Target: hub id, folder, .gguf file, or smollm2 (bundled).")
     target_adapter: str | None = _setting(None, "PEFT LoRA adapter of the target, merged in memory: a folder.")
-    head: str | None = _setting(None, "Head to start from: a folder, or smollm2-eagle3 (bundled). Needed by adapt.")
+    head: str | None = _setting(
+        None,
+        "Warm start: the head whose weights a new run starts from, a folder or smollm2-eagle3 (bundled). Needed by "
+        "adapt. (To go on with an interrupted run: --resume.)",
+    )
     architecture: str | None = _setting(None, f"Of a new head: {', '.join(ARCHITECTURES)} [default: {DEFAULT}].")
     head_options: list[str] = _setting(
         [],
@@ -87,7 +93,10 @@ class AdapterSettings:
 @dataclass
 class DataSettings:
     data: list[str] = _setting([], "Folders that `draft-train prepare` wrote; give it more than once to mix.")
-    tokens_per_batch: int = _setting(2048, "Tokens (padding included) of one forward pass.")
+    tokens_per_batch: int = _setting(2048, "Tokens (padding included) of one forward pass of one process.")
+    packing: bool | None = _setting(
+        None, "Several conversations in one row, each attending to itself only (default: on CUDA)."
+    )
 
 
 @dataclass
@@ -97,7 +106,7 @@ class TrainingSettings:
     learning_rate: float | None = _setting(None, f"Peak learning rate; by default {_LEARNING_RATES}.")
     warmup_ratio: float = _setting(0.05, "Share of the steps in which the rate rises; then a cosine to a tenth.")
     max_grad_norm: float = _setting(0.5, "Gradients are clipped to this norm.")
-    gradient_accumulation: int = _setting(1, "Batches per optimiser step.")
+    gradient_accumulation: int = _setting(1, "Batches per optimiser step and process.")
     draft_steps: int | None = _setting(
         None, f"Draft steps K that training-time test unrolls [default: {DRAFT_STEPS}, or all that a Medusa head has]."
     )
@@ -113,6 +122,15 @@ class TrainingSettings:
     keep_checkpoints: int = _setting(2, "Newest checkpoints that are kept.")
     keep_hidden_states: bool | None = _setting(
         None, "Keep the target's hidden states in memory between epochs (default: if they fit in a third of it)."
+    )
+    cache_hidden_states: str | None = _setting(
+        None, "Folder to keep the target's hidden states in, for targets too large to run at every epoch."
+    )
+    deterministic: bool | None = _setting(
+        None, "Use only algorithms that give the same bits every time (default: on a CPU, where they cost nothing)."
+    )
+    log_with: list[str] = _setting(
+        [], "Tracker: tensorboard (the default where it is installed), wandb, trackio or none; repeatable."
     )
 
 
@@ -150,6 +168,11 @@ class RunSettings:
         if self.model.rebuild_vocabulary and self.method != "full":
             raise UserError(
                 f"rebuild_vocabulary needs method full, not {self.method}: an adapter keeps its head's map."
+            )
+        unknown = [name for name in self.training.log_with if name not in TRACKERS]
+        if unknown or ("none" in self.training.log_with and len(self.training.log_with) > 1):
+            raise UserError(
+                f"log_with {', '.join(self.training.log_with)}: choose from {', '.join(TRACKERS[:-1])}, or none alone."
             )
         for section, name, least in _LEAST:
             value = getattr(getattr(self, section), name)

@@ -1,15 +1,18 @@
-"""The target's hidden states for a batch: computed in this process, optionally remembered between epochs."""
+"""The target's hidden states for a batch: computed in this process, or kept from a first pass in memory or on disk."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from draft.data.examples import Batch
-from draft.target import Target
+from draft.target import Target, TargetOutput
+
+Home = Callable[[int], tuple[Batch, list[int]]]
 
 
 @dataclass(frozen=True)
@@ -21,38 +24,88 @@ class Features:
     last_hidden: Tensor  # [batch, tokens, hidden], after the final norm
 
 
-class FeatureSource:
-    """Runs the target once per batch, or once per row when `remember` is set."""
+class Kept(Protocol):
+    """Where hidden states stay between epochs: row number -> [tokens, kept layers * hidden] on the CPU."""
 
-    def __init__(self, target: Target, *, remember: bool) -> None:
+    def __contains__(self, row: object, /) -> bool: ...
+
+    def __getitem__(self, row: int, /) -> Tensor: ...
+
+
+class FeatureSource:
+    """Runs the target once per batch, or once per row when `remember` is set or `kept` is given."""
+
+    def __init__(
+        self, target: Target, *, remember: bool = False, kept: Kept | None = None, home: Home | None = None
+    ) -> None:
+        """home: the batch that a row's states are computed in when they are remembered; None: whichever comes first."""
         self.target = target
-        self.remember = remember
         self.layers: Sequence[int] = target.default_auxiliary_layers  # a head may read others
-        self._rows: dict[int, Tensor] = {}  # row -> [tokens, (layers + 1) * hidden] on the CPU
+        self.kept = kept
+        self.remember = remember
+        self._memory: dict[int, Tensor] = {}
+        self._home = home
 
     def get(self, batch: Batch, rows: list[int]) -> Features:
-        """Features of `batch`, whose rows are the training rows `rows`."""
-        target, width = self.target, len(self.layers) * self.target.hidden_size
+        """Features of `batch`, whose conversations are the training rows `rows`."""
         with torch.no_grad():
-            if self.remember and all(row in self._rows for row in rows):
-                both = torch.zeros(*batch.input_ids.shape, width + target.hidden_size, dtype=target.dtype)
-                for index, row in enumerate(rows):
-                    both[index, : len(self._rows[row])] = self._rows[row]
-                both = both.to(target.device)
+            if self.kept is not None:
+                states = self._lay_out(self.kept, batch, rows)
+            elif self.remember:
+                self._remember(batch, rows)
+                states = self._lay_out(self._memory, batch, rows)
             else:
-                # padding on the right needs no mask: no real token sees what follows it
-                output = target.forward(batch.input_ids, layers=self.layers)
-                assert output.auxiliary is not None
-                both = torch.cat([output.auxiliary, output.last_hidden], dim=-1)
-                if self.remember:
-                    for index, row in enumerate(rows):
-                        self._rows[row] = both[index, batch.attention_mask[index].bool()].cpu()
-            auxiliary, last_hidden = both.split([width, target.hidden_size], dim=-1)
-            return Features(target.embedding(batch.input_ids), auxiliary, last_hidden)
+                states = self.run(batch)
+            kept = kept_layers(self.target, self.layers)
+            output = TargetOutput(states[..., -self.target.hidden_size :], states, kept)
+            return Features(self.target.embedding(batch.input_ids), output.states_of(self.layers), output.last_hidden)
+
+    def run(self, batch: Batch) -> Tensor:
+        """The states of `kept_layers` from a pass of the target: [batch, tokens, kept layers * hidden].
+
+        Padding on the right needs no mask: no real token sees what follows it. Where conversations are packed,
+        transformers finds them by where the positions start again, and builds the block-diagonal mask in whatever form
+        the layer's attention takes, sliding windows included.
+        """
+        inner = kept_layers(self.target, self.layers)[:-1]
+        with torch.no_grad():
+            output = self.target.forward(batch.input_ids, layers=inner, position_ids=batch.position_ids)
+        states = [output.last_hidden] if output.auxiliary is None else [output.auxiliary, output.last_hidden]
+        return torch.cat(states, dim=-1)
+
+    def states(self, batch: Batch, rows: list[int]) -> dict[int, Tensor]:
+        """A pass of the target, taken apart: row number -> [tokens, kept layers * hidden] on the CPU."""
+        passed = self.run(batch)
+        places = zip(rows, places_in(batch), strict=True)
+        return {row: passed[line, start : start + length].to("cpu", copy=True) for row, (line, start, length) in places}
+
+    def _remember(self, batch: Batch, rows: list[int]) -> None:
+        for row in rows:
+            if row not in self._memory:
+                self._memory.update(self.states(*(self._home(row) if self._home else (batch, rows))))
+
+    def _lay_out(self, kept: Kept, batch: Batch, rows: list[int]) -> Tensor:
+        """Kept rows as `run` gives them, zeros on the padding."""
+        width = len(kept_layers(self.target, self.layers)) * self.target.hidden_size
+        states = torch.zeros(*batch.input_ids.shape, width, dtype=self.target.dtype)
+        for row, (line, start, length) in zip(rows, places_in(batch), strict=True):
+            states[line, start : start + length] = kept[row]
+        return states.to(self.target.device)
 
 
-def fits_in_memory(target: Target, tokens: int) -> bool:
-    """Whether the hidden states of `tokens` tokens take less than a third of the memory that is free now."""
+def kept_layers(target: Target, layers: Sequence[int]) -> tuple[int, ...]:
+    """The layers whose states are computed and kept for a head that reads `layers`, each once; last the output."""
+    return (*(layer for layer in layers if layer != target.output_layer), target.output_layer)
+
+
+def places_in(batch: Batch) -> Sequence[tuple[int, int, int]]:
+    """Where each conversation lies: (row of the batch, first token, number of tokens)."""
+    return batch.places or [(line, 0, int(length)) for line, length in enumerate(batch.attention_mask.sum(1))]
+
+
+def fits_in_memory(target: Target, layers: Sequence[int], tokens: int) -> bool:
+    """Whether the states kept of `tokens` tokens take less than a third of the memory that is free now."""
     import psutil
 
-    return tokens * 4 * target.hidden_size * target.dtype.itemsize < psutil.virtual_memory().available / 3
+    size = tokens * len(kept_layers(target, layers)) * target.hidden_size * target.dtype.itemsize
+    return size < psutil.virtual_memory().available / 3

@@ -1,24 +1,66 @@
-"""What a run shows and leaves behind: a progress bar, metrics as JSONL, and a picture of loss, β and τ."""
+"""What a run shows and leaves behind: a progress bar, metrics as JSONL, trackers, and a picture of loss, β and τ."""
 
 from __future__ import annotations
 
 import json
+import os
+import shlex
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from accelerate import Accelerator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from draft.errors import UserError
+
+PROJECT = "draftsmith"
+# tracker -> packages, any of which it needs; a name to install
+PACKAGES = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",), "trackio": ("trackio",)}
+SHOWN = {"loss": "loss {:.3f}", "beta": "β {:.2f}", "tau": "τ {:.2f}"}
+
+
+def choose_trackers(wanted: list[str]) -> list[str]:
+    """The trackers to log with; none wanted: TensorBoard where it is installed.
+
+    Raises:
+        UserError: for one that is not installed.
+    """
+    installed = [name for name, packages in PACKAGES.items() if any(find_spec(package) for package in packages)]
+    if not wanted:
+        return [name for name in ("tensorboard",) if name in installed]
+    chosen = [name for name in wanted if name != "none"]
+    for name in chosen:
+        if name not in installed:
+            raise UserError(f"--log-with {name}: it is not installed; `pip install {name}`, or use --log-with none.")
+    return chosen
+
 
 class Monitor:
-    """Use as a context manager around the training loop."""
+    """Use as a context manager around the training loop, in process 0; elsewhere `silent` makes it do nothing."""
 
-    def __init__(self, folder: Path, total_steps: int, first_step: int, console: Console) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        total_steps: int,
+        first_step: int,
+        console: Console,
+        accelerator: Accelerator | None = None,
+        *,
+        silent: bool = False,
+    ) -> None:
         self.file = folder / "metrics.jsonl"
+        self.silent, self.console, self.accelerator = silent, console, accelerator
+        self.total_steps = total_steps
+        self.tokens, self.started = 0, time.monotonic()
+        self.shown: dict[str, Any] = {}
+        if silent:
+            return
         self._truncate(first_step)
         self.progress = Progress(
             TextColumn("training"),
@@ -27,67 +69,118 @@ class Monitor:
             TextColumn("{task.fields[state]}"),
             TimeRemainingColumn(),
             console=console,
+            disable=not console.is_terminal,  # a log file gets a line now and then instead
         )
         self.task = self.progress.add_task("training", total=total_steps, completed=first_step, state="")
-        self.tokens, self.started = 0, time.monotonic()
-        self.shown: dict[str, Any] = {}
 
     def _truncate(self, first_step: int) -> None:
         """Drop what an interrupted run wrote after its last checkpoint: those steps come again."""
         kept = [line for line in read_lines(self.file) if line["step"] <= first_step] if first_step else []
-        self.file.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        temporary = self.file.with_name(f".{self.file.name}.tmp")
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        os.replace(temporary, self.file)
 
     def __enter__(self) -> Monitor:
-        self.progress.start()
+        if not self.silent:
+            self.progress.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.progress.stop()
+        if not self.silent:
+            self.progress.stop()
 
     def log(self, step: int, metrics: dict[str, Any], tokens: int = 0) -> None:
-        """Append one line of metrics and show them."""
+        """Append one line of metrics, hand it to the trackers, and show it."""
+        if self.silent:
+            return
         self.tokens += tokens
         speed = self.tokens / max(time.monotonic() - self.started, 1e-9)
+        line = {"step": step, "tokens_per_second": round(speed, 1), **metrics}
         with self.file.open("a") as file:
-            file.write(json.dumps({"step": step, "tokens_per_second": round(speed, 1), **metrics}) + "\n")
+            file.write(json.dumps(line) + "\n")
+        if self.accelerator is not None and self.accelerator.trackers:
+            self.accelerator.log(_flat(line), step=step)
         self.shown.update(metrics)
-        names = {"loss": "loss {:.3f}", "beta": "β {:.2f}", "tau": "τ {:.2f}"}
-        shown = {name: self.shown.get(name) for name in names}
-        state = "  ".join(names[name].format(value) for name, value in shown.items() if value is not None)
-        self.progress.update(self.task, completed=step, state=f"{state}  {speed:.0f} tokens/s")
+        shown = {name: self.shown.get(name) for name in SHOWN}
+        state = "  ".join(SHOWN[name].format(value) for name, value in shown.items() if value is not None)
+        state += f"  {speed:.0f} tokens/s"
+        self.progress.update(self.task, completed=step, state=state)
+        if not self.console.is_terminal and ("tau" in metrics or step == self.total_steps):
+            self.console.print(f"step {step}/{self.total_steps}  {state}  {self._time_left(step)}", soft_wrap=True)
+
+    def _time_left(self, step: int) -> str:
+        left = self.progress.tasks[0].time_remaining
+        return f"{left / 60:.1f} minutes left" if left is not None and step < self.total_steps else ""
+
+
+def start_trackers(accelerator: Accelerator, folder: Path, first_step: int, settings: dict[str, Any]) -> None:
+    """Open the trackers that the accelerator was made with; `settings` are shown beside the curves."""
+    accelerator.init_trackers(
+        PROJECT,
+        config={key: value for key, value in _flat(settings).items() if value is not None},
+        init_kwargs={
+            "tensorboard": {"purge_step": first_step + 1} if first_step else {},
+            "wandb": {"dir": str(folder), "name": folder.name},
+            "trackio": {"name": folder.name},
+        },
+    )
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested names joined by dots; of lists of numbers each entry, of other lists their text."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{name}.")
+        elif isinstance(value, list) and value and isinstance(value[0], float):
+            flat |= {f"{name}.{place}": entry for place, entry in enumerate(value)}
+        elif isinstance(value, (list, tuple)):
+            flat[name] = " ".join(map(str, value))
+        elif value is not None:
+            flat[name] = value
+    return flat
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
-    lines = file.read_text().splitlines() if file.is_file() else []
-    if lines and not lines[-1].endswith("}"):  # cut off while it was written
-        lines.pop()
-    return [json.loads(line) for line in lines]
+    """The whole lines of a metrics file: what a kill or a full disk cut off in the middle is left out."""
+    lines = []
+    for text in file.read_text().splitlines() if file.is_file() else []:
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            continue
+    return lines
 
 
 def draw(folder: Path) -> None:
     """Draw training.png out of metrics.jsonl."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
     lines = read_lines(folder / "metrics.jsonl")
-    figure, panels = pyplot.subplots(1, 3, figsize=(12, 3.2), layout="constrained")
+    figure = Figure(figsize=(12, 3.2), layout="constrained")
+    FigureCanvasAgg(figure)
     titles = {"loss": "loss", "beta": "β, weight of the non-linear branch", "tau": "τ, replay on held-out rows"}
-    for panel, (name, title) in zip(panels, titles.items(), strict=True):
+    for panel, (name, title) in zip(figure.subplots(1, 3), titles.items(), strict=True):
         points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
         if points:
             panel.plot(*zip(*points, strict=True), marker="o" if name == "tau" else None)
         panel.set(title=title, xlabel="optimiser step")
         panel.grid(alpha=0.3)
-    figure.savefig(folder / "training.png", dpi=110)
-    pyplot.close(figure)
+    temporary = folder / ".training.png.tmp"
+    figure.savefig(temporary, dpi=110, format="png")
+    os.replace(temporary, folder / "training.png")
 
 
 def provenance() -> dict[str, str]:
     """The command line and the commit of a run."""
     root = Path(__file__).parent
-    result = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False)
-    return {"command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]), "commit": result.stdout.strip() or "unknown"}
+    try:
+        result = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False)
+        commit = result.stdout.strip()
+    except OSError:  # no git on this machine
+        commit = ""
+    return {"command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]), "commit": commit or "unknown"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import smooth_l1_loss
 
 from draft.data.examples import Batch
@@ -29,11 +29,6 @@ class Objective:
     feature_weight: float = 0.0  # of the smooth L1 distance between a state and the one that it stands for
 
 
-def trained_positions(batch: Batch) -> Tensor:
-    """How many positions the first draft step is trained on: the predicted token x[i+2] is one of the loss mask's."""
-    return batch.loss_mask[:, 2:].sum()
-
-
 def loss_sum(
     head: DraftHead, target: Target, batch: Batch, features: Features, objective: Objective
 ) -> tuple[Tensor, Tensor]:
@@ -51,26 +46,30 @@ def loss_sum(
     """
     vocabulary = _vocabulary(head)
     entry = LOSSES[objective.loss]
-    mask = batch.loss_mask.bool()
-    teacher_at = shift_left(mask)  # [batch, tokens]: the target predicts a trained token from here
-    teacher_rows = torch.cumsum(teacher_at.flatten(), 0).sub_(1).view_as(mask)
+    teacher_at = shift_left(batch.loss_mask)  # [batch, tokens]: the target predicts a trained token from here
+    teacher_rows = torch.cumsum(teacher_at.flatten(), 0).sub_(1).view_as(teacher_at)
     with torch.no_grad():
         hidden = features.last_hidden[teacher_at]  # [positions, hidden]
-        teacher = target.logits(hidden, vocabulary).float()  # [positions, draft_vocab]
+        teacher = widened(target.logits(hidden, vocabulary))  # [positions, draft_vocab]
         mass = None if entry.renormalised else _log_mass(target, hidden, teacher)
 
-    total = features.embeds.new_zeros((), dtype=torch.float32)
+    total = teacher.new_zeros(())
     agreement = []
     steps = architecture_of(head).unroll(
-        head, features.embeds, features.auxiliary, objective.draft_steps, attention_mask=batch.attention_mask
+        head,
+        features.embeds,
+        features.auxiliary,
+        objective.draft_steps,
+        attention_mask=batch.attention_mask,
+        position_ids=batch.position_ids,
     )
     for k, states in enumerate(steps):
-        chosen = shift_left(mask, 2 + k)  # [batch, tokens]: x[i+2+k] is a trained token
+        chosen = batch.trained_ahead(2 + k)  # [batch, tokens]: x[i+2+k] is a trained token
         rows = shift_left(teacher_rows, 1 + k)[chosen]
-        student = head.logits(states[chosen], k).float()  # [positions at this step, draft_vocab]
+        student = widened(head.logits(states[chosen], k))  # [positions at this step, draft_vocab]
         per_position = entry.function(student, teacher[rows], None if mass is None else mass[rows])
         if objective.feature_weight:
-            distance = smooth_l1_loss(states[chosen].float(), hidden[rows].float(), reduction="none").mean(-1)
+            distance = smooth_l1_loss(widened(states[chosen]), widened(hidden[rows]), reduction="none").mean(-1)
             per_position = per_position + objective.feature_weight * distance
         total = total + objective.step_decay**k * per_position.sum()
         with torch.no_grad():
@@ -79,10 +78,15 @@ def loss_sum(
     return total, torch.stack(agreement)
 
 
+def widened(values: Tensor) -> Tensor:
+    """In at least float32: sums over a vocabulary need it."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
 def _log_mass(target: Target, hidden: Tensor, teacher: Tensor) -> Tensor:
     """log of the probability that the target gives to the draft vocabulary, [positions]."""
     chunks = hidden.split(POSITIONS_PER_CHUNK)
-    everything = torch.cat([target.logits(chunk).float().logsumexp(-1) for chunk in chunks])
+    everything = torch.cat([widened(target.logits(chunk)).logsumexp(-1) for chunk in chunks])
     return teacher.logsumexp(-1) - everything
 
 
@@ -94,3 +98,14 @@ def _vocabulary(head: DraftHead) -> Tensor | None:
     if cached is None:
         cached = head._vocabulary_ids = head.vocabulary
     return cached
+
+
+class HeadLoss(nn.Module):
+    """`loss_sum` as a module's forward, which is what DDP and FSDP2 wrap: the head's weights, not the target's."""
+
+    def __init__(self, head: DraftHead, target: Target, objective: Objective) -> None:
+        super().__init__()
+        self.head, self.target, self.objective = head, target, objective  # a Target is no module
+
+    def forward(self, batch: Batch, features: Features) -> tuple[Tensor, Tensor]:
+        return loss_sum(self.head, self.target, batch, features, self.objective)

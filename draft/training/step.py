@@ -21,6 +21,7 @@ from torch import Tensor
 
 from draft.heads.head import StepwiseHead
 from draft.heads.medusa import MedusaHead
+from draft.training.attention import TrainingAttention
 
 
 def unroll(
@@ -30,23 +31,20 @@ def unroll(
     steps: int,
     *,
     attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
 ) -> Iterator[Tensor]:
     """Yield the head's hidden states of draft steps 0..steps-1, each [batch, tokens, hidden].
 
     embeds: [batch, tokens, hidden], the target's embeddings of x; auxiliary: [batch, tokens, layers * hidden], its
     states of the same x at `head.auxiliary_layers`.
-    attention_mask: [batch, tokens], True = a real token; rows are padded on the right. Entry i of step k is
-    meaningful where x[i+1+k] exists; beyond the end the embeddings are zeros.
+    attention_mask, position_ids: [batch, tokens], see `Batch`; rows are padded on the right. Entry i of step k is
+    meaningful where x[i+1+k] exists in the same conversation; beyond a row's end the embeddings are zeros.
     """
     batch, tokens, _ = embeds.shape
     attention = head.attention
     groups = head.config.num_attention_heads // head.config.num_key_value_heads
-    positions = torch.arange(tokens, device=embeds.device).expand(batch, -1)
-    allowed = torch.ones(tokens, tokens, dtype=torch.bool, device=embeds.device).tril()[None, None]
-    if attention_mask is not None:
-        # padding is at the end, after every real query; padded queries keep themselves, or softmax would give NaN
-        eye = torch.eye(tokens, dtype=torch.bool, device=embeds.device)
-        allowed = allowed & (attention_mask.bool()[:, None, None, :] | eye)
+    positions = torch.arange(tokens, device=embeds.device).expand(batch, -1) if position_ids is None else position_ids
+    attend = TrainingAttention(tokens, attention_mask, embeds.device)
 
     hidden = head.fuse(auxiliary)
     base: tuple[Tensor, Tensor] | None = None
@@ -56,19 +54,11 @@ def unroll(
         x, residual = head.mix(embeds, hidden)
         q, k, v = attention.project(x, head.rope(positions + step, hidden.dtype))
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-        q = q * attention.head_dim**-0.5
         if base is None:
             base = k, v
-            mixed = (q @ k.transpose(-1, -2)).masked_fill(~allowed, -torch.inf).softmax(dim=-1) @ v
         else:
             own.append((k, v))
-            # [batch, heads, tokens, tokens], then one column a step
-            scores = [(q @ base[0].transpose(-1, -2)).masked_fill(~allowed, -torch.inf)]
-            scores += [(q * key).sum(-1, keepdim=True) for key, _ in own]
-            weights = torch.cat(scores, dim=-1).softmax(dim=-1)  # [batch, heads, tokens, tokens + step]
-            mixed = weights[..., :tokens] @ base[1]
-            for index, (_, value) in enumerate(own):
-                mixed = mixed + weights[..., tokens + index, None] * value
+        mixed = attend(q, base, own)
         hidden = head.finish(residual, attention.merge(mixed))
         yield hidden
 

@@ -2,285 +2,271 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import hashlib
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from peft import PeftModel
 from rich.console import Console
 from torch import Tensor
 
 from draft.acceptance import replay_acceptance_length
 from draft.afa import set_annealing_step
-from draft.checkpoint import atomic_folder, head_sha256, save_head, write_json
-from draft.comparison import row_ids
-from draft.data.dataset import Row, open_dataset
+from draft.checkpoint import atomic_folder, save_head, write_json
 from draft.data.examples import Batch, batches, collate
-from draft.data.vocabulary import coverage, draft_vocabulary
 from draft.errors import UserError
-from draft.target import Target, load_target
-from draft.training.build import (
-    blank_head,
-    initialise,
-    load_base_head,
-    make_trainable,
-    settle,
-    vocabulary_size,
-    with_vocabulary,
-)
-from draft.training.config import RunSettings, to_yaml
+from draft.target import load_target
+from draft.training.build import autocast, initialise, make_trainable, settle, untrained
+from draft.training.config import RunSettings
 from draft.training.features import Features, FeatureSource, fits_in_memory
-from draft.training.monitor import Monitor, draw, provenance
-from draft.training.objective import loss_sum, trained_positions
+from draft.training.guards import deterministic_algorithms, write_errors
+from draft.training.hidden_states import HiddenStateCache
+from draft.training.interruption import Interrupted, Interruption
+from draft.training.monitor import Monitor, choose_trackers, draw, start_trackers
+from draft.training.objective import HeadLoss
 from draft.training.optimiser import learning_rate_at, parameter_groups
-from draft.training.snapshots import latest_snapshot, load_snapshot, save_snapshot, trained_parameters
+from draft.training.processes import Processes, launcher_dtype, whole
+from draft.training.rows import load_rows
+from draft.training.run_folder import RunFolder
+from draft.training.schedule import Schedule
+from draft.training.snapshots import load_snapshot, snapshot, trained_parameters, write_snapshot
+from draft.training.start import about_run, starting_head
 
 INITIAL_TOKENS = 40_000  # that a new head's first weights are solved from
 ADAPTER_FILES = frozenset({"adapter_config.json", "adapter_model.safetensors", "README.md"})
 EVALUATED_LENGTH = 5  # the speculation length of the replay that is logged
 
 
-@dataclass
-class Rows:
-    train: list[Row]
-    held_out: list[Row]  # greedy ones, a few, for the replay during training
-
-
 class Trainer:
     """Loads everything a run needs, trains, and leaves RUN/head (all weights) or RUN/adapter.
 
-    A run that was interrupted goes on from its last checkpoint when the same command is given again.
+    A run that was interrupted goes on from its last checkpoint when the same command is given again; `resume` as
+    `RunFolder.open` has it. Under `accelerate launch` or `torchrun` every process makes one of these.
     """
 
-    def __init__(self, settings: RunSettings, console: Console | None = None) -> None:
+    def __init__(self, settings: RunSettings, console: Console | None = None, *, resume: bool | None = None) -> None:
         self.settings = settings
-        self.folder = Path(settings.out)
-        self.console = console or Console()
+        self.processes = Processes(settings, choose_trackers(settings.training.log_with))
+        self.accelerator = self.processes.accelerator
+        self.console = (console or Console()) if self.processes.is_main else Console(quiet=True)
+        self.run = RunFolder(settings)
+        self.progress = self.processes.on_main(lambda: self.run.open(resume))
         model = settings.model
-        self.target = load_target(model.target, model.dtype, model.device, model.target_adapter)
+        self.target = load_target(model.target, launcher_dtype(settings), model.device, model.target_adapter)
         if self.target.dtype == torch.float16:
             raise UserError("dtype float16 is too narrow to train in without loss scaling; use bfloat16 or float32.")
-        self.rows = _load_rows(settings, self.target)
-        torch.manual_seed(settings.training.seed)
-        self.features = self._feature_source()
-        head, about = self._starting_head()
-        self.features.layers = head.auxiliary_layers(self.target)
+        with self._arithmetic():
+            self._prepare()
+
+    def _prepare(self) -> None:
+        """From the target to everything that a step needs."""
+        settings, training = self.settings, self.settings.training
+        self.rows = load_rows(settings, self.target)
+        packing = self.target.device.type == "cuda" if settings.data.packing is None else settings.data.packing
+        self.schedule = Schedule(self.rows.train, settings, processes=self.processes.count, packing=packing)
+        self.total_steps, self.step = self.schedule.total_steps, 0
+        torch.manual_seed(training.seed)
+        head, base = starting_head(settings, self.target, self.rows.train, self.console)
         self.objective = settle(settings, head)
-        self.head, self.saver = make_trainable(head, settings)
-        self.about = self._about(about)
-        self.accelerator = Accelerator(cpu=self.target.device.type == "cpu")
-        if self.accelerator.num_processes > 1:
-            raise UserError(
-                f"{self.accelerator.num_processes} processes: training runs in one; start it without a launcher."
-            )
-        self.parameters = list(trained_parameters(self.saver).values())
-        self.optimizer = self.accelerator.prepare(
-            torch.optim.AdamW(
-                parameter_groups(self.parameters, scaled=settings.method == "full"),
-                lr=settings.learning_rate,
-                betas=(0.9, 0.95),
-                weight_decay=0.0,
-            )
-        )
-        training = settings.training
-        self.steps_per_epoch = max(1, math.ceil(len(self._batches(0)) / training.gradient_accumulation))
-        self.total_steps = training.max_steps or max(1, round(training.epochs * self.steps_per_epoch))
-        self.step = 0
-
-    def _feature_source(self) -> FeatureSource:
-        training = self.settings.training
-        remember = training.keep_hidden_states
-        if remember is None:
-            tokens = sum(len(row.ids) for row in self.rows.train)
-            remember = training.epochs > 1 and fits_in_memory(self.target, tokens)
-        return FeatureSource(self.target, remember=remember)
-
-    def _autocast(self) -> torch.autocast:
-        """Full training keeps float32 masters under autocast; adapters run at their base weights' dtype without it."""
-        half = self.target.dtype == torch.bfloat16 and self.settings.method == "full"
-        return torch.autocast(self.target.device.type, torch.bfloat16, enabled=half)
-
-    def _starting_head(self) -> tuple[Any, dict[str, Any]]:
-        settings, target = self.settings, self.target
-        if settings.model.head:
-            head, about = load_base_head(settings, target)
-            if settings.model.rebuild_vocabulary:
-                head = with_vocabulary(head, target, self._vocabulary())
-            share = coverage(self.rows.train, head.vocabulary.cpu())
-            self.console.print(f"The head's vocabulary covers {share:.1%} of the tokens that are trained on.")
-            if share < 0.95:
-                self.console.print(
-                    f"[yellow]Warning:[/] {1 - share:.1%} of this domain's tokens can never be drafted with this head; "
-                    "a head pretrained on this domain would know them."
-                )
-            return head, about
-        # a run that goes on takes its weights from the checkpoint
-        head = blank_head(target, self._vocabulary(), settings.model)
-        self.features.layers = head.auxiliary_layers(target)
-        if not self._latest():
+        self.processes.on_main(self.run.check_settings)
+        self.features = FeatureSource(self.target, home=self._home)
+        self.features.layers = head.auxiliary_layers(self.target)
+        self.features.remember = self._remember()
+        # a run that goes on takes what it trains from the checkpoint, and the others take theirs from process 0
+        solved = settings.model.head or (self.progress and not untrained(head, settings))
+        if self.processes.is_main and not solved:
             with self.console.status("Solving for the head's first weights"):
-                initialise(head, target, self._first_batches(), settings.training.seed)
-        return head, {}
+                initialise(head, self.target, self._first_batches(), training.seed)
+        self.processes.spread(head)
+        self.about = about_run(settings, self.target, self.rows.train, base)
+        self.head, self.saver = make_trainable(head, settings)
+        # FSDP2 leaves a part of each weight in a process: whole ones are gathered into a copy
+        self.copy = copy.deepcopy(self.saver) if self.processes.sharded else None
+        optimizer = torch.optim.AdamW(
+            parameter_groups(list(trained_parameters(self.saver).values()), scaled=settings.method == "full"),
+            lr=settings.learning_rate,
+            betas=(0.9, 0.95),
+            weight_decay=0.0,
+        )
+        self.module, self.optimizer = self.processes.wrap(HeadLoss(self.head, self.target, self.objective), optimizer)
+        self.parameters = list(trained_parameters(self.saver).values())
 
-    def _vocabulary(self) -> Tensor:
-        size = vocabulary_size(self.settings.model, self.target)
-        return draft_vocabulary(self.rows.train, size, self.target.vocab_size, sorted(self.target.eos_token_ids))
+    def _remember(self) -> bool:
+        """Whether hidden states stay in memory: a run that goes on does as it did before."""
+        training = self.settings.training
+        if training.cache_hidden_states:
+            return False
+        if training.keep_hidden_states is not None:
+            return training.keep_hidden_states
+        tokens = sum(len(row.ids) for row in self.rows.train)
+        fits = training.epochs > 1 and fits_in_memory(self.target, self.features.layers, tokens * self.processes.count)
+        return self.processes.on_main(lambda: self.progress.get("remember", fits))
 
-    def _latest(self) -> Path | None:
-        return latest_snapshot(self.folder / "checkpoints")
+    def _home(self, row: int) -> tuple[Batch, list[int]]:
+        rows = self.schedule.home(row)
+        return self._collate(rows), rows
+
+    def _collate(self, rows: list[int]) -> Batch:
+        return self.schedule.collate(rows).to(self.target.device)
+
+    def _arithmetic(self) -> Any:
+        wanted = self.settings.training.deterministic
+        return deterministic_algorithms(self.target.device.type == "cpu" if wanted is None else wanted)
 
     def _first_batches(self) -> Iterator[tuple[Features, Tensor]]:
         """Enough rows of the first epoch for the closed-form start: (features, attention mask)."""
         tokens = 0
-        for rows in self._batches(0):
-            batch = self._collate(rows)
+        for rows in batches(self.rows.train, self.settings.data.tokens_per_batch, self.settings.training.seed, epoch=0):
+            batch = collate([self.rows.train[row] for row in rows]).to(self.target.device)  # never packed
             yield self.features.get(batch, rows), batch.attention_mask.bool()
-            tokens += int(batch.attention_mask.sum())
+            tokens += self.schedule.tokens([rows])
             if tokens >= INITIAL_TOKENS:
                 return
 
-    def _collate(self, rows: list[int]) -> Batch:
-        return collate([self.rows.train[row] for row in rows]).to(self.target.device)
-
-    def _about(self, base: dict[str, Any]) -> dict[str, Any]:
-        settings = self.settings
-        return {
-            "target": settings.model.target,
-            "target_adapter": settings.model.target_adapter,
-            "target_fingerprint": self.target.fingerprint,
-            "mode": settings.mode,
-            "method": settings.method,
-            "base_head": settings.model.head and Path(settings.model.head).name,
-            "base_head_sha256": settings.model.head and head_sha256(settings.model.head),
-            "tokens": sum(len(row.ids) for row in self.rows.train),
-            "trained_tokens": sum(sum(row.mask) for row in self.rows.train),
-            "trained_rows": sorted({*row_ids(self.rows.train), *base.get("trained_rows", [])}),
-            **provenance(),
-        }
-
     def train(self) -> Path:
-        """Run to the end; returns the folder of the head or adapter that was written."""
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--out {str(self.folder)!r} cannot be made ({error.strerror}); choose another.") from error
-        self._start_or_resume()
-        parameters = sum(parameter.numel() for parameter in self.parameters)
-        self.console.print(
-            f"{self.settings.mode} ({self.settings.method}): {parameters:,} trained parameters, "
-            f"{len(self.rows.train)} rows, {self.total_steps} steps, "
-            f"{str(self.target.dtype)[6:]} on {self.target.device}"
-        )
-        try:
-            self._loop()
-        except KeyboardInterrupt:
-            self._save_snapshot()  # an interrupted run goes on from here
-            raise
-        return self._finish()
+        """Run to the end; returns the folder of the head or adapter that was written.
+
+        Raises:
+            Interrupted: after Ctrl-C or SIGTERM, when the step under way is done and saved.
+        """
+        with self._arithmetic(), write_errors(self.run.folder):
+            self.processes.on_main(self.run.begin)
+            self._resume()
+            self._fill_cache()
+            parameters = sum(parameter.numel() for parameter in self.parameters)
+            processes = f" in {self.processes.count} processes" if self.processes.count > 1 else ""
+            self.console.print(
+                f"{self.settings.mode} ({self.settings.method}): {parameters:,} trained parameters, "
+                f"{len(self.rows.train)} rows, {self.total_steps} steps, "
+                f"{str(self.target.dtype)[6:]} on {self.target.device.type}{processes}"
+            )
+            try:
+                self._loop()
+                result = self._finish()
+            except Interrupted:
+                self.processes.end()
+                raise
+        self.processes.end()
+        return result
+
+    def _fill_cache(self) -> None:
+        folder = self.settings.training.cache_hidden_states
+        if folder is not None:
+            cache = HiddenStateCache(Path(folder), self.target, self.features.layers, self.rows.train)
+            cache.fill(lambda rows: self.features.states(self._collate(rows), rows), self.processes, self.console)
+            self.features.kept = cache
 
     def _loop(self) -> None:
-        training = self.settings.training
-        with Monitor(self.folder, self.total_steps, self.step, self.console) as monitor:
+        training, main = self.settings.training, self.processes.is_main
+        if main:
+            start_trackers(self.accelerator, self.run.folder, self.step, dataclasses.asdict(self.settings))
+        monitor = Monitor(self.run.folder, self.total_steps, self.step, self.console, self.accelerator, silent=not main)
+        with monitor, Interruption() as interruption:
             if self.step == 0:
                 monitor.log(0, self._evaluate())
-            for window in self._windows():
+            for window in self.schedule.windows(self.step):
                 rate = learning_rate_at(self.step, self.total_steps, self.settings)
                 for group in self.optimizer.param_groups:
                     group["lr"] = rate * group["scale"]
-                metrics, tokens = self._optimise(window)
+                metrics, stop = self._optimise(window, interruption)
                 self.step += 1
                 beta = self._anneal()
+                tokens = self.schedule.tokens(window)
                 monitor.log(self.step, {"lr": rate, "beta": beta, **metrics}, tokens=tokens)
-                if training.eval_every and self.step % training.eval_every == 0:
+                last = self.step == self.total_steps
+                if training.eval_every and (self.step % training.eval_every == 0 or last):
                     monitor.log(self.step, self._evaluate())
-                if self.step % training.save_every == 0 or self.step == self.total_steps:
-                    self._save_snapshot()
-            if training.eval_every and self.step % training.eval_every:
-                monitor.log(self.step, self._evaluate())
+                if self.step % training.save_every == 0 or last or stop:
+                    self._save()
+                if stop and not last:
+                    raise Interrupted(interruption.received, self.step)
 
-    def _optimise(self, window: list[list[int]]) -> tuple[dict[str, Any], int]:
-        """One optimiser step over the batches of `window`, each a list of row numbers; metrics, and tokens read."""
-        examples = [self._collate(rows) for rows in window]
-        positions = sum(int(trained_positions(batch)) for batch in examples)
+    def _optimise(self, window: list[list[int]], interruption: Interruption) -> tuple[dict[str, Any], bool]:
+        """One optimiser step over this process's share of `window`, batches of row numbers.
+
+        The loss is divided by the trained positions of the whole window, of all processes, so that accumulation,
+        processes and padding don't change the curve. Returns metrics, and whether any process was told to stop.
+        """
+        positions, count = max(1, self.schedule.positions(window)), self.processes.count
+        share = self.schedule.share(window, self.processes.rank)
+        sums = torch.zeros(2 + 2 * self.objective.draft_steps, dtype=torch.float64, device=self.target.device)
         self.optimizer.zero_grad()
-        total, agreement = 0.0, torch.zeros(self.objective.draft_steps, 2)
-        for batch, rows in zip(examples, window, strict=True):
+        for place, (rows, counts) in enumerate(share, start=1):
+            batch = self._collate(rows)
             features = self.features.get(batch, rows)
-            with self._autocast():
-                loss, hits = loss_sum(self.head, self.target, batch, features, self.objective)
-            self.accelerator.backward(loss / max(1, positions))
-            total += loss.item()
-            agreement += hits.cpu()
-        norm = self.accelerator.clip_grad_norm_(self.parameters, self.settings.training.max_grad_norm)
-        if not math.isfinite(float(norm)):
+            with self.processes.accumulating(self.module, last=place == len(share)):
+                with autocast(self.target, self.settings):
+                    loss, hits = self.module(batch, features)
+                # gradients are averaged over the processes, and here is their sum wanted
+                self.accelerator.backward(loss * (counts * count) / positions)
+            if counts:
+                sums[1:] += torch.cat([loss.detach()[None], hits.flatten()])
+        norm = float(whole(torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.training.max_grad_norm)))
+        if not math.isfinite(norm):
             raise UserError(
                 f"the gradient is not finite at step {self.step + 1}; start again in another --out with a lower "
                 f"--learning-rate than {self.settings.learning_rate}."
             )
         self.optimizer.step()
-        shares = agreement[:, 0] / agreement[:, 1].clamp_min(1)
+        sums[0] = interruption.received is not None
+        stop, total, *agreement = self.processes.summed(sums).tolist()
         metrics = {
-            "loss": total / max(1, positions),
-            "agreement": [round(share, 4) for share in shares.tolist()],
-            "grad_norm": round(float(norm), 4),
+            "loss": total / positions,
+            "agreement": [
+                round(hit / max(1, asked), 4) for hit, asked in zip(agreement[::2], agreement[1::2], strict=True)
+            ],
+            "grad_norm": round(norm, 4),
         }
-        return metrics, sum(int(batch.attention_mask.sum()) for batch in examples)
-
-    def _batches(self, epoch: int) -> list[list[int]]:
-        return batches(self.rows.train, self.settings.data.tokens_per_batch, self.settings.training.seed, epoch)
-
-    def _windows(self) -> Iterator[list[list[int]]]:
-        """The batches of each optimiser step from `self.step` on; a function of the seed and the step alone."""
-        size = self.settings.training.gradient_accumulation
-        while self.step < self.total_steps:
-            epoch, first = divmod(self.step, self.steps_per_epoch)
-            order = self._batches(epoch)
-            for start in range(first * size, self.steps_per_epoch * size, size):
-                if self.step == self.total_steps:
-                    return
-                yield order[start : start + size] or order[:size]
+        return metrics, stop > 0
 
     def _anneal(self) -> float | None:
         if self.settings.method != "afa-lora":
             return None
-        return set_annealing_step(self.saver, self.step, self.total_steps)
+        for model in (self.saver, self.copy):
+            if model is not None:
+                beta = set_annealing_step(model, self.step, self.total_steps)
+        return beta
+
+    def _whole(self) -> tuple[Any, Any]:
+        """The head, and the module that saves it, with whole weights; all processes have to ask for them."""
+        if self.copy is None:
+            return self.head, self.saver
+        parts = trained_parameters(self.saver)
+        with torch.no_grad():
+            for name, parameter in trained_parameters(self.copy).items():
+                parameter.copy_(whole(parts[name].detach()))
+        return self.copy.get_base_model() if isinstance(self.copy, PeftModel) else self.copy, self.copy
 
     def _evaluate(self) -> dict[str, float]:
+        """τ by replay of the held-out rows, in process 0; the others go on and wait for it in the next step."""
         if not (self.settings.training.eval_every and self.rows.held_out):
             return {}
-        self.head.eval()
-        with torch.no_grad(), self._autocast():
-            tau = replay_acceptance_length(self.target, self.head, self.rows.held_out, EVALUATED_LENGTH)
-        self.head.train()
+        head, _ = self._whole()
+        if not self.processes.is_main:
+            return {}
+        head.eval()
+        with torch.no_grad(), autocast(self.target, self.settings):
+            tau = replay_acceptance_length(self.target, head, self.rows.held_out, EVALUATED_LENGTH)
+        head.train()
         return {"tau": tau} if math.isfinite(tau) else {}
 
-    def _start_or_resume(self) -> None:
-        config = self.folder / "config.yaml"
-        wanted = to_yaml(self.settings)
-        if config.is_file() and config.read_text() != wanted:
-            raise UserError(
-                f"{str(self.folder)!r} holds a run with other settings; choose another --out, or delete it."
-            )
-        config.write_text(wanted)
-        write_json(self.folder / "provenance.json", provenance())
-        checkpoint = self._latest()
-        if checkpoint is not None:
-            progress = load_snapshot(checkpoint, self.saver, self.optimizer.optimizer)
-            if progress["identity"] != self._identity():
-                raise UserError(
-                    f"the data, the target or the base head of {str(self.folder)!r} have changed since it was "
-                    "interrupted; choose another --out, or delete it."
-                )
+    def _resume(self) -> None:
+        progress = self.progress
+        if progress:
+            self.run.check_progress(progress, self._identity(), self.schedule.batches_per_step, self.processes.count)
+            load_snapshot(self.run.checkpoints / progress["name"], self.saver, self.optimizer.optimizer)
             self.step = progress["step"]
             for group, scale in zip(self.optimizer.param_groups, progress["scales"], strict=True):
                 group["scale"] = scale
-            self.console.print(f"Continuing {str(self.folder)!r} from step {self.step} of {self.total_steps}.")
+            self.console.print(
+                f"Continuing {str(self.run.folder)!r} from step {self.step} of {self.total_steps}.", soft_wrap=True
+            )
         self._anneal()
 
     def _identity(self) -> str:
@@ -290,41 +276,32 @@ class Trainer:
             json.dumps([rows, self.target.fingerprint, self.about["base_head_sha256"], self.total_steps]).encode()
         ).hexdigest()[:32]
 
-    def _save_snapshot(self) -> None:
-        scales = [group["scale"] for group in self.optimizer.param_groups]
-        progress = {"step": self.step, "scales": scales, "identity": self._identity()}
-        save_snapshot(
-            self.folder / "checkpoints",
-            self.saver,
-            self.optimizer.optimizer,
-            progress,
-            self.settings.training.keep_checkpoints,
-        )
+    def _save(self) -> None:
+        progress = {
+            "step": self.step,
+            "scales": [group["scale"] for group in self.optimizer.param_groups],
+            "identity": self._identity(),
+            "batches_per_step": self.schedule.batches_per_step,
+            "remember": self.features.remember,
+        }
+        tensors = snapshot(self.saver, self.optimizer.optimizer)
+        keep = self.settings.training.keep_checkpoints
+        self.processes.on_main(lambda: write_snapshot(self.run.checkpoints, tensors, progress, keep))
 
     def _finish(self) -> Path:
-        draw(self.folder)
+        head, saver = self._whole()
+        return self.processes.on_main(lambda: self._write_result(head, saver))
+
+    def _write_result(self, head: Any, saver: Any) -> Path:
+        draw(self.run.folder)
         about = {**self.about, "steps": self.step}
-        if isinstance(self.saver, PeftModel):
-            result = self.folder / "adapter"
+        if isinstance(saver, PeftModel):
+            result = self.run.folder / "adapter"
             with atomic_folder(result, ADAPTER_FILES) as temporary:
-                self.saver.save_pretrained(str(temporary))
+                saver.save_pretrained(str(temporary))
         else:
-            result = self.folder / "head"
-            self.head.eval()
-            save_head(self.head, result, dtype=self.target.stored_dtype, about=about)
-        write_json(self.folder / "about.json", about)  # last: it marks the run as finished
+            result = self.run.folder / "head"
+            head.eval()
+            save_head(head, result, dtype=self.target.stored_dtype, about=about)
+        write_json(self.run.folder / "about.json", about)  # last: it marks the run as finished
         return result
-
-
-def _load_rows(settings: RunSettings, target: Target) -> Rows:
-    train: list[Row] = []
-    held_out: list[Row] = []
-    for folder in settings.data.data:
-        dataset = open_dataset(Path(folder))
-        dataset.check_target(target)
-        train += dataset.rows("train")
-        held_out += [row for row in dataset.rows("held-out") if row.greedy]
-    train = [row for row in train if sum(row.mask[2:])]
-    if not train:
-        raise UserError(f"{', '.join(settings.data.data)}: no training rows; prepare a larger data set.")
-    return Rows(train, held_out[: settings.training.eval_rows])

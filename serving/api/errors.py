@@ -21,6 +21,7 @@ from serving.engine import EngineStopped, Overloaded
 MAX_MESSAGE = 500  # characters
 _MAX_ECHO = 40
 _WANTED_A_NUMBER = {"int_type", "float_type", "bool_type"}
+_WANTED_A_BODY = {"missing", "model_attributes_type", "model_type", "dict_type"}
 _RETRY = {"retry-after": "1"}
 NO_RETRY = {"x-should-retry": "false"}  # the openai client's word for: it would end the same way again
 
@@ -118,12 +119,16 @@ async def on_http_error(request: Request, error: Exception) -> JSONResponse:
 async def on_validation_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
     problems = error.errors()
-    told = ApiError("validation", "; ".join(_sentence(problem) for problem in problems[:3]), field=_field(problems[0]))
+    first = problems[0]
+    field = getattr(first.get("ctx", {}).get("error"), "field", None) or _field(first)
+    told = ApiError("validation", "; ".join(_sentence(problem) for problem in problems[:3]), field=field)
     return response_of(told, request.url.path)
 
 
 def _field(problem: dict[str, Any]) -> str | None:
     """The field's path; where one problem is reported for each type that a field may have, types are left out."""
+    if problem["type"] == "json_invalid":  # the place is one in the text
+        return None
     parts = [str(part) for part in problem["loc"][1:] if not (isinstance(part, str) and _is_type(part))]
     return ".".join(parts)[:100] or None
 
@@ -137,6 +142,8 @@ def _sentence(problem: dict[str, Any]) -> str:
     if problem["type"] == "json_invalid":
         return f"the body is not valid JSON: {problem['ctx']['error']}"
     field_name = _field(problem)
+    if field_name is None and problem["type"] in _WANTED_A_BODY:
+        return "the body must be a JSON object"
     about = f"`{field_name}`: " if field_name else ""
     # texts are the user's own, and an error does not repeat them, except a word in a number's place
     value = problem["input"]

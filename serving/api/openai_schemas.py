@@ -7,6 +7,7 @@ name; none is ignored.
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Annotated, Any, Literal
 
@@ -15,6 +16,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 from serving.api.schemas import (
     MAX_STOP_SEQUENCES,
     Prompt,
+    Refused,
     Seed,
     Speculative,
     StopString,
@@ -93,6 +95,14 @@ def _token_keys(bias: dict[str, float]) -> dict[str, float]:
     return bias
 
 
+def _sendable(metadata: dict[str, Any]) -> dict[str, Any]:
+    try:
+        json.dumps(metadata, allow_nan=False, ensure_ascii=False).encode()
+    except ValueError:
+        raise ValueError("must have finite numbers and no unpaired surrogates") from None
+    return metadata
+
+
 class StreamOptions(Strict):
     include_usage: bool | None = None
     include_obfuscation: bool | None = Field(default=None, description="padding against observers; never added")
@@ -134,7 +144,7 @@ class Sampling(Strict):
 
     # nothing that they could change exists here
     user: Text | None = None
-    metadata: dict[str, Any] | None = None
+    metadata: Annotated[dict[str, Any], AfterValidator(_sendable)] | None = None
     store: bool | None = None
     service_tier: Text | None = None
     safety_identifier: Text | None = None
@@ -171,7 +181,7 @@ class Sampling(Strict):
             self.response_format = None
         refuse_not_implemented(self, table)
         if self.stream_options is not None and not self.stream:
-            raise ValueError("`stream_options` is for streams; set `stream`, or leave it out")
+            raise Refused("stream_options", "is for streams; set `stream`, or leave it out")
 
 
 TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
@@ -209,7 +219,7 @@ class CompletionRequest(Sampling):
             self.best_of = None
         self._check(NOT_IMPLEMENTED)
         if self.echo and self.logprobs is not None:
-            raise ValueError("`echo` with `logprobs` is not implemented by this server; leave one of them out")
+            raise Refused("echo", "with `logprobs` is not implemented by this server; leave one of them out")
         return self
 
 
@@ -270,9 +280,9 @@ class ChatRequest(Sampling):
         shared = {name: off for name, off in NOT_IMPLEMENTED.items() if name not in ("best_of", "suffix")}
         self._check(shared | CHAT_NOT_IMPLEMENTED)
         if self.top_logprobs and not self.logprobs:
-            raise ValueError("`top_logprobs` needs `logprobs` to be true")
+            raise Refused("top_logprobs", "needs `logprobs` to be true")
         if None not in (self.max_tokens, self.max_completion_tokens):
-            raise ValueError("`max_tokens` and `max_completion_tokens` are two names of one thing; give one of them")
+            raise Refused("max_tokens", "and `max_completion_tokens` are two names of one thing; give one of them")
         return self
 
 

@@ -8,13 +8,14 @@ from functools import cache
 from importlib.resources import files
 
 from fastapi import APIRouter, Response
+from fastapi.responses import HTMLResponse
 
 router = APIRouter()
 
 _SCRIPTS = ("api.js", "figures.js", "view.js", "main.js")  # one after the other, in one module
 
 
-@router.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
+@router.get("/", response_class=HTMLResponse)
 async def page() -> Response:
     """Holds no data, and asks the public API as any other client does."""
     document, policy = _document()

@@ -72,13 +72,21 @@ class Strict(BaseModel):
         return _whole(body)
 
 
+class Refused(ValueError):
+    """A field that a validator of the whole body refuses."""
+
+    def __init__(self, field: str, why: str) -> None:
+        super().__init__(f"`{field}` {why}")
+        self.field = field
+
+
 def refuse_not_implemented(body: BaseModel, table: dict[str, tuple[Any, ...]]) -> None:
     for name, off in table.items():
         value = getattr(body, name)
         if value is not None and not any(
             value == each and isinstance(value, bool) == isinstance(each, bool) for each in off
         ):
-            raise ValueError(f"`{name}` is not implemented by this server; leave it out")
+            raise Refused(name, "is not implemented by this server; leave it out")
 
 
 def not_implemented(table: dict[str, tuple[Any, ...]], name: str) -> Any:

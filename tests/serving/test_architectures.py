@@ -98,6 +98,7 @@ def params() -> SamplingParams:
         ("gpt_oss", {"num_local_experts": 4, "sliding_window": 5, **EXPERTS}, ["sinks"]),
         ("qwen3_next", {"num_experts": 4, **EXPERTS}, ["linear_attention"]),
         ("opt", {"ffn_dim": 32}, ["list of decoder layers"]),
+        ("diffllama", {}, ["more than once"]),
     ],
 )
 def test_what_cannot_be_decoded_is_refused_by_name(kind: str, own: dict[str, Any], words: list[str]) -> None:

@@ -50,6 +50,17 @@ OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
         {"residual_multiplier": 0.7, "attention_multiplier": 0.3},
     ),  # other arithmetic
     "smollm3": ("smollm3", {"no_rope_layer_interval": 2}),
+    "ministral3": (  # scales queries from some position on
+        "ministral3",
+        {
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 1e4,
+                "llama_4_scaling_beta": 0.5,
+                "original_max_position_embeddings": 32,
+            }
+        },
+    ),
     "llama, gelu": ("llama", {"hidden_act": "gelu"}),
     "llama, odd width": ("llama", {"intermediate_size": 90}),
 }

@@ -131,9 +131,9 @@ def test_sampled_answers_follow_the_law_of_the_target(rule: str, shape: str, pro
 
 
 @pytest.mark.parametrize("architecture", ["eagle", "medusa"])
-@pytest.mark.parametrize(("rule", "shape"), COMBINATIONS[1:])
-def test_answers_follow_the_law_whatever_drafts(rule: str, shape: str, architecture: str) -> None:
-    seen, accepted = draw(rule, shape, PROCESSING["plain"], architecture=architecture)
+@pytest.mark.parametrize("shape", ["chain", "tree"])
+def test_answers_follow_the_law_whatever_drafts(shape: str, architecture: str) -> None:
+    seen, accepted = draw("rejection", shape, PROCESSING["plain"], architecture=architecture)
     assert deviations(seen, exact_law(PROCESSING["plain"])) < 5
     assert accepted > SAMPLES / 20
 

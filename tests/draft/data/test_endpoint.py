@@ -195,8 +195,12 @@ def test_what_ends_it_is_one_sentence(target: Target, server: str, tmp_path: Pat
 
     with pytest.raises(EndpointError, match="http://127.0.0.1:9 gives no answer"):
         run("http://127.0.0.1:9")
-    with pytest.raises(EndpointError, match="is no address"):
-        run("localhost:8000")
+    for wrong in ("localhost:8000", "http://localhost:port", "http://"):
+        with pytest.raises(EndpointError, match="is no address"):
+            run(wrong)
+    monkeypatch.setenv("OTHER_KEY", "ключ")
+    with pytest.raises(EndpointError, match=r"\$OTHER_KEY holds letters"):
+        run(server, api_key_env="OTHER_KEY")
     with pytest.raises(EndpointError, match="no model 'other'.*--endpoint-model"):
         run(server, model="other")
     monkeypatch.setenv("OTHER_KEY", "wrong")

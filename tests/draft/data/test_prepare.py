@@ -11,9 +11,8 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import make_tiny_target
+from conftest import make_tiny_target, make_writing_target
 from rich.console import Console
-from torch import nn
 
 import draft.data.dataset
 import draft.data.writing
@@ -30,16 +29,7 @@ QUESTIONS = [f"Question number {number}?" for number in range(20)]
 
 @pytest.fixture(scope="module")
 def target() -> Target:
-    """Writes lower-case words, and ends its turns."""
-    made = make_tiny_target(dtype=torch.float32)
-    head = nn.Linear(32, 259).requires_grad_(False)
-    head.weight.copy_(made.lm_head.weight)
-    head.bias.fill_(-1e4)
-    letters = made.tokenizer("abcdefghijklmnopqrstuvwxyz", add_special_tokens=False).input_ids
-    head.bias[letters] = 0.0
-    head.bias[made.tokenizer(" ", add_special_tokens=False).input_ids + [2]] = 2.0
-    made.lm_head = made.model.lm_head = head
-    return made
+    return make_writing_target()
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import save_tiny_target
+from conftest import make_writing_target, save_tiny_target
 
 from draft.data.dataset import Dataset, open_dataset
 from draft.data.prepare import prepare
@@ -66,7 +66,7 @@ def test_two_processes_write_what_one_does(target: Target, folder: Path, questio
     second = start(folder, out, *each, RANK="1", WORLD_SIZE="2", LOCAL_RANK="1")  # as a launcher starts it
     said = [process.communicate(timeout=300)[0] for process in (first, second)]
     assert [process.returncode for process in (first, second)] == [0, 0]
-    assert sum("rows to train on" in text for text in said) >= 1
+    assert sum("rows to train on" in " ".join(text.split()) for text in said) >= 1
     rows, manifest = contents(open_dataset(out))
     assert rows == expected[0] and manifest == expected[1]
     assert not (out / "parts").exists()
@@ -93,18 +93,18 @@ def test_a_killed_shard_goes_on_and_a_missing_one_is_named(
         "--dtype",
         "float32",
         "--shard",
-        "1/3",
+        "2/3",
         "--batch-size",
         "1",
         script=hang,
     )
     try:
-        own = out / "parts" / "shard-1-of-3"
+        own = out / "parts" / "shard-2-of-3"
         deadline = time.monotonic() + 120
         while not list(own.glob("responses-1.*.parquet")) and time.monotonic() < deadline:
             time.sleep(0.1)
-        with pytest.raises(UserError, match=r"being written by another process with --shard 1/3"):
-            prepare(target, out, **options, shard=Shard(1, 3))
+        with pytest.raises(UserError, match=r"being written by another process with --shard 2/3"):
+            prepare(target, out, **options, shard=Shard(2, 3))
     finally:
         os.kill(killed.pid, signal.SIGKILL)
         killed.wait()
@@ -123,17 +123,15 @@ def test_a_killed_shard_goes_on_and_a_missing_one_is_named(
         return real(*args, **kwargs)
 
     monkeypatch.setattr(draft.data.writing, "generate_responses", counting)
-    assert prepare(target, out, **options, shard=Shard(1, 3)) is None
-    assert written == ["responses-1:7"]  # conversations 1, 4 and 7; what was stored is not written again
-    done = contents(prepare(target, out, **options, shard=Shard(2, 3)))
+    assert prepare(target, out, **options, shard=Shard(2, 3)) is None
+    assert len(written) == 1 and written[0].startswith("responses-1:")  # what was stored is not written again
+    done = contents(prepare(target, out, **options, shard=Shard(1, 3)))
     again = contents(prepare(target, out, **options, shard=Shard(0, 3)))
     assert done == again == contents(prepare(target, tmp_path / "one", **options))
 
 
-def test_shards_share_the_prompts_that_the_target_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from test_prepare import target as make  # a target that writes words
-
-    words = make.__wrapped__()  # type: ignore[attr-defined]
+def test_shards_share_the_prompts_that_the_target_writes(tmp_path: Path) -> None:
+    words = make_writing_target()
     options = {**SHAPE, "num_prompts": 6, "batch_size": 20}
     expected = contents(prepare(words, tmp_path / "one", **options))
     parts = [prepare(words, tmp_path / "three", **options, shard=Shard(index, 3)) for index in (2, 0, 1)]

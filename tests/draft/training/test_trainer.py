@@ -1,7 +1,9 @@
 """Whole runs on a tiny target: pretrain, adapt by each method, interrupt, resume, merge."""
 
 import json
+import os
 import shutil
+import signal
 
 import pytest
 import torch
@@ -13,7 +15,9 @@ from draft.data.prepare import prepare
 from draft.errors import UserError
 from draft.merge import merge_run
 from draft.training.config import resolve
+from draft.training.interruption import Interrupted
 from draft.training.optimiser import learning_rate_at, parameter_groups
+from draft.training.snapshots import latest_snapshot
 from draft.training.trainer import Trainer
 
 QUIET = Console(quiet=True)
@@ -130,26 +134,47 @@ def test_an_annealed_adapter_is_not_merged(world, tmp_path):
     assert not (tmp_path / "merged").exists()
 
 
-@pytest.mark.parametrize(("mode", "method"), [("adapt", "afa-lora"), ("adapt", "full"), ("pretrain", "full")])
-def test_an_interrupted_run_ends_with_the_same_weights(world, mode, method, monkeypatch):
+# of a Medusa head's four positions three are trained: the last one is no checkpoint's
+NEW_HEADS = {
+    "eagle3": {},
+    "eagle": {"architecture": "eagle"},
+    "medusa": {"architecture": "medusa", "head_options": ["num_heads=4"]},
+}
+
+
+@pytest.mark.parametrize(
+    ("mode", "method", "architecture"),
+    [
+        ("pretrain", "full", "eagle3"),
+        ("adapt", "full", "eagle3"),
+        ("adapt", "afa-lora", "eagle3"),
+        ("pretrain", "full", "eagle"),
+        ("adapt", "afa-lora", "eagle"),
+        ("pretrain", "full", "medusa"),
+        ("adapt", "afa-lora", "medusa"),
+    ],
+)
+def test_an_interrupted_run_ends_with_the_same_weights(world, mode, method, architecture, monkeypatch):
     settings = {"method": method, "rank": 4, "max_steps": 8, "save_every": 3, "gradient_accumulation": 2}
-    run(world, mode, f"{mode}-whole-{method}", **settings)
+    start = {"head": str(world / ADAPTED[architecture][0] / "head")} if mode == "adapt" else NEW_HEADS[architecture]
+    settings |= {**start, "draft_steps": None if architecture == "eagle" else 3}
+    kinds = [f"{mode}-{architecture}-{kind}-{method}" for kind in ("whole", "broken")]
+    run(world, mode, kinds[0], **settings)
 
     class Interrupted(Exception):
         pass
 
     original = Trainer._optimise
 
-    def stop(trainer, window):
+    def stop(trainer, *arguments):
         if trainer.step == 5:
             raise Interrupted
-        return original(trainer, window)
+        return original(trainer, *arguments)
 
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
         patch.setattr(Trainer, "_optimise", stop)
-        run(world, mode, f"{mode}-broken-{method}", **settings)
-    run(world, mode, f"{mode}-broken-{method}", **settings)
-    kinds = [f"{mode}-whole-{method}", f"{mode}-broken-{method}"]
+        run(world, mode, kinds[1], **settings)
+    run(world, mode, kinds[1], **settings)
     heads = [load_head(merge_run(world / kind, world / f"{kind}-head").head)[0].state_dict() for kind in kinds]
     for name, value in heads[0].items():
         assert torch.equal(value, heads[1][name]), name
@@ -164,6 +189,38 @@ def test_accumulation_gives_the_gradient_of_the_larger_batch(world):
         torch.testing.assert_close(value, load_head(large)[0].state_dict()[name], atol=2e-5, rtol=0)
     losses = [metrics(world / name)[1]["loss"] for name in ("accumulated", "at-once")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+NEW_HEADS = {
+    "EAGLE-3.1 of four layers": ["fc_norm=true", "norm_output=true", "auxiliary_layers=[1, 3, 6, 8]"],
+    "a borrowed LM head": ["shared_lm_head=true"],
+    "other norms": ["norm_before_fc=true", "norm_before_residual=true"],
+    "medusa": ["shared_lm_head=true", "num_layers=2", "num_heads=4"],
+    "eagle": ["fc_bias=true", "qkv_bias=true"],
+}
+
+
+@pytest.mark.parametrize("name", NEW_HEADS)
+def test_a_new_head_has_the_options_that_were_asked_for(world, name):
+    architecture = name if name in ("medusa", "eagle") else "eagle3"
+    options = {"architecture": architecture, "head_options": NEW_HEADS[name], "max_steps": 2}
+    head, _ = load_head(run(world, "pretrain", name, **options))
+    for option in NEW_HEADS[name]:
+        key, value = option.split("=")
+        assert json.dumps(getattr(head.config, key)) == value
+    assert bool(head.own_lm_heads) == (architecture != "eagle" and "shared_lm_head=true" not in NEW_HEADS[name])
+
+
+def test_settings_that_an_architecture_has_no_use_for_are_refused(world):
+    for flags, words in (
+        ({"architecture": "medusa", "head_options": ["num_heads=2"]}, "draft_steps = 3: the head drafts 2 tokens"),
+        ({"feature_weight": 1.0}, "eagle3 does not guess the target's states"),
+        ({"mode": "adapt", "architecture": "eagle"}, "is of architecture eagle3, not eagle"),
+        ({"mode": "adapt", "head": str(world / "pretrained-eagle" / "head"), "method": "full",
+          "rebuild_vocabulary": True}, "rebuild_vocabulary: a head of architecture eagle"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=words):
+            run(world, **{"mode": "pretrain", "name": "refused", "max_steps": 1, **flags})
 
 
 def test_other_settings_in_the_same_folder_are_refused(world):
@@ -246,14 +303,15 @@ def test_ctrl_c_saves_and_other_data_are_then_refused(world, tmp_path, monkeypat
 
     original = Trainer._optimise
 
-    def stop(self, window):
+    def stop(self, *arguments):
         if self.step == 2:
-            raise KeyboardInterrupt
-        return original(self, window)
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(self, *arguments)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(Interrupted, match="after step 3"):
         patch.setattr(Trainer, "_optimise", stop)
         trainer("one").train()
+    assert latest_snapshot(tmp_path / "run" / "checkpoints").name == "step-0000003"
     with pytest.raises(UserError, match="have changed"):
         trainer("two").train()
     again = trainer("one")

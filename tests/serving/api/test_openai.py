@@ -68,6 +68,26 @@ def test_a_stream_is_the_same_answer_in_parts(client, path) -> None:
     assert all("usage" not in each for each in without[:-1]) and len(without) == len(chunks) + 1
 
 
+@pytest.mark.parametrize("path", ["completions", "chat/completions"])
+def test_token_ids_are_told_where_they_are_asked_for(client, tiny_target, path) -> None:
+    """Under vLLM's names: of the prompt, and of each choice, with the token that ended it."""
+    wishes = {"temperature": 0.9, "seed": 3, "n": 2, "max_tokens": 40}
+    whole = complete(client, path, **wishes, return_token_ids=True)
+    prompt = tiny_target.tokenizer(PROMPT).input_ids
+    for choice in whole["choices"]:
+        plain = alone(tiny_target, temperature=0.9, seed=choice["seed"], max_new_tokens=40)
+        assert choice["token_ids"] == plain.token_ids
+        assert (whole if "chat" in path else choice)["prompt_token_ids"] == prompt
+    *chunks, done = complete(client, path, **wishes, return_token_ids=True, stream=True)["events"]
+    for choice in whole["choices"]:
+        own = [chunk for chunk in chunks if chunk["choices"][0]["index"] == choice["index"]]
+        ids = [token for chunk in own for token in chunk["choices"][0].get("token_ids", [])]
+        assert ids == choice["token_ids"]
+        assert (own[0] if "chat" in path else own[0]["choices"][0])["prompt_token_ids"] == prompt
+    without = complete(client, path, **wishes)
+    assert "token_ids" not in without["choices"][0] and "prompt_token_ids" not in {**without, **without["choices"][0]}
+
+
 def test_every_choice_has_its_own_seed_and_can_be_had_again(client) -> None:
     several = complete(client, prompt=["one ", "two "], n=2, temperature=1, seed=40)["choices"]
     assert [each["index"] for each in several] == [0, 1, 2, 3] and [each["seed"] for each in several] == [40, 41] * 2
@@ -263,3 +283,43 @@ def test_models_and_strict_names(client, tiny_target) -> None:
             body = {"model": "gpt-4", "messages" if "chat" in path else "prompt": asked}
             answer = strict.post(f"/v1/{path}", json=body)
             assert answer.status_code == 404 and answer.json()["error"]["code"] == "model_not_found"
+
+
+@pytest.mark.parametrize(
+    ("extra", "param"),
+    [
+        ({"tools": [{"type": "function"}]}, "tools"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"top_logprobs": 2}, "top_logprobs"),
+        ({"stream_options": {"include_usage": True}}, "stream_options"),
+        ({"max_tokens": 2, "max_completion_tokens": 2}, "max_tokens"),
+    ],
+    ids=str,
+)
+def test_what_the_whole_body_is_refused_for_is_named_as_the_param(client, extra, param) -> None:
+    error = client.post("/v1/chat/completions", json={"messages": MESSAGES, **extra}).json()["error"]
+    assert error["param"] == param and f"`{param}`" in error["message"]
+
+
+def test_best_of_is_n_or_refused(client) -> None:
+    for n, best_of, status in ((1, 1, 200), (2, 2, 200), (2, 1, 400), (1, 2, 400), (None, 1, 200)):
+        body = {"prompt": PROMPT, "max_tokens": 1, "n": n, "best_of": best_of}
+        assert client.post("/v1/completions", json=body).status_code == status, (n, best_of)
+
+
+@pytest.mark.parametrize("value", ["NaN", "-Infinity", "1e999", '"\\ud800"', '[{"b": NaN}]'])
+def test_metadata_is_ignored_only_where_it_could_be_sent_on(client, value) -> None:
+    body = '{"prompt": "a", "max_tokens": 1, "metadata": {"a": %s}}'
+    headers = {"content-type": "application/json"}
+    assert client.post("/v1/completions", content=body % "[1.5]", headers=headers).status_code == 200
+    answer = client.post("/v1/completions", content=body % value, headers=headers)
+    assert answer.status_code == 400 and answer.json()["error"]["param"] == "metadata"
+
+
+@pytest.mark.parametrize(
+    ("body", "told"), [("", "JSON object"), ("[]", "JSON object"), ('{"prompt": "a"} x', "valid JSON")]
+)
+def test_what_is_no_object_is_told_so(client, body, told) -> None:
+    answer = client.post("/v1/completions", content=body, headers={"content-type": "application/json"})
+    assert answer.status_code == 400 and told in answer.json()["error"]["message"]
+    assert answer.json()["error"]["param"] is None

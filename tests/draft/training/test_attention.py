@@ -1,0 +1,91 @@
+"""The ways to attend in training agree, and the long ones keep no scores."""
+
+import pytest
+import torch
+from torch.nn.attention.flex_attention import flex_attention
+
+from draft.training.attention import CHUNK, DENSE_TOKENS, TrainingAttention
+
+BATCH, HEADS, DIM = 2, 2, 16
+
+
+def random_step(tokens, generator, dtype=torch.float64):
+    shape = 3, BATCH, HEADS, tokens, DIM
+    return torch.randn(shape, generator=generator, dtype=dtype).unbind()
+
+
+def segments_of(tokens, kind):
+    """Packed: conversations of different lengths, then padding, not where blocks end; padded: one a row."""
+    if kind is None:
+        return None
+    if kind == "padded":
+        return (torch.arange(tokens) < torch.tensor([[tokens - 5], [tokens // 2]])).long()
+    ends = torch.tensor([[7, tokens // 3, tokens - 9], [tokens // 2, tokens // 2 + 1, tokens - 1]])
+    numbers = 1 + (torch.arange(tokens) >= ends[:, :, None]).sum(1)
+    return numbers.masked_fill(numbers == 4, 0)
+
+
+def by_hand(query, steps, segments):
+    """Each entry's softmax over the keys that it sees, one at a time: [batch, heads, tokens, dim]."""
+    mixed = torch.zeros_like(query)
+    for row in range(BATCH):
+        for entry in range(query.shape[2]):
+            number = None if segments is None else segments[row, entry]
+            seen = [j for j in range(entry + 1) if segments is None or segments[row, j] == number]
+            keys = torch.cat([steps[0][0][row][:, seen], *[key[row][:, entry, None] for key, _ in steps[1:]]], dim=1)
+            values = torch.cat([steps[0][1][row][:, seen], *[value[row][:, entry, None] for _, value in steps[1:]]], 1)
+            scores = (keys @ query[row, :, entry, :, None])[..., 0] * DIM**-0.5
+            mixed[row, :, entry] = (scores.softmax(-1)[..., None] * values).sum(1)
+    return mixed
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("kind", [None, "padded", "packed"])
+def test_all_ways_agree(kind, steps):
+    tokens = 150  # more than a block of FlexAttention
+    generator = torch.Generator().manual_seed(1)
+    drawn = [random_step(tokens, generator) for _ in range(steps)]
+    query, (base, *own) = drawn[-1][0], [(key, value) for _, key, value in drawn]
+    segments = segments_of(tokens, kind)
+    expected = by_hand(query, [base, *own], segments)
+    attention = TrainingAttention(tokens, segments, query.device)
+    ways = {
+        "dense": attention.dense(query, base, own),
+        "chunks": attention.in_chunks(query, base, own, size=64),
+        "flex": attention.flex(query, base, own, flex_attention),
+        "chosen": attention(query, base, own),
+    }
+    for name, mixed in ways.items():
+        # FlexAttention keeps its sums in float32 where it isn't compiled
+        close = {"atol": 1e-5, "rtol": 0} if name == "flex" else {"atol": 1e-12, "rtol": 0}
+        torch.testing.assert_close(mixed, expected, **close, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_chunks_have_the_same_gradients():
+    generator = torch.Generator().manual_seed(2)
+    gradients = []
+    for way in ("dense", "in_chunks"):
+        generator.manual_seed(2)
+        drawn = [tensor.requires_grad_() for step in range(2) for tensor in random_step(150, generator)]
+        attention = TrainingAttention(150, segments_of(150, "packed"), drawn[0].device)
+        size = {"size": 40} if way == "in_chunks" else {}
+        mixed = getattr(attention, way)(drawn[3], (drawn[1], drawn[2]), [(drawn[4], drawn[5])], **size)
+        mixed.square().sum().backward()
+        gradients.append([tensor.grad for tensor in drawn if tensor.grad is not None])
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-11, rtol=0)
+
+
+def test_long_texts_keep_no_scores():
+    """What autograd saves grows with the tokens, not with their square."""
+    tokens = DENSE_TOKENS + CHUNK + 3
+    saved = []
+
+    def note(tensor):
+        saved.append(tensor.numel())
+        return tensor
+
+    drawn = [torch.randn(1, 1, tokens, DIM, requires_grad=True) for _ in range(3)]
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        TrainingAttention(tokens, None, drawn[0].device)(drawn[0], (drawn[1], drawn[2]), []).sum().backward()
+    assert saved and max(saved) < tokens * CHUNK * 1.01 < tokens**2 / 2

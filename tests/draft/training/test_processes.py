@@ -1,0 +1,107 @@
+"""Two gloo processes on the CPU train what one process trains at an equal global batch, sharded or not."""
+
+import signal
+
+import pytest
+import torch
+from training_runs import Run, command, last_step, launch, logged, make_world, run_group, weights
+
+from draft.training.snapshots import latest_snapshot
+
+SHARDED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+KINDS = {"ddp": {}, "fsdp2": SHARDED}
+SETTINGS = ["--max-steps", "9", "--save-every", "2", "--keep-checkpoints", "9"]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Data of an odd number of batches, a base head, and what one process makes of it with twice the accumulation."""
+    root = make_world(tmp_path_factory.mktemp("world"))
+    Run(command(root, "pretrain", root / "base", "--max-steps", "2")).succeed()
+    for mode in ("pretrain", "adapt"):
+        Run(command(root, mode, root / mode, *SETTINGS, "--gradient-accumulation", "2")).succeed()
+    return root
+
+
+def assert_same_run(folder, reference):
+    curve, expected = logged(folder), logged(reference)
+    assert curve.keys() == expected.keys()
+    assert list(curve.values()) == pytest.approx(list(expected.values()), rel=1e-5)
+    assert logged(folder, "beta") == logged(reference, "beta")
+    ours, theirs = weights(folder), weights(reference)
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        torch.testing.assert_close(value, theirs[name], atol=2e-4, rtol=0, msg=name)
+
+
+def test_torchrun_with_ddp(world, tmp_path):
+    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    result = launch(launcher, command(world, "pretrain", tmp_path / "run", *SETTINGS))
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("Wrote") == 1 and "in 2 processes" in " ".join(result.stdout.split())
+    assert_same_run(tmp_path / "run", world / "pretrain")
+
+
+def test_accelerate_launch_with_fsdp2(world, tmp_path):
+    """What the launcher says of accumulation divides no loss: ours is divided by the positions of all batches."""
+    launcher = "accelerate.commands.launch --num_machines 1 --num_processes 2 --main_process_port 0 --use_fsdp "
+    launcher += "--fsdp_version 2 --fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP --gradient_accumulation_steps 4 "
+    launcher += "--mixed_precision no --dynamo_backend no"
+    result = launch(launcher.split(), command(world, "adapt", tmp_path / "run", *SETTINGS))
+    assert result.returncode == 0, result.stderr
+    assert_same_run(tmp_path / "run", world / "adapt")
+
+
+@pytest.mark.parametrize("architecture", ["eagle", "medusa"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_heads_of_other_architectures(world, tmp_path, kind, architecture):
+    """Also where a head has weights that no draft step reaches."""
+    names = {"architecture": architecture}
+    alone = command(world, "pretrain", tmp_path / "alone", *SETTINGS, "--gradient-accumulation", "2", **names)
+    group = run_group(command(world, "pretrain", tmp_path / "run", *SETTINGS, **names), **KINDS[kind])
+    for run in (*group, Run(alone)):
+        run.succeed()
+    assert_same_run(tmp_path / "run", tmp_path / "alone")
+
+
+@pytest.mark.parametrize("mode", ["pretrain", "adapt"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_killed_group_goes_on(world, tmp_path, kind, mode):
+    """And so does one process with twice the accumulation, from the group's checkpoint."""
+    out = tmp_path / "run"
+    group = run_group(command(world, mode, out, *SETTINGS), **KINDS[kind])
+    assert group[0].signal_after(5, signal.SIGKILL) == -signal.SIGKILL
+    assert group[1].process.is_alive() is False or group[1].process.kill() is None
+    group[1].wait()
+    step = int(latest_snapshot(out / "checkpoints").name[-1])
+    assert 4 <= step < 9
+    for run in run_group(command(world, mode, out, *SETTINGS), **KINDS[kind]):
+        run.succeed()
+    assert_same_run(out, world / mode)
+    alone = command(world, mode, out, *SETTINGS, "--gradient-accumulation", "2")
+    assert "Continuing" in Run(alone).succeed().output()
+    refused = Run(command(world, mode, out, *SETTINGS))
+    assert refused.wait() == 2 and "was begun with 2 batches a step and this command has 1" in refused.output()
+
+
+def test_a_signal_to_one_process_ends_all(world, tmp_path):
+    first, second = run_group(command(world, "pretrain", tmp_path / "run", "--max-steps", "500"))
+    while last_step(tmp_path / "run") < 2:
+        assert first.process.is_alive(), first.output()
+    second.process.terminate()
+    assert (first.wait(), second.wait()) == (143, 143), first.output() + second.output()
+    assert f"saved after step {last_step(tmp_path / 'run')}" in first.output() and not second.output()
+
+
+def test_a_full_disk_ends_all_with_one_sentence(world, tmp_path):
+    arguments = command(world, "pretrain", tmp_path / "run", *SETTINGS)
+    group = run_group(arguments, file_size=60_000)
+    assert [run.wait() for run in group] == [2, 2]
+    for run in group:
+        assert "could not be written" in run.output() and "Traceback" not in run.output()
+
+
+def test_the_first_version_of_fsdp_is_refused(world, tmp_path):
+    group = run_group(command(world, "pretrain", tmp_path / "run"), **{**SHARDED, "FSDP_VERSION": "1"})
+    assert [run.wait() for run in group] == [2, 2]
+    assert "add --fsdp_version 2" in group[0].output()

@@ -1,0 +1,109 @@
+"""kill -9 at any step, signals and full disks: the same command goes on, and ends with the same bits."""
+
+import json
+import random
+import shutil
+import signal
+
+import pytest
+import torch
+from training_runs import Run, command, last_step, logged, make_world, weights
+
+from draft.errors import UserError
+from draft.training.snapshots import latest_snapshot, write_snapshot
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    root = make_world(tmp_path_factory.mktemp("world"))
+    Run(command(root, "pretrain", root / "base", "--max-steps", "2")).succeed()
+    return root
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+@pytest.mark.parametrize("mode", ["pretrain", "adapt"])
+def test_kill_9_at_a_random_step(world, tmp_path, mode, accumulation):
+    """Four epochs and more, so that hidden states of the first one are remembered and batches regroup."""
+    settings = ["--max-steps", "40", "--save-every", "3", "--gradient-accumulation", str(accumulation)]
+    Run(command(world, mode, tmp_path / "whole", *settings)).succeed()
+    seed = random.SystemRandom().randrange(10**6)
+    steps = sorted(random.Random(seed).sample(range(4, 36), 2))
+    print(f"killed at steps {steps} (seed {seed})")
+    arguments = command(world, mode, tmp_path / "killed", *settings)
+    for step in steps:
+        assert Run(arguments).signal_after(step, signal.SIGKILL) == -signal.SIGKILL
+    Run(arguments).succeed()
+    ours, theirs = weights(tmp_path / "whole"), weights(tmp_path / "killed")
+    assert ours.keys() == theirs.keys()
+    different = [name for name, value in ours.items() if not torch.equal(value, theirs[name])]
+    assert not different, f"killed at {steps}: {different}"
+    assert logged(tmp_path / "whole") == logged(tmp_path / "killed")
+    if mode == "adapt":
+        assert logged(tmp_path / "whole", "beta") == logged(tmp_path / "killed", "beta")
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_a_run_after_the_step_under_way(world, tmp_path, number, status):
+    settings = ["--max-steps", "60", "--save-every", "1000"]
+    run = Run(command(world, "pretrain", tmp_path / "run", *settings))
+    assert run.signal_after(4, number) == status, run.output()
+    step = last_step(tmp_path / "run")
+    assert f"saved after step {step}" in run.output() and "Traceback" not in run.output()
+    assert latest_snapshot(tmp_path / "run" / "checkpoints").name == f"step-{step:07d}"
+    # the settings need not be repeated
+    Run(["pretrain", "--out", str(tmp_path / "run"), "--resume"]).succeed()
+    Run(command(world, "pretrain", tmp_path / "whole", *settings)).succeed()
+    assert all(torch.equal(a, b) for a, b in zip(*map(_tensors, (tmp_path / "run", tmp_path / "whole")), strict=True))
+
+
+def _tensors(folder):
+    return weights(folder).values()
+
+
+def test_resume_and_start_again(world, tmp_path):
+    out = tmp_path / "run"
+    run = Run([*command(world, "pretrain", out, "--max-steps", "3"), "--resume"])
+    assert run.wait() == 2 and "holds no checkpoint" in run.output() and not out.exists()
+    Run(command(world, "pretrain", out, "--max-steps", "3")).succeed()
+    run = Run(command(world, "pretrain", out, "--max-steps", "4"))
+    assert run.wait() == 2 and "training.max_steps was 3, is 4" in run.output()
+    (out / "mine.txt").write_text("mine")
+    run = Run(command(world, "pretrain", out, "--max-steps", "4", "--no-resume")).succeed()
+    assert list(logged(out)) == [1, 2, 3, 4] and (out / "mine.txt").read_text() == "mine"
+    # what the weights don't depend on may change
+    run = Run(command(world, "pretrain", out, "--max-steps", "4", "--save-every", "1", "--log-with", "none")).succeed()
+    assert "Continuing" in run.output()
+
+
+def test_a_full_disk_leaves_the_previous_checkpoint_whole(world, tmp_path):
+    """RLIMIT_FSIZE: writing fails in the middle of a file, as on a full disk."""
+    arguments = command(world, "pretrain", tmp_path / "run", "--max-steps", "8", "--save-every", "3")
+    Run(arguments).signal_after(4, signal.SIGKILL)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run/checkpoints/step-0000003").iterdir()}
+    run = Run(arguments, file_size=60_000)
+    assert run.wait() == 2
+    [sentence] = [line for line in run.output().splitlines() if line.startswith("draft-train:")]
+    assert "could not be written" in sentence and "step-0000003 is intact" in sentence
+    assert "Traceback" not in run.output()
+    checkpoints = tmp_path / "run/checkpoints"
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["latest.json", "step-0000003"]
+    assert {path.name: path.read_bytes() for path in (checkpoints / "step-0000003").iterdir()} == before
+    Run(arguments).succeed()
+    assert list(logged(tmp_path / "run")) == list(range(1, 9))
+
+
+def test_latest_is_always_a_whole_checkpoint(tmp_path):
+    tensors = {"weight.a": torch.ones(3)}
+    for step in (1, 2, 3, 4):
+        write_snapshot(tmp_path, tensors, {"step": step}, keep=2)
+    assert latest_snapshot(tmp_path).name == "step-0000004"
+    assert {path.name for path in tmp_path.iterdir()} == {"step-0000003", "step-0000004", "latest.json"}
+    shutil.rmtree(tmp_path / "step-0000004")
+    assert latest_snapshot(tmp_path).name == "step-0000003"
+    (tmp_path / "step-0000005").mkdir()  # not whole
+    (tmp_path / "latest.json").write_text(json.dumps({"checkpoint": "step-0000005"}))
+    assert latest_snapshot(tmp_path).name == "step-0000003"
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    with pytest.raises(UserError, match="there is none before it"):
+        write_snapshot(blocked / "checkpoints", tensors, {"step": 1}, keep=2)
