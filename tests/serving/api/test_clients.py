@@ -170,7 +170,7 @@ def readme_commands() -> list[str]:
 def test_curl_lines_of_the_documents(url, command) -> None:
     command = command.replace("localhost:8000", url.removeprefix("http://"))
     done = subprocess.run(
-        [*shlex.split(command), "--fail-with-body", "-sS"], capture_output=True, text=True, timeout=60
+        [*shlex.split(command), "--fail-with-body", "-sS"], capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout
@@ -178,5 +178,5 @@ def test_curl_lines_of_the_documents(url, command) -> None:
 
 def test_curl_without_a_content_type_is_told_what_is_missing(url) -> None:
     command = ["curl", "-s", "-w", "%{http_code}", f"{url}/generate", "-d", '{"inputs": "a"}']
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.stdout.endswith("415") and "application/json" in json.loads(done.stdout[:-3])["error"]

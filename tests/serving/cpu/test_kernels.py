@@ -128,7 +128,7 @@ if child:
     assert os.waitpid(child, 0)[1] == 0
     print("both")
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=environment())
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, env=environment())
     assert (done.returncode, done.stdout) == (0, "both\n"), done.stderr
 
 
