@@ -11,7 +11,7 @@ import torch
 from conftest import make_tiny_head, save_tiny_target
 
 from draft.checkpoint import save_head
-from draft.interop import export_head
+from draft.interop.exporting import export_head
 from draft.interop.served_targets import accepted_by
 
 COMMANDS = {"vLLM": "vllm serve", "SGLang": "sglang", "llama.cpp (conversion)": "python"}

@@ -23,7 +23,7 @@ from draft.merge import merge_run
 from draft.target import load_target
 from draft.training.config import resolve
 from draft.training.trainer import Trainer
-from serving.cli import _load
+from serving.cli import load_engine
 from serving.engine import SamplingParams
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10]])
@@ -106,14 +106,14 @@ def test_a_head_is_adapted_to_the_fine_tuned_target_and_served_with_it(world: Pa
     assert (about["target_adapter"], about["target_fingerprint"]) == (adapter, target.fingerprint)
 
     options = {"speculation": "chain", "speculation_length": 3, "max_batch": 4, "mode": "eager", "threads": None}
-    engine = _load(name, str(tmp_path / "head"), "float64", target_adapter=adapter, warm_up=False, **options)
+    engine = load_engine(name, str(tmp_path / "head"), "float64", target_adapter=adapter, warm_up=False, **options)
     completions = engine.generate([row.ids[: row.prompt_length] for row in rows], SamplingParams(10))
     assert [completion.token_ids for completion in completions] == [row.ids[row.prompt_length :] for row in rows]
     emitted, verified = (sum(getattr(c.stats, field) for c in completions) for field in ("emitted", "verifications"))
     assert replay(target, {"head": head}, rows, 3)["head"].tau(3) == emitted / verified
 
     with pytest.raises(UserError, match=rf"made for target {target.fingerprint} and this target is"):
-        _load(name, str(tmp_path / "head"), "float64", target_adapter=None, warm_up=False, **options)
+        load_engine(name, str(tmp_path / "head"), "float64", target_adapter=None, warm_up=False, **options)
     for wrong in (str(world / "other"), None):
         reader = load_target(name, "float32", adapter=wrong)
         with pytest.raises(UserError, match="prepared for target.*with adapter.*tuned.*and target"):
