@@ -121,8 +121,8 @@ def make_tiny_head(
         for parameter in head.parameters():
             if parameter.dim() > 1:
                 parameter.normal_(std=0.2)
-        for lm_head in head.own_lm_heads.values():
-            lm_head.weight.copy_(target.lm_head.weight[:size])
+        for step, lm_head in enumerate(head.own_lm_heads.values()):
+            lm_head.weight.copy_(target.lm_head.weight[:size] * (1 + step / 10))  # no two are the same
     head.set_vocabulary(torch.arange(size))
     head.borrow(target)
     return head.to(target.dtype).eval()

@@ -13,6 +13,7 @@ from rich.console import Console
 from draft.checkpoint import load_head
 from draft.data.prepare import prepare
 from draft.errors import UserError
+from draft.heads.registry import ARCHITECTURES
 from draft.merge import merge_run
 from draft.training.config import resolve
 from draft.training.interruption import Interrupted
@@ -107,19 +108,26 @@ def test_adapting_and_merging(world, architecture, method, tmp_path):
         )
 
 
-def test_a_merged_head_computes_what_the_adapter_computed(world, tmp_path):
+@pytest.mark.parametrize("architecture", ADAPTED)
+def test_a_merged_head_computes_what_the_adapter_computed(world, tmp_path, architecture):
     from draft.afa import load_afa_adapter
 
-    run(world, "adapt", "for-merging", rank=4, max_steps=4)
-    merge_run(world / "for-merging", tmp_path / "merged")
-    base, _ = load_head(world / "pretrained" / "head", dtype=torch.float64)
-    load_afa_adapter(base, world / "for-merging" / "adapter", is_trainable=False)
+    start, name = ADAPTED[architecture][0], f"for-merging-{architecture}"
+    run(world, "adapt", name, head=str(world / start / "head"), rank=4, max_steps=4)
+    merge_run(world / name, tmp_path / "merged")
+    base, _ = load_head(world / start / "head", dtype=torch.float64)
+    load_afa_adapter(base, world / name / "adapter", is_trainable=False)
     merged, _ = load_head(tmp_path / "merged", dtype=torch.float64)
-    x = torch.randn(1, 6, 96, dtype=torch.float64), torch.randn(1, 6, 32, dtype=torch.float64)
-    positions = torch.arange(6)[None]
-    with torch.no_grad():
-        ours, theirs = (head.logits(head(x[1], head.fuse(x[0]), positions)) for head in (merged, base.eval()))
-    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+    target, unroll = make_tiny_target(), ARCHITECTURES[architecture].unroll
+    embeds = torch.randn(1, 6, 32, dtype=torch.float64)
+    auxiliary = torch.randn(1, 6, 32 * len(merged.auxiliary_layers(target)), dtype=torch.float64)
+    logits = []
+    for head in (merged, base.eval()):
+        head.borrow(target)
+        with torch.no_grad():
+            steps = enumerate(unroll(head, embeds, auxiliary, 3))
+            logits.append(torch.stack([head.logits(hidden, step) for step, hidden in steps]))
+    torch.testing.assert_close(*logits, atol=1e-4, rtol=1e-4)
 
 
 def test_an_annealed_adapter_is_not_merged(world, tmp_path):
