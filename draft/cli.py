@@ -182,8 +182,9 @@ def _training_command(mode: Literal["pretrain", "adapt"], sections: list[str], d
                 typer.Option(
                     show_default=False,
                     help="--resume: go on with the interrupted run in --out, which has to have a checkpoint; its "
-                    "settings need not be repeated. --no-resume: start again, discarding what that run wrote. Neither: "
-                    "go on if there is a checkpoint, else start. (--head is a warm start: a new run from a head's weights.)",
+                    "settings need not be repeated. --no-resume: start again, discarding what that run wrote. "
+                    "Neither: go on if there is a checkpoint, else start. "
+                    "(--head is a warm start: a new run from a head's weights.)",
                 ),
             ],
         ),

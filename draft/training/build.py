@@ -64,6 +64,12 @@ def master_dtype(target: Target) -> torch.dtype:
     return torch.promote_types(torch.float32, target.dtype)
 
 
+def autocast(target: Target, settings: RunSettings) -> torch.autocast:
+    """Full training keeps float32 masters under autocast; adapters run at their base weights' dtype without it."""
+    half = target.dtype == torch.bfloat16 and settings.method == "full"
+    return torch.autocast(target.device.type, torch.bfloat16, enabled=half)
+
+
 def adapter_config(settings: AdapterSettings) -> LoraConfig:
     """PEFT's configuration of the adapter that the settings describe."""
     common: dict[str, Any] = {

@@ -22,7 +22,7 @@ from draft.checkpoint import atomic_folder, save_head, write_json
 from draft.data.examples import Batch, batches, collate
 from draft.errors import UserError
 from draft.target import load_target
-from draft.training.build import make_trainable
+from draft.training.build import autocast, make_trainable
 from draft.training.config import RunSettings
 from draft.training.features import Features, FeatureSource, fits_in_memory
 from draft.training.guards import deterministic_algorithms, write_errors
@@ -114,11 +114,6 @@ class Trainer:
         wanted = self.settings.training.deterministic
         return deterministic_algorithms(self.target.device.type == "cpu" if wanted is None else wanted)
 
-    def _autocast(self) -> torch.autocast:
-        """Full training keeps float32 masters under autocast; adapters run at their base weights' dtype without it."""
-        half = self.target.dtype == torch.bfloat16 and self.settings.method == "full"
-        return torch.autocast(self.target.device.type, torch.bfloat16, enabled=half)
-
     def _first_batches(self) -> Iterator[tuple[Features, Tensor]]:
         """Enough rows of the first epoch for the closed-form start: (features, attention mask)."""
         tokens = 0
@@ -201,7 +196,7 @@ class Trainer:
             batch = self._collate(rows)
             features = self.features.get(batch, rows)
             with self.processes.accumulating(self.module, last=place == len(share)):
-                with self._autocast():
+                with autocast(self.target, self.settings):
                     loss, hits = self.module(batch, features)
                 # gradients are averaged over the processes, and here is their sum wanted
                 self.accelerator.backward(loss * (counts * count) / positions)
@@ -251,7 +246,7 @@ class Trainer:
         if not self.processes.is_main:
             return {}
         head.eval()
-        with torch.no_grad(), self._autocast():
+        with torch.no_grad(), autocast(self.target, self.settings):
             tau = replay_acceptance_length(self.target, head, self.rows.held_out, EVALUATED_LENGTH)
         head.train()
         return {"tau": tau} if math.isfinite(tau) else {}
