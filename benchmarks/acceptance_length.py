@@ -162,6 +162,7 @@ def parse(arguments: Sequence[str]) -> Namespace:
     parser = common.Parser(prog=f"python -m {MODULE}", description=__doc__, epilog=EXAMPLES)
     options: dict[str, dict[str, Any]] = {
         "--target": {"required": True, "help": "hub id, folder, .gguf file, or smollm2"},
+        "--target-adapter": {"metavar": "DIR", "help": "PEFT LoRA adapter of the target, merged in memory"},
         "--head": {
             "required": True,
             "action": "append",
@@ -240,7 +241,7 @@ def benchmark(arguments: Namespace, command: Sequence[str]) -> int:
     console = common.make_console()
     chosen = common.load_prompts(arguments.prompts, arguments.limit)
     out = common.output_folder(arguments.out)
-    target = load_target(arguments.target, arguments.dtype)
+    target = load_target(arguments.target, arguments.dtype, adapter=arguments.target_adapter)
     measurement = Measurement(target, load_heads(arguments.head, target), arguments)
     answers = sum(map(measurement.decodes, chosen.prompts))
     console.print(f"{len(chosen.prompts)} prompts, {answers} answers of at most {arguments.max_new_tokens} tokens")

@@ -36,18 +36,22 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     started = time.monotonic()
     folder = options.out
+    target = ["--target", options.target]
+    if options.target_adapter:
+        target += ["--target-adapter", options.target_adapter]
     data, run, head, report = (folder / name for name in ("data", "run", "head", "report"))
     try:
-        train("prepare", "--target", options.target, "--prompts", options.prompts, "--num-prompts", options.num_prompts,
+        train("prepare", *target, "--prompts", options.prompts, "--num-prompts", options.num_prompts,
               "--max-new-tokens", 128, "--greedy-share", 0.75, "--held-out-share", 0.3, "--out", data)  # fmt: skip
-        train("adapt", "--target", options.target, "--head", options.head, "--data", data, "--method", "afa-lora",
+        train("adapt", *target, "--head", options.head, "--data", data, "--method", "afa-lora",
               "--epochs", options.epochs, "--tokens-per-batch", 1024, "--draft-steps", 3, "--eval-every", 0,
               "--out", run)  # fmt: skip
         train("merge", run, "--out", head)
         (report / "comparison.json").unlink(missing_ok=True)
-        train("compare", "--target", options.target, "--baseline", options.head, "--candidate", head,
+        train("compare", *target, "--baseline", options.head, "--candidate", head,
                        "--data", data, "--out", report, accepted=(0, 1))  # fmt: skip
-        answers = {name: ask(options.target, path) for name, path in (("base", options.head), ("adapted", str(head)))}
+        heads = {"base": options.head, "adapted": str(head)}
+        answers = {name: ask(options.target, target, path) for name, path in heads.items()}
     except UserError as error:
         print(f"adaptation: {error}", file=sys.stderr)
         return 2
@@ -55,10 +59,10 @@ def main(arguments: list[str] | None = None) -> int:
     console.print(
         f"\nDone in {(time.monotonic() - started) / 60:.1f} minutes. "
         "Next, with your own prompts (JSONL, a `prompt` column):\n"
-        f"  draft-train prepare --target {options.target} --prompts mine.jsonl --out data/mine\n"
-        f"  draft-train adapt --target {options.target} --head {options.head} --data data/mine --out runs/mine\n"
+        f"  draft-train prepare {shlex.join(target)} --prompts mine.jsonl --out data/mine\n"
+        f"  draft-train adapt {shlex.join(target)} --head {options.head} --data data/mine --out runs/mine\n"
         "  draft-train merge runs/mine --out heads/mine\n"
-        f"  draft-serve --target {options.target} --head heads/mine",
+        f"  draft-serve {shlex.join(target)} --head heads/mine",
         soft_wrap=True,
     )
     return 0
@@ -67,6 +71,7 @@ def main(arguments: list[str] | None = None) -> int:
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.adaptation", description=__doc__)
     parser.add_argument("--target", default="smollm2", help="target (default: %(default)s)")
+    parser.add_argument("--target-adapter", metavar="DIR", help="PEFT LoRA adapter of the target, merged in memory")
     parser.add_argument("--head", default="smollm2-eagle3", help="head to adapt (default: %(default)s, bundled)")
     parser.add_argument("--prompts", type=Path, default=WORD_PROBLEMS, help="prompts of the domain (JSONL)")
     parser.add_argument("--num-prompts", type=int, default=150, help="how many of them (default: %(default)s)")
@@ -86,9 +91,9 @@ def train(*words: object, accepted: tuple[int, ...] = (0,)) -> int:
 
 
 @contextmanager
-def server(target: str, head: str) -> Iterator[str]:
+def server(target: list[str], head: str) -> Iterator[str]:
     """A draft-serve on a free port of this machine, ended with the block; yields its address."""
-    command = ["--target", target, "--head", head, "--port", "0"]
+    command = [*target, "--head", head, "--port", "0"]
     console.print(f"\n[bold]$ draft-serve {escape(shlex.join(command))}[/]", soft_wrap=True)
     process = subprocess.Popen(
         [sys.executable, "-m", "serving.cli", *command], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
@@ -110,9 +115,9 @@ def server(target: str, head: str) -> Iterator[str]:
         process.wait(timeout=60)
 
 
-def ask(target: str, head: str) -> dict[str, Any]:
+def ask(name: str, target: list[str], head: str) -> dict[str, Any]:
     """The same question to a server with this head, twice: the first one warms it up."""
-    text = render_chat(load_tokenizer(target), [{"role": "user", "content": QUESTION}], add_generation_prompt=True)
+    text = render_chat(load_tokenizer(name), [{"role": "user", "content": QUESTION}], add_generation_prompt=True)
     body = json.dumps({"inputs": text, "parameters": {"max_new_tokens": 128, "details": True}}).encode()
     with server(target, head) as address:
         for _ in range(2):

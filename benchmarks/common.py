@@ -148,7 +148,12 @@ def provenance(module: str, arguments: Sequence[str], target: Target) -> dict[st
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         },
-        "target": {"name": target.name, "fingerprint": target.fingerprint, "layers": target.num_layers},
+        "target": {
+            "name": target.name,
+            "adapter": target.adapter and target.adapter.name,
+            "fingerprint": target.fingerprint,
+            "layers": target.num_layers,
+        },
     }
 
 

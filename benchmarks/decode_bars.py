@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from benchmarks import decode_report as report
+from benchmarks.bars import at_least, at_most
 
 
 def judge(results: dict[str, Any]) -> list[dict[str, Any]]:
@@ -13,25 +14,25 @@ def judge(results: dict[str, Any]) -> list[dict[str, Any]]:
     plain, automatic = report.find(results, "plain"), report.find(results, "automatic")
     generate = report.find(results, f"transformers {results['settings']['dtype']}, dynamic cache")
     bars = [
-        _at_most("plain step / reading its weights", steps[1] / results["floor"]["seconds"], 1.6),
-        _at_least("plain / transformers generate", _ratio(plain, generate), 2.5),
-        _at_most("verifying 8 tokens / plain step", steps[8] / steps[1], 1.6),
-        _at_most("verifying 16 tokens / plain step", steps[16] / steps[1], 1.9),
+        at_most("plain step / reading its weights", steps[1] / results["floor"]["seconds"], 1.6),
+        at_least("plain / transformers generate", _ratio(plain, generate), 2.5),
+        at_most("verifying 8 tokens / plain step", steps[8] / steps[1], 1.6),
+        at_most("verifying 16 tokens / plain step", steps[16] / steps[1], 1.9),
     ]
     if "draft" in results["steps"]:
-        bars.append(_at_most("draft step / plain step", results["steps"]["draft"] / steps[1], 0.10))
+        bars.append(at_most("draft step / plain step", results["steps"]["draft"] / steps[1], 0.10))
     best = results["predicted"]
     if automatic and best:
         reached = automatic["tokens_per_second"]["median"] / best["tokens_per_second"]
-        bars.append(_at_least("automatic / what the costs predict", reached, 0.9))
-        bars.append(_at_least("automatic / plain, batch 1", automatic["over_plain"]["median"], _owed(results)))
+        bars.append(at_least("automatic / what the costs predict", reached, 0.9))
+        bars.append(at_least("automatic / plain, batch 1", automatic["over_plain"]["median"], _owed(results)))
     for row in results["rates"]:
         if row["name"] == "automatic" and row["batch"] > 1 and row["temperature"] == 0:
-            bars.append(_at_least(f"automatic / plain, batch {row['batch']}", row["over_plain"]["median"], 0.98))
-    bars.append(_at_least("plain, batch 8 / batch 1", _ratio(report.find(results, "plain", batch=8), plain), 4.0))
+            bars.append(at_least(f"automatic / plain, batch {row['batch']}", row["over_plain"]["median"], 0.98))
+    bars.append(at_least("plain, batch 8 / batch 1", _ratio(report.find(results, "plain", batch=8), plain), 4.0))
     surroundings = results.get("surroundings") or {}
-    bars.append(_at_least("plain beside a busy process / alone", surroundings.get("busy_share"), 1 / 3))
-    bars.append(_at_most("seconds from the second start to 80 % of full speed", surroundings.get("start"), 20))
+    bars.append(at_least("plain beside a busy process / alone", surroundings.get("busy_share"), 1 / 3))
+    bars.append(at_most("seconds from the second start to 80 % of full speed", surroundings.get("start"), 20))
     return bars
 
 
@@ -46,21 +47,3 @@ def _ratio(row: dict[str, Any] | None, other: dict[str, Any] | None) -> float | 
     if row is None or other is None:
         return None
     return row["tokens_per_second"]["median"] / other["tokens_per_second"]["median"]
-
-
-def _at_most(bar: str, figure: float | None, limit: float) -> dict[str, Any]:
-    return {
-        "bar": bar,
-        "figure": figure,
-        "limit": f"at most {limit:.4g}",
-        "met": None if figure is None else figure <= limit,
-    }
-
-
-def _at_least(bar: str, figure: float | None, limit: float) -> dict[str, Any]:
-    return {
-        "bar": bar,
-        "figure": figure,
-        "limit": f"at least {limit:.4g}",
-        "met": None if figure is None else figure >= limit,
-    }

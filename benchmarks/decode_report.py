@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import common
+from benchmarks.bars import show_bars
 from benchmarks.decode_baselines import Timing
 
 
@@ -156,10 +157,7 @@ def show(console: Console, results: dict[str, Any]) -> None:
             f"best by these costs: {best['name']}, {best['tokens_per_second']:.1f} tokens/s, "
             f"{best['over_plain']:.2f} times plain"
         )
-    for bar in results["bars"]:
-        verdict = {True: "met", False: "MISSED", None: "not measured"}[bar["met"]]
-        figure = "-" if bar["figure"] is None else f"{bar['figure']:.2f}"
-        console.print(f"{verdict:>12}  {bar['bar']}: {figure} ({bar['limit']})", highlight=False)
+    show_bars(console, results["bars"])
 
 
 def _table(results: dict[str, Any]) -> Table:

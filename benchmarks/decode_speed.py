@@ -24,7 +24,7 @@ from benchmarks.decode_steps import read_bandwidth, step_costs, weight_bytes
 from benchmarks.decode_surroundings import busy_share, second_start
 from draft.checkpoint import check_fits, load_head
 from draft.errors import UserError
-from draft.heads import Eagle3Head
+from draft.heads import DraftHead
 from draft.target import Target, load_target
 from serving.engine import Engine, SamplingParams, Speculation
 from serving.engine.build import MODES
@@ -56,11 +56,11 @@ class Variant:
 class Engines:
     """Our engines over one target; they share its weights."""
 
-    def __init__(self, target: Target, head: Eagle3Head, arguments: Namespace) -> None:
+    def __init__(self, target: Target, head: DraftHead, arguments: Namespace) -> None:
         self.new_tokens, self.seed = arguments.max_new_tokens, arguments.seed
         self.target = target
 
-        def build(head: Eagle3Head | None, **options: Any) -> Engine:
+        def build(head: DraftHead | None, **options: Any) -> Engine:
             engine = Engine(
                 target,
                 head,
@@ -124,7 +124,7 @@ def baselines(arguments: Namespace, dtype: torch.dtype, threads: int) -> list[Va
     chosen = [name for name in arguments.baseline if name != "none"]
     found = []
     for kind in dict.fromkeys([dtype, torch.float32]) if chosen else []:
-        target = load_target(arguments.target, kind)
+        target = load_target(arguments.target, kind, adapter=arguments.target_adapter)
         for batch in arguments.batch:
             for name in chosen:
                 if batch > 1 and name == "prompt lookup":
@@ -186,6 +186,7 @@ def parse(arguments: Sequence[str]) -> Namespace:
     whole = common.whole(1)
     options: dict[str, dict[str, Any]] = {
         "--target": {"required": True, "help": "hub id, folder, .gguf file, or smollm2"},
+        "--target-adapter": {"metavar": "DIR", "help": "PEFT LoRA adapter of the target, merged in memory"},
         "--head": {"required": True, "help": "a head's folder, or smollm2-eagle3"},
         "--prompts": {"metavar": "FILE", "help": "JSONL with turns, prompt or question (default: benchmarks/prompts/)"},
         "--batch": {"type": whole, "nargs": "+", "default": [1], "metavar": "N", "help": "prompts at once; default: 1"},
@@ -220,7 +221,7 @@ def benchmark(arguments: Namespace, command: Sequence[str]) -> int:
     out = common.output_folder(arguments.out)
     disable_progress_bar()
     chosen = common.load_prompts(arguments.prompts)
-    target = load_target(arguments.target, arguments.dtype)
+    target = load_target(arguments.target, arguments.dtype, adapter=arguments.target_adapter)
     head, about = load_head(arguments.head, dtype=target.dtype, device=target.device)
     check_fits(head, about, target)
     threads = arguments.threads or common.cores()

@@ -36,8 +36,9 @@ def step_costs(plain: Engine, drafting: Engine | None, repeats: int) -> dict[str
     proposer = drafting.models.proposer if drafting else None
     if isinstance(proposer, HeadProposer):
         runner = proposer.runner
-        costs["draft"] = median_seconds(_head_pass(runner, 1, with_logits=True), repeats)
-        costs["re-read"] = median_seconds(_head_pass(runner, 2, with_logits=False), repeats)
+        costs["draft"] = median_seconds(_head_pass(runner, 1), repeats)
+        auxiliary = torch.zeros(2, len(proposer.layers) * runner.head.config.hidden_size, dtype=runner.dtype)
+        costs["re-read"] = median_seconds(_head_pass(runner, 2, auxiliary.to(runner.head.device)), repeats)
     return costs
 
 
@@ -54,18 +55,18 @@ def _target_pass(runner: TargetRunner, width: int) -> Callable[[], object]:
     return run
 
 
-def _head_pass(runner: HeadRunner, width: int, *, with_logits: bool) -> Callable[[], object]:
+def _head_pass(runner: HeadRunner, width: int, auxiliary: torch.Tensor | None = None) -> Callable[[], object]:
+    """A draft step with its logits, or the reading of the target's states [width, layers * hidden]."""
     device = runner.embedding.weight.device
     hidden = torch.zeros(width, runner.head.config.hidden_size, dtype=runner.dtype, device=device)
-    auxiliary = torch.zeros(width, 3 * runner.head.config.hidden_size, dtype=runner.dtype, device=device)
 
     @torch.inference_mode()
     def run() -> object:
         slot = runner.cache.acquire()
         batch = Batch.of([Segment(slot, PAST, PAST, [1] * width)], device)
-        output = runner.forward(batch, hidden if with_logits else runner.fuse(auxiliary))
+        output = runner.forward(batch, hidden if auxiliary is None else runner.fuse(auxiliary))
         runner.cache.release(slot)
-        return runner.logits(output).argmax(dim=-1).tolist() if with_logits else output
+        return runner.logits(output).argmax(dim=-1).tolist() if auxiliary is None else output
 
     return run
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import subprocess
 import sys
 import time
@@ -13,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from benchmarks.decode_baselines import Timing
+from benchmarks.processes import draft_serve
 
 
 @contextmanager
@@ -41,34 +41,17 @@ def second_start(options: list[str], prompt: str, new_tokens: int = 96) -> dict[
     """Seconds from the command of a server's second start to the end of its first answer at 80 % of full speed."""
     for attempt in range(2):
         began = time.monotonic()
-        with _server(options) as address:
+        with draft_serve(options) as server:
             ready = time.monotonic() - began
             rates = []
             for _ in range(4):
                 asked = time.monotonic()
-                _ask(address, prompt, new_tokens)
+                _ask(server.url, prompt, new_tokens)
                 rates.append((new_tokens / (time.monotonic() - asked), time.monotonic() - began))
         if attempt:
             full = max(rate for rate, _ in rates)
             return {"ready": ready, "start": next(ended for rate, ended in rates if rate >= 0.8 * full)}
     raise AssertionError
-
-
-@contextmanager
-def _server(options: list[str]) -> Iterator[str]:
-    command = [sys.executable, "-m", "serving.cli", "--port", "0", *options]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    assert process.stdout is not None
-    try:
-        for line in process.stdout:
-            if found := re.search(r"http://\S+:\d+", line):
-                yield found[0]
-                break
-        else:
-            raise RuntimeError(f"{' '.join(command)} ended before it served")
-    finally:
-        process.terminate()
-        process.wait(30)
 
 
 def _ask(address: str, prompt: str, new_tokens: int) -> None:

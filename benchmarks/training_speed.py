@@ -21,10 +21,10 @@ from benchmarks import training_report as report
 from benchmarks.training_steps import PARTS, Product, Step, make_rows, spread_lengths, timed
 from draft.checkpoint import check_fits, load_head
 from draft.data.examples import Batch, batches, collate, packed_batches
-from draft.heads import Eagle3Head
+from draft.heads import DraftHead
 from draft.target import DTYPES, Target, load_target
 from draft.training.allocator import keep_freed_memory
-from draft.training.build import master_dtype, new_head
+from draft.training.build import blank_head, master_dtype
 from draft.training.config import RunSettings, resolve
 
 MODULE = "benchmarks.training_speed"
@@ -39,9 +39,9 @@ METHODS = {"pretrain": ("pretrain", "full"), "lora": ("adapt", "lora"), "afa-lor
 
 def settings_of(name: str, arguments: Namespace) -> RunSettings:
     mode, method = METHODS[name]
-    flags = {"data": ["(random tokens)"], "head": arguments.head, "draft_steps": arguments.draft_steps}
+    flags = {"data": ["(random tokens)"], "draft_steps": arguments.draft_steps}
     if mode == "adapt":
-        flags |= {"method": method, "rank": arguments.rank, "alpha": 2.0 * arguments.rank}
+        flags |= {"head": arguments.head, "method": method, "rank": arguments.rank, "alpha": 2.0 * arguments.rank}
     return resolve(mode, arguments.out, flags=flags)  # type: ignore[arg-type]
 
 
@@ -51,9 +51,9 @@ def make_steps(target: Target, arguments: Namespace) -> dict[str, Step]:
     check_fits(base, about, target)
     steps = {}
     for name in METHODS:
-        head: Eagle3Head = base
+        head: DraftHead = base
         if name == "pretrain":
-            head = new_head(target, base.vocabulary, iter(()), seed=0)
+            head = blank_head(target, base.vocabulary, settings_of(name, arguments).model)
         head = head.to(master_dtype(target) if name == "pretrain" else target.dtype)
         steps[name] = Step(target, head, settings_of(name, arguments))
     return steps

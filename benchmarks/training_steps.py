@@ -15,12 +15,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from draft.afa import set_annealing_step
 from draft.data.dataset import Row
 from draft.data.examples import Batch
-from draft.heads import Eagle3Head
+from draft.heads import DraftHead
 from draft.target import Target
-from draft.training.build import autocast, make_trainable
+from draft.training.build import autocast, make_trainable, settle
 from draft.training.config import RunSettings
 from draft.training.features import Features, FeatureSource
-from draft.training.objective import HeadLoss, Objective
+from draft.training.objective import HeadLoss
 from draft.training.optimiser import parameter_groups
 from draft.training.snapshots import trained_parameters
 
@@ -33,14 +33,14 @@ WEIGHT_PRODUCTS = ("mm", "addmm")  # what a linear layer is to torch; attention'
 class Step:
     """A training step as the trainer makes it, of one mode and method, with a clock between its parts."""
 
-    def __init__(self, target: Target, head: Eagle3Head, settings: RunSettings) -> None:
+    def __init__(self, target: Target, head: DraftHead, settings: RunSettings) -> None:
         self.target, self.settings = target, settings
         head = copy.deepcopy(head)
+        objective = settle(settings, head)
         self.head, saver = make_trainable(head.train(), settings)
         if settings.method == "afa-lora":
             set_annealing_step(saver, 1, 10)  # while the activation is there, which costs more than after
-        training = settings.training
-        self.module = HeadLoss(self.head, target, Objective(training.loss, training.draft_steps, training.step_decay))
+        self.module = HeadLoss(self.head, target, objective)
         self.parameters = list(trained_parameters(saver).values())
         groups = parameter_groups(self.parameters, scaled=settings.method == "full")
         self.optimizer = torch.optim.AdamW(groups, lr=1e-6, betas=(0.9, 0.95), weight_decay=0.0)
@@ -86,7 +86,7 @@ class Step:
         width = config.num_attention_heads * (getattr(config, "head_dim", None) or config.hidden_size)
         in_target = 4 * pairs * width * self.target.num_layers  # two products of two operations each
         backward = 2
-        in_head = 4 * pairs * own.num_attention_heads * own.head_dim * self.settings.training.draft_steps
+        in_head = 4 * pairs * own.num_attention_heads * own.head_dim * (self.settings.training.draft_steps or 0)
         return in_target + (1 + backward) * in_head
 
     def memory_peak(self, batch: Batch) -> int | None:

@@ -18,10 +18,11 @@ from torch import Tensor
 from draft.data.dataset import Row
 from draft.data.examples import batches, collate
 from draft.errors import UserError
-from draft.heads import Eagle3Head
+from draft.heads import DraftHead
+from draft.heads.registry import architecture_of
 from draft.target import Target, TargetOutput
 from draft.tau import acceptance_length
-from draft.training.step import shift_left, unroll
+from draft.training.step import shift_left
 
 TOKENS_PER_BATCH = 4096
 
@@ -88,7 +89,7 @@ def _ratios(numerators: list[int], denominators: list[int]) -> list[float]:
 
 def replay(
     target: Target,
-    heads: Mapping[str, Eagle3Head],
+    heads: Mapping[str, DraftHead],
     rows: Iterable[Row],
     max_steps: int = 8,
     *,
@@ -109,14 +110,14 @@ def replay(
     Raises:
         UserError: when no row was written greedily with something to verify.
     """
-    greedy = [row for row in rows if row.temperature == 0]
+    greedy = [row for row in rows if row.greedy]
     spans = [generations(row, target.eos_token_ids) for row in greedy]
     if not any(span.end - span.start > 1 for each in spans for span in each):
         raise UserError(
-            "greedy replay needs responses of two tokens or more that the target wrote at temperature 0, and there are "
-            "none in these rows; run `draft-train prepare` with a share of greedy responses."
+            "greedy replay needs responses of two tokens or more that the target wrote at temperature 0 as these very "
+            "tokens, and there are none in these rows; run `draft-train prepare` with a share of greedy responses."
         )
-    tallies = {name: _Tally(len(greedy), max_steps) for name in heads}
+    tallies = {name: _Tally(len(greedy), max_steps, head.longest) for name, head in heads.items()}
     with torch.no_grad():
         for indices, ids, output in target_passes(target, greedy, tokens_per_batch, progress, heads.values()):
             wanted = response_positions([spans[index] for index in indices], ids)
@@ -131,7 +132,9 @@ def replay(
 class _Tally:
     """Counts of one head, see ReplayResult."""
 
-    def __init__(self, rows: int, max_steps: int) -> None:
+    def __init__(self, rows: int, max_steps: int, longest: int | None) -> None:
+        """longest: the most tokens that the head drafts in a row."""
+        self.longest = max_steps if longest is None else longest
         self.emitted = np.zeros((rows, max_steps), dtype=np.int64)
         self.verifications = np.zeros_like(self.emitted)
         self.blocks = np.zeros((max_steps, max_steps + 1, max_steps + 1), dtype=np.int64)
@@ -139,13 +142,13 @@ class _Tally:
     def add(self, row: int, leading: Sequence[int], spans: Sequence[Span]) -> None:
         for span in spans:
             for column in range(len(self.blocks)):
-                for drafted, accepted, emitted in walk(leading, span, column + 1):
+                for drafted, accepted, emitted in walk(leading, span, min(column + 1, self.longest)):
                     self.blocks[column, drafted, accepted] += 1
                     self.emitted[row, column] += emitted
                     self.verifications[row, column] += 1
 
 
-def replay_acceptance_length(target: Target, head: Eagle3Head, rows: Iterable[Row], length: int) -> float:
+def replay_acceptance_length(target: Target, head: DraftHead, rows: Iterable[Row], length: int) -> float:
     """τ of one head by greedy replay at one speculation length: the trainer's periodic evaluation.
 
     The head is evaluated in eval mode and left in the mode it was in.
@@ -193,7 +196,7 @@ def target_passes(
     rows: Sequence[Row],
     tokens_per_batch: int,
     progress: str | None,
-    heads: Iterable[Eagle3Head] = (),
+    heads: Iterable[DraftHead] = (),
 ) -> Iterator[tuple[list[int], Tensor, TargetOutput]]:
     """Yield (indices of rows, ids [batch, tokens], the target's output), rows of similar length together.
 
@@ -217,15 +220,14 @@ def response_positions(spans: list[list[Span]], ids: Tensor) -> Tensor:
     return wanted.to(ids.device)
 
 
-def drafted_states(target: Target, head: Eagle3Head, ids: Tensor, output: TargetOutput, steps: int) -> Iterator[Tensor]:
-    """Yield the head's hidden states of each draft step, [batch, tokens, hidden], in the head's dtype."""
-    dtype = head.norm.weight.dtype
-    auxiliary = output.states_of(head.auxiliary_layers(target)).to(dtype)
-    return unroll(head, target.embedding(ids).to(dtype), auxiliary, steps)
+def drafted_states(target: Target, head: DraftHead, ids: Tensor, output: TargetOutput, steps: int) -> Iterator[Tensor]:
+    """Yield the head's hidden states of each draft step that it has, [batch, tokens, hidden], in the head's dtype."""
+    auxiliary = output.states_of(head.auxiliary_layers(target)).to(head.dtype)
+    return architecture_of(head).unroll(head, target.embedding(ids).to(head.dtype), auxiliary, steps)
 
 
 def _leading_hits(
-    target: Target, head: Eagle3Head, ids: Tensor, output: TargetOutput, wanted: Tensor, steps: int
+    target: Target, head: DraftHead, ids: Tensor, output: TargetOutput, wanted: Tensor, steps: int
 ) -> Tensor:
     """[batch, tokens]: of the `steps` greedy drafts from each wanted entry, how many are right before the first miss.
 
@@ -234,7 +236,7 @@ def _leading_hits(
     alive = wanted.clone()  # entries without a miss so far: only they need logits
     leading = torch.zeros_like(ids)
     for step, hidden in enumerate(drafted_states(target, head, ids, output, steps)):
-        drafts = head.vocabulary[head.logits(hidden[alive]).argmax(dim=-1)]  # [alive]
+        drafts = head.vocabulary[head.logits(hidden[alive], step).argmax(dim=-1)]  # [alive]
         alive[alive.clone()] = drafts == shift_left(ids, step + 2)[alive]
         leading += alive
     return leading

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from draft.errors import UserError
-from draft.heads import ARCHITECTURES, Eagle3Head
+from draft.heads import DraftHead, registry
 from draft.target import DTYPES
 
 PRETRAINED = Path(__file__).parent / "pretrained"
@@ -82,7 +82,7 @@ def write_json(path: Path, value: Any) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def save_head(head: Eagle3Head, folder: str | Path, *, dtype: torch.dtype, about: dict[str, Any]) -> None:
+def save_head(head: DraftHead, folder: str | Path, *, dtype: torch.dtype, about: dict[str, Any]) -> None:
     """Write a head as the folder that vLLM and SGLang load: config.json, model.safetensors, and draftsmith.json.
 
     dtype is that of the floating-point tensors in the file. `about` (target fingerprint, how it was made) goes
@@ -92,7 +92,7 @@ def save_head(head: Eagle3Head, folder: str | Path, *, dtype: torch.dtype, about
         write_head(head, temporary, dtype=dtype, about=about)
 
 
-def write_head(head: Eagle3Head, folder: Path, *, dtype: torch.dtype, about: dict[str, Any]) -> None:
+def write_head(head: DraftHead, folder: Path, *, dtype: torch.dtype, about: dict[str, Any]) -> None:
     """`save_head` into an existing folder: for those who check the files before they take their place."""
     tensors = {
         name: (value.to(dtype) if value.is_floating_point() else value).detach().cpu().contiguous()
@@ -106,7 +106,7 @@ def write_head(head: Eagle3Head, folder: Path, *, dtype: torch.dtype, about: dic
 
 def load_head(
     folder: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
-) -> tuple[Eagle3Head, dict[str, Any]]:
+) -> tuple[DraftHead, dict[str, Any]]:
     """Load a head and its draftsmith.json (empty for a head from elsewhere).
 
     folder: a path, or the name of a head that ships with the package (`smollm2-eagle3`). dtype None keeps the file's.
@@ -117,12 +117,12 @@ def load_head(
     folder = _find(folder)
     config_values = _read_json(folder / "config.json")
     names = config_values.get("architectures") or ["(none)"]
-    if names[0] not in ARCHITECTURES:
-        raise UserError(f"head {str(folder)!r}: architecture {names[0]} is not one of {', '.join(ARCHITECTURES)}.")
-    config_class, head_class = ARCHITECTURES[names[0]]
-    head = head_class(config_class.from_dict(config_values))
-    tensors = _read_tensors(folder / "model.safetensors")
-    fill(head, tensors, str(folder))
+    architecture = registry.stored_as(names[0])
+    if architecture is None:
+        known = ", ".join(each.stored_as for each in registry.ARCHITECTURES.values())
+        raise UserError(f"head {str(folder)!r}: architecture {names[0]} is not one of {known}.")
+    head = architecture.head(architecture.config.from_dict(config_values))
+    fill(head, _read_tensors(folder / "model.safetensors"), str(folder))
     stored = DTYPES.get(config_values.get("torch_dtype") or config_values.get("dtype") or "float32", torch.float32)
     about = folder / "draftsmith.json"
     return head.to(device=device, dtype=dtype or stored).eval(), _read_json(about) if about.is_file() else {}
@@ -157,15 +157,13 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise UserError(f"{str(path)!r} is missing; a head's weights must be one safetensors file of that name.")
     try:
-        tensors = load_file(path)
+        return load_file(path)
     except (SafetensorError, OSError) as error:
         raise UserError(f"{str(path)!r} is not a whole safetensors file ({error}); write or copy it again.") from error
-    # the same layer is called layers.0 by some trainers, and midlayer by others; engines take both
-    return {name.replace("layers.0.", "midlayer.", 1): value for name, value in tensors.items()}
 
 
-def fill(head: Eagle3Head, tensors: dict[str, Tensor], name: str) -> None:
-    """Put `tensors`, by the plain format's names, into the head called `name`.
+def fill(head: DraftHead, tensors: dict[str, Tensor], name: str) -> None:
+    """Put `tensors`, by the names of this program's own files, into the head called `name`.
 
     Raises:
         UserError: naming the first missing, unexpected or misshapen tensor.
@@ -175,11 +173,14 @@ def fill(head: Eagle3Head, tensors: dict[str, Tensor], name: str) -> None:
             f"head {name!r}: tensor embed_tokens.weight is unexpected: the target's embedding is used, and this may "
             f"differ; `draft-train import {name}` compares them, and leaves it out."
         )
+    architecture = registry.architecture_of(head)
+    for theirs, ours in architecture.renames:
+        tensors = {key.replace(theirs, ours, 1): value for key, value in tensors.items()}
     tensors = _with_token_map(head, tensors, name)
     expected = head.state_dict()
     for key, value in expected.items():
         if key not in tensors:
-            raise UserError(f"head {name!r}: tensor {key} is missing; the file is not a whole EAGLE-3 head.")
+            raise UserError(f"head {name!r}: tensor {key} is missing; this is not a whole {architecture.name} head.")
         if tensors[key].shape != value.shape:
             raise UserError(
                 f"head {name!r}: tensor {key} has shape {tuple(tensors[key].shape)}, its config.json says "
@@ -191,7 +192,7 @@ def fill(head: Eagle3Head, tensors: dict[str, Tensor], name: str) -> None:
     head.load_state_dict(tensors)
 
 
-def _with_token_map(head: Eagle3Head, tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+def _with_token_map(head: DraftHead, tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
     """Derive t2d where it is missing, as engines do; leave out a full vocabulary's maps, which must be trivial."""
     tensors = dict(tensors)
     if head.config.full_vocabulary:
@@ -212,7 +213,7 @@ def _with_token_map(head: Eagle3Head, tensors: dict[str, Tensor], name: str) -> 
     return tensors
 
 
-def check_fits(head: Eagle3Head, about: dict[str, Any], target: Any) -> None:
+def check_fits(head: DraftHead, about: dict[str, Any], target: Any) -> None:
     """Refuse a head that was made for another target, naming both values; lend the target's LM head to one without."""
     for what, ours, theirs in (
         ("hidden size", head.config.hidden_size, target.hidden_size),
@@ -225,7 +226,8 @@ def check_fits(head: Eagle3Head, about: dict[str, Any], target: Any) -> None:
     head.auxiliary_layers(target)  # refuses layers that the target hasn't
     head.borrow(target)
     made_for = about.get("target_fingerprint")
-    if made_for and made_for != target.fingerprint:
+    # under an adapter, the head of the target that it was trained on is the one to begin with
+    if made_for and made_for not in (target.fingerprint, target.base_fingerprint):
         raise UserError(
             f"the head was made for target {made_for} and this target is {target.fingerprint}; adapt it to this "
             "target with `draft-train adapt --other-target`, or use the target that it was made for."

@@ -15,6 +15,9 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.console import Console
 
+from draft import cli_prepare
+from draft.cli_options import Dtype, Target, TargetAdapter
+from draft.cli_options import examples as _examples
 from draft.errors import UserError
 from draft.training.config import SECTIONS, resolve, setting_types
 
@@ -58,65 +61,7 @@ def _quiet_transformers() -> None:
     transformers_logging.set_verbosity_error()
 
 
-def _examples(*lines: str) -> str:
-    return "Examples:\n\n" + "\n\n".join(f"`{line}`" for line in lines)
-
-
-Target = Annotated[str, typer.Option(help="Target: hub id, folder, .gguf file, or smollm2 (bundled).")]
-Dtype = Annotated[str, typer.Option(help="Compute dtype: auto, bfloat16, float16, float32 or float64.")]
-
-
-@app.command(
-    epilog=_examples(
-        "draft-train prepare --target smollm2 --out data/general --num-prompts 500",
-        "draft-train prepare --target smollm2 --prompts questions.jsonl --out data/mine",
-    )
-)
-def prepare(
-    out: Annotated[Path, typer.Option(help="Folder of the data set; the same command continues an interrupted one.")],
-    target: Target = "smollm2",
-    prompts: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="JSONL, JSON, Parquet or CSV file, or hub data set; repeatable. None: the target writes them."
-        ),
-    ] = None,
-    num_prompts: Annotated[int | None, typer.Option(min=1, help="At most so many conversations.")] = None,
-    column: Annotated[str | None, typer.Option(help="Column that holds the prompt or conversation.")] = None,
-    keep_responses: Annotated[bool, typer.Option(help="Use the responses in the files, not the target's.")] = False,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest response.")] = 256,
-    max_length: Annotated[int, typer.Option(min=8, help="Longer conversations are dropped, and counted.")] = 1024,
-    greedy_share: Annotated[float, typer.Option(min=0, max=1, help="Share written greedily; the rest at T = 1.")] = 0.5,
-    held_out_share: Annotated[float, typer.Option(min=0, max=1, help="Share of conversations kept for judging.")] = 0.1,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Rows written at once [default: by device].")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of prompts, responses and split.")] = 0,
-    dtype: Dtype = "auto",
-    device: Annotated[str, typer.Option(help="Device: auto, cpu, cuda.")] = "auto",
-) -> None:
-    """Let the target write its own training data."""
-    from draft.data.prepare import prepare as run
-    from draft.target import load_target
-
-    dataset = run(
-        load_target(target, dtype, device),
-        out,
-        prompts=prompts,
-        num_prompts=num_prompts,
-        column=column,
-        keep_responses=keep_responses,
-        max_new_tokens=max_new_tokens,
-        max_length=max_length,
-        greedy_share=greedy_share,
-        held_out_share=held_out_share,
-        batch_size=batch_size,
-        seed=seed,
-    )
-    counts = dataset.manifest["counts"]
-    dropped = ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in counts.items() if type(count) is int)
-    console.print(
-        f"{out}: {counts['train']['rows']} rows to train on, {counts['held-out']['rows']} held out ({dropped}). "
-        f"Next: draft-train inspect {out}"
-    )
+app.command(epilog=cli_prepare.EPILOG)(cli_prepare.prepare)
 
 
 @app.command(epilog=_examples("draft-train inspect data/mine --examples 2"))
@@ -244,6 +189,7 @@ def import_(
     source: Annotated[Path, typer.Argument(help="Folder of a head in another project's format.")],
     out: Annotated[Path, typer.Option(help="Folder of the head to write.")],
     target: Target = "smollm2",
+    target_adapter: TargetAdapter = None,
     auxiliary_layers: Annotated[
         str | None,
         typer.Option(help="Layers whose inputs the head reads, such as 2,15,27, if its config.json leaves that open."),
@@ -259,7 +205,8 @@ def import_(
         layers = None if auxiliary_layers is None else [int(layer) for layer in auxiliary_layers.split(",")]
     except ValueError as error:
         raise UserError(f"--auxiliary-layers {auxiliary_layers!r} is no list of numbers, such as 2,15,27.") from error
-    imported = import_head(source, load_target(target, dtype, device), out, auxiliary_layers=layers)
+    loaded = load_target(target, dtype, device, target_adapter)
+    imported = import_head(source, loaded, out, auxiliary_layers=layers)
     console.print(f"Found a head in the format {imported.kind}.", soft_wrap=True)
     for note in imported.notes:
         console.print(f"  {note[0].upper()}{note[1:]}", soft_wrap=True, markup=False)
@@ -294,6 +241,7 @@ def compare(
     data: Annotated[Path, typer.Option(help="Data set of the domain; its held-out rows are used.")],
     out: Annotated[Path, typer.Option(help="Folder of the report.")],
     target: Target = "smollm2",
+    target_adapter: TargetAdapter = None,
     general: Annotated[Path | None, typer.Option(help="Data of general traffic [default: what ships].")] = None,
     dtype: Dtype = "auto",
     device: Annotated[str, typer.Option(help="Device: auto, cpu, cuda.")] = "auto",
@@ -310,7 +258,7 @@ def compare(
         out.mkdir(parents=True, exist_ok=True)  # before the long work, not after it
     except OSError as error:
         raise UserError(f"--out {str(out)!r} cannot be made ({error.strerror}); choose another.") from error
-    loaded = load_target(target, dtype, device)
+    loaded = load_target(target, dtype, device, target_adapter)
     dataset = open_dataset(data)
     dataset.check_target(loaded)
     if general is None:

@@ -11,7 +11,7 @@ from draft.acceptance import TOKENS_PER_BATCH, Acceptance, ReplayResult, replay
 from draft.checkpoint import check_fits
 from draft.data.dataset import Row, open_dataset
 from draft.errors import UserError
-from draft.heads import Eagle3Head
+from draft.heads import DraftHead
 from draft.sampled_acceptance import is_sampled, sampled_acceptance
 from draft.target import Target
 from draft.tau import Interval, bootstrap_gain, bootstrap_ratio
@@ -29,7 +29,7 @@ class Contender:
     """A head as it was loaded from its folder: (head, about) come from `draft.checkpoint.load_head`."""
 
     name: str
-    head: Eagle3Head
+    head: DraftHead
     about: Mapping[str, Any]
 
 
@@ -161,7 +161,7 @@ def compare(
 
 def _measure(
     target: Target,
-    heads: Mapping[str, Eagle3Head],
+    heads: Mapping[str, DraftHead],
     rows: Sequence[Row],
     max_steps: int,
     resamples: int,

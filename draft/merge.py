@@ -15,7 +15,7 @@ from torch import Tensor
 from draft.afa import load_afa_adapter, merge_adapter
 from draft.checkpoint import HEAD_FILES, atomic_folder, head_sha256, load_head, save_head, write_head
 from draft.errors import UserError
-from draft.heads import Eagle3Head
+from draft.heads import DraftHead
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def merge_run(run: str | Path, out: str | Path) -> Merged:
     about = _read_about(run)
     if (run / "head" / "config.json").is_file():
         head, _ = load_head(run / "head")
-        save_head(head, out, dtype=_dtype_of(head), about=about)
+        save_head(head, out, dtype=head.dtype, about=about)
         return Merged(out, layers=0, rounding=0.0)
     base_head = _base_head(run)
     if head_sha256(base_head) != about["base_head_sha256"]:
@@ -50,11 +50,11 @@ def merge_run(run: str | Path, out: str | Path) -> Merged:
             "restore it, or adapt again."
         )
     base, _ = load_head(base_head)
-    stored = _dtype_of(base)
+    stored = base.dtype
     before = {name: value.clone() for name, value in base.state_dict().items()}
     # the wide copy is the exact sum; only writing it rounds
     wide = merge_adapter(load_afa_adapter(base.double(), run / "adapter", is_trainable=False))
-    assert isinstance(wide, Eagle3Head)
+    assert isinstance(wide, DraftHead)
     exact = {name: value.clone() for name, value in wide.state_dict().items()}
     with atomic_folder(out, HEAD_FILES) as temporary:
         write_head(wide, temporary, dtype=stored, about=about)
@@ -77,10 +77,6 @@ def _verify(folder: Path, before: dict[str, Tensor], exact: dict[str, Tensor]) -
             changed += 1
             rounding = max(rounding, float((value.double() - exact[name]).abs().max() / exact[name].abs().max()))
     return changed, rounding
-
-
-def _dtype_of(head: Eagle3Head) -> torch.dtype:
-    return head.fc.weight.dtype
 
 
 def _read_about(run: Path) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from draft.acceptance import (
 )
 from draft.data.dataset import Row
 from draft.errors import UserError
-from draft.heads import Eagle3Head
+from draft.heads import DraftHead
 from draft.target import Target, TargetOutput
 
 _POSITIONS_PER_CHUNK = 512  # positions whose probabilities over the whole vocabulary are in memory at once
@@ -27,12 +27,12 @@ _POSITIONS_PER_CHUNK = 512  # positions whose probabilities over the whole vocab
 
 def is_sampled(row: Row) -> bool:
     """Whether a row was sampled from the target's own distribution, nothing cut off, and has something to verify."""
-    return row.temperature == 1 and row.top_p == 1 and row.trained > 1
+    return row.temperature == 1 and row.top_p == 1 and row.trained > 1 and not row.retokenised
 
 
 def sampled_acceptance(
     target: Target,
-    heads: Mapping[str, Eagle3Head],
+    heads: Mapping[str, DraftHead],
     rows: Iterable[Row],
     max_steps: int = 8,
     *,
@@ -71,11 +71,12 @@ def sampled_acceptance(
             wanted = response_positions([spans[index] for index in indices], ids)
             for name, head in heads.items():
                 ratios, overlaps = rejection_terms(target, head, ids, output, wanted, max_steps)
+                longest = ratios.shape[-1]  # a head may have fewer draft steps
                 survival = torch.cat([torch.ones_like(ratios[..., :1]), ratios.cumprod(dim=-1)], dim=-1).tolist()
                 for index, stands, overlap in zip(indices, survival, overlaps.tolist(), strict=True):
                     for span in spans[index]:
                         for column in range(max_steps):
-                            more = expected_walk(stands, overlap, span, column + 1)
+                            more = expected_walk(stands, overlap, span, min(column + 1, longest))
                             emitted[name][index, column] += more[0]
                             verifications[name][index, column] += more[1]
     row_ids = [row.id for row in sampled]
@@ -83,14 +84,15 @@ def sampled_acceptance(
 
 
 def rejection_terms(
-    target: Target, head: Eagle3Head, ids: Tensor, output: TargetOutput, wanted: Tensor, steps: int
+    target: Target, head: DraftHead, ids: Tensor, output: TargetOutput, wanted: Tensor, steps: int
 ) -> tuple[Tensor, Tensor]:
     """What the rejection rule does with draft step k after entry i, where the drafts before it are the recorded tokens.
 
     wanted: [batch, tokens] bool, the entries i that drafting may start from.
 
     Returns:
-        min(1, q/p) of the recorded token, and Σ_v min(p(v), q(v)) over v other than EOS: [batch, tokens, steps] each;
+        min(1, q/p) of the recorded token, and Σ_v min(p(v), q(v)) over v other than EOS: [batch, tokens, steps] each
+        (fewer steps where the head has fewer);
         meaningful where the recorded token i + 2 + k belongs to the same response as i.
     """
     hidden = torch.stack(
@@ -107,10 +109,11 @@ def rejection_terms(
         token = ids[batch, entries + 2]
         log_p_token = log_p.gather(-1, token[:, None])[:, 0]
         p = log_p[:, head.vocabulary].masked_fill(is_eos, -torch.inf).exp()  # [chunk, draft_vocab]
-        for step in range(steps):
+        for step in range(hidden.shape[2]):
             real = entries >= step
             rows, starts = batch[real], entries[real] - step
-            log_q = head.logits(hidden[rows, starts, step]).to(log_p.dtype).log_softmax(dim=-1)  # [real, draft_vocab]
+            logits = head.logits(hidden[rows, starts, step], step)  # [real, draft_vocab]
+            log_q = logits.to(log_p.dtype).log_softmax(dim=-1)
             draft_id = draft_ids[token[real]]
             log_q_token = log_q.gather(-1, draft_id.clamp_min(0)[:, None])[:, 0].masked_fill(draft_id < 0, -torch.inf)
             ratios[rows, starts, step] = (log_q_token - log_p_token[real]).clamp_max(0).exp().to(ratios)

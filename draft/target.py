@@ -5,23 +5,36 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from draft.bundled import BUNDLED_TARGET, bundled_target_folder, dequantise_options
+from draft.bundled import dequantise_options
+from draft.devices import DTYPES, fastest_cpu_dtype, resolve_device, resolve_dtype
 from draft.errors import UserError
+from draft.target_adapter import Adapter, merge_adapter, read_adapter, warn_of_other_template
+from draft.target_files import locate, why_not_loaded
+from draft.target_hooks import capture_hidden_states
+from draft.target_support import check_config, check_room, rope_limit
 
 log = logging.getLogger(__name__)
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
+__all__ = [
+    "DTYPES",
+    "Target",
+    "TargetOutput",
+    "capture_hidden_states",
+    "fastest_cpu_dtype",
+    "load_target",
+    "load_tokenizer",
+    "render_chat",
+]
 
 
 @dataclass(frozen=True)
@@ -45,11 +58,21 @@ class Target:
     """A causal language model with its tokenizer and chat template.
 
     Layer ids count decoder layers that have run: id k is the residual stream that enters layer k (0-based), and
-    id n (the number of layers) the stream after the last one, before the final norm. This is vLLM's convention.
+    id n (the number of layers) the stream after the last one, before the final norm. This is vLLM's convention. Id
+    n + 1 (`output_layer`) is ours: the stream after the final norm, which the LM head reads.
     """
 
-    def __init__(self, name: str, model: Any, tokenizer: Any, stored_dtype: torch.dtype | None = None) -> None:
-        self.name = name
+    def __init__(
+        self,
+        name: str,
+        model: Any,
+        tokenizer: Any,
+        stored_dtype: torch.dtype | None = None,
+        adapter: Adapter | None = None,
+    ) -> None:
+        """adapter: what was merged into the model, which is otherwise the one called `name`."""
+        self.name, self.adapter = name, adapter
+        self.lock = threading.RLock()  # of the model: a pass changes how it attends, and hooks its layers
         # the dtype of the checkpoint, in which heads for it are saved too; `dtype` is that of computing
         self.stored_dtype = stored_dtype or model.dtype
         self.model = model.eval().requires_grad_(False)
@@ -66,11 +89,20 @@ class Target:
             raise UserError(
                 f"target {name!r}: {type(model).__name__} has no RMSNorm, which an EAGLE-3 head needs; use another."
             )
+        if getattr(self.config, "attn_logit_softcapping", None) and self.config._attn_implementation == "sdpa":
+            model.set_attn_implementation("eager")  # sdpa cannot bound scores
+        if model.dtype == torch.float64 and hasattr(model, "set_experts_implementation"):
+            model.set_experts_implementation("eager")  # grouped products know narrower dtypes only
         # Granite divides its logits by one number, Cohere multiplies them by another
         self.logit_scale: float = getattr(self.config, "logit_scale", None) or 1.0
         self.logit_scale /= getattr(self.config, "logits_scaling", None) or 1.0
         self.embedding: nn.Embedding = model.get_input_embeddings()
         self.lm_head: nn.Linear = model.get_output_embeddings()
+
+    @property
+    def base_fingerprint(self) -> str:
+        """The fingerprint without the adapter, where there is one."""
+        return self.adapter.base_fingerprint if self.adapter else self.fingerprint
 
     @property
     def device(self) -> torch.device:
@@ -93,9 +125,29 @@ class Target:
         return len(self.decoder.layers)
 
     @property
-    def max_length(self) -> int:
-        """Tokens of context that the target was made for."""
+    def output_layer(self) -> int:
+        """The id of the last hidden states, after the final norm."""
+        return self.num_layers + 1
+
+    @property
+    def stated_length(self) -> int:
+        """Tokens of context as its configuration says."""
         return int(getattr(self.config, "max_position_embeddings", 2048))
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of context that it can be used with here: fewer where its rotary embedding changes on the way."""
+        return min(self.stated_length, self.rope_limit[1]) if self.rope_limit else self.stated_length
+
+    @cached_property
+    def rope_limit(self) -> tuple[str, int] | None:
+        """See `draft.target_support.rope_limit`."""
+        return rope_limit(self.config)
+
+    @property
+    def title(self) -> str:
+        """Its name, for messages."""
+        return repr(self.name) + (f" with adapter {self.adapter.name!r}" if self.adapter else "")
 
     @property
     def default_auxiliary_layers(self) -> tuple[int, int, int]:
@@ -123,9 +175,14 @@ class Target:
         """One forward pass without the LM head (see `logits`), capturing the residual stream at `layers`.
 
         input_ids, position_ids: [batch, tokens]; attention_mask as transformers takes it.
+
+        Raises:
+            UserError: for more tokens than the rotary embedding of such a target treats alike.
         """
+        if self.rope_limit and input_ids.shape[1] > self.max_length:
+            raise UserError(f"{input_ids.shape[1]} tokens: {self.limit_reason}; leave longer texts out.")
         captured: dict[int, Tensor] = {}
-        with capture_hidden_states(self.decoder, layers or (), captured):
+        with self.lock, capture_hidden_states(self.decoder, layers or (), captured):
             output = self.decoder(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
@@ -135,6 +192,16 @@ class Target:
             )
         auxiliary = torch.cat([captured[layer] for layer in layers], dim=-1) if layers else None
         return TargetOutput(output.last_hidden_state, auxiliary, tuple(layers or ()))
+
+    @property
+    def limit_reason(self) -> str:
+        """Why texts may have `max_length` tokens at most."""
+        why = (
+            f", since its {self.rope_limit[0]} rotary embedding gives other states beyond for all tokens of a batch"
+            if self.rope_limit
+            else ""
+        )
+        return f"the context of target {self.title} is {self.max_length} tokens{why}"
 
     def logits(self, last_hidden: Tensor, vocabulary: Tensor | None = None) -> Tensor:
         """Logits [..., vocab] of normalised hidden states [..., hidden]; only the rows `vocabulary` when given."""
@@ -178,8 +245,11 @@ class Target:
         (In float16 that holds for checkpoints stored in half precision; wider ones are rounded twice.)
 
         Of each weight up to 8192 evenly spread elements are hashed, in bfloat16: a change of training touches
-        them all, and a large model is fingerprinted in seconds.
+        them all, and a large model is fingerprinted in seconds. An adapter counts by its file: what merging makes of
+        the weights depends on the dtype.
         """
+        if self.adapter:
+            return self.adapter.fingerprint
         digest = hashlib.sha256(self.template_hash.encode())
         digest.update(json.dumps(sorted(self.tokenizer.get_vocab().items())).encode())
         for name, weight in sorted(self.model.named_parameters()):
@@ -189,29 +259,6 @@ class Target:
             digest.update(f"{name}{tuple(weight.shape)}".encode())
             digest.update(sample.view(torch.int16).numpy().tobytes())
         return digest.hexdigest()[:16]
-
-
-@contextmanager
-def capture_hidden_states(decoder: nn.Module, layers: Sequence[int], into: dict[int, Tensor]) -> Iterator[None]:
-    """Store the residual stream entering each of `layers` in `into` while the block runs.
-
-    Index n is taken before the final norm, where vLLM takes it; transformers' own `output_hidden_states` would
-    give it normalised.
-    """
-
-    def store(layer: int) -> Any:
-        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            into[layer] = args[0] if args else kwargs["hidden_states"]
-
-        return hook
-
-    modules = [*decoder.layers, decoder.norm]  # type: ignore[misc]
-    handles = [modules[layer].register_forward_pre_hook(store(layer), with_kwargs=True) for layer in layers]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def render_chat(tokenizer: Any, messages: list[dict[str, str]], *, add_generation_prompt: bool) -> str:
@@ -225,92 +272,54 @@ def load_tokenizer(name: str) -> Any:
     """The tokenizer of a target, without its weights; names and errors as in `load_target`."""
     from transformers import AutoTokenizer
 
-    source, options = _locate(name)
+    source, options = locate(name)
     try:
         return AutoTokenizer.from_pretrained(source, **options)
     except Exception as error:
-        raise UserError(_why_not_loaded(name, error)) from error
+        raise UserError(why_not_loaded(name, error)) from error
 
 
-def load_target(name: str, dtype: str | torch.dtype = "auto", device: str = "auto") -> Target:
+def load_target(
+    name: str, dtype: str | torch.dtype = "auto", device: str = "auto", adapter: str | Path | None = None
+) -> Target:
     """Load a target: a hub id, a folder, a `.gguf` file, or `smollm2`, the bundled default.
 
     dtype "auto" takes the checkpoint's own on an accelerator and the faster of bfloat16 and float32 on a CPU.
+    adapter: folder of a PEFT LoRA adapter, which is merged into the weights in memory.
 
     Raises:
-        UserError: when it cannot be found or is of an architecture that heads cannot be attached to.
+        UserError: when it cannot be found, is of an architecture that heads cannot be attached to, is quantised or
+            larger than the device, or when the adapter is not one for it.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    place = _resolve_device(device)
-    wanted = _resolve_dtype(dtype, place)
+    place = resolve_device(device)
+    wanted = resolve_dtype(dtype, place)
     tokenizer = load_tokenizer(name)
-    source, options = _locate(name)
+    source, options = locate(name)
     try:
-        stored = AutoConfig.from_pretrained(source, **options).dtype
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=wanted, **options, **dequantise_options(options))
+        config = AutoConfig.from_pretrained(source, **options)
     except Exception as error:  # a damaged file raises whatever its reader does
-        raise UserError(_why_not_loaded(name, error)) from error
-    model.to(place)  # type: ignore[arg-type]
-    return Target(name, model, tokenizer, stored)
-
-
-def _locate(name: str) -> tuple[str, dict[str, str]]:
-    """What `from_pretrained` should read for a target's name."""
-    if name == BUNDLED_TARGET:
-        return str(bundled_target_folder()), {}
-    path = Path(name).expanduser()
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise UserError(f"target {name!r}: no such file; give the path of an existing .gguf file.")
-        return str(path.parent), {"gguf_file": path.name}
-    if path.is_dir() and not (path / "config.json").is_file():
-        raise UserError(f"target {name!r}: the folder has no config.json; give a folder that save_pretrained wrote.")
-    return str(path) if path.is_dir() else name, {}
-
-
-def _why_not_loaded(name: str, error: Exception) -> str:
-    reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-    if isinstance(error, OSError) and not Path(name).expanduser().exists():
-        return (
-            f"target {name!r} is neither a folder here nor reachable on the hub ({reason}); on a machine with "
-            f"network run `hf download {name}`, or pass a local folder, a .gguf file or `{BUNDLED_TARGET}`."
-        )
-    return f"target {name!r} could not be loaded ({reason}); pass a causal language model that transformers supports."
-
-
-def _resolve_device(device: str) -> torch.device:
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        raise UserError(why_not_loaded(name, error)) from error
+    if config.get_text_config() is not config:
+        log.info("target %r is a model of text and other media: its text part is used", name)
+    if not options:  # a GGUF file's layers are known once it is read, and are dequantised
+        check_config(name, config)
+        check_room(name, config, wanted, place)
+    found = read_adapter(adapter) if adapter is not None else None
+    if found is not None:
+        warn_of_other_template(found, tokenizer)
     try:
-        place = torch.device(device)
-        torch.empty(0, device=place)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device {device!r} is not there on this machine; use auto, cpu or cuda.") from error
-    return place
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=wanted, **options, **dequantise_options(options))
+        model.to(place)  # type: ignore[arg-type]
+    except Exception as error:
+        raise UserError(why_not_loaded(name, error)) from error
+    target = Target(name, model, tokenizer, config.dtype)
+    if target.rope_limit:
+        log.info("%s", target.limit_reason)
+    return target if found is None else _adapted(target, found)
 
 
-def _resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype | str:
-    if isinstance(dtype, torch.dtype):
-        return dtype
-    if dtype == "auto":
-        return fastest_cpu_dtype() if device.type == "cpu" else "auto"
-    if dtype not in DTYPES:
-        raise UserError(f"dtype {dtype!r} is unknown; choose one of auto, {', '.join(DTYPES)}.")
-    return DTYPES[dtype]
-
-
-@lru_cache
-def fastest_cpu_dtype() -> torch.dtype:
-    """bfloat16 where the CPU multiplies it natively, else float32: without AVX-512 or AMX it is ten times slower."""
-
-    def seconds(dtype: torch.dtype) -> float:
-        a, b = torch.ones(128, 512, dtype=dtype), torch.ones(512, 512, dtype=dtype)
-        timings = []
-        for _ in range(4):
-            start = time.perf_counter()
-            a @ b
-            timings.append(time.perf_counter() - start)
-        return min(timings)
-
-    return torch.bfloat16 if seconds(torch.bfloat16) < seconds(torch.float32) else torch.float32
+def _adapted(target: Target, adapter: Adapter) -> Target:
+    model, merged = merge_adapter(target.model, adapter, target.title, target.fingerprint)
+    return Target(target.name, model, target.tokenizer, target.stored_dtype, merged)

@@ -56,6 +56,9 @@ class Mode(StrEnum):
 @cli.command(epilog=_EXAMPLES)
 def serve(
     target: Annotated[str, typer.Option(help="A hub id, a folder, a .gguf file, or smollm2 (bundled).")] = "smollm2",
+    target_adapter: Annotated[
+        str | None, typer.Option(help="A PEFT LoRA adapter of the target, merged in memory: a folder.")
+    ] = None,
     head: Annotated[
         str | None, typer.Option(help="A folder, or smollm2-eagle3 (bundled). Without: plain decoding.")
     ] = None,
@@ -134,10 +137,11 @@ def serve(
         )
 
         def load() -> Engine:
-            return _load(
+            return load_engine(
                 target,
                 head,
                 dtype,
+                target_adapter=target_adapter,
                 warm_up=warm_up,
                 speculation=str(speculation),
                 speculation_length=speculation_length,
@@ -153,12 +157,27 @@ def serve(
                 prefill_chunk=prefill_chunk,
             )
 
-        what = f"{target} with {head}, K = {speculation_length}, {rule}" if head else f"{target} without a draft head"
+        model = f"{target} + {target_adapter}" if target_adapter else target
+        what = f"{model} with {head}, K = {speculation_length}, {rule}" if head else f"{model} without a draft head"
         address = listener.url("https" if tls else "http")
         serve_until_stopped(app, load, listener, f"serving {what} on {address}", drain_seconds, tls)
 
 
-def _load(target: str, head: str | None, dtype: str, *, warm_up: bool, threads: int | None, **options: Any) -> Engine:
+def load_engine(
+    target: str,
+    head: str | None,
+    dtype: str,
+    *,
+    target_adapter: str | None = None,
+    warm_up: bool,
+    threads: int | None,
+    **options: Any,
+) -> Engine:
+    """An engine that is ready to be started; options: of Engine.
+
+    Raises:
+        UserError: when the target or the head cannot be loaded, do not fit each other, or an option is out of range.
+    """
     import torch
     from transformers.utils.logging import disable_progress_bar
 
@@ -171,7 +190,7 @@ def _load(target: str, head: str | None, dtype: str, *, warm_up: bool, threads: 
         torch.set_num_threads(threads)
     if not sys.stderr.isatty():
         disable_progress_bar()
-    loaded = load_target(target, decoding_dtype(dtype, options["mode"]))
+    loaded = load_target(target, decoding_dtype(dtype, options["mode"]), adapter=target_adapter)
     draft_head = None
     if head is not None:
         draft_head, about = load_head(head, dtype=loaded.dtype, device=loaded.device)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from draft.heads import Eagle3Config, Eagle3Head
+from draft.heads import Eagle3Head
+from draft.heads.registry import ARCHITECTURES
 from draft.target import Target
 
 TEMPLATE = (
@@ -67,16 +69,25 @@ def save_tiny_target(folder: Path) -> Target:
     return target
 
 
-def make_tiny_head(target: Target, seed: int = 0, draft_vocab_size: int = 200) -> Eagle3Head:
-    """A random EAGLE-3 head over the first `draft_vocab_size` tokens, in the target's dtype."""
+def make_tiny_head(
+    target: Target, seed: int = 0, draft_vocab_size: int = 200, architecture: str = "eagle3", **options: Any
+) -> Any:
+    """A random head over the first `draft_vocab_size` tokens (EAGLE-1: over all), in the target's dtype.
+
+    options: fields of its configuration.
+    """
     torch.manual_seed(seed)
-    head = Eagle3Head(Eagle3Config.for_target(target, draft_vocab_size))
+    entry = ARCHITECTURES[architecture]
+    size = draft_vocab_size if entry.reduced_vocabulary else target.vocab_size
+    head = entry.head(entry.config.for_target(target, size, **options))
     with torch.no_grad():
         for parameter in head.parameters():
             if parameter.dim() > 1:
                 parameter.normal_(std=0.2)
-        head.lm_head.weight.copy_(target.lm_head.weight[:draft_vocab_size])
-    head.set_vocabulary(torch.arange(draft_vocab_size))
+        for lm_head in head.own_lm_heads.values():
+            lm_head.weight.copy_(target.lm_head.weight[:size])
+    head.set_vocabulary(torch.arange(size))
+    head.borrow(target)
     return head.to(target.dtype).eval()
 
 

@@ -164,6 +164,9 @@ class Oracle:
         self.scripts: deque[Script] = deque()
         self.present: list[Script] = []
 
+    def warm_up(self, *, compiled: bool) -> None:
+        pass
+
     def join(self) -> Script:
         self.present.append(self.scripts.popleft())
         return self.present[-1]

@@ -33,10 +33,18 @@ def make_world(root: Path, rows: int = 24) -> Path:
     return root
 
 
-def command(world: Path, mode: str, out: Path | str, *more: str) -> list[str]:
+# of a Medusa head's four positions three are trained, the number of draft steps
+NEW_HEADS = {
+    "eagle3": "--draft-vocab-size 180",
+    "eagle": "--architecture eagle",
+    "medusa": "--architecture medusa --head-options num_heads=4 --draft-vocab-size 180",
+}
+
+
+def command(world: Path, mode: str, out: Path | str, *more: str, architecture: str = "eagle3") -> list[str]:
     """What stands after `draft-train`: a small run, float32, on the CPU."""
     common = f"--target {world}/target --data {world}/data --dtype float32 --device cpu --draft-steps 3 --eval-every 0"
-    head = "--draft-vocab-size 180" if mode == "pretrain" else f"--head {world}/base/head --rank 4"
+    head = NEW_HEADS[architecture] if mode == "pretrain" else f"--head {world}/base/head --rank 4"
     return [mode, "--out", str(out), *common.split(), *head.split(), "--tokens-per-batch", "256", *more]
 
 

@@ -20,7 +20,7 @@ import torch
 from benchmarks.common import load_prompts
 from draft.acceptance import drafted_states
 from draft.checkpoint import check_fits, load_head
-from draft.heads import Eagle3Head
+from draft.heads import DraftHead
 from draft.interop import export_head
 from draft.interop.target_shape import target_shape
 from draft.target import Target, load_target
@@ -85,7 +85,7 @@ def judge(folder: Path, target: Target) -> int:
 
 @torch.no_grad()
 def walk(
-    target: Target, head: Eagle3Head, prompt: list[int], text: list[int], counted: int, length: int
+    target: Target, head: DraftHead, prompt: list[int], text: list[int], counted: int, length: int
 ) -> tuple[tuple[int, int], bool]:
     """((emitted, verifications) of the first `counted` tokens, untrimmed; whether the text is greedy)."""
     ids = torch.tensor([prompt + text])

@@ -4,7 +4,7 @@ manifest.json       written last: a folder without it is unfinished
 train.parquet       one row a conversation, see `Row`
 held-out.parquet    the same; no prompt of it is in train.parquet
 tokenizer/          the target's, so that the rows can be read without loading the target
-plan.json, parts/   the resolved arguments and the responses so far; parts/ goes when the data set is finished
+plan.json, parts/   the resolved arguments and the responses so far (see shards.py); parts/ goes when all is finished
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
+import time
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -22,6 +24,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from draft.data.shards import Shard, missing_shards
 from draft.errors import UserError
 from draft.target import Target
 
@@ -37,10 +40,12 @@ _SCHEMA = pa.schema(
         "top_p": pa.float32(),
         "source": pa.string(),
         "split": pa.string(),
+        "retokenised": pa.bool_(),
     }
 )
-_PART_SCHEMA = pa.schema({"index": pa.int64(), "ids": pa.list_(pa.int32())})
+_PART_SCHEMA = pa.schema({"index": pa.int64(), "ids": pa.list_(pa.int32()), "retokenised": pa.bool_()})
 _ROWS_PER_PART = 32
+_SECONDS_PER_PART = 5.0  # slow answers are stored sooner
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,12 @@ class Row:
     top_p: float | None
     source: str  # the file it came from, or "self-prompted"
     split: str = ""
+    retokenised: bool = False  # the target wrote this text, but maybe not as these tokens: not for measuring
+
+    @property
+    def greedy(self) -> bool:
+        """Written greedily, token for token as it is here."""
+        return self.temperature == 0 and not self.retokenised
 
     @property
     def trained(self) -> int:
@@ -107,15 +118,18 @@ class Dataset:
         except (OSError, pa.ArrowException) as error:
             raise UserError(f"{str(path)!r} is not a whole Parquet file ({error}); prepare the data again.") from error
         columns["ids"], columns["mask"] = columns.pop("input_ids"), columns.pop("loss_mask")
+        columns["retokenised"] = [bool(value) for value in columns["retokenised"]]  # older files have no such column
         return [Row(**dict(zip(columns, values, strict=True))) for values in zip(*columns.values(), strict=True)]
 
     def check_target(self, target: Target) -> None:
         """Refuse a target whose tokens or template these are not: UserError naming both fingerprints."""
         ours, theirs = self.manifest["target_fingerprint"], target.fingerprint
         if ours != theirs:
+            adapter = self.manifest.get("target_adapter")
+            made_for = repr(self.manifest["target"]) + (f" with adapter {adapter!r}" if adapter else "")
             raise UserError(
-                f"data set {str(self.folder)!r} was prepared for target {self.manifest['target']!r} with fingerprint "
-                f"{ours}, and target {target.name!r} has {theirs}; prepare data with this target, or use that one."
+                f"data set {str(self.folder)!r} was prepared for target {made_for} with fingerprint "
+                f"{ours}, and target {target.title} has {theirs}; prepare data with this target, or use that one."
             )
 
 
@@ -129,8 +143,10 @@ def open_dataset(folder: str | Path) -> Dataset:
     path = folder / "manifest.json"
     if not path.is_file():
         if (folder / "plan.json").is_file():
+            missing = missing_shards(folder, read_json(folder / "plan.json").get("shards"))
             raise UserError(
-                f"data set {str(folder)!r} is unfinished; repeat the `draft-train prepare` that began it to continue."
+                f"data set {str(folder)!r} is unfinished{_told(missing)}; repeat the `draft-train prepare` that began "
+                f"it{f' with --shard {missing[0]}' if missing else ''} to continue."
             )
         raise UserError(f"{str(folder)!r} holds no data set; write one with `draft-train prepare --out {folder}`.")
     manifest = read_json(path)
@@ -139,6 +155,15 @@ def open_dataset(folder: str | Path) -> Dataset:
             f"data set {str(folder)!r} has version {manifest.get('version')}, not {VERSION}; prepare it again."
         )
     return Dataset(folder, manifest)
+
+
+def _told(missing: list[Shard]) -> str:
+    return f" (missing: shard {', '.join(map(str, missing))})" if missing else ""
+
+
+def _foreign(path: Path) -> bool:
+    """Whether a file is none of those that another process may be writing at this moment."""
+    return not path.name.startswith("plan.json") and path.name != "parts"
 
 
 def write_dataset(folder: Path, rows: list[Row], manifest: dict[str, Any]) -> Dataset:
@@ -166,13 +191,12 @@ class Plan:
     def begin(self) -> None:
         """Write the plan, or check that it is the one that the folder was begun with."""
         path = self.folder / "plan.json"
-        if path.is_file():
-            self._compare(read_json(path))
-            return
-        if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
-            raise UserError(f"{str(self.folder)!r} exists and is no data set; choose another --out, or delete it.")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_json(path, self.arguments)
+        if not path.is_file():
+            if self.folder.exists() and (not self.folder.is_dir() or any(map(_foreign, self.folder.iterdir()))):
+                raise UserError(f"{str(self.folder)!r} exists and is no data set; choose another --out, or delete it.")
+            self.folder.mkdir(parents=True, exist_ok=True)
+            create_json(path, self.arguments)
+        self._compare(read_json(path))
 
     def abandon(self) -> None:
         """Take back what was begun: the arguments can come to nothing."""
@@ -191,32 +215,49 @@ class Plan:
                 )
 
 
+@dataclass(frozen=True)
+class Response:
+    """What the target said to one prompt."""
+
+    ids: list[int]
+    retokenised: bool = False  # see `Row`
+
+
 class Parts:
     """Responses written so far, by stage and index; each file appears whole or not at all."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, own: str = "") -> None:
+        """own: the subfolder of this process, which reads those of all."""
+        self.folder, self.own = folder, folder / own
         self._waiting: list[dict[str, Any]] = []
+        self._stored = time.monotonic()
 
-    def load(self, stage: str) -> dict[int, list[int]]:
-        done: dict[int, list[int]] = {}
-        for path in sorted(self.folder.glob(f"{stage}.*.parquet")):
+    @property
+    def begun(self) -> bool:
+        """Whether any response is stored."""
+        return any(self.folder.rglob("*.parquet"))
+
+    def load(self, stage: str) -> dict[int, Response]:
+        done: dict[int, Response] = {}
+        for path in sorted(self.folder.rglob(f"{stage}.*.parquet")):
             columns = pq.read_table(path, schema=_PART_SCHEMA).to_pydict()
-            done.update(zip(columns["index"], columns["ids"], strict=True))
+            responses = map(Response, columns["ids"], map(bool, columns["retokenised"]))
+            done.update(zip(columns["index"], responses, strict=True))
         return done
 
-    def add(self, stage: str, index: int, ids: list[int]) -> None:
-        self._waiting.append({"index": index, "ids": ids})
-        if len(self._waiting) >= _ROWS_PER_PART:
+    def add(self, stage: str, index: int, response: Response) -> None:
+        self._waiting.append({"index": index, **asdict(response)})
+        if len(self._waiting) >= _ROWS_PER_PART or time.monotonic() - self._stored > _SECONDS_PER_PART:
             self.flush(stage)
 
     def flush(self, stage: str) -> None:
         if self._waiting:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            number = len(list(self.folder.glob(f"{stage}.*.parquet")))
+            self.own.mkdir(parents=True, exist_ok=True)
+            number = len(list(self.own.glob(f"{stage}.*.parquet")))
             table = pa.Table.from_pylist(self._waiting, schema=_PART_SCHEMA)
-            write_parquet(self.folder / f"{stage}.{number:06d}.parquet", table)
+            write_parquet(self.own / f"{stage}.{number:06d}.parquet", table)
             self._waiting = []
+        self._stored = time.monotonic()
 
 
 def write_parquet(path: Path, table: pa.Table) -> None:
@@ -231,6 +272,22 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n")
     os.replace(temporary, path)
+
+
+def create_json(path: Path, values: dict[str, Any]) -> None:
+    """As `write_json`, but what another process has written in the meantime stays."""
+    number, name = tempfile.mkstemp(prefix=path.name, suffix=".tmp", dir=path.parent)
+    with os.fdopen(number, "w") as file:
+        file.write(json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+    Path(name).chmod(0o644)
+    try:
+        os.link(name, path)
+    except FileExistsError:
+        pass
+    except OSError:  # a file system without links
+        os.replace(name, path)
+    finally:
+        Path(name).unlink(missing_ok=True)
 
 
 def read_json(path: Path) -> dict[str, Any]:

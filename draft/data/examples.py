@@ -58,6 +58,14 @@ def next_prompt(target: Target, ids: list[int], messages: list[Message], turn: i
     return ids + tokenise(target, between)
 
 
+def end_of_turn(target: Target) -> int:
+    """The token with which the target ends a response: what the chat template puts after one, or the tokenizer's."""
+    turns = [{"role": "user", "content": SENTINEL}, {"role": "assistant", "content": SENTINEL}]
+    after = tokenise(target, render(target, turns, add_generation_prompt=False).rsplit(SENTINEL, 1)[1])
+    ends = [token for token in after if token in target.eos_token_ids]
+    return ends[0] if ends else int(target.tokenizer.eos_token_id)
+
+
 def up_to_user_turn(messages: list[Message], turn: int, answer: str = "") -> list[Message]:
     """System messages and user turns 0..`turn`, with `answer` between the user turns."""
     chosen: list[Message] = []

@@ -67,6 +67,7 @@ def _figures(rows: list[Row], ends: set[int]) -> dict[str, str]:
         "written greedily": f"{sum(row.temperature == 0 for row in rows):,}",
         "sampled": f"{sum(bool(row.temperature) for row in rows):,}",
         "not written by the target": f"{sum(row.temperature is None for row in rows):,}",
+        "tokenised again": f"{sum(row.retokenised for row in rows):,}",
         "ended by the target": f"{sum(row.ids[-1] in ends for row in rows):,}",
         "different trained-on tokens": f"{len(different):,}",
         "sources": "\n".join(f"{name}: {count:,}" for name, count in sources.most_common(8)),

@@ -6,7 +6,8 @@ import hashlib
 import json
 import random
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,15 @@ from draft.data.dataset import (
     conversation_id,
     hashed,
     open_dataset,
+    read_json,
     write_dataset,
+    write_json,
 )
+from draft.data.endpoint import Endpoint, EndpointError, EndpointSettings
 from draft.data.examples import encode_kept, tokenise
 from draft.data.prompts import SELF_PROMPTED, Prompt, load_prompts
-from draft.data.writing import SELF_PROMPTS, Settings, Writer, answered, self_prompts
+from draft.data.shards import Shard, locked, mark_done, missing_shards
+from draft.data.writing import SELF_PROMPTS, Settings, Writer, answered, self_prompt, self_prompts
 from draft.errors import UserError
 from draft.target import Target
 
@@ -48,8 +53,10 @@ def prepare(
     held_out_share: float = 0.1,
     batch_size: int | None = None,
     seed: int = 0,
+    shard: Shard | None = None,
+    endpoint: EndpointSettings | None = None,
     progress: bool = True,
-) -> Dataset:
+) -> Dataset | None:
     """Write a data set into the folder `out`, or go on with the one that the same arguments began there.
 
     Args:
@@ -63,6 +70,12 @@ def prepare(
             temperature 1, untruncated.
         held_out_share: share of the prompts kept from training.
         batch_size: rows decoded together; changes the speed only.
+        shard: answer only this part of the conversations; the last of the shards' processes to be done puts the parts
+            together, and the result is that of one process.
+        endpoint: a server that answers in the target's place.
+
+    Returns:
+        the data set, or None where other shards are not done.
 
     Raises:
         UserError: for arguments out of range, unreadable or empty data, another data set in `out`, or nothing left.
@@ -76,10 +89,10 @@ def prepare(
         held_out_share,
         seed,
     )
-    _check(settings, num_prompts, batch_size, bool(prompts))
+    _check(settings, num_prompts, batch_size, bool(prompts), shard is not None or endpoint is not None)
     given = _given_prompts([str(source) for source in prompts], column, settings) if prompts else None
     folder = Path(out)
-    plan = Plan(folder, _arguments(target, settings, prompts, given))
+    plan = Plan(folder, _arguments(target, settings, prompts, given, shard, endpoint))
     plan.begin()
     if plan.finished:
         if progress:
@@ -88,23 +101,91 @@ def prepare(
     writer = Writer(
         target,
         settings,
-        Parts(folder / "parts"),
+        Parts(folder / "parts", shard.name if shard else ""),
         batch_size or _BATCH_SIZE.get(target.device.type, _ACCELERATOR_BATCH_SIZE),
         progress,
+        shard,
     )
+    busy = f"{str(folder)!r} is being written by another process with {f'--shard {shard}' if shard else 'this --out'}"
+    with locked(folder, shard.name if shard else "whole", wait=False, busy=f"{busy}; let it finish."):
+        if shard is None:
+            return _all(plan, writer, prompts, given, endpoint)
+        return _part(plan, writer, prompts, given, endpoint)
+
+
+def _all(
+    plan: Plan,
+    writer: Writer,
+    sources: Sequence[str | Path] | None,
+    given: list[Prompt] | None,
+    endpoint: EndpointSettings | None,
+) -> Dataset:
+    """Write what is missing, and put everything together."""
     try:
-        conversations = _without_duplicates(writer, given if given is not None else self_prompts(writer))
-        rows = assign_splits(_rows(writer, conversations), held_out_share, seed)
-    except UserError:
-        plan.abandon()
+        with _answered_by(writer, endpoint):
+            conversations = _without_duplicates(writer, given if given is not None else _own_prompts(writer))
+            rows = assign_splits(_rows(writer, conversations), writer.settings.held_out_share, writer.settings.seed)
+    except UserError as error:
+        if not (isinstance(error, EndpointError) and writer.parts.begun):
+            plan.abandon()
         raise
-    target.tokenizer.save_pretrained(folder / "tokenizer")
-    dataset = write_dataset(folder, rows, _manifest(writer, rows, prompts))
+    writer.target.tokenizer.save_pretrained(plan.folder / "tokenizer")
+    dataset = write_dataset(plan.folder, rows, _manifest(writer, rows, sources))
     shutil.rmtree(writer.parts.folder, ignore_errors=True)
     return dataset
 
 
-def _check(settings: Settings, num_prompts: int | None, batch_size: int | None, given: bool) -> None:
+def _part(
+    plan: Plan,
+    writer: Writer,
+    sources: Sequence[str | Path] | None,
+    given: list[Prompt] | None,
+    endpoint: EndpointSettings | None,
+) -> Dataset | None:
+    """Answer the conversations of one shard; whoever finds all shards done puts them together."""
+    assert writer.shard is not None
+    with locked(plan.folder, "prompts", wait=True):  # the first writes the prompts, the others take them
+        own = given if given is not None else _own_prompts(writer)
+    with _answered_by(writer, endpoint):
+        answered(writer, _without_duplicates(writer, own))
+    mark_done(plan.folder, writer.shard)
+    with locked(plan.folder, "finish", wait=True):
+        if plan.finished:
+            return open_dataset(plan.folder)
+        if missing_shards(plan.folder, writer.shard.count):
+            return None
+        whole = Writer(writer.target, writer.settings, Parts(plan.folder / "parts"), writer.batch_size, writer.show)
+        return _all(plan, whole, sources, given, None)
+
+
+@contextmanager
+def _answered_by(writer: Writer, endpoint: EndpointSettings | None) -> Iterator[None]:
+    """Let a server answer while the block runs, where there is one."""
+    if endpoint is None:
+        yield
+        return
+    writer.endpoint = Endpoint(endpoint, writer.target, writer.settings.seed)
+    try:
+        yield
+    finally:
+        writer.endpoint.close()
+
+
+def _own_prompts(writer: Writer) -> list[Prompt]:
+    """What the target asks itself; the processes of several shards all use what the first of them stored."""
+    path = writer.parts.folder / "prompts.json"
+    if path.is_file():
+        stored = read_json(path)
+        writer.counts["self_prompts_refused"] = int(stored["refused"])
+        return [self_prompt(text) for text in stored["prompts"]]
+    prompts = self_prompts(writer)
+    texts = [prompt.messages[0]["content"] for prompt in prompts]
+    writer.parts.folder.mkdir(parents=True, exist_ok=True)
+    write_json(path, {"refused": writer.counts["self_prompts_refused"], "prompts": texts})
+    return prompts
+
+
+def _check(settings: Settings, num_prompts: int | None, batch_size: int | None, given: bool, shared: bool) -> None:
     for name, share in (("greedy-share", settings.greedy_share), ("held-out-share", settings.held_out_share)):
         if not 0 <= share <= 1:
             raise UserError(f"--{name} is {share}; give a number from 0 to 1.")
@@ -118,6 +199,8 @@ def _check(settings: Settings, num_prompts: int | None, batch_size: int | None, 
             raise UserError(f"--{name} is {number}; give a whole number of at least 1.")
     if settings.keep_responses and not given:
         raise UserError("--keep-responses keeps the responses of files, and there are none; give --prompts FILE.")
+    if settings.keep_responses and shared:
+        raise UserError("--shard and --endpoint are about writing responses, and --keep-responses writes none.")
 
 
 def _given_prompts(sources: list[str], column: str | None, settings: Settings) -> list[Prompt]:
@@ -130,7 +213,12 @@ def _given_prompts(sources: list[str], column: str | None, settings: Settings) -
 
 
 def _arguments(
-    target: Target, settings: Settings, sources: Sequence[str | Path] | None, given: list[Prompt] | None
+    target: Target,
+    settings: Settings,
+    sources: Sequence[str | Path] | None,
+    given: list[Prompt] | None,
+    shard: Shard | None,
+    endpoint: EndpointSettings | None,
 ) -> dict[str, Any]:
     """What a repeated call must agree on, conversations included: a file may have changed since."""
     said = [(prompt.messages, prompt.text, prompt.row and (prompt.row.ids, prompt.row.mask)) for prompt in given or ()]
@@ -139,6 +227,9 @@ def _arguments(
         "prompts": [Path(source).name for source in sources or ()],
         "prompts_hash": hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16] if given else None,
         **vars(settings),
+        # an address may change between two calls; who answers may not
+        "answered_by": None if endpoint is None else endpoint.model or "the endpoint's model",
+        "shards": shard and shard.count,
     }
 
 
@@ -194,8 +285,10 @@ def _kept(target: Target, prompt: Prompt) -> Row:
 
 def _manifest(writer: Writer, rows: list[Row], sources: Sequence[str | Path] | None) -> dict[str, Any]:
     target, settings = writer.target, writer.settings
+    answered_by = read_json(writer.parts.folder.parent / "plan.json").get("answered_by")
     return {
         "target": target.name,
+        "target_adapter": target.adapter.name if target.adapter else None,
         "target_fingerprint": target.fingerprint,
         "template_hash": target.template_hash,
         "vocab_size": target.vocab_size,
@@ -206,6 +299,7 @@ def _manifest(writer: Writer, rows: list[Row], sources: Sequence[str | Path] | N
         if settings.keep_responses
         else {"greedy": settings.greedy_share, "temperature 1": 1 - settings.greedy_share},
         "keep_responses": settings.keep_responses,
+        "answered_by": answered_by,
         "max_new_tokens": settings.max_new_tokens,
         "max_length": settings.max_length,
         "held_out_share": settings.held_out_share,
@@ -226,5 +320,6 @@ def split_counts(rows: Sequence[Row]) -> dict[str, dict[str, int]]:
             "greedy_rows": sum(row.temperature == 0 for row in chosen),
             "sampled_rows": sum(bool(row.temperature) for row in chosen),
             "kept_rows": sum(row.temperature is None for row in chosen),
+            "retokenised_rows": sum(row.retokenised for row in chosen),
         }
     return counts

@@ -13,6 +13,7 @@ from transformers import AttentionInterface, Cache
 
 from draft.errors import UserError
 from draft.target import Target
+from draft.target_hooks import attending_by
 
 _ATTENTION = "draftsmith_rows"
 
@@ -79,10 +80,8 @@ def _row_attention(
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Attention of one new token a row without repeating keys and values: a group's queries stand in as its tokens."""
-    if softcap is not None or s_aux is not None:
-        raise UserError(
-            "this target's attention has soft capping or sinks, which `prepare` does not know; use another target."
-        )
+    if s_aux is not None:
+        raise UserError("this target's attention has sinks, which `prepare` does not know; use another target.")
     rows, heads, tokens, width = query.shape
     if sliding_window is not None:
         places = torch.arange(key.shape[2], device=key.device)
@@ -90,12 +89,22 @@ def _row_attention(
         attention_mask = attention_mask & (places > now - sliding_window)
     if tokens == 1:
         query = query.view(rows, key.shape[1], -1, width)
-        mixed = scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scaling)
-        return mixed.reshape(rows, 1, heads, -1), None
+        return _attend(query, key, value, attention_mask, scaling, softcap).reshape(rows, 1, heads, -1), None
     groups = heads // key.shape[1]
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    mixed = scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scaling)
-    return mixed.transpose(1, 2), None
+    return _attend(query, key, value, attention_mask, scaling, softcap).transpose(1, 2), None
+
+
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, visible: Tensor, scaling: float | None, softcap: float | None
+) -> Tensor:
+    """Shapes as in `_row_attention`, with as many key-value heads as heads, or tokens that stand for them."""
+    if softcap is None:
+        return scaled_dot_product_attention(query, key, value, attn_mask=visible, scale=scaling)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scores = softcap * torch.tanh(query @ key.transpose(-1, -2) * (scale / softcap))
+    scores = scores.masked_fill(~visible, -torch.inf)
+    return scores.softmax(dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(value.dtype) @ value
 
 
 AttentionInterface.register(_ATTENTION, _row_attention)
@@ -104,13 +113,8 @@ AttentionInterface.register(_ATTENTION, _row_attention)
 @contextmanager
 def row_attention(target: Target) -> Iterator[None]:
     """Let the target's decoder use our attention function while the block runs."""
-    config = target.decoder.config
-    before = config._attn_implementation
-    config._attn_implementation = _ATTENTION
-    try:
+    with attending_by(target, _ATTENTION):
         yield
-    finally:
-        config._attn_implementation = before
 
 
 def check_architecture(target: Target) -> None:

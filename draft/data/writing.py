@@ -12,10 +12,12 @@ from types import TracebackType
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from draft.data.dataset import Parts, Row, conversation_id, hashed
-from draft.data.examples import first_prompt, next_prompt
+from draft.data.dataset import Parts, Response, Row, conversation_id, hashed
+from draft.data.endpoint import Endpoint, Question
+from draft.data.examples import Message, first_prompt, next_prompt, up_to_user_turn
 from draft.data.prompts import SELF_PROMPTED, Prompt, user_turn, written_prompt
 from draft.data.responses import generate_responses
+from draft.data.shards import Shard
 from draft.errors import UserError
 from draft.target import Target
 
@@ -40,6 +42,14 @@ class Settings:
     seed: int
 
 
+@dataclass(frozen=True)
+class Chat:
+    """A prompt as messages, and the place that its conversation came from."""
+
+    where: str
+    messages: list[Message]
+
+
 @dataclass
 class Writer:
     """The target with a store of what it has written: an interrupted run goes on where it stopped."""
@@ -49,6 +59,8 @@ class Writer:
     parts: Parts
     batch_size: int
     show: bool  # a progress bar
+    shard: Shard | None = None  # whose conversations are answered; None: all
+    endpoint: Endpoint | None = None  # that answers in the target's place
     counts: Counter[str] = field(default_factory=Counter)
 
     def write(
@@ -59,29 +71,64 @@ class Writer:
         what: str,
         max_new_tokens: int,
         top_p: float = 1.0,
-    ) -> dict[int, list[int]]:
-        """What the target writes after each prompt, by index; what an interrupted run stored is not written again."""
-        done = {index: ids for index, ids in self.parts.load(stage).items() if index in prompts}
+        chats: dict[int, Chat] | None = None,
+    ) -> dict[int, Response]:
+        """What the target writes after each prompt, by index; what an interrupted run stored is not written again.
+
+        chats: the same prompts as an endpoint is asked; without, the target itself writes in any case.
+        """
+        done = {index: response for index, response in self.parts.load(stage).items() if index in prompts}
         todo = [index for index in prompts if index not in done]
         if not todo:
             return done
         with _Meter(f"writing {what}", len(todo), max_new_tokens, self.show) as meter, _flushed(self.parts, stage):
-            for place, ids in generate_responses(
-                self.target,
-                [prompts[index] for index in todo],
-                max_new_tokens=max_new_tokens,
-                temperature=[temperatures[index] for index in todo],
-                top_p=top_p,
-                batch_size=self.batch_size,
-                seed=self.settings.seed,
-                max_length=self.settings.max_length,
-                keys=[f"{stage}:{index}" for index in todo],
-                progress=meter.wrote,
-            ):
-                done[todo[place]] = ids
-                self.parts.add(stage, todo[place], ids)
-                meter.finished(len(ids))
+            asked, heats = [prompts[index] for index in todo], [temperatures[index] for index in todo]
+            keys = [f"{stage}:{index}" for index in todo]
+            if self.endpoint is not None and chats is not None:
+                told = [chats[index] for index in todo]
+                responses = self._from_endpoint(asked, told, heats, keys, max_new_tokens, meter)
+            else:
+                responses = self._from_target(asked, heats, keys, max_new_tokens, top_p, meter)
+            for place, response in responses:
+                done[todo[place]] = response
+                self.parts.add(stage, todo[place], response)
+                meter.finished(len(response.ids))
         return done
+
+    def _from_target(
+        self, asked: list[list[int]], heats: list[float], keys: list[str], longest: int, top_p: float, meter: _Meter
+    ) -> Iterator[tuple[int, Response]]:
+        for place, ids in generate_responses(
+            self.target,
+            asked,
+            max_new_tokens=longest,
+            temperature=heats,
+            top_p=top_p,
+            batch_size=self.batch_size,
+            seed=self.settings.seed,
+            max_length=self.settings.max_length,
+            keys=keys,
+            progress=meter.wrote,
+        ):
+            yield place, Response(ids)
+
+    def _from_endpoint(
+        self,
+        asked: list[list[int]],
+        chats: list[Chat],
+        heats: list[float],
+        keys: list[str],
+        longest: int,
+        meter: _Meter,
+    ) -> Iterator[tuple[int, Response]]:
+        assert self.endpoint is not None
+        questions = [
+            Question(chat.where, key, ids, chat.messages, min(longest, self.settings.max_length - len(ids)), heat)
+            for ids, chat, heat, key in zip(asked, chats, heats, keys, strict=True)
+        ]
+        for place, response in self.endpoint.answer(questions):
+            meter.wrote(len(response.ids))
+            yield place, response
 
 
 def self_prompts(writer: Writer) -> list[Prompt]:
@@ -100,7 +147,7 @@ def self_prompts(writer: Writer) -> list[Prompt]:
             _SELF_PROMPT_TOP_P,
         )
         for index in sorted(written):
-            text = written_prompt(writer.target, written[index], after)
+            text = written_prompt(writer.target, written[index].ids, after)
             key = " ".join(text.lower().split()) if text else ""
             if text is None or key in texts:
                 writer.counts["self_prompts_refused"] += 1
@@ -114,7 +161,11 @@ def self_prompts(writer: Writer) -> list[Prompt]:
         )
     if len(texts) < wanted:
         log.warning("the target wrote %d different usable prompts of %d wanted", len(texts), wanted)
-    return [Prompt(SELF_PROMPTED, messages=[{"role": "user", "content": text}]) for text in texts.values()]
+    return [self_prompt(text) for text in texts.values()]
+
+
+def self_prompt(text: str) -> Prompt:
+    return Prompt(SELF_PROMPTED, messages=[{"role": "user", "content": text}])
 
 
 def answered(writer: Writer, prompts: list[Prompt]) -> list[Row]:
@@ -130,27 +181,46 @@ def answered(writer: Writer, prompts: list[Prompt]) -> list[Row]:
     by_hash = sorted(rows, key=lambda index: hashed(settings.seed, "mix", rows[index].id, index))
     for index in by_hash[round(settings.greedy_share * len(rows)) :]:
         rows[index] = replace(rows[index], temperature=1.0)
+    if writer.shard is not None:
+        rows = {index: row for index, row in rows.items() if writer.shard.holds(index)}
     turns = {index: sum(message["role"] == "user" for message in prompts[index].messages) for index in rows}
-    for turn in range(max(turns.values())):
+    said_before: dict[int, list[str]] = {index: [] for index in rows}
+    for turn in range(max(turns.values(), default=0)):
         asked = {index: rows[index].ids for index in rows if turns[index] > turn}
         if turn:
             asked = {index: next_prompt(target, ids, prompts[index].messages, turn) for index, ids in asked.items()}
         rows = _without_long(writer, rows, {index for index, ids in asked.items() if len(ids) >= settings.max_length})
         asked = {index: ids for index, ids in asked.items() if index in rows}
         heats = {index: float(rows[index].temperature or 0) for index in asked}
-        said = writer.write(f"responses-{turn}", asked, heats, "responses", settings.max_new_tokens)
-        cut = {index for index, response in said.items() if _is_cut(target, settings, asked[index], response)}
+        chats = {index: _chat(prompts[index], turn, said_before[index]) for index in asked}
+        said = writer.write(f"responses-{turn}", asked, heats, "responses", settings.max_new_tokens, chats=chats)
+        cut = {index for index, response in said.items() if _is_cut(target, settings, asked[index], response.ids)}
         for index, response in said.items():
+            said_before[index].append(target.decode(response.ids))
             silent = [False] * (len(asked[index]) - len(rows[index].mask))
-            mask = rows[index].mask + silent + [True] * len(response)
-            rows[index] = replace(rows[index], ids=asked[index] + response, mask=mask)
+            rows[index] = replace(
+                rows[index],
+                ids=asked[index] + response.ids,
+                mask=rows[index].mask + silent + [True] * len(response.ids),
+                retokenised=rows[index].retokenised or response.retokenised,
+            )
         rows = _without_long(writer, rows, cut)
     return list(rows.values())
 
 
+def _chat(prompt: Prompt, turn: int, said: list[str]) -> Chat:
+    """The conversation up to user turn `turn`, with what was said in answer to those before."""
+    answers = iter(said)
+    messages = [
+        {**message, "content": next(answers)} if message["role"] == "assistant" else message
+        for message in up_to_user_turn(prompt.messages, turn)
+    ]
+    return Chat(prompt.where or "a prompt of the target's own", messages)
+
+
 def _is_cut(target: Target, settings: Settings, prompt: list[int], response: list[int]) -> bool:
     """Whether only the maximal length of a conversation ended the response."""
-    ended = response[-1] in target.eos_token_ids or len(response) == settings.max_new_tokens
+    ended = not response or response[-1] in target.eos_token_ids or len(response) == settings.max_new_tokens
     return not ended and len(prompt) + len(response) >= settings.max_length
 
 

@@ -1,9 +1,18 @@
-"""Draft heads, one file an architecture."""
+"""Draft heads, one file an architecture; what is done with each of them is in `draft.heads.registry`."""
 
+from draft.heads.eagle import EagleConfig, EagleHead
 from draft.heads.eagle3 import Eagle3Head
 from draft.heads.eagle3_config import Eagle3Config
+from draft.heads.head import DraftHead, StepwiseHead
+from draft.heads.medusa import MedusaConfig, MedusaHead
 
-# the `architectures` entry of a head's config.json -> (configuration, head)
-ARCHITECTURES = {"LlamaForCausalLMEagle3": (Eagle3Config, Eagle3Head)}
-
-__all__ = ["ARCHITECTURES", "Eagle3Config", "Eagle3Head"]
+__all__ = [
+    "DraftHead",
+    "Eagle3Config",
+    "Eagle3Head",
+    "EagleConfig",
+    "EagleHead",
+    "MedusaConfig",
+    "MedusaHead",
+    "StepwiseHead",
+]

@@ -17,80 +17,13 @@ just drafted. Options of the configuration change that:
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import torch
 from torch import Tensor, nn
 
-from draft.errors import UserError
 from draft.heads.eagle3_config import Eagle3Config
-from draft.heads.rotary import Rotary, rotate
+from draft.heads.head import StepwiseHead
+from draft.heads.layers import MLP, Attention, RMSNorm
 from draft.target import Target
-
-
-class Attend(Protocol):
-    """How queries find their keys and values: where a head decodes, an engine's cache keeps those of the past."""
-
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """query [batch, heads, new, d], key, value [batch, kv_heads, new, d] -> [batch, new, heads, d]."""
-        ...
-
-
-def attend_causally(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Within a text that is read in one piece; shapes as in `Attend`."""
-    mixed = nn.functional.scaled_dot_product_attention(
-        query, key, value, is_causal=True, enable_gqa=key.shape[1] != query.shape[1]
-    )
-    return mixed.transpose(1, 2)
-
-
-class RMSNorm(nn.Module):
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.rms_norm(x, (x.shape[-1],), self.weight.to(x.dtype), self.eps)
-
-
-class Attention(nn.Module):
-    """Attention over cat(embedding, hidden)."""
-
-    def __init__(self, config: Eagle3Config) -> None:
-        super().__init__()
-        self.head_dim = config.head_dim
-        width, kv_width = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(2 * config.hidden_size, width, bias=False)
-        self.k_proj = nn.Linear(2 * config.hidden_size, kv_width, bias=False)
-        self.v_proj = nn.Linear(2 * config.hidden_size, kv_width, bias=False)
-        self.o_proj = nn.Linear(width, config.hidden_size, bias=False)
-
-    def project(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """x [batch, tokens, 2 * hidden] -> rotated queries, rotated keys, values: [batch, heads, tokens, head_dim]."""
-        q, k, v = (self._split(projection(x)) for projection in (self.q_proj, self.k_proj, self.v_proj))
-        return rotate(q, rotation), rotate(k, rotation), v
-
-    def merge(self, mixed: Tensor) -> Tensor:
-        """[batch, heads, tokens, head_dim] -> [batch, tokens, hidden]."""
-        return self.o_proj(mixed.transpose(1, 2).flatten(2))
-
-    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
-        return self.o_proj(attend(*self.project(x, rotation)).flatten(2))
-
-    def _split(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-
-
-class MLP(nn.Module):
-    def __init__(self, config: Eagle3Config) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class Midlayer(nn.Module):
@@ -100,7 +33,7 @@ class Midlayer(nn.Module):
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.hidden_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config)
+        self.self_attn = Attention(config, 2 * config.hidden_size)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
         self.norm_before_residual = config.norm_before_residual
@@ -117,29 +50,13 @@ class Midlayer(nn.Module):
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
 
 
-class Lender:
-    """A target that lends its LM head; copies of a head, however deep, borrow from the same one."""
+class Eagle3Head(StepwiseHead):
+    """An EAGLE-3 head; its state dict has the names of the plain checkpoint format."""
 
-    def __init__(self, target: Target) -> None:
-        self.target = target
-
-    def __deepcopy__(self, memo: object) -> Lender:
-        return self
-
-
-class Eagle3Head(nn.Module):
-    """An EAGLE-3 head; its state dict has the names of the plain checkpoint format.
-
-    `d2t` holds offsets: draft id i is target id i + d2t[i]. `t2d` marks the target ids that the draft vocabulary has.
-    Neither is saved where the draft vocabulary is the whole one.
-    """
-
-    d2t: Tensor
-    t2d: Tensor
+    config: Eagle3Config
 
     def __init__(self, config: Eagle3Config) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         size, count, eps = config.hidden_size, config.num_auxiliary, config.rms_norm_eps
         self.input_norm = RMSNorm(count * size, eps) if config.norm_before_fc else None
         self.fc_norm = nn.ModuleList([RMSNorm(size, eps) for _ in range(count)]) if config.fc_norm else None
@@ -147,33 +64,17 @@ class Eagle3Head(nn.Module):
         self.midlayer = Midlayer(config)
         self.norm = RMSNorm(size, eps)
         self.lm_head = None if config.shared_lm_head else nn.Linear(size, config.draft_vocab_size, bias=False)
-        self.lender: Lender | None = None
-        full = config.full_vocabulary
-        d2t, t2d = torch.zeros(config.draft_vocab_size, dtype=torch.int64), torch.full((config.vocab_size,), full)
-        self.register_buffer("d2t", d2t, persistent=not full)
-        self.register_buffer("t2d", t2d, persistent=not full)
-        self.rope = Rotary(config.rope_parameters, config.head_dim, config.max_position_embeddings)
-
-    def auxiliary_layers(self, target: Target) -> tuple[int, ...]:
-        """The layers of `target` whose states `fuse` takes, in its order."""
-        return self.config.layers(target)
-
-    def borrow(self, target: Target) -> None:
-        """Use the target's LM head, where the head has none of its own."""
-        if self.lm_head is None:
-            self.lender = Lender(target)
-
-    def set_vocabulary(self, target_ids: Tensor) -> None:
-        """Choose the draft vocabulary: sorted target ids [draft_vocab]."""
-        target_ids = target_ids.to(self.d2t.device)
-        self.d2t.copy_(target_ids - torch.arange(len(target_ids), device=self.d2t.device))
-        self.t2d.zero_()
-        self.t2d[target_ids] = True
 
     @property
-    def vocabulary(self) -> Tensor:
-        """Target ids of the draft vocabulary, [draft_vocab] int64."""
-        return self.d2t + torch.arange(len(self.d2t), device=self.d2t.device)
+    def own_lm_heads(self) -> dict[str, nn.Linear]:
+        return {} if self.lm_head is None else {"lm_head": self.lm_head}
+
+    @property
+    def attention(self) -> Attention:
+        return self.midlayer.self_attn
+
+    def auxiliary_layers(self, target: Target) -> tuple[int, ...]:
+        return self.config.layers(target)
 
     def normed(self, auxiliary: Tensor) -> Tensor:
         """What `fc` reads of auxiliary hidden states: [batch, tokens, layers * hidden], same shape."""
@@ -188,39 +89,18 @@ class Eagle3Head(nn.Module):
         """Auxiliary hidden states [batch, tokens, layers * hidden] -> [batch, tokens, hidden]."""
         return self.fc(self.normed(auxiliary))
 
-    def forward(
-        self,
-        embeds: Tensor,
-        hidden: Tensor,
-        position_ids: Tensor,
-        attend: Attend = attend_causally,
-    ) -> Tensor:
-        """One pass of the decoder layer.
-
-        embeds, hidden: [batch, tokens, hidden]; hidden is `fuse`d target states, or this method's own output in later
-        draft steps. position_ids: [batch, tokens], the position of the token whose state `hidden` is (the
-        embedding is of the token after it).
-
-        Returns:
-            [batch, tokens, hidden], before the final norm but for norm_output: give it to `logits`, and to the next
-            draft step.
-        """
-        layer = self.midlayer
-        x, residual = layer.mix(embeds, hidden)
-        return self.finish(residual, layer.self_attn(x, self.rope(position_ids, hidden.dtype), attend))
+    def mix(self, embeds: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        return self.midlayer.mix(embeds, hidden)
 
     def finish(self, residual: Tensor, attended: Tensor) -> Tensor:
-        """What follows attention: [batch, tokens, hidden], as `forward` returns it."""
+        """[batch, tokens, hidden], before the final norm but for norm_output."""
         hidden = self.midlayer.finish(residual, attended)
         return self.norm(hidden) if self.config.norm_output else hidden
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """[batch, tokens, hidden] -> [batch, tokens, draft_vocab]."""
+    def logits(self, hidden: Tensor, step: int = 0) -> Tensor:
         if not self.config.norm_output:
             hidden = self.norm(hidden)
         if self.lm_head is not None:
             return self.lm_head(hidden)
-        if self.lender is None:
-            raise UserError("the head has no LM head of its own; give it the target's with `head.borrow(target)`.")
-        target = self.lender.target
+        target = self.lending
         return target.lm_head(hidden.to(target.dtype)).to(hidden.dtype)

@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
 from draft.errors import UserError
+from draft.heads.decoder_config import DecoderConfig, check_fixed, decoder_json, fields_of, read_sizes, sizes_like
 from draft.target import Target
 
 LAYER_IDS = "eagle_aux_hidden_state_layer_ids"
 # options that change the arithmetic, and are built here
 OPTIONS = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
 # keys that change the arithmetic and are not: the only values that mean what is built here, absent ones aside
-_FIXED: dict[str, tuple[Any, ...]] = {
-    "attention_bias": (False, None),
-    "mlp_bias": (False, None),
-    "bias": (False, None),
-    "hidden_act": ("silu", "swish"),
-    "num_hidden_layers": (1,),
-    "partial_rotary_factor": (1.0, None),
-    "logit_scale": (1.0, None),
-}
+_FIXED: dict[str, tuple[Any, ...]] = {"bias": (False, None)}
 # the same in eagle_config, where ModelOpt writes them
 _FIXED_EAGLE: dict[str, tuple[Any, ...]] = {
     "use_aux_hidden_state": (True,),
@@ -32,23 +25,11 @@ _FIXED_EAGLE: dict[str, tuple[Any, ...]] = {
 }
 
 
-@dataclass
-class Eagle3Config:
+@dataclass(kw_only=True)
+class Eagle3Config(DecoderConfig):
     """See the module; `auxiliary_layers` counts layers that have run, as `Target` does (vLLM's convention)."""
 
-    hidden_size: int
-    intermediate_size: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    vocab_size: int  # the target's
     draft_vocab_size: int
-    rms_norm_eps: float
-    rope_parameters: dict[str, Any]
-    max_position_embeddings: int  # the target's
-    bos_token_id: int | None = None
-    eos_token_id: int | list[int] | None = None
-    pad_token_id: int | None = None
     norm_before_residual: bool = False  # the residual stream starts from the normed hidden state
     norm_before_fc: bool = False  # one norm over all auxiliary states together
     fc_norm: bool = False  # one norm for each auxiliary state
@@ -79,92 +60,51 @@ class Eagle3Config:
             UserError: when the target has no such layers.
         """
         if self.auxiliary_layers is None:
-            return target.default_auxiliary_layers
+            layers = target.default_auxiliary_layers
+            if min(layers) < 0 or max(layers) > target.num_layers:
+                raise UserError(
+                    f"target {target.name!r} has {target.num_layers} layers, too few for the auxiliary layers 2, n/2 "
+                    "and n-3 that an EAGLE-3 head reads by default; use a target of 3 layers or more."
+                )
+            return layers
         check_layers(self.auxiliary_layers, target.num_layers)
         return tuple(self.auxiliary_layers)
 
     @classmethod
     def for_target(cls, target: Target, draft_vocab_size: int, **options: Any) -> Eagle3Config:
-        """A head of the target's own width; options: fields of this class.
-
-        It has as many key-value heads as heads: the embedding reaches the residual stream through the values
-        only, and a small target's grouped values are too narrow to carry a token's identity.
-        """
-        config = target.config
-        eos = sorted(target.eos_token_ids)
-        heads = config.num_attention_heads
-        return cls(
-            hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
-            num_attention_heads=heads,
-            num_key_value_heads=heads,
-            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
-            vocab_size=target.vocab_size,
-            draft_vocab_size=draft_vocab_size,
-            rms_norm_eps=config.rms_norm_eps,
-            rope_parameters=dict(config.rope_parameters),
-            max_position_embeddings=target.max_length,
-            bos_token_id=config.bos_token_id,
-            eos_token_id=eos[0] if eos else None,
-            pad_token_id=config.pad_token_id,
-            **options,
-        )
+        """A head of the target's own width; options: fields of this class."""
+        config = cls(**sizes_like(target), draft_vocab_size=draft_vocab_size, **options)
+        config.layers(target)  # refuses a target that has too few
+        return config
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Eagle3Config:
         """Read a config.json; refuses what changes the arithmetic and is not built here."""
-        _check_fixed(values, _FIXED, "")
-        _check_fixed(values.get("eagle_config") or {}, _FIXED_EAGLE, "eagle_config.")
-        if "sliding_attention" in (values.get("layer_types") or ()):
-            raise UserError("head config: layer_types has sliding_attention; use a head with full attention.")
-        values = dict(values)
-        heads = values.get("num_attention_heads", 1)
-        values["num_key_value_heads"] = values.get("num_key_value_heads") or heads
-        values["head_dim"] = values.get("head_dim") or values.get("hidden_size", 0) // heads
+        check_fixed(values, _FIXED)
+        check_fixed(values.get("eagle_config") or {}, _FIXED_EAGLE, "eagle_config.")
+        values = read_sizes(values)
         values["shared_lm_head"] = "draft_vocab_size" in values and values["draft_vocab_size"] is None
         values["draft_vocab_size"] = values.get("draft_vocab_size") or values.get("vocab_size")
-        if not values.get("rope_parameters"):
-            rope = values.get("rope_scaling") or {"rope_type": "default"}
-            values["rope_parameters"] = {**rope, "rope_theta": values.get("rope_theta", 10000.0)}
         values.update({option: bool(values.get(option)) for option in OPTIONS})
         values["auxiliary_layers"] = read_layer_ids(values)
-        missing = [f.name for f in fields(cls) if f.default is MISSING and values.get(f.name) is None]
-        if missing:
-            raise UserError(
-                f"head config: the keys {', '.join(missing)} are missing; this is not a whole EAGLE-3 config."
-            )
-        return cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values})
+        return cls(**fields_of(cls, values, "EAGLE-3"))
 
     def as_json(self, dtype: torch.dtype) -> dict[str, Any]:
-        """The whole config.json, with the legacy spelling of RoPE beside today's.
+        """The whole config.json.
 
         Default layers are not written: they are the one thing that engines agree on. Others are written twice, since
         vLLM counts the layers that have run, and SGLang wants the id of the last one that has.
         """
-        rope = dict(self.rope_parameters)
-        scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
         values = asdict(self)
         layers, shared = values.pop("auxiliary_layers"), values.pop("shared_lm_head")
         options = {option: values.pop(option) for option in OPTIONS}
         if shared:
             values["draft_vocab_size"] = None
         return {
-            "architectures": ["LlamaForCausalLMEagle3"],
-            "model_type": "llama",
-            **values,
-            "num_hidden_layers": 1,
-            "hidden_act": "silu",
-            "rope_theta": rope.get("rope_theta", 10000.0),
-            "rope_scaling": None if scaling.get("rope_type", "default") == "default" else scaling,
-            "attention_bias": False,
-            "mlp_bias": False,
-            "tie_word_embeddings": False,
+            **decoder_json("LlamaForCausalLMEagle3", values, dtype),
             "norm_before_residual": self.norm_before_residual,
             **{option: True for option in OPTIONS[1:] if options[option]},
             **({} if layers is None else layer_id_keys(layers)),
-            "initializer_range": 0.02,
-            "use_cache": True,
-            "torch_dtype": str(dtype).removeprefix("torch."),
         }
 
 
@@ -213,12 +153,3 @@ def check_layers(layers: list[int], num_layers: int) -> None:
 
 def _listed(layers: list[int]) -> str:
     return ",".join(str(layer) for layer in layers)
-
-
-def _check_fixed(values: dict[str, Any], fixed: dict[str, tuple[Any, ...]], where: str) -> None:
-    for key, allowed in fixed.items():
-        if key in values and values[key] not in allowed:
-            raise UserError(
-                f"head config: {where}{key} = {values[key]!r} is not supported; "
-                f"only heads with {key} = {allowed[0]!r} are."
-            )

@@ -218,9 +218,9 @@ def _complete_rope(values: dict[str, Any], found: Checkpoint, target: Target) ->
             rope.setdefault("original_max_position_embeddings", theirs)
         rope.setdefault("rope_theta", values.get("rope_theta") or 10000.0)
         values["rope_parameters"] = rope
-    if theirs != target.max_length:
-        values["max_position_embeddings"] = target.max_length
-        found.notes.append(f"set max_position_embeddings from {theirs} to the target's {target.max_length}.")
+    if theirs != target.stated_length:
+        values["max_position_embeddings"] = target.stated_length
+        found.notes.append(f"set max_position_embeddings from {theirs} to the target's {target.stated_length}.")
 
 
 def _complete_lm_head(values: dict[str, Any], found: Checkpoint, target: Target) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,50 +13,112 @@ from torch import Tensor, nn
 from draft.afa import AfaLoraConfig, add_adapter
 from draft.checkpoint import check_fits, load_head
 from draft.errors import UserError
-from draft.heads import Eagle3Config, Eagle3Head
+from draft.heads import DraftHead
+from draft.heads.registry import ARCHITECTURES, architecture_of
 from draft.target import Target
-from draft.training.config import AdapterSettings, RunSettings
+from draft.training.config import DRAFT_STEPS, DRAFT_VOCABULARY, AdapterSettings, ModelSettings, RunSettings
 from draft.training.features import Features
-from draft.training.initial import initialise
+from draft.training.objective import Objective
 
 
-def new_head(target: Target, vocabulary: Tensor, batches: Iterable[tuple[Features, Tensor]], seed: int) -> Eagle3Head:
-    """A head that starts from what the target knows (see `draft.training.initial`).
+def blank_head(target: Target, vocabulary: Tensor, model: ModelSettings) -> DraftHead:
+    """A head of the architecture and options that `model` names, with weights that nobody has thought about yet.
 
-    vocabulary: sorted target ids [draft_vocab]; batches: (features, attention mask) of some training rows.
+    vocabulary: sorted target ids [draft_vocab].
     """
-    head = Eagle3Head(Eagle3Config.for_target(target, len(vocabulary)))
+    architecture = ARCHITECTURES[model.new_architecture]
+    head = architecture.head(architecture.config.for_target(target, len(vocabulary), **model.options()))
     head.set_vocabulary(vocabulary.cpu())
-    head.to(target.device, master_dtype(target))
-    initialise(head, target, batches, seed)
-    return head
+    head.borrow(target)
+    return head.to(target.device, master_dtype(target))
 
 
-def load_base_head(settings: RunSettings, target: Target) -> tuple[Eagle3Head, dict[str, Any]]:
+def initialise(head: DraftHead, target: Target, batches: Iterable[tuple[Features, Tensor]], seed: int) -> None:
+    """Let a head start from what the target knows (see `draft.training.initial`), in place.
+
+    batches: (features of the head's layers, attention mask) of some training rows; none leave it as it is.
+    """
+    architecture_of(head).initialise(head, target, batches, seed)
+
+
+def vocabulary_size(model: ModelSettings, target: Target) -> int:
+    """Tokens that a new head drafts from."""
+    reduced = ARCHITECTURES[model.new_architecture].reduced_vocabulary and not model.options().get("shared_lm_head")
+    asked = model.draft_vocab_size or (DRAFT_VOCABULARY if reduced else target.vocab_size)
+    return min(asked, target.vocab_size)
+
+
+def load_base_head(settings: RunSettings, target: Target) -> tuple[DraftHead, dict[str, Any]]:
     """The head to start from, checked against the target; float32 masters, or the target's dtype under an adapter."""
     assert settings.model.head is not None
     head, about = load_head(settings.model.head, device=target.device)
+    found, wanted = architecture_of(head).name, settings.model.architecture
+    if wanted not in (None, found):
+        raise UserError(
+            f"the head {settings.model.head!r} is of architecture {found}, not {wanted}; leave the flag out."
+        )
     check_fits(head, {} if settings.model.other_target else about, target)
     return head.to(target.dtype if settings.method != "full" else master_dtype(target)), about
 
 
-def with_vocabulary(head: Eagle3Head, target: Target, vocabulary: Tensor) -> Eagle3Head:
+def with_vocabulary(head: DraftHead, target: Target, vocabulary: Tensor) -> DraftHead:
     """The same head over another draft vocabulary: known tokens keep their LM head rows, new ones get the target's.
 
     vocabulary: sorted target ids [draft_vocab].
+
+    Raises:
+        UserError: for an architecture whose vocabulary is always the target's.
     """
-    vocabulary = vocabulary.to(head.d2t.device)
-    result = Eagle3Head(replace(head.config, draft_vocab_size=len(vocabulary), shared_lm_head=False))
-    assert result.lm_head is not None
-    result.to(head.d2t.device, head.fc.weight.dtype).set_vocabulary(vocabulary)
-    weights = {name: value for name, value in head.state_dict().items() if name not in ("lm_head.weight", "d2t", "t2d")}
+    architecture = architecture_of(head)
+    if not architecture.reduced_vocabulary:
+        raise UserError(
+            f"rebuild_vocabulary: a head of architecture {architecture.name} drafts from the target's "
+            "whole vocabulary; leave the flag out."
+        )
+    vocabulary = vocabulary.to(head.device)
+    result = architecture.head(replace(head.config, draft_vocab_size=len(vocabulary), shared_lm_head=False))
+    result.to(head.device, head.dtype).set_vocabulary(vocabulary)
+    lm_heads = {f"{name}.weight" for name in result.own_lm_heads}
+    weights = {name: value for name, value in head.state_dict().items() if name not in {*lm_heads, "d2t", "t2d"}}
     result.load_state_dict(weights, strict=False)
-    rows = target.lm_head.weight.detach().to(head.fc.weight, copy=True)  # [vocab, hidden]
-    if head.lm_head is not None:
-        rows[head.vocabulary] = head.lm_head.weight.detach()
-    with torch.no_grad():
-        result.lm_head.weight.copy_(rows[vocabulary])
+    for name, lm_head in result.own_lm_heads.items():
+        rows = target.lm_head.weight.detach().to(lm_head.weight, copy=True)  # [vocab, hidden]
+        if name in head.own_lm_heads:
+            rows[head.vocabulary] = head.own_lm_heads[name].weight.detach()
+        with torch.no_grad():
+            lm_head.weight.copy_(rows[vocabulary])
     return result
+
+
+def settle(settings: RunSettings, head: DraftHead) -> Objective:
+    """Fill in what the settings leave to the head's architecture, in place, and say what is minimised.
+
+    Raises:
+        UserError: for a value that the architecture has no use for.
+    """
+    architecture, training = architecture_of(head), settings.training
+    settings.model.architecture = architecture.name
+    settings.adapter.targets = settings.adapter.targets or list(architecture.adapter_targets(head))
+    training.draft_steps = training.draft_steps or head.longest or DRAFT_STEPS
+    if head.longest is not None and training.draft_steps > head.longest:
+        raise UserError(
+            f"draft_steps = {training.draft_steps}: the head drafts {head.longest} tokens at most; ask for fewer, "
+            "or pretrain a head of more."
+        )
+    if architecture.feature_weight is None and training.feature_weight:
+        raise UserError(
+            f"feature_weight = {training.feature_weight}: a head of architecture {architecture.name} does not guess "
+            "the target's states; leave the flag out."
+        )
+    if training.feature_weight is None:
+        training.feature_weight = architecture.feature_weight or 0.0
+    return Objective(training.loss, training.draft_steps, training.step_decay, training.feature_weight)
+
+
+def untrained(head: DraftHead, settings: RunSettings) -> Sequence[nn.Module]:
+    """What the (settled) number of draft steps leaves as it is; DDP would wait for its gradients forever."""
+    steps = settings.training.draft_steps
+    return () if steps is None else head.beyond(steps)
 
 
 def master_dtype(target: Target) -> torch.dtype:
@@ -88,16 +150,18 @@ def adapter_config(settings: AdapterSettings) -> LoraConfig:
     )
 
 
-def make_trainable(head: Eagle3Head, settings: RunSettings) -> tuple[Eagle3Head, nn.Module]:
+def make_trainable(head: DraftHead, settings: RunSettings) -> tuple[DraftHead, nn.Module]:
     """Mark what the run trains.
 
     Returns:
         the head that computes, and the module that saves itself: the head, or the PeftModel around it.
     """
-    if settings.method == "full":
-        return head.requires_grad_(True), head
-    torch.manual_seed(settings.training.seed)  # PEFT draws A from the global generator
-    peft_model = add_adapter(head, adapter_config(settings.adapter))
+    saver: nn.Module = head.requires_grad_(True)
+    if settings.method != "full":
+        torch.manual_seed(settings.training.seed)  # PEFT draws A from the global generator
+        saver = add_adapter(head, adapter_config(settings.adapter))
+    for module in untrained(head, settings):
+        module.requires_grad_(False)
     if not any(parameter.requires_grad for parameter in head.parameters()):
         raise UserError(f"targets {settings.adapter.targets} match no layer of the head; nothing would be trained.")
-    return head, peft_model
+    return head, saver

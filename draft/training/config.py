@@ -13,13 +13,14 @@ from typing import Any, Literal
 import yaml
 
 from draft.errors import UserError
+from draft.heads.registry import ARCHITECTURES, DEFAULT
 from draft.training.losses import LOSSES
 
 TRACKERS = ("tensorboard", "wandb", "trackio", "none")
 METHODS = ("afa-lora", "lora", "full")
-# the decoder layer's matrices: the LM head is most of the weights and has the target's rows already, and fc reads raw
-# residual streams, whose outliers make an adapter on it unstable at rates that suit the others
-DEFAULT_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+DRAFT_VOCABULARY = 8192  # tokens of a new head's reduced vocabulary
+DRAFT_STEPS = 4  # that training-time test unrolls, for heads that draft any number
+LEFT_TO_THE_HEAD = {"architecture", "targets", "draft_steps", "feature_weight"}  # what `build.settle` fills in
 _LEARNING_RATES = {"pretrain": 1e-3, "full": 2e-4, "lora": 1e-3, "afa-lora": 1e-3}
 
 
@@ -32,18 +33,47 @@ def _setting(default: Any, help: str) -> Any:
 @dataclass
 class ModelSettings:
     target: str = _setting("smollm2", "Target: hub id, folder, .gguf file, or smollm2 (bundled).")
+    target_adapter: str | None = _setting(None, "PEFT LoRA adapter of the target, merged in memory: a folder.")
     head: str | None = _setting(
         None,
         "Warm start: the head whose weights a new run starts from, a folder or smollm2-eagle3 (bundled). Needed by "
         "adapt. (To go on with an interrupted run: --resume.)",
     )
-    draft_vocab_size: int = _setting(8192, "Tokens of a new head's reduced vocabulary (pretrain).")
+    architecture: str | None = _setting(None, f"Of a new head: {', '.join(ARCHITECTURES)} [default: {DEFAULT}].")
+    head_options: list[str] = _setting(
+        [],
+        "Option of a new head, as num_heads=3; repeatable. "
+        + "; ".join(f"{each.name}: {', '.join(each.options)}" for each in ARCHITECTURES.values())
+        + ".",
+    )
+    draft_vocab_size: int | None = _setting(
+        None,
+        f"Tokens of a new head's reduced vocabulary [default: {DRAFT_VOCABULARY}; the target's where the LM head is].",
+    )
     rebuild_vocabulary: bool = _setting(
         False, "Choose --head's vocabulary anew from the data (pretrain, adapt by full)."
     )
     dtype: str = _setting("auto", "Compute dtype: auto, bfloat16, float16, float32 or float64.")
     device: str = _setting("auto", "Device: auto, cpu, cuda.")
     other_target: bool = _setting(False, "Accept a head that was made for another version of this target.")
+
+    @property
+    def new_architecture(self) -> str:
+        return self.architecture or DEFAULT
+
+    def options(self) -> dict[str, Any]:
+        """`head_options` as arguments of the configuration of a new head."""
+        architecture = ARCHITECTURES[self.new_architecture]
+        hints, options = typing.get_type_hints(architecture.config), {}
+        for text in self.head_options:
+            key, equals, value = text.partition("=")
+            if key not in architecture.options or not equals:
+                raise UserError(
+                    f"head option {text!r} is none of {architecture.name}'s; they are "
+                    f"{', '.join(f'{option}=...' for option in architecture.options)}."
+                )
+            options[key] = _convert(f"head option {key}", _read_value(text, value), hints[key])
+        return options
 
 
 @dataclass
@@ -55,7 +85,9 @@ class AdapterSettings:
     placement: str = _setting("A-s-B", "Where it stands: A-s-B, s-A-B, s-A-B-s, s-A-s-B or s-A-s-B-s (afa-lora).")
     decay_ratio: float = _setting(0.3, "Share of the steps after which the activation is gone (afa-lora).")
     schedule: str = _setting("linear", "How it goes: linear, cosine or exponential (afa-lora).")
-    targets: list[str] = _setting(list(DEFAULT_TARGETS), "Layers that get an adapter.")
+    targets: list[str] = _setting(
+        [], "Layers that get an adapter [default: the decoder layer's matrices, or Medusa's blocks]."
+    )
 
 
 @dataclass
@@ -75,9 +107,14 @@ class TrainingSettings:
     warmup_ratio: float = _setting(0.05, "Share of the steps in which the rate rises; then a cosine to a tenth.")
     max_grad_norm: float = _setting(0.5, "Gradients are clipped to this norm.")
     gradient_accumulation: int = _setting(1, "Batches per optimiser step and process.")
-    draft_steps: int = _setting(4, "Draft steps K that training-time test unrolls.")
+    draft_steps: int | None = _setting(
+        None, f"Draft steps K that training-time test unrolls [default: {DRAFT_STEPS}, or all that a Medusa head has]."
+    )
     step_decay: float = _setting(0.8, "Draft step k weighs step_decay ** k in the loss.")
     loss: str = _setting("kl", f"Loss: {', '.join(LOSSES)}.")
+    feature_weight: float | None = _setting(
+        None, "Weight of the regression to the target's states beside the loss [default: 10 for eagle, else none]."
+    )
     seed: int = _setting(0, "Seed of initialisation and data order.")
     eval_every: int = _setting(50, "Steps between replays on a few held-out rows; 0 for never.")
     eval_rows: int = _setting(12, "Held-out greedy rows of that replay.")
@@ -123,6 +160,7 @@ class RunSettings:
             raise UserError(f"method {self.method!r} is unknown; choose one of {', '.join(METHODS)}.")
         if self.training.loss not in LOSSES:
             raise UserError(f"loss {self.training.loss!r} is unknown; choose one of {', '.join(LOSSES)}.")
+        self._check_head()
         if not self.data.data:
             raise UserError("no data given; pass --data DIR, a folder that `draft-train prepare` wrote.")
         if self.mode == "adapt" and not self.model.head:
@@ -141,6 +179,24 @@ class RunSettings:
             if value is not None and not value >= least:
                 raise UserError(f"{name} = {value} is too small; use at least {least}.")
 
+    def _check_head(self) -> None:
+        model = self.model
+        if model.new_architecture not in ARCHITECTURES:
+            raise UserError(
+                f"architecture {model.architecture!r} is unknown; choose one of {', '.join(ARCHITECTURES)}."
+            )
+        if model.head and model.head_options:
+            raise UserError(
+                f"head_options {', '.join(model.head_options)}: they are of a new head, and {model.head!r} is given; "
+                "leave one of them out."
+            )
+        if not model.head and model.draft_vocab_size and not ARCHITECTURES[model.new_architecture].reduced_vocabulary:
+            raise UserError(
+                f"draft_vocab_size = {model.draft_vocab_size}: a head of architecture {model.architecture} drafts from "
+                "the target's whole vocabulary; leave the flag out."
+            )
+        model.options()
+
 
 _LEAST = (
     ("model", "draft_vocab_size", 1),
@@ -158,6 +214,7 @@ _LEAST = (
     ("training", "eval_every", 0),
     ("training", "eval_rows", 0),
     ("training", "step_decay", 0.0),
+    ("training", "feature_weight", 0.0),
 )
 SECTIONS: dict[str, type] = {
     "model": ModelSettings,
@@ -202,14 +259,12 @@ def resolve(
         section, dot, key = name.partition(".")
         if not (equals and dot):
             raise UserError(f"override {override!r} is not of the form section.key=value.")
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise UserError(f"override {override!r}: the value is not YAML; quote it.") from error
-        _set(settings, section, key, value)
+        _set(settings, section, key, _read_value(override, text))
     settings.check()
-    if settings.model.head and Path(settings.model.head).is_dir():
-        settings.model.head = str(Path(settings.model.head).resolve())  # merge may be called from another folder
+    for name in ("head", "target_adapter"):  # merge may be called from another folder
+        given = getattr(settings.model, name)
+        if given and Path(given).is_dir():
+            setattr(settings.model, name, str(Path(given).resolve()))
     return settings
 
 
@@ -223,6 +278,13 @@ def _read_yaml(path: Path | None) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UserError(f"config {str(path)!r} must hold sections: {', '.join(SECTIONS)}.")
     return values
+
+
+def _read_value(override: str, text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"override {override!r}: the value is not YAML; quote it.") from error
 
 
 def _set(settings: RunSettings, section: str, key: str, value: Any) -> None:
@@ -241,7 +303,8 @@ def _convert(name: str, value: Any, kind: Any) -> Any:
         return None
     wanted = next(option for option in options if option is not type(None))
     if typing.get_origin(wanted) is list:
-        if isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value):
+        (item_kind,) = typing.get_args(wanted)
+        if isinstance(value, (list, tuple)) and all(isinstance(item, item_kind) for item in value):
             return list(value)
     elif wanted is float and not isinstance(value, bool):
         try:

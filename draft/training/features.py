@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from draft.data.examples import Batch
-from draft.target import Target
+from draft.target import Target, TargetOutput
 
 Home = Callable[[int], tuple[Batch, list[int]]]
 
@@ -25,7 +25,7 @@ class Features:
 
 
 class Kept(Protocol):
-    """Where hidden states stay between epochs: row number -> [tokens, (layers + 1) * hidden] on the CPU."""
+    """Where hidden states stay between epochs: row number -> [tokens, kept layers * hidden] on the CPU."""
 
     def __contains__(self, row: object, /) -> bool: ...
 
@@ -48,36 +48,37 @@ class FeatureSource:
 
     def get(self, batch: Batch, rows: list[int]) -> Features:
         """Features of `batch`, whose conversations are the training rows `rows`."""
-        width = len(self.layers) * self.target.hidden_size
         with torch.no_grad():
             if self.kept is not None:
-                both = self._lay_out(self.kept, batch, rows)
+                states = self._lay_out(self.kept, batch, rows)
             elif self.remember:
                 self._remember(batch, rows)
-                both = self._lay_out(self._memory, batch, rows)
+                states = self._lay_out(self._memory, batch, rows)
             else:
-                both = self.run(batch)
-            auxiliary, last_hidden = both.split([width, self.target.hidden_size], dim=-1)
-            return Features(self.target.embedding(batch.input_ids), auxiliary, last_hidden)
+                states = self.run(batch)
+            kept = kept_layers(self.target, self.layers)
+            output = TargetOutput(states[..., -self.target.hidden_size :], states, kept)
+            return Features(self.target.embedding(batch.input_ids), output.states_of(self.layers), output.last_hidden)
 
     def run(self, batch: Batch) -> Tensor:
-        """Auxiliary and last hidden states from a pass of the target: [batch, tokens, (layers + 1) * hidden]."""
-        if batch.position_ids is None:
-            where = {"attention_mask": batch.attention_mask.long()}
-        else:
-            # without a mask transformers finds the conversations by where the positions start again, and builds the
-            # block-diagonal mask in whatever form the layer's attention takes, sliding windows included
-            where = {"position_ids": batch.position_ids}
+        """The states of `kept_layers` from a pass of the target: [batch, tokens, kept layers * hidden].
+
+        Padding on the right needs no mask: no real token sees what follows it. Where conversations are packed,
+        transformers finds them by where the positions start again, and builds the block-diagonal mask in whatever form
+        the layer's attention takes, sliding windows included.
+        """
+        inner = kept_layers(self.target, self.layers)[:-1]
         with torch.no_grad():
-            output = self.target.forward(batch.input_ids, layers=self.layers, **where)
-            assert output.auxiliary is not None
+            output = self.target.forward(batch.input_ids, layers=inner, position_ids=batch.position_ids)
+            if output.auxiliary is None:
+                return output.last_hidden
             return torch.cat([output.auxiliary, output.last_hidden], dim=-1)
 
     def states(self, batch: Batch, rows: list[int]) -> dict[int, Tensor]:
-        """A pass of the target, taken apart: row number -> [tokens, (layers + 1) * hidden] on the CPU."""
-        both = self.run(batch)
+        """A pass of the target, taken apart: row number -> [tokens, kept layers * hidden] on the CPU."""
+        passed = self.run(batch)
         places = zip(rows, places_in(batch), strict=True)
-        return {row: both[line, start : start + length].to("cpu", copy=True) for row, (line, start, length) in places}
+        return {row: passed[line, start : start + length].to("cpu", copy=True) for row, (line, start, length) in places}
 
     def _remember(self, batch: Batch, rows: list[int]) -> None:
         for row in rows:
@@ -86,11 +87,16 @@ class FeatureSource:
 
     def _lay_out(self, kept: Kept, batch: Batch, rows: list[int]) -> Tensor:
         """Kept rows as `run` gives them, zeros on the padding."""
-        width = (len(self.layers) + 1) * self.target.hidden_size
-        both = torch.zeros(*batch.input_ids.shape, width, dtype=self.target.dtype)
+        width = len(kept_layers(self.target, self.layers)) * self.target.hidden_size
+        states = torch.zeros(*batch.input_ids.shape, width, dtype=self.target.dtype)
         for row, (line, start, length) in zip(rows, places_in(batch), strict=True):
-            both[line, start : start + length] = kept[row]
-        return both.to(self.target.device)
+            states[line, start : start + length] = kept[row]
+        return states.to(self.target.device)
+
+
+def kept_layers(target: Target, layers: Sequence[int]) -> tuple[int, ...]:
+    """The layers whose states are computed and kept for a head that reads `layers`, each once; last the output."""
+    return (*(layer for layer in layers if layer != target.output_layer), target.output_layer)
 
 
 def places_in(batch: Batch) -> Sequence[tuple[int, int, int]]:
@@ -98,8 +104,9 @@ def places_in(batch: Batch) -> Sequence[tuple[int, int, int]]:
     return batch.places or [(line, 0, int(length)) for line, length in enumerate(batch.attention_mask.sum(1))]
 
 
-def fits_in_memory(target: Target, tokens: int) -> bool:
-    """Whether the hidden states of `tokens` tokens take less than a third of the memory that is free now."""
+def fits_in_memory(target: Target, layers: Sequence[int], tokens: int) -> bool:
+    """Whether the states kept of `tokens` tokens take less than a third of the memory that is free now."""
     import psutil
 
-    return tokens * 4 * target.hidden_size * target.dtype.itemsize < psutil.virtual_memory().available / 3
+    size = tokens * len(kept_layers(target, layers)) * target.hidden_size * target.dtype.itemsize
+    return size < psutil.virtual_memory().available / 3

@@ -1,7 +1,7 @@
 """The target's hidden states on disk, for targets too large to run at every epoch.
 
 manifest.json                   what the states are of; a folder with another one is refused
-shard-00000.safetensors, ...    a tensor a row, named by its number: [tokens, (layers + 1) * hidden]
+shard-00000.safetensors, ...    a tensor a row, named by its number: [tokens, kept layers * hidden]
 
 A shard that is there is whole, so an interrupted pass goes on with the first one that is missing. How the rows are
 grouped depends on their lengths only: any run over the same rows finds them.
@@ -27,13 +27,14 @@ from draft.data.dataset import Row
 from draft.data.examples import batches
 from draft.errors import UserError
 from draft.target import Target
+from draft.training.features import kept_layers
 from draft.training.processes import Processes
 
 SHARD_BYTES = 512 << 20
 TOKENS_PER_BATCH = 4096
 OPEN_SHARDS = 64
 
-Compute = Callable[[list[int]], dict[int, Tensor]]  # row numbers -> [tokens, (layers + 1) * hidden] of each
+Compute = Callable[[list[int]], dict[int, Tensor]]  # row numbers -> [tokens, kept layers * hidden] of each
 
 
 class HiddenStateCache:
@@ -41,7 +42,7 @@ class HiddenStateCache:
 
     def __init__(self, folder: Path, target: Target, layers: Sequence[int], rows: Sequence[Row]) -> None:
         self.folder, self.dtype = folder, target.dtype
-        self.bytes_per_token = (len(layers) + 1) * target.hidden_size * target.dtype.itemsize
+        self.bytes_per_token = len(kept_layers(target, layers)) * target.hidden_size * target.dtype.itemsize
         self.tokens = [len(row.ids) for row in rows]
         self.shards = self._group(batches(rows, TOKENS_PER_BATCH, seed=0, epoch=0))
         self._shard_of = {row: shard for shard, parts in enumerate(self.shards) for part in parts for row in part}

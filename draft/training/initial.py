@@ -1,7 +1,8 @@
-"""A new head's first weights, in closed form: two ridge regressions instead of the first hours of gradient descent.
+"""A new head's first weights, in closed form: ridge regressions instead of the first hours of gradient descent.
 
-A head has to turn the target's state at token t and the embedding of token t+1 into the target's next state. Its
-linear part can be solved for. With n_t the target's last hidden state at t, before the final norm's weights:
+A head has to turn the target's state at token t, and most the embedding of token t+1, into the target's next state.
+Its linear part can be solved for. EAGLE-3, with n_t the target's last hidden state at t, before the final norm's
+weights:
 
     fc                 ridge regression of n_t       on the auxiliary states of t, as fc reads them
     o_proj · v_proj    ridge regression of n_{t+1} - residual on cat(embedding of t+1, fc(...)), both normed
@@ -10,6 +11,12 @@ which has rank at most heads * head_dim and so splits into the two matrices by a
 Queries and keys start as the same random projection of the embedding: every position then attends mostly to itself,
 as the regression assumes. The MLP starts from the target's last layer with an almost silent output; the LM head and the
 norm are the target's, the norm scaled so that a guess is no sharper than it should be.
+
+EAGLE-1, with h_t the last hidden state after the final norm: fc is the regression of h_{t+1} on cat(embedding of t+1,
+h_t), and attention and MLP start almost silent.
+
+Medusa: LM head k is the target's after the regression M_k of h_{t+1+k} on h_t, and the blocks start as the identity,
+as FasterDecoding has them.
 """
 
 from __future__ import annotations
@@ -19,7 +26,10 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from draft.heads.eagle3 import Eagle3Head, Midlayer
+from draft.heads.eagle import EagleHead
+from draft.heads.eagle3 import Eagle3Head
+from draft.heads.layers import MLP, RMSNorm
+from draft.heads.medusa import MedusaHead
 from draft.target import Target
 from draft.training.features import Features
 from draft.training.losses import kl
@@ -27,6 +37,7 @@ from draft.training.step import unroll
 
 _RIDGE = 1e-3  # of the mean diagonal of X^T X
 _SCALES = [step / 20 for step in range(1, 25)]
+_SILENT = 0.002  # standard deviation of an output matrix that hardly says anything yet
 _SELF_ATTENTION_STD = 0.05  # for normed inputs of unit scale: a query's own key wins against some hundred others
 
 
@@ -51,7 +62,7 @@ class Ridge:
 
 
 @torch.no_grad()
-def initialise(head: Eagle3Head, target: Target, batches: Iterable[tuple[Features, Tensor]], seed: int) -> None:
+def initialise_eagle3(head: Eagle3Head, target: Target, batches: Iterable[tuple[Features, Tensor]], seed: int) -> None:
     """Set the head's weights in place from batches of (features, attention mask [batch, tokens]); none: leave it."""
     generator = torch.Generator().manual_seed(seed)
     batches = list(batches)
@@ -64,7 +75,7 @@ def initialise(head: Eagle3Head, target: Target, batches: Iterable[tuple[Feature
     fuse, dtype = Ridge(), head.fc.weight.dtype
     for features, mask in batches:
         auxiliary = head.normed(features.auxiliary[mask].to(dtype))
-        fuse.add(auxiliary.float(), _normed_states(target, features.last_hidden[mask]))
+        fuse.add(_wide(auxiliary), _normed_states(target, features.last_hidden[mask]))
     head.fc.weight.copy_(fuse.solve())
 
     mix = Ridge()
@@ -72,7 +83,7 @@ def initialise(head: Eagle3Head, target: Target, batches: Iterable[tuple[Feature
         following = mask[:, 1:]  # token t+1 exists
         hidden = head.fuse(features.auxiliary[:, :-1][following].to(dtype))
         x, residual = layer.mix(features.embeds[:, 1:][following].to(dtype), hidden)
-        mix.add(x, _normed_states(target, features.last_hidden[:, 1:][following]) - residual.float())
+        mix.add(x, _normed_states(target, features.last_hidden[:, 1:][following]) - _wide(residual))
     _split(mix.solve(), attention.v_proj, attention.o_proj, attention.head_dim)
 
     size = head.config.hidden_size
@@ -84,10 +95,10 @@ def initialise(head: Eagle3Head, target: Target, batches: Iterable[tuple[Feature
     heads = both.view(-1, attention.head_dim, 2 * size).repeat_interleave(groups, dim=0)
     attention.q_proj.weight.copy_(heads.reshape(-1, 2 * size))
 
-    _start_mlp(layer, target, generator)
+    _start_mlp(layer.mlp, layer.post_attention_layernorm, target, generator)
     if head.lm_head is not None:
         head.lm_head.weight.copy_(target.lm_head.weight[head.vocabulary.to(target.device)])
-    head.norm.weight.copy_(target.decoder.norm.weight)
+    head.norm.weight.copy_(norm_weight(target.decoder.norm, size))
     head.norm.weight.mul_(_best_scale(head, target, *batches[0]))
 
 
@@ -96,14 +107,26 @@ def _best_scale(head: Eagle3Head, target: Target, features: Features, mask: Tens
     dtype = head.fc.weight.dtype
     hidden = next(unroll(head, features.embeds.to(dtype), features.auxiliary.to(dtype), 1, attention_mask=mask))
     following = mask[:, 1:]  # token t+1 exists
-    student = head.logits(hidden[:, :-1][following]).float()
-    teacher = target.logits(features.last_hidden[:, 1:][following], head.vocabulary.to(target.device)).float()
+    student = _wide(head.logits(hidden[:, :-1][following]))
+    teacher = _wide(target.logits(features.last_hidden[:, 1:][following], head.vocabulary.to(target.device)))
     return min(_SCALES, key=lambda scale: float(kl(scale * student, teacher, None).mean()))
 
 
 def _normed_states(target: Target, last_hidden: Tensor) -> Tensor:
     """The target's last hidden states before the final norm's weights, [rows, hidden] of unit root mean square."""
-    return nn.functional.rms_norm(last_hidden.float() / target.decoder.norm.weight.float(), last_hidden.shape[-1:])
+    weight = norm_weight(target.decoder.norm, last_hidden.shape[-1])
+    return nn.functional.rms_norm(_wide(last_hidden) / _wide(weight), last_hidden.shape[-1:])
+
+
+def _wide(x: Tensor) -> Tensor:
+    """In float32 at least."""
+    return x.to(torch.promote_types(torch.float32, x.dtype))
+
+
+def norm_weight(norm: nn.Module, size: int) -> Tensor:
+    """What an RMSNorm multiplies by, [size]: Gemma's is one more than its weight."""
+    weight = next(norm.parameters())
+    return norm(torch.ones(1, size, dtype=weight.dtype, device=weight.device))[0].detach()
 
 
 def _split(product: Tensor, v_proj: nn.Linear, o_proj: nn.Linear, head_dim: int) -> None:
@@ -124,15 +147,66 @@ def _split(product: Tensor, v_proj: nn.Linear, o_proj: nn.Linear, head_dim: int)
     o_proj.weight.copy_(per_head.flatten(1))
 
 
-def _start_mlp(layer: Midlayer, target: Target, generator: torch.Generator) -> None:
-    """The inner features of the target's last MLP, with an almost silent output."""
+def _start_mlp(mlp: MLP, norm: RMSNorm, target: Target, generator: torch.Generator) -> None:
+    """The inner features of the target's last MLP, with an almost silent output; `norm`: of its input."""
     last = target.decoder.layers[-1]
-    norm, theirs = getattr(last, "post_attention_layernorm", None), getattr(last, "mlp", None)
-    for name in ("gate_proj", "up_proj"):
-        ours, source = getattr(layer.mlp, name), getattr(theirs, name, None)
-        if norm is not None and isinstance(source, nn.Linear) and source.weight.shape == ours.weight.shape:
-            ours.weight.copy_(source.weight)
-            layer.post_attention_layernorm.weight.copy_(norm.weight)
+    their_norm = next((getattr(last, name) for name in _NORMS_BEFORE_MLP if hasattr(last, name)), None)
+    for ours, source in zip((mlp.gate_proj, mlp.up_proj), _gate_and_up(last), strict=True):
+        if their_norm is not None and source is not None and source.shape == ours.weight.shape:
+            ours.weight.copy_(source)
+            norm.weight.copy_(norm_weight(their_norm, ours.in_features))
         else:
             ours.weight.normal_(std=ours.in_features**-0.5, generator=generator)
-    layer.mlp.down_proj.weight.normal_(std=0.002, generator=generator)
+    mlp.down_proj.weight.normal_(std=_SILENT, generator=generator)
+
+
+_NORMS_BEFORE_MLP = ("pre_feedforward_layernorm", "post_attention_layernorm")  # Gemma has both
+
+
+def _gate_and_up(layer: nn.Module) -> tuple[Tensor | None, Tensor | None]:
+    """The two matrices that an MLP's input meets first, where it is one MLP and not a choice of experts."""
+    mlp = getattr(layer, "mlp", None)
+    fused = getattr(mlp, "gate_up_proj", None)  # Phi-3
+    if isinstance(fused, nn.Linear):
+        gate, up = fused.weight.chunk(2)
+        return gate, up
+    both = (getattr(mlp, name, None) for name in ("gate_proj", "up_proj"))
+    return tuple(each.weight if isinstance(each, nn.Linear) else None for each in both)  # type: ignore[return-value]
+
+
+@torch.no_grad()
+def initialise_eagle(head: EagleHead, target: Target, batches: Iterable[tuple[Features, Tensor]], seed: int) -> None:
+    """As `initialise_eagle3`, for EAGLE-1."""
+    generator = torch.Generator().manual_seed(seed)
+    fc = Ridge()
+    for features, mask in batches:
+        following = mask[:, 1:]  # token t+1 exists
+        embeds, states = features.embeds[:, 1:][following], features.last_hidden[:, :-1][following]
+        fc.add(torch.cat([embeds, states], dim=-1).float(), features.last_hidden[:, 1:][following].float())
+    if fc.xx is None:
+        return
+    head.fc.weight.copy_(fc.solve())
+    layer = head.layer
+    layer.self_attn.o_proj.weight.normal_(std=_SILENT, generator=generator)
+    _start_mlp(layer.mlp, layer.post_attention_layernorm, target, generator)
+    for bias in (head.fc.bias, *(getattr(layer.self_attn, name).bias for name in ("q_proj", "k_proj", "v_proj"))):
+        if bias is not None:
+            bias.zero_()
+
+
+@torch.no_grad()
+def initialise_medusa(head: MedusaHead, target: Target, batches: Iterable[tuple[Features, Tensor]], seed: int) -> None:
+    """As `initialise_eagle3`, for Medusa."""
+    for parameter in head.blocks.parameters():
+        parameter.zero_()
+    batches = list(batches)
+    if not batches:
+        return
+    rows = target.lm_head.weight[head.vocabulary.to(target.device)].double()  # [draft_vocab, hidden]
+    for step, lm_head in enumerate(head.lm_heads):
+        ahead = Ridge()
+        for features, mask in batches:
+            later = mask[:, 1 + step :]  # token t+1+k exists
+            states = features.last_hidden[:, : later.shape[1]][later]
+            ahead.add(states.float(), features.last_hidden[:, 1 + step :][later].float())
+        lm_head.weight.copy_(rows @ ahead.solve())  # type: ignore[operator]

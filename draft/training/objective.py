@@ -6,13 +6,15 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import smooth_l1_loss
 
 from draft.data.examples import Batch
-from draft.heads.eagle3 import Eagle3Head
+from draft.heads.head import DraftHead
+from draft.heads.registry import architecture_of
 from draft.target import Target
 from draft.training.features import Features
 from draft.training.losses import LOSSES
-from draft.training.step import shift_left, unroll
+from draft.training.step import shift_left
 
 POSITIONS_PER_CHUNK = 4096  # bounds the logits in memory: [chunk, vocab]
 
@@ -24,12 +26,17 @@ class Objective:
     loss: str
     draft_steps: int
     step_decay: float
+    feature_weight: float = 0.0  # of the smooth L1 distance between a state and the one that it stands for
 
 
 def loss_sum(
-    head: Eagle3Head, target: Target, batch: Batch, features: Features, objective: Objective
+    head: DraftHead, target: Target, batch: Batch, features: Features, objective: Objective
 ) -> tuple[Tensor, Tensor]:
     """Loss summed over positions and weighted over draft steps, and the top-1 agreement with the target.
+
+    With `feature_weight`, the smooth L1 distance (mean over the hidden size) of the states of step k at i to the
+    target's last hidden state at i+1+k is added: an EAGLE-1 head is to predict that (SafeAILab's
+    `eagle/train/main.py`).
 
     The caller divides by the trained positions of the whole optimiser step, so that accumulation and padding don't
     change the curve.
@@ -48,7 +55,7 @@ def loss_sum(
 
     total = teacher.new_zeros(())
     agreement = []
-    steps = unroll(
+    steps = architecture_of(head).unroll(
         head,
         features.embeds,
         features.auxiliary,
@@ -59,8 +66,11 @@ def loss_sum(
     for k, states in enumerate(steps):
         chosen = batch.trained_ahead(2 + k)  # [batch, tokens]: x[i+2+k] is a trained token
         rows = shift_left(teacher_rows, 1 + k)[chosen]
-        student = widened(head.logits(states[chosen]))  # [positions at this step, draft_vocab]
+        student = widened(head.logits(states[chosen], k))  # [positions at this step, draft_vocab]
         per_position = entry.function(student, teacher[rows], None if mass is None else mass[rows])
+        if objective.feature_weight:
+            distance = smooth_l1_loss(widened(states[chosen]), widened(hidden[rows]), reduction="none").mean(-1)
+            per_position = per_position + objective.feature_weight * distance
         total = total + objective.step_decay**k * per_position.sum()
         with torch.no_grad():
             hits = (student.argmax(-1) == teacher[rows].argmax(-1)).sum()
@@ -68,9 +78,9 @@ def loss_sum(
     return total, torch.stack(agreement)
 
 
-def widened(logits: Tensor) -> Tensor:
+def widened(values: Tensor) -> Tensor:
     """In at least float32: sums over a vocabulary need it."""
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def _log_mass(target: Target, hidden: Tensor, teacher: Tensor) -> Tensor:
@@ -80,8 +90,10 @@ def _log_mass(target: Target, hidden: Tensor, teacher: Tensor) -> Tensor:
     return teacher.logsumexp(-1) - everything
 
 
-def _vocabulary(head: Eagle3Head) -> Tensor:
-    """The head's vocabulary as one lasting tensor, by which the target remembers its LM head's rows."""
+def _vocabulary(head: DraftHead) -> Tensor | None:
+    """The head's vocabulary as one lasting tensor, by which the target remembers its LM head's rows; None: all."""
+    if head.config.full_vocabulary:
+        return None
     cached = getattr(head, "_vocabulary_ids", None)
     if cached is None:
         cached = head._vocabulary_ids = head.vocabulary
@@ -91,7 +103,7 @@ def _vocabulary(head: Eagle3Head) -> Tensor:
 class HeadLoss(nn.Module):
     """`loss_sum` as a module's forward, which is what DDP and FSDP2 wrap: the head's weights, not the target's."""
 
-    def __init__(self, head: Eagle3Head, target: Target, objective: Objective) -> None:
+    def __init__(self, head: DraftHead, target: Target, objective: Objective) -> None:
         super().__init__()
         self.head, self.target, self.objective = head, target, objective  # a Target is no module
 

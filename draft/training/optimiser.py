@@ -19,7 +19,8 @@ def parameter_groups(parameters: list[nn.Parameter], *, scaled: bool) -> list[di
     """
     sizes = [float(parameter.detach().float().pow(2).mean().sqrt()) for parameter in parameters]
     return [
-        {"params": [parameter], "scale": min(1.0, size / 0.02) if scaled else 1.0}
+        # what starts at zero says nothing about its size
+        {"params": [parameter], "scale": min(1.0, size / 0.02) if scaled and size else 1.0}
         for parameter, size in zip(parameters, sizes, strict=True)
     ]
 

@@ -25,7 +25,7 @@ def load_rows(settings: RunSettings, target: Target) -> Rows:
         dataset = open_dataset(Path(folder))
         dataset.check_target(target)
         train += dataset.rows("train")
-        held_out += [row for row in dataset.rows("held-out") if row.temperature == 0]
+        held_out += [row for row in dataset.rows("held-out") if row.greedy]
     train = [row for row in train if sum(row.mask[2:])]
     if not train:
         raise UserError(f"{', '.join(settings.data.data)}: no training rows; prepare a larger data set.")

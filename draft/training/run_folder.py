@@ -19,7 +19,7 @@ import yaml
 
 from draft.checkpoint import write_json
 from draft.errors import UserError
-from draft.training.config import SECTIONS, RunSettings, to_yaml
+from draft.training.config import LEFT_TO_THE_HEAD, SECTIONS, RunSettings, to_yaml
 from draft.training.monitor import provenance
 from draft.training.snapshots import discard_unfinished, latest_snapshot, read_progress
 
@@ -55,8 +55,7 @@ class RunFolder:
         latest = latest_snapshot(self.checkpoints)
         if resume and latest is None:
             raise UserError(f"--resume: {str(self.folder)!r} holds no checkpoint to go on from; leave --resume out.")
-        if latest is not None or any((self.folder / name).exists() for name in RESULTS):
-            self._check_settings()
+        self.check_settings()
         return {**read_progress(latest), "name": latest.name} if latest else {}
 
     def _check_is_folder(self) -> None:
@@ -74,7 +73,10 @@ class RunFolder:
             else:
                 path.unlink(missing_ok=True)
 
-    def _check_settings(self) -> None:
+    def check_settings(self) -> None:
+        """Refuse to go on with a run of other settings; what is left to the head is compared once it is filled in."""
+        if latest_snapshot(self.checkpoints) is None and not any((self.folder / name).exists() for name in RESULTS):
+            return
         different = _differences(self.folder / "config.yaml", self.settings)
         if different:
             raise UserError(
@@ -122,6 +124,7 @@ def _differences(config: Path, settings: RunSettings) -> list[str]:
     for section in SECTIONS:
         old = before.get(section) or {}
         for key, new in dataclasses.asdict(getattr(settings, section)).items():
-            if key not in FREE and old.get(key) != new:
+            open_yet = key in LEFT_TO_THE_HEAD and new in (None, [])
+            if key not in FREE and not open_yet and old.get(key) != new:
                 different.append(f"{section}.{key} was {old.get(key)}, is {new}")
     return different

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,8 @@ from draft.comparison import row_ids
 from draft.data.dataset import Row
 from draft.data.vocabulary import coverage, draft_vocabulary
 from draft.target import Target
-from draft.training.build import load_base_head, new_head, with_vocabulary
+from draft.training.build import blank_head, load_base_head, vocabulary_size, with_vocabulary
 from draft.training.config import RunSettings
-from draft.training.features import Features
 from draft.training.monitor import provenance
 
 
@@ -24,10 +22,9 @@ def starting_head(
     settings: RunSettings,
     target: Target,
     rows: list[Row],
-    first_batches: Iterable[tuple[Features, Tensor]],
     console: Console,
 ) -> tuple[Any, dict[str, Any]]:
-    """The head of `--head` with its draftsmith.json, or a new one solved from `first_batches`."""
+    """The head of `--head` with its draftsmith.json, or a new one, whose first weights are not solved yet."""
     if settings.model.head:
         head, about = load_base_head(settings, target)
         if settings.model.rebuild_vocabulary:
@@ -40,12 +37,11 @@ def starting_head(
                 "a head pretrained on this domain would know them."
             )
         return head, about
-    with console.status("Solving for the head's first weights"):
-        return new_head(target, _vocabulary(settings, target, rows), first_batches, settings.training.seed), {}
+    return blank_head(target, _vocabulary(settings, target, rows), settings.model), {}
 
 
 def _vocabulary(settings: RunSettings, target: Target, rows: list[Row]) -> Tensor:
-    size = min(settings.model.draft_vocab_size, target.vocab_size)
+    size = vocabulary_size(settings.model, target)
     return draft_vocabulary(rows, size, target.vocab_size, sorted(target.eos_token_ids))
 
 
@@ -53,6 +49,7 @@ def about_run(settings: RunSettings, target: Target, rows: list[Row], base: dict
     """What a head's draftsmith.json says of the run; base: that of the head it started from."""
     return {
         "target": settings.model.target,
+        "target_adapter": settings.model.target_adapter,
         "target_fingerprint": target.fingerprint,
         "mode": settings.mode,
         "method": settings.method,

@@ -22,14 +22,14 @@ from draft.checkpoint import atomic_folder, save_head, write_json
 from draft.data.examples import Batch, batches, collate
 from draft.errors import UserError
 from draft.target import load_target
-from draft.training.build import autocast, make_trainable
+from draft.training.build import autocast, initialise, make_trainable, settle, untrained
 from draft.training.config import RunSettings
 from draft.training.features import Features, FeatureSource, fits_in_memory
 from draft.training.guards import deterministic_algorithms, write_errors
 from draft.training.hidden_states import HiddenStateCache
 from draft.training.interruption import Interrupted, Interruption
 from draft.training.monitor import Monitor, choose_trackers, draw, start_trackers
-from draft.training.objective import HeadLoss, Objective
+from draft.training.objective import HeadLoss
 from draft.training.optimiser import learning_rate_at, parameter_groups
 from draft.training.processes import Processes, launcher_dtype, whole
 from draft.training.rows import load_rows
@@ -57,7 +57,8 @@ class Trainer:
         self.console = (console or Console()) if self.processes.is_main else Console(quiet=True)
         self.run = RunFolder(settings)
         self.progress = self.processes.on_main(lambda: self.run.open(resume))
-        self.target = load_target(settings.model.target, launcher_dtype(settings), settings.model.device)
+        model = settings.model
+        self.target = load_target(model.target, launcher_dtype(settings), model.device, model.target_adapter)
         if self.target.dtype == torch.float16:
             raise UserError("dtype float16 is too narrow to train in without loss scaling; use bfloat16 or float32.")
         with self._arithmetic():
@@ -70,14 +71,19 @@ class Trainer:
         packing = self.target.device.type == "cuda" if settings.data.packing is None else settings.data.packing
         self.schedule = Schedule(self.rows.train, settings, processes=self.processes.count, packing=packing)
         self.total_steps, self.step = self.schedule.total_steps, 0
-        self.features = FeatureSource(self.target, remember=self._remember(), home=self._home)
         torch.manual_seed(training.seed)
-        # a run that goes on takes its weights from the checkpoint, and the others take theirs from process 0
-        solves = self.processes.is_main and not self.progress
-        first = self._first_batches() if solves else iter(())
-        head, base = starting_head(settings, self.target, self.rows.train, first, self.console)
-        self.processes.spread(head)
+        head, base = starting_head(settings, self.target, self.rows.train, self.console)
+        self.objective = settle(settings, head)
+        self.processes.on_main(self.run.check_settings)
+        self.features = FeatureSource(self.target, home=self._home)
         self.features.layers = head.auxiliary_layers(self.target)
+        self.features.remember = self._remember()
+        # a run that goes on takes what it trains from the checkpoint, and the others take theirs from process 0
+        solved = settings.model.head or (self.progress and not untrained(head, settings))
+        if self.processes.is_main and not solved:
+            with self.console.status("Solving for the head's first weights"):
+                initialise(head, self.target, self._first_batches(), training.seed)
+        self.processes.spread(head)
         self.about = about_run(settings, self.target, self.rows.train, base)
         self.head, self.saver = make_trainable(head, settings)
         # FSDP2 leaves a part of each weight in a process: whole ones are gathered into a copy
@@ -88,8 +94,11 @@ class Trainer:
             betas=(0.9, 0.95),
             weight_decay=0.0,
         )
-        objective = Objective(training.loss, training.draft_steps, training.step_decay)
-        self.module, self.optimizer = self.processes.wrap(HeadLoss(self.head, self.target, objective), optimizer)
+        self.module, self.optimizer = self.processes.wrap(
+            HeadLoss(self.head, self.target, self.objective),
+            optimizer,
+            idle=self.objective.draft_steps < (head.longest or 0),  # Medusa has weights of its own for each step
+        )
         self.parameters = list(trained_parameters(self.saver).values())
 
     def _remember(self) -> bool:
@@ -100,7 +109,7 @@ class Trainer:
         if training.keep_hidden_states is not None:
             return training.keep_hidden_states
         tokens = sum(len(row.ids) for row in self.rows.train)
-        fits = training.epochs > 1 and fits_in_memory(self.target, tokens * self.processes.count)
+        fits = training.epochs > 1 and fits_in_memory(self.target, self.features.layers, tokens * self.processes.count)
         return self.processes.on_main(lambda: self.progress.get("remember", fits))
 
     def _home(self, row: int) -> tuple[Batch, list[int]]:
@@ -190,7 +199,7 @@ class Trainer:
         """
         positions, count = max(1, self.schedule.positions(window)), self.processes.count
         share = self.schedule.share(window, self.processes.rank)
-        sums = torch.zeros(2 + 2 * self.settings.training.draft_steps, dtype=torch.float64, device=self.target.device)
+        sums = torch.zeros(2 + 2 * self.objective.draft_steps, dtype=torch.float64, device=self.target.device)
         self.optimizer.zero_grad()
         for place, (rows, counts) in enumerate(share, start=1):
             batch = self._collate(rows)

@@ -138,7 +138,7 @@ def _answer(
     service: Service, body: Sampling, prompts: list[list[int]], alternatives: int | None, chat: bool, echoed: list[str]
 ) -> Answer:
     speculation = speculation_of(body.speculative, service)
-    return Answer(service, chat, prompts, body.choices, speculation, alternatives, echoed)
+    return Answer(service, chat, prompts, body.choices, speculation, alternatives, echoed, bool(body.return_token_ids))
 
 
 async def _respond(body: Sampling, request: Request, answer: Answer, limits: list[int], received: float) -> Response:

@@ -27,6 +27,7 @@ class Answer:
     speculation: Speculation
     alternatives: int | None  # logprobs with so many alternatives a token; None: without
     echoed: list[str]  # what each prompt's text begins with
+    token_ids: bool = False  # whether they are told, where vLLM has them
     completions: dict[int, Completion] = field(default_factory=dict)  # by choice
     offsets: dict[int, int] = field(default_factory=dict)  # characters of each choice so far
     generated: dict[int, int] = field(default_factory=dict)  # tokens of each choice so far
@@ -49,6 +50,7 @@ class Answer:
             "choices": [self._choice(index, completion) for index, completion in enumerate(completions)],
             "usage": self.usage(),
             "metrics": self.metrics(),
+            **({"prompt_token_ids": self.prompts[0]} if self.token_ids and self.chat else {}),
         }
 
     def _choice(self, index: int, completion: Completion) -> dict[str, Any]:
@@ -57,16 +59,25 @@ class Answer:
             choice["message"] = {"role": "assistant", "content": completion.text, "refusal": None}
         else:
             choice["text"] = self._echo(index) + completion.text
+        if self.token_ids:
+            choice |= {"token_ids": completion.token_ids} | self._prompt_ids(index)
         return choice | {"logprobs": self._logprobs(index, completion.tokens)} | _end(completion)
+
+    def _prompt_ids(self, index: int) -> dict[str, Any]:
+        """A chat has one prompt, which its answer names once for all choices."""
+        return {} if self.chat else {"prompt_token_ids": self.prompts[index // self.choices_per_prompt]}
 
     # streamed
 
     def opening(self, index: int, include_usage: bool) -> dict[str, Any] | None:
         """What a choice begins with, before its first token."""
         if self.chat:
-            return self._chunk(index, {"role": "assistant", "content": ""}, None, None, include_usage)
+            chunk = self._chunk(index, {"role": "assistant", "content": ""}, None, None, include_usage)
+            return chunk | ({"prompt_token_ids": self.prompts[0]} if self.token_ids else {})
         echoed = self._echo(index)
-        return self._chunk(index, echoed, None, None, include_usage) if echoed else None
+        if not echoed and not self.token_ids:
+            return None
+        return self._chunk(index, echoed, None, None, include_usage, self._prompt_ids(index) if self.token_ids else {})
 
     def chunk(
         self, index: int, tokens: list[Token], completion: Completion | None, include_usage: bool
@@ -76,10 +87,11 @@ class Answer:
         self.generated[index] = self.generated.get(index, 0) + len(tokens)
         if completion is not None:
             self.completions[index] = completion
-        if not text and completion is None and self.alternatives is None:
+        if not text and completion is None and self.alternatives is None and not self.token_ids:
             return None
         delta: Any = ({"content": text} if text else {}) if self.chat else text
-        return self._chunk(index, delta, self._logprobs(index, tokens), completion, include_usage)
+        ids = {"token_ids": [token.id for token in tokens]} if self.token_ids else {}
+        return self._chunk(index, delta, self._logprobs(index, tokens), completion, include_usage, ids)
 
     def last(self) -> dict[str, Any]:
         """The chunk with the usage, without a choice."""
@@ -91,9 +103,16 @@ class Answer:
         return "chat.completion.chunk" if self.chat else "text_completion"
 
     def _chunk(
-        self, index: int, delta: Any, logprobs: Any, completion: Completion | None, include_usage: bool
+        self,
+        index: int,
+        delta: Any,
+        logprobs: Any,
+        completion: Completion | None,
+        include_usage: bool,
+        ids: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
         choice = {"index": index, "delta" if self.chat else "text": delta, "logprobs": logprobs, **_end(completion)}
+        choice |= ids or {}
         usage = {"usage": None} if include_usage else {}
         return {**self._about, "object": self._chunk_object, "choices": [choice], **usage}
 

@@ -1,7 +1,8 @@
 """What goes over the wire on OpenAI's surface: requests, and the answers' shapes for the schema.
 
 vLLM's extensions are taken where the engine has them: top_k, min_p, repetition_penalty, stop_token_ids, min_tokens,
-ignore_eos, include_stop_str_in_output. A sampling parameter is implemented exactly or refused by name; none is ignored.
+ignore_eos, include_stop_str_in_output, return_token_ids. A sampling parameter is implemented exactly or refused by
+name; none is ignored.
 """
 
 from __future__ import annotations
@@ -104,6 +105,9 @@ class Sampling(Strict):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     speculative: Speculative | None = None
+    return_token_ids: bool | None = Field(
+        default=None, description="a choice's token_ids, its end included, and prompt_token_ids (vLLM)"
+    )
 
     # nothing that they could change exists here
     user: Text | None = None

@@ -11,7 +11,7 @@ from fastapi.responses import PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel
 
-from draft.heads import ARCHITECTURES
+from draft.heads.registry import architecture_of
 from serving.api.documentation import documented
 from serving.api.errors import ApiError
 from serving.api.openai_schemas import MAX_CHOICES
@@ -24,7 +24,7 @@ from serving.api.schemas import (
     Prompt,
     Strict,
 )
-from serving.api.service import Service
+from serving.api.service import Service, public_name
 from serving.engine import Engine
 from serving.engine.params import MAX_LOGPROBS
 
@@ -79,6 +79,7 @@ async def info(request: Request) -> dict[str, Any]:
     engine, target = service.engine, service.engine.target
     return {
         "model_id": service.model_name,
+        "target_adapter": target.adapter and public_name(target.adapter.name),
         "architecture": type(target.model).__name__,
         "dtype": str(target.dtype).removeprefix("torch."),
         "device": target.device.type,
@@ -140,10 +141,9 @@ def _about_head(service: Service) -> dict[str, Any] | None:
     head = service.engine.head
     if head is None:
         return None
-    architecture = next(name for name, (_, built) in ARCHITECTURES.items() if isinstance(head, built))
     return {
         "name": service.head_name,
-        "architecture": architecture,
+        "architecture": architecture_of(head).stored_as,
         "draft_vocab_size": head.config.draft_vocab_size,
     }
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.decorators import mark_unbacked
 from transformers import AttentionInterface
 
 from draft.errors import UserError
@@ -38,18 +39,23 @@ class View:
     batch: Batch
     positions: Tensor  # [N]
     table: Tensor  # [segments, 5]
-    mask: Tensor  # [N, W] or [0, 0]
+    mask: Tensor  # [N, W], or [0, 2] where all are chains
     masks: dict[int, Tensor]  # window -> the same with only what is within it, for windows a tree may be deeper than
+    compiled: bool = False  # whether torch.compile reads it, which must not build again for other numbers of segments
 
     @classmethod
     def empty(cls) -> View:
         nothing = torch.empty(0, dtype=torch.int64)
-        return cls(Batch.of([], torch.device("cpu")), nothing, nothing.view(0, 5), nothing.view(0, 0).bool(), {})
+        return cls(Batch.of([], torch.device("cpu")), nothing, nothing.view(0, 5), nothing.view(0, 2).bool(), {})
 
     def show(self, batch: Batch) -> None:
         self.batch, self.positions, self.table, self.mask = batch, batch.positions[0], batch.table, batch.mask
         for window in self.masks:
             self.masks[window] = batch.mask_within(window)
+        if self.compiled:
+            mark_unbacked(self.table, 0)
+            for mask in (self.mask, *self.masks.values()):
+                mark_unbacked(mask, [0, 1])
 
 
 @dataclass(frozen=True)
@@ -130,12 +136,21 @@ def attend(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     layer: SlotLayer | Probe = module.draftsmith  # type: ignore[assignment]
     if isinstance(layer, Probe):
-        layer.saw(module, key, value, sliding_window or 0)
-        return torch.zeros_like(query[..., :1]).expand(*query.shape[:-1], value.shape[-1]).transpose(1, 2), None
+        layer.saw(module, key, value, Scoring(scale, sliding_window or 0, softcap or 0.0))
+        return query.new_zeros(*query.transpose(1, 2).shape[:-1], value.shape[-1]), None
     return layer.kernel(query, key, value, layer, scale, sliding_window or 0, softcap or 0.0), None
 
 
 AttentionInterface.register(NAME, attend)
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How an attention layer scores keys."""
+
+    scale: float
+    window: int  # 0: none
+    softcap: float  # 0: none
 
 
 class Probe:
@@ -143,8 +158,10 @@ class Probe:
 
     def __init__(self) -> None:
         self.found: dict[nn.Module, LayerShape] = {}
-        self.windows: set[int] = set()
+        self.scoring: list[Scoring] = []  # in the same order
+        self.again = 0  # calls of modules that had attended before
 
-    def saw(self, module: nn.Module, key: Tensor, value: Tensor, window: int) -> None:
+    def saw(self, module: nn.Module, key: Tensor, value: Tensor, scoring: Scoring) -> None:
+        self.again += module in self.found
         self.found[module] = LayerShape(key.shape[1], key.shape[3], value.shape[3], key.dtype, key.device)
-        self.windows.add(window)
+        self.scoring.append(scoring)

@@ -58,7 +58,7 @@ class Batch:
     ids: Tensor  # [1, N]
     positions: Tensor  # [1, N]
     table: Tensor  # [segments, 5] int64 on the CPU: slot, base, past, start, count
-    mask: Tensor  # [N, W] bool: which places from its segment's base on a token sees; [0, 0] when all are chains
+    mask: Tensor  # [N, W] bool: which places from its segment's base on a token sees; [0, 2] when all are chains
     starts: list[int] = field(default_factory=list)
 
     @classmethod
@@ -97,7 +97,7 @@ class Batch:
 
 def _mask(segments: list[Segment], tokens: int) -> Tensor:
     if all(segment.parents is None for segment in segments):
-        return torch.empty(0, 0, dtype=torch.bool)
+        return torch.empty(0, 2, dtype=torch.bool)  # 2: a row's length as any, where a compiler looks at it
     width = max(segment.past + len(segment.ids) - segment.base for segment in segments)
     mask = torch.zeros(tokens, width, dtype=torch.bool)
     start = 0

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from draft.errors import UserError
-from draft.heads import Eagle3Head
+from draft.heads import DraftHead
+from draft.heads.registry import architecture_of
 from draft.target import Target
+from serving.engine.at_once import AtOnceProposer
 from serving.engine.attention import Kernel, SlotLayer, slot_attention_by
 from serving.engine.formulas import choose_formula
 from serving.engine.proposers import HeadProposer, Proposer
@@ -33,7 +37,7 @@ class Models:
 
 def build_models(
     target: Target,
-    head: Eagle3Head | None,
+    head: DraftHead | None,
     *,
     mode: str,
     attention: str,
@@ -59,12 +63,25 @@ def build_models(
         kernel = slot_attention_by(choose_formula(attention, target.device, target.dtype))
         if threads is not None:
             torch.set_num_threads(threads)
+    places: dict[str, Any] = {"slots": slots, "capacity": capacity, "kernel": kernel}
     layers = head.auxiliary_layers(target) if head is not None else ()
-    runner = TargetRunner(target, slots=slots, capacity=capacity, kernel=kernel, layers=layers)
-    proposer = None
-    if head is not None:
-        proposer = HeadProposer(HeadRunner(target, head, slots=slots, capacity=capacity, kernel=kernel), layers)
-    return Models(runner, proposer, mode)
+    proposer = None if head is None else PROPOSERS[architecture_of(head).drafting](target, head, layers, places)
+    return Models(TargetRunner(target, **places, layers=layers), proposer, mode)
+
+
+def _step_by_step(target: Target, head: Any, layers: tuple[int, ...], places: dict[str, Any]) -> Proposer:
+    return HeadProposer(HeadRunner(target, head, **places), layers)
+
+
+def _at_once(target: Target, head: Any, layers: tuple[int, ...], places: dict[str, Any]) -> Proposer:
+    return AtOnceProposer(head, layers)
+
+
+# by `Architecture.drafting`
+PROPOSERS: dict[str, Callable[[Target, Any, tuple[int, ...], dict[str, Any]], Proposer]] = {
+    "step by step": _step_by_step,
+    "at once": _at_once,
+}
 
 
 def decoding_dtype(dtype: str, mode: str) -> str:
@@ -132,7 +149,7 @@ def _why_no_kernels() -> str | None:
     return None
 
 
-def _pack(target: Target, head: Eagle3Head | None, threads: int | None) -> Eagle3Head | None:
+def _pack(target: Target, head: DraftHead | None, threads: int | None) -> DraftHead | None:
     """Pack the linear layers of the target, in place, and of a copy of the head, which its owner may want to save."""
     from serving.engine.cpu import pack_linears, set_threads
 

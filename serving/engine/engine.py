@@ -14,7 +14,7 @@ import torch
 from draft.checkpoint import check_fits
 from draft.data.row_cache import check_architecture
 from draft.errors import UserError
-from draft.heads import Eagle3Head
+from draft.heads import DraftHead
 from draft.target import Target
 from serving.engine.build import Models, build_models
 from serving.engine.decoder import Decoder
@@ -50,7 +50,7 @@ class Engine:
     def __init__(
         self,
         target: Target,
-        head: Eagle3Head | None = None,
+        head: DraftHead | None = None,
         *,
         speculation: str = "auto",
         speculation_length: int = 5,
@@ -67,7 +67,8 @@ class Engine:
     ) -> None:
         """
         speculation: `auto` chooses at every step what should give the most tokens per second, plain decoding and trees
-        included; `chain` and `tree` always draft, `off` never. speculation_length: the most tokens drafted in a row.
+        included; `chain` and `tree` always draft, `off` never. speculation_length: the most tokens drafted in a row,
+        or as many as the head knows positions of.
         tree_size: the most nodes of a tree. mode: see `build_models`. max_batch: requests decoded at once. max_length:
         the most tokens of prompt and answer together (default: what the target was made for). max_waiting,
         max_waiting_tokens: what may wait behind those that run. prefill_chunk: prompt tokens read in one step.
@@ -82,6 +83,8 @@ class Engine:
         self.target, self.head = target, head
         self.speculation = check_choice("speculation", speculation, SPECULATIONS)
         self.speculation_length = check_speculation_length(speculation_length)
+        if head is not None and head.longest is not None:
+            self.speculation_length = min(self.speculation_length, head.longest)
         self.rule = check_choice("rule", rule, tuple(RULES))
         self.max_length = check_max_length(max_length, target)
         self.max_batch = check_positive("max_batch", max_batch)

@@ -109,4 +109,4 @@ def _grouped(query: Tensor, keys: Tensor, sight: Sight) -> tuple[Tensor, Tensor 
 
 def _ungrouped(mixed: Tensor, query: Tensor) -> Tensor:
     """[1, kv_heads, groups * tokens, value_dim] -> [1, tokens, heads, value_dim]."""
-    return mixed.view(1, query.shape[1], query.shape[2], -1).transpose(1, 2)
+    return mixed.reshape(1, query.shape[1], query.shape[2], -1).transpose(1, 2)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from serving.engine.batch import Batch, Segment
+from serving.engine.compiler import FORK
 from serving.engine.runner import HeadRunner
 from serving.engine.tree import DraftTree, TreeGrower
 from serving.engine.verification import Rule
@@ -33,6 +34,10 @@ class Proposer(Protocol):
     @property
     def layers(self) -> tuple[int, ...]:
         """Whose auxiliary hidden states `observe` wants."""
+        ...
+
+    def warm_up(self, *, compiled: bool) -> None:
+        """Before requests come: compile the head, where that is wanted, and make its first passes."""
         ...
 
     def join(self) -> Any:
@@ -75,10 +80,10 @@ class HeadState:
 
 
 class HeadProposer:
-    """Chains and trees from an EAGLE-3 head.
+    """Chains and trees from a head that reads its own drafts, step by step.
 
     At position i the head reads the state of token i and the embedding of token i+1, and predicts token i+2. Past
-    the target's last state it reads its own output, before the norm, as training-time test taught it to.
+    the target's last state it reads its own output, as training-time test taught it to.
     """
 
     def __init__(
@@ -90,6 +95,12 @@ class HeadProposer:
         self.vocabulary = runner.head.vocabulary  # [draft_vocab] target ids
         self.vocab_size = runner.head.config.vocab_size
         self.device = self.vocabulary.device
+
+    def warm_up(self, *, compiled: bool) -> None:
+        if compiled:
+            self.runner.compile()
+        self.runner.try_out(1)  # one token has kernels of its own
+        self.runner.try_out(3, FORK)
 
     def join(self) -> HeadState:
         return HeadState(self.runner.cache.acquire())
@@ -171,7 +182,7 @@ class HeadProposer:
         tokens = torch.cat([token for chain, _ in drafts for token in chain]).tolist()
         trees, start = [], 0
         for job, (_, distributions) in zip(jobs, drafts, strict=True):
-            q = self._spread(torch.cat(distributions)) if distributions else None
+            q = spread(torch.cat(distributions), self.vocabulary, self.vocab_size) if distributions else None
             trees.append(DraftTree.chain(tokens[start : start + job.length], q))
             start += job.length
         return trees
@@ -209,9 +220,10 @@ class HeadProposer:
             depth += 1
         return [grower.tree() for grower in growers]
 
-    def _spread(self, q: Tensor) -> Tensor:
-        """Distributions [K, draft_vocab] -> [K, vocab]: tokens outside the draft vocabulary have none."""
-        return q.new_zeros(len(q), self.vocab_size).index_copy(1, self.vocabulary, q)
+
+def spread(q: Tensor, vocabulary: Tensor, vocab_size: int) -> Tensor:
+    """Distributions [K, draft_vocab] -> [K, vocab]: tokens outside the draft vocabulary have none."""
+    return q.new_zeros(len(q), vocab_size).index_copy(1, vocabulary, q)
 
 
 def slice_of(rows: range) -> slice:

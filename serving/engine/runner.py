@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from draft.errors import UserError
-from draft.heads import Eagle3Head
-from draft.target import Target, capture_hidden_states
+from draft.heads import StepwiseHead
+from draft.target import Target
+from draft.target_hooks import attending_by, capture_hidden_states
 from serving.engine.attention import NAME, Kernel, Probe, SlotLayer, View
 from serving.engine.batch import Batch, Segment
 from serving.engine.cache import LayerShape, SlotCache
+from serving.engine.compiler import set_compiler_up
+
+if TYPE_CHECKING:
+    from serving.engine.cpu.decoder import FusedDecoder
 
 _DEEPEST = 64  # no tree is deeper
+_PROBED = 24  # tokens by which two ways to run the layers are compared
 
 
 class TargetRunner:
@@ -34,27 +41,81 @@ class TargetRunner:
         self.view = View.empty()
         probe = _find_attention(target)
         # wider ones hold any tree that is ever drafted
-        self.view.masks = {window: self.view.mask for window in probe.windows if 0 < window <= _DEEPEST}
+        windows = {scoring.window for scoring in probe.scoring}
+        self.view.masks = {window: self.view.mask for window in windows if 0 < window <= _DEEPEST}
+        self.scoring = probe.scoring
         self.cache = SlotCache(list(probe.found.values()), slots, capacity)
         self.attached = {
             module: SlotLayer(keys, values, self.view, kernel)
             for module, (keys, values) in zip(probe.found, self.cache.layers, strict=True)
         }
         self.forwards: dict[nn.Module, Any] = {}  # compiled replacements of layers' forward methods
+        self.fused: FusedDecoder | None = None  # all layers in one call
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """-> last hidden states [N, hidden], after the final norm, and auxiliary states [N, layers * hidden]."""
         self.view.show(batch)
+        fused = self.fused if self.fused is not None and self.fused.takes(batch.ids.shape[1]) else None
+        hidden, states = self._fused(fused, batch) if fused else self._layer_by_layer(batch)
+        for segment in batch.segments:
+            self.cache.extend(segment.slot, len(segment.ids))
+        return hidden, states
+
+    def fuse_layers(self) -> bool:
+        """Run all layers in one call from now on, if the target is of the family that can; whether it is.
+
+        The linear layers must have been packed.
+        """
+        from serving.engine.cpu.decoder import recognise
+
+        self.fused = recognise(self.target.decoder.layers, self.scoring)
+        if self.fused is not None and not self._agree(self.fused):
+            self.fused = None
+        return self.fused is not None
+
+    def _agree(self, fused: FusedDecoder) -> bool:
+        """Whether a pass over a few tokens gives what the model's own code gives, but for rounding."""
+        count = min(_PROBED, self.cache.capacity)
+        ids = torch.arange(count).mul(7919).remainder(self.target.vocab_size).tolist()
+        slot = self.cache.acquire()
+        batch = Batch.of([Segment(slot, 0, 0, ids)], self.target.device)
+        self.view.show(batch)
+        passes = [
+            torch.cat([part.double() for part in run(batch) if part is not None], dim=-1)
+            for run in (self._layer_by_layer, functools.partial(self._fused, fused))
+        ]
+        self.cache.release(slot)
+        allowed = 64 * torch.finfo(self.target.dtype).eps ** 0.75
+        expected, got = passes
+        return bool((got - expected).norm() <= allowed * expected.norm())
+
+    def _fused(self, fused: FusedDecoder, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        decoder, dtype = self.target.decoder, self.target.dtype
+        embeds = decoder.embed_tokens(batch.ids)
+        masks = [self.view.masks.get(scoring.window, self.view.mask) for scoring in self.scoring]
+        inside = [layer for layer in self.layers if layer <= self.target.num_layers]
+        output = fused.run(
+            embeds,
+            decoder.rotary_emb(embeds, position_ids=batch.positions),
+            self.cache.layers,
+            self.view.positions,
+            self.view.table,
+            masks,
+            inside,
+        )  # [1 + captured, N, hidden]
+        hidden = decoder.norm(output[0]).to(dtype)
+        captured = {**dict(zip(inside, output[1:].to(dtype), strict=True)), self.target.output_layer: hidden}
+        return hidden, torch.cat([captured[layer] for layer in self.layers], dim=-1) if self.layers else None
+
+    def _layer_by_layer(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
         captured: dict[int, Tensor] = {}
-        with (
+        with (  # the first of them locks the target: another engine may share it
             _attention_by(self.target, self.attached),
             _replaced_forwards(self.forwards),
             capture_hidden_states(self.target.decoder, self.layers, captured),
         ):
             output = self.target.decoder(input_ids=batch.ids, position_ids=batch.positions, use_cache=False)
         states = torch.cat([captured[layer][0] for layer in self.layers], dim=-1) if self.layers else None
-        for segment in batch.segments:
-            self.cache.extend(segment.slot, len(segment.ids))
         return output.last_hidden_state[0], states
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -63,22 +124,44 @@ class TargetRunner:
 
 
 class HeadRunner:
-    """An EAGLE-3 head over the embeddings of its target.
+    """A head that drafts step by step, over the embeddings of its target.
 
     At position i it reads the state of token i and the embedding of token i+1, which is the batch's token there.
     """
 
-    def __init__(self, target: Target, head: Eagle3Head, *, slots: int, capacity: int, kernel: Kernel) -> None:
+    def __init__(self, target: Target, head: StepwiseHead, *, slots: int, capacity: int, kernel: Kernel) -> None:
         self.head, self.embedding = head, target.embedding
-        self.dtype = head.norm.weight.dtype
+        self.dtype = head.dtype
         config = head.config
-        shape = LayerShape(
-            config.num_key_value_heads, config.head_dim, config.head_dim, self.dtype, head.norm.weight.device
-        )
+        shape = LayerShape(config.num_key_value_heads, config.head_dim, config.head_dim, self.dtype, head.device)
         self.cache = SlotCache([shape], slots, capacity)
         self.view = View.empty()
         self.layer = SlotLayer(*self.cache.layers[0], self.view, kernel)
         self.run: Any = self._run
+
+    def fuse_layer(self) -> bool:
+        """Run the layer in one call from now on, if it can be; whether it is. Its linear layers are packed."""
+        from serving.engine.cpu.decoder import recognise_head
+
+        fused = recognise_head(self.head, self.head.config.head_dim**-0.5)
+        if fused is None:
+            return False
+
+        def run(embeds: Tensor, hidden: Tensor, positions: Tensor) -> Tensor:
+            output = fused.run(
+                hidden,
+                self.head.rope(positions, torch.float32),
+                self.cache.layers,
+                self.view.positions,
+                self.view.table,
+                [self.view.mask],
+                (),
+                embeds,
+            ).to(hidden.dtype)  # [1, N, hidden]
+            return self.head.norm(output) if getattr(self.head.config, "norm_output", False) else output
+
+        self.run = run
+        return True
 
     def fuse(self, auxiliary: Tensor) -> Tensor:
         """The target's auxiliary states [n, layers * hidden] -> [n, hidden]."""
@@ -94,6 +177,23 @@ class HeadRunner:
         """[n, hidden] -> [n, draft_vocab]."""
         return self.head.logits(hidden)
 
+    def compile(self) -> None:
+        """Run the layer in one call if it can be, and otherwise fuse what lies between the kernels."""
+        if self.fuse_layer():
+            return
+        set_compiler_up()
+        self.view.compiled = True
+        self.run = torch.compile(self._run, fullgraph=True)
+
+    @torch.inference_mode()
+    def try_out(self, width: int, parents: Sequence[int] | None = None) -> None:
+        """A pass over an empty slot."""
+        slot = self.cache.acquire()
+        batch = Batch.of([Segment(slot, 0, 0, [0] * width, parents)], self.head.device)
+        hidden = torch.zeros(width, self.head.config.hidden_size, dtype=self.dtype, device=self.head.device)
+        self.logits(self.forward(batch, hidden))
+        self.cache.release(slot)
+
     def _run(self, embeds: Tensor, hidden: Tensor, positions: Tensor) -> Tensor:
         return self.head(embeds, hidden, positions, self._attend)
 
@@ -107,11 +207,12 @@ def _find_attention(target: Target) -> Probe:
     batch = Batch.of([Segment(0, 0, 0, [0])], target.device)
     with torch.inference_mode(), _attention_by(target, dict.fromkeys(target.decoder.modules(), probe)):
         target.decoder(input_ids=batch.ids, position_ids=batch.positions, use_cache=False)
-    if len(probe.found) != target.num_layers:
+    if len(probe.found) != target.num_layers or probe.again:
         raise UserError(
             f"target {target.name!r}: {len(probe.found)} of the {target.num_layers} layers of "
-            f"{type(target.model).__name__} attend through transformers' attention interface; the engine needs all of "
-            "them. Use another target."
+            f"{type(target.model).__name__} attend through transformers' attention interface"
+            f"{', some of them more than once' if probe.again else ''}; the engine needs all of them, once each. Use "
+            "another target."
         )
     return probe
 
@@ -119,15 +220,10 @@ def _find_attention(target: Target) -> Probe:
 @contextmanager
 def _attention_by(target: Target, attached: dict[nn.Module, Any]) -> Iterator[None]:
     """Let the decoder attend by our function; the target is otherwise as it was, for replay or another engine."""
-    config = target.decoder.config
-    before = config._attn_implementation
-    config._attn_implementation = NAME
-    for module, layer in attached.items():
-        module.__dict__["draftsmith"] = layer
-    try:
+    with attending_by(target, NAME):
+        for module, layer in attached.items():
+            module.__dict__["draftsmith"] = layer
         yield
-    finally:
-        config._attn_implementation = before
 
 
 @contextmanager

@@ -37,7 +37,5 @@ def check_max_length(length: int | None, target: Target) -> int:
     if length is None:
         return target.max_length
     if not 2 <= length <= target.max_length:
-        raise UserError(
-            f"max_length = {length}: it must be from 2 to {target.max_length}, the context of target {target.name!r}."
-        )
+        raise UserError(f"max_length = {length}: it must be from 2 to {target.max_length}; {target.limit_reason}.")
     return length

@@ -91,7 +91,7 @@ def verify_shared_noise(choices: Sequence[int], tree: DraftTree) -> Verdict:
 
 def greedy_choices(logits: Tensor) -> list[int]:
     """The greedy choice of each row: [N, vocab], adjusted where a request asks for it -> N ids."""
-    return logits.argmax(dim=-1).tolist()
+    return logits.max(dim=-1).indices.tolist()  # `argmax` takes four times as long on a CPU in bfloat16
 
 
 def draft_stands(p: Tensor, q: Tensor, token: int) -> float:
@@ -177,7 +177,7 @@ class Greedy:
         pass
 
     def draft(self, logits: Tensor, vocabulary: Tensor, positions: Sequence[int]) -> tuple[Tensor, Tensor | None]:
-        return vocabulary[logits.argmax(dim=-1)], None
+        return vocabulary[logits.max(dim=-1).indices], None
 
     def candidate_scores(self, logits: Tensor, vocabulary: Tensor, positions: Sequence[int]) -> Tensor:
         return heat(logits, 1.0).log_softmax(dim=-1)
@@ -201,7 +201,7 @@ class SharedNoise:
         return scores + noise[[distinct.index(position) for position in positions]].to(scores.dtype)
 
     def draft(self, logits: Tensor, vocabulary: Tensor, positions: Sequence[int]) -> tuple[Tensor, Tensor | None]:
-        return vocabulary[self._noisy(logits, vocabulary, positions).argmax(dim=-1)], None
+        return vocabulary[self._noisy(logits, vocabulary, positions).max(dim=-1).indices], None
 
     def candidate_scores(self, logits: Tensor, vocabulary: Tensor, positions: Sequence[int]) -> Tensor:
         """softmax(log q + g) as an estimate of which token argmax(log p + g) will be.

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import functools
 import logging
-import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
-from draft.bundled import cache_folder
 from serving.engine.batch import Batch, Segment
 from serving.engine.build import Models
-from serving.engine.proposers import HeadProposer
-from serving.engine.runner import HeadRunner, TargetRunner
+from serving.engine.compiler import FORK, set_compiler_up
+from serving.engine.runner import TargetRunner
 
 log = logging.getLogger(__name__)
 
@@ -25,41 +23,34 @@ _REPEATS = 3
 def warm_up(models: Models) -> dict[int, float]:
     """Run passes of each width; returns seconds of a target pass by its number of tokens.
 
-    In compiled mode a decoder layer, which all layers share, and the head are compiled first: once for one token and
-    once for any number. The artefacts stay in the cache folder, so that the next start loads them.
+    In compiled mode, the layers of a target of the Llama family run in one C++ call; any other's are compiled first,
+    one for all, for one token and for any number, and the artefacts stay in the cache folder for the next start.
     """
     if models.mode == "compiled":
-        _compile(models)
-    if isinstance(models.proposer, HeadProposer):
-        _pass_of_head(models.proposer.runner, 1)
-        _pass_of_head(models.proposer.runner, 2)
+        _prepare(models.runner)
+    if models.proposer is not None:
+        models.proposer.warm_up(compiled=models.mode == "compiled")
     return {width: _seconds(functools.partial(_pass_of_target, models.runner, width)) for width in WIDTHS}
 
 
-def _compile(models: Models) -> None:
+def _prepare(runner: TargetRunner) -> None:
+    """Let the layers run in one call if they can; otherwise compile one of them, which all layers share then."""
+    if runner.fuse_layers():
+        return
+    set_compiler_up()
     from torch._dynamo.exc import TorchDynamoException
-    from torch._inductor import config
 
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "inductor"))
-    config.cpp.threads = 1  # its parallel loops wait actively for threads that may not be running
     began = time.perf_counter()
-    runner = models.runner
-    compiled = {
-        kind: torch.compile(kind.forward, fullgraph=True)
-        for kind in {type(layer) for layer in runner.target.decoder.layers}
-    }
-    runner.forwards = {layer: functools.partial(compiled[type(layer)], layer) for layer in runner.target.decoder.layers}
-    head = models.proposer.runner if isinstance(models.proposer, HeadProposer) else None
+    layers = runner.target.decoder.layers
+    compiled = {kind: torch.compile(kind.forward, fullgraph=True) for kind in {type(layer) for layer in layers}}
+    runner.forwards = {layer: functools.partial(compiled[type(layer)], layer) for layer in layers}
+    runner.view.compiled = True
     try:
-        for width in (1, 2):
-            _pass_of_target(runner, width)
+        _pass_of_target(runner, 1)
+        _pass_of_target(runner, 3, FORK)
     except TorchDynamoException as error:
         log.warning("this target's layers run uncompiled: %s", str(error).strip().splitlines()[0])
         runner.forwards = {}
-    if head is not None:
-        head.run = torch.compile(head.run, fullgraph=True)
-        for width in (1, 2):
-            _pass_of_head(head, width)
     log.info("compiled in %.0f s", time.perf_counter() - began)
 
 
@@ -74,19 +65,9 @@ def _seconds(run: Callable[[], None]) -> float:
 
 
 @torch.inference_mode()
-def _pass_of_target(runner: TargetRunner, width: int) -> None:
+def _pass_of_target(runner: TargetRunner, width: int, parents: Sequence[int] | None = None) -> None:
     """A pass over an empty slot, with its logits, as a verification would be."""
     slot = runner.cache.acquire()
-    hidden, _ = runner.forward(Batch.of([Segment(slot, 0, 0, [0] * width)], runner.target.device))
-    runner.logits(hidden).argmax(dim=-1).tolist()
-    runner.cache.release(slot)
-
-
-@torch.inference_mode()
-def _pass_of_head(runner: HeadRunner, width: int) -> None:
-    slot = runner.cache.acquire()
-    config = runner.head.config
-    batch = Batch.of([Segment(slot, 0, 0, [0] * width)], runner.embedding.weight.device)
-    hidden = torch.zeros(width, config.hidden_size, dtype=runner.dtype, device=runner.embedding.weight.device)
-    runner.logits(runner.forward(batch, hidden))
+    hidden, _ = runner.forward(Batch.of([Segment(slot, 0, 0, [0] * width, parents)], runner.target.device))
+    runner.logits(hidden).max(dim=-1).indices.tolist()
     runner.cache.release(slot)

@@ -4,9 +4,13 @@ import json
 import sys
 
 import pytest
+import torch
 from conftest import save_tiny_target
 
+from draft.checkpoint import check_fits, load_head
 from draft.cli import main
+from draft.target import load_target
+from serving.engine import Engine, SamplingParams
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +44,28 @@ def run(folder, monkeypatch, capsys):
 COMMON = ("--target", "target", "--dtype", "float32")
 
 
-def test_the_whole_path(run, folder):
+ARCHITECTURES = {
+    "eagle3": ("--draft-vocab-size", 200),
+    "eagle": ("--architecture", "eagle"),
+    "medusa": ("--architecture", "medusa", "--head-options", "num_heads=2", "--draft-vocab-size", 200),
+}
+
+
+@pytest.mark.parametrize("architecture", ["eagle", "medusa"])
+def test_heads_of_other_architectures_go_the_whole_path(run, folder, architecture, tmp_path):
+    test_the_whole_path(run, folder, architecture)
+    target = load_target(str(folder / "target"), "float64")
+    head, about = load_head(folder / f"{architecture}-head", dtype=torch.float64)
+    check_fits(head, about, target)
+    prompts, wishes = [[5, 9, 200], [70, 71, 72, 73]], SamplingParams(30, ignore_eos=True)
+    plain = [answer.token_ids for answer in Engine(target, speculation="off").generate(prompts, wishes)]
+    for speculation in ("chain", "tree"):
+        answers = Engine(target, head, speculation=speculation, speculation_length=2).generate(prompts, wishes)
+        assert [answer.token_ids for answer in answers] == plain
+        assert all(answer.stats.drafted for answer in answers)
+
+
+def test_the_whole_path(run, folder, architecture="eagle3"):
     prepare = ("prepare", *COMMON, "--prompts", "questions.jsonl", "--max-new-tokens", 20, "--held-out-share", 0.4,
                "--out", "data")  # fmt: skip
     assert run(*prepare)[0] == 0
@@ -48,12 +73,15 @@ def test_the_whole_path(run, folder):
     status, shown = run("inspect", "data", "--examples", 1)
     assert status == 0 and "what is" in shown
     train = ("--data", "data", "--max-steps", 20, "--draft-steps", 2, "--eval-every", 0)
-    status, shown = run("pretrain", *COMMON, *train, "--draft-vocab-size", 200, "--out", "base")
-    assert status == 0 and "draft-train merge base" in shown
-    status, shown = run("adapt", *COMMON, *train, "--head", "base/head", "--rank", 4, "--out", "run", "training.seed=3")
-    assert status == 0 and "seed: 3" in (folder / "run" / "config.yaml").read_text()
-    assert run("merge", "run", "--out", "head")[0] == 0
-    assert {path.name for path in (folder / "head").iterdir()} == {
+    base, adapted, head = (f"{architecture}-{name}" for name in ("base", "run", "head"))
+    status, shown = run("pretrain", *COMMON, *train, *ARCHITECTURES[architecture], "--out", base)
+    assert status == 0 and f"draft-train merge {base}" in shown
+    adapt = ("adapt", *COMMON, *train, "--head", f"{base}/head", "--rank", 4, "--out", adapted, "training.seed=3")
+    status, shown = run(*adapt)
+    settings = (folder / adapted / "config.yaml").read_text()
+    assert status == 0 and "seed: 3" in settings and f"architecture: {architecture}\n" in settings
+    assert run("merge", adapted, "--out", head)[0] == 0
+    assert {path.name for path in (folder / head).iterdir()} == {
         "config.json",
         "draftsmith.json",
         "model.safetensors",
@@ -62,19 +90,19 @@ def test_the_whole_path(run, folder):
         "compare",
         *COMMON,
         "--baseline",
-        "base/head",
+        f"{base}/head",
         "--candidate",
-        "head",
+        head,
         "--data",
         "data",
         "--out",
-        "report",
+        f"{architecture}-report",
     )
     status, shown = run(*compare)
-    report = json.loads((folder / "report" / "comparison.json").read_text())
+    report = json.loads((folder / f"{architecture}-report" / "comparison.json").read_text())
     assert status == (0 if report["verdict"] == "ship" else 1)
     assert report["verdict"] in shown.lower().replace("’", "'")
-    assert {path.name for path in (folder / "report").iterdir()} == {
+    assert {path.name for path in (folder / f"{architecture}-report").iterdir()} == {
         "comparison.json",
         "comparison.md",
         "comparison.png",
@@ -82,9 +110,10 @@ def test_the_whole_path(run, folder):
 
 
 def test_a_head_compared_with_itself_is_not_shipped(run, folder):
-    if not (folder / "head").exists():
+    if not (folder / "eagle3-head").exists():
         test_the_whole_path(run, folder)
-    status, _ = run("compare", *COMMON, "--baseline", "head", "--candidate", "head", "--data", "data", "--out", "same")
+    heads = ("--baseline", "eagle3-head", "--candidate", "eagle3-head")
+    status, _ = run("compare", *COMMON, *heads, "--data", "data", "--out", "same")
     assert status == 1
 
 
@@ -102,6 +131,7 @@ def test_help_has_an_example(run, command):
         (("adapt", "--head", "h", "--data", "nowhere", "--out", "o", *COMMON), "nowhere"),
         (("pretrain", "--data", "d", "--out", "o", "--target", "missing.gguf"), "missing.gguf"),
         (("merge", "nowhere", "--out", "o"), "nowhere"),
+        (("pretrain", "--data", "d", "--out", "o", "--architecture", "hydra"), "eagle3, eagle, medusa"),
         (("prepare", "--out", "x", "--prompts", "absent.jsonl", *COMMON), "absent.jsonl"),
     ],
 )

@@ -14,15 +14,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from draft.acceptance import target_passes
 from draft.data.dataset import Row
 from draft.errors import UserError
-from draft.heads import Eagle3Config, Eagle3Head
+from draft.heads.registry import ARCHITECTURES, architecture_of
 from draft.sampled_acceptance import rejection_terms, sampled_acceptance
 from draft.target import Target
-from draft.training.step import unroll
 from serving.engine import Engine, SamplingParams
 from serving.engine.attention import slot_attention_by
+from serving.engine.build import PROPOSERS
 from serving.engine.formulas import sdpa
-from serving.engine.proposers import HeadProposer, Job
-from serving.engine.runner import HeadRunner
+from serving.engine.proposers import Job
 
 PROMPT = [3, 1]
 NEW_TOKENS = 4
@@ -45,16 +44,15 @@ def make_four_token_target(eos):
     return target
 
 
-def make_three_token_head(target):
-    """A head that does not know token 3."""
+def make_three_token_head(target, architecture="eagle3"):
+    """A head that does not know token 3 (an EAGLE-1 head knows all)."""
     torch.manual_seed(4)
-    head = Eagle3Head(Eagle3Config.for_target(target, 3)).to(target.dtype)
+    head = make_tiny_head(target, draft_vocab_size=3, architecture=architecture)
     with torch.no_grad():
         for parameter in head.parameters():
             if parameter.dim() > 1:
                 parameter.normal_(std=0.5)
-    head.set_vocabulary(torch.tensor([0, 1, 2]))
-    return head.eval()
+    return head
 
 
 def texts(eos):
@@ -74,8 +72,10 @@ class Forced:
         self.tokens, self.q = list(tokens), []
 
     def draft(self, logits, vocabulary, positions):
-        self.q.append(torch.zeros(4, dtype=torch.float64).index_copy(0, vocabulary, logits[0].softmax(-1)))
-        return torch.tensor([self.tokens[len(self.q) - 1]]), None
+        drafted = self.tokens[len(self.q) : len(self.q) + len(logits)]
+        for row in logits:
+            self.q.append(torch.zeros(4, dtype=torch.float64).index_copy(0, vocabulary, row.softmax(-1)))
+        return torch.tensor(drafted), None
 
 
 class Oracle:
@@ -93,9 +93,10 @@ class Oracle:
     def q(self, text, drafts):
         """The engine's own drafting distributions after PROMPT and text, for each of `drafts`."""
         ids = torch.tensor([[*PROMPT, *text]])
-        auxiliary = self.target.forward(ids, layers=self.target.default_auxiliary_layers).auxiliary
-        runner = HeadRunner(self.target, self.head, slots=1, capacity=32, kernel=slot_attention_by(sdpa))
-        proposer, rule = HeadProposer(runner, self.target.default_auxiliary_layers), Forced(drafts)
+        layers, rule = self.head.auxiliary_layers(self.target), Forced(drafts)
+        auxiliary = self.target.forward(ids, layers=layers).auxiliary
+        places = {"slots": 1, "capacity": 32, "kernel": slot_attention_by(sdpa)}
+        proposer = PROPOSERS[architecture_of(self.head).drafting](self.target, self.head, layers, places)
         state = proposer.join()
         proposer.observe(state, ids[0, 1:].tolist(), auxiliary[0, :-1])
         proposer.propose([Job(state, len(drafts), 0, rule)])
@@ -107,7 +108,7 @@ class Oracle:
             return np.zeros(2)
         total = np.zeros(2)
         count = min(self.length, NEW_TOKENS - len(text) - 1)
-        for drafts in itertools.product(range(3), repeat=count):
+        for drafts in itertools.product(range(self.head.config.draft_vocab_size), repeat=count):
             q = self.q(text, drafts) if count else []
             reached = 1.0  # probability of drafting exactly these and of accepting those before
             for place, draft in enumerate(drafts):
@@ -136,11 +137,13 @@ class Oracle:
         return float(torch.stack([self.p(text[:place])[token] for place, token in enumerate(text)]).prod())
 
 
-@pytest.mark.parametrize("eos", [set(), {1, 3}])
-def test_the_estimate_is_unbiased(eos):
+@pytest.mark.parametrize(
+    ("architecture", "eos"), [("eagle3", set()), ("eagle3", {1, 3}), ("eagle", {1}), ("medusa", {1, 3})]
+)
+def test_the_estimate_is_unbiased(architecture, eos):
     """Averaged over every text with its probability it is what the rejection rule gives, for each K."""
     target = make_four_token_target(eos)
-    head = make_three_token_head(target)
+    head = make_three_token_head(target, architecture)
     rows = [row(PROMPT, text, id=str(text)) for text in texts(eos)]
     result = sampled_acceptance(target, {"head": head}, rows, MAX_STEPS, tokens_per_batch=400)["head"]
     by_id = {row.id: row for row in rows}
@@ -156,20 +159,24 @@ def test_the_estimate_is_unbiased(eos):
             assert 1.1 < emitted / verifications < length + 1
 
 
-def test_the_terms_by_brute_force(monkeypatch):
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_terms_by_brute_force(architecture, monkeypatch):
     """min(1, q/p) and the sum of min(p, q) without EOS, in rows of two lengths and chunks of a few positions."""
     monkeypatch.setattr("draft.sampled_acceptance._POSITIONS_PER_CHUNK", 7)
-    target, head = make_tiny_target(), make_tiny_head(make_tiny_target())
-    head.lm_head.weight.data[2] *= 3  # EOS: a share that would be missed
+    target = make_tiny_target()
+    head = make_tiny_head(target, architecture=architecture)
+    for lm_head in head.own_lm_heads.values():
+        lm_head.weight.data[2] *= 3  # EOS: a share that would be missed
     generator = torch.Generator().manual_seed(0)
     rows = [row([5, 6], torch.randint(3, 259, (n,), generator=generator).tolist()) for n in (9, 12)]
-    (_, ids, output) = next(target_passes(target, rows, 1000, None))
+    (_, ids, output) = next(target_passes(target, rows, 1000, None, [head]))
     wanted = torch.arange(ids.shape[1]).expand_as(ids) < ids.shape[1] - 2
     with torch.no_grad():
         ratios, overlaps = rejection_terms(target, head, ids, output, wanted, 3)
         p = target.logits(output.last_hidden).softmax(-1)
-        for step, hidden in enumerate(unroll(head, target.embedding(ids), output.auxiliary, 3)):
-            q = torch.zeros_like(p).index_copy(-1, head.vocabulary, head.logits(hidden).softmax(-1))
+        states = ARCHITECTURES[architecture].unroll(head, target.embedding(ids), output.auxiliary, 3)
+        for step, hidden in enumerate(states):
+            q = torch.zeros_like(p).index_copy(-1, head.vocabulary, head.logits(hidden, step).softmax(-1))
             for b, i in itertools.product(range(len(rows)), range(ids.shape[1] - 2 - step)):
                 p_there, token = p[b, i + 1 + step], ids[b, i + 2 + step]
                 both = torch.minimum(p_there, q[b, i])
@@ -179,11 +186,13 @@ def test_the_terms_by_brute_force(monkeypatch):
                 )
 
 
-@pytest.mark.parametrize("length", [1, 5])
-def test_the_estimate_agrees_with_the_engine(length):
+@pytest.mark.parametrize(
+    ("architecture", "length"), [("eagle3", 1), ("eagle3", 5), ("eagle", 5), ("medusa", 5), ("medusa", 7)]
+)
+def test_the_estimate_agrees_with_the_engine(architecture, length):
     """On texts that the engine wrote: verifications that they took against those that they take on average."""
     target = make_four_token_target(set())
-    head = make_three_token_head(target)
+    head = make_three_token_head(target, architecture)
     engine = Engine(target, head, rule="rejection", speculation="chain", speculation_length=length)
     completions = engine.generate(
         [[1, seed % 4, 3] for seed in range(6)], [SamplingParams(40, temperature=1.0, seed=seed) for seed in range(6)]

@@ -18,6 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import CONTEXT, FAMILIES, PLANS, Case, Fickle, Oracle, check, engine_of, serve, submit, texts_of, tiny
 
+from draft.heads import DraftHead
+from draft.heads.registry import ARCHITECTURES
 from draft.target import Target
 from serving.engine import Completion, Engine, SamplingParams, Speculation
 from serving.engine.acceptance import Plan
@@ -66,11 +68,18 @@ def test_greedy_tokens_are_those_of_transformers(family: str, mode: str) -> None
         check(engine.target, case, completion)
     accepted, drafted = (sum(getattr(c.stats, name) for c in completions) for name in ("accepted", "drafted"))
     assert (0 < accepted < drafted) == (mode != "off") and (drafted > 0) == (mode != "off")
-    with_head = Engine(
-        engine.target, make_tiny_head(engine.target), max_batch=5, **{"speculation_length": 8, **MODES[mode]}
-    )
-    for case, completion in zip(cases, serve(with_head, cases), strict=True):
-        check(engine.target, case, completion)
+    for head in heads_for(family):
+        with_head = Engine(engine.target, head, max_batch=5, **{"speculation_length": 8, **MODES[mode]})
+        for case, completion in zip(cases, serve(with_head, cases), strict=True):
+            check(engine.target, case, completion)
+
+
+def heads_for(family: str) -> list[DraftHead]:
+    """Heads of all architectures, or of one where there are many other families."""
+    return [
+        make_tiny_head(tiny(family), architecture=name)
+        for name in (ARCHITECTURES if family in (ALL[0], ALL[-1]) else ["eagle3"])
+    ]
 
 
 def params(count: int, **fields: Any) -> SamplingParams:
@@ -121,11 +130,10 @@ def test_the_last_positions_of_the_context(family: str, mode: str) -> None:
     for case, completion in zip(cases, serve(engine, cases), strict=True):
         check(engine.target, case, completion)
         assert len(completion.token_ids) == case.params.max_new_tokens
-    with_head = Engine(
-        engine.target, make_tiny_head(engine.target), max_batch=3, **{"speculation_length": 8, **MODES[mode]}
-    )
-    for case, completion in zip(cases, serve(with_head, cases), strict=True):
-        check(engine.target, case, completion)
+    for head in heads_for(family):
+        with_head = Engine(engine.target, head, max_batch=3, **{"speculation_length": 8, **MODES[mode]})
+        for case, completion in zip(cases, serve(with_head, cases), strict=True):
+            check(engine.target, case, completion)
 
 
 def test_a_drafted_token_beyond_the_limit_is_never_verified() -> None:
@@ -236,7 +244,6 @@ def test_plain_answers_are_the_argmax_of_log_p_and_noise(processing: str) -> Non
     [*(("llama", mode) for mode in MODES), (ALL[-1], "chain"), (ALL[-1], "tree of 16"), (ALL[-1], "auto")],
 )
 def test_a_seed_gives_the_same_answer_whatever_is_drafted(family: str, mode: str) -> None:
-    target, head = tiny(family), make_tiny_head(tiny(family))
     names = list(itertools.product(PROCESSING, range(len(PROMPTS))))
     cases = [
         sampled_case(
@@ -245,14 +252,15 @@ def test_a_seed_gives_the_same_answer_whatever_is_drafted(family: str, mode: str
         for index, (processing, prompt) in enumerate(names)
     ]
     engine = build(family, mode, max_batch=7, prefill_chunk=16)
-    with_head = Engine(target, head, max_batch=4, **{"speculation_length": 8, **MODES[mode]})
-    for completions in (serve(engine, cases), serve(with_head, cases)):
+    options = {"speculation_length": 8, **MODES[mode]}
+    with_heads = [Engine(tiny(family), head, max_batch=4, **options) for head in heads_for(family)]
+    for each in (engine, *with_heads):
+        completions = serve(each, cases)
         for name, completion in zip(names, completions, strict=True):
             same(completion, plainly(family, *name))
-    if mode not in ("off", "auto"):
-        assert (
-            sum(c.stats.accepted for c in completions) > 0
-        )  # the shared noise makes even a random head agree now and then
+        if mode not in ("off", "auto"):
+            # the shared noise makes even a random head agree now and then
+            assert sum(c.stats.accepted for c in completions) > 0
 
 
 def test_a_drawn_seed_is_reported_and_repeats_the_answer() -> None:

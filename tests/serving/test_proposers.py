@@ -21,25 +21,34 @@ from serving.engine.tree import DraftTree
 from serving.engine.verification import Rule, Verdict, make_rule
 
 TARGET = tiny("llama")
-HEAD = make_tiny_head(TARGET)
 TEXT = texts_of(TARGET)[0]
 GREEDY = make_rule("shared-noise", SamplingParams(), 0)
+HEAD: Any = None  # each test runs with a head of each architecture that drafts step by step
+STATES: Any = None  # [tokens, layers * hidden], the target's, that it reads
+
+
+@pytest.fixture(autouse=True, params=["eagle3", "eagle"])
+def head(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    head = make_tiny_head(TARGET, architecture=request.param)
+    states = TARGET.forward(torch.tensor([TEXT.tokens]), layers=head.auxiliary_layers(TARGET)).auxiliary
+    monkeypatch.setitem(globals(), "HEAD", head)
+    monkeypatch.setitem(globals(), "STATES", states[0].detach())
 
 
 def proposer_of(capacity: int = CONTEXT, slots: int = 3, **options: Any) -> HeadProposer:
     runner = HeadRunner(TARGET, HEAD, slots=slots, capacity=capacity, kernel=slot_attention_by(sdpa))
-    return HeadProposer(runner, TARGET.default_auxiliary_layers, **options)
+    return HeadProposer(runner, HEAD.auxiliary_layers(TARGET), **options)
 
 
 def observe(proposer: HeadProposer, state: HeadState, start: int, end: int) -> None:
     """The target has read tokens start..end-1 of the text."""
-    proposer.observe(state, TEXT.tokens[start + 1 : end + 1], TEXT.auxiliary[start:end])
+    proposer.observe(state, TEXT.tokens[start + 1 : end + 1], STATES[start:end])
 
 
 @torch.inference_mode()
 def logits_after(read: int, drafted: Sequence[int]) -> Tensor:
     """[draft_vocab]: the head's after `read` tokens of the text and some drafts, from scratch, a token at a time."""
-    hidden = HEAD.fuse(TEXT.auxiliary[None, :read])
+    hidden = HEAD.fuse(STATES[None, :read])
     ids = TEXT.tokens[1 : read + 1]
     for token in [*drafted, None]:
         embeds = TARGET.embedding(torch.tensor([ids]))

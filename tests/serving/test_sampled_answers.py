@@ -19,7 +19,7 @@ from conftest import byte_tokenizer, make_tiny_head
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from draft.heads import Eagle3Head
+from draft.heads import DraftHead
 from draft.target import Target
 from serving.engine import Engine, SamplingParams, verification
 from serving.engine.sampling import Processor
@@ -48,8 +48,8 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 @cache
-def small() -> tuple[Target, Eagle3Head]:
-    """Three layers, so that there are three auxiliary states, and five tokens, one of which the head lacks."""
+def small(architecture: str = "eagle3") -> tuple[Target, DraftHead]:
+    """Three layers, so that there are three auxiliary states, and five tokens, one of which most heads lack."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCAB,
@@ -66,7 +66,7 @@ def small() -> tuple[Target, Eagle3Head]:
     )
     model: Any = LlamaForCausalLM(config)
     target = Target("small", model.to(torch.float64), byte_tokenizer())
-    return target, make_tiny_head(target, draft_vocab_size=4)
+    return target, make_tiny_head(target, draft_vocab_size=4, architecture=architecture)
 
 
 @torch.inference_mode()
@@ -93,9 +93,11 @@ def exact_law(fields: dict[str, Any]) -> Law:
     return law
 
 
-def draw(rule: str, shape: str, fields: dict[str, Any], samples: int = SAMPLES) -> tuple[Counter[tuple[int, ...]], int]:
+def draw(
+    rule: str, shape: str, fields: dict[str, Any], samples: int = SAMPLES, architecture: str = "eagle3"
+) -> tuple[Counter[tuple[int, ...]], int]:
     """How often each answer came, and how many drafted tokens are in them."""
-    target, head = small()
+    target, head = small(architecture)
     engine = Engine(target, head, rule=rule, max_batch=128, prefill_chunk=256, **SHAPES[shape])
     each = [SamplingParams(LENGTH, ignore_eos=True, seed=seed, **fields) for seed in range(samples)]
     answers = engine.generate([PROMPT] * samples, each)
@@ -129,6 +131,14 @@ def test_sampled_answers_follow_the_law_of_the_target(rule: str, shape: str, pro
     # what a wrong law would look like: another temperature
     other = exact_law({**PROCESSING[processing], "temperature": 0.6})
     assert not set(seen) <= set(other) or deviations(seen, other) > 5
+
+
+@pytest.mark.parametrize("architecture", ["eagle", "medusa"])
+@pytest.mark.parametrize(("rule", "shape"), COMBINATIONS[1:])
+def test_answers_follow_the_law_whatever_drafts(rule: str, shape: str, architecture: str) -> None:
+    seen, accepted = draw(rule, shape, PROCESSING["plain"], architecture=architecture)
+    assert deviations(seen, exact_law(PROCESSING["plain"])) < 5
+    assert accepted > SAMPLES / 20
 
 
 def always(p: Tensor, q: Tensor, token: int) -> float:

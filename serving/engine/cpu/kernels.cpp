@@ -12,6 +12,7 @@
 #endif
 
 #include "attention.h"
+#include "layers.h"
 #include "linear.h"
 
 namespace draftsmith {
@@ -141,6 +142,82 @@ at::Tensor slot_attention_op(const at::Tensor& q, const at::Tensor& k, const at:
   return out;
 }
 
+/// Places in `weights` of a layer's tensors; one that a layer does not have is empty.
+enum { kInputNorm, kEmbedNorm, kQkv, kQkvBias, kQNorm, kKNorm, kO, kOBias, kPostNorm, kGateUp, kGateUpBias, kDown, kDownBias, kTensorsALayer };
+
+template <typename T>
+Packed<T> packed_weight(const at::Tensor* weights, int place, int64_t out) {
+  const at::Tensor &weight = weights[place], &bias = weights[place + 1];
+  TORCH_CHECK(weight.dim() == 3 && weight.size(0) * kPanel == out && weight.size(2) == kPanel,
+              "decoder_layers: weight ", place, " of shape ", weight.sizes(), " was not packed for ", out, " features");
+  TORCH_CHECK(bias.numel() == 0 || bias.numel() == out, "decoder_layers: bias ", place + 1, " is not of ", out, " features");
+  return {const_data<T>(weight), bias.numel() ? const_data<float>(bias) : nullptr, weight.size(1), out};
+}
+
+const float* norm_weight(const at::Tensor& weight, int64_t size) {
+  TORCH_CHECK(weight.numel() == 0 || (weight.numel() == size && weight.scalar_type() == at::kFloat),
+              "decoder_layers: a norm has ", weight.numel(), " weights for ", size, " features");
+  return weight.numel() ? const_data<float>(weight) : nullptr;
+}
+
+/// hidden [1, N, H] through all layers -> [1 + captured, N, H] float32: what comes out of the last layer, and what enters
+/// the captured ones, in their order. One entry a layer in windows and masks; `cos` and `sin` are [N, rotary].
+at::Tensor decoder_layers_op(const at::Tensor& hidden, const at::Tensor& embeds, const at::Tensor& cos,
+                             const at::Tensor& sin, at::TensorList weights, at::TensorList k_slots,
+                             at::TensorList v_slots, const at::Tensor& positions, const at::Tensor& segments,
+                             at::TensorList masks, at::IntArrayRef windows, at::IntArrayRef captured, int64_t heads,
+                             double eps, double scale, double softcap) {
+  const int64_t layers = k_slots.size(), tokens = hidden.size(-2), size = hidden.size(-1);
+  TORCH_CHECK(int64_t(weights.size()) == layers * kTensorsALayer && int64_t(v_slots.size()) == layers &&
+                  int64_t(masks.size()) == layers && int64_t(windows.size()) == layers && layers > 0,
+              "decoder_layers: the lists are not of ", layers, " layers");
+  TORCH_CHECK(positions.numel() == tokens && cos.numel() == sin.numel() && cos.numel() % std::max<int64_t>(tokens, 1) == 0 &&
+                  segments.dim() == 2 && segments.size(1) == 5,
+              "decoder_layers: positions, cos, sin or segments do not fit ", tokens, " tokens");
+  for (const int64_t layer : captured) TORCH_CHECK(layer >= 0 && layer <= layers, "decoder_layers: there is no layer ", layer);
+  at::Tensor out = at::empty({1 + int64_t(captured.size()), tokens, size}, hidden.options().dtype(at::kFloat));
+  if (tokens == 0) return out;
+  const at::Tensor stream = out[0];
+  stream.copy_(hidden.view({tokens, size}));
+  const at::Tensor turn_cos = cos.to(at::kFloat).contiguous(), turn_sin = sin.to(at::kFloat).contiguous();
+  const at::Tensor embedded = embeds.to(at::kFloat).contiguous(), rows = segments.contiguous(), where = positions.contiguous();
+  const LayerShape shape{tokens, size, cos.numel() / tokens, float(eps), const_data<float>(turn_cos), const_data<float>(turn_sin),
+                         embeds.numel() ? const_data<float>(embedded) : nullptr};
+  const auto* first = reinterpret_cast<const Segment*>(const_data<int64_t>(rows));
+  auto* residual = static_cast<float*>(stream.data_ptr());
+  with_type(k_slots[0].scalar_type(), "the slots", [&](auto kind) {
+    using T = decltype(kind);
+    for (int64_t layer = 0; layer < layers; ++layer) {
+      for (size_t place = 0; place < captured.size(); ++place)
+        if (captured[place] == layer) out[1 + place].copy_(stream);
+      const at::Tensor *own = &weights[layer * kTensorsALayer], &keys = k_slots[layer], &values = v_slots[layer];
+      const at::Tensor seen = masks[layer].contiguous();
+      const bool masked = seen.numel() > 0;
+      const int64_t key_heads = keys.size(1), width = keys.size(3), value_width = values.size(3);
+      const int64_t mask_width = masked ? seen.size(1) : 0, inner = own[kDown].size(1);
+      TORCH_CHECK(shape.rotary <= width && heads % key_heads == 0 && keys.stride(3) == 1 && values.stride(3) == 1 &&
+                      (!masked || seen.size(0) == tokens) && values.scalar_type() == keys.scalar_type(),
+                  "decoder_layers: slots, heads or mask of layer ", layer, " do not fit");
+      check_segments(first, rows.size(0), keys.size(0), keys.size(2), tokens, mask_width, masked);
+      const LayerWeights<T> weight{
+          norm_weight(own[kInputNorm], size), norm_weight(own[kEmbedNorm], size),
+          packed_weight<T>(own, kQkv, heads * width + key_heads * (width + value_width)), norm_weight(own[kQNorm], width),
+          norm_weight(own[kKNorm], width), packed_weight<T>(own, kO, size), norm_weight(own[kPostNorm], size),
+          packed_weight<T>(own, kGateUp, 2 * inner), packed_weight<T>(own, kDown, size)};
+      for (int place : {kQkv, kO, kGateUp, kDown})
+        TORCH_CHECK(own[place].scalar_type() == keys.scalar_type(), "decoder_layers: weights and slots share one dtype");
+      decoder_layer(shape, weight,
+                    Attention<T>{{}, {}, {}, strided<T>(keys), strided<T>(values), const_data<int64_t>(where), first,
+                                 masked ? const_data<uint8_t>(seen) : nullptr, nullptr, rows.size(0), mask_width, heads,
+                                 key_heads, width, value_width, windows[layer], float(scale), float(softcap)},
+                    residual);
+    }
+  });
+  for (size_t place = 0; place < captured.size(); ++place)
+    if (captured[place] == layers) out[1 + place].copy_(stream);
+  return out;
+}
+
 void set_threads(int64_t threads) {
   TORCH_CHECK(threads >= 1 && threads <= 1024, "set_threads takes 1 to 1024 threads, not ", threads);
   PoolHolder::get().set_threads(int(threads));
@@ -157,6 +234,10 @@ TORCH_LIBRARY(draftsmith, library) {
   library.def(
       "slot_attention(Tensor q, Tensor k, Tensor v, Tensor(a!) k_slots, Tensor(b!) v_slots, Tensor positions, "
       "Tensor segments, Tensor mask, float scale, int window=0, float softcap=0.0) -> Tensor");
+  library.def(
+      "decoder_layers(Tensor hidden, Tensor embeds, Tensor cos, Tensor sin, Tensor[] weights, Tensor(a!)[] k_slots, "
+      "Tensor(b!)[] v_slots, Tensor positions, Tensor segments, Tensor[] masks, int[] windows, int[] captured, int heads, "
+      "float eps, float scale, float softcap) -> Tensor");
   library.def("set_threads(int threads) -> ()", &draftsmith::set_threads);
   library.def("get_threads() -> int", &draftsmith::get_threads);
   library.def("panel_width() -> int", [] { return int64_t(draftsmith::kPanel); });
@@ -166,4 +247,5 @@ TORCH_LIBRARY_IMPL(draftsmith, CPU, library) {
   library.impl("pack", &draftsmith::pack);
   library.impl("packed_linear", &draftsmith::packed_linear_op);
   library.impl("slot_attention", &draftsmith::slot_attention_op);
+  library.impl("decoder_layers", &draftsmith::decoder_layers_op);
 }

@@ -9,7 +9,7 @@ from draft.target import fastest_cpu_dtype
 from serving.engine.cpu.operators import pack, packed_linear
 
 # Rows from which a native bfloat16 product beats float32 arithmetic on packed weights.
-_NATIVE_ROWS = 65
+NATIVE_ROWS = 65
 
 
 class PackedLinear(nn.Module):
@@ -37,7 +37,7 @@ class PackedLinear(nn.Module):
         return cls(linear.weight, linear.bias, dtype)
 
     def forward(self, x: Tensor) -> Tensor:  # [..., in] -> [..., out]
-        if self.weight is not None and x.dtype == self.weight.dtype and x.numel() >= _NATIVE_ROWS * self.in_features:
+        if self.weight is not None and x.dtype == self.weight.dtype and x.numel() >= NATIVE_ROWS * self.in_features:
             return nn.functional.linear(x, self.weight, self.bias)
         return packed_linear(x, self.packed, self.out_features, self.bias)
 

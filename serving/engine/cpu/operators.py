@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -81,6 +82,34 @@ def slot_attention(
     )
 
 
+def decoder_layers(
+    hidden: Tensor,  # [1, tokens, hidden]
+    embeds: Tensor,  # the same, for layers that read cat(norm(embeds), norm(hidden)), or empty
+    cos: Tensor,  # [..., tokens, rotary]
+    sin: Tensor,
+    weights: Sequence[Tensor],  # 13 a layer, empty where it has none, see kernels.cpp
+    k_slots: Sequence[Tensor],  # one a layer, as in `slot_attention`, written
+    v_slots: Sequence[Tensor],
+    positions: Tensor,
+    segments: Tensor,
+    masks: Sequence[Tensor],  # one a layer
+    windows: Sequence[int],
+    captured: Sequence[int],  # layers whose input is wanted, too; their number: the output
+    heads: int,
+    eps: float,
+    scale: float,
+    softcap: float,
+) -> Tensor:
+    """Decoder layers of the Llama family, one after another; activations and the residual stream are float32.
+
+    Returns [1 + captured, tokens, hidden] float32: what comes out of the last layer, and what enters the captured ones.
+    """
+    return torch.ops.draftsmith.decoder_layers(
+        hidden, embeds, cos, sin, weights, k_slots, v_slots, positions, segments, masks, windows, captured, heads, eps,
+        scale, softcap,
+    )  # fmt: skip
+
+
 def set_threads(count: int) -> None:
     """How many threads the operators share, the caller's included; at first as many as this process has cores."""
     load_kernels()
@@ -91,3 +120,9 @@ def threads() -> int:
     """How many threads the operators share."""
     load_kernels()
     return torch.ops.draftsmith.get_threads()
+
+
+def panel_width() -> int:
+    """The output features that a packed weight keeps together."""
+    load_kernels()
+    return torch.ops.draftsmith.panel_width()

@@ -6,6 +6,7 @@ from draft.errors import UserError
 from draft.training.config import resolve, to_yaml
 
 MINIMUM = {"data": ["d"], "head": "h"}
+NEW = {"data": ["d"]}
 
 
 def test_overrides_beat_flags_beat_file(tmp_path):
@@ -37,6 +38,12 @@ def test_a_resolved_configuration_reads_back_the_same(tmp_path):
         ({"flags": {**MINIMUM, "loss": "mse"}}, "'mse'"),
         ({"flags": {"head": "h"}}, "--data"),
         ({"flags": {"data": ["d"]}}, "--head"),
+        ({"flags": {**MINIMUM, "architecture": "hydra"}}, "'hydra' is unknown; choose .* eagle3, eagle, medusa"),
+        ({"flags": {**MINIMUM, "head_options": ["fc_norm=true"]}}, "of a new head, and 'h' is given"),
+        ({"flags": NEW | {"head_options": ["num_heads=3"]}}, "none of eagle3's; they are .*auxiliary_layers"),
+        ({"flags": NEW | {"architecture": "medusa", "head_options": ["num_heads=x"]}}, "num_heads = 'x'"),
+        ({"flags": NEW | {"architecture": "medusa", "head_options": ["num_heads"]}}, "'num_heads' is none of"),
+        ({"flags": NEW | {"architecture": "eagle", "draft_vocab_size": 9}}, "draft_vocab_size = 9: .*whole vocabulary"),
     ],
 )
 def test_a_mistake_is_named(change, words):
@@ -49,3 +56,8 @@ def test_a_broken_file_is_named(tmp_path):
     file.write_text("training: [\n")
     with pytest.raises(UserError, match=r"run\.yaml"):
         resolve("adapt", "o", config_file=file, flags=MINIMUM)
+
+
+def test_options_of_a_new_head_have_their_types():
+    flags = {**NEW, "head_options": ["auxiliary_layers=[1, 3]", "fc_norm=true"]}
+    assert resolve("pretrain", "o", flags=flags).model.options() == {"auxiliary_layers": [1, 3], "fc_norm": True}

@@ -4,7 +4,8 @@ import torch
 from conftest import make_tiny_head, make_tiny_target
 
 from draft.data.examples import Batch
-from draft.training.build import new_head
+from draft.training.build import blank_head, initialise
+from draft.training.config import ModelSettings
 from draft.training.features import FeatureSource
 from draft.training.initial import Ridge
 from draft.training.objective import Objective, loss_sum
@@ -28,7 +29,8 @@ def test_a_solved_head_starts_better_than_a_random_one():
     mask = torch.ones_like(ids, dtype=torch.bool)
     batch = Batch(input_ids=ids, attention_mask=mask.long(), loss_mask=mask)
     features = FeatureSource(target, remember=False).get(batch, list(range(12)))
-    solved = new_head(target, torch.arange(200), [(features, mask)], seed=0)
+    solved = blank_head(target, torch.arange(200), ModelSettings())
+    initialise(solved, target, [(features, mask)], seed=0)
     random = make_tiny_head(target)
     objective = Objective("kl", draft_steps=1, step_decay=1.0)
     with torch.no_grad():

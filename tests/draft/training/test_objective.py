@@ -2,12 +2,14 @@
 
 import pytest
 import torch
+from conftest import make_tiny_head
+from torch.nn.functional import smooth_l1_loss
 
 from draft.data.examples import Batch
+from draft.heads.registry import ARCHITECTURES
 from draft.training.features import Features, FeatureSource
 from draft.training.losses import LOSSES
 from draft.training.objective import Objective, loss_sum
-from draft.training.step import unroll
 
 
 def make_batch(lengths=(14, 9)):
@@ -24,18 +26,26 @@ def make_batch(lengths=(14, 9)):
     return Batch(input_ids=ids, attention_mask=attention, loss_mask=loss)
 
 
-@pytest.mark.parametrize("loss", LOSSES)
-def test_loss_equals_a_loop_over_positions(tiny_target, tiny_head, loss):
+@pytest.mark.parametrize(
+    ("architecture", "loss"),
+    [*(("eagle3", loss) for loss in LOSSES), ("eagle", "kl"), ("eagle", "tv"), ("medusa", "kl"), ("medusa", "tv")],
+)
+def test_loss_equals_a_loop_over_positions(tiny_target, architecture, loss):
+    tiny_head = make_tiny_head(tiny_target, architecture=architecture)
     batch = make_batch()
-    features = FeatureSource(tiny_target, remember=False).get(batch, [0, 1])
-    objective = Objective(loss, draft_steps=3, step_decay=0.8)
+    source = FeatureSource(tiny_target, remember=False)
+    source.layers = tiny_head.auxiliary_layers(tiny_target)
+    features = source.get(batch, [0, 1])
+    weight = 7.0 if architecture == "eagle" else 0.0
+    objective = Objective(loss, draft_steps=3, step_decay=0.8, feature_weight=weight)
     with torch.no_grad():
         total, agreement = loss_sum(tiny_head, tiny_target, batch, features, objective)
         expected, hits = 0.0, torch.zeros(3, 2)
         full = tiny_target.logits(features.last_hidden)
+        unroll = ARCHITECTURES[architecture].unroll
         steps = unroll(tiny_head, features.embeds, features.auxiliary, 3, attention_mask=batch.attention_mask)
         for k, hidden in enumerate(steps):
-            logits = tiny_head.logits(hidden)
+            logits = tiny_head.logits(hidden, k)
             for row in range(2):
                 for i in range(batch.input_ids.shape[1] - 2 - k):
                     if batch.loss_mask[row, i + 2 + k]:
@@ -43,16 +53,23 @@ def test_loss_equals_a_loop_over_positions(tiny_target, tiny_head, loss):
                         teacher = at[tiny_head.vocabulary]
                         mass = teacher.logsumexp(-1) - at.logsumexp(-1)
                         value = LOSSES[loss].function(logits[row, i][None], teacher[None], mass[None])
+                        there = features.last_hidden[row, i + 1 + k]
+                        value = value + weight * smooth_l1_loss(hidden[row, i], there)
                         expected += 0.8**k * value.item()
                         hits[k] += torch.tensor([float(logits[row, i].argmax() == teacher.argmax()), 1.0])
     assert total.item() == pytest.approx(expected, rel=1e-12)
     assert torch.equal(agreement.float(), hits)
 
 
-def test_remembered_hidden_states_are_the_same(tiny_target):
+@pytest.mark.parametrize("layers", [(2, 4, 5), (9,), (9, 3)])  # 9: after the final norm, and kept once
+def test_remembered_hidden_states_are_the_same(tiny_target, layers):
     batch = make_batch()
     source = FeatureSource(tiny_target, remember=True)
+    source.layers = layers
     fresh, again = source.get(batch, [5, 8]), source.get(batch, [5, 8])
     kept = batch.attention_mask
+    passed = tiny_target.forward(batch.input_ids, layers=layers)
+    assert torch.equal(again.auxiliary[kept], passed.auxiliary[kept])
+    assert torch.equal(again.last_hidden[kept], passed.last_hidden[kept])
     for name in Features.__dataclass_fields__:
         assert torch.equal(getattr(fresh, name)[kept], getattr(again, name)[kept]), name

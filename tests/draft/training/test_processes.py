@@ -52,6 +52,18 @@ def test_accelerate_launch_with_fsdp2(world, tmp_path):
     assert_same_run(tmp_path / "run", world / "adapt")
 
 
+@pytest.mark.parametrize("architecture", ["eagle", "medusa"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_heads_of_other_architectures(world, tmp_path, kind, architecture):
+    """Also where a head has weights that no draft step reaches."""
+    names = {"architecture": architecture}
+    alone = command(world, "pretrain", tmp_path / "alone", *SETTINGS, "--gradient-accumulation", "2", **names)
+    group = run_group(command(world, "pretrain", tmp_path / "run", *SETTINGS, **names), **KINDS[kind])
+    for run in (*group, Run(alone)):
+        run.succeed()
+    assert_same_run(tmp_path / "run", tmp_path / "alone")
+
+
 @pytest.mark.parametrize("mode", ["pretrain", "adapt"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_killed_group_goes_on(world, tmp_path, kind, mode):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import make_tiny_target
+from conftest import make_tiny_head, make_tiny_target
 
 from benchmarks.interop.cases import random_head
 from draft.training.step import shift_left, unroll
@@ -49,10 +49,14 @@ OPTIONS = {
     "norm_output": {"norm_output": True},
     "EAGLE-3.1 of four layers": {"fc_norm": True, "norm_output": True, "auxiliary_layers": [1, 3, 6, 8]},
     "shared LM head": {"draft_vocab_size": 259, "shared_lm_head": True},
+    "EAGLE-1": {"architecture": "eagle"},
+    "EAGLE-1 with biases": {"architecture": "eagle", "fc_bias": True, "qkv_bias": True},
 }
 
 
 def with_options(target, options):
+    if "architecture" in options:
+        return make_tiny_head(target, **options)
     values = {"draft_vocab_size": 200, **options}
     head = random_head(target, **{key: value for key, value in values.items() if key != "num_key_value_heads"})
     if "num_key_value_heads" in options:

@@ -35,6 +35,9 @@ def world(tmp_path_factory):
     target = load_target(str(root / "target"), "float32")
     prepare(target, root / "data", prompts=[prompts], max_new_tokens=24, held_out_share=0.25, progress=False)
     run(root, "pretrain", "pretrained", draft_vocab_size=180, max_steps=12, save_every=5)
+    run(root, "pretrain", "pretrained-eagle", architecture="eagle", max_steps=12, save_every=5)
+    few = {"architecture": "medusa", "head_options": ["num_heads=3"], "draft_steps": None}
+    run(root, "pretrain", "pretrained-medusa", draft_vocab_size=180, max_steps=12, save_every=5, **few)
     return root
 
 
@@ -42,7 +45,7 @@ def run(root, mode, name, overrides=(), **flags):
     flags = {"target": str(root / "target"), "dtype": "float32", "data": [str(root / "data")], "draft_steps": 3,
              "tokens_per_batch": 256, "eval_every": 6, "eval_rows": 3, **flags}  # fmt: skip
     if mode == "adapt":
-        flags["head"] = str(root / "pretrained" / "head")
+        flags = {"head": str(root / "pretrained" / "head"), **flags}
     settings = resolve(mode, str(root / name), flags=flags, overrides=overrides)
     return Trainer(settings, QUIET).train()
 
@@ -51,14 +54,17 @@ def metrics(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_pretraining_lowers_the_loss_and_leaves_a_whole_run(world):
-    folder = world / "pretrained"
+@pytest.mark.parametrize(
+    ("name", "share"), [("pretrained", 0.9), ("pretrained-eagle", 0.99), ("pretrained-medusa", 0.99)]
+)
+def test_pretraining_lowers_the_loss_and_leaves_a_whole_run(world, name, share):
+    folder = world / name
     losses = [line["loss"] for line in metrics(folder) if "loss" in line]
-    assert len(losses) == 12 and sum(losses[-3:]) < 0.9 * sum(losses[:3])
+    assert len(losses) == 12 and sum(losses[-3:]) < share * sum(losses[:3])
     assert [line["step"] for line in metrics(folder) if "tau" in line] == [0, 6, 12]
     head, about = load_head(folder / "head")
     assert about["method"] == "full" and about["steps"] == 12 and about["trained_rows"]
-    assert head.config.draft_vocab_size == 180
+    assert head.config.draft_vocab_size == (259 if name == "pretrained-eagle" else 180)
     names = {path.name for path in folder.iterdir()}
     files = {"config.yaml", "provenance.json", "metrics.jsonl", "training.png", "about.json"}
     assert files | {"checkpoints", "head"} <= names
@@ -66,25 +72,39 @@ def test_pretraining_lowers_the_loss_and_leaves_a_whole_run(world):
     assert kept == {"step-0000010", "step-0000012", "latest.json"}
 
 
+# architecture -> its pretrained run, a weight that an adapter changes, how many it changes
+ADAPTED = {
+    "eagle3": ("pretrained", "midlayer.self_attn.q_proj.weight", 7),
+    "eagle": ("pretrained-eagle", "layers.0.self_attn.q_proj.weight", 7),
+    "medusa": ("pretrained-medusa", "blocks.0.layers.0.weight", 3),
+}
+
+
 @pytest.mark.parametrize("method", ["afa-lora", "lora", "full"])
-def test_adapting_and_merging(world, method, tmp_path):
-    result = run(world, "adapt", f"adapted-{method}", method=method, rank=4, alpha=8, max_steps=10)
-    betas = [line["beta"] for line in metrics(world / f"adapted-{method}") if "loss" in line]
+@pytest.mark.parametrize("architecture", ADAPTED)
+def test_adapting_and_merging(world, architecture, method, tmp_path):
+    start, weight, changed = ADAPTED[architecture]
+    name = f"adapted-{architecture}-{method}"
+    head = str(world / start / "head")
+    result = run(world, "adapt", name, head=head, method=method, rank=4, alpha=8, max_steps=10)
+    betas = [line["beta"] for line in metrics(world / name) if "loss" in line]
     if method == "afa-lora":
         assert betas == pytest.approx([2 / 3, 1 / 3] + [0.0] * 8)
     else:
         assert betas == [None] * 10
     assert result.name == ("head" if method == "full" else "adapter")
-    merged = merge_run(world / f"adapted-{method}", tmp_path / "merged")
-    base, _ = load_head(world / "pretrained" / "head")
+    merged = merge_run(world / name, tmp_path / "merged")
+    base, _ = load_head(world / start / "head")
     head, about = load_head(tmp_path / "merged")
-    assert set(head.state_dict()) == set(base.state_dict()) and head.fc.weight.dtype == base.fc.weight.dtype
-    assert not torch.equal(head.midlayer.self_attn.q_proj.weight, base.midlayer.self_attn.q_proj.weight)
+    assert set(head.state_dict()) == set(base.state_dict()) and head.dtype == base.dtype
+    assert not torch.equal(head.state_dict()[weight], base.state_dict()[weight])
     assert torch.equal(head.d2t, base.d2t)
     assert about["method"] == method
     if method != "full":
-        assert merged.layers == 7 and merged.rounding < 1e-6
-        assert torch.equal(head.lm_head.weight, base.lm_head.weight)
+        assert merged.layers == changed and merged.rounding < 1e-6
+        assert not head.own_lm_heads or all(
+            torch.equal(head.own_lm_heads[name].weight, lm_head.weight) for name, lm_head in base.own_lm_heads.items()
+        )
 
 
 def test_a_merged_head_computes_what_the_adapter_computed(world, tmp_path):
@@ -114,10 +134,32 @@ def test_an_annealed_adapter_is_not_merged(world, tmp_path):
     assert not (tmp_path / "merged").exists()
 
 
-@pytest.mark.parametrize(("mode", "method"), [("adapt", "afa-lora"), ("adapt", "full"), ("pretrain", "full")])
-def test_an_interrupted_run_ends_with_the_same_weights(world, mode, method, monkeypatch):
+# of a Medusa head's four positions three are trained: the last one is no checkpoint's
+NEW_HEADS = {
+    "eagle3": {},
+    "eagle": {"architecture": "eagle"},
+    "medusa": {"architecture": "medusa", "head_options": ["num_heads=4"]},
+}
+
+
+@pytest.mark.parametrize(
+    ("mode", "method", "architecture"),
+    [
+        ("pretrain", "full", "eagle3"),
+        ("adapt", "full", "eagle3"),
+        ("adapt", "afa-lora", "eagle3"),
+        ("pretrain", "full", "eagle"),
+        ("adapt", "afa-lora", "eagle"),
+        ("pretrain", "full", "medusa"),
+        ("adapt", "afa-lora", "medusa"),
+    ],
+)
+def test_an_interrupted_run_ends_with_the_same_weights(world, mode, method, architecture, monkeypatch):
     settings = {"method": method, "rank": 4, "max_steps": 8, "save_every": 3, "gradient_accumulation": 2}
-    run(world, mode, f"{mode}-whole-{method}", **settings)
+    start = {"head": str(world / ADAPTED[architecture][0] / "head")} if mode == "adapt" else NEW_HEADS[architecture]
+    settings |= {**start, "draft_steps": None if architecture == "eagle" else 3}
+    kinds = [f"{mode}-{architecture}-{kind}-{method}" for kind in ("whole", "broken")]
+    run(world, mode, kinds[0], **settings)
 
     class Interrupted(Exception):
         pass
@@ -131,9 +173,8 @@ def test_an_interrupted_run_ends_with_the_same_weights(world, mode, method, monk
 
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
         patch.setattr(Trainer, "_optimise", stop)
-        run(world, mode, f"{mode}-broken-{method}", **settings)
-    run(world, mode, f"{mode}-broken-{method}", **settings)
-    kinds = [f"{mode}-whole-{method}", f"{mode}-broken-{method}"]
+        run(world, mode, kinds[1], **settings)
+    run(world, mode, kinds[1], **settings)
     heads = [load_head(merge_run(world / kind, world / f"{kind}-head").head)[0].state_dict() for kind in kinds]
     for name, value in heads[0].items():
         assert torch.equal(value, heads[1][name]), name

@@ -1,0 +1,133 @@
+"""The Medusa draft head (arXiv 2401.10774), with the tensor names that vLLM loads.
+
+For position k of the draft, with h the target's last hidden state of token t, after its final norm:
+
+    x_k      = h;  x_k = x_k + silu(linear(x_k))     once for each layer of block k
+    logits_k = lm_heads[k](x_k)                      predicting token t+2+k
+
+No position sees what was drafted at another one, so that all of them are known at once, and there is no attention.
+(FasterDecoding's `medusa/model/medusa_model.py`, vLLM's `medusa.py`.)
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from draft.errors import UserError
+from draft.heads.decoder_config import fields_of
+from draft.heads.head import DraftHead
+from draft.target import Target
+
+
+@dataclass(kw_only=True)
+class MedusaConfig:
+    """Shapes and options; config.json has them under vLLM's keys."""
+
+    hidden_size: int
+    vocab_size: int  # the target's
+    draft_vocab_size: int
+    num_heads: int = 5  # positions that are drafted
+    num_layers: int = 1  # of each block
+    shared_lm_head: bool = False  # the target's, for all positions
+
+    def __post_init__(self) -> None:
+        for name in ("num_heads", "num_layers"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise UserError(f"head config: {name} = {value!r}; a Medusa head needs at least 1.")
+        if self.shared_lm_head and not self.full_vocabulary:
+            raise UserError(
+                f"head config: the LM head is the target's, over {self.vocab_size} tokens, and the draft vocabulary "
+                f"has {self.draft_vocab_size}; a reduced vocabulary needs LM heads of its own."
+            )
+
+    @property
+    def full_vocabulary(self) -> bool:
+        return self.draft_vocab_size == self.vocab_size
+
+    @classmethod
+    def for_target(cls, target: Target, draft_vocab_size: int, **options: Any) -> MedusaConfig:
+        """A head of the target's own width; options: fields of this class."""
+        return cls(
+            hidden_size=target.hidden_size, vocab_size=target.vocab_size, draft_vocab_size=draft_vocab_size, **options
+        )
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> MedusaConfig:
+        """Read a config.json with vLLM's keys."""
+        if values.get("logit_scale", 1.0) != 1.0:
+            raise UserError(f"head config: logit_scale = {values['logit_scale']} is not supported; only 1.0 is.")
+        values = dict(values)
+        values["num_layers"] = values.get("num_hidden_layers", 1)
+        values["draft_vocab_size"] = values.get("truncated_vocab_size") or values.get("vocab_size")
+        values["shared_lm_head"] = bool(values.get("original_lm_head"))
+        return cls(**fields_of(cls, values, "Medusa"))
+
+    def as_json(self, dtype: torch.dtype) -> dict[str, Any]:
+        values = asdict(self)
+        layers, vocabulary, shared = (values.pop(key) for key in ("num_layers", "draft_vocab_size", "shared_lm_head"))
+        return {
+            "architectures": ["MedusaModel"],
+            "model_type": "medusa",
+            **values,
+            "num_hidden_layers": layers,
+            "truncated_vocab_size": vocabulary,
+            "original_lm_head": shared,
+            "medusa_fc_bias": True,
+            "torch_dtype": str(dtype).removeprefix("torch."),
+        }
+
+
+class ResidualBlock(nn.Module):
+    def __init__(self, size: int, layers: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(size, size) for _ in range(layers)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = x + nn.functional.silu(layer(x))
+        return x
+
+
+class MedusaHead(DraftHead):
+    """A Medusa head; its state dict has the names that vLLM loads, and d2t where the vocabulary is reduced."""
+
+    config: MedusaConfig
+
+    def __init__(self, config: MedusaConfig) -> None:
+        super().__init__(config)
+        size, count = config.hidden_size, config.num_heads
+        self.blocks = nn.ModuleList([ResidualBlock(size, config.num_layers) for _ in range(count)])
+        own = 0 if config.shared_lm_head else count
+        self.lm_heads = nn.ModuleList([nn.Linear(size, config.draft_vocab_size, bias=False) for _ in range(own)])
+
+    @property
+    def longest(self) -> int:
+        return self.config.num_heads
+
+    @property
+    def own_lm_heads(self) -> dict[str, nn.Linear]:
+        return {f"lm_heads.{index}": lm_head for index, lm_head in enumerate(self.lm_heads)}  # type: ignore[misc]
+
+    def beyond(self, steps: int) -> list[nn.Module]:
+        return [*self.blocks[steps:], *self.lm_heads[steps:]]
+
+    def auxiliary_layers(self, target: Target) -> tuple[int, ...]:
+        return (target.output_layer,)
+
+    def fuse(self, auxiliary: Tensor) -> Tensor:
+        return auxiliary
+
+    def forward(self, hidden: Tensor, step: int) -> Tensor:
+        """The target's last hidden states [..., hidden] -> states of draft step `step`, same shape."""
+        return self.blocks[step](hidden)
+
+    def logits(self, hidden: Tensor, step: int = 0) -> Tensor:
+        if self.lm_heads:
+            return self.lm_heads[step](hidden)
+        target = self.lending
+        return target.logits(hidden.to(target.dtype)).to(hidden.dtype)

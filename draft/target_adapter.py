@@ -1,0 +1,119 @@
+"""A LoRA adapter on the target: what a team fine-tuned is the target then, and its head is adapted to that."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import warnings
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from draft.errors import UserError
+
+log = logging.getLogger(__name__)
+
+_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A PEFT adapter in a folder."""
+
+    name: str  # as the user calls it
+    folder: Path
+    sha256: str  # of its two files
+    fingerprint: str = ""  # of the target with it, once merged
+    base_fingerprint: str = ""  # of the target without it
+
+
+def read_adapter(folder: str | Path) -> Adapter:
+    """Find the adapter in `folder` and see that it is one that can be merged.
+
+    Raises:
+        UserError: for a folder without one, and for another kind than LoRA.
+    """
+    name, path = str(folder), Path(folder).expanduser()
+    for file in (_CONFIG, _WEIGHTS):
+        if not (path / file).is_file():
+            raise UserError(
+                f"target adapter {name!r}: no {file} there; give the folder that PEFT's save_pretrained wrote."
+            )
+    try:
+        settings = json.loads((path / _CONFIG).read_text())
+        kind = settings["peft_type"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"target adapter {name!r}: its {_CONFIG} is not PEFT's ({error!r}); save it again.") from error
+    if kind != "LORA":
+        raise UserError(
+            f"target adapter {name!r} is of the kind {kind}, and only LORA can be merged; merge it yourself and give "
+            "the merged model as --target."
+        )
+    digest = hashlib.sha256()
+    for file in (_CONFIG, _WEIGHTS):
+        digest.update((path / file).read_bytes())
+    return Adapter(name, path, digest.hexdigest()[:32])
+
+
+def warn_of_other_template(adapter: Adapter, tokenizer: Any) -> None:
+    """Trainers save the tokenizer beside an adapter; the target's own is used, and what differs is told."""
+    from transformers import AutoTokenizer
+
+    if not (adapter.folder / "tokenizer_config.json").is_file():
+        return
+    try:
+        theirs = AutoTokenizer.from_pretrained(adapter.folder).chat_template
+    except Exception:  # nothing of it is used
+        return
+    if theirs and theirs != tokenizer.chat_template:
+        log.warning(
+            "target adapter %r comes with another chat template than the target's, which is used; where it was "
+            "fine-tuned with that one, save it as the target's chat_template.jinja",
+            adapter.name,
+        )
+
+
+def merge_adapter(model: Any, adapter: Adapter, target: str, fingerprint: str) -> tuple[Any, Adapter]:
+    """Merge `adapter` into `model`, in place; the target's files stay as they are.
+
+    target, fingerprint: of the model without it. The adapter that is returned knows the fingerprint with it.
+
+    Raises:
+        UserError: when the adapter was made for a model of other layers or shapes.
+    """
+    from peft import PeftModel, get_peft_model_state_dict
+    from safetensors import safe_open
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            wrapped = PeftModel.from_pretrained(model, str(adapter.folder))
+        except Exception as error:  # PEFT raises of many kinds
+            raise UserError(_misfit(adapter, target, str(error))) from error
+    missing = next((str(warning.message) for warning in caught if "missing adapter keys" in str(warning.message)), None)
+    if missing:
+        raise UserError(_misfit(adapter, target, missing))
+    with safe_open(adapter.folder / _WEIGHTS, "pt") as tensors:
+        unused = sorted(set(tensors.keys()) - set(get_peft_model_state_dict(wrapped)))
+    if unused:
+        raise UserError(_misfit(adapter, target, f"it has no place for {unused[0]}"))
+    try:
+        merged = wrapped.merge_and_unload(safe_merge=True)
+    except ValueError as error:  # NaNs
+        raise UserError(f"target adapter {adapter.name!r} cannot be merged ({_first_line(str(error))}).") from error
+    both = hashlib.sha256(f"{fingerprint}:{adapter.sha256}".encode()).hexdigest()[:16]
+    return merged, replace(adapter, fingerprint=both, base_fingerprint=fingerprint)
+
+
+def _misfit(adapter: Adapter, target: str, reason: str) -> str:
+    return (
+        f"target adapter {adapter.name!r} does not fit target {target} ({_first_line(reason)}); give the target that "
+        "it was trained on."
+    )
+
+
+def _first_line(text: str) -> str:
+    lines = [line.strip() for line in text.strip().splitlines() if line.strip()]
+    sizes = [line for line in lines if "size mismatch" in line]
+    return (sizes or lines or ["no reason given"])[0][:200]

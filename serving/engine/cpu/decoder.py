@@ -1,0 +1,190 @@
+"""Decoders of the Llama family in one call: all layers run in C++, with nothing between them.
+
+Which decoders are of that family is not decided by their name: the parts of each layer must be the known ones, and no
+others, and then a pass must give what the model's own code gives (`agrees`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from serving.engine.attention import Scoring
+from serving.engine.cpu.linear import NATIVE_ROWS, PackedLinear
+from serving.engine.cpu.operators import decoder_layers, panel_width
+
+_NOTHING = torch.empty(0)
+
+
+@dataclass(frozen=True)
+class LayerParts:
+    """Where a layer of the family keeps its parts; projections that one product may give are listed together."""
+
+    qkv: tuple[str, ...]
+    gate_up: tuple[str, ...]
+    o: str = "self_attn.o_proj"
+    down: str = "mlp.down_proj"
+    input_norm: str = "input_layernorm"
+    embed_norm: str | None = None  # where attention reads cat(norm(embeddings), norm(hidden))
+    post_norm: str = "post_attention_layernorm"
+    head_norms: tuple[str, str] = ("self_attn.q_norm", "self_attn.k_norm")  # where a layer has them
+    activations: tuple[str, ...] = ("mlp.act_fn", "mlp.activation_fn")  # one of them; none: the layer's code has it
+
+
+HEAD_LAYOUT = LayerParts(
+    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    ("mlp.gate_proj", "mlp.up_proj"),
+    input_norm="hidden_norm",
+    embed_norm="input_layernorm",
+    activations=(),
+)
+LAYOUTS = (
+    LayerParts(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj")),
+    LayerParts(("self_attn.qkv_proj",), ("mlp.gate_up_proj",)),
+)
+
+
+@dataclass(frozen=True)
+class FusedDecoder:
+    """What the operator is given besides the batch: see `decoder_layers`."""
+
+    weights: list[Tensor]
+    windows: list[int]
+    heads: int
+    eps: float
+    scale: float
+    softcap: float
+    widest: int | None = None  # tokens; a wider pass is faster layer by layer, where the CPU multiplies natively
+
+    def takes(self, tokens: int) -> bool:
+        return self.widest is None or tokens <= self.widest
+
+    def run(
+        self,
+        hidden: Tensor,
+        rotation: tuple[Tensor, Tensor],
+        slots: Sequence[tuple[Tensor, Tensor]],
+        positions: Tensor,
+        table: Tensor,
+        masks: Sequence[Tensor],
+        captured: Sequence[int],
+        embeds: Tensor = _NOTHING,
+    ) -> Tensor:
+        """hidden [1, N, hidden] -> [1 + captured, N, hidden] float32; `slots` and `masks`: one entry a layer."""
+        return decoder_layers(
+            hidden,
+            embeds,
+            *rotation,
+            self.weights,
+            [keys for keys, _ in slots],
+            [values for _, values in slots],
+            positions,
+            table,
+            masks,
+            self.windows,
+            captured,
+            self.heads,
+            self.eps,
+            self.scale,
+            self.softcap,
+        )
+
+
+def recognise(layers: Sequence[nn.Module], scoring: Sequence[Scoring]) -> FusedDecoder | None:
+    """The layers as the operator takes them, or None; their linear layers must have been packed.
+
+    The weights of projections that read the same input are laid behind each other, and the layers keep views of them.
+    """
+    layout = next((layout for layout in LAYOUTS if all(_has_parts(layer, layout) for layer in layers)), None)
+    if layout is None:
+        return None
+    epsilons = {_epsilon(layer.get_submodule(layout.input_norm)) or 0.0 for layer in layers}
+    first = layers[0].get_submodule("self_attn")
+    width = getattr(first, "head_dim", None)
+    alike = len({(each.scale, each.softcap) for each in scoring}) == 1
+    if len(epsilons) != 1 or width is None or not alike:
+        return None
+    weights = [tensor for layer in layers for tensor in _tensors(layer, layout)]
+    heads = layers[0].get_submodule(layout.o).in_features // width
+    windows = [each.window for each in scoring]
+    native = any(isinstance(part, PackedLinear) and part.weight is not None for part in layers[0].modules())
+    widest = NATIVE_ROWS - 1 if native else None
+    return FusedDecoder(weights, windows, heads, epsilons.pop(), scoring[0].scale, scoring[0].softcap, widest)
+
+
+def _has_parts(layer: nn.Module, layout: LayerParts) -> bool:
+    """Whether a layer consists of the layout's parts and of nothing else that computes."""
+    linears = {*layout.qkv, *layout.gate_up, layout.o, layout.down}
+    norms = {name for name in (layout.input_norm, layout.embed_norm, layout.post_norm) if name}
+    modules = dict(layer.named_modules())
+    present = {name for name in layout.head_norms if name in modules}
+    idle = (nn.Dropout, nn.Identity)  # nothing happens in them when a model is not training
+    leaves = {n for n, module in modules.items() if n and not list(module.children()) and not isinstance(module, idle)}
+    activation = leaves & set(layout.activations)
+    return (
+        leaves - activation - present == linears | norms
+        and all(isinstance(modules[name], PackedLinear) for name in linears)
+        and all(modules[name].out_features % panel_width() == 0 for name in linears)
+        and all(_epsilon(modules[name]) is not None for name in norms | present)
+        and all(
+            isinstance(modules[name], nn.SiLU) or type(modules[name]).__name__ == "SiLUActivation"
+            for name in activation
+        )
+        and len(activation) == min(1, len(layout.activations))
+    )
+
+
+def _epsilon(norm: nn.Module) -> float | None:
+    """Of a root-mean-square norm with weights only; None for anything else."""
+    names = [name for name, _ in norm.named_parameters()]
+    return getattr(norm, "variance_epsilon", getattr(norm, "eps", None)) if names == ["weight"] else None
+
+
+def _tensors(layer: nn.Module, layout: LayerParts) -> list[Tensor]:
+    """A layer's tensors in the operator's order."""
+
+    def norm(name: str | None) -> Tensor:
+        modules = dict(layer.named_modules())
+        return modules[name].weight.detach().float() if name in modules else _NOTHING
+
+    q_norm, k_norm = layout.head_norms
+    return [
+        norm(layout.input_norm),
+        norm(layout.embed_norm),
+        *_joined([layer.get_submodule(name) for name in layout.qkv]),
+        norm(q_norm),
+        norm(k_norm),
+        *_joined([layer.get_submodule(layout.o)]),
+        norm(layout.post_norm),
+        *_joined([layer.get_submodule(name) for name in layout.gate_up]),
+        *_joined([layer.get_submodule(layout.down)]),
+    ]
+
+
+def _joined(linears: Sequence[nn.Module]) -> tuple[Tensor, Tensor]:
+    """(packed weight, float32 bias or nothing) of several projections of one input, which share the memory from now."""
+    parts = [linear for linear in linears if isinstance(linear, PackedLinear)]
+    packed = parts[0].packed if len(parts) == 1 else torch.cat([part.packed for part in parts])
+    start = 0
+    for part in parts:
+        end = start + len(part.packed)
+        part.packed = packed[start:end]
+        start = end
+    if all(part.bias is None for part in parts):
+        return packed, _NOTHING
+    return packed, torch.cat(
+        [torch.zeros(part.out_features) if part.bias is None else part.bias.float() for part in parts]
+    )
+
+
+def recognise_head(head: nn.Module, scale: float) -> FusedDecoder | None:
+    """The one layer of an EAGLE-3 head as the operator takes it, or None: it has options that the operator has not."""
+    layer = getattr(head, "midlayer", None)
+    if layer is None or layer.norm_before_residual or not _has_parts(layer, HEAD_LAYOUT):
+        return None
+    weights = _tensors(layer, HEAD_LAYOUT)
+    heads = layer.self_attn.o_proj.in_features // layer.self_attn.head_dim
+    return FusedDecoder(weights, [0], heads, layer.hidden_norm.eps, scale, 0.0)

@@ -1,0 +1,154 @@
+"""The figures out of synthetic traces, the bars both ways, the plan, and a whole small run."""
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import make_tiny_head, save_tiny_target
+
+from benchmarks import load_bars, serving_load
+from benchmarks import load_report as report
+from benchmarks.load_client import Ask, Load, Trace, closed_loop, poisson
+from benchmarks.load_plan import Plan, Rates
+from benchmarks.load_report import Key
+from benchmarks.processes import Cores, draft_serve
+from draft.checkpoint import save_head
+from draft.errors import UserError
+
+
+def trace(sent: float, first: float, ended: float, tokens: int, **more: int | str) -> Trace:
+    return Trace(sent, first, ended, tokens, **more)  # type: ignore[arg-type]
+
+
+def test_latencies_of_a_trace() -> None:
+    # sent at 10, first token after 0.5 s, the other 4 within 2 s
+    one = trace(10.0, 10.5, 12.5, 5)
+    assert (one.first_token_seconds, one.seconds_per_token, one.seconds) == (0.5, 0.5, 2.5)
+    assert trace(10.0, 10.5, 10.5, 1).seconds_per_token is None  # nothing came after the first
+    assert trace(10.0, 0.0, 11.0, 5).first_token_seconds is None  # was not streamed
+
+
+def test_percentiles_are_over_all_requests_of_all_repeats() -> None:
+    loads = [
+        Load([trace(0.0, 0.001 * place, 1.0, 3) for place in range(1, 51)], 1.0),
+        Load([trace(0.0, 0.001 * place, 1.0, 3) for place in range(51, 102)], 1.0),
+        Load([trace(0.0, 9.0, 9.0, 0, error="status 500")], 1.0),  # is in no percentile
+    ]
+    ttft = report.latencies(loads)["ttft"]
+    assert ttft == {"p50": pytest.approx(0.051), "p99": pytest.approx(0.100)}
+    assert report.percentiles([None, None]) is None
+    assert report.percentiles([1.0, 2.0]) == {"p50": 1.5, "p99": pytest.approx(1.99)}
+
+
+def test_rates_count_good_requests_and_tau_pools_steps() -> None:
+    traces = [trace(0, 1, 2, 10, accepted=6, steps=3), trace(0, 1, 2, 20, accepted=0, steps=1)]
+    failed = trace(0, 1, 2, 99, error="ReadError", accepted=50, steps=1)
+    load = Load([*traces, failed], 2.0)
+    assert (load.rate, load.requests_per_second) == (15.0, 1.0)
+    [row] = report.summarise({Key("closed", 2, "on"): [load]}, {})
+    assert row["acceptance_length"] == pytest.approx((6 + 4) / 4)  # bonus tokens included
+    assert (row["requests"], row["errors"]) == (3, ["ReadError"])
+    [row] = report.summarise(
+        {Key("closed", 2, "off"): [Load([trace(0, 1, 2, 10)], 2.0)], Key("closed", 2, "on"): []}, {}
+    )
+    assert row["acceptance_length"] is None and row["mode"] == "off"
+
+
+def rows(automatic: list[float], on: list[float], off: list[float]) -> list[dict]:  # type: ignore[type-arg]
+    rates = {"automatic": automatic, "on": on, "off": off}
+    return [{"arrivals": "closed", "concurrency": 4, "mode": mode, "repeats": each} for mode, each in rates.items()]
+
+
+def judged(**results: object) -> dict[str, bool | None]:
+    found = load_bars.judge({"loads": rows([9.8, 9.8], [10, 10], [5, 5]), **results})
+    return {bar["bar"].split(",")[0].split(" in ")[0].split(" after")[0]: bar["met"] for bar in found}
+
+
+def test_automatic_is_compared_with_what_is_better_overall_within_each_repeat() -> None:
+    figure = load_bars.automatic_over_better({"automatic": [10, 20, 30], "on": [11, 19, 30], "off": [40, 2, 2]})
+    assert figure == 1.0  # 10/11, 20/19, 30/30, and not against 40
+    assert load_bars.automatic_over_better({"automatic": [10], "on": [8], "off": [10.5]}) == pytest.approx(10 / 10.5)
+    assert load_bars.automatic_over_better({"automatic": [10], "on": [8]}) is None
+
+
+def test_each_bar_is_met_and_missed() -> None:
+    automatic, http = "automatic / the better of on and off", "tokens/s over HTTP / by the engine alone"
+    errors, memory = "errors", "server's memory"
+    assert judged() == {automatic: True, http: None, errors: None, memory: None}
+    good = {"concurrency": 8, "over_engine": 0.951}
+    lasting = {"requests": 2000, "early": 200, "errors": 0, "memory_growth": 1.049}
+    assert judged(http=good, endurance=lasting) == {automatic: True, http: True, errors: True, memory: True}
+    bad, leaking = {"concurrency": 8, "over_engine": 0.949}, lasting | {"errors": 1, "memory_growth": 1.051}
+    loads = rows([9.6, 9.6], [5, 5], [10, 10])
+    missed = judged(loads=loads, http=bad, endurance=leaking)
+    assert missed == {automatic: False, http: False, errors: False, memory: False}
+
+
+def test_a_plan_fits_its_time_and_counts_every_part() -> None:
+    measured = {("off", 1): 1.0, ("off", 16): 4.0, ("on", 1): 2.0, ("on", 16): 1.0}
+    rates = Rates(16, measured, endurance=10.0)
+    assert rates.of("off", 4) == pytest.approx(2.0) and rates.of("on", 4) == pytest.approx(2**0.5)
+    assert rates.of("automatic", 16) == 1.0
+    plan = Plan((1, 16), ("closed", "poisson"), repeats=2, http_repeats=3, endurance=100)
+    requests = plan.requests(rates, 8.0)
+    assert requests == {1: 8, 8: 24, 16: 32}
+    closed = 2 * ((8 / 1 + 32 / 4) + (8 / 2 + 32 / 1) + (8 / 1 + 32 / 1))
+    open_loop = (8 / 0.7 + 8 / 0.7 + 8 / 0.7) + (8 / 0.7 + 32 + 32)
+    http = 2 * 3 * 24 / rates.of("off", 8)
+    assert plan.seconds(rates, requests) == pytest.approx(closed + open_loop + http + 10)
+    for seconds in (100.0, 300.0, 1000.0):
+        fitting = plan.fit(rates, seconds)
+        assert plan.seconds(rates, fitting) <= seconds or fitting == plan.requests(rates, 2)
+    assert plan.fit(rates, 1000.0)[16] > plan.fit(rates, 300.0)[16] and plan.fit(rates, 0.0)[16] == 16
+
+
+def test_cores_are_split_in_halves(monkeypatch: pytest.MonkeyPatch) -> None:
+    for allowed, expected in (({3}, ((3,), (3,))), ({0, 1}, ((0,), (1,))), ({2, 4, 6}, ((2,), (4, 6)))):
+        monkeypatch.setattr("os.sched_getaffinity", lambda _, allowed=allowed: allowed)
+        cores = Cores.split()
+        assert (cores.engine, cores.io) == expected
+
+
+def test_what_goes_wrong_is_told_by_the_trace() -> None:
+    asks = [Ask("/v1/completions", {"prompt": "a", "max_tokens": 2, "stream": streamed}) for streamed in (True, False)]
+    for load in (closed_loop("http://127.0.0.1:9", asks, 2), poisson("http://127.0.0.1:9", asks, 1000.0, 0)):
+        assert len(load.traces) == 2 and load.rate == 0
+        assert all(each.error and each.error.startswith("ConnectError") for each in load.traces)
+
+
+def test_a_whole_run_with_its_bars(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    target = save_tiny_target(tmp_path / "target")
+    save_head(make_tiny_head(target), tmp_path / "head", dtype=target.dtype, about={})
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "Hi"}\n{"prompt": "Count to three"}\n')
+    status = serving_load.main(
+        f"--target {tmp_path}/target --head {tmp_path}/head --prompts {tmp_path}/prompts.jsonl --out {tmp_path}/out "
+        "--dtype float32 --mode eager --concurrency 1 2 --requests 2 --repeats 1 --max-new-tokens 4 --num-tokens 2 "
+        "--endurance 30 --check".split()
+    )
+    written = json.loads((tmp_path / "out/serving_load.json").read_text())
+    keys = [(row["arrivals"], row["concurrency"], row["mode"]) for row in written["loads"]]
+    modes = ("off", "on", "automatic")
+    assert keys == [(arrivals, n, mode) for arrivals in ("closed", "poisson") for n in (1, 2) for mode in modes]
+    for row in written["loads"]:
+        assert row["errors"] == [] and row["requests"] == 2 and row["tokens_per_second"]["median"] > 0
+        assert all(0 < row[name]["p50"] <= row[name]["p99"] for name in ("ttft", "tpot", "e2e"))
+        assert (row["acceptance_length"] is None) == (row["mode"] == "off") or row["mode"] == "automatic"
+        assert (row["arrivals_per_second"] is None) == (row["arrivals"] == "closed")
+    assert (written["endurance"]["requests"], written["endurance"]["errors"]) == (30, 0)
+    assert written["endurance"]["memory_late"] > 2**20 and written["http"]["over_http"]["median"] > 0
+    assert status == (1 if any(bar["met"] is False for bar in written["bars"]) else 0)
+    assert len(written["bars"]) == 2 + 3 and None not in [bar["met"] for bar in written["bars"]]
+    assert (tmp_path / "out/serving_load.png").stat().st_size > 0
+    assert written["command"].startswith("python -m benchmarks.serving_load --target") and written["commit"]
+    printed = capsys.readouterr().out
+    assert "engine on core" in printed and "minutes from now" in printed and "errors in 30 requests" in printed
+
+
+def test_mistakes_are_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_tiny_target(tmp_path / "target")
+    arguments = f"--target {tmp_path}/target --head {tmp_path} --dtype float32 --mode eager --out {tmp_path}/out"
+    assert serving_load.main(arguments.split()) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and str(tmp_path) in error
+    with pytest.raises(UserError, match="No such option"), draft_serve(["--no-such-option"]):
+        pass

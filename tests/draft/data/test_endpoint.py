@@ -1,0 +1,268 @@
+"""Responses from a live draft-serve of the same tiny target: exact rows, marked rows, trouble, and interruptions."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pyarrow.parquet as pq
+import pytest
+from conftest import save_tiny_target
+from fastapi import FastAPI, Request, Response
+from http_testing import live
+
+from draft.acceptance import replay
+from draft.data import endpoint as module
+from draft.data.dataset import Dataset
+from draft.data.endpoint import Endpoint, EndpointError, EndpointSettings
+from draft.data.prepare import prepare
+from draft.errors import UserError
+from draft.target import Target, load_target
+from serving.api.app import create_app
+from serving.engine import Engine
+
+SHAPE = {"max_new_tokens": 10, "progress": False, "held_out_share": 0.25, "max_length": 200}
+KEY = "a-key"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("tiny") / "target"
+    save_tiny_target(root)
+    return root
+
+
+@pytest.fixture(scope="module")
+def target(folder: Path) -> Target:
+    return load_target(str(folder), "float32")
+
+
+@pytest.fixture(scope="module")
+def server(folder: Path) -> Iterator[str]:
+    engine = Engine(load_target(str(folder), "float32"), mode="eager", max_batch=8)
+    with live(create_app(engine, api_key=KEY, strict_model_name=True)) as address:
+        yield address
+
+
+@pytest.fixture(autouse=True)
+def key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setattr(module, "_FIRST_DELAY", 0.02)
+
+
+def write_questions(folder: Path, count: int = 12) -> Path:
+    path = folder / "questions.jsonl"
+    turns = ([f"number {n}", f"and {n * 7 % 11}"][: 1 + n % 2] for n in range(count))
+    path.write_text("".join(json.dumps({"turns": each}) + "\n" for each in turns))
+    return path
+
+
+def contents(dataset: Dataset | None) -> list[Any]:
+    assert dataset is not None
+    return [row for split in ("train", "held-out") for row in dataset.rows(split)]
+
+
+class Proxy:
+    """In front of the real server: it counts, delays, and fails as it is told."""
+
+    def __init__(self, upstream: str, trouble: Callable[[int, dict[str, Any] | None], Response | None] | None) -> None:
+        self.upstream, self.trouble = upstream, trouble
+        self.count = self.running = self.most = 0
+        self.bodies: list[dict[str, Any]] = []
+        self.times: list[float] = []
+        self.app = FastAPI()
+        self.app.add_api_route("/{path:path}", self.forward, methods=["GET", "POST"])
+        self.client = httpx.AsyncClient(timeout=60)
+
+    async def forward(self, request: Request, path: str) -> Response:
+        self.running += 1
+        self.most = max(self.most, self.running)
+        try:
+            body = await request.body()
+            parsed = json.loads(body) if body else None
+            if parsed is not None:
+                self.bodies.append(parsed)
+                self.times.append(time.monotonic())
+                self.count += 1
+                await asyncio.sleep(0.02)
+                failed = self.trouble(self.count, parsed) if self.trouble else None
+                if failed is not None:
+                    return failed
+            headers = {
+                name: value for name, value in request.headers.items() if name in ("authorization", "content-type")
+            }
+            answer = await self.client.request(request.method, f"{self.upstream}/{path}", content=body, headers=headers)
+            return Response(answer.content, answer.status_code, media_type="application/json")
+        finally:
+            self.running -= 1
+
+
+@contextmanager
+def proxy(upstream: str, trouble: Any = None) -> Iterator[tuple[str, Proxy]]:
+    made = Proxy(upstream, trouble)
+    with live(made.app) as address:
+        yield address, made
+
+
+def problem(status: int, text: str = "no", **headers: str) -> Response:
+    return Response(json.dumps({"error": {"message": text}}), status, headers, "application/json")
+
+
+def test_exact_rows_are_those_of_this_process(target: Target, server: str, tmp_path: Path) -> None:
+    """Greedy ones token for token, over several turns; sampled ones differ, and are of the same distribution."""
+    questions = write_questions(tmp_path)
+    local = contents(prepare(target, tmp_path / "local", prompts=[questions], **SHAPE))
+    with proxy(server) as (address, seen):
+        data = prepare(target, tmp_path / "remote", prompts=[questions], **SHAPE,
+                       endpoint=EndpointSettings(address, concurrency=3))  # fmt: skip
+    remote = contents(data)
+    assert len(remote) == len(local) == 12 and not any(row.retokenised for row in remote)
+    assert [(row.id, row.temperature, row.split) for row in remote] == [(r.id, r.temperature, r.split) for r in local]
+    greedy = [(row, other) for row, other in zip(local, remote, strict=True) if row.temperature == 0]
+    assert len(greedy) == 6 and all(row == other for row, other in greedy)
+    sampled = [(row.ids, other.ids) for row, other in zip(local, remote, strict=True) if row.temperature == 1]
+    assert any(ids != others for ids, others in sampled)
+    assert seen.most == 3
+    asked = seen.bodies[1:]  # the first one asked whether the server knows this way
+    assert all(isinstance(body["prompt"][0], int) and body["return_token_ids"] for body in asked)
+    assert {(body["temperature"], body["top_p"], body["top_k"]) for body in asked} == {(0.0, 1.0, -1), (1.0, 1.0, -1)}
+    assert data is not None and data.manifest["counts"]["train"]["retokenised_rows"] == 0
+    replay(target, {}, remote, 3)
+
+
+def only_chat(_: int, body: dict[str, Any] | None) -> Response | None:
+    """As servers that know neither prompts of token ids nor fields beyond OpenAI's."""
+    if body is not None and ("prompt" in body or "top_k" in body or "return_token_ids" in body):
+        return problem(400, "unknown field")
+    return None
+
+
+def test_rows_of_text_are_tokenised_again_and_kept_out_of_tau(target: Target, server: str, tmp_path: Path) -> None:
+    questions = write_questions(tmp_path)
+    with proxy(server, only_chat) as (address, seen):
+        data = prepare(target, tmp_path / "data", prompts=[questions], **SHAPE,
+                       endpoint=EndpointSettings(f"{address}/v1/chat/completions"))  # fmt: skip
+    rows = contents(data)
+    assert all(row.retokenised for row in rows) and {row.temperature for row in rows} == {0.0, 1.0}
+    assert data is not None and data.manifest["counts"]["train"]["retokenised_rows"] == 9
+    turns = [[message["role"] for message in body["messages"]] for body in seen.bodies if "messages" in body]
+    assert ["user", "assistant", "user"] in turns
+    for row in rows:
+        ends = row.ids[-1] == 2
+        text = target.tokenizer.decode(row.ids)
+        assert text.count("<|im_start|>assistant\n") == text.count("<|im_start|>user\n")
+        assert ends or row.trained <= 20
+    with pytest.raises(UserError, match="as these very tokens"):
+        replay(target, {}, rows, 3)
+
+
+def test_a_server_that_is_overloaded_now_and_then(target: Target, server: str, tmp_path: Path) -> None:
+    def trouble(count: int, _: Any) -> Response | None:
+        kinds = {0: problem(429, "slow down", **{"retry-after": "0.3"}), 1: problem(500), 2: Response("<html>", 503)}
+        return kinds.get(count % 5)
+
+    questions = write_questions(tmp_path)
+    with proxy(server, trouble) as (address, seen):
+        data = prepare(target, tmp_path / "data", prompts=[questions], **SHAPE, greedy_share=1.0,
+                       endpoint=EndpointSettings(address, concurrency=4, retries=30))  # fmt: skip
+    expected = contents(prepare(target, tmp_path / "local", prompts=[questions], **SHAPE, greedy_share=1.0))
+    assert contents(data) == expected and seen.count > 18
+    with proxy(server, lambda count, _: problem(429, **{"retry-after": "0.4"}) if count == 1 else None) as (
+        address,
+        seen,
+    ):
+        Endpoint(EndpointSettings(address), target, 0).close()
+    assert seen.times[1] - seen.times[0] >= 0.4
+
+
+def test_what_ends_it_is_one_sentence(target: Target, server: str, tmp_path: Path, monkeypatch: Any) -> None:
+    questions = write_questions(tmp_path)
+
+    def run(url: str, **options: Any) -> None:
+        prepare(target, tmp_path / "data", prompts=[questions], **SHAPE,
+                endpoint=EndpointSettings(url, **{"retries": 1, **options}))  # fmt: skip
+
+    with pytest.raises(EndpointError, match="http://127.0.0.1:9 gives no answer"):
+        run("http://127.0.0.1:9")
+    with pytest.raises(EndpointError, match="is no address"):
+        run("localhost:8000")
+    with pytest.raises(EndpointError, match="no model 'other'.*--endpoint-model"):
+        run(server, model="other")
+    monkeypatch.setenv("OTHER_KEY", "wrong")
+    with pytest.raises(EndpointError, match=r"refuses the key in \$OTHER_KEY \(401"):
+        run(server, api_key_env="OTHER_KEY")
+    with pytest.raises(EndpointError, match=r"without a key \(\$NO_KEY\)"):
+        run(server, api_key_env="NO_KEY")
+    assert not (tmp_path / "data").exists()
+    seventh = [n for n in range(12) if n % 2 == 0][3]
+
+    def refuse(_: int, body: Any) -> Response | None:
+        text = target.tokenizer.decode(body["prompt"]) if body else ""
+        return problem(400, "the prompt is naughty") if f"number {seventh}<" in text else None
+
+    with proxy(server, refuse) as (address, _), pytest.raises(
+        EndpointError, match=rf"questions.jsonl, line {seventh + 1}: .*refuses it \(400: the prompt is naughty"
+    ):  # fmt: skip
+        run(address)
+    # what was answered before has stayed, and is not asked again
+    with proxy(server) as (address, seen):
+        run(address)
+    assert seen.count < 19
+    with proxy(server, lambda count, _: Response('{"choices": []}')) as (address, _), pytest.raises(
+        EndpointError, match="without choices"
+    ):  # fmt: skip
+        Endpoint(EndpointSettings(address), target, 0)
+    with pytest.raises(UserError, match="--keep-responses writes none"):
+        prepare(target, tmp_path / "kept", prompts=[questions], keep_responses=True, endpoint=EndpointSettings(server))
+
+
+def test_kill_and_go_on(target: Target, folder: Path, server: str, tmp_path: Path) -> None:
+    questions, out = write_questions(tmp_path, 24), tmp_path / "data"
+    slow = threading.Event()
+
+    def trouble(count: int, _: Any) -> Response | None:
+        if count > 20:  # it hangs
+            slow.set()
+            return problem(503, **{"retry-after": "30"})
+        return None
+
+    with proxy(server, trouble) as (address, _):
+        command = [sys.executable, "-m", "draft.cli", "prepare", "--target", str(folder), "--prompts", str(questions),
+                   "--out", str(out), "--endpoint", address, "--max-new-tokens", "10", "--concurrency", "2",
+                   "--held-out-share", "0.25", "--max-length", "200", "--greedy-share", "1"]  # fmt: skip
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+        script = "import draft.data.dataset as d, draft.cli as c; d._SECONDS_PER_PART = 0; c.main()"
+        process = subprocess.Popen([sys.executable, "-c", script, *command[3:]], env=environment)
+        try:
+            assert slow.wait(120)
+            time.sleep(0.5)
+            with pytest.raises(UserError, match="being written by another process"):
+                prepare(target, out, prompts=[questions], greedy_share=1.0, endpoint=EndpointSettings(address), **SHAPE)
+        finally:
+            os.kill(process.pid, signal.SIGKILL)
+            process.wait()
+    with proxy(server) as (address, seen):
+        data = prepare(target, out, prompts=[questions], greedy_share=1.0, endpoint=EndpointSettings(address), **SHAPE)
+    assert seen.count <= 36 - 18 + 1  # what was stored before was not asked again
+    expected = contents(prepare(target, tmp_path / "local", prompts=[questions], greedy_share=1.0, **SHAPE))
+    assert contents(data) == expected
+
+
+def test_data_sets_from_before_rows_had_the_mark(target: Target, tmp_path: Path) -> None:
+    data = prepare(target, tmp_path / "data", prompts=[write_questions(tmp_path)], **SHAPE)
+    assert data is not None
+    rows = data.rows("train")
+    table = pq.read_table(tmp_path / "data" / "train.parquet")
+    pq.write_table(table.drop_columns(["retokenised"]), tmp_path / "data" / "train.parquet")
+    assert data.rows("train") == rows and not any(row.retokenised for row in rows)

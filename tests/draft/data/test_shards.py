@@ -1,0 +1,155 @@
+"""Several processes write one data set: the result is that of one process, whoever is interrupted or comes last."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import save_tiny_target
+
+from draft.data.dataset import Dataset, open_dataset
+from draft.data.prepare import prepare
+from draft.data.shards import Shard, parse_shard
+from draft.errors import UserError
+from draft.target import Target, load_target
+
+SHAPE = {"max_new_tokens": 8, "progress": False, "held_out_share": 0.25, "max_length": 150}
+COMMAND = ["--max-new-tokens", "8", "--held-out-share", "0.25", "--max-length", "150"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("tiny") / "target"
+    save_tiny_target(root)
+    return root
+
+
+@pytest.fixture(scope="module")
+def target(folder: Path) -> Target:
+    return load_target(str(folder), "float32")
+
+
+@pytest.fixture
+def questions(tmp_path: Path) -> Path:
+    """Some with two turns, one too long, one twice."""
+    path = tmp_path / "questions.jsonl"
+    turns = [[f"number {n}", f"and {n}"][: 1 + n % 2] for n in range(10)] + [["long" * 50], ["number 0"]]
+    path.write_text("".join(json.dumps({"turns": each}) + "\n" for each in turns))
+    return path
+
+
+def contents(dataset: Dataset | None) -> tuple[Any, ...]:
+    assert dataset is not None
+    rows = [row for split in ("train", "held-out") for row in dataset.rows(split)]
+    return rows, {**dataset.manifest, "sources": None}
+
+
+def start(folder: Path, out: Path, *more: str, script: str = "", **environment: str) -> subprocess.Popen[str]:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **environment}
+    words = ["prepare", "--target", str(folder), "--out", str(out), *COMMAND, *more]
+    code = f"import draft.cli\n{script}\ndraft.cli.main()"
+    return subprocess.Popen([sys.executable, "-c", code, *words], env=environment, stdout=subprocess.PIPE, text=True)
+
+
+def test_two_processes_write_what_one_does(target: Target, folder: Path, questions: Path, tmp_path: Path) -> None:
+    expected = contents(prepare(target, tmp_path / "one", prompts=[questions], **SHAPE))
+    out = tmp_path / "two"
+    each = ["--prompts", str(questions), "--dtype", "float32"]
+    first = start(folder, out, *each, "--shard", "0/2")
+    second = start(folder, out, *each, RANK="1", WORLD_SIZE="2", LOCAL_RANK="1")  # as a launcher starts it
+    said = [process.communicate(timeout=300)[0] for process in (first, second)]
+    assert [process.returncode for process in (first, second)] == [0, 0]
+    assert sum("rows to train on" in text for text in said) >= 1
+    rows, manifest = contents(open_dataset(out))
+    assert rows == expected[0] and manifest == expected[1]
+    assert not (out / "parts").exists()
+    counts = manifest["counts"]
+    assert counts["too_long"] == 1 and counts["duplicates"] == 1 and counts["train"]["rows"] == 8
+
+
+def test_a_killed_shard_goes_on_and_a_missing_one_is_named(
+    target: Target, folder: Path, questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, options = tmp_path / "data", {**SHAPE, "batch_size": 1, "prompts": [questions]}
+    hang = (
+        "import time, draft.data.dataset as d\nd._ROWS_PER_PART = 1\nadd = d.Parts.add\n"
+        "def slow(self, stage, index, response):\n"
+        "    add(self, stage, index, response)\n"
+        "    time.sleep(600 if stage == 'responses-1' else 0)\n"
+        "d.Parts.add = slow"
+    )
+    killed = start(
+        folder,
+        out,
+        "--prompts",
+        str(questions),
+        "--dtype",
+        "float32",
+        "--shard",
+        "1/3",
+        "--batch-size",
+        "1",
+        script=hang,
+    )
+    try:
+        own = out / "parts" / "shard-1-of-3"
+        deadline = time.monotonic() + 120
+        while not list(own.glob("responses-1.*.parquet")) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        with pytest.raises(UserError, match=r"being written by another process with --shard 1/3"):
+            prepare(target, out, **options, shard=Shard(1, 3))
+    finally:
+        os.kill(killed.pid, signal.SIGKILL)
+        killed.wait()
+    assert prepare(target, out, **options, shard=Shard(0, 3)) is None
+    with pytest.raises(UserError, match=r"unfinished \(missing: shard 1/3, 2/3\); repeat .* --shard 1/3 to continue"):
+        open_dataset(out)
+    with pytest.raises(UserError, match="begun with shards = 3, and this call has 2"):
+        prepare(target, out, **options, shard=Shard(0, 2))
+    written: list[str] = []
+    import draft.data.writing
+
+    real = draft.data.writing.generate_responses
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        written.extend(kwargs["keys"])
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(draft.data.writing, "generate_responses", counting)
+    assert prepare(target, out, **options, shard=Shard(1, 3)) is None
+    assert written == ["responses-1:7"]  # conversations 1, 4 and 7; what was stored is not written again
+    done = contents(prepare(target, out, **options, shard=Shard(2, 3)))
+    again = contents(prepare(target, out, **options, shard=Shard(0, 3)))
+    assert done == again == contents(prepare(target, tmp_path / "one", **options))
+
+
+def test_shards_share_the_prompts_that_the_target_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from test_prepare import target as make  # a target that writes words
+
+    words = make.__wrapped__()  # type: ignore[attr-defined]
+    options = {**SHAPE, "num_prompts": 6, "batch_size": 20}
+    expected = contents(prepare(words, tmp_path / "one", **options))
+    parts = [prepare(words, tmp_path / "three", **options, shard=Shard(index, 3)) for index in (2, 0, 1)]
+    assert parts[:2] == [None, None] and contents(parts[2]) == expected
+
+
+@pytest.mark.parametrize("text", ["4/4", "1", "-1/2", "a/b", "0/0", "1/2/3"])
+def test_what_is_no_shard(text: str) -> None:
+    with pytest.raises(UserError, match=f"--shard '{text}' is not of the form 0/4"):
+        parse_shard(text)
+
+
+def test_where_a_shard_comes_from(monkeypatch: pytest.MonkeyPatch, target: Target, tmp_path: Path) -> None:
+    assert parse_shard("3/4") == Shard(3, 4) and parse_shard(None) is None
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert parse_shard(None) == Shard(1, 2) and parse_shard("0/3") == Shard(0, 3)
+    with pytest.raises(UserError, match="--keep-responses writes none"):
+        prepare(target, tmp_path / "data", prompts=["x.jsonl"], keep_responses=True, shard=Shard(0, 2))

@@ -1,0 +1,195 @@
+"""A LoRA adapter on the target: its merged output, its identity, what is refused, and the whole way to an answer."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_tiny_head, make_tiny_target, save_tiny_target
+from peft import LoraConfig, PeftModel, get_peft_model
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+
+from draft.acceptance import replay
+from draft.checkpoint import load_head, save_head
+from draft.data.dataset import open_dataset
+from draft.data.prepare import prepare
+from draft.errors import UserError
+from draft.merge import merge_run
+from draft.target import load_target
+from draft.training.config import resolve
+from draft.training.trainer import Trainer
+from serving.cli import _load
+from serving.engine import SamplingParams
+
+IDS = torch.tensor([[5, 6, 7, 8, 9, 10]])
+
+
+def save_adapter(folder: Path, seed: int = 0, **options: Any) -> Path:
+    """A LoRA adapter for the tiny target, with weights large enough to change what it writes."""
+    settings = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "down_proj"], **options}
+    adapted = get_peft_model(make_tiny_target(dtype=torch.float32).model, LoraConfig(**settings))
+    torch.manual_seed(seed)
+    for name, parameter in adapted.named_parameters():
+        if "lora" in name:
+            parameter.data.normal_(std=0.3)
+    adapted.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("world")
+    save_tiny_target(root / "target")
+    save_adapter(root / "tuned")
+    save_adapter(root / "other", seed=1)
+    return root
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"use_dora": True}, {"modules_to_save": ["lm_head"]}])
+def test_the_output_is_that_of_peft_merged(world: Path, tmp_path: Path, options: dict[str, Any]) -> None:
+    adapter = save_adapter(tmp_path / "adapter", **options)
+    before = digests(world / "target")
+    target = load_target(str(world / "target"), "float64", adapter=adapter)
+    base = load_target(str(world / "target"), "float64")
+    kept = PeftModel.from_pretrained(base.model, adapter).eval()
+    logits = target.logits(target.forward(IDS).last_hidden)
+    torch.testing.assert_close(logits, kept(IDS).logits, rtol=1e-9, atol=1e-9)
+    assert torch.equal(logits, kept.merge_and_unload()(IDS).logits)
+    plain = load_target(str(world / "target"), "float64")
+    assert not torch.allclose(logits, plain.logits(plain.forward(IDS).last_hidden))
+    assert digests(world / "target") == before
+    assert not [name for name, _ in target.model.named_modules() if "lora" in name]
+
+
+def test_the_fingerprint_names_target_and_adapter(world: Path) -> None:
+    name = str(world / "target")
+    tuned = {load_target(name, dtype, adapter=world / "tuned").fingerprint for dtype in ("float64", "bfloat16")}
+    other = load_target(name, "float32", adapter=world / "other")
+    plain = load_target(name, "float32")
+    assert len(tuned) == 1 and len({*tuned, other.fingerprint, plain.fingerprint}) == 3
+    assert other.base_fingerprint == plain.fingerprint == plain.base_fingerprint
+
+
+def test_a_head_is_adapted_to_the_fine_tuned_target_and_served_with_it(world: Path, tmp_path: Path) -> None:
+    name, adapter = str(world / "target"), str(world / "tuned")
+    target = load_target(name, "float64", adapter=adapter)
+    stock = make_tiny_head(make_tiny_target(dtype=torch.float32))
+    about = {"target": name, "target_fingerprint": target.base_fingerprint}
+    save_head(stock, tmp_path / "stock", dtype=torch.float32, about=about)  # made for the target without it
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text("".join(json.dumps({"prompt": f"number {n}"}) + "\n" for n in range(6)))
+    data = prepare(target, tmp_path / "data", prompts=[questions], max_new_tokens=10, greedy_share=1.0, progress=False)
+    rows = data.rows("train") + data.rows("held-out")
+    merged = PeftModel.from_pretrained(load_target(name, "float64").model, adapter).merge_and_unload()
+    for row in rows:
+        prompt = torch.tensor([row.ids[: row.prompt_length]])
+        answer = merged.generate(
+            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=10, do_sample=False, pad_token_id=2
+        )
+        assert answer[0].tolist() == row.ids
+    assert data.manifest["target_adapter"] == adapter
+
+    flags = {"target": name, "target_adapter": adapter, "data": [str(tmp_path / "data")], "dtype": "float64",
+             "head": str(tmp_path / "stock"), "rank": 2, "max_steps": 2, "draft_steps": 2, "eval_every": 0}  # fmt: skip
+    Trainer(resolve("adapt", str(tmp_path / "run"), flags=flags), Console(quiet=True)).train()
+    merge_run(tmp_path / "run", tmp_path / "head")
+    head, about = load_head(tmp_path / "head", dtype=torch.float64)
+    assert (about["target_adapter"], about["target_fingerprint"]) == (adapter, target.fingerprint)
+
+    options = {"speculation": "chain", "speculation_length": 3, "max_batch": 4, "mode": "eager", "threads": None}
+    engine = _load(name, str(tmp_path / "head"), "float64", target_adapter=adapter, warm_up=False, **options)
+    completions = engine.generate([row.ids[: row.prompt_length] for row in rows], SamplingParams(10))
+    assert [completion.token_ids for completion in completions] == [row.ids[row.prompt_length :] for row in rows]
+    emitted, verified = (sum(getattr(c.stats, field) for c in completions) for field in ("emitted", "verifications"))
+    assert replay(target, {"head": head}, rows, 3)["head"].tau(3) == emitted / verified
+
+    with pytest.raises(UserError, match=rf"made for target {target.fingerprint} and this target is"):
+        _load(name, str(tmp_path / "head"), "float64", target_adapter=None, warm_up=False, **options)
+    for wrong in (str(world / "other"), None):
+        reader = load_target(name, "float32", adapter=wrong)
+        with pytest.raises(UserError, match="prepared for target.*with adapter.*tuned.*and target"):
+            open_dataset(tmp_path / "data").check_target(reader)
+
+
+def _no_folder(folder: Path) -> None:
+    pass
+
+
+def _other_kind(folder: Path) -> None:
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "peft_type": "PREFIX_TUNING"}))
+
+
+def _other_shapes(folder: Path) -> None:
+    tensors = load_file(folder / "adapter_model.safetensors")
+    save_file({name: torch.zeros(*value.shape[:-1], value.shape[-1] + 1) for name, value in tensors.items()},
+              folder / "adapter_model.safetensors")  # fmt: skip
+
+
+def _fewer_tensors(folder: Path) -> None:
+    tensors = load_file(folder / "adapter_model.safetensors")
+    save_file(dict(list(tensors.items())[2:]), folder / "adapter_model.safetensors")
+
+
+def _more_layers(folder: Path) -> None:
+    tensors = load_file(folder / "adapter_model.safetensors")
+    more = {name.replace(".layers.7.", ".layers.17."): value.clone() for name, value in tensors.items()}
+    save_file({**tensors, **more}, folder / "adapter_model.safetensors")
+
+
+def _other_names(folder: Path) -> None:
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "target_modules": ["Wqkv"]}))
+
+
+def _damaged(folder: Path) -> None:
+    file = folder / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def _no_json(folder: Path) -> None:
+    (folder / "adapter_config.json").write_text("{")
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (_no_folder, "no adapter_config.json"),
+        (_other_kind, "PREFIX_TUNING.*only LORA"),
+        (_other_shapes, "does not fit target.*size mismatch"),
+        (_fewer_tensors, "does not fit target.*missing"),
+        (_more_layers, "does not fit target.*layers.17"),
+        (_other_names, "does not fit target.*Wqkv"),
+        (_damaged, "does not fit target|not a whole"),
+        (_no_json, "is not PEFT's"),
+    ],
+)
+def test_what_is_no_adapter_of_this_target_is_one_sentence(
+    world: Path, tmp_path: Path, damage: Any, words: str
+) -> None:
+    if damage is not _no_folder:
+        save_adapter(tmp_path / "adapter")
+        damage(tmp_path / "adapter")
+    with pytest.raises(UserError, match=words) as error:
+        load_target(str(world / "target"), "float32", adapter=tmp_path / "adapter")
+    assert "\n" not in str(error.value)
+
+
+def test_another_chat_template_beside_the_adapter_is_told(
+    world: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    save_adapter(tmp_path)
+    tokenizer = make_tiny_target().tokenizer
+    tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    tokenizer.save_pretrained(tmp_path)
+    target = load_target(str(world / "target"), "float32", adapter=tmp_path)
+    assert "another chat template" in caplog.text and target.tokenizer.chat_template != tokenizer.chat_template

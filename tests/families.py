@@ -1,0 +1,79 @@
+"""A small random model of each family of targets, as a user would have it in a folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from conftest import byte_tokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
+
+CONTEXT = 160
+SHORT_ROPE = 64  # tokens from which longrope would give all others new states
+SMALL: dict[str, Any] = {
+    "vocab_size": 259,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": CONTEXT,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 2,
+    "initializer_range": 0.2,
+}
+# Phi-3's configuration has the limit twice, and believes the one outside
+PHI: dict[str, Any] = {"original_max_position_embeddings": SHORT_ROPE}
+LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": SHORT_ROPE}
+GEMMA2 = {"attn_logit_softcapping": 3.0, "final_logit_softcapping": 8.0, "query_pre_attn_scalar": 8}
+# name -> model type and what it adds to the common small shape; windows are shorter than the prompts
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "qwen2, windows in some layers": (
+        "qwen2",
+        {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 3},
+    ),
+    "qwen3": ("qwen3", {}),
+    "mistral, windows": ("mistral", {"sliding_window": 6}),
+    "gemma2, windows, bounded scores": ("gemma2", {"sliding_window": 6, **GEMMA2}),
+    "gemma3, windows, two ropes": ("gemma3_text", {"sliding_window": 6, "query_pre_attn_scalar": 8}),
+    "phi3, windows, longrope": (
+        "phi3",
+        {
+            **PHI,
+            "sliding_window": 6,
+            "rope_parameters": {**LONGROPE, "short_factor": [1.0, 1.5, 2.0, 2.5], "long_factor": [2.0, 3.0, 4.0, 5.0]},
+        },
+    ),
+    "phi4, rope in part of a head": (
+        "phi3",
+        {
+            **PHI,
+            "rope_parameters": {
+                **LONGROPE,
+                "short_factor": [1.0, 1.5, 2.0],
+                "long_factor": [2.0, 3.0, 4.0],
+                "partial_rotary_factor": 0.75,
+            },
+        },
+    ),
+    "qwen3_moe": ("qwen3_moe", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}),
+    "mixtral, windows": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 6}),
+}
+
+
+def save_model(folder: Path, kind: str, **own: Any) -> Path:
+    """A random model of the type `kind` and a tokenizer; `own`: keys of its configuration."""
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**SMALL, **own}))
+    model.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def save_family(folder: Path, family: str) -> Path:
+    kind, own = FAMILIES[family]
+    return save_model(folder, kind, **own)

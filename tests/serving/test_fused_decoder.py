@@ -1,0 +1,184 @@
+"""All layers in one C++ call: which decoders that takes, and that it gives what their own code gives."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from conftest import byte_tokenizer, make_tiny_head
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from draft.target import Target
+from serving.engine import Engine, SamplingParams, Speculation
+from serving.engine.batch import Batch, Segment
+from serving.engine.build import Models, build_models
+from serving.engine.runner import TargetRunner
+
+SHAPE: dict[str, Any] = {
+    "vocab_size": 259,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.2,
+    "eos_token_id": 2,
+    "pad_token_id": 2,
+}
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+FUSED: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "llama, biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama, llama3 rope": ("llama", {"rope_parameters": {**LLAMA3, "original_max_position_embeddings": 16}}),
+    "mistral": ("mistral", {"sliding_window": 5}),
+    "qwen2": ("qwen2", {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 3}),
+    "qwen3": ("qwen3", {}),
+    "phi3": ("phi3", {"sliding_window": 6}),
+    "phi3, heads that turn in part": ("phi3", {"partial_rotary_factor": 0.5}),
+}
+OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "gemma2": ("gemma2", {"sliding_window": 5}),  # other parts
+    "qwen3_moe": ("qwen3_moe", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}),
+    "olmo2": ("olmo2", {}),
+    "granite": (
+        "granite",
+        {"residual_multiplier": 0.7, "attention_multiplier": 0.3},
+    ),  # other arithmetic
+    "smollm3": ("smollm3", {"no_rope_layer_interval": 2}),
+    "llama, gelu": ("llama", {"hidden_act": "gelu"}),
+    "llama, odd width": ("llama", {"intermediate_size": 90}),
+}
+FAMILIES = {**FUSED, **OTHERS}
+
+
+def make(family: str, dtype: torch.dtype = torch.float32) -> Target:
+    kind, own = FAMILIES[family]
+    torch.manual_seed(3)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**SHAPE, **own}))
+    with torch.no_grad():  # norms and biases that do nothing would hide their absence
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 1:
+                parameter.copy_(torch.randn_like(parameter) * 0.2 + ("norm" in name))
+    return Target(family, model.to(dtype), byte_tokenizer())
+
+
+def compiled(target: Target, head: Any = None) -> Models:
+    return build_models(target, head, mode="compiled", attention="auto", slots=4, capacity=64, threads=1)
+
+
+def ids(count: int, seed: int) -> list[int]:
+    return torch.randint(3, 259, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+@torch.inference_mode()
+def passes(runner: TargetRunner) -> Tensor:
+    """Prompts, a step of both, and a tree beside a chain: all that they compute, [tokens, features]."""
+    slots = [runner.cache.acquire() for _ in range(2)]
+    steps = [
+        [Segment(slots[0], 0, 0, ids(11, 1)), Segment(slots[1], 0, 0, ids(4, 2))],
+        [Segment(slots[1], 4, 4, ids(9, 3)), Segment(slots[0], 11, 11, ids(1, 4))],
+        [Segment(slots[0], 12, 12, ids(6, 5), [-1, 0, 0, 1, 1, 3]), Segment(slots[1], 13, 13, ids(2, 6))],
+    ]
+    outputs = []
+    for segments in steps:
+        hidden, states = runner.forward(Batch.of(segments, runner.target.device))
+        assert states is not None
+        outputs.append(torch.cat([hidden, states], dim=-1))
+    for slot in slots:
+        runner.cache.release(slot)
+    return torch.cat(outputs).double()
+
+
+def relative(got: Tensor, expected: Tensor) -> float:
+    return float((got - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
+@pytest.mark.parametrize("family", FUSED)
+def test_a_pass_in_one_call_is_the_layers_one_by_one(family: str, dtype: torch.dtype, tolerance: float) -> None:
+    target = make(family, dtype)
+    runner = compiled(target, make_tiny_head(target)).runner
+    expected = passes(runner)
+    assert runner.fuse_layers()
+    assert relative(passes(runner), expected) < tolerance
+
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_other_decoders_keep_their_own_code(family: str) -> None:
+    runner = compiled(make(family)).runner
+    assert not runner.fuse_layers()
+    assert runner.fused is None
+
+
+@torch.inference_mode()
+def test_the_bits_of_a_row_do_not_depend_on_its_batch() -> None:
+    runner = compiled(make("qwen3", torch.bfloat16)).runner
+    assert runner.fuse_layers()
+    rows = [ids(1, seed) for seed in range(20)]
+    slot, alone = runner.cache.acquire(), []
+    for place, row in enumerate(rows):
+        alone.append(runner.forward(Batch.of([Segment(slot, place, place, row)], runner.target.device))[0])
+    runner.cache.release(slot)
+    other, slot = runner.cache.acquire(), runner.cache.acquire()
+    segments = [Segment(other, 0, 0, ids(3, 99)), Segment(slot, 0, 0, [token for row in rows for token in row])]
+    together, _ = runner.forward(Batch.of(segments, runner.target.device))
+    assert torch.equal(together[3:], torch.cat(alone))
+
+
+@torch.inference_mode()
+def test_layers_share_the_memory_of_projections_that_are_joined() -> None:
+    target = make("llama")
+    runner = compiled(target).runner
+    before = sum(buffer.nbytes for buffer in target.model.buffers())
+    assert runner.fuse_layers() and runner.fused is not None
+    attention = target.decoder.layers[0].self_attn  # type: ignore[index]
+    joined = runner.fused.weights[2]
+    assert attention.k_proj.packed.data_ptr() == joined[len(attention.q_proj.packed) :].data_ptr()
+    assert sum(buffer.nbytes for buffer in target.model.buffers()) == before
+
+
+@pytest.mark.parametrize("options", [{}, {"norm_output": True}, {"norm_before_fc": True}])
+@torch.inference_mode()
+def test_the_layer_of_a_head_in_one_call(options: dict[str, bool]) -> None:
+    target = make("llama")
+    head = make_tiny_head(target)
+    head = type(head)(replace(head.config, **options)).to(target.dtype).eval()
+    for parameter in head.parameters():
+        parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)) * 0.2)
+    runner = compiled(target, head).proposer.runner  # type: ignore[union-attr]
+    hidden = torch.randn(9, 64)
+    outputs = []
+    for fused in (False, True):
+        assert not fused or runner.fuse_layer()
+        slot = runner.cache.acquire()
+        first = runner.forward(Batch.of([Segment(slot, 0, 0, ids(5, 1))], target.device), hidden[:5])
+        runner.cache.extend(slot, 5)
+        tree = Segment(slot, 5, 5, ids(4, 2), [-1, 0, 0, 1])
+        outputs.append(torch.cat([first, runner.forward(Batch.of([tree], target.device), hidden[5:])]))
+        runner.cache.release(slot)
+    assert relative(outputs[1].double(), outputs[0].double()) < 1e-5
+
+
+def test_a_head_with_another_residual_keeps_its_own_code() -> None:
+    target = make("llama")
+    head = make_tiny_head(target)
+    head = type(head)(replace(head.config, norm_before_residual=True)).to(target.dtype).eval()
+    assert not compiled(target, head).proposer.runner.fuse_layer()  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma2"])  # in one call, and compiled layer by layer
+def test_texts_with_and_without_drafts_are_the_same_in_bfloat16(family: str) -> None:
+    target = make(family, torch.bfloat16)
+    engine = Engine(target, make_tiny_head(target), mode="compiled", speculation="tree", tree_size=6, threads=1)
+    engine.warm_up()
+    params = SamplingParams(24, ignore_eos=True)
+    prompts = [ids(5, 1), ids(30, 2)]
+    drafted = engine.generate(prompts, params)
+    plain = engine.generate(prompts, params, Speculation(enabled=False))
+    assert [each.token_ids for each in drafted] == [each.token_ids for each in plain]
+    assert sum(each.stats.drafted for each in drafted) > 0
