@@ -70,8 +70,9 @@ class FeatureSource:
         inner = kept_layers(self.target, self.layers)[:-1]
         with torch.no_grad():
             output = self.target.forward(batch.input_ids, layers=inner, position_ids=batch.position_ids)
-        states = [output.last_hidden] if output.auxiliary is None else [output.auxiliary, output.last_hidden]
-        return torch.cat(states, dim=-1)
+            if output.auxiliary is None:
+                return output.last_hidden
+            return torch.cat([output.auxiliary, output.last_hidden], dim=-1)
 
     def states(self, batch: Batch, rows: list[int]) -> dict[int, Tensor]:
         """A pass of the target, taken apart: row number -> [tokens, kept layers * hidden] on the CPU."""

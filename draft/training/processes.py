@@ -92,8 +92,13 @@ class Processes:
             for tensor in (*module.parameters(), *module.buffers()):
                 broadcast(tensor.data)
 
-    def wrap(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, Any]:
-        """The module whose forward is called for training, and the optimiser over its weights."""
+    def wrap(self, module: nn.Module, optimizer: torch.optim.Optimizer, *, idle: bool) -> tuple[nn.Module, Any]:
+        """The module whose forward is called for training, and the optimiser over its weights.
+
+        idle: some weights take no part in a step, and DDP must not wait for them.
+        """
+        if self.accelerator.ddp_handler is not None:
+            self.accelerator.ddp_handler.find_unused_parameters = idle
         # FSDP2 decides itself where things go, and takes no wishes
         places = {} if self.sharded else {"device_placement": [False, False]}
         return tuple(self.accelerator.prepare(module, optimizer, **places))

@@ -94,7 +94,11 @@ class Trainer:
             betas=(0.9, 0.95),
             weight_decay=0.0,
         )
-        self.module, self.optimizer = self.processes.wrap(HeadLoss(self.head, self.target, self.objective), optimizer)
+        self.module, self.optimizer = self.processes.wrap(
+            HeadLoss(self.head, self.target, self.objective),
+            optimizer,
+            idle=self.objective.draft_steps < (head.longest or 0),  # Medusa has weights of its own for each step
+        )
         self.parameters = list(trained_parameters(self.saver).values())
 
     def _remember(self) -> bool:

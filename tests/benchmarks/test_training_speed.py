@@ -1,0 +1,74 @@
+"""The training benchmark on a tiny target, and what its figures mean."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_tiny_head, save_tiny_target
+
+from benchmarks import training_report, training_speed, training_steps
+from benchmarks.training_steps import make_rows, spread_lengths
+from draft.checkpoint import save_head
+from draft.data.examples import collate
+
+
+@pytest.fixture(scope="module")
+def arguments(tmp_path_factory):
+    root = tmp_path_factory.mktemp("tiny")
+    target = save_tiny_target(root / "target")
+    save_head(make_tiny_head(target), root / "head", dtype=target.dtype, about={})
+    options = f"--target {root}/target --head {root}/head --out {root}/out --dtype float32 --device cpu --rows 2 "
+    return (options + "--length 32 --rank 4 --repeats 2 --conversations 8 --packing-repeats 1").split()
+
+
+def test_a_whole_run(arguments, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(training_steps, "SIZES", (128, 256))
+    assert training_speed.main(arguments) == 0
+    out = Path(arguments[arguments.index("--out") + 1])
+    results = json.loads((out / "training_speed.json").read_text())
+    rows = {row["method"]: row for row in results["methods"]}
+    assert list(rows) == ["pretrain", "lora", "afa-lora"]
+    for row in rows.values():
+        assert set(row["parts"]) == {"target forward", "head forward", "backward", "optimiser"}
+        assert sum(row["parts"].values()) == pytest.approx(row["seconds"]["median"], rel=0.5)
+        assert 0 < row["share_of_product"] < 1 and row["memory_peak_bytes"] > 2**20
+    assert results["products"].keys() == {"bfloat16", "float32"}
+    assert results["packing"]["padding"]["packed"] < 0.5 and (out / "training_speed.png").stat().st_size > 0
+    printed = capsys.readouterr().out
+    assert "best float32 product" in printed and "AFA-LoRA step / LoRA step" in printed
+    status = training_speed.main([*arguments, "--check"])
+    missed = "MISSED" in capsys.readouterr().out
+    assert status == int(missed)
+
+
+def test_counted_operations_are_those_of_the_formula(arguments) -> None:
+    """2 · in · out a token and weight; the gradient of the input and of the weight each as much again."""
+    parsed = training_speed.parse(arguments)
+    target = training_speed.load_target(parsed.target, "float32")
+    step = training_speed.make_steps(target, parsed)["pretrain"]
+    batch = collate(make_rows([32, 32], target.vocab_size))
+    tokens, k = 64, step.settings.training.draft_steps
+    layers = sum(m.weight.numel() for m in target.decoder.layers.modules() if isinstance(m, torch.nn.Linear))
+    own = sum(m.weight.numel() for m in step.head.midlayer.modules() if isinstance(m, torch.nn.Linear))
+    fc, vocabulary = step.head.fc.weight.numel(), step.head.lm_head.weight.numel()
+    predicted = [int(batch.trained_ahead(2 + step).sum()) for step in range(k)]
+    teacher = int(batch.trained_ahead(1).sum())
+    # at step 0 the embeddings need no gradient, but the fused states beside them do
+    expected = 2 * tokens * (layers + 2 * fc + 3 * k * own) + 2 * vocabulary * (teacher + 3 * sum(predicted))
+    width = {"target": 4 * 8 * target.num_layers, "head": 3 * 4 * 8 * k}
+    expected += 4 * 2 * 32 * 33 / 2 * sum(width.values())
+    assert step.flops(batch) == pytest.approx(expected, rel=1e-9)
+
+
+def test_bars(arguments) -> None:
+    rows = [{"method": "afa-lora", "share_of_product": 0.46}]
+    results = {"methods": rows, "settings": {"dtype": "float32"}, "afa_over_lora": {"median": 1.06}}
+    assert [bar.met for bar in training_report.bars(results)] == [True, False]
+    samples, others = [{"a": 1.0, "b": 1.0}, {"a": 3.0, "b": 1.0}], [{"a": 1.0, "b": 0.0}, {"a": 1.0, "b": 1.0}]
+    assert training_report.ratios(samples, others) == {"median": 2.0, "least": 2.0, "most": 2.0}
+
+
+def test_lengths_are_spread() -> None:
+    lengths = spread_lengths(100, 200)
+    assert max(lengths) == 200 and min(lengths) < 40 and len(lengths) == 100

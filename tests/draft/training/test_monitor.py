@@ -1,0 +1,75 @@
+"""What a run shows and leaves behind."""
+
+import json
+from importlib.util import find_spec
+
+import pytest
+import yaml
+from rich.console import Console
+from training_runs import Run, command, logged, make_world
+
+from draft.errors import UserError
+from draft.training import monitor
+from draft.training.monitor import Monitor, choose_trackers, draw, read_lines
+
+
+def test_a_run_leaves_everything(tmp_path):
+    world = make_world(tmp_path)
+    arguments = command(world, "pretrain", tmp_path / "run", "--max-steps", "5", "--draft-vocab-size", "170")
+    arguments[arguments.index("--eval-every") + 1] = "2"
+    run = Run(arguments).succeed()
+    folder = tmp_path / "run"
+    assert list(logged(folder, "tau")) == [0, 2, 4, 5] and list(logged(folder)) == [1, 2, 3, 4, 5]
+    assert all(value > 0 for step, value in logged(folder, "tokens_per_second").items() if step)
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    assert config["mode"] == "pretrain" and config["training"]["max_steps"] == 5
+    provenance = json.loads((folder / "provenance.json").read_text())
+    assert "--max-steps 5" in provenance["command"] and len(provenance["commit"]) == 40
+    assert (folder / "training.png").read_bytes().startswith(b"\x89PNG")
+    # a log file gets lines, not a bar
+    assert "step 2/5  loss " in run.output() and "τ " in run.output() and "tokens/s" in run.output()
+    [events] = folder.glob("logs/draftsmith/events.out.tfevents.*")
+    assert b"loss" in events.read_bytes() and b"tau" in events.read_bytes()
+    quiet = Run(command(world, "pretrain", tmp_path / "quiet", "--max-steps", "1", "--log-with", "none")).succeed()
+    assert not (tmp_path / "quiet" / "logs").exists(), quiet.output()
+
+
+def test_trackers_that_are_not_installed_are_named(monkeypatch):
+    monkeypatch.setattr(monitor, "find_spec", lambda name: None if name in ("wandb", "tensorboard") else name)
+    assert choose_trackers([]) == ["tensorboard"]  # tensorboardX writes for it
+    assert choose_trackers(["none"]) == []
+    assert choose_trackers(["trackio", "tensorboard"]) == ["trackio", "tensorboard"]
+    with pytest.raises(UserError, match="pip install wandb"):
+        choose_trackers(["wandb"])
+    monkeypatch.setattr(monitor, "find_spec", lambda name: None)
+    assert choose_trackers([]) == []
+
+
+def test_tensorboard_is_on_by_default():
+    assert find_spec("tensorboardX") and "tensorboard" in choose_trackers([])
+
+
+def test_a_resumed_run_repeats_no_step(tmp_path):
+    console = Console(quiet=True)
+    with Monitor(tmp_path, 10, 0, console) as first:
+        for step in range(5):
+            first.log(step, {"loss": 1.0}, tokens=10)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "loss": {}')  # killed while it was written
+    assert [line["step"] for line in read_lines(tmp_path / "metrics.jsonl")] == [0, 1, 2, 3, 4]
+    with Monitor(tmp_path, 10, 3, console) as again:
+        again.log(4, {"loss": 0.5, "beta": 0.1}, tokens=10)
+    lines = read_lines(tmp_path / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [0, 1, 2, 3, 4] and lines[-1]["loss"] == 0.5
+    draw(tmp_path)
+    with Monitor(tmp_path / "nowhere", 10, 0, console, silent=True) as silent:
+        silent.log(1, {"loss": 1.0})
+
+
+def test_a_bar_shows_loss_beta_tau_and_speed(tmp_path):
+    console = Console(force_terminal=True, width=150, record=True)
+    with Monitor(tmp_path, 4, 0, console) as shown:
+        shown.log(1, {"tau": 1.5})
+        shown.log(2, {"loss": 0.25, "beta": 0.5}, tokens=100)
+    text = console.export_text()
+    assert "loss 0.250  β 0.50  τ 1.50" in text and "tokens/s" in text and "2/4" in text
