@@ -3,7 +3,8 @@
 vLLM (0.32.0, `medusa.py`): an LM head of its own for each position has a row for each token of the target, also beside
 a token map; a borrowed one must be in the file, once. It takes tensors that it doesn't know for none of its business.
 So a reduced vocabulary is written as rows of zeros for the tokens that it lacks (their logits are 0, where those of the
-best known tokens lie far above), with our d2t, by which an import finds the way back. (Tried: vLLM 0.32.0 takes as many verifications as our engine.)
+best known tokens lie far above), with our d2t, by which an import finds the way back.
+Tried: with such a file vLLM takes as many verifications as our engine.
 
 FasterDecoding (`medusa_model.py`): `medusa_lm_head.pt`, with LM heads likewise, and one linear layer in each block: its
 code repeats the same layer where the configuration asks for more.
