@@ -98,7 +98,7 @@ def test_names_of_other_trainers_are_understood(folder, tiny_head):
         ("eagle_config", {"use_last_layernorm": False}, "eagle_config.use_last_layernorm"),
         ("layer_types", ["sliding_attention"], "sliding_attention"),
         ("draft_vocab_size", 259, "d2t reorders"),
-        ("architectures", ["MedusaModel"], "MedusaModel"),
+        ("architectures", ["OtherModel"], "OtherModel"),
         ("rms_norm_eps", None, "rms_norm_eps"),
         ("eagle_aux_hidden_state_layer_ids", [1, 3, 9], r"\[1, 3, 9\] and the target has 8 layers"),
         ("eagle_aux_hidden_state_layer_ids", [3, 1, 4], r"\[3, 1, 4\].*must rise"),

@@ -143,7 +143,7 @@ def test_an_annealed_adapter_is_not_merged(world, tmp_path):
 
 
 # of a Medusa head's four positions three are trained: the last one is no checkpoint's
-NEW_HEADS = {
+STARTS = {
     "eagle3": {},
     "eagle": {"architecture": "eagle"},
     "medusa": {"architecture": "medusa", "head_options": ["num_heads=4"]},
@@ -164,7 +164,7 @@ NEW_HEADS = {
 )
 def test_an_interrupted_run_ends_with_the_same_weights(world, mode, method, architecture, monkeypatch):
     settings = {"method": method, "rank": 4, "max_steps": 8, "save_every": 3, "gradient_accumulation": 2}
-    start = {"head": str(world / ADAPTED[architecture][0] / "head")} if mode == "adapt" else NEW_HEADS[architecture]
+    start = {"head": str(world / ADAPTED[architecture][0] / "head")} if mode == "adapt" else STARTS[architecture]
     settings |= {**start, "draft_steps": None if architecture == "eagle" else 3}
     kinds = [f"{mode}-{architecture}-{kind}-{method}" for kind in ("whole", "broken")]
     run(world, mode, kinds[0], **settings)
