@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,14 +33,6 @@ def deterministic_algorithms(wanted: bool) -> Iterator[None]:
 @contextmanager
 def write_errors(folder: Path) -> Iterator[None]:
     """Turn what writing into `folder` raises into a UserError that says how to go on."""
-    before = threading.excepthook
-
-    def without_traceback(failure: threading.ExceptHookArgs) -> None:
-        """A tracker's thread that cannot write: the run meets the full disk itself, and says so."""
-        if not (isinstance(failure.exc_value, OSError) and failure.exc_value.errno in WRITE_ERRORS):
-            before(failure)
-
-    threading.excepthook = without_traceback
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -51,5 +42,3 @@ def write_errors(folder: Path) -> Iterator[None]:
             f"{str(folder)!r} could not be written to ({error}); make room, and the same command goes on from the last "
             "checkpoint."
         ) from error
-    finally:
-        threading.excepthook = before

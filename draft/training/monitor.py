@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
@@ -113,6 +114,13 @@ class Monitor:
     def _time_left(self, step: int) -> str:
         left = self.progress.tasks[0].time_remaining
         return f"{left / 60:.1f} minutes left" if left is not None and step < self.total_steps else ""
+
+
+def abandon_trackers(accelerator: Accelerator) -> None:
+    """After an error: a tracker that is left open complains when the program ends, and one may be what failed."""
+    for tracker in getattr(accelerator, "trackers", []):
+        with suppress(Exception):
+            tracker.finish()
 
 
 def start_trackers(accelerator: Accelerator, folder: Path, first_step: int, settings: dict[str, Any]) -> None:

@@ -28,7 +28,7 @@ from draft.training.features import Features, FeatureSource, fits_in_memory
 from draft.training.guards import deterministic_algorithms, write_errors
 from draft.training.hidden_states import HiddenStateCache
 from draft.training.interruption import Interrupted, Interruption
-from draft.training.monitor import Monitor, choose_trackers, draw, start_trackers
+from draft.training.monitor import Monitor, abandon_trackers, choose_trackers, draw, start_trackers
 from draft.training.objective import HeadLoss
 from draft.training.optimiser import learning_rate_at, parameter_groups
 from draft.training.processes import Processes, launcher_dtype, whole
@@ -155,6 +155,9 @@ class Trainer:
                 result = self._finish()
             except Interrupted:
                 self.processes.end()
+                raise
+            except Exception:
+                abandon_trackers(self.accelerator)
                 raise
         self.processes.end()
         return result

@@ -84,7 +84,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint_whole(world, tmp_path):
     assert run.wait() == 2
     [sentence] = [line for line in run.output().splitlines() if line.startswith("draft-train:")]
     assert "could not be written" in sentence and "step-0000003 is intact" in sentence
-    assert "Traceback" not in run.output()
+    assert "Traceback" not in run.output(), run.output()
     checkpoints = tmp_path / "run/checkpoints"
     assert sorted(path.name for path in checkpoints.iterdir()) == ["latest.json", "step-0000003"]
     assert {path.name: path.read_bytes() for path in (checkpoints / "step-0000003").iterdir()} == before
