@@ -60,7 +60,7 @@ def make_steps(target: Target, arguments: Namespace) -> dict[str, Step]:
 
 
 def measure(
-    steps: dict[str, Step], batch: Batch, products: dict[str, Product], own: Product, repeats: int
+    steps: dict[str, Step], batch: Batch, own: Product, repeats: int
 ) -> tuple[dict[str, list[dict[str, float]]], float]:
     """Seconds by part of each method and repeat, and the share of the time that the kernel took."""
     samples: dict[str, list[dict[str, float]]] = {name: [] for name in steps}
@@ -119,6 +119,21 @@ def benchmark(arguments: Namespace, command: Sequence[str]) -> int:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     target = load_target(arguments.target, arguments.dtype, arguments.device)
+    results = {**common.provenance(MODULE, command, target), **measure_all(target, arguments)}
+    console = common.make_console()
+    report.show(results, PARTS, console)
+    bars = report.bars(results)
+    results["bars"] = [report.bar_values(bar) for bar in bars]
+    common.write_results(out / "training_speed.json", results)
+    report.draw(results, PARTS, out / "training_speed.png")
+    for bar in bars:
+        console.print(str(bar))
+    console.print(f"Wrote {out / 'training_speed.json'} and .png")
+    return int(arguments.check and not all(bar.met for bar in bars))
+
+
+def measure_all(target: Target, arguments: Namespace) -> dict[str, Any]:
+    """Everything but what a reader is told about the machine."""
     steps = make_steps(target, arguments)
     batch = collate(make_rows([arguments.length] * arguments.rows, target.vocab_size)).to(target.device)
     products = {name: Product(DTYPES[name], target.device) for name in ("bfloat16", "float32")}
@@ -129,9 +144,8 @@ def benchmark(arguments: Namespace, command: Sequence[str]) -> int:
         step(batch)  # whatever is made once
         memory[name] = step.memory_peak(batch)
         flops[name] = step.flops(batch)
-    samples, system = measure(steps, batch, products, own, arguments.repeats)
-    results = {
-        **common.provenance(MODULE, command, target),
+    samples, system = measure(steps, batch, own, arguments.repeats)
+    return {
         "settings": {**vars(arguments), "dtype": dtype},
         "products": {
             name: {"flops_per_second": product.best, "size": product.size} for name, product in products.items()
@@ -146,16 +160,6 @@ def benchmark(arguments: Namespace, command: Sequence[str]) -> int:
         "afa_over_lora": report.ratios(samples["afa-lora"], samples["lora"]),
         "packing": measure_packing(steps["afa-lora"], arguments) if arguments.packing_repeats else None,
     }
-    console = common.make_console()
-    report.show(results, PARTS, console)
-    bars = report.bars(results)
-    results["bars"] = [report.bar_values(bar) for bar in bars]
-    common.write_results(out / "training_speed.json", results)
-    report.draw(results, PARTS, out / "training_speed.png")
-    for bar in bars:
-        console.print(str(bar))
-    console.print(f"Wrote {out / 'training_speed.json'} and .png")
-    return int(arguments.check and not all(bar.met for bar in bars))
 
 
 def parse(arguments: Sequence[str]) -> Namespace:

@@ -73,3 +73,17 @@ def test_remembered_hidden_states_are_the_same(tiny_target, layers):
     assert torch.equal(again.last_hidden[kept], passed.last_hidden[kept])
     for name in Features.__dataclass_fields__:
         assert torch.equal(getattr(fresh, name)[kept], getattr(again, name)[kept]), name
+
+
+def test_remembered_hidden_states_are_those_of_their_home_batch(tiny_target, monkeypatch):
+    """Whatever batch asks first: a run that goes on later than the first epoch has to read the same bits."""
+    home, alone = make_batch((14, 9)), make_batch((14,))
+    passes = []
+    forward = type(tiny_target).forward
+    monkeypatch.setattr(
+        tiny_target, "forward", lambda ids, **kw: (passes.append(ids.shape), forward(tiny_target, ids, **kw))[1]
+    )
+    source = FeatureSource(tiny_target, remember=True, home=lambda row: (home, [5, 8]))
+    source.get(alone, [5])
+    source.get(home, [5, 8])
+    assert passes == [home.input_ids.shape]
