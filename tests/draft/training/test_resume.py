@@ -20,8 +20,7 @@ def world(tmp_path_factory):
     return root
 
 
-@pytest.mark.parametrize("accumulation", [1, 3])
-@pytest.mark.parametrize("mode", ["pretrain", "adapt"])
+@pytest.mark.parametrize(("mode", "accumulation"), [("pretrain", 3), ("adapt", 1)])
 def test_kill_9_at_a_random_step(world, tmp_path, mode, accumulation):
     """Four epochs and more, so that hidden states of the first one are remembered and batches regroup."""
     settings = ["--max-steps", "40", "--save-every", "3", "--gradient-accumulation", str(accumulation)]
