@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_tiny_target, save_tiny_target
+from conftest import make_tiny_target
+from interop_heads import files, make_world, refused
 from safetensors.torch import load_file, save_file
 
 from benchmarks.interop import cases
 from benchmarks.interop.cases import CASES, random_head
 from draft.checkpoint import load_head, save_head
 from draft.cli import main
-from draft.errors import UserError
 from draft.interop.exporting import export_head
 from draft.interop.formats import NAMES as FORMATS
 from draft.interop.importing import import_head
@@ -34,23 +34,7 @@ REFUSED = {
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """A target on disk, and a head with each option beside it."""
-    folder = tmp_path_factory.mktemp("world")
-    target = save_tiny_target(folder / "target")
-    target.name = str(folder / "target")
-    for name, options in CASES.items():
-        about = {"target": target.name, "trained_rows": ["a"]}
-        save_head(random_head(target, **options), folder / name, dtype=torch.bfloat16, about=about)
-    return folder, target
-
-
-def files(folder):
-    return [(folder / name).read_bytes() for name in ("config.json", "model.safetensors")]
-
-
-def refused(out, pattern, function, *arguments, **options):
-    with pytest.raises(UserError, match=pattern):
-        function(*arguments, out, **options)
-    assert not out.exists()
+    return make_world(tmp_path_factory.mktemp("world"), CASES)
 
 
 @pytest.mark.parametrize("option", CASES)

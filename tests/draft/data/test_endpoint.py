@@ -18,7 +18,6 @@ from typing import Any
 import httpx
 import pyarrow.parquet as pq
 import pytest
-from conftest import save_tiny_target
 from fastapi import FastAPI, Request, Response
 from http_testing import live
 
@@ -34,18 +33,6 @@ from serving.engine import Engine
 
 SHAPE = {"max_new_tokens": 10, "progress": False, "held_out_share": 0.25, "max_length": 200}
 KEY = "a-key"
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("tiny") / "target"
-    save_tiny_target(root)
-    return root
-
-
-@pytest.fixture(scope="module")
-def target(folder: Path) -> Target:
-    return load_target(str(folder), "float32")
 
 
 @pytest.fixture(scope="module")

@@ -12,28 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import make_writing_target, save_tiny_target
+from conftest import make_writing_target
 
 from draft.data.dataset import Dataset, open_dataset
 from draft.data.prepare import prepare
 from draft.data.shards import Shard, parse_shard
 from draft.errors import UserError
-from draft.target import Target, load_target
+from draft.target import Target
 
 SHAPE = {"max_new_tokens": 8, "progress": False, "held_out_share": 0.25, "max_length": 150}
 COMMAND = ["--max-new-tokens", "8", "--held-out-share", "0.25", "--max-length", "150"]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("tiny") / "target"
-    save_tiny_target(root)
-    return root
-
-
-@pytest.fixture(scope="module")
-def target(folder: Path) -> Target:
-    return load_target(str(folder), "float32")
 
 
 @pytest.fixture
