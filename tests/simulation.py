@@ -25,6 +25,7 @@ class Machine:
     token: float
     draft: float
     free: int = 0
+    reading: float = 0.0  # a token of what the head catches up on, beside a draft step
     noise: float = 0.04  # standard deviation of log seconds
     outliers: float = 0.03  # share of passes that take five times as long
     rng: random.Random = field(default_factory=lambda: random.Random(0))
@@ -34,6 +35,9 @@ class Machine:
 
     def drafting(self, plan: Plan) -> float:
         return plan.length * self.draft / 1e3
+
+    def catching_up(self, tokens: int) -> float:
+        return (self.draft + self.reading * tokens) / 1e3
 
     def measured(self, seconds: float) -> float:
         return seconds * self.rng.lognormvariate(0, self.noise) * (5 if self.rng.random() < self.outliers else 1)
@@ -77,6 +81,8 @@ class Simulation:
     batch: int = 1
     rate: float | Callable[[int], float] = 0.5  # of acceptance, or how it depends on the request's number
     seed: int = 0
+    prompt: int = 0  # tokens of each request's prompt, which the head has not read
+    request: int = REQUEST
 
     def __post_init__(self) -> None:
         self.rng = random.Random(self.seed)
@@ -87,12 +93,13 @@ class Simulation:
         return [self.step() for _ in range(count)]
 
     def step(self) -> Step:
-        self.rows = [(row, number) for row, number in self.rows if row.emitted < REQUEST][: self.batch]
+        self.rows = [(row, number) for row, number in self.rows if row.emitted < self.request][: self.batch]
         while len(self.rows) < self.batch:
             self.requests += 1
-            self.rows.append((self.controller.row(0), self.requests))
+            self.rows.append((self.controller.row(0, self.prompt), self.requests))
         for row, _ in self.rows:
-            row.cap = min(8, REQUEST - row.emitted - 1)
+            row.remaining = self.request - row.emitted
+            row.cap = min(8, row.remaining - 1)
         plan = self.controller.choose([row for row, _ in self.rows])
         done, plans = Step(plan, 0.0, 0.0), [plan.capped(row.cap) for row, _ in self.rows]
         drafting = [row for (row, _), own in zip(self.rows, plans, strict=True) if own != OFF]
@@ -107,13 +114,14 @@ class Simulation:
             accepted = 0
             while accepted < own.length and self.rng.random() < true_rates(own, rate)[accepted]:
                 accepted += 1
-            row.observe(own, accepted, trimmed=row.emitted + accepted + 1 > REQUEST)
+            row.observe(own, accepted, trimmed=row.emitted + accepted + 1 > self.request)
         return done
 
     def _draft(self, plan: Plan, rows: list[RowStats], done: Step) -> None:
         if backlog := sum(row.backlog for row in rows):
-            done.seconds += self.machine.draft / 1e3
-            self.controller.observe_catch_up(backlog, self.machine.measured(self.machine.draft / 1e3))
+            seconds = self.machine.catching_up(backlog)
+            done.seconds += seconds
+            self.controller.observe_catch_up(backlog, self.machine.measured(seconds))
         seconds = self.machine.drafting(plan)
         done.seconds += seconds
         self.controller.observe_draft(len(rows), plan.length, plan.nodes, self.machine.measured(seconds))

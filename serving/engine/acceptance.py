@@ -103,11 +103,12 @@ class RowStats:
 
     cap: the drafted tokens in a row it can still use: 0 when it asked for no speculation, otherwise at most the tokens
     that remain to it less one; the engine lowers it. backlog: tokens decoded that the head has not read; the engine
-    adds those of a prompt that was read without the head.
+    adds those of a prompt that was read without the head. remaining: the most tokens it may still emit.
     """
 
     def __init__(self, overall: Acceptance, cap: int, backlog: int = 0) -> None:
         self.cap, self.backlog = cap, backlog
+        self.remaining = math.inf
         self._overall, self._own = overall, Acceptance(ROW_MEMORY, ROW_STRENGTH)
         self.emitted = 0  # tokens; the controller compares it before and after a step
 

@@ -21,11 +21,11 @@ from serving.engine.costs import ENOUGH, StepCosts
 
 MARGIN = 1.04  # what a plan must promise over the present one, and over plain decoding, to replace it
 PATIENCE = 8  # steps between decisions about an unchanged batch
-PROBE_BUDGET = 0.008  # share of the time that probes may lose
+PROBE_BUDGET = {False: 0.006, True: 0.008}  # share of the time that probes may lose, while nothing is drafted or not
 PROBE_STEPS = 3, 16  # a probe's fewest and most steps
 PROBE_GAP = 48  # steps between two probes, however little they lose
 NEAR = 0.8  # of the present plan's rate must be promised by what is worth a probe while drafting
-CATCH_UP_STEPS = 64  # steps that share the cost of catching up when drafting begins again
+CATCH_UP_STEPS = 64  # steps that share the cost of catching up when drafting begins again, in a request of so many
 
 
 @dataclass
@@ -57,7 +57,10 @@ class Controller:
         self.switches = self.probes = 0
         self.chosen: Counter[Plan] = Counter()
         self._rates: dict[Plan, float] = {}  # tokens per second that each plan promised at the last decision
-        self._clock = self._probe_at = 0.0  # seconds spent in steps
+        # seconds spent in steps without drafting and with it: each has probes of its own, which requests that come and
+        # go, and the switches they bring, put off no further and let begin no sooner
+        self._clocks = {False: 0.0, True: 0.0}
+        self._probe_at = {False: 0.0, True: 0.0}
         self._ran: Counter[Plan] = Counter()  # the step, counted from the first, that last ran each plan
         self._wait = 0  # steps until the next decision
         self._rows: list[RowStats] = []  # of the present step
@@ -125,7 +128,7 @@ class Controller:
     def _finish_step(self) -> None:
         """Account for the step before this one."""
         step, probe = self._step, self._probe
-        self._clock += step.seconds + step.catch_up
+        self._clocks[self.plan != OFF] += step.seconds + step.catch_up
         if probe and step.plan == probe.plan:
             probe.steps += 1
             if step.comparable:
@@ -143,19 +146,20 @@ class Controller:
         elif self._wait > 0 and not changed:
             return self.plan
         self._decide()
-        if self._clock >= self._probe_at:
+        drafting = self.plan != OFF
+        if self._clocks[drafting] >= self._probe_at[drafting]:
             self._begin_probe()
         return self._probe.plan if self._probe else self.plan
 
     def _decide(self) -> None:
         """Choose the plan."""
-        first, rates = not self._rates, self._promised()
-        self._rates = rates
+        self._rates = rates = self._promised()
         best = max(rates, key=lambda plan: rates[plan])
         safe = max((plan for plan in (OFF, self.plan) if plan in rates), key=lambda plan: rates[plan])
         plan = best if rates[best] > MARGIN * rates[safe] else safe
-        if plan != self.plan or first:
-            self._probe_at = self._clock + PROBE_GAP * self._seconds(plan)
+        drafting = plan != OFF
+        if not self._probe_at[drafting] or OFF != self.plan != plan != OFF:
+            self._probe_at[drafting] = self._clocks[drafting] + PROBE_GAP * self._seconds(plan)
         self.switches += plan != self.plan
         self.plan = plan
         self._wait = PATIENCE if self.costs.target.known(self._width(plan)) else ENOUGH
@@ -185,7 +189,9 @@ class Controller:
         """Let the next probe wait until what this one lost is PROBE_BUDGET of the time."""
         # by the model: a step that something else slowed down must not put off the next probe for long
         lost = probe.steps * self._seconds(probe.plan) + probe.catch_up - probe.tokens / self._rates[self.plan]
-        self._probe_at = self._clock + max(lost / PROBE_BUDGET, PROBE_GAP * self._seconds(self.plan))
+        drafting = self.plan != OFF
+        wait = max(lost / PROBE_BUDGET[drafting], PROBE_GAP * self._seconds(self.plan))
+        self._probe_at[drafting] = self._clocks[drafting] + wait
         self._probe = None
 
     def _promised(self) -> dict[Plan, float]:
@@ -220,9 +226,16 @@ class Controller:
         return self.costs.target(width) + drafting
 
     def _catch_up_share(self, plan: Plan) -> float:
-        """Seconds: a step's share of what the head must read before it can draft."""
-        backlog = sum(row.backlog for row in self._rows if row.cap > 0)
-        return self.costs.catch_up(backlog) / CATCH_UP_STEPS if plan != OFF and backlog else 0.0
+        """Seconds: a step's share of what the head must read before it can draft.
+
+        A request that ends soon has fewer steps to share it.
+        """
+        late = [row for row in self._rows if row.cap > 0 and row.backlog]
+        if plan == OFF or not late:
+            return 0.0
+        backlog = sum(row.backlog for row in late)
+        shares = sum(row.backlog / min(CATCH_UP_STEPS, row.remaining) for row in late)
+        return self.costs.catch_up(backlog) * shares / backlog
 
 
 class Fixed(Controller):

@@ -62,7 +62,10 @@ class Curve:
 
     def _curve(self) -> list[tuple[float, float]]:
         if self._knots is None:
-            self._knots = _rising(sorted(_summary(samples) for samples in self._samples.values()))
+            # what was measured once or twice may have been a slow moment, and would speak against itself for good
+            enough = [samples for samples in self._samples.values() if len(samples) >= ENOUGH]
+            chosen = enough if len(enough) > 1 else self._samples.values()
+            self._knots = _rising(sorted(_summary(samples) for samples in chosen))
         return self._knots
 
 

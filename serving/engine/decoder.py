@@ -93,6 +93,7 @@ class Decoder:
         """A tree for each row; most often all of one shape, which the controller chooses."""
         for row in rows:
             row.acceptance.cap = row.draftable if row.drafting is not None else 0
+            row.acceptance.remaining = row.sequence.remaining
         plan = self.controller.choose([row.acceptance for row in rows])
         self._plans = {row: plan.capped(row.acceptance.cap) for row in rows}
         jobs = {
@@ -180,7 +181,7 @@ class Decoder:
             row.acceptance.observe(self._plans[row], accepted, trimmed=trimmed)
         if row.drafting is not None and auxiliary is not None and not row.finished:
             assert self.proposer is not None
-            self.proposer.observe(row.drafting, following, auxiliary[kept])
+            self.proposer.observe(row.drafting, following, _taken(auxiliary, kept))
 
     def _emit(self, row: Row, tree: DraftTree, verdict: Verdict, logits: Tensor) -> list[int]:
         """Append what stands until the sequence ends; returns the ids."""
@@ -202,6 +203,13 @@ class Decoder:
         if sequence.finish_reason is None:  # otherwise the last tokens come with the completion
             row.request.release(sequence.release())
         return emitted
+
+
+def _taken(states: Tensor, rows: list[int]) -> Tensor:
+    """A copy of these rows, which rise: states that wait for the head must not keep those of other sequences."""
+    first, count = rows[0], len(rows)
+    # an index costs several times what a slice does, for every sequence in every step
+    return states[first : first + count].clone() if rows[-1] - first == count - 1 else states[rows]
 
 
 def _logprobs(logits: Tensor, token: int, count: int | None) -> tuple[float | None, list[tuple[int, float]] | None]:

@@ -118,7 +118,7 @@ def test_stops_within_60_steps_when_acceptance_has_fallen():
     assert simulation.controller.plan != OFF
     simulation.rate = 0.02
     simulation.steps(60)
-    assert speed(simulation.steps(200)) >= 0.98 * simulation.machine.worth(OFF, 4, 0.02)
+    assert speed(simulation.steps(200)) >= 0.97 * simulation.machine.worth(OFF, 4, 0.02)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -177,11 +177,14 @@ def test_leaves_a_plan_that_only_stale_figures_of_plain_steps_speak_for():
 @pytest.mark.parametrize("machine", [MEMORY_BOUND, TWO_CORES, COMPUTE_BOUND, SLOW_HEAD])
 @pytest.mark.parametrize("batch", [1, 8])
 def test_noise_leads_to_few_switches(machine: dict, batch: int):
-    simulation = simulate(machine, batch, rate=0.5, seed=3)
-    simulation.steps(200)
-    before = simulation.controller.switches
-    simulation.steps(600)
-    assert simulation.controller.switches - before <= 4
+    switches = 0
+    for seed in range(4):
+        simulation = simulate(machine, batch, rate=0.5, seed=seed)
+        simulation.steps(200)
+        before = simulation.controller.switches
+        simulation.steps(600)
+        switches += simulation.controller.switches - before
+    assert switches / 4 <= 6  # between plans that are worth the same
 
 
 @pytest.mark.parametrize("machine", [TWO_CORES, SLOW_HEAD, COMPUTE_BOUND])
@@ -192,6 +195,21 @@ def test_probes_lose_less_than_one_percent_of_the_time(machine: dict):
     steps = simulation.steps(1500)
     assert simulation.controller.probes > probes  # it keeps looking
     assert speed(steps) >= 0.99 * simulation.machine.worth(OFF, 4, 0.05)
+
+
+@pytest.mark.parametrize("tokens", [16, 128])
+@pytest.mark.parametrize("batch", [2, 8, 16])
+def test_requests_that_come_and_go_do_not_make_it_lose_to_plain(batch: int, tokens: int):
+    """Drafting pays for one request, hardly for two, and for no more; the head must read each prompt first."""
+    simulation = simulate(dict(base=8, token=2.2, draft=0.8, reading=0.09), batch, rate=0.42, seed=batch)
+    simulation.prompt, simulation.request = 100, tokens
+    steps, plain = [], 0.0
+    for turn in range(600):
+        simulation.batch = batch if turn % 3 else batch - max(1, batch // 4)  # a client is away now and then
+        now = simulation.steps(2)
+        alone = simulation.batch / simulation.machine.target(simulation.batch)
+        steps, plain = steps + now, plain + sum(step.tokens for step in now) / alone
+    assert sum(step.seconds for step in steps) <= plain / 0.975
 
 
 def test_catching_up_counts_against_drafting_again():
