@@ -67,6 +67,8 @@ class Engines:
                 mode=arguments.mode,
                 threads=arguments.threads,
                 max_batch=max(arguments.batch),
+                # all prompts in one step: none is decoded, and no clock runs, while another is still read
+                prefill_chunk=max(arguments.batch) * target.max_length,
                 speculation_length=max(arguments.speculation_length),
                 **options,
             )

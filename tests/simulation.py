@@ -83,6 +83,7 @@ class Simulation:
     seed: int = 0
     prompt: int = 0  # tokens of each request's prompt, which the head has not read
     request: int = REQUEST
+    beside_prompts: bool = False  # whether parts of other prompts are read in each step, too
 
     def __post_init__(self) -> None:
         self.rng = random.Random(self.seed)
@@ -104,10 +105,11 @@ class Simulation:
         done, plans = Step(plan, 0.0, 0.0), [plan.capped(row.cap) for row, _ in self.rows]
         drafting = [row for (row, _), own in zip(self.rows, plans, strict=True) if own != OFF]
         if drafting:
-            self._draft(plan, drafting, done)
+            self._draft([own for own in plans if own != OFF], drafting, done)
         width = sum(1 + own.nodes for own in plans)
         done.seconds += self.machine.target(width)
-        self.controller.observe_target(width, self.machine.measured(self.machine.target(width)))
+        seconds = self.machine.measured(self.machine.target(width))
+        self.controller.observe_target(width, seconds, ignore=self.beside_prompts)
         for (row, number), own in zip(self.rows, plans, strict=True):
             rate = self.rate(number) if callable(self.rate) else self.rate
             done.tokens += expected(own, rate)
@@ -117,14 +119,14 @@ class Simulation:
             row.observe(own, accepted, trimmed=row.emitted + accepted + 1 > self.request)
         return done
 
-    def _draft(self, plan: Plan, rows: list[RowStats], done: Step) -> None:
+    def _draft(self, plans: list[Plan], rows: list[RowStats], done: Step) -> None:
         if backlog := sum(row.backlog for row in rows):
             seconds = self.machine.catching_up(backlog)
             done.seconds += seconds
             self.controller.observe_catch_up(backlog, self.machine.measured(seconds))
-        seconds = self.machine.drafting(plan)
+        seconds = self.machine.drafting(max(plans, key=lambda plan: plan.length))
         done.seconds += seconds
-        self.controller.observe_draft(len(rows), plan.length, plan.nodes, self.machine.measured(seconds))
+        self.controller.observe_draft(plans, self.machine.measured(seconds))
 
 
 def speed(steps: list[Step]) -> float:

@@ -8,6 +8,8 @@ from functools import cached_property
 from itertools import accumulate
 from operator import mul
 
+from serving.engine.tree import BRANCHING
+
 INITIAL_RATE = 0.7  # of a head that was never seen: high enough for it to be tried
 OVERALL_MEMORY, ROW_MEMORY = 256, 64  # verifications after which an observation weighs 1/e
 OVERALL_STRENGTH, ROW_STRENGTH = 3, 16  # verifications that the prior of an estimate is worth
@@ -25,6 +27,11 @@ class Plan:
     def chain(cls, length: int) -> Plan:
         return cls(length, length)
 
+    @classmethod
+    def tree(cls, depth: int, nodes: int) -> Plan:
+        """Of so many nodes, or of as many as find room at that depth."""
+        return cls(depth, min(nodes, BRANCHING) if depth == 1 else nodes)
+
     @cached_property
     def kind(self) -> str:
         """ "off", "chain" or "tree"."""
@@ -34,7 +41,7 @@ class Plan:
         """This plan for a request that can use at most `cap` drafted tokens in a row."""
         if cap >= self.length:
             return self
-        return Plan(cap, cap if self.kind == "chain" or cap == 0 else self.nodes)
+        return Plan.chain(cap) if self.kind == "chain" or cap == 0 else Plan.tree(cap, self.nodes)
 
     def __str__(self) -> str:
         return {"off": "off", "chain": f"chain {self.length}", "tree": f"tree {self.nodes}x{self.length}"}[self.kind]
@@ -81,14 +88,16 @@ class Acceptance:
             prior = widened(self.rates(Plan.chain(plan.length)), plan.nodes)
         strength = self._strength * self._weight
         rates: list[float] = []
-        for position, (accepted, tried) in enumerate(self._of(plan)[: plan.length]):
+        counts = self._counts.get(_shape(plan), [])  # which people may read while the engine goes on
+        for position in range(plan.length):
+            accepted, tried = counts[position] if position < len(counts) else (0.0, 0.0)
             expected = prior[position] if prior else rates[-1] if rates else INITIAL_RATE
             rates.append((accepted + strength * expected) / (tried + strength))
         return rates
 
     def _of(self, plan: Plan) -> list[list[float]]:
         """The counts of the plan's shape, at least as many as it has positions."""
-        counts = self._counts.setdefault(plan.nodes if plan.kind == "tree" else 0, [])
+        counts = self._counts.setdefault(_shape(plan), [])
         while len(counts) < plan.length:
             counts.append([0.0, 0.0])
         return counts
@@ -133,6 +142,10 @@ class RowStats:
         overall: the overall rates of `plan`.
         """
         return list(accumulate(accumulate(self._own.rates(plan, overall), mul), initial=1.0))
+
+
+def _shape(plan: Plan) -> int:
+    return plan.nodes if plan.kind == "tree" else 0
 
 
 def widened(chain: list[float], nodes: int) -> list[float]:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from draft.heads import MedusaHead
-from serving.engine.proposers import BRANCHING, Job, spread
-from serving.engine.tree import DraftTree, TreeGrower
+from serving.engine.proposers import Job, spread
+from serving.engine.tree import BRANCHING, DraftTree, TreeGrower
 
 
 @dataclass(eq=False)

@@ -40,7 +40,7 @@ class View:
     positions: Tensor  # [N]
     table: Tensor  # [segments, 5]
     mask: Tensor  # [N, W], or [0, 2] where all are chains
-    masks: dict[int, Tensor]  # window -> the same with only what is within it, for windows a tree may be deeper than
+    masks: dict[int, Tensor]  # window -> the same with only what is within it
     compiled: bool = False  # whether torch.compile reads it, which must not build again for other numbers of segments
 
     @classmethod

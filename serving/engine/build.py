@@ -157,7 +157,7 @@ def _pack(target: Target, head: DraftHead | None, threads: int | None) -> DraftH
     pack_linears(target.model, target.dtype)
     target.lm_head = target.model.get_output_embeddings()
     if head is not None:
-        head = copy.deepcopy(head)
+        head = copy.deepcopy(head).to(target.dtype)
         pack_linears(head, target.dtype)
     if threads is not None:
         set_threads(threads)

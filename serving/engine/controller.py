@@ -21,8 +21,9 @@ from serving.engine.costs import ENOUGH, StepCosts
 
 MARGIN = 1.04  # what a plan must promise over the present one, and over plain decoding, to replace it
 PATIENCE = 8  # steps between decisions about an unchanged batch
-PROBE_BUDGET = {False: 0.006, True: 0.008}  # share of the time that probes may lose, while nothing is drafted or not
+PROBE_BUDGET = {False: 0.003, True: 0.008}  # share of the time that probes may lose beside plain decoding, and drafting
 PROBE_STEPS = 3, 16  # a probe's fewest and most steps
+PROBE_ROWS = 4  # one request in so many drafts in a probe beside plain decoding: the head must catch up on each
 PROBE_GAP = 48  # steps between two probes, however little they lose
 NEAR = 0.8  # of the present plan's rate must be promised by what is worth a probe while drafting
 CATCH_UP_STEPS = 64  # steps that share the cost of catching up when drafting begins again, in a request of so many
@@ -33,10 +34,12 @@ class _Stretch:
     """Steps of one plan, as they turned out."""
 
     plan: Plan
-    steps: int = 0
+    run: int = 0  # steps
+    steps: int = 0  # those of them without other work, of which tokens and seconds are
     tokens: int = 0
     seconds: float = 0.0
-    catch_up: float = 0.0  # seconds, too
+    expected: float = 0.0  # seconds, by the model
+    catch_up: float = 0.0  # seconds, of all
     comparable: bool = True  # False: it held other work, too
 
 
@@ -57,8 +60,8 @@ class Controller:
         self.switches = self.probes = 0
         self.chosen: Counter[Plan] = Counter()
         self._rates: dict[Plan, float] = {}  # tokens per second that each plan promised at the last decision
-        # seconds spent in steps without drafting and with it: each has probes of its own, which requests that come and
-        # go, and the switches they bring, put off no further and let begin no sooner
+        # seconds for which the plan was not to draft, and to draft: each has probes of its own, which requests that
+        # come and go, and the switches they bring, put off no further and let begin no sooner
         self._clocks = {False: 0.0, True: 0.0}
         self._probe_at = {False: 0.0, True: 0.0}
         self._ran: Counter[Plan] = Counter()  # the step, counted from the first, that last ran each plan
@@ -76,12 +79,16 @@ class Controller:
         """The plan for this step; each request drafts `plan.capped(row.cap)`.
 
         rows: of all requests that are decoded in the step, those that draft nothing (cap 0) too: they share its pass.
+        Those that a probe leaves out get a cap of 0 for this step.
         """
         self._finish_step()
         changed = len(rows) != len(self._rows)
         self._rows, self._emitted = list(rows), sum(row.emitted for row in rows)
         plan = self._next(changed) if any(row.cap > 0 for row in rows) else OFF
-        self._step = _Stretch(plan, steps=1)
+        if self._probe and self.plan == OFF:
+            for row in self._left_out():
+                row.cap = 0
+        self._step = _Stretch(plan, expected=self._seconds(plan) if rows else 0.0)
         self.chosen[plan] += 1
         self._ran[plan] = self.chosen.total()
         return plan
@@ -97,9 +104,11 @@ class Controller:
             self.costs.target.observe(tokens, seconds)
         self._step.seconds += seconds
 
-    def observe_draft(self, rows: int, steps: int, nodes: int, seconds: float) -> None:
-        """Drafting for `rows` requests, `nodes` tokens each in `steps` steps, with re-reading what was accepted."""
-        self.costs.draft[Plan(steps, nodes).kind].observe(rows * nodes / steps, seconds / steps)
+    def observe_draft(self, drafted: Sequence[Plan], seconds: float) -> None:
+        """Drafting for all requests that draft, each by its own plan, with re-reading what was accepted."""
+        steps, nodes = max(plan.length for plan in drafted), sum(plan.nodes for plan in drafted)
+        kind = "tree" if any(plan.kind == "tree" for plan in drafted) else "chain"
+        self.costs.draft[kind].observe(nodes / steps, seconds / steps)
         self._step.seconds += seconds
 
     def observe_catch_up(self, tokens: int, seconds: float) -> None:
@@ -120,7 +129,7 @@ class Controller:
             "acceptance": {
                 str(plan): self.acceptance.rates(plan) for plan in self.plans if plan == self._shape(plan) != OFF
             },
-            "steps": {str(plan): count for plan, count in self.chosen.items()},
+            "steps": {str(plan): count for plan, count in self.chosen.copy().items()},
             "switches": self.switches,
             "probes": self.probes,
         }
@@ -130,14 +139,16 @@ class Controller:
         step, probe = self._step, self._probe
         self._clocks[self.plan != OFF] += step.seconds + step.catch_up
         if probe and step.plan == probe.plan:
-            probe.steps += 1
+            probe.run += 1
+            probe.catch_up += step.catch_up
             if step.comparable:
+                probe.steps += 1
                 probe.tokens += sum(row.emitted for row in self._rows) - self._emitted
                 probe.seconds += step.seconds
-                probe.catch_up += step.catch_up
+                probe.expected += step.expected
 
     def _next(self, changed: bool) -> Plan:
-        """Go on with a probe or the plan, or decide anew. changed: requests have joined or left."""
+        """Go on with a probe or the plan, or decide anew. changed: there are more requests or fewer."""
         self._wait -= 1
         if self._probe and not changed and self._keeps_up(self._probe):
             return self._probe.plan
@@ -180,15 +191,22 @@ class Controller:
         self._probe = _Stretch(plan)
         self.probes += 1
 
+    def _left_out(self) -> list[RowStats]:
+        """The requests that draft nothing in a probe: those that the head would have most to read of."""
+        able = sorted((row for row in self._rows if row.cap > 0), key=lambda row: row.backlog)
+        return able[-(-len(able) // PROBE_ROWS) :]
+
     def _keeps_up(self, probe: _Stretch) -> bool:
         fewest, most = PROBE_STEPS
+        if self.plan == OFF and len(self._rows) > 1:
+            fewest *= 2  # in which few requests draft
         slower = probe.tokens < self._rates[self.plan] * probe.seconds
-        return probe.steps < fewest or (probe.steps < most and not slower)
+        return probe.run < most and (probe.steps < fewest or not slower)
 
     def _end_probe(self, probe: _Stretch) -> None:
         """Let the next probe wait until what this one lost is PROBE_BUDGET of the time."""
         # by the model: a step that something else slowed down must not put off the next probe for long
-        lost = probe.steps * self._seconds(probe.plan) + probe.catch_up - probe.tokens / self._rates[self.plan]
+        lost = probe.expected + probe.catch_up - probe.tokens / self._rates[self.plan]
         drafting = self.plan != OFF
         wait = max(lost / PROBE_BUDGET[drafting], PROBE_GAP * self._seconds(self.plan))
         self._probe_at[drafting] = self._clocks[drafting] + wait
@@ -222,7 +240,8 @@ class Controller:
     def _seconds(self, plan: Plan) -> float:
         """Of a step, catching up aside."""
         width = self._width(plan)
-        drafting = self.costs.draft_seconds(plan.kind, plan.length, width - len(self._rows))
+        steps = max(plan.capped(row.cap).length for row in self._rows)
+        drafting = self.costs.draft_seconds(plan.kind, steps, width - len(self._rows))
         return self.costs.target(width) + drafting
 
     def _catch_up_share(self, plan: Plan) -> float:

@@ -28,7 +28,7 @@ class Curve:
         self._knots = None
 
     def seed(self, width: float, seconds: float) -> None:
-        """A figure from a calibration: as good as measurements until as many have been made."""
+        """A figure from a calibration, as good as ENOUGH measurements."""
         for _ in range(ENOUGH):
             self.observe(width, seconds)
 
@@ -61,12 +61,15 @@ class Curve:
         return {f"{width:.4g}": seconds for width, seconds in self._curve()}
 
     def _curve(self) -> list[tuple[float, float]]:
-        if self._knots is None:
+        knots = self._knots
+        if knots is None:
+            # copies: people read this while the engine goes on
+            every = [list(samples) for samples in list(self._samples.values())]
             # what was measured once or twice may have been a slow moment, and would speak against itself for good
-            enough = [samples for samples in self._samples.values() if len(samples) >= ENOUGH]
-            chosen = enough if len(enough) > 1 else self._samples.values()
-            self._knots = _rising(sorted(_summary(samples) for samples in chosen))
-        return self._knots
+            enough = [samples for samples in every if len(samples) >= ENOUGH]
+            chosen = enough if len(enough) > 1 else every
+            knots = self._knots = _rising(sorted(_summary(samples) for samples in chosen))
+        return knots
 
 
 class StepCosts:
@@ -99,7 +102,7 @@ def _bucket(width: float) -> int:
     return octave * 16 + (whole >> octave)
 
 
-def _summary(samples: deque[tuple[float, float]]) -> tuple[float, float, int]:
+def _summary(samples: list[tuple[float, float]]) -> tuple[float, float, int]:
     """(width, seconds, count): the mean width, and the mean of the middle half (of few: their median)."""
     ordered = sorted(seconds for _, seconds in samples)
     count = len(ordered)

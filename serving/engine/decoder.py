@@ -43,7 +43,7 @@ class _Work:
 class Seconds:
     """Where the time of all steps without prompts went."""
 
-    head: float = 0.0  # drafting, and reading what was accepted
+    head: float = 0.0  # drafting, and reading what was accepted (of the steps with prompts, too)
     target: float = 0.0  # its pass, to the logits
     sampling: float = 0.0  # verification
     other: float = 0.0  # batches, text, bookkeeping
@@ -111,7 +111,7 @@ class Decoder:
         caught_up = time.perf_counter()
         trees = dict(zip(jobs, self.proposer.propose(list(jobs.values())), strict=True))
         drafted = time.perf_counter()
-        self.controller.observe_draft(len(jobs), plan.length, plan.nodes, drafted - caught_up)
+        self.controller.observe_draft([self._plans[row] for row in jobs], drafted - caught_up)
         self.seconds.head += drafted - began
         for row in jobs:
             row.stats.decode_seconds += drafted - began

@@ -7,6 +7,7 @@ import secrets
 import threading
 import time
 from collections.abc import Sequence as Ids
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -19,7 +20,6 @@ from draft.target import Target
 from serving.engine.build import Models, build_models
 from serving.engine.decoder import Decoder
 from serving.engine.line import Line
-from serving.engine.proposers import BRANCHING
 from serving.engine.request import (
     MAX_SPECULATION_LENGTH,
     EngineStopped,
@@ -30,7 +30,8 @@ from serving.engine.request import (
 from serving.engine.rows import Row
 from serving.engine.sampling import Processor
 from serving.engine.sequence import SEED_LIMIT, Completion, SamplingParams, Sequence, special_ids
-from serving.engine.settings import SPECULATIONS, check_choice, check_max_length, check_positive, make_controller
+from serving.engine.settings import SPECULATIONS, check_choice, check_max_length, check_whole, make_controller
+from serving.engine.tree import BRANCHING
 from serving.engine.verification import RULES, make_rule
 from serving.engine.warm_up import warm_up
 
@@ -87,8 +88,13 @@ class Engine:
             self.speculation_length = min(self.speculation_length, head.longest)
         self.rule = check_choice("rule", rule, tuple(RULES))
         self.max_length = check_max_length(max_length, target)
-        self.max_batch = check_positive("max_batch", max_batch)
-        self.max_waiting, self.max_waiting_tokens = max_waiting, max_waiting_tokens
+        self.max_batch = check_whole("max_batch", max_batch)
+        self.max_waiting = check_whole("max_waiting", max_waiting, least=0)
+        self.max_waiting_tokens = max_waiting_tokens
+        for name, value in (("max_waiting_tokens", max_waiting_tokens), ("threads", threads)):
+            if value is not None:
+                check_whole(name, value)
+        check_whole("tree_size", tree_size)
         self._line = Line(max_waiting, max_waiting_tokens)
         models = build_models(
             target,
@@ -108,7 +114,7 @@ class Engine:
             models.runner,
             models.proposer,
             self.controller,
-            prefill_chunk=check_positive("prefill_chunk", prefill_chunk),
+            prefill_chunk=check_whole("prefill_chunk", prefill_chunk),
         )
         self._special_ids = special_ids(target.tokenizer, target.eos_token_ids)
         self._rows: list[Row] = []  # touched by the thread that steps only
@@ -161,14 +167,22 @@ class Engine:
             self._check_request(prompt, own, wishes)
         requests = [Request(list(prompt), own, wishes) for prompt, own in zip(prompts, each, strict=True)]
         self._line.join_all(requests)
-        if self._thread is None:
-            while any(not request.done for request in requests) and self.step():
-                pass
-        return [request.result() for request in requests]
+        try:
+            if self._thread is None:
+                while any(not request.done for request in requests) and self.step():
+                    pass
+            return [request.result() for request in requests]
+        finally:  # whoever interrupts this does not want the rest
+            for request in requests:
+                request.cancel()
 
     def _check_request(self, prompt_ids: Ids[int], params: SamplingParams, wishes: Speculation) -> None:
         if not len(prompt_ids):
             raise UserError("the prompt is empty; give at least one token.")
+        if not all(isinstance(token, Integral) for token in prompt_ids):
+            raise UserError(
+                f"the prompt is {prompt_ids!r:.80}, not a list of token ids; encode it with target.encode_chat."
+            )
         wrong = [token for token in prompt_ids if not 0 <= token < self.target.vocab_size]
         if wrong:
             raise UserError(

@@ -12,10 +12,8 @@ from torch import Tensor
 from serving.engine.batch import Batch, Segment
 from serving.engine.compiler import FORK
 from serving.engine.runner import HeadRunner
-from serving.engine.tree import DraftTree, TreeGrower
+from serving.engine.tree import BRANCHING, DraftTree, TreeGrower
 from serving.engine.verification import Rule
-
-BRANCHING = 8  # children that a tree's node may have, and nodes that the head reads at a depth
 
 
 @dataclass(frozen=True)
@@ -127,10 +125,7 @@ class HeadProposer:
         cache = self.runner.cache
         waiting = [state for state in states if state.backlog]
         total = sum(state.backlog for state in waiting)
-        fused = {
-            id(state): self.runner.fuse(state.auxiliary[0] if len(state.auxiliary) == 1 else torch.cat(state.auxiliary))
-            for state in waiting
-        }  # [backlog, hidden] each
+        fused = self._fuse(waiting)
         while waiting:
             room, segments, parts = self.read_limit, list[Segment](), list[Tensor]()
             reading: list[tuple[HeadState, int]] = []
@@ -154,6 +149,14 @@ class HeadProposer:
         for state in states:
             state.auxiliary.clear()
         return total
+
+    def _fuse(self, waiting: Sequence[HeadState]) -> dict[int, Tensor]:
+        """The states that wait, [backlog, hidden] for each sequence: the weights are read once for all of them."""
+        if not waiting:
+            return {}
+        fused = self.runner.fuse(torch.cat([states for state in waiting for states in state.auxiliary]))
+        parts = fused.split([state.backlog for state in waiting])
+        return {id(state): part for state, part in zip(waiting, parts, strict=True)}
 
     def _chains(self, jobs: list[Job]) -> list[DraftTree]:
         lengths = self.runner.cache.lengths

@@ -120,11 +120,13 @@ class Request:
         try:
             while True:
                 tokens, done = self._take()
-                if done:
+                if done and (self.future.exception() is None or not tokens):
                     yield tokens, self.future.result()
                     return
-                if tokens:
+                if tokens:  # what came before an error comes before it
                     yield tokens, None
+                if done:
+                    continue
                 await changed.wait()
                 changed.clear()
         finally:

@@ -23,7 +23,6 @@ from serving.engine.compiler import set_compiler_up
 if TYPE_CHECKING:
     from serving.engine.cpu.decoder import FusedDecoder
 
-_DEEPEST = 64  # no tree is deeper
 _PROBED = 24  # tokens by which two ways to run the layers are compared
 
 
@@ -41,9 +40,8 @@ class TargetRunner:
         self.target, self.layers = target, layers
         self.view = View.empty()
         probe = _find_attention(target)
-        # wider ones hold any tree that is ever drafted
-        windows = {scoring.window for scoring in probe.scoring}
-        self.view.masks = {window: self.view.mask for window in windows if 0 < window <= _DEEPEST}
+        # a part of a prompt, beside a tree, may be longer than any window
+        self.view.masks = {scoring.window: self.view.mask for scoring in probe.scoring if scoring.window > 0}
         self.scoring = probe.scoring
         self.cache = SlotCache(list(probe.found.values()), slots, capacity)
         self.attached = {
@@ -231,7 +229,11 @@ def _attention_by(target: Target, attached: dict[nn.Module, Any]) -> Iterator[No
     with attending_by(target, NAME):
         for module, layer in attached.items():
             module.__dict__["draftsmith"] = layer
-        yield
+        try:
+            yield
+        finally:  # or the target would keep an engine's slots after it
+            for module in attached:
+                del module.__dict__["draftsmith"]
 
 
 @contextmanager

@@ -133,7 +133,8 @@ def warp(logits: Tensor, params: SamplingParams) -> Tensor:
     if not top_k and params.top_p == 1 and params.min_p == 0:
         return scores.log_softmax(dim=-1)
     total = None if top_k or params.top_p == 1 else scores.logsumexp(dim=-1, keepdim=True)
-    for count in (top_k + _TIES_GUESS if top_k else _NUCLEUS_GUESS, 8 * _NUCLEUS_GUESS, vocab):
+    guess = top_k + _TIES_GUESS if top_k else _NUCLEUS_GUESS
+    for count in (guess, max(guess, 8 * _NUCLEUS_GUESS), vocab):
         largest = _largest(scores, min(count, vocab))  # [..., count], falling
         edge = _edge(largest, top_k, params, total)
         inside = largest >= edge

@@ -11,10 +11,11 @@ SPECULATIONS = ("auto", "chain", "tree", "off")
 
 
 def make_controller(speculation: str, length: int, tree_size: int) -> Controller:
-    trees = [Plan(length, size) for size in sorted({8, 16, 32, tree_size}) if length < size <= tree_size]
+    sizes = [size for size in sorted({8, 16, 32, tree_size}) if 0 < length < size <= tree_size]
+    trees = list(dict.fromkeys(Plan.tree(length, size) for size in sizes))
     if speculation == "auto":
         return Controller([*(Plan.chain(k) for k in range(1, length + 1)), *trees])
-    if speculation == "tree" and not trees:
+    if speculation == "tree" and length and not trees:
         raise UserError(
             f"tree_size = {tree_size}: a tree has more nodes than its depth, {length}; choose a larger one."
         )
@@ -27,15 +28,15 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> str:
     return value
 
 
-def check_positive(name: str, value: int) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise UserError(f"{name} = {value!r}: it must be a whole number of at least 1.")
+def check_whole(name: str, value: int, least: int = 1) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise UserError(f"{name} = {value!r}: it must be a whole number of at least {least}.")
     return value
 
 
 def check_max_length(length: int | None, target: Target) -> int:
     if length is None:
         return target.max_length
-    if not 2 <= length <= target.max_length:
+    if not isinstance(length, int) or not 2 <= length <= target.max_length:
         raise UserError(f"max_length = {length}: it must be from 2 to {target.max_length}; {target.limit_reason}.")
     return length

@@ -9,6 +9,8 @@ from functools import cached_property
 
 from torch import Tensor
 
+BRANCHING = 8  # children that a node may have, and nodes that the head reads at a depth
+
 
 @dataclass(frozen=True)
 class DraftTree:

@@ -113,12 +113,15 @@ def test_finds_out_within_400_steps_that_acceptance_has_risen(batch: int, seed: 
 
 
 def test_stops_within_60_steps_when_acceptance_has_fallen():
-    simulation = simulate(TWO_CORES, batch=4, rate=0.8)
-    simulation.steps(300)
-    assert simulation.controller.plan != OFF
-    simulation.rate = 0.02
-    simulation.steps(60)
-    assert speed(simulation.steps(200)) >= 0.97 * simulation.machine.worth(OFF, 4, 0.02)
+    steps = []
+    for seed in range(4):
+        simulation = simulate(TWO_CORES, batch=4, rate=0.8, seed=seed)
+        simulation.steps(300)
+        assert simulation.controller.plan != OFF
+        simulation.rate = 0.02
+        simulation.steps(60)
+        steps += simulation.steps(200)
+    assert speed(steps) >= 0.97 * simulation.machine.worth(OFF, 4, 0.02)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -139,6 +142,31 @@ def test_a_probe_that_only_loses_is_a_short_one():
     assert probes and max(map(len, probes)) <= 4
 
 
+def test_a_probe_beside_prompts_ends_and_does_not_put_off_the_next_one():
+    simulation = simulate(TWO_CORES, batch=4, rate=0.05, plans=CHAINS)
+    simulation.steps(300)
+    probes = simulation.controller.probes
+    while simulation.controller.probes == probes:
+        simulation.step()
+    simulation.beside_prompts = True
+    beside = simulation.steps(40)
+    assert 0 < sum(step.plan != OFF for step in beside) <= 16
+    simulation.beside_prompts = False
+    steps = 0
+    while simulation.controller.probes == probes + 1:
+        simulation.step()
+        steps += 1
+    assert steps < 500
+
+
+def test_a_draft_step_costs_what_it_does_where_requests_draft_less_than_the_plan():
+    simulation = simulate(MEMORY_BOUND, rate=0.6, plans=CHAINS)
+    simulation.request = 3
+    simulation.steps(300)
+    steps = simulation.controller.stats()["draft_step_seconds"]["chain"]
+    assert steps["1"] == pytest.approx(1e-3, rel=0.1)
+
+
 def test_longer_chains_are_looked_at_again_when_deeper_positions_have_improved():
     acceptance = Acceptance(memory=256, strength=3)
     for _ in range(100):
@@ -149,17 +177,17 @@ def test_longer_chains_are_looked_at_again_when_deeper_positions_have_improved()
     assert acceptance.rates(Plan.chain(6))[2] > 0.9
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_a_machine_that_slows_down_and_recovers_does_not_lead_astray(seed: int):
+def test_a_machine_that_slows_down_and_recovers_does_not_lead_astray():
     """Another process comes and goes: all passes take 2.5 times as long for a while."""
-    simulation = simulate(MEMORY_BOUND, batch=4, rate=0.6, seed=seed)
-    simulation.steps(400)
-    machine, usual = simulation.machine, simulation.machine.measured
     steps = []
-    for factor in (2.5, 1.0) * 3:
-        machine.measured = lambda seconds, factor=factor: factor * usual(seconds)
-        steps += simulation.steps(150)
-    assert speed(steps) >= 0.9 * best(simulation)[1]
+    for seed in range(3):
+        simulation = simulate(MEMORY_BOUND, batch=4, rate=0.6, seed=seed)
+        simulation.steps(400)
+        machine, usual = simulation.machine, simulation.machine.measured
+        for factor in (2.5, 1.0) * 3:
+            machine.measured = lambda seconds, factor=factor, usual=usual: factor * usual(seconds)
+            steps += simulation.steps(150)
+    assert speed(steps) >= 0.92 * best(simulation)[1]
 
 
 def test_leaves_a_plan_that_only_stale_figures_of_plain_steps_speak_for():
@@ -192,7 +220,7 @@ def test_probes_lose_less_than_one_percent_of_the_time(machine: dict):
     simulation = simulate(machine, batch=4, rate=0.05, seed=1)
     simulation.steps(200)
     probes = simulation.controller.probes
-    steps = simulation.steps(1500)
+    steps = simulation.steps(4000)
     assert simulation.controller.probes > probes  # it keeps looking
     assert speed(steps) >= 0.99 * simulation.machine.worth(OFF, 4, 0.05)
 
@@ -289,6 +317,7 @@ def test_trees_are_guessed_from_chains_and_then_measured():
 def test_plans():
     assert [str(plan) for plan in (OFF, Plan.chain(3), Plan(4, 16))] == ["off", "chain 3", "tree 16x4"]
     assert Plan.chain(5).capped(2) == Plan.chain(2) and Plan(4, 16).capped(2) == Plan(2, 16)
+    assert Plan(4, 16).capped(1) == Plan.tree(1, 16) == Plan(1, 8)  # a node has no more children
     assert Plan(4, 16).capped(0) == Plan.chain(5).capped(0) == OFF and Plan(4, 16).capped(9) == Plan(4, 16)
 
 

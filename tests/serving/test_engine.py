@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from typing import Any
@@ -172,6 +173,28 @@ def test_stats_are_json_and_say_what_runs() -> None:
     assert sum(engine.stats()["speculation"]["steps"].values()) > 0
 
 
+@pytest.mark.parametrize("speculation", ["auto", "chain", "tree"])
+def test_a_speculation_length_of_0_is_off(speculation: str) -> None:
+    engine = Engine(TARGET, HEAD, speculation=speculation, speculation_length=0)
+    (answer,) = engine.generate([[50]], params(5))
+    assert answer.stats.drafted == 0 and engine.stats()["speculation"]["plan"] == "off"
+
+
+def test_an_interrupted_generate_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, step, count = Engine(TARGET), Engine.step, itertools.count()
+
+    def interrupted(self: Engine) -> bool:
+        if next(count) == 3:
+            raise KeyboardInterrupt
+        return step(self)
+
+    monkeypatch.setattr(Engine, "step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        engine.generate([[50]], params(40))
+    (answer,) = engine.generate([[51]], params(3))
+    assert (len(answer.token_ids), engine.running) == (3, 0)
+
+
 def test_a_plain_engine_needs_no_head() -> None:
     params_ = params(5)
     (plain,) = Engine(TARGET).generate([[50]], params_)
@@ -201,9 +224,15 @@ def test_a_requests_own_wishes() -> None:
 
 @pytest.mark.parametrize(
     ("prompt", "count", "numbers"),
-    [([], 5, ["empty"]), ([5] * 70, 5, ["70", "5", "72", "2"]), ([5, 259], 5, ["259", "258"]), ([-1], 5, ["-1"])],
+    [
+        ([], 5, ["empty"]),
+        ([5] * 70, 5, ["70", "5", "72", "2"]),
+        ([5, 259], 5, ["259", "258"]),
+        ([-1], 5, ["-1"]),
+        ("Hello", 5, ["token ids", "Hello"]),
+    ],
 )
-def test_prompts_that_cannot_be_served_are_refused(prompt: list[int], count: int, numbers: list[str]) -> None:
+def test_prompts_that_cannot_be_served_are_refused(prompt: Any, count: int, numbers: list[str]) -> None:
     engine = Engine(TARGET)
     for ask in (lambda: engine.submit(prompt, params(count)), lambda: engine.generate([[5], prompt], params(count))):
         with pytest.raises(UserError) as error:
@@ -227,6 +256,11 @@ def test_prompts_that_cannot_be_served_are_refused(prompt: list[int], count: int
         ({"max_length": 1}, "1"),
         ({"max_batch": 0}, "max_batch = 0"),
         ({"prefill_chunk": 0}, "prefill_chunk = 0"),
+        ({"max_length": 20.5}, "20.5"),
+        ({"max_waiting": -1}, "max_waiting = -1"),
+        ({"max_waiting_tokens": 0}, "max_waiting_tokens = 0"),
+        ({"tree_size": "16"}, "tree_size = '16'"),
+        ({"threads": 0}, "threads = 0"),
     ],
 )
 def test_options_out_of_range_are_refused(options: dict[str, Any], words: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from dataclasses import replace
 from typing import Any
 
@@ -36,6 +38,7 @@ FUSED: dict[str, tuple[str, dict[str, Any]]] = {
     "llama, biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
     "llama, llama3 rope": ("llama", {"rope_parameters": {**LLAMA3, "original_max_position_embeddings": 16}}),
     "mistral": ("mistral", {"sliding_window": 5}),
+    "mistral, a window wider than trees are deep": ("mistral", {"sliding_window": 80}),
     "qwen2": ("qwen2", {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 3}),
     "qwen3": ("qwen3", {}),
     "phi3": ("phi3", {"sliding_window": 6}),
@@ -193,3 +196,35 @@ def test_texts_with_and_without_drafts_are_the_same_in_bfloat16(family: str) -> 
     plain = engine.generate(prompts, params, Speculation(enabled=False))
     assert [each.token_ids for each in drafted] == [each.token_ids for each in plain]
     assert sum(each.stats.drafted for each in drafted) > 0
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral, a window wider than trees are deep", "gemma2"])
+def test_compiled_and_eager_engines_give_the_same_float32_tokens(family: str) -> None:
+    """With trees beside parts of prompts, some longer than a window."""
+    target, params = make(family, torch.float32), SamplingParams(24, ignore_eos=True)
+    prompts = [ids(5, 1), ids(200, 2), ids(9, 3), ids(120, 4)]
+    answers, head = {}, make_tiny_head(target)
+    for mode in ("eager", "compiled"):  # compiled last: it packs the target's weights
+        options = {"speculation": "tree", "tree_size": 8, "threads": 1, "prefill_chunk": 128, "max_batch": 2}
+        engine = Engine(target, head, mode=mode, **options)
+        engine.warm_up()
+        answers[mode] = [each.token_ids for each in engine.generate(prompts, params)]
+    assert answers["compiled"] == answers["eager"]
+
+
+def test_a_head_in_another_dtype_than_a_compiled_target() -> None:
+    target = make("llama", torch.float32)
+    engine = Engine(target, make_tiny_head(target).to(torch.bfloat16), mode="compiled", speculation="chain", threads=1)
+    engine.warm_up()
+    (answer,) = engine.generate([ids(5, 1)], SamplingParams(8, ignore_eos=True))
+    assert answer.stats.drafted > 0
+
+
+def test_an_engine_that_is_gone_leaves_nothing_on_its_target() -> None:
+    target = make("gemma2", torch.float32)
+    engine = Engine(target, make_tiny_head(target), mode="eager")
+    engine.generate([ids(5, 1)], SamplingParams(4, ignore_eos=True))
+    cache = weakref.ref(engine.models.runner.cache)
+    del engine
+    gc.collect()
+    assert cache() is None

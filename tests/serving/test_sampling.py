@@ -173,3 +173,9 @@ def test_half_precision_is_adjusted_in_float32() -> None:
 def test_ids_outside_the_vocabulary_are_refused(field: dict[str, object]) -> None:
     with pytest.raises(UserError, match=f"{next(iter(field))}.*12.*11"):
         Processor(SamplingParams(**field), [], 12)  # type: ignore[arg-type]
+
+
+def test_top_k_beyond_every_guess_keeps_all_ties_at_its_edge() -> None:
+    scores = torch.arange(12_000).div(40, rounding_mode="floor")[None]  # forty of each
+    for top_k, kept in ((9_001, 9_040), (8_200, 8_200), (1, 40)):
+        assert int(warp(scores.float(), SamplingParams(temperature=1, top_k=top_k)).isfinite().sum()) == kept

@@ -1,7 +1,7 @@
 """Decoders of the Llama family in one call: all layers run in C++, with nothing between them.
 
 Which decoders are of that family is not decided by their name: the parts of each layer must be the known ones, and no
-others, and then a pass must give what the model's own code gives (`agrees`).
+others, and then a pass must give what the model's own code gives (`TargetRunner.fuse_layers`).
 """
 
 from __future__ import annotations
