@@ -74,6 +74,20 @@ def test_resume_and_start_again(world, tmp_path):
     assert "Continuing" in run.output()
 
 
+def test_starting_again_discards_nothing_until_all_else_is_in_order(world, tmp_path):
+    out = tmp_path / "run"
+    Run(command(world, "pretrain", out, "--max-steps", "3")).succeed()
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    for mistake, said in (
+        (["--head", str(tmp_path / "typo")], "typo"),
+        (["--head", str(out / "head")], "would discard"),
+        (["--data", str(tmp_path / "absent")], "absent"),
+    ):
+        run = Run([*command(world, "adapt", out), "--no-resume", *mistake])
+        assert run.wait() == 2 and said in run.output(), run.output()
+        assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
 def test_a_full_disk_leaves_the_previous_checkpoint_whole(world, tmp_path):
     """RLIMIT_FSIZE: writing fails in the middle of a file, as on a full disk."""
     arguments = command(world, "pretrain", tmp_path / "run", "--max-steps", "8", "--save-every", "3")
@@ -89,6 +103,16 @@ def test_a_full_disk_leaves_the_previous_checkpoint_whole(world, tmp_path):
     assert {path.name: path.read_bytes() for path in (checkpoints / "step-0000003").iterdir()} == before
     Run(arguments).succeed()
     assert list(logged(tmp_path / "run")) == list(range(1, 9))
+
+
+def test_a_full_disk_while_preparing_and_exporting(world, tmp_path):
+    prepare = f"prepare --target {world}/target --prompts {world}/prompts.jsonl --max-new-tokens 24 --device cpu"
+    export = f"export {world}/base/head"
+    for words, name, size in ((prepare, "data", 2000), (export, "head", 40_000)):
+        run = Run([*words.split(), "--out", str(tmp_path / name)], file_size=size)
+        assert run.wait() == 2 and "Traceback" not in run.output(), run.output()
+        assert "could not be read or written" in run.output() and "draft-train: " in run.output()
+    Run([*prepare.split(), "--out", str(tmp_path / "data")]).succeed()
 
 
 def test_latest_is_always_a_whole_checkpoint(tmp_path):
