@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -195,6 +196,16 @@ class RunSettings:
                 f"draft_vocab_size = {model.draft_vocab_size}: a head of architecture {model.architecture} drafts from "
                 "the target's whole vocabulary; leave the flag out."
             )
+        if model.rebuild_vocabulary and not model.head:
+            raise UserError(
+                "rebuild_vocabulary: a new head's vocabulary is chosen from the data anyway; leave the flag out, or "
+                "give the --head whose vocabulary is to be chosen anew."
+            )
+        if model.head and model.draft_vocab_size and not model.rebuild_vocabulary:
+            raise UserError(
+                f"draft_vocab_size = {model.draft_vocab_size}: {model.head!r} has a vocabulary already, and keeps it; "
+                "leave the flag out, or choose one anew with --rebuild-vocabulary."
+            )
         model.options()
 
 
@@ -273,7 +284,7 @@ def _read_yaml(path: Path | None) -> dict[str, Any]:
         return {}
     try:
         values = yaml.safe_load(path.read_text()) or {}
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"config {str(path)!r} could not be read ({str(error).splitlines()[0]}).") from error
     if not isinstance(values, dict):
         raise UserError(f"config {str(path)!r} must hold sections: {', '.join(SECTIONS)}.")
@@ -308,12 +319,15 @@ def _convert(name: str, value: Any, kind: Any) -> Any:
             return list(value)
     elif wanted is float and not isinstance(value, bool):
         try:
-            return float(value)
-        except (TypeError, ValueError):
-            pass
+            number = float(value)
+        except (TypeError, ValueError, OverflowError):
+            number = math.nan
+        if math.isfinite(number):
+            return number
     elif isinstance(value, wanted) and isinstance(value, bool) == (wanted is bool):
         return value
-    raise UserError(f"{name} = {value!r} is not of type {getattr(wanted, '__name__', wanted)}; correct the value.")
+    kind_name = "finite number" if wanted is float else getattr(wanted, "__name__", wanted)
+    raise UserError(f"{name} = {value!r} is not of type {kind_name}; correct the value.")
 
 
 def to_yaml(settings: RunSettings) -> str:

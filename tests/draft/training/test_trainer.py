@@ -274,7 +274,8 @@ def test_a_rebuilt_vocabulary_keeps_what_the_head_knows(world):
 @pytest.mark.parametrize(("mode", "method"), [("pretrain", "full"), ("adapt", "full"), ("adapt", "afa-lora")])
 def test_half_precision(world, mode, method):
     """Masters and adapters stay in float32; what is saved has the target's stored dtype."""
-    flags = {"method": method, "rank": 4, "dtype": "bfloat16", "max_steps": 4, "draft_vocab_size": 180}
+    flags = {"method": method, "rank": 4, "dtype": "bfloat16", "max_steps": 4}
+    flags |= {"draft_vocab_size": 180} if mode == "pretrain" else {}
     result = run(world, mode, f"half-{mode}-{method}", **flags)
     losses = [line["loss"] for line in metrics(world / f"half-{mode}-{method}") if "loss" in line]
     assert all(torch.isfinite(torch.tensor(losses)))
@@ -284,6 +285,28 @@ def test_half_precision(world, mode, method):
     run(world, mode, f"single-{mode}-{method}", **reference)
     single = [line["loss"] for line in metrics(world / f"single-{mode}-{method}") if "loss" in line]
     assert losses == pytest.approx(single, rel=0.05)
+
+
+def test_a_damaged_run_is_named(world, tmp_path):
+    flags = {"target": str(world / "target"), "dtype": "float32", "data": [str(world / "data")], "eval_every": 0}
+    flags |= {"head": str(world / "pretrained" / "head"), "max_steps": 1}
+    Trainer(resolve("adapt", str(tmp_path / "run"), flags=flags), QUIET).train()
+    for name, content in (
+        ("about.json", "x"),
+        ("about.json", "[]"),
+        ("about.json", "{}"),
+        ("config.yaml", "\0"),
+        ("config.yaml", "model: {}"),
+        ("config.yaml", None),
+    ):
+        shutil.copytree(tmp_path / "run", tmp_path / "damaged")
+        (tmp_path / "damaged" / name).unlink()
+        if content is not None:
+            (tmp_path / "damaged" / name).write_text(content)
+        with pytest.raises(UserError):
+            merge_run(tmp_path / "damaged", tmp_path / "merged")
+        shutil.rmtree(tmp_path / "damaged")
+    assert not (tmp_path / "merged").exists()
 
 
 def test_a_base_head_that_changed_is_not_merged_into(world, tmp_path):
