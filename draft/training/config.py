@@ -167,9 +167,7 @@ class RunSettings:
         if self.mode == "adapt" and not self.model.head:
             raise UserError("no head given; pass --head, the head to adapt (the bundled one is smollm2-eagle3).")
         if self.model.rebuild_vocabulary and self.method != "full":
-            raise UserError(
-                f"rebuild_vocabulary needs method full, not {self.method}: an adapter keeps its head's map."
-            )
+            raise UserError(f"rebuild_vocabulary needs method full, not {self.method}: an adapter keeps its map.")
         unknown = [name for name in self.training.log_with if name not in TRACKERS]
         if unknown or ("none" in self.training.log_with and len(self.training.log_with) > 1):
             raise UserError(
@@ -197,10 +195,7 @@ class RunSettings:
                 "the target's whole vocabulary; leave the flag out."
             )
         if model.rebuild_vocabulary and not model.head:
-            raise UserError(
-                "rebuild_vocabulary: a new head's vocabulary is chosen from the data anyway; leave the flag out, or "
-                "give the --head whose vocabulary is to be chosen anew."
-            )
+            raise UserError("rebuild_vocabulary: a new head's is chosen from the data anyway; leave the flag out.")
         if model.head and model.draft_vocab_size and not model.rebuild_vocabulary:
             raise UserError(
                 f"draft_vocab_size = {model.draft_vocab_size}: {model.head!r} has a vocabulary already, and keeps it; "

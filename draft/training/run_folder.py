@@ -101,6 +101,8 @@ class RunFolder:
         if self.starts_again:
             self._discard()
         discard_unfinished(self.checkpoints)
+        for left in (path for name in RESULTS for path in self.folder.glob(f".{name}-*")):
+            shutil.rmtree(left, ignore_errors=True)  # a killed process was writing it
         config = self.folder / ".config.yaml.tmp"
         config.write_text(to_yaml(self.settings))
         config.replace(self.folder / "config.yaml")

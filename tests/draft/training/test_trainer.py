@@ -287,28 +287,6 @@ def test_half_precision(world, mode, method):
     assert losses == pytest.approx(single, rel=0.05)
 
 
-def test_a_damaged_run_is_named(world, tmp_path):
-    flags = {"target": str(world / "target"), "dtype": "float32", "data": [str(world / "data")], "eval_every": 0}
-    flags |= {"head": str(world / "pretrained" / "head"), "max_steps": 1}
-    Trainer(resolve("adapt", str(tmp_path / "run"), flags=flags), QUIET).train()
-    for name, content in (
-        ("about.json", "x"),
-        ("about.json", "[]"),
-        ("about.json", "{}"),
-        ("config.yaml", "\0"),
-        ("config.yaml", "model: {}"),
-        ("config.yaml", None),
-    ):
-        shutil.copytree(tmp_path / "run", tmp_path / "damaged")
-        (tmp_path / "damaged" / name).unlink()
-        if content is not None:
-            (tmp_path / "damaged" / name).write_text(content)
-        with pytest.raises(UserError):
-            merge_run(tmp_path / "damaged", tmp_path / "merged")
-        shutil.rmtree(tmp_path / "damaged")
-    assert not (tmp_path / "merged").exists()
-
-
 def test_a_base_head_that_changed_is_not_merged_into(world, tmp_path):
     shutil.copytree(world / "pretrained" / "head", tmp_path / "base")
     flags = {"target": str(world / "target"), "dtype": "float32", "data": [str(world / "data")], "eval_every": 0}
