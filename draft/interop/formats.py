@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shlex
 from collections.abc import Callable, Mapping
@@ -27,8 +28,9 @@ def write_safetensors(tensors: dict[str, Tensor], path: Path) -> None:
 
 def write_pickle(tensors: dict[str, Tensor], path: Path) -> None:
     """A state dict of tensors alone, for a reader that knows nothing else."""
-    with path.open("wb") as file:  # torch's own writer says nothing of what the disk said
-        torch.save(tensors, file)
+    buffer = io.BytesIO()  # torch's own writer says nothing of what the disk said
+    torch.save(tensors, buffer)
+    path.write_bytes(buffer.getbuffer())
 
 
 def as_it_is(config: dict[str, Any]) -> dict[str, Any]:

@@ -164,7 +164,7 @@ class _Engine:
             return True, f"{name} serves {method} heads beside {architecture}."
         if self.refuses is None or architecture in self.refuses:
             return False, f"{name} serves no {method} head beside {architecture}, {nothing}"
-        return True, f"{name}: not checked whether it serves {method} heads beside {architecture}; it asks for nothing."
+        return True, f"{name}: not checked whether it serves {method} heads beside {architecture}; it does not ask."
 
 
 _NONE: frozenset[str] = frozenset()
