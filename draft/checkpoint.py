@@ -115,17 +115,18 @@ def load_head(
         UserError: naming the first missing, unexpected or misshapen tensor.
     """
     folder = _find(folder)
-    config_values = _read_json(folder / "config.json")
-    names = config_values.get("architectures") or ["(none)"]
-    architecture = registry.stored_as(names[0])
+    config_values = read_json(folder / "config.json")
+    names = config_values.get("architectures")
+    name = names[0] if isinstance(names, list) and names else names or "(none)"
+    architecture = registry.stored_as(name)
     if architecture is None:
         known = ", ".join(each.stored_as for each in registry.ARCHITECTURES.values())
-        raise UserError(f"head {str(folder)!r}: architecture {names[0]} is not one of {known}.")
+        raise UserError(f"head {str(folder)!r}: architecture {name} is not one of {known}.")
     head = architecture.head(architecture.config.from_dict(config_values))
     fill(head, _read_tensors(folder / "model.safetensors"), str(folder))
     stored = DTYPES.get(config_values.get("torch_dtype") or config_values.get("dtype") or "float32", torch.float32)
     about = folder / "draftsmith.json"
-    return head.to(device=device, dtype=dtype or stored).eval(), _read_json(about) if about.is_file() else {}
+    return head.to(device=device, dtype=dtype or stored).eval(), read_json(about) if about.is_file() else {}
 
 
 def head_sha256(folder: str | Path) -> str:
@@ -146,11 +147,15 @@ def _find(folder: str | Path) -> Path:
     return Path(folder)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A file's keys and values; UserError when it can't be read, or holds something else."""
     try:
-        return json.loads(path.read_text())
+        values = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"{str(path)!r} is not readable JSON ({error}); restore the file.") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{str(path)!r} holds a {type(values).__name__} where keys and values belong; restore it.")
+    return values
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from rich.console import Console
 from draft import cli_prepare
 from draft.cli_options import Dtype, Target, TargetAdapter
 from draft.cli_options import examples as _examples
-from draft.errors import UserError
+from draft.errors import UserError, file_trouble
 from draft.training.config import SECTIONS, resolve, setting_types
 
 app = typer.Typer(
@@ -41,13 +41,14 @@ def main() -> None:
     _quiet_transformers()
     try:
         app()
-    except UserError as error:
-        if int(os.environ.get("RANK", 0)):
-            # process 0 says most mistakes too; it ends with them, and the launcher then ends this one
-            time.sleep(SECONDS_FOR_PROCESS_0)
-        print(f"draft-train: {error}", file=sys.stderr)
-        sys.exit(2)
-    except Exception:
+    except Exception as error:
+        mistake = str(error) if isinstance(error, UserError) else file_trouble(error)
+        if mistake is not None:
+            if int(os.environ.get("RANK", 0)):
+                # process 0 says most mistakes too; it ends with them, and the launcher then ends this one
+                time.sleep(SECONDS_FOR_PROCESS_0)
+            print(f"draft-train: {mistake}", file=sys.stderr)
+            sys.exit(2)
         # 1 says "don't ship"; a fault of ours must not look like a verdict
         logging.exception("draft-train: this is a bug; please report it with the lines below")
         sys.exit(3)

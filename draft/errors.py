@@ -1,4 +1,12 @@
-"""The one exception that a user is meant to read."""
+"""The one exception that a user is meant to read, and what the operating system says put in its words."""
+
+import errno
+
+# what a wrong path or a disk gives, and no fault of the program; None: of a library that keeps the number to itself
+FILE_TROUBLE = {
+    None, errno.EACCES, errno.EDQUOT, errno.EEXIST, errno.EFBIG, errno.EINVAL, errno.EIO, errno.EISDIR, errno.ELOOP,
+    errno.ENAMETOOLONG, errno.ENOENT, errno.ENOSPC, errno.ENOTDIR, errno.ENOTEMPTY, errno.EPERM, errno.EROFS,
+}  # fmt: skip
 
 
 class UserError(Exception):
@@ -6,3 +14,20 @@ class UserError(Exception):
 
     Command lines print the sentence and exit with status 2; nothing is half-written when it is raised.
     """
+
+
+def file_trouble(error: Exception) -> str | None:
+    """One sentence about a file that could not be read or written; None: the error is about something else."""
+    from safetensors import SafetensorError
+
+    if isinstance(error, SafetensorError):
+        what, reason = "a safetensors file", str(error)
+    elif isinstance(error, OSError) and error.errno in FILE_TROUBLE:
+        what = repr(str(error.filename)) if error.filename else "a file"
+        reason = error.strerror or str(error) or type(error).__name__
+    else:
+        return None
+    return (
+        f"{what} could not be read or written ({' '.join(reason.split())}); see to the path, its permissions and the "
+        "room on its disk, and repeat the command."
+    )

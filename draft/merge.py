@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from draft.afa import load_afa_adapter, merge_adapter
-from draft.checkpoint import HEAD_FILES, atomic_folder, head_sha256, load_head, save_head, write_head
+from draft.checkpoint import HEAD_FILES, atomic_folder, head_sha256, load_head, read_json, save_head, write_head
 from draft.errors import UserError
 from draft.heads import DraftHead
 
@@ -44,7 +43,7 @@ def merge_run(run: str | Path, out: str | Path) -> Merged:
         save_head(head, out, dtype=head.dtype, about=about)
         return Merged(out, layers=0, rounding=0.0)
     base_head = _base_head(run)
-    if head_sha256(base_head) != about["base_head_sha256"]:
+    if head_sha256(base_head) != about.get("base_head_sha256"):
         raise UserError(
             f"the head {base_head!r} is not the one that {str(run)!r} was trained on: its weights have changed since; "
             "restore it, or adapt again."
@@ -86,8 +85,15 @@ def _read_about(run: Path) -> dict[str, Any]:
             f"{str(run)!r} is not a finished run (no about.json); give the --out folder of `draft-train adapt` or "
             "`pretrain`, after it has ended."
         )
-    return json.loads(path.read_text())
+    return read_json(path)
 
 
 def _base_head(run: Path) -> str:
-    return yaml.safe_load((run / "config.yaml").read_text())["model"]["head"]
+    path = run / "config.yaml"
+    try:
+        head = yaml.safe_load(path.read_text())["model"]["head"]
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError) as error:
+        raise UserError(f"{str(path)!r} is missing or damaged; restore it, or adapt again.") from error
+    if not isinstance(head, str):
+        raise UserError(f"{str(path)!r} names no base head, and {str(run)!r} has no head of its own; adapt again.")
+    return head

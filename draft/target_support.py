@@ -9,6 +9,8 @@ from draft.errors import UserError
 # keys of configurations all of whose layers, or an unnamed part of them, keep a recurrent state
 _RECURRENT = ("state_size", "mamba_d_state", "ssm_state_size", "lru_width")
 _RECURRENT_KINDS = ("rwkv", "xlstm")
+# models whose layers make the attention mask over again, out of the values of the tokens
+_OWN_MASKS = ("doge",)
 
 
 def check_config(name: str, config: Any) -> None:
@@ -47,6 +49,11 @@ def _why_not(config: Any) -> str | None:
         return (
             f"{kind} is a state-space or recurrent model, whose state cannot be taken back when a draft is rejected; "
             "use a model whose layers all attend"
+        )
+    if kind in _OWN_MASKS:
+        return (
+            f"{kind} chooses by the values of the tokens which of them a head sees, and its masks don't fit rows of "
+            "different lengths in one batch; use a model with plain attention such as Llama, Qwen or Gemma"
         )
     if getattr(text, "use_bidirectional_attention", None):
         return f"{kind} attends to later tokens too (use_bidirectional_attention), so it cannot write text"
@@ -88,8 +95,9 @@ def head_rope(config: Any) -> dict[str, Any]:
     A head attends to everything before, as a target's full-attention layers do, and turns all of a head's width.
     """
     parameters = dict(getattr(config, "rope_parameters", None) or {})
-    if any(isinstance(value, dict) for value in parameters.values()):  # a kind of layer each
-        parameters = dict(parameters.get("full_attention") or next(iter(parameters.values())))
+    kinds = [value for value in parameters.values() if isinstance(value, dict)]
+    if kinds:  # a kind of layer each, of which one may have none
+        parameters = dict(parameters.get("full_attention") or kinds[0])
     parameters.pop("partial_rotary_factor", None)
     if parameters.get("rope_type", "default") in _HEAD_ROPES:
         return {"rope_theta": 10000.0, "rope_type": "default", **parameters}

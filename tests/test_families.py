@@ -155,6 +155,7 @@ def test_the_text_part_of_a_model_of_images_is_used(tmp_path: Path) -> None:
         ({"model_type": "rwkv"}, "state-space or recurrent"),
         ({"model_type": "llava"}, "other media.*text part"),
         ({"model_type": "vit"}, "no causal language model"),
+        ({"model_type": "doge"}, "by the values of the tokens"),
         ({"model_type": "gemma3_text", "use_bidirectional_attention": True}, "later tokens"),
         ({"model_type": "llama", "quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}},
          "quantised .bitsandbytes, 4 bits"),

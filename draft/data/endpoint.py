@@ -24,24 +24,21 @@ from typing import Any
 import httpx
 
 from draft.data.dataset import Response, hashed
+from draft.data.endpoint_answers import EndpointError, choice_in, parsed, reason
 from draft.data.examples import Message, end_of_turn, tokenise
-from draft.errors import UserError
 from draft.target import Target
 
 log = logging.getLogger(__name__)
 
 _RETRIED = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 520, 522, 524, 529})
 _FIRST_DELAY, _LONGEST_DELAY, _LONGEST_WISH = 0.5, 60.0, 600.0  # seconds; the last: of a server's Retry-After
+_PROBES = 2  # requests after which a server that fails is asked in another way
 _SEEDS = 2**31
 # OpenAI answers 404, too, where a model exists but is no model for this path
 _NO_MODEL = re.compile(r"model.*(does not exist|not[ _]found|unknown)|(no such|unknown) model", re.IGNORECASE)
 # servers take defaults from the model's generation_config.json; rows must come from the target's own distribution
 _UNTOUCHED = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
 _IDS = {"return_token_ids": True}
-
-
-class EndpointError(UserError):
-    """The server does not answer as it should: what it has answered so far stays."""
 
 
 @dataclass(frozen=True)
@@ -162,7 +159,7 @@ class Endpoint:
 
     def _served_model(self) -> str:
         answer = self._request("GET", "models", None, "the list of its models", retry_unreachable=False)
-        names = [entry.get("id") for entry in _json(answer, self._told).get("data") or [] if isinstance(entry, dict)]
+        names = [entry.get("id") for entry in parsed(answer, self._told).get("data") or [] if isinstance(entry, dict)]
         if len(names) != 1:
             found = f"serves {len(names)} models ({', '.join(map(str, names[:5]))})" if names else "names no model"
             raise EndpointError(f"{self._told} {found}; choose one with --endpoint-model.")
@@ -171,16 +168,33 @@ class Endpoint:
     def _find_dialect(self) -> _Dialect:
         prompt = self.target.encode_chat([{"role": "user", "content": "Hi"}], add_generation_prompt=True)
         question = Question("a first request", "", prompt, [{"role": "user", "content": "Hi"}], 1, 0.0)
+        # some servers fail at what they don't know, and all of them when they are overloaded
+        failing = []
         for dialect in _DIALECTS:
+            answer = self._post(dialect, question, final=False, tries=_PROBES)
+            if answer.status_code >= 500:
+                failing.append(dialect)
+            elif self._takes(dialect, answer):
+                again = (
+                    other
+                    for other in failing
+                    if self._takes(other, self._post(other, question, final=False, tries=_PROBES))
+                )
+                return next(again, dialect)
+        for dialect in failing:
             answer = self._post(dialect, question, final=False)
-            if answer.status_code == 200:
-                choice = _choice(_json(answer, self._told), self._told)
-                if not dialect.exact or isinstance(choice.get("token_ids"), list):
-                    return dialect
+            if self._takes(dialect, answer):
+                return dialect
         raise EndpointError(
-            f"{self._told} completes neither token ids nor messages ({answer.status_code}: {_reason(answer)}); give "
+            f"{self._told} completes neither token ids nor messages ({answer.status_code}: {reason(answer)}); give "
             "the address of an OpenAI-compatible server."
         )
+
+    def _takes(self, dialect: _Dialect, answer: httpx.Response) -> bool:
+        if answer.status_code != 200:
+            return False
+        choice = choice_in(parsed(answer, self._told), self._told)
+        return not dialect.exact or isinstance(choice.get("token_ids"), list)
 
     # one answer
 
@@ -188,11 +202,11 @@ class Endpoint:
         answer = self._post(self._dialect, question)
         if answer.status_code != 200:
             raise EndpointError(
-                f"{question.where}: {self._told} refuses it ({answer.status_code}: {_reason(answer)}); leave that row "
+                f"{question.where}: {self._told} refuses it ({answer.status_code}: {reason(answer)}); leave that row "
                 "out or mend it, and repeat the command in another --out."
             )
-        body = _json(answer, f"{question.where}: {self._told}")
-        return self._response(body, _choice(body, self._told), question)
+        body = parsed(answer, f"{question.where}: {self._told}")
+        return self._response(body, choice_in(body, self._told), question)
 
     def _response(self, body: dict[str, Any], choice: dict[str, Any], question: Question) -> Response:
         """The row's tokens: the server's where it read the same prompt and tells them, else those of its text."""
@@ -211,32 +225,45 @@ class Endpoint:
         ids = tokenise(self.target, text)[: question.limit] if isinstance(text, str) and text else []
         return Response([*ids, self._end] if ended else ids, retokenised=True)
 
-    def _post(self, dialect: _Dialect, question: Question, *, final: bool = True) -> httpx.Response:
-        """final: whether a 4xx is the row's fault; otherwise another dialect may be understood."""
+    def _post(
+        self, dialect: _Dialect, question: Question, *, final: bool = True, tries: int | None = None
+    ) -> httpx.Response:
+        """final: whether a 4xx is the row's fault; otherwise another dialect may be understood. tries: see below."""
         body = {"model": self.model, **dialect.body(question)}
         if question.temperature > 0 and dialect.more:
             body["seed"] = hashed(self.seed, question.key) % _SEEDS
-        return self._request("POST", dialect.path, body, question.where, retry_unreachable=final)
+        return self._request("POST", dialect.path, body, question.where, retry_unreachable=final, tries=tries)
 
     def _request(
-        self, method: str, path: str, body: dict[str, Any] | None, what: str, *, retry_unreachable: bool
+        self,
+        method: str,
+        path: str,
+        body: dict[str, Any] | None,
+        what: str,
+        *,
+        retry_unreachable: bool,
+        tries: int | None = None,
     ) -> httpx.Response:
-        """Ask until there is an answer that repeating would not change."""
+        """Ask until there is an answer that repeating would not change, or the server has failed `tries` times."""
         told = ""
         for attempt in range(self.settings.retries + 1):
             wish = None
             try:
                 answer = self._client.request(method, path, json=body)
-            except (httpx.TransportError, RuntimeError) as error:  # RuntimeError: closed by another thread
+            except (httpx.RequestError, RuntimeError) as error:  # RuntimeError: closed by another thread
                 if self._stopped.is_set():
                     raise EndpointError("stopped") from error
                 told = str(error) or type(error).__name__
                 if not retry_unreachable and isinstance(error, httpx.ConnectError):
                     break
+                if isinstance(error, (httpx.TooManyRedirects, httpx.DecodingError)):  # it would say the same again
+                    break
             else:
                 if answer.status_code not in _RETRIED:
                     return self._checked(answer)
-                told, wish = f"{answer.status_code}: {_reason(answer)}", answer.headers.get("retry-after")
+                if answer.status_code >= 500 and tries and attempt + 1 >= min(tries, self.settings.retries + 1):
+                    return answer
+                told, wish = f"{answer.status_code}: {reason(answer)}", answer.headers.get("retry-after")
             if attempt < self.settings.retries and self._stopped.wait(_delay(attempt, wish)):
                 break
         raise EndpointError(
@@ -250,12 +277,12 @@ class Endpoint:
         if answer.status_code in (401, 403):
             given = f"the key in ${variable}" if os.environ.get(variable) else f"requests without a key (${variable})"
             raise EndpointError(
-                f"{self._told} refuses {given} ({answer.status_code}: {_reason(answer)}); set ${variable}, or name "
+                f"{self._told} refuses {given} ({answer.status_code}: {reason(answer)}); set ${variable}, or name "
                 "another variable with --api-key-env."
             )
-        if answer.status_code == 404 and _NO_MODEL.search(_reason(answer)):
+        if answer.status_code == 404 and _NO_MODEL.search(reason(answer)):
             raise EndpointError(
-                f"{self._told} has no model {self.model!r} ({_reason(answer)}); choose one with --endpoint-model."
+                f"{self._told} has no model {self.model!r} ({reason(answer)}); choose one with --endpoint-model."
             )
         return answer
 
@@ -294,31 +321,3 @@ def _seconds(wish: str) -> float:
         return max(0.0, parsedate_to_datetime(wish).timestamp() - time.time())
     except ValueError:
         return 0.0
-
-
-def _json(answer: httpx.Response, told: str) -> dict[str, Any]:
-    try:
-        body = answer.json()
-    except ValueError as error:
-        raise EndpointError(f"{told} answers without JSON; is it an OpenAI-compatible one?") from error
-    if not isinstance(body, dict):
-        raise EndpointError(f"{told} answers with a {type(body).__name__}; is it an OpenAI-compatible server?")
-    return body
-
-
-def _choice(body: dict[str, Any], told: str) -> dict[str, Any]:
-    choices = body.get("choices")
-    if not (isinstance(choices, list) and choices and isinstance(choices[0], dict)):
-        raise EndpointError(f"{told} answers without choices; is it an OpenAI-compatible server?")
-    return choices[0]
-
-
-def _reason(answer: httpx.Response) -> str:
-    """What a server says is wrong, in a line."""
-    try:
-        body = answer.json()
-        error = body.get("error", body.get("message", body.get("detail", body)))
-        text = str(error.get("message", error) if isinstance(error, dict) else error)
-    except (ValueError, AttributeError):
-        text = answer.text
-    return " ".join(text.split())[:200] or answer.reason_phrase

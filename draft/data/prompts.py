@@ -111,7 +111,7 @@ def _message(item: Any, place: int) -> Message:
     if not isinstance(item, dict):
         raise ValueError(f"turn {place} is a {type(item).__name__}, not a text or an object with role and content")
     role, content = item.get("role", item.get("from")), item.get("content", item.get("value"))
-    if role not in _ROLES:
+    if not isinstance(role, str) or role not in _ROLES:
         raise ValueError(f"turn {place} has the role {role!r}, not one of {', '.join(_ROLES)}")
     if isinstance(content, list):  # parts, as chat APIs write them
         if not all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in content):

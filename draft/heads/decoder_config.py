@@ -77,22 +77,46 @@ def read_sizes(values: dict[str, Any]) -> dict[str, Any]:
     values = dict(values)
     heads = values.get("num_attention_heads", 1)
     values["num_key_value_heads"] = values.get("num_key_value_heads") or heads
+    for name in ("num_attention_heads", "num_key_value_heads", "hidden_size"):
+        _check_count(name, values.get(name, 1))
     values["head_dim"] = values.get("head_dim") or values.get("hidden_size", 0) // heads
-    if not values.get("rope_parameters"):
-        rope = values.get("rope_scaling") or {"rope_type": "default"}
-        values["rope_parameters"] = {**rope, "rope_theta": values.get("rope_theta", 10000.0)}
+    if heads % values["num_key_value_heads"]:
+        raise UserError(
+            f"head config: {heads} attention heads can't share {values['num_key_value_heads']} key-value heads evenly; "
+            "correct the one that is wrong."
+        )
+    values["rope_parameters"] = _read_rope(values)
     return values
+
+
+def _read_rope(values: dict[str, Any]) -> dict[str, Any]:
+    """Today's spelling of the rotary embedding, whichever the file has."""
+    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise UserError(f"head config: the rotary embedding is {rope!r}; it must be an object with a rope_type.")
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    kept = {key: value for key, value in rope.items() if key != "type"}
+    theta = rope.get("rope_theta") or values.get("rope_theta") or 10000.0
+    return {**kept, "rope_type": kind, "rope_theta": theta}
+
+
+def _check_count(name: str, value: Any) -> None:
+    if type(value) is not int or value < 1:
+        raise UserError(f"head config: {name} = {value!r}; it must be a whole number of at least 1.")
 
 
 def fields_of(kind: type, values: dict[str, Any], name: str) -> dict[str, Any]:
     """The arguments of the dataclass `kind` among `values`; `name`: of the architecture, for the error.
 
     Raises:
-        UserError: when some that have no default are missing.
+        UserError: when some that have no default are missing, or a size is none.
     """
     missing = [f.name for f in fields(kind) if f.default is MISSING and values.get(f.name) is None]
     if missing:
         raise UserError(f"head config: the keys {', '.join(missing)} are missing; this is not a whole {name} config.")
+    for f in fields(kind):
+        if f.type == "int" and f.name in values:
+            _check_count(f.name, values[f.name])
     return {f.name: values[f.name] for f in fields(kind) if f.name in values}
 
 

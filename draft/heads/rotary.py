@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from draft.errors import UserError
+
 
 class Rotary(nn.Module):
     """Cosines and sines of rotary position embeddings, through transformers' table of RoPE types."""
@@ -35,6 +37,26 @@ class Rotary(nn.Module):
 
 
 def _inverse_frequencies(parameters: dict[str, Any], head_dim: int, max_positions: int) -> tuple[Tensor, float]:
+    """[head_dim / 2] and the factor on cosines and sines.
+
+    Raises:
+        UserError: for a type that transformers doesn't know, or a value that is missing or makes no sense.
+    """
+    try:
+        inverse, scaling = _computed(parameters, head_dim, max_positions)
+    except (KeyError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+        raise UserError(
+            f"head config: the rotary embedding {parameters} is of an unknown rope_type or lacks a value "
+            f"({type(error).__name__}: {error}); correct it, or use a head with another."
+        ) from error
+    if inverse.shape != (head_dim // 2,) or not torch.isfinite(inverse).all():
+        raise UserError(
+            f"head config: the rotary embedding {parameters} gives no {head_dim} / 2 finite frequencies; correct it."
+        )
+    return inverse, scaling
+
+
+def _computed(parameters: dict[str, Any], head_dim: int, max_positions: int) -> tuple[Tensor, float]:
     if parameters.get("rope_type", "default") == "default":
         exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
         return 1.0 / parameters.get("rope_theta", 10000.0) ** exponents, 1.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,8 @@ from torch import Tensor
 
 from draft.heads.eagle3 import Eagle3Head
 from draft.heads.eagle3_config import LAYER_IDS
-from draft.interop.formats import Format, own_config, own_tensors, sglang, vllm
-from draft.interop.rules import SGLANG, SPECULATORS, VLLM, TargetShape, default_layers_elsewhere
+from draft.interop.formats import Format, Limits, own_config, own_tensors, sglang, vllm
+from draft.interop.rules import SGLANG, SPECULATORS, VLLM, TargetShape
 from draft.interop.target_shape import target_tensor
 
 SPECULATORS_VERSION = "0.9.0"
@@ -80,14 +81,38 @@ def _llama_cpp(out: Path, target: TargetShape, length: int) -> str:
     return shlex.join(command)
 
 
+_LLAMA_CPP = "llama.cpp (conversion)"
+# option of a head (in its config.json) -> what llama.cpp b11434 does with it, by its converter and its `eagle3.cpp`
+_LACKING: dict[Callable[[dict[str, Any]], Any], str] = {
+    lambda config: config.get("fc_norm"): "its converter knows no fc_norm",
+    lambda config: config.get("norm_output"): "it drafts on from the state before the final norm, and this head from "
+    "the one after it (norm_output)",
+    lambda config: config.get(LAYER_IDS) and len(config[LAYER_IDS]) != 3: "it reads three auxiliary layers",
+}
+_UNTRIED: dict[Callable[[dict[str, Any]], Any], str] = {
+    lambda config: config.get("norm_before_fc"): "norm_before_fc",
+    lambda config: config.get(LAYER_IDS): "other layers than the default",
+    lambda config: config["draft_vocab_size"] is None: "the target's LM head",
+    lambda config: config["draft_vocab_size"] == config["vocab_size"]: "a full vocabulary",
+    lambda config: config.get("rope_scaling"): "a scaled rotary embedding",
+}
+
+
+def _llama_cpp_limits(config: dict[str, Any]) -> Limits:
+    lacking = [reason for has, reason in _LACKING.items() if has(config)]
+    untried = [option for has, option in _UNTRIED.items() if has(config)]
+    return lacking, [f"{option}: not verified with it, only read in its source" for option in untried]
+
+
 _VLLM, _SGLANG = vllm("eagle3"), sglang("EAGLE3")
 
 EAGLE3_FORMATS = {
     "plain": Format(
         own_tensors,
         own_config,
-        (*VLLM, *SGLANG, default_layers_elsewhere),
-        lambda head: {"vLLM": _VLLM, "SGLang": _SGLANG, "llama.cpp (conversion)": _llama_cpp},
+        (*VLLM, *SGLANG),
+        lambda head: {"vLLM": _VLLM, "SGLang": _SGLANG, _LLAMA_CPP: _llama_cpp},
+        limits={_LLAMA_CPP: _llama_cpp_limits},
     ),
     "vllm": Format(own_tensors, own_config, VLLM, lambda head: {"vLLM": _VLLM}),
     "sglang": Format(own_tensors, own_config, SGLANG, lambda head: {"SGLang": _SGLANG}),

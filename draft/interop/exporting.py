@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from draft.checkpoint import HEAD_FILES, atomic_folder, load_head, write_json
 from draft.errors import UserError
@@ -57,7 +58,21 @@ def export_head(
         write_json(temporary / "draftsmith.json", about)  # other engines don't read it; an import keeps it
     commands = {engine: command(out, shape, speculation_length) for engine, command in how.commands(loaded).items()}
     method = registry.architecture_of(loaded).name
-    return Exported(out, *accepted_by(commands, shape.architecture, about, method))
+    commands, notes = accepted_by(commands, shape.architecture, about, method)
+    return Exported(out, commands, notes + _limited(how, config, commands))
+
+
+def _limited(how: Format, config: dict[str, Any], commands: dict[str, str]) -> list[str]:
+    """Leave out the commands of engines that lack what the head needs, in place; returns sentences about them."""
+    notes = []
+    for engine in [engine for engine in how.limits if engine in commands]:
+        name = engine.split(" (")[0]
+        lacking, untried = how.limits[engine](config)
+        if lacking:
+            del commands[engine]
+            notes.append(f"{name}: {'; '.join(lacking)}, so there is no command for it.")
+        notes += [] if lacking else [f"{name}: {each}." for each in untried]
+    return notes
 
 
 def _format(head: DraftHead, format: str, name: str) -> Format:

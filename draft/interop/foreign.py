@@ -29,7 +29,9 @@ class Checkpoint:
 
 
 def read_checkpoint(folder: str | Path) -> Checkpoint:
-    """Read its safetensors file, or its pickle through `torch.load(weights_only=True)`, which runs no code.
+    """Read its safetensors files, or its pickles through `torch.load(weights_only=True)`, which runs no code.
+
+    A checkpoint of several files is found by its index.
 
     Raises:
         UserError: for a folder without them, a damaged file, or a pickle that holds more than tensors.
@@ -38,9 +40,9 @@ def read_checkpoint(folder: str | Path) -> Checkpoint:
     config = _read_json(folder / "config.json")
     about = _read_json(folder / "draftsmith.json") if (folder / "draftsmith.json").is_file() else {}
     for file, read in _READERS.items():
-        if (folder / file).is_file():
-            tensors = read(folder / file)
-            return Checkpoint(folder, file, config, tensors, about, [])
+        for name, reader in ((file, read), (f"{file}.index.json", _read_shards)):
+            if (folder / name).is_file():
+                return Checkpoint(folder, name, config, reader(folder / name), about, [])
     raise UserError(f"{str(folder)!r} has no {' or '.join(_READERS)}; give the folder that the head was published as.")
 
 
@@ -69,16 +71,38 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
             f"{str(path)!r} is damaged or holds more than tensors, which may run code when it is loaded; get the "
             "head as safetensors, or save its state dict alone."
         ) from error
-    except (RuntimeError, OSError, EOFError, ValueError) as error:
+    except Exception as error:  # the unpickler takes any bytes for instructions, and stumbles over them in any way
         reason = (str(error).splitlines() or ["empty"])[0][:120]
         raise UserError(f"{str(path)!r} is not a whole PyTorch file ({reason}); download it again.") from error
     strangers = (
-        [key for key, value in values.items() if not isinstance(value, Tensor)] if isinstance(values, dict) else []
+        [key for key, value in values.items() if not (isinstance(key, str) and isinstance(value, Tensor))]
+        if isinstance(values, dict)
+        else []
     )
     if not isinstance(values, dict) or strangers:
-        what = f"{strangers[0]!r} is no tensor" if strangers else f"it holds a {type(values).__name__}"
+        what = f"{strangers[0]!r} is no named tensor" if strangers else f"it holds a {type(values).__name__}"
         raise UserError(f"{str(path)!r} is no state dict: {what}; save the head's state dict alone.")
     return {name: value.contiguous() for name, value in values.items()}
+
+
+def _read_shards(index: Path) -> dict[str, Tensor]:
+    """All files that an index names, each read as if it were the only one; the index decides which tensor is whose."""
+    places = _read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
+        raise UserError(f"{str(index)!r} has no weight_map of tensors to files; give the folder of a whole head.")
+    read = _READERS[index.name.removesuffix(".index.json")]
+    tensors: dict[str, Tensor] = {}
+    for name in sorted(set(places.values())):
+        if Path(name).name != name:
+            raise UserError(f"{str(index)!r} names {name!r}, which is no file beside it; download the head again.")
+        if not (index.parent / name).is_file():
+            raise UserError(f"{str(index.parent / name)!r} is missing, which the index names; download the whole head.")
+        held = read(index.parent / name)
+        for tensor in (tensor for tensor, place in places.items() if place == name):
+            if tensor not in held:
+                raise UserError(f"{str(index.parent / name)!r} lacks {tensor}, which its index says it has.")
+            tensors[tensor] = held[tensor]
+    return tensors
 
 
 _READERS = {

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shlex
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from draft.interop.rules import Rule, TargetShape
 NAMES = ("plain", "vllm", "sglang", "speculators", "medusa")
 
 Command = Callable[[Path, TargetShape, int], str]
+Limits = tuple[list[str], list[str]]  # why an engine can't serve a head, and what was never tried
 
 
 def write_safetensors(tensors: dict[str, Tensor], path: Path) -> None:
@@ -26,7 +28,9 @@ def write_safetensors(tensors: dict[str, Tensor], path: Path) -> None:
 
 def write_pickle(tensors: dict[str, Tensor], path: Path) -> None:
     """A state dict of tensors alone, for a reader that knows nothing else."""
-    torch.save(tensors, path)
+    buffer = io.BytesIO()  # torch's own writer says nothing of what the disk said
+    torch.save(tensors, buffer)
+    path.write_bytes(buffer.getbuffer())
 
 
 def as_it_is(config: dict[str, Any]) -> dict[str, Any]:
@@ -44,6 +48,8 @@ class Format:
     rules: tuple[Rule, ...]
     commands: Callable[[Any], dict[str, Command]]  # of a head: engine -> how it is started
     flat: Callable[[dict[str, Any]], dict[str, Any]] = as_it_is  # config.json -> the keys that the rules speak of
+    # engine -> what its config.json asks of it; only of engines that do without, and have their command left out
+    limits: Mapping[str, Callable[[dict[str, Any]], Limits]] = field(default_factory=dict)
     file: str = "model.safetensors"
     write: Callable[[dict[str, Tensor], Path], None] = write_safetensors
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from draft.checkpoint import check_fits, fill, save_head
 from draft.errors import UserError
@@ -41,9 +42,24 @@ def import_head(
     head.to(dtype)
     fill(head, found.tensors, str(source))
     check_fits(head, {}, target)
-    about = {**found.about, "target": target.name, "target_fingerprint": target.fingerprint, "imported_as": kind.name}
+    about = {**found.about, **_made_for(found, target), "imported_as": kind.name}
     save_head(head, out, dtype=dtype, about=about)
     return Imported(Path(out), kind.name, found.notes)
+
+
+def _made_for(found: Checkpoint, target: Target) -> dict[str, Any]:
+    """The target that draftsmith.json is to name: this one, unless one of our exports says which it was."""
+    keys = ("target", "target_fingerprint", "target_adapter")
+    before = found.about.get("target_fingerprint")
+    if before and before != target.fingerprint:
+        found.notes.append(
+            f"it was made for target {found.about.get('target')!r} with fingerprint {before}, and {target.title} has "
+            f"{target.fingerprint}: it stays a head for that one; adapt it to this one with `draft-train adapt "
+            "--other-target`."
+        )
+        return {key: found.about.get(key) for key in keys}
+    adapter = target.adapter and str(target.adapter.folder.resolve())
+    return dict(zip(keys, (target.name, target.fingerprint, adapter), strict=True))
 
 
 def _recognise(found: Checkpoint) -> tuple[registry.Architecture, Source]:

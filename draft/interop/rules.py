@@ -157,15 +157,6 @@ def one_norm_before_fc(config: dict[str, Any], tensors: dict[str, Tensor], targe
         yield "norm_before_fc and fc_norm exclude each other in speculators; use --format vllm"
 
 
-def default_layers_elsewhere(config: dict[str, Any], tensors: dict[str, Tensor], target: TargetShape) -> Iterator[str]:
-    """llama.cpp's converter writes the default layers whatever the config.json says."""
-    if config.get(LAYER_IDS):
-        yield (
-            f"llama.cpp would silently read the default layers instead of {config[LAYER_IDS]}; "
-            "use --format vllm or sglang"
-        )
-
-
 _COMMON: tuple[Rule, ...] = (sizes, token_map, rope)
 VLLM: tuple[Rule, ...] = (*_COMMON, names_and_shapes("midlayer"), layers_exist(0))
 SGLANG: tuple[Rule, ...] = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -166,9 +167,7 @@ class RunSettings:
         if self.mode == "adapt" and not self.model.head:
             raise UserError("no head given; pass --head, the head to adapt (the bundled one is smollm2-eagle3).")
         if self.model.rebuild_vocabulary and self.method != "full":
-            raise UserError(
-                f"rebuild_vocabulary needs method full, not {self.method}: an adapter keeps its head's map."
-            )
+            raise UserError(f"rebuild_vocabulary needs method full, not {self.method}: an adapter keeps its map.")
         unknown = [name for name in self.training.log_with if name not in TRACKERS]
         if unknown or ("none" in self.training.log_with and len(self.training.log_with) > 1):
             raise UserError(
@@ -194,6 +193,13 @@ class RunSettings:
             raise UserError(
                 f"draft_vocab_size = {model.draft_vocab_size}: a head of architecture {model.architecture} drafts from "
                 "the target's whole vocabulary; leave the flag out."
+            )
+        if model.rebuild_vocabulary and not model.head:
+            raise UserError("rebuild_vocabulary: a new head's is chosen from the data anyway; leave the flag out.")
+        if model.head and model.draft_vocab_size and not model.rebuild_vocabulary:
+            raise UserError(
+                f"draft_vocab_size = {model.draft_vocab_size}: {model.head!r} has a vocabulary already, and keeps it; "
+                "leave the flag out, or choose one anew with --rebuild-vocabulary."
             )
         model.options()
 
@@ -273,7 +279,7 @@ def _read_yaml(path: Path | None) -> dict[str, Any]:
         return {}
     try:
         values = yaml.safe_load(path.read_text()) or {}
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"config {str(path)!r} could not be read ({str(error).splitlines()[0]}).") from error
     if not isinstance(values, dict):
         raise UserError(f"config {str(path)!r} must hold sections: {', '.join(SECTIONS)}.")
@@ -308,12 +314,15 @@ def _convert(name: str, value: Any, kind: Any) -> Any:
             return list(value)
     elif wanted is float and not isinstance(value, bool):
         try:
-            return float(value)
-        except (TypeError, ValueError):
-            pass
+            number = float(value)
+        except (TypeError, ValueError, OverflowError):
+            number = math.nan
+        if math.isfinite(number):
+            return number
     elif isinstance(value, wanted) and isinstance(value, bool) == (wanted is bool):
         return value
-    raise UserError(f"{name} = {value!r} is not of type {getattr(wanted, '__name__', wanted)}; correct the value.")
+    kind_name = "finite number" if wanted is float else getattr(wanted, "__name__", wanted)
+    raise UserError(f"{name} = {value!r} is not of type {kind_name}; correct the value.")
 
 
 def to_yaml(settings: RunSettings) -> str:

@@ -105,8 +105,11 @@ def places_in(batch: Batch) -> Sequence[tuple[int, int, int]]:
 
 
 def fits_in_memory(target: Target, layers: Sequence[int], tokens: int) -> bool:
-    """Whether the states kept of `tokens` tokens take less than a third of the memory that is free now."""
+    """Whether the states kept of `tokens` tokens take less than a third of this machine's memory.
+
+    Of all of it, not of what is free at the moment: a run has to go the same way each time it is started.
+    """
     import psutil
 
     size = tokens * len(kept_layers(target, layers)) * target.hidden_size * target.dtype.itemsize
-    return size < psutil.virtual_memory().available / 3
+    return size < psutil.virtual_memory().total / 3

@@ -9,10 +9,14 @@ grouped depends on their lengths only: any run over the same rows finds them.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
+import os
 import shutil
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +26,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from draft.checkpoint import sync, write_json
-from draft.data.dataset import Row
+from draft.checkpoint import sync
+from draft.data.dataset import Row, create_json
 from draft.data.examples import batches
 from draft.errors import UserError
 from draft.target import Target
@@ -33,6 +37,7 @@ from draft.training.processes import Processes
 SHARD_BYTES = 512 << 20
 TOKENS_PER_BATCH = 4096
 OPEN_SHARDS = 64
+_UNFINISHED = ".tmp"
 
 Compute = Callable[[list[int]], dict[int, Tensor]]  # row numbers -> [tokens, kept layers * hidden] of each
 
@@ -92,6 +97,7 @@ class HiddenStateCache:
                 f"--cache-hidden-states {str(self.folder)!r} cannot be made ({error.strerror}); choose another."
             ) from error
         self._check_manifest()
+        _discard_unfinished(self.folder)
         missing = [shard for shard in range(len(self.shards)) if not self._path(shard).is_file()]
         tokens = sum(self.tokens[row] for shard in missing for part in self.shards[shard] for row in part)
         needed, free = tokens * self.bytes_per_token, shutil.disk_usage(self.folder).free
@@ -101,7 +107,7 @@ class HiddenStateCache:
                 f"{_size(free)} free; give --cache-hidden-states a folder on a larger disk, or leave it out."
             )
         if missing:
-            write_json(self.folder / "manifest.json", self._manifest)
+            create_json(self.folder / "manifest.json", self._manifest)
             console.print(
                 f"Hidden states of {tokens:,} tokens: {_size(needed)} of the {_size(free)} free in {self.folder}."
             )
@@ -112,7 +118,9 @@ class HiddenStateCache:
     def _check_manifest(self) -> None:
         path = self.folder / "manifest.json"
         if not path.is_file():
-            others = sorted(entry.name for entry in self.folder.iterdir())
+            # another run may be writing its manifest at this moment
+            names = (entry.name for entry in self.folder.iterdir())
+            others = sorted(name for name in names if not name.startswith("manifest.json"))
             if others:
                 raise UserError(
                     f"--cache-hidden-states {str(self.folder)!r} holds something else ({others[0]}); choose another."
@@ -137,13 +145,12 @@ class HiddenStateCache:
         for part in self.shards[shard]:
             tensors.update({str(row): states for row, states in compute(part).items()})
         path = self._path(shard)
-        temporary = path.with_name(f".{path.name}.tmp")
         try:
-            save_file(tensors, temporary)
-            sync(temporary)
-            temporary.replace(path)
+            with _temporary_file(path) as temporary:
+                save_file(tensors, temporary)
+                sync(temporary)
+                temporary.replace(path)
         except (OSError, SafetensorError) as error:
-            temporary.unlink(missing_ok=True)
             raise UserError(
                 f"{str(path)!r} could not be written ({error}); make room, and the same command goes on from there."
             ) from error
@@ -166,6 +173,28 @@ class HiddenStateCache:
         if states.dtype != self.dtype or len(states) != self.tokens[row]:
             raise UserError(f"{str(self._path(shard))!r} holds other rows; delete the folder, and it is written again.")
         return states
+
+
+@contextmanager
+def _temporary_file(path: Path) -> Iterator[Path]:
+    """A file beside `path` of a name that no other run uses, locked while it is written, and gone afterwards."""
+    number, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=_UNFINISHED, dir=path.parent)
+    temporary = Path(name)
+    try:
+        fcntl.flock(number, fcntl.LOCK_EX)
+        temporary.chmod(0o644)
+        yield temporary
+    finally:
+        temporary.unlink(missing_ok=True)
+        os.close(number)
+
+
+def _discard_unfinished(folder: Path) -> None:
+    """Remove what killed runs left of a shard: nobody holds its lock."""
+    for left in folder.glob(f".*{_UNFINISHED}"):
+        with suppress(OSError), left.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            left.unlink()
 
 
 def _size(count: int) -> str:

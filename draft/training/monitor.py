@@ -184,11 +184,19 @@ def draw(folder: Path) -> None:
 
 
 def provenance() -> dict[str, str]:
-    """The command line and the commit of a run."""
-    root = Path(__file__).parent
-    try:
-        result = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False)
-        commit = result.stdout.strip()
-    except OSError:  # no git on this machine
-        commit = ""
-    return {"command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]), "commit": commit or "unknown"}
+    """The command line of a run and the commit of this program, with `-dirty` where its files differ from it."""
+    return {"command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]), "commit": _commit() or "unknown"}
+
+
+def _commit() -> str:
+    """Empty where this file is in no repository: an installed copy may lie in somebody else's."""
+    file = Path(__file__)
+    told = ""
+    for words in (f"ls-files --error-unmatch {file.name}", "describe --always --dirty --abbrev=40 --exclude=*"):
+        try:
+            told = subprocess.run(
+                ["git", *words.split()], cwd=file.parent, capture_output=True, text=True, check=True
+            ).stdout
+        except (OSError, subprocess.CalledProcessError):  # no git on this machine, or not its file
+            return ""
+    return told.strip()

@@ -37,9 +37,10 @@ class RunFolder:
         self.settings = settings
         self.folder = Path(settings.out)
         self.checkpoints = self.folder / "checkpoints"
+        self.starts_again = False
 
     def open(self, resume: bool | None) -> dict[str, Any]:
-        """Look at what an earlier run left, and change nothing unless the run is to start again.
+        """Look at what an earlier run left, and change nothing: `begin` does, once all else has been found in order.
 
         resume: True = there has to be a checkpoint to go on from; False = start again; None = go on if there is one.
 
@@ -50,8 +51,10 @@ class RunFolder:
             UserError: when the folder's run has other settings, or when there is nothing to resume.
         """
         self._check_is_folder()
-        if resume is False:
-            self._discard()
+        if resume is False and (self.folder / "config.yaml").is_file():
+            self._check_keeps_head()
+            self.starts_again = True
+            return {}
         latest = latest_snapshot(self.checkpoints)
         if resume and latest is None:
             raise UserError(f"--resume: {str(self.folder)!r} holds no checkpoint to go on from; leave --resume out.")
@@ -62,10 +65,13 @@ class RunFolder:
         if self.folder.exists() and not self.folder.is_dir():
             raise UserError(f"--out {str(self.folder)!r} is a file; choose a folder.")
 
+    def _check_keeps_head(self) -> None:
+        head = self.settings.model.head
+        if head and Path(head).is_dir() and Path(head).resolve().is_relative_to(self.folder.resolve()):
+            raise UserError(f"--no-resume would discard {head!r}, the --head to start from; choose another --out.")
+
     def _discard(self) -> None:
         """Remove what an earlier run wrote, and nothing else."""
-        if not (self.folder / "config.yaml").is_file():
-            return
         for name in (*OURS, *RESULTS):
             path = self.folder / name
             if path.is_dir():
@@ -75,6 +81,8 @@ class RunFolder:
 
     def check_settings(self) -> None:
         """Refuse to go on with a run of other settings; what is left to the head is compared once it is filled in."""
+        if self.starts_again:
+            return
         if latest_snapshot(self.checkpoints) is None and not any((self.folder / name).exists() for name in RESULTS):
             return
         different = _differences(self.folder / "config.yaml", self.settings)
@@ -85,12 +93,16 @@ class RunFolder:
             )
 
     def begin(self) -> None:
-        """Make the folder and write down what runs in it."""
+        """Make the folder, without what an earlier run wrote if this one starts again, and write down what runs."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"--out {str(self.folder)!r} cannot be made ({error.strerror}); choose another.") from error
+        if self.starts_again:
+            self._discard()
         discard_unfinished(self.checkpoints)
+        for left in (path for name in RESULTS for path in self.folder.glob(f".{name}-*")):
+            shutil.rmtree(left, ignore_errors=True)  # a killed process was writing it
         config = self.folder / ".config.yaml.tmp"
         config.write_text(to_yaml(self.settings))
         config.replace(self.folder / "config.yaml")
@@ -116,7 +128,7 @@ def _differences(config: Path, settings: RunSettings) -> list[str]:
     try:
         before = yaml.safe_load(config.read_text())
         assert isinstance(before, dict)
-    except (OSError, yaml.YAMLError, AssertionError):
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, AssertionError):
         return [f"{config.name} is missing or damaged"]
     if before.get("mode") != settings.mode:
         return [f"mode was {before.get('mode')}, is {settings.mode}"]

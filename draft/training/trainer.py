@@ -154,6 +154,8 @@ class Trainer:
                 self._loop()
                 result = self._finish()
             except Interrupted:
+                if self.processes.is_main:
+                    draw(self.run.folder)
                 self.processes.end()
                 raise
             except Exception:

@@ -104,6 +104,13 @@ def test_names_of_other_trainers_are_understood(folder, tiny_head):
         ("eagle_aux_hidden_state_layer_ids", [3, 1, 4], r"\[3, 1, 4\].*must rise"),
         ("eagle_config", {"eagle_aux_hidden_state_layer_ids": [1, 3, 5]}, "1,3,5 as vLLM reads it, 2,4,6 as SGLang"),
         ("num_hidden_layers", 2, "num_hidden_layers"),
+        ("num_attention_heads", 0, "num_attention_heads = 0"),
+        ("num_key_value_heads", 3, "4 attention heads can't share 3"),
+        ("intermediate_size", "48", "intermediate_size = '48'"),
+        ("rope_parameters", {"rope_type": "su", "factor": 2.0}, "unknown rope_type.*'su'"),
+        ("rope_parameters", {"rope_type": "yarn"}, "lacks a value.*factor"),
+        ("rope_parameters", {"rope_type": "linear", "factor": 0.0}, "finite|ZeroDivision"),
+        ("rope_parameters", "linear", "'linear'"),
     ],
 )
 def test_an_unsupported_config_is_refused(folder, key, value, words):
@@ -114,6 +121,25 @@ def test_an_unsupported_config_is_refused(folder, key, value, words):
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=words):
         check_fits(*load_head(folder), make_tiny_target())
+
+
+def test_the_older_spelling_of_a_scaled_rotary_embedding_is_read(folder, tiny_head):
+    config = json.loads((folder / "config.json").read_text())
+    del config["rope_parameters"]
+    config["rope_scaling"] = {"type": "linear", "factor": 2.0}
+    (folder / "config.json").write_text(json.dumps(config))
+    head, _ = load_head(folder)
+    assert torch.equal(head.rope.inverse_frequencies * 2, tiny_head.rope.inverse_frequencies)
+    save_head(head, folder, dtype=torch.float64, about={})
+    again, _ = load_head(folder)
+    assert torch.equal(again.rope.inverse_frequencies, head.rope.inverse_frequencies)
+
+
+@pytest.mark.parametrize("content", ["[]", "3"])
+def test_a_configuration_that_is_no_object_is_named(folder, content):
+    (folder / "config.json").write_text(content)
+    with pytest.raises(UserError, match="config.json' holds a"):
+        load_head(folder)
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])

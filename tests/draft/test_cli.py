@@ -109,6 +109,22 @@ def test_the_whole_path(run, folder, architecture="eagle3"):
     }
 
 
+def test_a_place_that_cannot_be_written_to_is_one_sentence(run, folder):
+    if not (folder / "eagle3-run" / "about.json").exists():
+        test_the_whole_path(run, folder)
+    for words in (
+        ("prepare", *COMMON, "--prompts", "questions.jsonl"),
+        ("export", "eagle3-head"),
+        ("import", "eagle3-head", *COMMON),
+        ("merge", "eagle3-run"),
+        ("compare", *COMMON, "--baseline", "eagle3-head", "--candidate", "eagle3-head", "--data", "data"),
+    ):
+        for place in ("/dev/null/a/b", "questions.jsonl/a"):
+            status, shown = run(*words, "--out", place)
+            assert status == 2 and shown.startswith("draft-train: "), shown
+            assert place[:8] in shown and "Traceback" not in shown and shown.strip().count("\n") == 0
+
+
 def test_a_head_compared_with_itself_is_not_shipped(run, folder):
     if not (folder / "eagle3-head").exists():
         test_the_whole_path(run, folder)

@@ -22,8 +22,6 @@ NAMES = "eagle_aux_hidden_state_layer_ids"
 REFUSED = {
     ("plain", "norm_before_residual"): "SGLang has no norm_before_residual",
     ("sglang", "norm_before_residual"): "SGLang has no norm_before_residual",
-    ("plain", "three other layers"): "llama.cpp would silently read the default layers",
-    ("plain", "five layers"): "llama.cpp would silently read the default layers",
     **{("medusa", case): "it is for Medusa heads; use --format plain or vllm or sglang" for case in CASES},
 }
 
@@ -88,6 +86,24 @@ def test_the_command_lines_name_target_head_and_length(world, tmp_path, format):
         elif engine == "SGLang":
             assert words[words.index("--speculative-num-draft-tokens") + 1] == "6"
             assert words[words.index("--speculative-draft-model-path") + 1] == str(out)
+
+
+@pytest.mark.parametrize(
+    ("option", "served", "words"),
+    [
+        ("default", True, ""),
+        ("EAGLE-3.1", False, "llama.cpp: its converter knows no fc_norm; it drafts on from"),
+        ("five layers", False, "its converter knows no fc_norm; it reads three auxiliary layers, so there is no"),
+        ("three other layers", True, "llama.cpp: other layers than the default: not verified"),
+        ("norm_before_fc", True, "llama.cpp: norm_before_fc: not verified"),
+        ("shared LM head", True, "llama.cpp: the target's LM head: not verified"),
+    ],
+)
+def test_llama_cpp_is_named_for_heads_that_it_can_serve(world, tmp_path, option, served, words):
+    exported = export_head(world[0] / option, "plain", tmp_path / "out")
+    assert ("llama.cpp (conversion)" in exported.commands) == served
+    notes = " ".join(note for note in exported.notes if note.startswith("llama.cpp:"))
+    assert words in notes and bool(words) == bool(notes)
 
 
 def test_a_full_vocabulary_has_no_token_map_and_a_shared_lm_head_nothing_of_its_size(world):

@@ -10,8 +10,9 @@ from interop_heads import files, make_world, refused
 from safetensors.torch import load_file, save_file
 
 from benchmarks.interop.cases import CASES
-from draft.checkpoint import load_head
+from draft.checkpoint import check_fits, load_head
 from draft.cli import main
+from draft.errors import UserError
 from draft.interop.exporting import export_head
 from draft.interop.importing import import_head
 
@@ -79,6 +80,22 @@ def test_a_head_of_safeailab_is_read_from_a_pickle_and_completed(foreign):
     assert head.fc.weight.dtype == torch.bfloat16  # the tensors', not config.json's
 
 
+def test_an_export_stays_a_head_for_its_target(foreign):
+    stale = {"target": "elsewhere", "target_fingerprint": "feed", "target_adapter": "runs/tuned"}
+    (foreign.folder / "draftsmith.json").write_text(json.dumps(stale))
+    assert "made for target 'elsewhere' with fingerprint feed" in " ".join(foreign.taken().notes)
+    head, about = load_head(foreign.out)
+    assert {key: about[key] for key in stale} == stale
+    with pytest.raises(UserError, match="made for target feed"):
+        check_fits(head, about, foreign.target)
+    foreign.out = foreign.out.with_name("other")
+    stale["target_fingerprint"] = foreign.target.fingerprint
+    (foreign.folder / "draftsmith.json").write_text(json.dumps(stale))
+    assert foreign.taken().notes == []
+    about = load_head(foreign.out)[1]
+    assert about["target"] == foreign.target.name and about["target_adapter"] is None
+
+
 def test_a_pickle_that_would_run_code_is_refused(foreign, tmp_path):
     class Trap:
         def __reduce__(self):
@@ -89,12 +106,41 @@ def test_a_pickle_that_would_run_code_is_refused(foreign, tmp_path):
     foreign.refused("more than tensors")
 
 
-@pytest.mark.parametrize("content", [b"nonsense", b""])
+@pytest.mark.parametrize("content", [b"nonsense", b"", b"hello"])
 def test_a_damaged_file_is_refused(foreign, content):
     for name in ("model.safetensors", "pytorch_model.bin"):
         (foreign.folder / "model.safetensors").unlink(missing_ok=True)
         (foreign.folder / name).write_bytes(content)
         foreign.refused(name)
+
+
+def test_a_pickle_whose_keys_are_no_names_is_refused(foreign):
+    foreign.tensors = {0: torch.ones(1)}
+    foreign.publish(pickled=True)
+    foreign.refused("0 is no named tensor")
+
+
+@pytest.mark.parametrize(("file", "save"), [("model.safetensors", save_file), ("pytorch_model.bin", torch.save)])
+def test_a_checkpoint_of_several_files_is_read(foreign, file, save):
+    (foreign.folder / "model.safetensors").unlink()
+    names, places = sorted(foreign.tensors), {}
+    for part, chosen in enumerate((names[::2], names[1::2])):
+        shard = f"part-{part}-of-2.{file.rpartition('.')[2]}"
+        save({name: foreign.tensors[name] for name in chosen}, foreign.folder / shard)
+        places.update(dict.fromkeys(chosen, shard))
+    index = foreign.folder / f"{file}.index.json"
+    index.write_text(json.dumps({"weight_map": places}))
+    foreign.taken()
+    foreign.out = foreign.out.with_name("other")
+    index.write_text(json.dumps({"weight_map": {**places, "extra": shard}}))
+    foreign.refused("lacks extra")
+    index.write_text(json.dumps({"weight_map": {**places, "fc.weight": "../fc"}}))
+    foreign.refused("no file beside it")
+    (foreign.folder / shard).unlink()
+    index.write_text(json.dumps({"weight_map": places}))
+    foreign.refused("is missing, which the index names")
+    index.write_text("{}")
+    foreign.refused("weight_map")
 
 
 def test_other_names_of_the_same_tensors_are_understood(world, tmp_path):

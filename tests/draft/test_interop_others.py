@@ -7,6 +7,7 @@ import pytest
 import torch
 from interop_heads import files, make_world, refused
 from safetensors.torch import load_file, save_file
+from training_runs import Run
 
 from draft.checkpoint import load_head
 from draft.errors import UserError
@@ -216,6 +217,13 @@ def test_a_medusa_pickle_that_would_run_code_is_refused(world, tmp_path):
     foreign.tensors = {"0.0.linear.weight": Trap()}
     foreign.publish("medusa_lm_head.pt")
     foreign.refused("more than tensors")
+
+
+def test_a_full_disk_is_told_where_a_pickle_is_written(world, tmp_path):
+    words = ["export", str(world[0] / "Medusa"), "--format", "medusa", "--out", str(tmp_path / "out")]
+    run = Run(words, file_size=20_000)
+    assert run.wait() == 2 and "File too large" in run.output() and "Traceback" not in run.output(), run.output()
+    assert not (tmp_path / "out").exists()
 
 
 def test_auxiliary_layers_are_for_heads_that_have_some(world, tmp_path):

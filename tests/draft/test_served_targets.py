@@ -20,25 +20,46 @@ COMMANDS = {"vLLM": "vllm serve", "SGLang": "sglang", "llama.cpp (conversion)": 
 @pytest.mark.parametrize(
     ("architecture", "engines"),
     [
-        ("LlamaForCausalLM", {"vLLM", "SGLang"}),
-        ("MistralForCausalLM", {"vLLM", "SGLang"}),
+        ("LlamaForCausalLM", {"vLLM", "SGLang", "llama.cpp (conversion)"}),
+        ("MistralForCausalLM", {"vLLM", "SGLang", "llama.cpp (conversion)"}),
         ("Qwen2ForCausalLM", {"vLLM", "SGLang"}),
-        ("Qwen3ForCausalLM", {"vLLM", "SGLang"}),
-        ("Qwen3MoeForCausalLM", {"vLLM", "SGLang"}),
+        ("Qwen3ForCausalLM", {"vLLM", "SGLang", "llama.cpp (conversion)"}),
+        ("Qwen3MoeForCausalLM", {"vLLM", "SGLang", "llama.cpp (conversion)"}),
         ("Phi3ForCausalLM", {"vLLM", "SGLang"}),
         ("GraniteForCausalLM", {"vLLM"}),
         ("Gemma3ForCausalLM", {"SGLang"}),
         ("Gemma2ForCausalLM", set()),
-        ("MixtralForCausalLM", set()),
+        ("MixtralForCausalLM", {"llama.cpp (conversion)"}),
     ],
 )
 def test_who_serves_eagle3_beside_it(architecture: str, engines: set[str]) -> None:
     kept, notes = accepted_by(COMMANDS, architecture, {})
-    assert set(kept) == engines | {"llama.cpp (conversion)"}
-    for engine in ("vLLM", "SGLang"):
-        (note,) = (note for note in notes if note.startswith(engine))
+    assert set(kept) == engines
+    for engine in COMMANDS:
+        (note,) = (note for note in notes if note.startswith(engine.split()[0]))
         assert architecture in note and ("serves no eagle3" in note) == (engine not in engines)
-    assert accepted_by({"vLLM": "vllm serve"}, architecture, {}, "medusa") == ({"vLLM": "vllm serve"}, [])
+
+
+@pytest.mark.parametrize(
+    ("method", "engine", "architecture", "served", "words"),
+    [
+        ("eagle", "vLLM", "LlamaForCausalLM", True, "vLLM 0.32 serves eagle heads beside LlamaForCausalLM"),
+        ("eagle", "vLLM", "GPT2LMHeadModel", False, "serves no eagle head beside GPT2LMHeadModel"),
+        ("eagle", "vLLM", "HydraForCausalLM", True, "not checked whether it serves eagle heads beside Hydra"),
+        ("eagle", "vLLM", "Gemma3ForCausalLM", False, "without its scale"),
+        ("eagle", "SGLang", "Qwen3ForCausalLM", True, "SGLang 0.5.23 serves eagle heads beside Qwen3ForCausalLM"),
+        ("eagle", "SGLang", "MixtralForCausalLM", False, "SGLang 0.5.23 serves no eagle head beside Mixtral"),
+        ("medusa", "vLLM", "Qwen2ForCausalLM", True, "not checked whether it serves medusa heads beside Qwen2"),
+        ("medusa", "FasterDecoding", "LlamaForCausalLM", True, "FasterDecoding 1.0 serves medusa heads beside Llama"),
+        ("medusa", "FasterDecoding", "Qwen2ForCausalLM", False, "serves no medusa head beside Qwen2ForCausalLM"),
+    ],
+)
+def test_who_serves_other_heads_beside_it(
+    method: str, engine: str, architecture: str, served: bool, words: str
+) -> None:
+    kept, (note,) = accepted_by({engine: "command"}, architecture, {}, method)
+    assert (engine in kept) == served and words in note
+    assert ("draft-serve does" in note) != served
 
 
 def test_an_export_tells_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

@@ -19,6 +19,7 @@ from draft.checkpoint import load_head, save_head
 from draft.data.dataset import open_dataset
 from draft.data.prepare import prepare
 from draft.errors import UserError
+from draft.interop.importing import import_head
 from draft.merge import merge_run
 from draft.target import load_target
 from draft.training.config import resolve
@@ -48,6 +49,14 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_adapter(root / "tuned")
     save_adapter(root / "other", seed=1)
     return root
+
+
+def test_an_imported_head_names_the_adapter(world: Path, tmp_path: Path) -> None:
+    target = load_target(str(world / "target"), "float32", "cpu", world / "tuned")
+    save_head(make_tiny_head(target), tmp_path / "head", dtype=torch.float32, about={})
+    import_head(tmp_path / "head", target, tmp_path / "imported")
+    about = load_head(tmp_path / "imported")[1]
+    assert about["target_adapter"] == str(world / "tuned") and about["target_fingerprint"] == target.fingerprint
 
 
 def digests(folder: Path) -> dict[str, str]:

@@ -173,6 +173,39 @@ def test_a_server_that_is_overloaded_now_and_then(target: Target, server: str, t
     assert seen.times[1] - seen.times[0] >= 0.4
 
 
+def test_a_server_that_fails_at_token_ids_is_asked_for_text(target: Target, server: str) -> None:
+    """And one that fails at everything is retried; once it serves, it is asked in the best way."""
+
+    def trouble(_: int, body: Any) -> Response | None:
+        return problem(500, "list index out of range") if "prompt" in body else None
+
+    with proxy(server, trouble) as (address, seen):
+        endpoint = Endpoint(EndpointSettings(address), target, 0)
+        assert endpoint._dialect.path == "chat/completions" and seen.count < 10
+        endpoint.close()
+    for served in (3, 12):
+        with proxy(server, lambda count, _, served=served: problem(503) if count < served else None) as (address, seen):
+            endpoint = Endpoint(EndpointSettings(address), target, 0)
+            assert endpoint._dialect == module._DIALECTS[0] and seen.count >= served
+            endpoint.close()
+    with proxy(server, lambda count, _: problem(503)) as (address, _), pytest.raises(
+        EndpointError, match="gives no answer to a first request .503"
+    ):  # fmt: skip
+        Endpoint(EndpointSettings(address, retries=2), target, 0)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        Response("x", 307, {"location": "/v1/completions"}),
+        Response(b"no gzip", 200, {"content-encoding": "gzip"}),
+    ],
+)
+def test_answers_that_lead_nowhere(target: Target, server: str, answer: Response) -> None:
+    with proxy(server, lambda count, _: answer) as (address, _), pytest.raises(EndpointError, match="gives no answer"):
+        Endpoint(EndpointSettings(address), target, 0)
+
+
 def test_what_ends_it_is_one_sentence(target: Target, server: str, tmp_path: Path, monkeypatch: Any) -> None:
     questions = write_questions(tmp_path)
 

@@ -78,6 +78,7 @@ def test_every_kind_of_file(tmp_path: Path) -> None:
     [
         ('{"prompt": "cut', r"line 2: not JSON \(Unterminated string"),
         ("[1, 2]", "line 2: the row is a list"),
+        ({"prompt": [{"role": ["user"], "content": "hi"}]}, r"line 2: turn 1 has the role \['user'\]"),
         ({"other": "x"}, "line 2: column 'prompt' is missing"),
         ({"prompt": 7}, "line 2: column 'prompt' is a int"),
         ({"prompt": "  "}, "line 2: column 'prompt' is empty"),

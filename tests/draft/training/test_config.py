@@ -34,6 +34,9 @@ def test_a_resolved_configuration_reads_back_the_same(tmp_path):
         ({"overrides": ["training.seed=true"]}, "True"),
         ({"overrides": ["training.seed"]}, "section.key=value"),
         ({"overrides": ["adapter.rank=0"]}, "rank = 0"),
+        ({"flags": {**MINIMUM, "epochs": float("inf")}}, "epochs = inf is not of type finite number"),
+        ({"overrides": ["training.learning_rate=.nan"]}, "learning_rate = nan"),
+        ({"flags": {**MINIMUM, "draft_vocab_size": 9}}, "draft_vocab_size = 9: 'h' has .*--rebuild-vocabulary"),
         ({"flags": {**MINIMUM, "method": "dora"}}, "'dora'"),
         ({"flags": {**MINIMUM, "loss": "mse"}}, "'mse'"),
         ({"flags": {"head": "h"}}, "--data"),
@@ -53,9 +56,15 @@ def test_a_mistake_is_named(change, words):
 
 def test_a_broken_file_is_named(tmp_path):
     file = tmp_path / "run.yaml"
-    file.write_text("training: [\n")
-    with pytest.raises(UserError, match=r"run\.yaml"):
-        resolve("adapt", "o", config_file=file, flags=MINIMUM)
+    for content in (b"training: [\n", b"\xff"):
+        file.write_bytes(content)
+        with pytest.raises(UserError, match=r"run\.yaml"):
+            resolve("adapt", "o", config_file=file, flags=MINIMUM)
+
+
+def test_a_new_heads_vocabulary_is_not_rebuilt():
+    with pytest.raises(UserError, match="chosen from the data anyway"):
+        resolve("pretrain", "o", flags={**NEW, "rebuild_vocabulary": True})
 
 
 def test_options_of_a_new_head_have_their_types():

@@ -4,6 +4,7 @@ import json
 import shutil
 from collections import namedtuple
 
+import psutil
 import pytest
 import torch
 from rich.console import Console
@@ -13,6 +14,7 @@ from draft.data.dataset import open_dataset
 from draft.errors import UserError
 from draft.target import load_target
 from draft.training import hidden_states
+from draft.training.features import fits_in_memory, kept_layers
 from draft.training.hidden_states import HiddenStateCache
 
 QUIET = Console(quiet=True)
@@ -108,6 +110,30 @@ def test_other_states_and_other_files_are_refused(parts, tmp_path):
     cache = HiddenStateCache(tmp_path / "states", target, (2, 4, 5), rows)
     with pytest.raises(UserError, match=r"not a whole shard .*delete it"):
         cache[cache.shards[0][0][0]]
+
+
+def test_runs_that_fill_one_folder_use_files_of_their_own(parts, tmp_path):
+    target, rows, source = parts
+    cache = HiddenStateCache(tmp_path, target, (2, 4, 5), rows)
+    (tmp_path / ".shard-00000.safetensors.tmp").write_text("of a run that was killed")
+    (tmp_path / "manifest.json").write_text(json.dumps(cache._manifest))
+    path = cache._path(0)
+    with hidden_states._temporary_file(path) as ours, hidden_states._temporary_file(path) as theirs:
+        assert ours != theirs
+        cache.fill(source, Alone(), QUIET)
+        left = {file for file in tmp_path.iterdir() if file.name.startswith(".")}
+        assert left == {ours, theirs}
+    assert sorted(file.name for file in tmp_path.iterdir()) == sorted(
+        ["manifest.json", *(cache._path(shard).name for shard in range(len(cache.shards)))]
+    )
+
+
+def test_whether_states_fit_does_not_depend_on_what_is_free_now(parts, monkeypatch):
+    target, _, _ = parts
+    size = 1000 * len(kept_layers(target, (2, 4, 5))) * target.hidden_size * target.dtype.itemsize
+    for total, fits in ((4 * size, True), (2 * size, False)):
+        monkeypatch.setattr(psutil, "virtual_memory", lambda total=total: namedtuple("memory", "total")(total))
+        assert fits_in_memory(target, (2, 4, 5), 1000) == fits
 
 
 def test_a_disk_that_is_too_small_is_said_before_the_work(parts, tmp_path, monkeypatch):

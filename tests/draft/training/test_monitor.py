@@ -1,6 +1,7 @@
 """What a run shows and leaves behind."""
 
 import json
+import subprocess
 from importlib.util import find_spec
 
 import pytest
@@ -24,7 +25,7 @@ def test_a_run_leaves_everything(tmp_path):
     config = yaml.safe_load((folder / "config.yaml").read_text())
     assert config["mode"] == "pretrain" and config["training"]["max_steps"] == 5
     provenance = json.loads((folder / "provenance.json").read_text())
-    assert "--max-steps 5" in provenance["command"] and len(provenance["commit"]) == 40
+    assert "--max-steps 5" in provenance["command"] and len(provenance["commit"].removesuffix("-dirty")) == 40
     assert (folder / "training.png").read_bytes().startswith(b"\x89PNG")
     # a log file gets lines, not a bar
     assert "step 2/5  loss " in run.output() and "τ " in run.output() and "tokens/s" in run.output()
@@ -32,6 +33,28 @@ def test_a_run_leaves_everything(tmp_path):
     assert b"loss" in events.read_bytes() and b"tau" in events.read_bytes()
     quiet = Run(command(world, "pretrain", tmp_path / "quiet", "--max-steps", "1", "--log-with", "none")).succeed()
     assert not (tmp_path / "quiet" / "logs").exists(), quiet.output()
+
+
+def test_the_commit_is_this_programs_own(tmp_path, monkeypatch):
+    """An installed copy may lie in somebody else's repository; files that were changed are no commit's."""
+
+    def git(*words):
+        identity = ("-c", "user.name=a", "-c", "user.email=a@b")
+        return subprocess.run(["git", *identity, *words], cwd=tmp_path, check=True, capture_output=True, text=True)
+
+    monkeypatch.setattr(monitor, "__file__", str(tmp_path / "monitor.py"))
+    (tmp_path / "monitor.py").write_text("one")
+    assert monitor.provenance()["commit"] == "unknown"
+    (tmp_path / "theirs").write_text("one")
+    for words in ("init", "add theirs", "commit -m one"):
+        git(*words.split())
+    assert monitor.provenance()["commit"] == "unknown"
+    git("add", "monitor.py")
+    git("commit", "-m", "two")
+    commit = git("rev-parse", "HEAD").stdout.strip()
+    assert monitor.provenance()["commit"] == commit
+    (tmp_path / "monitor.py").write_text("two")
+    assert monitor.provenance()["commit"] == f"{commit}-dirty"
 
 
 def test_trackers_that_are_not_installed_are_named(monkeypatch):

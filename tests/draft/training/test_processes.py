@@ -52,6 +52,26 @@ def test_accelerate_launch_with_fsdp2(world, tmp_path):
     assert_same_run(tmp_path / "run", world / "adapt")
 
 
+@pytest.mark.parametrize(("kind", "mode"), [("ddp", "adapt"), ("fsdp2", "pretrain")])
+def test_processes_that_accumulate(world, tmp_path, kind, mode):
+    """Gradients of a step's first batches stay where they are, and its last one sums them over the processes."""
+    settings = ["--max-steps", "5", "--gradient-accumulation"]
+    group = run_group(command(world, mode, tmp_path / "run", *settings, "2"), **KINDS[kind])
+    for run in (*group, Run(command(world, mode, tmp_path / "alone", *settings, "4"))):
+        run.succeed()
+    assert_same_run(tmp_path / "run", tmp_path / "alone")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bfloat16(world, tmp_path, kind):
+    for run in run_group(command(world, "pretrain", tmp_path / "run", *SETTINGS, "--dtype", "bfloat16"), **KINDS[kind]):
+        run.succeed()
+    curve, expected = logged(tmp_path / "run"), logged(world / "pretrain")
+    assert curve.keys() == expected.keys()
+    assert list(curve.values()) == pytest.approx(list(expected.values()), rel=0.03)
+    assert curve != expected
+
+
 @pytest.mark.parametrize(("kind", "architecture"), [("ddp", "medusa"), ("fsdp2", "eagle")])
 def test_heads_of_other_architectures(world, tmp_path, kind, architecture):
     """Also where a head has weights that no draft step reaches."""

@@ -49,6 +49,7 @@ def test_a_signal_ends_a_run_after_the_step_under_way(world, tmp_path, number, s
     step = last_step(tmp_path / "run")
     assert f"saved after step {step}" in run.output() and "Traceback" not in run.output()
     assert latest_snapshot(tmp_path / "run" / "checkpoints").name == f"step-{step:07d}"
+    assert (tmp_path / "run" / "training.png").is_file()
     # the settings need not be repeated
     Run(["pretrain", "--out", str(tmp_path / "run"), "--resume"]).succeed()
     Run(command(world, "pretrain", tmp_path / "whole", *settings)).succeed()
@@ -69,9 +70,25 @@ def test_resume_and_start_again(world, tmp_path):
     (out / "mine.txt").write_text("mine")
     run = Run(command(world, "pretrain", out, "--max-steps", "4", "--no-resume")).succeed()
     assert list(logged(out)) == [1, 2, 3, 4] and (out / "mine.txt").read_text() == "mine"
+    # what a killed process left while it wrote the result
+    (out / ".head-left").mkdir()
     # what the weights don't depend on may change
     run = Run(command(world, "pretrain", out, "--max-steps", "4", "--save-every", "1", "--log-with", "none")).succeed()
-    assert "Continuing" in run.output()
+    assert "Continuing" in run.output() and not (out / ".head-left").exists()
+
+
+def test_starting_again_discards_nothing_until_all_else_is_in_order(world, tmp_path):
+    out = tmp_path / "run"
+    Run(command(world, "pretrain", out, "--max-steps", "3")).succeed()
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    for mistake, said in (
+        (["--head", str(tmp_path / "typo")], "typo"),
+        (["--head", str(out / "head")], "would discard"),
+        (["--data", str(tmp_path / "absent")], "absent"),
+    ):
+        run = Run([*command(world, "adapt", out), "--no-resume", *mistake])
+        assert run.wait() == 2 and said in run.output(), run.output()
+        assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
 
 def test_a_full_disk_leaves_the_previous_checkpoint_whole(world, tmp_path):
@@ -89,6 +106,16 @@ def test_a_full_disk_leaves_the_previous_checkpoint_whole(world, tmp_path):
     assert {path.name: path.read_bytes() for path in (checkpoints / "step-0000003").iterdir()} == before
     Run(arguments).succeed()
     assert list(logged(tmp_path / "run")) == list(range(1, 9))
+
+
+def test_a_full_disk_while_preparing_and_exporting(world, tmp_path):
+    prepare = f"prepare --target {world}/target --prompts {world}/prompts.jsonl --max-new-tokens 24 --device cpu"
+    export = f"export {world}/base/head"
+    for words, name, size in ((prepare, "data", 2000), (export, "head", 40_000)):
+        run = Run([*words.split(), "--out", str(tmp_path / name)], file_size=size)
+        assert run.wait() == 2 and "Traceback" not in run.output(), run.output()
+        assert "could not be read or written" in run.output() and "draft-train: " in run.output()
+    Run([*prepare.split(), "--out", str(tmp_path / "data")]).succeed()
 
 
 def test_latest_is_always_a_whole_checkpoint(tmp_path):
