@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import socket
 import threading
 import time
@@ -15,15 +16,25 @@ import httpx
 import uvicorn
 from fastapi import FastAPI
 
+from serving.api.logs import JsonFormatter
 from serving.engine import Engine
 
 PROMPT = "<|im_start|>user\nA secretive prompt about zebras.<|im_end|>\n<|im_start|>assistant\n"
+MESSAGES = [{"role": "user", "content": "A secretive prompt about zebras."}]  # which the template makes PROMPT of
 
 
 def ask(client: Any, inputs: str = PROMPT, **parameters: Any) -> httpx.Response:
     """One POST /generate of 8 tokens, or as many as the parameters say."""
     parameters = {"max_new_tokens": 8, **parameters}
     return client.post("/generate", json={"inputs": inputs, "parameters": parameters})
+
+
+def complete(client: Any, path: str = "completions", **body: Any) -> dict[str, Any]:
+    """One POST on OpenAI's surface, greedy and of 12 tokens unless the body says otherwise; a stream's events."""
+    asked = {"messages": MESSAGES} if "chat" in path else {"prompt": PROMPT}
+    answer = client.post(f"/v1/{path}", json={"max_tokens": 12, "temperature": 0, **asked, **body})
+    assert answer.status_code == 200, answer.text
+    return answer.json() if not body.get("stream") else {"events": events(answer.text)}
 
 
 def metric(client: Any, name: str, prefix: str = "draftsmith") -> float:
@@ -80,6 +91,31 @@ def live(app: FastAPI, **options: Any) -> Iterator[str]:
         finally:
             server.should_exit = True
             thread.join(30)
+
+
+class LogLines(logging.Handler):
+    """What the server writes to its log, line by line."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[dict[str, Any]] = []
+        self.setFormatter(JsonFormatter())
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(json.loads(self.format(record)))
+
+    @contextmanager
+    def of(self, name: str) -> Iterator[None]:
+        """Of a logger with this name, and those below it."""
+        logger = logging.getLogger(name)
+        level = logger.level
+        logger.addHandler(self)
+        logger.setLevel(logging.INFO)
+        try:
+            yield
+        finally:
+            logger.removeHandler(self)
+            logger.setLevel(level)
 
 
 class GatedEngine(Engine):
