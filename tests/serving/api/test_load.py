@@ -9,7 +9,7 @@ import socket
 from typing import Any
 
 import httpx
-from http_testing import PROMPT, eventually, idle, live, series
+from http_testing import PROMPT, events, eventually, idle, live, series
 
 from serving.api.app import create_app
 from serving.engine import Engine, SamplingParams
@@ -37,15 +37,32 @@ def mixed(index: int) -> dict[str, Any]:
     return settings
 
 
+def as_openai(settings: dict[str, Any], prompt: str, stream: bool) -> dict[str, Any]:
+    """The same request to /v1/completions, which has other names and another default temperature."""
+    renamed = {"max_tokens": settings["max_new_tokens"], "temperature": settings.get("temperature", 0)}
+    same = {name: value for name, value in settings.items() if name not in ("max_new_tokens", "temperature")}
+    return {"prompt": prompt, "stream": stream, "include_stop_str_in_output": True, **same, **renamed}
+
+
+def text_of(answer: httpx.Response, openai: bool, stream: bool) -> str:
+    told = events(answer.text) if stream else [answer.json()]
+    if openai:
+        return "".join(each["choices"][0]["text"] for each in told if each != "[DONE]")
+    return told[-1]["generated_text"]
+
+
 def test_two_hundred_mixed_requests_in_flight_give_what_each_gives_alone(tiny_target, tiny_head) -> None:
     async def conversation(client: httpx.AsyncClient) -> list[str]:
         async def one(index: int) -> str:
             wishes = mixed(index) | {"speculative": {"num_tokens": index % 6}}
-            body = {"inputs": f"{index} {PROMPT[: index % 40]}", "parameters": wishes, "stream": index % 2 == 0}
-            answer = await client.post("/generate", json=body)
+            prompt, stream, openai = f"{index} {PROMPT[: index % 40]}", index % 2 == 0, index % 4 > 1
+            if openai:
+                answer = await client.post("/v1/completions", json=as_openai(wishes, prompt, stream))
+            else:
+                body = {"inputs": prompt, "parameters": wishes, "stream": stream}
+                answer = await client.post("/generate", json=body)
             assert answer.status_code == 200, answer.text
-            last = answer.text.strip().rsplit("data:", 1)[-1]
-            return json.loads(last)["generated_text"]
+            return text_of(answer, openai, stream)
 
         return list(await asyncio.gather(*(one(index) for index in range(200))))
 
