@@ -61,7 +61,7 @@ def serve_until_stopped(
     listener: Listener,
     ready_line: str,
     drain_seconds: float,
-    tls: dict[str, str | None],
+    tls: dict[str, Any],
 ) -> None:
     """Serve until SIGTERM or SIGINT, which end the process with status 0 once running requests are answered.
 
@@ -97,7 +97,9 @@ def _config(app: FastAPI, tls: dict[str, Any]) -> uvicorn.Config:
     try:
         config.load()
     except (ssl.SSLError, OSError) as error:
-        raise UserError(f"--ssl-certfile {tls['ssl_certfile']}: not a certificate with its key ({error}).") from error
+        flags = {"--ssl-certfile": tls["ssl_certfile"], "--ssl-ca-certs": tls["ssl_ca_certs"]}
+        given = " or ".join(f"{flag} {path}" for flag, path in flags.items() if path)
+        raise UserError(f"{given}: not a certificate, or not with its key ({error}).") from error
     return config
 
 
