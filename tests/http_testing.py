@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +17,7 @@ from fastapi import FastAPI
 
 from serving.api.logs import JsonFormatter
 from serving.engine import Engine
+from serving.server import Listener
 
 PROMPT = "<|im_start|>user\nA secretive prompt about zebras.<|im_end|>\n<|im_start|>assistant\n"
 MESSAGES = [{"role": "user", "content": "A secretive prompt about zebras."}]  # which the template makes PROMPT of
@@ -78,16 +78,17 @@ def in_process(app: FastAPI, conversation: Callable[[httpx.AsyncClient], Any], s
 
 
 @contextmanager
-def live(app: FastAPI, **options: Any) -> Iterator[str]:
+def live(app: Any, stalled_seconds: float = 60.0, **options: Any) -> Iterator[str]:
     """The app behind uvicorn on a free port of 127.0.0.1; yields its address."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
+    with Listener("127.0.0.1", 0) as listener:
+        listener.listen(2048, stalled_seconds)
         config = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=2, **options)
         server = uvicorn.Server(config)
-        thread = threading.Thread(target=lambda: server.run(sockets=[listener]), daemon=True)
+        thread = threading.Thread(target=lambda: server.run(sockets=[listener.socket]), daemon=True)
         thread.start()
         eventually(lambda: server.started)
         try:
-            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+            yield listener.url("http")
         finally:
             server.should_exit = True
             thread.join(30)

@@ -6,12 +6,18 @@ import asyncio
 import json
 import random
 import socket
+from collections.abc import AsyncGenerator
+from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 from http_testing import PROMPT, events, eventually, idle, live, series
+from starlette.applications import Starlette
+from starlette.routing import Route
 
 from serving.api.app import create_app
+from serving.api.sse import EventStream
 from serving.engine import Engine, SamplingParams
 
 LIMITS = httpx.Limits(max_connections=400)
@@ -158,8 +164,6 @@ def test_a_slow_reader_does_not_stall_others(tiny_target) -> None:
 
 
 def test_a_reader_that_takes_nothing_is_dropped(tiny_target) -> None:
-    from serving.api.sse import EventStream
-
     closed = []
 
     async def endless():
@@ -181,3 +185,26 @@ def test_a_reader_that_takes_nothing_is_dropped(tiny_target) -> None:
 
     asyncio.run(conversation())
     assert closed == [True]
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="the system has no such timeout")
+def test_a_connection_whose_client_takes_nothing_does_not_stay() -> None:
+    """What is in the system's buffers would keep it, long after its request has been given up."""
+
+    async def endless() -> AsyncGenerator[bytes]:
+        while True:
+            yield b"x" * 100_000
+
+    app = Starlette(routes=[Route("/", lambda request: EventStream(endless(), stalled_seconds=0.3))])
+    with live(app, stalled_seconds=0.5) as url, socket.socket() as reader:
+        reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
+        port = int(url.rsplit(":")[-1])
+        reader.connect(("127.0.0.1", port))
+        ends = f":{port:04X} 0100007F:{reader.getsockname()[1]:04X} 01"  # the server's, established
+
+        def connected() -> bool:
+            return ends in Path("/proc/net/tcp").read_text()
+
+        reader.sendall(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
+        eventually(connected)
+        eventually(lambda: not connected(), 30)
