@@ -23,6 +23,7 @@ NOT_IMPLEMENTED: dict[str, tuple[Any, ...]] = {
     "annotations": ([],),
     "audio": (),
     "function_call": (),
+    "parsed": (),
     "reasoning": ("",),
     "reasoning_content": ("",),
     "refusal": ("",),
@@ -71,6 +72,7 @@ class Message(Strict):
     annotations: Any = not_implemented(NOT_IMPLEMENTED, "annotations")
     audio: Any = not_implemented(NOT_IMPLEMENTED, "audio")
     function_call: Any = not_implemented(NOT_IMPLEMENTED, "function_call")
+    parsed: Any = not_implemented(NOT_IMPLEMENTED, "parsed")
     reasoning: Any = not_implemented(NOT_IMPLEMENTED, "reasoning")
     reasoning_content: Any = not_implemented(NOT_IMPLEMENTED, "reasoning_content")
     refusal: Any = not_implemented(NOT_IMPLEMENTED, "refusal")

@@ -147,7 +147,7 @@ class Sampling(Strict):
     ) = Field(default=None, description="token id -> addend of its logit")
     seed: Seed | None = Field(default=None, description="choice i has the seed + i; null: drawn, and reported")
     stop: StopString | StopStrings | None = Field(default=None, description="not in the text")
-    stop_token_ids: Annotated[list[TokenId], Field(fail_fast=True, max_length=MAX_STOP_SEQUENCES)] | None = None
+    stop_token_ids: list[TokenId] | None = Field(default=None, max_length=MAX_STOP_SEQUENCES)
     min_tokens: int | None = Field(default=None, ge=0)
     ignore_eos: bool | None = None
     include_stop_str_in_output: bool | None = None

@@ -46,7 +46,7 @@ Prompt = Annotated[str, Field(min_length=1, json_schema_extra=_PATTERN), AfterVa
 StopString = Annotated[
     str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS, json_schema_extra=_PATTERN), AfterValidator(_clean)
 ]
-StopStrings = Annotated[list[StopString], Field(fail_fast=True, max_length=MAX_STOP_SEQUENCES)]
+StopStrings = Annotated[list[StopString], Field(max_length=MAX_STOP_SEQUENCES)]
 Seed = Annotated[int, Field(ge=0, lt=SEED_LIMIT)]
 
 

@@ -11,7 +11,15 @@ ANSWERED = {"role": "assistant", "content": "A zebra.", "refusal": None, "annota
             "function_call": None, "tool_calls": None}  # fmt: skip
 VARIANTS = [
     ANSWERED,
-    ANSWERED | {"tool_calls": [], "reasoning": None, "reasoning_content": "", "tool_call_id": None, "name": None},
+    ANSWERED
+    | {
+        "tool_calls": [],
+        "reasoning": None,
+        "reasoning_content": "",
+        "tool_call_id": None,
+        "name": None,
+        "parsed": None,
+    },
     {"role": "assistant", "content": [{"type": "text", "text": "A "}, {"type": "text", "text": "zebra."}]},
 ]
 

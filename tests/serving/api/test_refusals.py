@@ -150,6 +150,8 @@ ENDLESS: list[tuple[str, dict[str, Any]]] = [
     ("/v1/completions", {"prompt": "a", "stop_token_ids": [-1] * 600_000}),
     ("/v1/completions", {"prompt": "a", "logit_bias": {f"{index}": "x" for index in range(120_000)}}),
     ("/v1/chat/completions", {"messages": [0] * 900_000}),
+    ("/v1/chat/completions", {"messages": [0] * 4096}),
+    ("/v1/chat/completions", {"messages": [{"role": "user", "content": [0] * 1024}]}),
     ("/v1/chat/completions", {"messages": [{"role": "user", "content": [0] * 900_000}]}),
     ("/v1/chat/completions", {"messages": [{"role": "user", "content": [{}] * 90_000}]}),
     ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a", **{f"{i}": 0 for i in range(150_000)}}]}),
