@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import ssl
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -25,6 +27,8 @@ Examples:
   curl localhost:8000/generate -H 'content-type: application/json' \\
       -d '{"inputs": "Once upon a time", "parameters": {"max_new_tokens": 40}}'
 """
+
+_KEY_VARIABLE = "DRAFTSMITH_API_KEY"
 
 cli = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -53,6 +57,14 @@ class Mode(StrEnum):
     eager = "eager"
 
 
+class ClientCertificate(StrEnum):
+    """Whether clients show one."""
+
+    none = "none"
+    optional = "optional"
+    required = "required"
+
+
 @cli.command(epilog=_EXAMPLES)
 def serve(
     target: Annotated[str, typer.Option(help="A hub id, a folder, a .gguf file, or smollm2 (bundled).")] = "smollm2",
@@ -77,7 +89,7 @@ def serve(
     max_length: Annotated[
         int | None, typer.Option(min=2, help="Tokens of prompt and answer. Default: the target's context.")
     ] = None,
-    max_waiting: Annotated[int, typer.Option(min=0, help="Requests in line before new ones get 429.")] = 64,
+    max_waiting: Annotated[int, typer.Option(min=0, help="Requests in line before new ones get 429.")] = 256,
     max_waiting_tokens: Annotated[
         int | None, typer.Option(min=1, help="Tokens, asked for and to be read, in line before new ones get 429.")
     ] = None,
@@ -97,7 +109,7 @@ def serve(
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one and prints it.")] = 8000,
     api_key: Annotated[
         str | None,
-        typer.Option(envvar="DRAFTSMITH_API_KEY", help="Asked of clients; the variable is not seen in ps."),
+        typer.Option(envvar=_KEY_VARIABLE, help="Asked of clients; the variable is not seen in ps."),
     ] = None,
     cors_origin: Annotated[
         list[str] | None, typer.Option(help="Whose pages may use the server from a browser; repeatable.")
@@ -113,11 +125,18 @@ def serve(
     ssl_keyfile_password: Annotated[
         str | None, typer.Option(envvar="DRAFTSMITH_SSL_KEYFILE_PASSWORD", help="Of the key.")
     ] = None,
+    ssl_ca_certs: Annotated[
+        Path | None, typer.Option(help="Whose certificates of clients are taken: a file of authorities.")
+    ] = None,
+    ssl_cert_reqs: Annotated[
+        ClientCertificate | None,
+        typer.Option(help="Whether clients need a certificate. Default: required with --ssl-ca-certs, none without."),
+    ] = None,
 ) -> None:
     """Serve a target, and the draft head that makes it faster, over HTTP."""
     _check_key(api_key)
     _check_prefix(metrics_prefix)
-    tls = _tls(ssl_certfile, ssl_keyfile, ssl_keyfile_password)
+    tls = _tls(ssl_certfile, ssl_keyfile, ssl_keyfile_password, ssl_ca_certs, ssl_cert_reqs)
     with Listener(host, port) as listener:  # before the model is loaded, which takes longer than finding the port taken
         from serving.api.app import create_app  # here, so that --help does not wait for torch
         from serving.api.limits import Limits
@@ -202,6 +221,8 @@ def load_engine(
 
 
 def _check_key(key: str | None) -> None:
+    if key is None and os.environ.get(_KEY_VARIABLE) == "":  # a secret that was not filled in is not to open the server
+        raise UserError(f"{_KEY_VARIABLE} is empty; put the key into it, or unset it for no key.")
     if key is not None and not (key.isascii() and key.isprintable() and key.strip() == key != ""):
         raise UserError("--api-key must be printable ASCII characters without spaces around; leave it out for no key.")
 
@@ -211,19 +232,31 @@ def _check_prefix(prefix: str) -> None:
         raise UserError(f"--metrics-prefix {prefix!r} must be letters, digits and underscores, such as vllm.")
 
 
-def _tls(certificate: Path | None, key: Path | None, password: str | None) -> dict[str, str | None]:
+def _tls(
+    certificate: Path | None,
+    key: Path | None,
+    password: str | None,
+    authorities: Path | None,
+    clients: ClientCertificate | None,
+) -> dict[str, Any]:
     """uvicorn's options for HTTPS; none for HTTP."""
     if certificate is None:
-        if key is not None or password is not None:
-            raise UserError("--ssl-keyfile needs --ssl-certfile.")
+        if any(each is not None for each in (key, password, authorities, clients)):
+            raise UserError("--ssl-keyfile, --ssl-ca-certs and --ssl-cert-reqs need --ssl-certfile.")
         return {}
-    for flag, path in (("--ssl-certfile", certificate), ("--ssl-keyfile", key)):
+    files = {"--ssl-certfile": certificate, "--ssl-keyfile": key, "--ssl-ca-certs": authorities}
+    for flag, path in files.items():
         if path is not None and not path.is_file():
             raise UserError(f"{flag} {path}: no such file.")
+    wanted = clients or (ClientCertificate.required if authorities else ClientCertificate.none)
+    if authorities is None and wanted is not ClientCertificate.none:
+        raise UserError(f"--ssl-cert-reqs {wanted} needs --ssl-ca-certs, the authorities of the clients' certificates.")
     return {
         "ssl_certfile": str(certificate),
         "ssl_keyfile": str(key) if key is not None else None,
         "ssl_keyfile_password": password,
+        "ssl_ca_certs": str(authorities) if authorities is not None else None,
+        "ssl_cert_reqs": ssl.VerifyMode[f"CERT_{wanted.upper()}"],
     }
 
 

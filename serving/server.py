@@ -39,8 +39,13 @@ class Listener:
         except OSError as error:
             raise _cannot_listen(host, port, error) from error
 
-    def listen(self, backlog: int) -> None:
+    def listen(self, backlog: int, stalled_seconds: float) -> None:
+        """stalled_seconds: a client that takes none of its answer's bytes for so long loses its connection, which
+        closing it here would not do before they are all sent."""
         try:
+            if hasattr(socket, "TCP_USER_TIMEOUT"):  # of Linux; connections have it from the socket that listens
+                milliseconds = max(1, round(1000 * stalled_seconds))
+                self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
             self.socket.listen(backlog)
         except OSError as error:  # bound at the same time by another server that began to listen first
             raise _cannot_listen(self.host, self.port, error) from error
@@ -61,7 +66,7 @@ def serve_until_stopped(
     listener: Listener,
     ready_line: str,
     drain_seconds: float,
-    tls: dict[str, str | None],
+    tls: dict[str, Any],
 ) -> None:
     """Serve until SIGTERM or SIGINT, which end the process with status 0 once running requests are answered.
 
@@ -71,7 +76,7 @@ def serve_until_stopped(
         whatever `load` raises, once the server has ended.
     """
     config = _config(app, tls)
-    listener.listen(config.backlog)
+    listener.listen(config.backlog, app.state.service.limits.stalled_seconds)
     server = _Server(config, load, ready_line, drain_seconds)
     for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn does so, too, but later
         signal.signal(number, server.handle_exit)
@@ -97,7 +102,9 @@ def _config(app: FastAPI, tls: dict[str, Any]) -> uvicorn.Config:
     try:
         config.load()
     except (ssl.SSLError, OSError) as error:
-        raise UserError(f"--ssl-certfile {tls['ssl_certfile']}: not a certificate with its key ({error}).") from error
+        flags = {"--ssl-certfile": tls["ssl_certfile"], "--ssl-ca-certs": tls["ssl_ca_certs"]}
+        given = " or ".join(f"{flag} {path}" for flag, path in flags.items() if path)
+        raise UserError(f"{given}: not a certificate, or not with its key ({error}).") from error
     return config
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-import socket
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,15 +15,26 @@ import httpx
 import uvicorn
 from fastapi import FastAPI
 
+from serving.api.logs import JsonFormatter
 from serving.engine import Engine
+from serving.server import Listener
 
 PROMPT = "<|im_start|>user\nA secretive prompt about zebras.<|im_end|>\n<|im_start|>assistant\n"
+MESSAGES = [{"role": "user", "content": "A secretive prompt about zebras."}]  # which the template makes PROMPT of
 
 
 def ask(client: Any, inputs: str = PROMPT, **parameters: Any) -> httpx.Response:
     """One POST /generate of 8 tokens, or as many as the parameters say."""
     parameters = {"max_new_tokens": 8, **parameters}
     return client.post("/generate", json={"inputs": inputs, "parameters": parameters})
+
+
+def complete(client: Any, path: str = "completions", **body: Any) -> dict[str, Any]:
+    """One POST on OpenAI's surface, greedy and of 12 tokens unless the body says otherwise; a stream's events."""
+    asked = {"messages": MESSAGES} if "chat" in path else {"prompt": PROMPT}
+    answer = client.post(f"/v1/{path}", json={"max_tokens": 12, "temperature": 0, **asked, **body})
+    assert answer.status_code == 200, answer.text
+    return answer.json() if not body.get("stream") else {"events": events(answer.text)}
 
 
 def metric(client: Any, name: str, prefix: str = "draftsmith") -> float:
@@ -67,19 +78,45 @@ def in_process(app: FastAPI, conversation: Callable[[httpx.AsyncClient], Any], s
 
 
 @contextmanager
-def live(app: FastAPI, **options: Any) -> Iterator[str]:
+def live(app: Any, stalled_seconds: float = 60.0, **options: Any) -> Iterator[str]:
     """The app behind uvicorn on a free port of 127.0.0.1; yields its address."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
+    with Listener("127.0.0.1", 0) as listener:
+        listener.listen(2048, stalled_seconds)
         config = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=2, **options)
         server = uvicorn.Server(config)
-        thread = threading.Thread(target=lambda: server.run(sockets=[listener]), daemon=True)
+        thread = threading.Thread(target=lambda: server.run(sockets=[listener.socket]), daemon=True)
         thread.start()
         eventually(lambda: server.started)
         try:
-            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+            yield listener.url("http")
         finally:
             server.should_exit = True
             thread.join(30)
+
+
+class LogLines(logging.Handler):
+    """What the server writes to its log, line by line."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[dict[str, Any]] = []
+        self.setFormatter(JsonFormatter())
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(json.loads(self.format(record)))
+
+    @contextmanager
+    def of(self, name: str) -> Iterator[None]:
+        """Of a logger with this name, and those below it."""
+        logger = logging.getLogger(name)
+        level = logger.level
+        logger.addHandler(self)
+        logger.setLevel(logging.INFO)
+        try:
+            yield
+        finally:
+            logger.removeHandler(self)
+            logger.setLevel(level)
 
 
 class GatedEngine(Engine):

@@ -44,17 +44,9 @@ class Generation:
         """Submit all or none; received: seconds of time.monotonic().
 
         Raises:
-            UserError, Overloaded, EngineStopped: as Engine.submit. ApiError: the server ends.
+            UserError, Overloaded, EngineStopped: as Engine.submit_all. ApiError: the server ends.
         """
-        engine, metrics = service.check_open(), service.metrics
-        requests: list[Request] = []
-        try:
-            for prompt, each in zip(prompts, params, strict=True):
-                requests.append(engine.submit(prompt, each, speculation))
-        except BaseException:
-            for request in requests:
-                request.cancel()
-            raise
+        requests, metrics = service.check_open().submit_all(prompts, params, speculation), service.metrics
         if metrics is not None:
             for request in requests:
                 metrics.watch(request, received)

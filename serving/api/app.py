@@ -51,7 +51,8 @@ def create_app(
         yield
         service.stop()
 
-    app = FastAPI(title="Draftsmith", version=package_version(), lifespan=lifespan)
+    # a redirect to a path without its slash would name whatever host the request named
+    app = FastAPI(title="Draftsmith", version=package_version(), lifespan=lifespan, redirect_slashes=False)
     app.state.service = service
     routers = (generate.router, openai.router, operations.router, page.router)
     for router in routers:

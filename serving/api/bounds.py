@@ -17,6 +17,7 @@ def bound(schema: dict[str, Any], service: Service) -> None:
     parameters, completion, chat = (
         models[name]["properties"] for name in ("GenerateParameters", "CompletionRequest", "ChatRequest")
     )
+    _of_type(parameters["truncate"], "integer")["maximum"] = most
     limit = {"maximum": min(service.max_new_tokens, most)}
     for fields, name in (
         (parameters, "max_new_tokens"),
@@ -30,9 +31,11 @@ def bound(schema: dict[str, Any], service: Service) -> None:
     for fields in (parameters, completion, chat):
         _of_type(fields["seed"], "integer")["exclusiveMaximum"] = SEED_LIMIT  # FastAPI has made a float of it
     for fields in (completion, chat):
+        _of_type(fields["n"], "integer")["maximum"] = service.max_choices
         _of_type(fields["stop_token_ids"], "array")["items"]["maximum"] = token
         _of_type(fields["logit_bias"], "object")["propertyNames"]["pattern"] = up_to(token)
     text, texts, ids, lists = completion["prompt"]["anyOf"]
+    texts["maxItems"] = lists["maxItems"] = service.max_choices
     for each in (text, texts["items"]):
         each["maxLength"] = characters
     for each in (ids, lists["items"]):

@@ -59,7 +59,7 @@ def describe(app: FastAPI, models: Sequence[type[BaseModel]]) -> None:
 
 def _headers(status: str) -> dict[str, Any]:
     headers: dict[str, Any] = {"x-request-id": {"required": True, "schema": {"type": "string"}}}
-    if status == "429":
+    if status in ("429", "503"):
         headers["retry-after"] = {"required": True, "description": "seconds", "schema": {"type": "string"}}
     return headers
 

@@ -22,7 +22,7 @@ MAX_MESSAGE = 500  # characters
 _MAX_ECHO = 40
 _WANTED_A_NUMBER = {"int_type", "float_type", "bool_type"}
 _WANTED_A_BODY = {"missing", "model_attributes_type", "model_type", "dict_type"}
-_RETRY = {"retry-after": "1"}
+RETRY = {"retry-after": "1"}
 NO_RETRY = {"x-should-retry": "false"}  # the openai client's word for: it would end the same way again
 
 # kind -> (status of TGI's surface, OpenAI's, OpenAI's `type`); TGI's `error_type` is the kind itself
@@ -66,7 +66,7 @@ def api_error(error: BaseException) -> ApiError:
         case UserError():  # the engine's own checks of a request, in words meant for its author
             return ApiError("validation", str(error))
         case Overloaded():
-            return ApiError("overloaded", "Model is overloaded", headers=_RETRY)
+            return ApiError("overloaded", "Model is overloaded", headers=RETRY)
         case EngineStopped():
             return unavailable("the engine has stopped")
     return ApiError("generation", "Request failed during generation", headers=NO_RETRY)
@@ -74,7 +74,7 @@ def api_error(error: BaseException) -> ApiError:
 
 def unavailable(why: str) -> ApiError:
     """503: another server, or this one later, may take the request."""
-    return ApiError("unavailable", why, headers=_RETRY)
+    return ApiError("unavailable", why, headers=RETRY)
 
 
 def is_openai(path: str) -> bool:
@@ -120,7 +120,8 @@ async def on_validation_error(request: Request, error: Exception) -> JSONRespons
     assert isinstance(error, RequestValidationError)
     problems = error.errors()
     first = problems[0]
-    field = getattr(first.get("ctx", {}).get("error"), "field", None) or _field(first)
+    names = (_field(first), getattr(first.get("ctx", {}).get("error"), "field", None))
+    field = ".".join(filter(None, names)) or None
     told = ApiError("validation", "; ".join(_sentence(problem) for problem in problems[:3]), field=field)
     return response_of(told, request.url.path)
 

@@ -13,7 +13,7 @@ from fastapi.responses import JSONResponse
 
 from serving.api.answers import Generation
 from serving.api.documentation import as_stream, documented
-from serving.api.errors import api_error, body_of
+from serving.api.errors import ApiError, api_error, body_of, echo
 from serving.api.figures import finite, speculation_of, speculative_details
 from serving.api.prompts import Names, encode, new_tokens, rendered
 from serving.api.schemas import (
@@ -75,9 +75,12 @@ async def _begin(body: GenerateRequest, request: Request) -> Asked:
     received = time.monotonic()
     asked = body.parameters or GenerateParameters()
     service.check_open()  # a full server does not tokenise
+    if asked.truncate is not None and asked.truncate >= service.engine.max_length:
+        told = f"`truncate` must be < {service.engine.max_length}, the context. Given: {echo(asked.truncate)}"
+        raise ApiError("validation", told, field="truncate")
     text = rendered(service, [{"role": "user", "content": body.inputs}], "chat") if asked.chat else body.inputs
     # a template has the special tokens that its prompts begin with
-    prompt_ids = await encode(service, text, _NAMES, special_tokens=not asked.chat, bounded=asked.truncate is None)
+    prompt_ids = await encode(service, text, _NAMES, special_tokens=not asked.chat, end_only=bool(asked.truncate))
     prompt_ids = prompt_ids[-(asked.truncate or 0) :]
     needs_logprobs = bool(asked.details or body.stream or request.url.path == "/generate_stream")
     params = SamplingParams(

@@ -11,7 +11,7 @@ from typing import Protocol
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serving.api.errors import ApiError, api_error, response_of
+from serving.api.errors import NO_RETRY, ApiError, api_error, response_of
 from serving.api.logs import request_id_of_task
 
 log = logging.getLogger(__name__)
@@ -62,7 +62,7 @@ class Guard:
         except Exception as error:
             if not isinstance(error, ApiError):
                 log.exception("request failed")
-                error = ApiError("generation", "Request failed", status=500)
+                error = ApiError("generation", "Request failed", status=500, headers=NO_RETRY)
             if not status:
                 await response_of(api_error(error), path)(scope, receive, send_with_id)
         finally:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Container
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import NoReturn
 
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving.api.errors import ApiError, response_of
 
-_READ_ON = 10  # times the limit of a body
+_READ_ON, _READ_ON_SECONDS = 10, 2.0  # of a body that was refused: times the limit, and how long at most
 _MAX_CONTAINERS = 100_000  # objects and arrays of one body; no honest request has so many
 # possessive, and an end of the text ends a string too: one pass over any bytes, however the quotes are set
 _STRING = re.compile(rb'"[^"\\]*+(?:\\.?[^"\\]*+)*+"?', re.DOTALL)
@@ -44,15 +46,19 @@ class BodyLimits:
         if scope["type"] != "http" or scope["method"] != "POST" or scope["path"] not in self.paths:
             await self.app(scope, receive, send)
             return
-        headers = dict(scope["headers"])
+        headers, incoming = dict(scope["headers"]), _Incoming(receive)
         try:
             _check_headers(headers)
-            body = await self._read(receive, headers)
-            if body is None:  # the client has gone
+            body = await self._read(incoming, headers)
+            if incoming.gone:
                 return
             check_json(body, self.limits.json_depth)
         except ApiError as error:
-            await response_of(error, scope["path"])(scope, receive, send)
+            answer = response_of(error, scope["path"])
+            if error.status == 413:
+                await self._tell_while_it_comes(answer, incoming, send)
+            else:
+                await answer(scope, receive, send)
             return
         messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
@@ -61,27 +67,56 @@ class BodyLimits:
 
         await self.app(scope, replay, send)
 
-    async def _read(self, receive: Receive, headers: dict[bytes, bytes]) -> bytes | None:
+    async def _read(self, incoming: _Incoming, headers: dict[bytes, bytes]) -> bytes:
         limit, parts, received = self.limits.max_body_bytes, list[bytes](), 0
         said = headers.get(b"content-length", b"0")
-        expected = int(said) if said.isdigit() and len(said) < 20 else 0
+        if said.isdigit() and (len(said) > 20 or int(said) > limit):
+            _refuse(413, f"the body must be at most {limit} bytes")
         try:
             async with asyncio.timeout(self.limits.body_seconds):
-                more = True
-                while more:
-                    message = await receive()
-                    if message["type"] == "http.disconnect":
-                        return None
-                    part, more = message.get("body", b""), message.get("more_body", False)
+                async for part in incoming:
+                    parts.append(part)
                     received += len(part)
-                    if received <= limit:
-                        parts.append(part)
-                    # a connection closed on a client that still sends may lose the answer, so some more is read first
-                    if max(received, expected) > limit and (not more or received >= _READ_ON * limit):
+                    if received > limit:
                         _refuse(413, f"the body must be at most {limit} bytes")
         except TimeoutError:
             _refuse(408, f"the body must arrive within {self.limits.body_seconds:g} seconds")
         return b"".join(parts)
+
+    async def _tell_while_it_comes(self, answer: Response, incoming: _Incoming, send: Send) -> None:
+        """Answer at once, and end a little later: a connection closed on a client that still sends may lose the answer,
+        so some more of the body is taken first, and forgotten."""
+        await send({"type": "http.response.start", "status": answer.status_code, "headers": answer.raw_headers})
+        await send({"type": "http.response.body", "body": answer.body, "more_body": True})
+        left = _READ_ON * self.limits.max_body_bytes
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_READ_ON_SECONDS):
+                async for part in incoming:
+                    left -= len(part)
+                    if left < 0:
+                        break
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+class _Incoming:
+    """A request's body as it comes, part by part, until it is whole or the client has gone."""
+
+    def __init__(self, receive: Receive) -> None:
+        self._receive = receive
+        self._more = True
+        self.gone = False
+
+    def __aiter__(self) -> _Incoming:
+        return self
+
+    async def __anext__(self) -> bytes:
+        if not self._more:
+            raise StopAsyncIteration
+        message = await self._receive()
+        self.gone = message["type"] == "http.disconnect"
+        self._more = not self.gone and message.get("more_body", False)
+        part: bytes = message.get("body", b"")
+        return part
 
 
 def _refuse(status: int, message: str) -> NoReturn:

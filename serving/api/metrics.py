@@ -5,8 +5,10 @@ The names after the prefix are those of vLLM, of which llama.cpp has the spec_de
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -23,7 +25,8 @@ from serving.engine import Completion, Engine, Request
 
 PREFIX = "draftsmith"
 # seconds; a small model answers in tenths of a second, a large one on a CPU in minutes
-_LATENCY = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320, 640)
+_LATENCY = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320, 640)
+_WAIT = (0.0001, 0.00025, 0.0005, *_LATENCY)
 _FIRST_TOKEN = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.3, 0.6, 1.2, 2.5, 5, 10, 20, 40, 80, 160, 640)
 _PER_TOKEN = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.3, 0.6, 1.2, 2.5, 5, 10)
 _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000)
@@ -33,8 +36,8 @@ _HISTOGRAMS = {
     "inter_token_latency_seconds": ("Between the steps that brought a request's tokens", _PER_TOKEN),
     "request_time_per_output_token_seconds": ("Decoding time / tokens after the first", _PER_TOKEN),
     "e2e_request_latency_seconds": ("From receipt to the end of generation", _LATENCY),
-    "request_queue_time_seconds": ("Time in the line", _LATENCY),
-    "request_prefill_time_seconds": ("From the line to the first token", _LATENCY),
+    "request_queue_time_seconds": ("Time in the line", _WAIT),
+    "request_prefill_time_seconds": ("From the line to the first token", _WAIT),
     "request_decode_time_seconds": ("From the first token to the last", _LATENCY),
     "request_prompt_tokens": ("Tokens of a prompt", _TOKENS),
     "request_generation_tokens": ("Tokens of an answer", _TOKENS),
@@ -55,6 +58,16 @@ FAILURES = {
     503: "unavailable",
     504: "timeout",
 }
+
+
+@dataclass
+class _Watched:
+    """A sequence that has not ended."""
+
+    request: Request
+    received: float
+    began: bool = False  # its first token has been counted
+    arrivals: int = 0  # so many of the gaps between them have been counted
 
 
 class Metrics:
@@ -90,17 +103,26 @@ class Metrics:
         self._gauge("num_requests_running", "Sequences in the engine", lambda: engine.running)
         self._gauge("num_requests_waiting", "Sequences in the line", lambda: engine.waiting)
         self._gauge("kv_cache_usage_perc", "Used places of the cache / all of them", lambda: engine.cache_usage)
+        self._watched: dict[int, _Watched] = {}  # by number
+        self._lock = threading.Lock()
         self._histograms = {name: self._histogram(name, *about) for name, about in _HISTOGRAMS.items()}
 
     def watch(self, request: Request, received: float) -> None:
-        """Count a sequence when it ends; received: when its HTTP request came, in seconds of time.monotonic()."""
+        """Count a sequence's tokens as they come, and the rest when it ends; received: when its HTTP request came, in
+        seconds of time.monotonic()."""
+        watched = _Watched(request, received)
 
         def ended(future: Future[Completion]) -> None:
+            with self._lock:
+                del self._watched[request.number]
+                self._follow(watched)
             if future.exception() is not None:
                 self._ended["error"].inc()
             else:
                 self._count(request, future.result(), received)
 
+        with self._lock:
+            self._watched[request.number] = watched
         request.future.add_done_callback(ended)
 
     def failed(self, status: int) -> None:
@@ -109,7 +131,22 @@ class Metrics:
             self._failed[FAILURES[status]].inc()
 
     def exposition(self) -> bytes:
+        with self._lock:
+            for watched in self._watched.values():
+                self._follow(watched)
         return generate_latest(self.registry)
+
+    def _follow(self, watched: _Watched) -> None:
+        """Count what has come since the last time."""
+        request = watched.request
+        if not watched.began and request.times.first_token:
+            watched.began = True
+            self._prompt_tokens.inc(len(request.prompt_ids))
+            self._observe("time_to_first_token_seconds", request.times.first_token - watched.received)
+        arrivals = request.arrivals[watched.arrivals :]  # the engine's thread may append meanwhile
+        for earlier, later in pairwise(arrivals):
+            self._observe("inter_token_latency_seconds", later - earlier)
+        watched.arrivals += max(0, len(arrivals) - 1)
 
     def _count(self, request: Request, completion: Completion, received: float) -> None:
         stats, times, generated = completion.stats, request.times, len(completion.token_ids)
@@ -121,11 +158,6 @@ class Metrics:
             self._accepted_at[position].inc(accepted)
         self._generated.inc(generated)
         self._ended[completion.finish_reason].inc()
-        if times.first_token:
-            self._prompt_tokens.inc(len(completion.prompt_ids))
-            self._observe("time_to_first_token_seconds", times.first_token - received)
-        for earlier, later in pairwise(request.arrivals):
-            self._observe("inter_token_latency_seconds", later - earlier)
         if completion.finish_reason == "cancelled":
             return
         decoding = times.finished - times.first_token

@@ -16,7 +16,6 @@ from serving.api.errors import ApiError, api_error, body_of
 from serving.api.figures import speculation_of
 from serving.api.openai_answers import Answer
 from serving.api.openai_schemas import (
-    MAX_CHOICES,
     ChatRequest,
     CompletionRequest,
     CompletionResponse,
@@ -42,9 +41,7 @@ async def completions(body: CompletionRequest, request: Request) -> Response:
     service, received = _open(body, request)
     names = Names("prompt", "max_tokens")
     texts, prompts = _prompts(body.prompt)
-    if len(prompts or texts) * body.choices > MAX_CHOICES:
-        told = f"prompts * `n` must be <= {MAX_CHOICES}. Given: {len(prompts or texts)} prompts and {body.choices} `n`"
-        raise ApiError("validation", told, field="n")
+    _check_choices(service, len(prompts or texts), body.choices)
     for ids in prompts:
         check_ids(service, ids, "prompt")
     prompts = prompts or [await encode(service, text, names) for text in texts]
@@ -58,6 +55,7 @@ async def completions(body: CompletionRequest, request: Request) -> Response:
 async def chat(body: ChatRequest, request: Request) -> Response:
     """Answer a conversation, under the target's own chat template."""
     service, received = _open(body, request)
+    _check_choices(service, 1, body.choices)
     names = Names("messages", "max_completion_tokens" if body.max_tokens is None else "max_tokens")
     text = _rendered(service, body)
     prompt = await encode(service, text, names, special_tokens=False)
@@ -119,6 +117,14 @@ def _prompts(prompt: str | list[str] | list[int] | list[list[int]]) -> tuple[lis
     if isinstance(each[0], str):
         return list(each), []
     return [], list(each)
+
+
+def _check_choices(service: Service, prompts: int, choices: int) -> None:
+    """Raises ApiError for more sequences than a request may have, or than this server ever has room for."""
+    limit = service.max_choices
+    if prompts * choices > limit:
+        told = f"prompts * `n` must be <= {limit}. Given: {prompts} prompts and {choices} `n`"
+        raise ApiError("validation", told, field="n")
 
 
 def _rendered(service: Service, body: ChatRequest) -> str:

@@ -11,8 +11,9 @@ import json
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from serving.api.messages import Messages
 from serving.api.schemas import (
     MAX_STOP_SEQUENCES,
     Prompt,
@@ -33,7 +34,6 @@ from serving.engine.params import MAX_LOGPROBS
 MAX_CHOICES = 64  # of one request: prompts * n
 MAX_BIASES = 1024
 MAX_TEMPERATURE = 2.0
-MAX_MESSAGES = 4096
 TOKEN_KEY = "^(0|[1-9][0-9]{0,8})$"  # one way only to write an id, or two keys might mean the same
 
 NOT_IMPLEMENTED: dict[str, tuple[Any, ...]] = {
@@ -41,7 +41,9 @@ NOT_IMPLEMENTED: dict[str, tuple[Any, ...]] = {
     "suffix": ("",),
     "allowed_token_ids": (),
     "bad_words": (),
+    "priority": (0,),
     "prompt_logprobs": (),
+    "request_id": (),
     "response_format": (),
     "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,),
@@ -88,6 +90,13 @@ _AS_MANY_CHOICES = [
 ]
 
 
+def _few(bias: Any) -> Any:
+    """Before each of the values is looked at, which may be an error each."""
+    if isinstance(bias, dict) and len(bias) > MAX_BIASES:
+        raise ValueError(f"must have at most {MAX_BIASES} entries. Given: {len(bias)}")
+    return bias
+
+
 def _token_keys(bias: dict[str, float]) -> dict[str, float]:
     for key in bias:
         if not re.fullmatch(TOKEN_KEY, key):
@@ -101,6 +110,12 @@ def _sendable(metadata: dict[str, Any]) -> dict[str, Any]:
     except ValueError:
         raise ValueError("must have finite numbers and no unpaired surrogates") from None
     return metadata
+
+
+TokenId = Annotated[int, Field(ge=0)]
+TokenIds = Annotated[list[TokenId], Field(fail_fast=True, min_length=1)]
+Prompts = Annotated[list[Prompt], Field(fail_fast=True, min_length=1, max_length=MAX_CHOICES)]
+PromptsOfIds = Annotated[list[TokenIds], Field(fail_fast=True, min_length=1, max_length=MAX_CHOICES)]
 
 
 class StreamOptions(Strict):
@@ -124,6 +139,7 @@ class Sampling(Strict):
     logit_bias: (
         Annotated[
             dict[str, Annotated[float, Field(ge=-100, le=100)]],
+            BeforeValidator(_few),
             Field(max_length=MAX_BIASES, json_schema_extra={"propertyNames": {"pattern": TOKEN_KEY}}),
             AfterValidator(_token_keys),
         ]
@@ -131,7 +147,7 @@ class Sampling(Strict):
     ) = Field(default=None, description="token id -> addend of its logit")
     seed: Seed | None = Field(default=None, description="choice i has the seed + i; null: drawn, and reported")
     stop: StopString | StopStrings | None = Field(default=None, description="not in the text")
-    stop_token_ids: list[Annotated[int, Field(ge=0)]] | None = Field(default=None, max_length=MAX_STOP_SEQUENCES)
+    stop_token_ids: list[TokenId] | None = Field(default=None, max_length=MAX_STOP_SEQUENCES)
     min_tokens: int | None = Field(default=None, ge=0)
     ignore_eos: bool | None = None
     include_stop_str_in_output: bool | None = None
@@ -149,12 +165,12 @@ class Sampling(Strict):
     service_tier: Text | None = None
     safety_identifier: Text | None = None
     prompt_cache_key: Text | None = None
-    request_id: Text | None = None
-    priority: int | None = None
 
     allowed_token_ids: Any = not_implemented(NOT_IMPLEMENTED, "allowed_token_ids")
     bad_words: Any = not_implemented(NOT_IMPLEMENTED, "bad_words")
+    priority: Any = not_implemented(NOT_IMPLEMENTED, "priority")
     prompt_logprobs: Any = not_implemented(NOT_IMPLEMENTED, "prompt_logprobs")
+    request_id: Any = not_implemented(NOT_IMPLEMENTED, "request_id")
     response_format: Any = Field(
         default=None, description="plain text only", json_schema_extra={"enum": [{"type": "text"}, None]}
     )
@@ -184,9 +200,6 @@ class Sampling(Strict):
             raise Refused("stream_options", "is for streams; set `stream`, or leave it out")
 
 
-TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
-
-
 class CompletionRequest(Sampling):
     """Body of POST /v1/completions."""
 
@@ -198,12 +211,7 @@ class CompletionRequest(Sampling):
         example={"prompt": "Once upon a time", "temperature": 0, "stop": ["\n"]},
     )
 
-    prompt: (
-        Prompt
-        | Annotated[list[Prompt], Field(min_length=1, max_length=MAX_CHOICES)]
-        | TokenIds
-        | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_CHOICES)]
-    )
+    prompt: Prompt | Prompts | TokenIds | PromptsOfIds
     max_tokens: int | None = Field(default=None, ge=1, description="null: 16")
     echo: bool | None = Field(default=None, description="put the prompt before the text; not with logprobs")
     logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
@@ -223,25 +231,6 @@ class CompletionRequest(Sampling):
         return self
 
 
-class TextPart(Strict):
-    type: Literal["text"]
-    text: Text
-
-
-class Message(Strict):
-    """One turn; of the kinds of content only text."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Text | Annotated[list[TextPart], Field(min_length=1)]
-    name: Text | None = None
-
-    @property
-    def text(self) -> str:
-        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-
-
 class ChatRequest(Sampling):
     """Body of POST /v1/chat/completions."""
 
@@ -252,7 +241,7 @@ class ChatRequest(Sampling):
         example={"messages": [{"role": "user", "content": "Say hello."}], "seed": 1},
     )
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
+    messages: Messages
     max_completion_tokens: int | None = Field(default=None, ge=1, description="null: the room that is left")
     max_tokens: int | None = Field(default=None, ge=1, description="the older name of max_completion_tokens")
     logprobs: bool | None = None

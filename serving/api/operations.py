@@ -13,8 +13,7 @@ from pydantic import BaseModel
 
 from draft.heads.registry import architecture_of
 from serving.api.documentation import documented
-from serving.api.errors import ApiError
-from serving.api.openai_schemas import MAX_CHOICES
+from serving.api.errors import RETRY, ApiError
 from serving.api.prompts import Names, encode
 from serving.api.schemas import (
     MAX_STOP_CHARACTERS,
@@ -61,7 +60,7 @@ async def health(request: Request) -> Status:
     """200 while a restart would not help; 503 once the engine's thread has ended."""
     service: Service = request.app.state.service
     if not service.alive:
-        raise ApiError("healthcheck", "unhealthy")
+        raise ApiError("healthcheck", "unhealthy", headers=RETRY)
     return Status(status="ok")
 
 
@@ -71,7 +70,7 @@ async def ready(request: Request) -> Status:
     service: Service = request.app.state.service
     why = "draining" if service.draining else "loading" if not service.loaded else "" if service.alive else "unhealthy"
     if why:
-        raise ApiError("healthcheck", why)
+        raise ApiError("healthcheck", why, headers=RETRY)
     return Status(status="ready")
 
 
@@ -101,7 +100,7 @@ async def info(request: Request) -> dict[str, Any]:
             "max_stop_characters": MAX_STOP_CHARACTERS,
             "max_top_n_tokens": MAX_TOP_N_TOKENS,
             "max_logprobs": MAX_LOGPROBS,
-            "max_choices": MAX_CHOICES,
+            "max_choices": service.max_choices,
             "max_body_bytes": service.limits.max_body_bytes,
             "request_seconds": service.limits.request_seconds,
         },

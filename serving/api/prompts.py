@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from jinja2 import TemplateError
-
+from draft.errors import UserError
 from serving.api.errors import ApiError, echo
 from serving.api.service import Service
 
@@ -19,16 +18,18 @@ class Names:
 
 
 async def encode(
-    service: Service, text: str, names: Names, *, special_tokens: bool = True, bounded: bool = True
+    service: Service, text: str, names: Names, *, special_tokens: bool = True, end_only: bool = False
 ) -> list[int]:
-    """Token ids of a text; bounded: it has to fit into the context.
+    """Token ids of a text; end_only: of one that must exceed the context, those of an end that may fill it.
 
     Raises:
         ApiError: for a text that must exceed the context, before it is tokenised, or that has no tokens.
     """
     limit = service.engine.max_length * service.longest_token
-    if bounded and len(text) > limit:
-        raise _too_long(service, f"{len(text)} characters", names)
+    if len(text) > limit:
+        if not end_only:
+            raise _too_long(service, f"{len(text)} characters", names)
+        text = text[-limit:]
     ids = await service.encode(text, special_tokens=special_tokens)
     if not ids:
         raise ApiError("validation", f"`{names.prompt}` must have at least 1 token. Given: 0", field=names.prompt)
@@ -43,7 +44,9 @@ def rendered(service: Service, messages: list[dict[str, str]], field: str) -> st
     """
     try:
         return service.engine.target.render_chat(messages, add_generation_prompt=True)
-    except (TemplateError, ValueError) as error:  # templates raise on orders of roles that they do not know
+    except UserError:
+        raise
+    except Exception as error:  # a template is a program: it may raise anything at what it does not expect
         message = "the model's chat template does not take these messages; check the order of their roles"
         raise ApiError("validation", message, field=field) from error
 

@@ -16,6 +16,7 @@ MAX_STOP_SEQUENCES = 16
 MAX_STOP_CHARACTERS = 256
 MAX_TEMPERATURE = 100.0
 MAX_TOP_N_TOKENS = 5
+_MAX_KEYS = 200  # of one object with named fields; more would be an error each
 
 # what TGI defines and this server does not implement -> the values that mean "off" (null always does)
 NOT_IMPLEMENTED: dict[str, tuple[Any, ...]] = {
@@ -69,6 +70,8 @@ class Strict(BaseModel):
     @classmethod
     def _whole_numbers(cls, body: Any) -> Any:
         """1.0 is an integer to JSON schema, and to languages that have one kind of number."""
+        if isinstance(body, dict) and len(body) > _MAX_KEYS:
+            raise ValueError(f"has {len(body)} keys; at most {_MAX_KEYS} are read")
         return _whole(body)
 
 

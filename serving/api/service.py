@@ -12,6 +12,7 @@ from typing import Any
 from serving.api.errors import ApiError, unavailable
 from serving.api.limits import Limits
 from serving.api.metrics import PREFIX, Metrics
+from serving.api.openai_schemas import MAX_CHOICES
 from serving.engine import Engine
 from serving.engine.sequence import special_ids
 
@@ -78,6 +79,11 @@ class Service:
     @property
     def max_new_tokens(self) -> int:
         return self.limits.max_new_tokens or self.engine.max_length
+
+    @property
+    def max_choices(self) -> int:
+        """Sequences of one request: more than fit into an idle engine and its line would be turned away for ever."""
+        return min(MAX_CHOICES, self.engine.max_batch + self.engine.max_waiting)
 
     def check_open(self) -> Engine:
         """The engine. Raises ApiError, Overloaded or EngineStopped where any request would be turned away."""

@@ -17,8 +17,8 @@ log = logging.getLogger(__name__)
 HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 
 
-# json.dumps would make one for each event
-_encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
+# json.dumps would make one for each event. ASCII: some clients end lines at U+0085, U+2028 and U+2029, too
+_encode = json.JSONEncoder(allow_nan=False, separators=(",", ":")).encode
 
 
 def event(data: Any, prefix: bytes = b"data: ") -> bytes:

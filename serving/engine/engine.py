@@ -135,11 +135,18 @@ class Engine:
             Overloaded: the line is full.
             EngineStopped: the engine has ended.
         """
+        return self.submit_all([prompt_ids], [params], speculation)[0]
+
+    def submit_all(
+        self, prompts: Ids[Ids[int]], params: Ids[SamplingParams], speculation: Speculation | None = None
+    ) -> list[Request]:
+        """The same for requests that belong together: all are put into the line, or none."""
         wishes = speculation or Speculation()
-        self._check_request(prompt_ids, params, wishes)
-        request = Request(list(prompt_ids), params, wishes)
-        self._line.join(request, self._free_slots)
-        return request
+        for prompt, own in zip(prompts, params, strict=True):
+            self._check_request(prompt, own, wishes)
+        requests = [Request(list(prompt), own, wishes) for prompt, own in zip(prompts, params, strict=True)]
+        self._line.join(requests, self._free_slots)
+        return requests
 
     def check_room(self, tokens: int = 0) -> None:
         """Raises Overloaded or EngineStopped when a request of so many tokens would be turned away now."""
@@ -212,8 +219,8 @@ class Engine:
             raise
         except Exception as error:  # whose fault it was cannot be told: all that took part fail, the engine goes on
             log.exception("a step failed; the %d requests in it end with an error", len(self._rows))
-            failed, self._rows = self._rows, []
-            for row in failed:
+            for row in list(self._rows):
+                row.request.context.run(log.error, "a step failed, and with it this request")
                 self._release(row)
                 row.request.fail(error)
         self._dismiss()
@@ -226,8 +233,11 @@ class Engine:
             try:
                 self._rows.append(self._row(request))
             except Exception as error:  # this request's misfortune, not the engine's
-                log.exception("a request could not be taken up")
+                request.context.run(log.exception, "a request could not be taken up")
                 request.fail(error)
+            except BaseException:  # the thread ends, and would not know of this one
+                _turn_away([request])
+                raise
 
     def _row(self, request: Request) -> Row:
         params, wishes = request.params, request.speculation
@@ -256,16 +266,17 @@ class Engine:
         for row in self._rows:
             if row.request.cancelled and not row.finished:
                 row.sequence.cancel()
-        leaving = [row for row in self._rows if row.finished]
-        self._rows = [row for row in self._rows if not row.finished]
-        for row in leaving:  # whoever has the answer finds the slot free
+        for row in [row for row in self._rows if row.finished]:
+            completion, tokens = row.completion(), row.sequence.release()
             self._release(row)
-            row.request.finish(row.completion(), row.sequence.release())
+            row.request.finish(completion, tokens)
 
     def _release(self, row: Row) -> None:
+        """Before the answer, so that whoever has it finds the slot free; a row that fails here is told by `_run`."""
         self.models.runner.cache.release(row.slot)
         if row.drafting is not None and self.models.proposer is not None:
             self.models.proposer.leave(row.drafting)
+        self._rows.remove(row)
 
     # the thread
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from serving.engine.request import EngineStopped, Overloaded, Request
 from serving.engine.sequence import Completion, SpeculationStats
@@ -23,25 +23,27 @@ class Line:
     def __len__(self) -> int:
         return len(self._waiting)
 
-    def check_room(self, tokens: int, free_slots: int) -> None:
-        """Raises Overloaded or EngineStopped when a request of so many tokens would be turned away now."""
+    def check_room(self, tokens: int, free_slots: int, requests: int = 1) -> None:
+        """Raises Overloaded or EngineStopped when so many requests, of so many tokens, would be turned away now."""
         if self.closed:
             raise EngineStopped("the engine has ended")
         waiting = [request for request in list(self._waiting) if not request.cancelled]
-        if len(waiting) >= self.max_requests + free_slots:
+        if len(waiting) + requests > self.max_requests + free_slots:
             more = f" beyond the {free_slots} for which there is a slot" if free_slots else ""
-            raise Overloaded(f"{len(waiting)} requests wait already, and max_waiting is {self.max_requests}{more}")
+            came = f", {requests} more came" if requests > 1 else ""
+            told = f"{len(waiting)} requests wait already{came}, and max_waiting is {self.max_requests}{more}"
+            raise Overloaded(told)
         queued = sum(map(_tokens, waiting))
         if self.max_tokens is not None and waiting and queued + tokens > self.max_tokens:
             raise Overloaded(
                 f"{queued} tokens wait already, {tokens} more came, and max_waiting_tokens is {self.max_tokens}"
             )
 
-    def join(self, request: Request, free_slots: int) -> None:
-        """To the end of the line; raises as `check_room`."""
+    def join(self, requests: Sequence[Request], free_slots: int) -> None:
+        """To the end of the line, all or none; raises as `check_room`."""
         with self._changed:
-            self.check_room(_tokens(request), free_slots)
-            self._waiting.append(request)
+            self.check_room(sum(map(_tokens, requests)), free_slots, len(requests))
+            self._waiting.extend(requests)
             self._changed.notify()
 
     def join_all(self, requests: Iterable[Request]) -> None:
@@ -69,8 +71,10 @@ class Line:
         if not any(request.cancelled for request in list(self._waiting)):
             return
         with self._changed:
-            given_up = [request for request in self._waiting if request.cancelled]
-            self._waiting = deque(request for request in self._waiting if not request.cancelled)
+            kept, given_up = deque[Request](), list[Request]()
+            for request in self._waiting:  # asked once: a client may cancel at any time
+                (given_up if request.cancelled else kept).append(request)
+            self._waiting = kept
         for request in given_up:
             _answer_cancelled(request)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import itertools
 import threading
 import time
@@ -68,6 +69,7 @@ class Request:
 
     def __init__(self, prompt_ids: list[int], params: SamplingParams, speculation: Speculation) -> None:
         self.number = next(_NUMBERS)
+        self.context = contextvars.copy_context()  # the asker's, for log lines about this request
         self.prompt_ids, self.params, self.speculation = prompt_ids, params, speculation
         self.times = Times(submitted=time.monotonic())
         self.arrivals: list[float] = []  # when tokens came, some at a time: seconds of time.monotonic()

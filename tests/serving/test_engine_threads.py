@@ -10,8 +10,20 @@ from typing import Any
 import pytest
 from small_engines import CHAIN, HEAD, TARGET, finish, params
 
+from draft.errors import UserError
 from draft.target import Target
-from serving.engine import Completion, Engine, EngineStopped, Request, SamplingParams, Token
+from serving.engine import (
+    Completion,
+    Engine,
+    EngineStopped,
+    Overloaded,
+    Request,
+    SamplingParams,
+    Speculation,
+    Token,
+)
+from serving.engine.line import Line
+from serving.engine.rows import Row
 
 
 @pytest.fixture
@@ -70,6 +82,78 @@ def test_a_dead_thread_leaves_nobody_waiting(threaded: Engine, monkeypatch: pyte
     assert not threaded.alive
     with pytest.raises(EngineStopped):
         threaded.submit([50], params())
+
+
+@pytest.mark.parametrize("where", ["completion", "release", "step"])
+def test_a_request_whose_end_goes_wrong_does_not_hang(monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    """The thread dies of it, and tells all of those whom it had; step: its slot cannot be freed after a failed one."""
+    engine = Engine(TARGET, max_batch=3)
+    monkeypatch.setattr(*(Row, "completion") if where == "completion" else (engine.models.runner.cache, "release"), bad)
+    if where == "step":
+        monkeypatch.setattr(engine._decoder, "step", bad)
+    requests = [engine.submit([50 + index], params(2)) for index in range(3)]
+    engine.start()
+    for request in requests:
+        with pytest.raises(EngineStopped):
+            request.result(timeout=60)
+
+
+def bad(*_: Any) -> Any:
+    raise RuntimeError("out of luck")
+
+
+def test_a_thread_that_dies_while_it_takes_a_request_up_tells_it(
+    threaded: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def die(_request: Request) -> Any:
+        raise SystemExit
+
+    monkeypatch.setattr(threaded, "_row", die)
+    with pytest.raises(EngineStopped):
+        threaded.submit([50], params()).result(timeout=60)
+
+
+# the line
+
+
+class Undecided(Request):
+    """Cancelled by somebody after so many looks at whether it is."""
+
+    looks = 0
+
+    @property
+    def cancelled(self) -> bool:
+        self.looks -= 1
+        return self.looks < 0
+
+
+@pytest.mark.parametrize("looks", range(6))
+def test_whoever_is_cancelled_while_the_line_is_sorted_is_answered(looks: int) -> None:
+    line = Line(10, None)
+    given_up, undecided = (kind([50], params(), Speculation()) for kind in (Request, Undecided))
+    line.join([given_up, undecided], 0)
+    given_up.cancel()
+    undecided.looks = looks  # type: ignore[attr-defined]
+    line.drop_cancelled()
+    assert given_up.result(0).finish_reason == "cancelled" and len(line) == (not undecided.done)
+    line.drop_cancelled()
+    assert line.next() in (None, undecided)
+    assert len(line) == 0 and (undecided.done or undecided.future.running())
+
+
+def test_several_join_together_or_not_at_all() -> None:
+    engine = Engine(TARGET, max_batch=1, max_waiting=2, max_waiting_tokens=30)
+    first = engine.submit([50], params(8))
+    with pytest.raises(Overloaded, match="1 requests wait already, 3 more came, and max_waiting is 2"):
+        engine.submit_all([[50]] * 3, [params(2)] * 3)
+    with pytest.raises(Overloaded, match="9 tokens wait already, 22 more came"):
+        engine.submit_all([[50]] * 2, [params(10)] * 2)
+    with pytest.raises(UserError):
+        engine.submit_all([[50], []], [params(2)] * 2)
+    assert engine.waiting == 1
+    rest = engine.submit_all([[50], [51]], [params(2), params(3)])
+    finish(engine)
+    assert [len(each.result(0).token_ids) for each in (first, *rest)] == [8, 2, 3]
 
 
 # threads and streams

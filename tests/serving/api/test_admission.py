@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 from fastapi.testclient import TestClient
-from http_testing import PROMPT, in_process, series
+from http_testing import PROMPT, LogLines, in_process, series
 
 from serving.api.app import create_app
 from serving.engine import Engine, SamplingParams
@@ -71,15 +71,38 @@ def test_the_line_is_bounded_by_tokens_too(make_gated) -> None:
 
 
 def test_several_choices_are_taken_all_or_none(gated) -> None:
+    """More than ever fit are the client's mistake, more than fit now are not."""
+
+    def several(client: httpx.AsyncClient, choices: int, path: str = "completions") -> Any:
+        prompt: dict[str, Any] = {"messages": [{"role": "user", "content": "a"}]} if "chat" in path else {"prompt": "a"}
+        return client.post(f"/v1/{path}", json={**prompt, "n": choices, "max_tokens": 2})
+
     async def conversation(client: httpx.AsyncClient) -> None:
-        answer = await client.post("/v1/completions", json={"prompt": "a", "n": 5, "max_tokens": 2})
-        assert answer.status_code == 429
+        for path in ("completions", "chat/completions"):
+            answer = await several(client, 4, path)
+            assert answer.status_code == 400 and answer.json()["error"]["param"] == "n" and "<= 3" in answer.text
+        answer = await client.post("/v1/completions", json={"prompt": ["a"] * 2, "n": 2})
+        assert answer.status_code == 400
+        running = post(client)
+        await until(lambda: gated.running == 1)
+        refused = await several(client, 3)
+        assert refused.status_code == 429 and gated.waiting == 0
+        taken = asyncio.ensure_future(several(client, 2))
+        await until(lambda: gated.waiting == 2)
         gated.gate.set()
-        await until(lambda: gated.running == gated.waiting == 0)
-        answer = await client.post("/v1/completions", json={"prompt": "a", "n": 3, "max_tokens": 2})
-        assert answer.status_code == 200
+        assert (await running).status_code == 200 == (await taken).status_code
+        assert (await several(client, 3)).status_code == 200
 
     in_process(create_app(gated), conversation)
+
+
+def test_a_full_batch_of_choices_is_taken_without_a_line(make_gated) -> None:
+    gated = make_gated(max_batch=3, max_waiting=0)
+    gated.gate.set()
+    with TestClient(create_app(gated)) as client:
+        for choices, status in ((3, 200), (4, 400)):
+            answer = client.post("/v1/completions", json={"prompt": "a", "n": choices, "max_tokens": 2})
+            assert answer.status_code == status
 
 
 def test_requests_at_once_get_what_they_get_alone(tiny_target, tiny_head) -> None:
@@ -167,6 +190,21 @@ def test_an_engine_error_costs_its_requests_and_tells_nothing(gated, caplog) -> 
     assert "zebras" not in caplog.text and "exploded" in caplog.text
 
 
+def test_what_the_engine_logs_of_a_request_has_its_id(gated, monkeypatch) -> None:
+    gated.gate.set()
+    log = LogLines()
+    ids = {"headers": {"x-request-id": "trace-42"}, "json": {"inputs": "a"}}
+    with TestClient(create_app(gated)) as client, log.of("serving.engine"):
+        gated.failure = RuntimeError("exploded")
+        assert client.post("/generate", **ids).status_code == 424
+        assert [line["request_id"] for line in log.lines if "this request" in line["message"]] == ["trace-42"]
+        log.lines.clear()
+        monkeypatch.setattr(gated, "_row", lambda request: 1 / 0)
+        assert client.post("/generate", **ids).status_code == 424
+    assert [(line["request_id"], line["level"]) for line in log.lines] == [("trace-42", "error")]
+    assert "ZeroDivisionError" in log.lines[0]["exception"]
+
+
 def test_when_the_engine_s_thread_dies_nobody_hangs(make_gated) -> None:
     gated = make_gated(max_waiting=5)
     gated.failure = SystemExit("the thread is gone")
@@ -179,7 +217,9 @@ def test_when_the_engine_s_thread_dies_nobody_hangs(make_gated) -> None:
         for answer in [await task for task in requests] + [await post(client)]:
             assert answer.status_code == 503 and answer.headers["retry-after"]
         unhealthy = await client.get("/health")
-        assert unhealthy.status_code == 503 == (await client.get("/ready")).status_code
+        unready = await client.get("/ready")
+        assert unhealthy.status_code == 503 == unready.status_code
+        assert unhealthy.headers["retry-after"] and unready.headers["retry-after"]
         assert unhealthy.json() == {"error": "unhealthy", "error_type": "healthcheck"}
         text = (await client.get("/metrics")).text
         assert series(text, "num_requests_running") == series(text, "num_requests_waiting") == 0
@@ -234,7 +274,7 @@ def test_while_the_model_is_loaded_the_server_is_alive_but_not_ready(tiny_target
             client.post("/v1/completions", json={"prompt": "a"}),
             client.post("/tokenize", json={"inputs": "a"}),
         ):
-            assert answer.status_code == 503
+            assert answer.status_code == 503 and answer.headers["retry-after"]
         app.state.service.attach(Engine(tiny_target))
         assert client.get("/ready").status_code == 200
         assert client.post("/generate", json={"inputs": "a", "parameters": {"max_new_tokens": 1}}).status_code == 200

@@ -14,7 +14,7 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
-from http_testing import PROMPT, GatedEngine, eventually, idle, live, series
+from http_testing import MESSAGES, PROMPT, GatedEngine, eventually, idle, live, series
 from huggingface_hub import InferenceClient
 from huggingface_hub.errors import ValidationError
 
@@ -24,7 +24,6 @@ from serving.api.app import create_app
 from serving.engine import Engine, SamplingParams
 
 ROOT = Path(__file__).parents[3]
-MESSAGES = [{"role": "user", "content": "A secretive prompt about zebras."}]
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +75,22 @@ def test_openai_chat(client, text) -> None:
     assert plain.choices[0].message.content == text
     assert plain.usage.completion_tokens_details.rejected_prediction_tokens == 0
     assert client.models.list().data[0].id == client.models.retrieve("tiny").id == "tiny"
+
+
+def test_an_openai_answer_goes_back_into_the_conversation(client, url) -> None:
+    """As the clients themselves send it, with all that an answer's message has."""
+    wishes = {"model": "any", "max_tokens": 4, "temperature": 0}
+    messages = [*MESSAGES]
+    for content in ("more", "and more"):
+        messages += [client.chat.completions.create(**wishes, messages=messages).choices[0].message]
+        messages += [{"role": "user", "content": content}]
+    again = client.chat.completions.create(**wishes, messages=messages)
+    plain = [each if isinstance(each, dict) else {"role": each.role, "content": each.content} for each in messages]
+    assert again.choices[0].message == client.chat.completions.create(**wishes, messages=plain).choices[0].message
+    assert again.usage.prompt_tokens > len(MESSAGES[0]["content"]) + len("more") + len("and more")
+    hub = InferenceClient(model=url)
+    answer = hub.chat_completion(MESSAGES, max_tokens=4, temperature=0).choices[0].message
+    assert hub.chat_completion([*MESSAGES, answer, *MESSAGES], max_tokens=4, temperature=0).choices
 
 
 def test_openai_errors_are_its_exception_types(client, url, tiny_target) -> None:

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
+import socket
 import time
 from contextlib import nullcontext
 from typing import Any
 
 import pytest
+from conftest import byte_tokenizer
 from fastapi.testclient import TestClient
-from http_testing import PROMPT, ask, in_process
+from http_testing import PROMPT, LogLines, ask, in_process, live
+from tokenizers import normalizers
 
+from draft.target import Target
 from serving.api.app import create_app
 from serving.api.errors import ApiError
 from serving.api.limits import Limits, check_json
-from serving.api.logs import JsonFormatter
 from serving.engine import Engine
 
 KEY = "a-key-of-some-length"
@@ -86,6 +88,25 @@ def test_a_body_past_the_limit_is_413_whether_or_not_it_says_its_length(tiny_tar
         assert ask(client, "short", max_new_tokens=2).status_code == 200
 
 
+def test_a_length_past_the_limit_is_413_before_anything_is_read(tiny_target) -> None:
+    app = create_app(Engine(tiny_target), limits=Limits(max_body_bytes=1000))
+    head = "POST {} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n"
+    with live(app) as url:
+        address = ("127.0.0.1", int(url.rsplit(":")[-1]))
+        for path, length in (("/generate", 1001), ("/v1/completions", 10**15), ("/generate", 10**19)):
+            with socket.create_connection(address, timeout=30) as client:
+                began = time.monotonic()
+                client.sendall(head.format(path, length).encode())
+                assert client.recv(12) == b"HTTP/1.1 413" and time.monotonic() - began < 1.5
+        with socket.create_connection(address, timeout=30) as client:  # one that sends on is let finish, to a degree
+            client.sendall(head.format("/generate", 9000).encode() + b"z" * 4500)
+            time.sleep(0.3)
+            client.sendall(b"z" * 4500)
+            client.shutdown(socket.SHUT_WR)
+            told = b"".join(iter(lambda: client.recv(4096), b""))
+        assert told.startswith(b"HTTP/1.1 413") and b"1000 bytes" in told
+
+
 def test_a_body_that_does_not_come_is_408(tiny_target) -> None:
     app = create_app(Engine(tiny_target), limits=Limits(body_seconds=0.1))
 
@@ -95,10 +116,13 @@ def test_a_body_that_does_not_come_is_408(tiny_target) -> None:
 
     async def conversation(client):
         headers = {"content-type": "application/json"}
-        return await client.post("/generate", content=slowly(), headers=headers)
+        paths = ("/generate", "/v1/completions", "/v1/chat/completions")
+        return [await client.post(path, content=slowly(), headers=headers) for path in paths]
 
-    answer = in_process(app, conversation)
-    assert answer.status_code == 408 and "0.1 seconds" in answer.json()["error"]
+    for answer in in_process(app, conversation):
+        error = answer.json()["error"]
+        assert answer.status_code == 408 and "0.1 seconds" in (error if isinstance(error, str) else error["message"])
+        assert isinstance(error, str) or error["type"] == "invalid_request_error"
 
 
 @pytest.mark.parametrize(
@@ -119,6 +143,26 @@ def test_brackets_in_strings_are_not_nesting() -> None:
         check_json(b'["\\\\",' * 65, 64)
 
 
+def test_a_prompt_of_no_tokens_is_refused(tiny_target) -> None:
+    """As of blanks, where a tokenizer strips them."""
+    target = Target("blanks", tiny_target.model, byte_tokenizer())
+    target.tokenizer.backend_tokenizer.normalizer = normalizers.Strip()
+    target.tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    with TestClient(create_app(Engine(target))) as client:
+        for path, body, field in (
+            ("/generate", {"inputs": " "}, "inputs"),
+            ("/generate_stream", {"inputs": " ", "parameters": {"chat": True}}, "inputs"),
+            ("/tokenize", {"inputs": "\n"}, "inputs"),
+            ("/v1/completions", {"prompt": " "}, "prompt"),
+            ("/v1/completions", {"prompt": ["a", " "]}, "prompt"),
+            ("/v1/chat/completions", {"messages": [{"role": "user", "content": " "}]}, "messages"),
+        ):
+            answer = client.post(path, json=body)
+            assert answer.status_code == (400 if "v1" in path else 422), answer.text
+            assert f"`{field}`" in answer.text and "at least 1 token" in answer.text
+        assert ask(client, " a", max_new_tokens=1).status_code == 200
+
+
 def test_a_prompt_too_long_for_any_context_is_not_tokenised(tiny_target, monkeypatch) -> None:
     app = create_app(Engine(tiny_target))
 
@@ -132,39 +176,45 @@ def test_a_prompt_too_long_for_any_context_is_not_tokenised(tiny_target, monkeyp
             assert answer.status_code in (400, 422) and "100000 characters" in answer.text and "512" in answer.text
 
 
-def test_truncate_keeps_the_end_of_the_inputs(client) -> None:
+def test_truncate_keeps_the_end_of_the_inputs_and_reads_no_more_than_the_context(client, monkeypatch) -> None:
     expected = ask(client, PROMPT, max_new_tokens=3).json()
     long = "z" * 100_000 + PROMPT
     tokens = len(client.post("/tokenize", json={"inputs": PROMPT}).json())
     assert ask(client, long, max_new_tokens=3, truncate=tokens).json() == expected
-    assert ask(client, long, max_new_tokens=3, truncate=513).status_code == 422
+    read: list[int] = []
+    service = client.app.state.service
+    inner = service.encode
+
+    async def counting(text: str, **options: Any) -> list[int]:
+        read.append(len(text))
+        return await inner(text, **options)
+
+    monkeypatch.setattr(service, "encode", counting)
+    assert ask(client, "z" * 1_900_000, max_new_tokens=1, truncate=1).status_code == 200
+    assert len(read) == 1 and 512 <= read[0] < 20_000
 
 
 def test_log_lines_are_json_with_the_request_s_id_and_without_its_prompt(client, caplog) -> None:
-    handler = Collector()
-    logging.getLogger("serving").addHandler(handler)
-    logging.getLogger("serving").setLevel(logging.INFO)
-    try:
+    log = LogLines()
+    with log.of("serving"):
         answer = ask(client, max_new_tokens=2)
         refused = ask(client, max_new_tokens=0)
         client.get("/health")
-    finally:
-        logging.getLogger("serving").removeHandler(handler)
-    lines = [json.loads(line) for line in handler.lines]
+    lines = log.lines
     assert [line["request_id"] for line in lines] == [answer.headers["x-request-id"], refused.headers["x-request-id"]]
     assert (lines[0]["method"], lines[0]["path"], lines[0]["status"]) == ("POST", "/generate", 200)
     assert lines[0]["generated_tokens"] == 2 and lines[0]["prompt_tokens"] > 10 and lines[1]["status"] == 422
-    assert "zebras" not in "".join(handler.lines)
+    assert "zebras" not in str(lines)
 
 
-class Collector(logging.Handler):
-    def __init__(self) -> None:
-        super().__init__()
-        self.lines: list[str] = []
-        self.setFormatter(JsonFormatter())
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.lines.append(self.format(record))
+def test_what_nobody_expected_tells_nothing_and_is_not_asked_for_again(tiny_target, monkeypatch, caplog) -> None:
+    app = create_app(Engine(tiny_target))
+    monkeypatch.setattr(app.state.service, "check_open", lambda: 1 / 0)
+    with TestClient(app, raise_server_exceptions=False) as client:
+        for path, body in (("/generate", {"inputs": "a"}), ("/v1/completions", {"prompt": "a"})):
+            answer = client.post(path, json=body)
+            assert answer.status_code == 500 and answer.headers["x-should-retry"] == "false"
+            assert "division" not in answer.text and "division" in caplog.text
 
 
 def test_metrics_under_another_prefix_are_vllm_s(tiny_target, tiny_head) -> None:

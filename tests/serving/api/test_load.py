@@ -6,12 +6,18 @@ import asyncio
 import json
 import random
 import socket
+from collections.abc import AsyncGenerator
+from pathlib import Path
 from typing import Any
 
 import httpx
-from http_testing import PROMPT, eventually, idle, live, series
+import pytest
+from http_testing import PROMPT, events, eventually, idle, live, series
+from starlette.applications import Starlette
+from starlette.routing import Route
 
 from serving.api.app import create_app
+from serving.api.sse import EventStream
 from serving.engine import Engine, SamplingParams
 
 LIMITS = httpx.Limits(max_connections=400)
@@ -37,15 +43,32 @@ def mixed(index: int) -> dict[str, Any]:
     return settings
 
 
+def as_openai(settings: dict[str, Any], prompt: str, stream: bool) -> dict[str, Any]:
+    """The same request to /v1/completions, which has other names and another default temperature."""
+    renamed = {"max_tokens": settings["max_new_tokens"], "temperature": settings.get("temperature", 0)}
+    same = {name: value for name, value in settings.items() if name not in ("max_new_tokens", "temperature")}
+    return {"prompt": prompt, "stream": stream, "include_stop_str_in_output": True, **same, **renamed}
+
+
+def text_of(answer: httpx.Response, openai: bool, stream: bool) -> str:
+    told = events(answer.text) if stream else [answer.json()]
+    if openai:
+        return "".join(each["choices"][0]["text"] for each in told if each != "[DONE]")
+    return told[-1]["generated_text"]
+
+
 def test_two_hundred_mixed_requests_in_flight_give_what_each_gives_alone(tiny_target, tiny_head) -> None:
     async def conversation(client: httpx.AsyncClient) -> list[str]:
         async def one(index: int) -> str:
             wishes = mixed(index) | {"speculative": {"num_tokens": index % 6}}
-            body = {"inputs": f"{index} {PROMPT[: index % 40]}", "parameters": wishes, "stream": index % 2 == 0}
-            answer = await client.post("/generate", json=body)
+            prompt, stream, openai = f"{index} {PROMPT[: index % 40]}", index % 2 == 0, index % 4 > 1
+            if openai:
+                answer = await client.post("/v1/completions", json=as_openai(wishes, prompt, stream))
+            else:
+                body = {"inputs": prompt, "parameters": wishes, "stream": stream}
+                answer = await client.post("/generate", json=body)
             assert answer.status_code == 200, answer.text
-            last = answer.text.strip().rsplit("data:", 1)[-1]
-            return json.loads(last)["generated_text"]
+            return text_of(answer, openai, stream)
 
         return list(await asyncio.gather(*(one(index) for index in range(200))))
 
@@ -141,8 +164,6 @@ def test_a_slow_reader_does_not_stall_others(tiny_target) -> None:
 
 
 def test_a_reader_that_takes_nothing_is_dropped(tiny_target) -> None:
-    from serving.api.sse import EventStream
-
     closed = []
 
     async def endless():
@@ -164,3 +185,26 @@ def test_a_reader_that_takes_nothing_is_dropped(tiny_target) -> None:
 
     asyncio.run(conversation())
     assert closed == [True]
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="the system has no such timeout")
+def test_a_connection_whose_client_takes_nothing_does_not_stay() -> None:
+    """What is in the system's buffers would keep it, long after its request has been given up."""
+
+    async def endless() -> AsyncGenerator[bytes]:
+        while True:
+            yield b"x" * 100_000
+
+    app = Starlette(routes=[Route("/", lambda request: EventStream(endless(), stalled_seconds=0.3))])
+    with live(app, stalled_seconds=0.5) as url, socket.socket() as reader:
+        reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
+        port = int(url.rsplit(":")[-1])
+        reader.connect(("127.0.0.1", port))
+        ends = f":{port:04X} 0100007F:{reader.getsockname()[1]:04X} 01"  # the server's, established
+
+        def connected() -> bool:
+            return ends in Path("/proc/net/tcp").read_text()
+
+        reader.sendall(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
+        eventually(connected)
+        eventually(lambda: not connected(), 30)

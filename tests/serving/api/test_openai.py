@@ -6,19 +6,10 @@ from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
-from http_testing import PROMPT, events
+from http_testing import MESSAGES, PROMPT, complete
 
 from serving.api.app import create_app
 from serving.engine import Engine, SamplingParams
-
-MESSAGES = [{"role": "user", "content": "A secretive prompt about zebras."}]
-
-
-def complete(client: Any, path: str = "completions", **body: Any) -> dict[str, Any]:
-    asked = {"messages": MESSAGES} if "chat" in path else {"prompt": PROMPT}
-    answer = client.post(f"/v1/{path}", json={"max_tokens": 12, "temperature": 0, **asked, **body})
-    assert answer.status_code == 200, answer.text
-    return answer.json() if not body.get("stream") else {"events": events(answer.text)}
 
 
 def alone(target: Any, **params: Any) -> Any:
@@ -173,7 +164,8 @@ def test_temperature_s_default_is_1_and_speculation_changes_no_text(client, tiny
 def test_fields_without_effect_and_fields_that_are_off(client) -> None:
     plain = complete(client)["choices"]
     harmless = {"user": "me", "model": "anything", "metadata": {"a": "b"}, "store": False, "best_of": 1, "suffix": None,
-                "response_format": {"type": "text"}, "skip_special_tokens": True, "top_p": 1, "n": None}  # fmt: skip
+                "response_format": {"type": "text"}, "skip_special_tokens": True, "top_p": 1, "n": None,
+                "priority": 0}  # fmt: skip
     assert complete(client, **harmless)["choices"] == plain
     chat = complete(client, "chat/completions")["choices"]
     off = {"tools": [], "tool_choice": "none", "parallel_tool_calls": None, "modalities": ["text"]}
@@ -220,6 +212,11 @@ REFUSED = [
     ("suffix", "end", "suffix"),
     ("response_format", {"type": "json_object"}, "response_format"),
     ("prompt_logprobs", -1, "prompt_logprobs"),
+    ("priority", 1, "priority"),
+    ("request_id", "mine", "request_id"),
+    ("temperature", 10**400, "temperature"),
+    ("repetition_penalty", 10**400, "repetition_penalty"),
+    ("logit_bias", {"1": 10**400}, "logit_bias"),
     ("stream_options", {"include_usage": True}, "stream"),
     ("speculative", {"enabled": "on"}, "boolean"),
     ("speculative", {"origin": True}, "origin"),
@@ -243,34 +240,6 @@ def test_as_many_prompts_times_n_as_there_are_choices(client) -> None:
     assert answer.status_code == 400 and answer.json()["error"]["param"] == "n" and "64" in answer.text
 
 
-REFUSED_CHATS = [
-    ({"messages": []}, "messages"),
-    ({"messages": [{"role": "wizard", "content": "a"}]}, "role"),
-    ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, "content"),
-    ({"messages": [{"role": "user"}]}, "content"),
-    ({"top_logprobs": 2}, "logprobs"),
-    ({"logprobs": True, "top_logprobs": 1_000_000_000}, "20"),
-    ({"max_tokens": 3, "max_completion_tokens": 4}, "max_completion_tokens"),
-    ({"max_completion_tokens": 10**6}, "max_completion_tokens"),
-    ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
-    ({"messages": [{"role": "user", "content": "z" * 600}]}, "512"),
-]
-
-
-@pytest.mark.parametrize(("body", "told"), REFUSED_CHATS, ids=lambda value: str(value)[:40])
-def test_a_bad_chat_is_400(client, body, told) -> None:
-    answer = client.post("/v1/chat/completions", json={"messages": MESSAGES, **body})
-    assert answer.status_code == 400 and told in answer.json()["error"]["message"], answer.text
-
-
-def test_a_template_that_refuses_is_400_without_its_words(client, tiny_target, monkeypatch) -> None:
-    refusing = "{{ raise_exception('roles of /home/someone must alternate') }}"
-    monkeypatch.setattr(tiny_target.tokenizer, "chat_template", refusing)
-    answer = client.post("/v1/chat/completions", json={"messages": MESSAGES})
-    assert answer.status_code == 400 and answer.json()["error"]["param"] == "messages"
-    assert "someone" not in answer.text
-
-
 def test_models_and_strict_names(client, tiny_target) -> None:
     [about] = client.get("/v1/models").json()["data"]
     assert (about["id"], about["root"], about["max_model_len"]) == ("tiny", "tiny", 512)
@@ -283,22 +252,6 @@ def test_models_and_strict_names(client, tiny_target) -> None:
             body = {"model": "gpt-4", "messages" if "chat" in path else "prompt": asked}
             answer = strict.post(f"/v1/{path}", json=body)
             assert answer.status_code == 404 and answer.json()["error"]["code"] == "model_not_found"
-
-
-@pytest.mark.parametrize(
-    ("extra", "param"),
-    [
-        ({"tools": [{"type": "function"}]}, "tools"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
-        ({"top_logprobs": 2}, "top_logprobs"),
-        ({"stream_options": {"include_usage": True}}, "stream_options"),
-        ({"max_tokens": 2, "max_completion_tokens": 2}, "max_tokens"),
-    ],
-    ids=str,
-)
-def test_what_the_whole_body_is_refused_for_is_named_as_the_param(client, extra, param) -> None:
-    error = client.post("/v1/chat/completions", json={"messages": MESSAGES, **extra}).json()["error"]
-    assert error["param"] == param and f"`{param}`" in error["message"]
 
 
 def test_best_of_is_n_or_refused(client) -> None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+from typing import Any
+
+import httpx
 from fastapi.testclient import TestClient
-from http_testing import ask, metric
+from http_testing import ask, in_process, metric, series
 
 from serving.api.app import create_app
 from serving.api.service import public_name
@@ -13,6 +17,15 @@ from serving.engine import Engine
 def test_paths_and_methods_that_do_not_exist(client) -> None:
     for answer, status in ((client.get("/generate"), 405), (client.get("/nothing"), 404)):
         assert answer.status_code == status and answer.json().keys() == {"error", "error_type"}
+
+
+def test_a_path_with_a_slash_too_many_is_404_and_no_redirect(client) -> None:
+    for path in ("/generate/", "/health/", "/v1/completions/"):
+        for method in ("GET", "POST"):
+            answer = client.request(method, path, headers={"host": "evil"}, follow_redirects=False)
+            assert answer.status_code == 404 and "location" not in answer.headers
+            error = answer.json()["error"]
+            assert (error["type"] if path.startswith("/v1") else answer.json()["error_type"]).startswith("not_found")
 
 
 def test_another_method_is_405_with_those_that_are_allowed_whatever_its_body(client) -> None:
@@ -100,6 +113,46 @@ def test_metrics_add_up(tiny_target, tiny_head) -> None:
         assert metric(client, "request_queue_time_seconds_count") == metric(client, "request_prompt_tokens_count") == 6
         verifications = sum(each["verifications"] for each in figures)
         assert 0 < metric(client, "inter_token_latency_seconds_count") <= verifications
+
+
+def test_tokens_are_counted_while_they_come(gated) -> None:
+    """A long answer is seen in the figures before its end."""
+    counts = ("time_to_first_token_seconds_count", "inter_token_latency_seconds_count", "prompt_tokens_total")
+
+    def figures(text: str) -> list[float]:
+        return [series(text, name) for name in (*counts, "e2e_request_latency_seconds_count")]
+
+    async def conversation(client: httpx.AsyncClient) -> tuple[list[float], list[float]]:
+        wishes = {"max_new_tokens": 40, "speculative": {"enabled": False}}
+        asked = asyncio.ensure_future(client.post("/generate", json={"inputs": "abc", "parameters": wishes}))
+        inner, stop = gated._decoder.step, asyncio.Event()
+        loop, steps = asyncio.get_running_loop(), iter(range(100))
+
+        def step(rows: Any) -> None:
+            if next(steps) == 5:
+                loop.call_soon_threadsafe(stop.set)
+                gated.gate.clear()
+            inner(rows)
+
+        gated._decoder.step = step
+        gated.gate.set()
+        await stop.wait()
+        during = [figures((await client.get("/metrics")).text) for _ in range(2)]
+        gated.gate.set()
+        assert (await asked).status_code == 200
+        assert during[0] == during[1]
+        return during[0], figures((await client.get("/metrics")).text)
+
+    during, after = in_process(create_app(gated), conversation)
+    assert during[::2] == [1, 3] and after[::2] == [1, 3]  # none twice
+    assert 0 < during[1] <= 4 < after[1] <= 39  # pieces of a character wait for the rest
+    assert (during[3], after[3]) == (0, 1)
+
+
+def test_histograms_tell_small_models_apart(client) -> None:
+    text = client.get("/metrics").text
+    for name, least in (("queue", 0.0001), ("prefill", 0.0001), ("decode", 0.001)):
+        assert f'draftsmith:request_{name}_time_seconds_bucket{{le="{least}"}}' in text
 
 
 def test_the_api_describes_itself(client) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
+from fastapi.exceptions import RequestValidationError
 from http_testing import ask
 
 REFUSED_PARAMETERS = [
@@ -16,6 +19,9 @@ REFUSED_PARAMETERS = [
     ("temperature", -0.1, "-0.1"),
     ("temperature", 999999, "100"),
     ("temperature", "hot", "'hot'"),
+    ("temperature", 10**400, "temperature"),
+    ("repetition_penalty", 10**400, "repetition_penalty"),
+    ("frequency_penalty", -(10**400), "frequency_penalty"),
     ("temperature", [1], "number"),
     ("top_p", 0, "greater than 0"),
     ("top_p", 1.01, "1.01"),
@@ -44,6 +50,8 @@ REFUSED_PARAMETERS = [
     ("frequency_penalty", 2.5, "2.5"),
     ("top_n_tokens", 1_000_000_000, "5"),
     ("truncate", 0, "1"),
+    ("truncate", 512, "512"),
+    ("truncate", 10**9, "512"),
     ("best_of", 2, "not implemented"),
     ("best_of", True, "not implemented"),
     ("typical_p", 0.9, "not implemented"),
@@ -128,6 +136,42 @@ def test_a_secret_in_the_wrong_place_is_not_repeated(client) -> None:
 def test_many_problems_are_told_three_at_most(client) -> None:
     answer = ask(client, **{f"unknown_{'x' * 300}_{index}": 1 for index in range(1000)})
     assert answer.status_code == 422 and len(answer.content) < 700
+
+
+ENDLESS: list[tuple[str, dict[str, Any]]] = [
+    ("/generate", {"inputs": [0] * 900_000}),
+    ("/generate", {"inputs": "a", "parameters": {"stop": [0] * 900_000}}),
+    ("/generate", {"inputs": "a"} | {f"{index}": 0 for index in range(150_000)}),
+    ("/generate", {"inputs": "a", "parameters": {f"{index}": 0 for index in range(150_000)}}),
+    ("/v1/completions", {"prompt": [-1] * 600_000}),
+    ("/v1/completions", {"prompt": [[-1] * 600_000]}),
+    ("/v1/completions", {"prompt": [[-1]] * 90_000}),
+    ("/v1/completions", {"prompt": [None] * 300_000}),
+    ("/v1/completions", {"prompt": "a", "stop_token_ids": [-1] * 600_000}),
+    ("/v1/completions", {"prompt": "a", "logit_bias": {f"{index}": "x" for index in range(120_000)}}),
+    ("/v1/chat/completions", {"messages": [0] * 900_000}),
+    ("/v1/chat/completions", {"messages": [0] * 4096}),
+    ("/v1/chat/completions", {"messages": [{"role": "user", "content": [0] * 1024}]}),
+    ("/v1/chat/completions", {"messages": [{"role": "user", "content": [0] * 900_000}]}),
+    ("/v1/chat/completions", {"messages": [{"role": "user", "content": [{}] * 90_000}]}),
+    ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a", **{f"{i}": 0 for i in range(150_000)}}]}),
+]
+
+
+@pytest.mark.parametrize(("path", "body"), ENDLESS, ids=lambda value: str(value)[:40])
+def test_a_body_wrong_throughout_is_not_reported_throughout(client, path, body, monkeypatch) -> None:
+    """An error for each of its parts would take the server seconds, and nobody else would be answered."""
+    told: list[int] = []
+    inner = RequestValidationError.__init__
+
+    def counting(self: RequestValidationError, errors: Any, **options: Any) -> None:
+        told.append(len(errors))
+        inner(self, errors, **options)
+
+    monkeypatch.setattr(RequestValidationError, "__init__", counting)
+    answer = client.post(path, json=body)
+    assert answer.status_code in (400, 422) and len(answer.content) < 1000
+    assert len(told) == 1 and told[0] <= 20
 
 
 def test_tiny_and_large_temperatures_still_answer(client) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from http_testing import PROMPT, GatedEngine, ask, events, in_process
 
 from serving.api.app import create_app
 from serving.api.limits import Limits
+from serving.api.sse import event
 
 SAMPLED = {"temperature": 1.0, "seed": 7, "max_new_tokens": 24}
 
@@ -84,6 +86,13 @@ def test_top_tokens(client) -> None:
 def test_what_is_refused_is_no_stream(client) -> None:
     answer = client.post("/generate_stream", json={"inputs": PROMPT, "parameters": {"max_new_tokens": 10**6}})
     assert answer.status_code == 422 and answer.json()["error_type"] == "validation"
+
+
+def test_an_event_is_one_line_to_all_who_split_lines() -> None:
+    """httpx ends lines wherever Unicode has line ends, as U+0085, U+2028 and U+2029, which models write."""
+    text = "a\u0085b\u2028c\u2029d\x0be\x1cf\r\n\u00e9\U0001f993"
+    line, blank = event({"text": text}).decode().splitlines()
+    assert json.loads(line.removeprefix("data: ")) == {"text": text} and not blank
 
 
 def failing(engine: GatedEngine, after: int, failure: BaseException) -> None:
