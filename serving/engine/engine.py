@@ -7,14 +7,12 @@ import secrets
 import threading
 import time
 from collections.abc import Sequence as Ids
-from numbers import Integral
 from typing import Any
 
 import torch
 
 from draft.checkpoint import check_fits
 from draft.data.row_cache import check_architecture
-from draft.errors import UserError
 from draft.heads import DraftHead
 from draft.target import Target
 from serving.engine.build import Models, build_models
@@ -30,7 +28,14 @@ from serving.engine.request import (
 from serving.engine.rows import Row
 from serving.engine.sampling import Processor
 from serving.engine.sequence import SEED_LIMIT, Completion, SamplingParams, Sequence, special_ids
-from serving.engine.settings import SPECULATIONS, check_choice, check_max_length, check_whole, make_controller
+from serving.engine.settings import (
+    SPECULATIONS,
+    check_choice,
+    check_max_length,
+    check_prompt,
+    check_whole,
+    make_controller,
+)
 from serving.engine.tree import BRANCHING
 from serving.engine.verification import RULES, make_rule
 from serving.engine.warm_up import warm_up
@@ -184,24 +189,8 @@ class Engine:
                 request.cancel()
 
     def _check_request(self, prompt_ids: Ids[int], params: SamplingParams, wishes: Speculation) -> None:
-        if not len(prompt_ids):
-            raise UserError("the prompt is empty; give at least one token.")
-        if not all(isinstance(token, Integral) for token in prompt_ids):
-            raise UserError(
-                f"the prompt is {prompt_ids!r:.80}, not a list of token ids; encode it with target.encode_chat."
-            )
-        wrong = [token for token in prompt_ids if not 0 <= token < self.target.vocab_size]
-        if wrong:
-            raise UserError(
-                f"the prompt has token id {wrong[0]}; the target's go from 0 to {self.target.vocab_size - 1}."
-            )
+        check_prompt(prompt_ids, self.target.vocab_size, self.max_length, params.max_new_tokens)
         params.check_vocabulary(self.target.vocab_size)
-        if len(prompt_ids) + params.max_new_tokens > self.max_length:
-            raise UserError(
-                f"the prompt has {len(prompt_ids)} tokens and max_new_tokens is {params.max_new_tokens}: together "
-                f"they exceed the context of {self.max_length}; shorten the prompt or ask for at most "
-                f"{max(0, self.max_length - len(prompt_ids))} tokens."
-            )
         if wishes.rule is not None:
             check_choice("rule", wishes.rule, tuple(RULES))
 
@@ -219,6 +208,7 @@ class Engine:
             raise
         except Exception as error:  # whose fault it was cannot be told: all that took part fail, the engine goes on
             log.exception("a step failed; the %d requests in it end with an error", len(self._rows))
+            self._dismiss()  # those that were done before it failed
             for row in list(self._rows):
                 row.request.context.run(log.error, "a step failed, and with it this request")
                 self._release(row)
