@@ -49,7 +49,9 @@ def check_prompt(prompt_ids: Sequence[int], vocab_size: int, max_length: int, ma
     if not len(prompt_ids):
         raise UserError("the prompt is empty; give at least one token.")
     if not all(isinstance(token, Integral) for token in prompt_ids):
-        raise UserError(f"the prompt is {prompt_ids!r:.80}, not a list of token ids; encode it with target.encode_chat.")
+        raise UserError(
+            f"the prompt is {prompt_ids!r:.80}, not a list of token ids; encode it with target.encode_chat."
+        )
     wrong = [token for token in prompt_ids if not 0 <= token < vocab_size]
     if wrong:
         raise UserError(f"the prompt has token id {wrong[0]}; the target's go from 0 to {vocab_size - 1}.")
