@@ -26,7 +26,7 @@ export PIP_ONLY_BINARY := :all:
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help run test test-kernels-all interop bench clean
+.PHONY: help run test test-exactness test-kernels-all interop bench clean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -40,10 +40,13 @@ test: $(VENV)/installed-dev ## Install, then run ruff, mypy and pytest
 	$(PY) -m mypy
 	$(PY) -m pytest -q $(PARALLEL)
 
+test-exactness: $(VENV)/installed-dev ## Install, then draw 20,000 answers of each kind and compare their distributions (half an hour)
+	EXACTNESS_SAMPLES=20000 $(PY) -m pytest -q tests/serving/test_sampled_answers.py -n auto
+
 test-kernels-all: $(VENV)/installed-dev ## Install, then compile every configuration of the GPU kernels (no GPU needed; half an hour)
 	$(PY) -m pytest -q -m every_configuration tests/kernels/test_compilation.py
 
-interop: $(VENV)/installed ## Prove exports against speculators and vLLM, each in an environment of its own (an hour on two cores)
+interop: $(VENV)/installed ## Prove exports against speculators and vLLM, each in an environment of its own (a quarter of an hour on two cores, and what the downloads take)
 	PY=$(PY) sh benchmarks/interop/run.sh runs/interop
 
 bench: $(VENV)/installed ## Install, then measure the bundled head's acceptance length and speed (writes runs/)
