@@ -63,6 +63,7 @@ class Question:
     messages: list[Message]  # the same as messages
     limit: int  # most tokens of the response
     temperature: float
+    later: bool = False  # whether `messages` hold the target's own answers, which no user can mend
 
 
 @dataclass(frozen=True)
@@ -123,11 +124,14 @@ class Endpoint:
             "tells token ids" if self._dialect.exact else "answers with text, which is tokenised again",
         )
 
-    def answer(self, questions: Sequence[Question]) -> Iterator[tuple[int, Response]]:
+    def answer(self, questions: Sequence[Question]) -> Iterator[tuple[int, Response | None]]:
         """Ask all questions, many at once; yields (index, response) as they are answered.
 
+        The response is None where the server refuses a later turn, as it may when the target wrote what JSON or a
+        server's checks do not carry, or when the conversation outgrows the server's context.
+
         Raises:
-            EndpointError: naming the row that is refused, or that got no answer after all retries.
+            EndpointError: naming the row whose first turn is refused, or that got no answer after all retries.
         """
         pool = ThreadPoolExecutor(self.settings.concurrency, thread_name_prefix="endpoint")
         self._stopped.clear()
@@ -198,8 +202,11 @@ class Endpoint:
 
     # one answer
 
-    def _answer(self, question: Question) -> Response:
+    def _answer(self, question: Question) -> Response | None:
         answer = self._post(self._dialect, question)
+        if answer.status_code != 200 and question.later:
+            log.info("%s: %s refuses a later turn (%s)", question.where, self._told, reason(answer))
+            return None
         if answer.status_code != 200:
             raise EndpointError(
                 f"{question.where}: {self._told} refuses it ({answer.status_code}: {reason(answer)}); leave that row "

@@ -48,6 +48,7 @@ class Chat:
 
     where: str
     messages: list[Message]
+    later: bool  # whether it goes on after an answer of the target's
 
 
 @dataclass
@@ -75,7 +76,8 @@ class Writer:
     ) -> dict[int, Response]:
         """What the target writes after each prompt, by index; what an interrupted run stored is not written again.
 
-        chats: the same prompts as an endpoint is asked; without, the target itself writes in any case.
+        chats: the same prompts as an endpoint is asked; without, the target itself writes in any case. Those of their
+        later turns that the endpoint refuses are missing from the answer.
         """
         done = {index: response for index, response in self.parts.load(stage).items() if index in prompts}
         todo = [index for index in prompts if index not in done]
@@ -123,12 +125,15 @@ class Writer:
     ) -> Iterator[tuple[int, Response]]:
         assert self.endpoint is not None
         questions = [
-            Question(chat.where, key, ids, chat.messages, min(longest, self.settings.max_length - len(ids)), heat)
+            Question(
+                chat.where, key, ids, chat.messages, min(longest, self.settings.max_length - len(ids)), heat, chat.later
+            )
             for ids, chat, heat, key in zip(asked, chats, heats, keys, strict=True)
         ]
         for place, response in self.endpoint.answer(questions):
-            meter.wrote(len(response.ids))
-            yield place, response
+            if response is not None:
+                meter.wrote(len(response.ids))
+                yield place, response
 
 
 def self_prompts(writer: Writer) -> list[Prompt]:
@@ -194,6 +199,7 @@ def answered(writer: Writer, prompts: list[Prompt]) -> list[Row]:
         heats = {index: float(rows[index].temperature or 0) for index in asked}
         chats = {index: _chat(prompts[index], turn, said_before[index]) for index in asked}
         said = writer.write(f"responses-{turn}", asked, heats, "responses", settings.max_new_tokens, chats=chats)
+        _end_refused(writer, turns, asked.keys() - said.keys(), turn)
         cut = {index for index, response in said.items() if _is_cut(target, settings, asked[index], response.ids)}
         for index, response in said.items():
             said_before[index].append(target.decode(response.ids))
@@ -215,7 +221,16 @@ def _chat(prompt: Prompt, turn: int, said: list[str]) -> Chat:
         {**message, "content": next(answers)} if message["role"] == "assistant" else message
         for message in up_to_user_turn(prompt.messages, turn)
     ]
-    return Chat(prompt.where or "a prompt of the target's own", messages)
+    return Chat(prompt.where or "a prompt of the target's own", messages, later=turn > 0)
+
+
+def _end_refused(writer: Writer, turns: dict[int, int], refused: set[int], turn: int) -> None:
+    """Let conversations end before a turn that the endpoint refused: what was said in them until then is whole."""
+    if not refused:
+        return
+    turns |= dict.fromkeys(refused, turn)
+    writer.counts["cut_short"] += len(refused)
+    log.warning("the endpoint refused turn %d of %d conversations, which end before it", turn + 1, len(refused))
 
 
 def _is_cut(target: Target, settings: Settings, prompt: list[int], response: list[int]) -> bool:

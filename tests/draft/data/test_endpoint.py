@@ -154,6 +154,25 @@ def test_rows_of_text_are_tokenised_again_and_kept_out_of_tau(target: Target, se
         replay(target, {}, rows, 3)
 
 
+def test_a_conversation_ends_before_a_later_turn_that_is_refused(target: Target, server: str, tmp_path: Path) -> None:
+    """As where the target wrote a character that the server takes in no message: a user could not mend that."""
+
+    def refuse(_: int, body: Any) -> Response | None:
+        said = [message["content"] for message in (body or {}).get("messages", [])]
+        return problem(400, "NUL") if len(said) == 3 and said[0] == "number 3" else only_chat(0, body)
+
+    with proxy(server, refuse) as (address, _):
+        data = prepare(target, tmp_path / "data", prompts=[write_questions(tmp_path)], greedy_share=1.0, **SHAPE,
+                       endpoint=EndpointSettings(address))  # fmt: skip
+    assert data is not None and data.manifest["counts"]["cut_short"] >= 1
+    turns = {}
+    for row in contents(data):
+        text = target.tokenizer.decode(row.ids)
+        number = int(text.split("user\nnumber ")[1].split("<")[0])
+        turns[number] = text.count("<|im_start|>user\n")
+    assert len(turns) == 12 and turns[3] == 1 and sum(turns.values()) == 18 - data.manifest["counts"]["cut_short"]
+
+
 def test_a_server_that_is_overloaded_now_and_then(target: Target, server: str, tmp_path: Path) -> None:
     def trouble(count: int, _: Any) -> Response | None:
         kinds = {0: problem(429, "slow down", **{"retry-after": "0.3"}), 1: problem(500), 2: Response("<html>", 503)}
