@@ -62,24 +62,26 @@ class Processes:
             self.accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
         self.count, self.rank = self.accelerator.num_processes, self.accelerator.process_index
         self.is_main = self.accelerator.is_main_process
-        self._check(device)
-
-    def _check(self, device: str) -> None:
-        kind = self.accelerator.distributed_type
-        if kind not in KINDS:
-            raise UserError(
-                f"the launcher asks for {kind.value}; heads are trained with DDP or FSDP2, choose one of them."
-            )
+        reason = self._why_impossible(device)
+        if reason:
+            self.wait()  # the others refuse too, once they have met: no group stands whose process 0 is gone
+            raise UserError(reason)
         if self.sharded:
             plugin = self.accelerator.state.fsdp_plugin
-            if plugin.fsdp_version != 2:
-                raise UserError("the launcher asks for FSDP of version 1; add --fsdp_version 2.")
             # a head is one layer, so it is sharded as one unit
             plugin.auto_wrap_policy = None
             plugin.cpu_ram_efficient_loading = False
             plugin.activation_checkpointing = False
+
+    def _why_impossible(self, device: str) -> str | None:
+        kind = self.accelerator.distributed_type
+        if kind not in KINDS:
+            return f"the launcher asks for {kind.value}; heads are trained with DDP or FSDP2, choose one of them."
+        if self.sharded and self.accelerator.state.fsdp_plugin.fsdp_version != 2:
+            return "the launcher asks for FSDP of version 1; add --fsdp_version 2."
         if self.count > 1 and ":" in device:
-            raise UserError(f"device {device} is one for {self.count} processes; use cuda, and each takes its own.")
+            return f"device {device} is one for {self.count} processes; use cuda, and each takes its own."
+        return None
 
     @property
     def sharded(self) -> bool:
