@@ -18,6 +18,7 @@ from transformers import AttentionInterface
 from draft.errors import UserError
 from serving.engine.batch import Batch, Segment
 from serving.engine.cache import LayerShape
+from serving.engine.padding import Padded, attend_padded
 
 NAME = "draftsmith_slots"
 
@@ -41,6 +42,7 @@ class View:
     table: Tensor  # [segments, 5]
     mask: Tensor  # [N, W], or [0, 2] where all are chains
     masks: dict[int, Tensor]  # window -> the same with only what is within it
+    padded: Padded | None = None  # in the place of all of these, while a pass of fixed shape runs
     compiled: bool = False  # whether torch.compile reads it, which must not build again for other numbers of segments
 
     @classmethod
@@ -62,20 +64,20 @@ class View:
 class Sight:
     """What the tokens of one sequence see of its keys."""
 
-    visible: Tensor | None  # [tokens, keys] bool; None: everything
+    visible: Tensor | None  # [rows, 1, tokens, keys] bool; None: everything
     is_chain: bool  # causal, from the end of the keys backwards
     window: int  # 0: none
 
 
-# (query [1, heads, tokens, d], keys, values [1, kv_heads, keys, d], sight, scale, softcap)
-# -> [1, tokens, heads, value_dim]
+# (query [rows, heads, tokens, d], keys, values [rows, kv_heads, keys, d], sight, scale, softcap)
+# -> [rows, tokens, heads, value_dim]
 Formula = Callable[[Tensor, Tensor, Tensor, Sight, float, float], Tensor]
 # (query [1, heads, N, d], key, value [1, kv_heads, N, d], layer, scale, window, softcap) -> [1, N, heads, value_dim]
 Kernel = Callable[[Tensor, Tensor, Tensor, SlotLayer, float, int, float], Tensor]
 
 
 def slot_attention_by(formula: Formula) -> Kernel:
-    """Attention in plain PyTorch, for any device and dtype, sequence by sequence."""
+    """Attention in plain PyTorch, for any device and dtype, sequence by sequence; padded passes at once."""
 
     def slot_attention(
         query: Tensor, key: Tensor, value: Tensor, layer: SlotLayer, scale: float, window: int, softcap: float
@@ -85,6 +87,8 @@ def slot_attention_by(formula: Formula) -> Kernel:
         query: [1, heads, N, head_dim]; key, value: [1, kv_heads, N, ...]; window: a token sees that many positions up
         to its own (0: all); softcap: scores are bounded by it (0: not). Returns [1, N, heads, value_dim].
         """
+        if layer.view.padded is not None:
+            return attend_padded(formula, query, key, value, layer, scale, window, softcap)
         mixed = query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
         start = 0
         for segment in layer.view.batch.segments:
@@ -94,7 +98,8 @@ def slot_attention_by(formula: Formula) -> Kernel:
             layer.keys[segment.slot, :, segment.past : reach] = key[0, :, rows]
             layer.values[segment.slot, :, segment.past : reach] = value[0, :, rows]
             keys, values = (slots[segment.slot, None, :, :reach] for slots in (layer.keys, layer.values))
-            sight = Sight(_visible(segment, layer.view, rows, reach, window), segment.parents is None, window)
+            visible = _visible(segment, layer.view, rows, reach, window)
+            sight = Sight(None if visible is None else visible[None, None], segment.parents is None, window)
             mixed[:, rows] = formula(query[:, :, rows], keys, values, sight, scale, softcap)
         return mixed
 

@@ -98,6 +98,11 @@ class Batch:
 def _mask(segments: list[Segment], tokens: int) -> Tensor:
     if all(segment.parents is None for segment in segments):
         return torch.empty(0, 2, dtype=torch.bool)  # 2: a row's length as any, where a compiler looks at it
+    return block_mask(segments, tokens)
+
+
+def block_mask(segments: list[Segment], tokens: int) -> Tensor:
+    """[tokens, W] bool: which places from its segment's base on a token sees, of chains too."""
     width = max(segment.past + len(segment.ids) - segment.base for segment in segments)
     mask = torch.zeros(tokens, width, dtype=torch.bool)
     start = 0

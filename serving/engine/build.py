@@ -1,4 +1,4 @@
-"""Puts the engine's models together: eager, for any device and dtype, or compiled for this machine's CPU."""
+"""Puts the engine's models together: eager, for any device and dtype, or compiled: kernels on a CPU, graphs on CUDA."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from serving.engine.runner import HeadRunner, TargetRunner
 log = logging.getLogger(__name__)
 
 MODES = ("auto", "compiled", "eager")
+_UNRECORDED = ("flex", "flash_attention_2")  # flash-attn knows no padded rows, and flex compiles for each shape
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,9 @@ def build_models(
     threads: int | None,
 ) -> Models:
     """
-    mode: `eager` runs the models as they are; `compiled` (CPU, float32 or bfloat16) replaces the linear layers of the
-    target, in place, by packed ones, and attention by a kernel of ours; `auto` is compiled where that is possible.
+    mode: `eager` runs the models as they are; `compiled` on a CPU (float32 or bfloat16) replaces the linear layers of
+    the target, in place, by packed ones, and attention by a kernel of ours, and on CUDA lets `warm_up` record passes
+    of fixed shapes as graphs; `auto` is compiled where that is possible.
     threads: of the compiled kernels, all cores of this process by default; PyTorch itself is left with one then,
     because its threads wait for each other actively, and stall when another process takes a core.
 
@@ -56,7 +58,7 @@ def build_models(
     """
     mode = _choose_mode(mode, attention, target)
     kernel: Kernel
-    if mode == "compiled":
+    if mode == "compiled" and target.device.type == "cpu":
         head = _pack(target, head, threads)
         kernel = packed_attention
     else:
@@ -130,8 +132,10 @@ def _choose_mode(mode: str, attention: str, target: Target) -> str:
 
 
 def _why_not_compiled(attention: str, target: Target) -> str | None:
+    if target.device.type == "cuda":
+        return f"CUDA graphs attend by sdpa, and {attention} was asked for" if attention in _UNRECORDED else None
     if target.device.type != "cpu":
-        return f"the compiled kernels are for CPUs, and the target is on {target.device.type}"
+        return f"it is for CPUs and CUDA, and the target is on {target.device.type}"
     if target.dtype not in (torch.float32, torch.bfloat16):
         return f"the kernels take float32 and bfloat16, and the target is in {str(target.dtype).removeprefix('torch.')}"
     if attention != "auto":

@@ -61,6 +61,12 @@ class SlotCache:
     def used_tokens(self) -> int:
         return sum(self.lengths)
 
+    def clear(self) -> None:
+        """Overwrite what the memory held before."""
+        for stack in self._stacks:
+            for store in stack:
+                store.zero_()
+
     def acquire(self) -> int:
         """An empty slot; there must be one."""
         slot = self._free.pop()

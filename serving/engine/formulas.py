@@ -39,10 +39,10 @@ def flex(query: Tensor, keys: Tensor, values: Tensor, sight: Sight, scale: float
 
     visible = sight.visible
 
-    def score(scores: Tensor, _batch: Tensor, _head: Tensor, row: Tensor, key: Tensor) -> Tensor:
+    def score(scores: Tensor, batch: Tensor, _head: Tensor, row: Tensor, key: Tensor) -> Tensor:
         if softcap:
             scores = softcap * torch.tanh(scores / softcap)
-        return scores if visible is None else torch.where(visible[row, key], scores, -torch.inf)
+        return scores if visible is None else torch.where(visible[batch, 0, row, key], scores, -torch.inf)
 
     run: Any = torch.compile(flex_attention, dynamic=True) if query.is_cuda else flex_attention
     mixed = run(query, keys, values, score_mod=score, scale=scale, enable_gqa=query.shape[1] != keys.shape[1])
@@ -50,8 +50,11 @@ def flex(query: Tensor, keys: Tensor, values: Tensor, sight: Sight, scale: float
 
 
 def flash(query: Tensor, keys: Tensor, values: Tensor, sight: Sight, scale: float, softcap: float) -> Tensor:
-    """flash-attn for chains and prompts; trees have masks that it does not take, and go through SDPA."""
-    if not sight.is_chain:
+    """flash-attn for chains and prompts; trees have masks that it does not take, and go through SDPA.
+
+    So does a head in float32, beside a target in a dtype that flash-attn knows.
+    """
+    if not sight.is_chain or query.dtype not in _FLASH_DTYPES:
         return sdpa(query, keys, values, sight, scale, softcap)
     from flash_attn import flash_attn_func
 
@@ -64,6 +67,7 @@ def flash(query: Tensor, keys: Tensor, values: Tensor, sight: Sight, scale: floa
     )
 
 
+_FLASH_DTYPES = (torch.float16, torch.bfloat16)
 FORMULAS: dict[str, Formula] = {"eager": explicit, "sdpa": sdpa, "flex": flex, "flash_attention_2": flash}
 
 
@@ -90,7 +94,7 @@ def choose_formula(name: str, device: torch.device, dtype: torch.dtype) -> Formu
 def _why_not_flash(device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type != "cuda":
         return f"flash-attn needs a CUDA device, and the target is on {device.type}"
-    if dtype not in (torch.float16, torch.bfloat16):
+    if dtype not in _FLASH_DTYPES:
         return f"flash-attn needs float16 or bfloat16, and the target is in {str(dtype).removeprefix('torch.')}"
     if find_spec("flash_attn") is None:
         return "flash-attn is not installed (pip install 'draftsmith[flash-attn]')"
@@ -100,13 +104,14 @@ def _why_not_flash(device: torch.device, dtype: torch.dtype) -> str | None:
 def _grouped(query: Tensor, keys: Tensor, sight: Sight) -> tuple[Tensor, Tensor | None]:
     """A group's queries stand side by side, as further tokens of their key-value head: nothing is repeated.
 
-    query: [1, heads, tokens, d] -> [1, kv_heads, groups * tokens, d], and what each sees, [groups * tokens, keys].
+    query: [rows, heads, tokens, d] -> [rows, kv_heads, groups * tokens, d], and what each sees, [rows, 1, groups *
+    tokens, keys].
     """
     groups = query.shape[1] // keys.shape[1]
-    visible = None if sight.visible is None else sight.visible.repeat(groups, 1)
-    return query.reshape(1, keys.shape[1], -1, query.shape[3]), visible
+    visible = None if sight.visible is None else sight.visible.repeat(1, 1, groups, 1)
+    return query.reshape(len(query), keys.shape[1], -1, query.shape[3]), visible
 
 
 def _ungrouped(mixed: Tensor, query: Tensor) -> Tensor:
-    """[1, kv_heads, groups * tokens, value_dim] -> [1, tokens, heads, value_dim]."""
-    return mixed.reshape(1, query.shape[1], query.shape[2], -1).transpose(1, 2)
+    """[rows, kv_heads, groups * tokens, value_dim] -> [rows, tokens, heads, value_dim]."""
+    return mixed.reshape(len(query), query.shape[1], query.shape[2], -1).transpose(1, 2)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ from serving.engine.attention import NAME, Kernel, Probe, SlotLayer, View
 from serving.engine.batch import Batch, Segment
 from serving.engine.cache import LayerShape, SlotCache
 from serving.engine.compiler import set_compiler_up
+from serving.engine.fixed_shapes import FixedShapes
 
 if TYPE_CHECKING:
     from serving.engine.cpu.decoder import FusedDecoder
@@ -50,15 +51,18 @@ class TargetRunner:
         }
         self.forwards: dict[nn.Module, Any] = {}  # compiled replacements of layers' forward methods
         self.fused: FusedDecoder | None = None  # all layers in one call
+        self.fixed: FixedShapes | None = None  # what narrow passes run by
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """-> last hidden states [N, hidden], after the final norm, and auxiliary states [N, layers * hidden]."""
-        self.view.show(batch)
-        fused = self.fused if self.fused is not None and self.fused.takes(batch.ids.shape[1]) else None
-        hidden, states = self._fused(fused, batch) if fused else self._layer_by_layer(batch)
+        outputs = self.fixed.run(batch) if self.fixed else None
+        if outputs is None:
+            self.view.show(batch)
+            fused = self.fused if self.fused is not None and self.fused.takes(batch.ids.shape[1]) else None
+            outputs = self._fused(fused, batch) if fused else self._layer_by_layer(batch.ids, batch.positions)
         for segment in batch.segments:
             self.cache.extend(segment.slot, len(segment.ids))
-        return hidden, states
+        return outputs[0], outputs[1] if self.layers else None
 
     def fuse_layers(self) -> bool:
         """Run all layers in one call from now on, if the target is of the family that can; whether it is.
@@ -67,15 +71,27 @@ class TargetRunner:
         """
         from serving.engine.cpu.decoder import recognise
 
-        self.fused = recognise(self.target.decoder.layers, self.scoring)
-        if self.fused is not None and not self._agree(self.fused):
-            self.fused = None
+        fused = recognise(self.target.decoder.layers, self.scoring)
+        ends = (0, self.cache.capacity - min(_PROBED, self.cache.capacity))
+        if fused is not None and self._agree(functools.partial(self._fused, fused), ends):
+            self.fused = fused
         return self.fused is not None
 
-    def _agree(self, fused: FusedDecoder) -> bool:
+    def fix_shapes(self) -> bool:
+        """Run narrow passes in one of a few shapes from now on, if that works with this target; whether it does.
+
+        On CUDA each shape is recorded as a graph when it first comes.
+        """
+        self.fixed = FixedShapes(self._layer_by_layer, self.view, self.cache)
+        if not self._agree(self.fixed.run, (0,)):
+            self.fixed = None
+        return self.fixed is not None
+
+    @torch.inference_mode()
+    def _agree(self, run: Callable[[Batch], list[Tensor] | None], firsts: Sequence[int]) -> bool:
         """Whether a pass over a few tokens gives what the model's own code gives, but for rounding.
 
-        At the first positions and at the last: some models scale what is far into the context.
+        firsts: the position of the first token; some models scale what is far into the context.
         """
         count = min(_PROBED, self.cache.capacity)
         ids = torch.arange(count).mul(7919).remainder(self.target.vocab_size).tolist()
@@ -84,17 +100,21 @@ class TargetRunner:
         batch = Batch.of([Segment(slot, 0, 0, ids)], self.target.device)
         self.view.show(batch)
         errors = []
-        for first in (0, self.cache.capacity - count):
+        for first in firsts:
             there = replace(batch, positions=batch.positions + first)
+            output = run(there)
+            if output is None:
+                errors.append(torch.inf)
+                break
             expected, got = (
-                torch.cat([part.double() for part in run(there) if part is not None], dim=-1)
-                for run in (self._layer_by_layer, functools.partial(self._fused, fused))
+                torch.cat([part.double() for part in parts], dim=-1)
+                for parts in (self._layer_by_layer(there.ids, there.positions), output)
             )
             errors.append(float((got - expected).norm() / expected.norm()))
         self.cache.release(slot)
         return all(error <= allowed for error in errors)  # and none of them is NaN
 
-    def _fused(self, fused: FusedDecoder, batch: Batch) -> tuple[Tensor, Tensor | None]:
+    def _fused(self, fused: FusedDecoder, batch: Batch) -> list[Tensor]:
         decoder, dtype = self.target.decoder, self.target.dtype
         embeds = decoder.embed_tokens(batch.ids)
         masks = [self.view.masks.get(scoring.window, self.view.mask) for scoring in self.scoring]
@@ -110,18 +130,20 @@ class TargetRunner:
         )  # [1 + captured, N, hidden]
         hidden = decoder.norm(output[0]).to(dtype)
         captured = {**dict(zip(inside, output[1:].to(dtype), strict=True)), self.target.output_layer: hidden}
-        return hidden, torch.cat([captured[layer] for layer in self.layers], dim=-1) if self.layers else None
+        return self._with_states(hidden, captured)
 
-    def _layer_by_layer(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+    def _layer_by_layer(self, ids: Tensor, positions: Tensor) -> list[Tensor]:
         captured: dict[int, Tensor] = {}
         with (  # the first of them locks the target: another engine may share it
             _attention_by(self.target, self.attached),
             _replaced_forwards(self.forwards),
             capture_hidden_states(self.target.decoder, self.layers, captured),
         ):
-            output = self.target.decoder(input_ids=batch.ids, position_ids=batch.positions, use_cache=False)
-        states = torch.cat([captured[layer][0] for layer in self.layers], dim=-1) if self.layers else None
-        return output.last_hidden_state[0], states
+            output = self.target.decoder(input_ids=ids, position_ids=positions, use_cache=False)
+        return self._with_states(output.last_hidden_state[0], {layer: states[0] for layer, states in captured.items()})
+
+    def _with_states(self, hidden: Tensor, captured: dict[int, Tensor]) -> list[Tensor]:
+        return [hidden, torch.cat([captured[layer] for layer in self.layers], dim=-1)] if self.layers else [hidden]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[n, hidden] -> [n, vocab]."""
@@ -143,6 +165,7 @@ class HeadRunner:
         self.view = View.empty()
         self.layer = SlotLayer(*self.cache.layers[0], self.view, kernel)
         self.run: Any = self._run
+        self.fixed: FixedShapes | None = None  # what narrow passes run by
 
     def fuse_layer(self) -> bool:
         """Run the layer in one call from now on, if it can be; whether it is. Its linear layers are packed."""
@@ -175,16 +198,25 @@ class HeadRunner:
 
     def forward(self, batch: Batch, hidden: Tensor) -> Tensor:
         """One pass: hidden [N, hidden], `fuse`d states or this method's own output -> [N, hidden]."""
+        outputs = self.fixed.run(batch, hidden) if self.fixed else None
+        if outputs is not None:
+            return outputs[0]
         self.view.show(batch)
-        embeds = self.embedding(batch.ids).to(self.dtype)
-        return self.run(embeds, hidden[None], batch.positions)[0]
+        return self._read(batch.ids, batch.positions, hidden)[0]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[n, hidden] -> [n, draft_vocab]."""
         return self.head.logits(hidden)
 
+    def fix_shapes(self) -> None:
+        """As `TargetRunner.fix_shapes`."""
+        self.fixed = FixedShapes(self._read, self.view, self.cache)
+
     def compile(self) -> None:
-        """Run the layer in one call if it can be, and otherwise fuse what lies between the kernels."""
+        """Run the layer in one call if it can be, and otherwise fuse what lies between the kernels; on CUDA graphs."""
+        if self.head.device.type == "cuda":
+            self.fix_shapes()
+            return
         if self.fuse_layer():
             return
         set_compiler_up()
@@ -199,6 +231,10 @@ class HeadRunner:
         hidden = torch.zeros(width, self.head.config.hidden_size, dtype=self.dtype, device=self.head.device)
         self.logits(self.forward(batch, hidden))
         self.cache.release(slot)
+
+    def _read(self, ids: Tensor, positions: Tensor, hidden: Tensor) -> list[Tensor]:
+        """ids, positions [1, N], hidden [N, hidden] -> [[N, hidden]]."""
+        return [self.run(self.embedding(ids).to(self.dtype), hidden[None], positions)[0]]
 
     def _run(self, embeds: Tensor, hidden: Tensor, positions: Tensor) -> Tensor:
         return self.head(embeds, hidden, positions, self._attend)

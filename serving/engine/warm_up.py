@@ -24,7 +24,8 @@ def warm_up(models: Models) -> dict[int, float]:
     """Run passes of each width; returns seconds of a target pass by its number of tokens.
 
     In compiled mode, the layers of a target of the Llama family run in one C++ call; any other's are compiled first,
-    one for all, for one token and for any number, and the artefacts stay in the cache folder for the next start.
+    one for all, for one token and for any number, and the artefacts stay in the cache folder for the next start. On
+    CUDA passes are recorded as graphs, those of shapes that are not met here when they first come.
     """
     if models.mode == "compiled":
         _prepare(models.runner)
@@ -35,6 +36,10 @@ def warm_up(models: Models) -> dict[int, float]:
 
 def _prepare(runner: TargetRunner) -> None:
     """Let the layers run in one call if they can; otherwise compile one of them, which all layers share then."""
+    if runner.target.device.type == "cuda":
+        if not runner.fix_shapes():
+            log.warning("this target's passes run without CUDA graphs")
+        return
     if runner.fuse_layers():
         return
     set_compiler_up()

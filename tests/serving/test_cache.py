@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from draft.errors import UserError
-from serving.engine.attention import SlotLayer, View, slot_attention_by
+from serving.engine.attention import Sight, SlotLayer, View, slot_attention_by
 from serving.engine.batch import Batch, Segment
 from serving.engine.cache import LayerShape, SlotCache
-from serving.engine.formulas import FORMULAS, Formula, choose_formula, explicit, flex, sdpa
+from serving.engine.formulas import FORMULAS, Formula, choose_formula, explicit, flash, flex, sdpa
 
 CPU = torch.device("cpu")
 
@@ -234,6 +234,12 @@ def test_what_a_gpu_would_refuse() -> None:
         choose_formula("flash_attention_2", torch.device("cuda"), torch.float32)
     assert choose_formula("flex", torch.device("cuda"), torch.float32) is flex
     assert choose_formula("auto", torch.device("cuda"), torch.float32) is sdpa
+
+
+def test_flash_attention_leaves_a_float32_head_to_sdpa() -> None:
+    query, keys = torch.randn(1, 2, 3, 4), torch.randn(1, 2, 5, 4)
+    sight = Sight((torch.arange(5) <= torch.arange(2, 5)[:, None])[None, None], is_chain=True, window=0)
+    torch.testing.assert_close(flash(query, keys, keys, sight, 0.5, 0.0), sdpa(query, keys, keys, sight, 0.5, 0.0))
 
 
 def test_names_lead_to_formulas() -> None:
