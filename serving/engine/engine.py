@@ -133,7 +133,7 @@ class Engine:
     # requests
 
     def submit(self, prompt_ids: Ids[int], params: SamplingParams, speculation: Speculation | None = None) -> Request:
-        """Put a request at the end of the line.
+        """Put a request at the end of the line; `async for event in engine.submit(...)` follows it.
 
         Raises:
             UserError: for an empty prompt, ids outside the vocabulary, an unknown rule, or a request that cannot fit.

@@ -65,7 +65,7 @@ _NUMBERS = itertools.count()
 
 
 class Request:
-    """One request: `result()` waits for it, `stream()` follows it, `cancel()` gives it up at the engine's next step."""
+    """One request: `async for` follows it, `result()` waits for it, `cancel()` gives it up at the next step."""
 
     def __init__(self, prompt_ids: list[int], params: SamplingParams, speculation: Speculation) -> None:
         self.number = next(_NUMBERS)
@@ -97,8 +97,8 @@ class Request:
     def done(self) -> bool:
         return self.future.done()
 
-    async def stream(self) -> AsyncIterator[Token | Completion]:
-        """Each token when it is decided, and the completion at the end. One stream a request.
+    async def __aiter__(self) -> AsyncIterator[Token | Completion]:
+        """Each token when it is decided, and the completion at the end. One iteration a request.
 
         Leaving the iteration early cancels the request.
         """
@@ -110,7 +110,7 @@ class Request:
                     yield completion
 
     async def bursts(self) -> AsyncGenerator[tuple[list[Token], Completion | None]]:
-        """`stream`, with the tokens together that have come together; the last of them come with the completion."""
+        """The same, with the tokens together that have come together; the last of them come with the completion."""
         loop, changed = asyncio.get_running_loop(), asyncio.Event()
 
         def wake() -> None:

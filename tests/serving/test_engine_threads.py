@@ -201,7 +201,7 @@ def test_closing_turns_everyone_away() -> None:
 
 
 async def collected(request: Request) -> list[Token | Completion]:
-    return [event async for event in request.stream()]
+    return [event async for event in request]
 
 
 def test_a_stream_gives_each_token_once_and_the_completion_last(threaded: Engine) -> None:
@@ -228,7 +228,7 @@ def test_a_stream_holds_back_what_a_stop_string_may_take(threaded: Engine) -> No
 def test_leaving_a_stream_cancels_the_request(threaded: Engine) -> None:
     async def main() -> Request:
         request = threaded.submit([50], params(60))
-        stream = request.stream()
+        stream = aiter(request)
         async for _ in stream:
             break
         await stream.aclose()  # type: ignore[attr-defined]
