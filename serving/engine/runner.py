@@ -51,6 +51,7 @@ class TargetRunner:
         }
         self.forwards: dict[nn.Module, Any] = {}  # compiled replacements of layers' forward methods
         self.fused: FusedDecoder | None = None  # all layers in one call
+        self.norm: Any = target.decoder.norm  # after them
         self.fixed: FixedShapes | None = None  # what narrow passes run by
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
@@ -69,9 +70,10 @@ class TargetRunner:
 
         The linear layers must have been packed.
         """
-        from serving.engine.cpu.decoder import recognise
+        from serving.engine.cpu.decoder import in_one_call, recognise
 
         fused = recognise(self.target.decoder.layers, self.scoring)
+        self.norm = in_one_call(self.target.decoder.norm)
         ends = (0, self.cache.capacity - min(_PROBED, self.cache.capacity))
         if fused is not None and self._agree(functools.partial(self._fused, fused), ends):
             self.fused = fused
@@ -128,7 +130,7 @@ class TargetRunner:
             masks,
             inside,
         )  # [1 + captured, N, hidden]
-        hidden = decoder.norm(output[0]).to(dtype)
+        hidden = self.norm(output[0]).to(dtype)
         captured = {**dict(zip(inside, output[1:].to(dtype), strict=True)), self.target.output_layer: hidden}
         return self._with_states(hidden, captured)
 
@@ -169,17 +171,21 @@ class HeadRunner:
 
     def fuse_layer(self) -> bool:
         """Run the layer in one call from now on, if it can be; whether it is. Its linear layers are packed."""
-        from serving.engine.cpu.decoder import recognise_head
+        from serving.engine.cpu.decoder import in_one_call, recognise_head
 
         fused = recognise_head(self.head, self.head.config.head_dim**-0.5)
         if fused is None:
             return False
+        self.head.norm = in_one_call(self.head.get_submodule("norm"))
         norm: Any = self.head.norm if getattr(self.head.config, "norm_output", False) else None
+        # a step has so little arithmetic that computing angles would be a twentieth of it
+        everywhere = torch.arange(self.cache.capacity)[None]
+        cos, sin = (part[0, 0] for part in self.head.rope(everywhere, torch.float32))  # [capacity, head_dim] each
 
         def run(embeds: Tensor, hidden: Tensor, positions: Tensor) -> Tensor:
             output = fused.run(
                 hidden,
-                self.head.rope(positions, torch.float32),
+                (cos[None, None, positions[0]], sin[None, None, positions[0]]),
                 self.cache.layers,
                 self.view.positions,
                 self.view.table,

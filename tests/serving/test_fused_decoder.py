@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import weakref
 from dataclasses import replace
 from typing import Any
@@ -10,13 +11,17 @@ from typing import Any
 import pytest
 import torch
 from conftest import byte_tokenizer, make_tiny_head
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from draft.heads.layers import RMSNorm
 from draft.target import Target
 from serving.engine import Engine, SamplingParams, Speculation
 from serving.engine.batch import Batch, Segment
 from serving.engine.build import Models, build_models
+from serving.engine.cpu import load_kernels
+from serving.engine.cpu.decoder import in_one_call
+from serving.engine.cpu.operators import weight_memory
 from serving.engine.runner import TargetRunner
 
 SHAPE: dict[str, Any] = {
@@ -154,6 +159,33 @@ def test_layers_share_the_memory_of_projections_that_are_joined() -> None:
     joined = runner.fused.weights[2]
     assert attention.k_proj.packed.data_ptr() == joined[len(attention.q_proj.packed) :].data_ptr()
     assert sum(buffer.nbytes for buffer in target.model.buffers()) == before
+    # one memory for all layers, one weight after the other
+    places = [tensor for tensor in runner.fused.weights if tensor.dim() == 3]
+    for one, following in itertools.pairwise(places):
+        assert 0 <= following.data_ptr() - one.data_ptr() - one.nbytes < 64
+
+
+def test_memory_for_weights_is_whole_pages_of_its_own() -> None:
+    load_kernels()
+    for size in (100, 2**21 - 1, 2**21, 5 * 2**21 + 64):
+        memory = weight_memory(size)
+        assert memory.nbytes == size and (size < 2**21 or memory.data_ptr() % 2**21 == 0)
+        memory.fill_(7)
+        assert bool((memory == 7).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_norm_in_one_call(dtype: torch.dtype) -> None:
+    load_kernels()
+    norm = RMSNorm(50, 1e-3).to(dtype)
+    norm.weight.data.normal_(generator=torch.Generator().manual_seed(1))
+    x = torch.randn(2, 3, 50, generator=torch.Generator().manual_seed(2)).to(dtype) * 0.1
+    expected = nn.functional.rms_norm(x.double(), (50,), norm.weight.double(), 1e-3)
+    got = in_one_call(norm)(x)
+    assert got.dtype == dtype and type(in_one_call(norm)) is not RMSNorm
+    torch.testing.assert_close(got.double(), expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+    other = nn.LayerNorm(50)
+    assert in_one_call(other) is other
 
 
 @pytest.mark.parametrize("options", [{}, {"norm_output": True}, {"norm_before_fc": True}])

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from serving.engine.attention import Scoring
 from serving.engine.cpu.linear import NATIVE_ROWS, PackedLinear
-from serving.engine.cpu.operators import decoder_layers, panel_width
+from serving.engine.cpu.operators import decoder_layers, panel_width, rms_norm, weight_memory
 
 _NOTHING = torch.empty(0)
 
@@ -107,7 +107,7 @@ def recognise(layers: Sequence[nn.Module], scoring: Sequence[Scoring]) -> FusedD
     alike = len({(each.scale, each.softcap) for each in scoring}) == 1
     if len(epsilons) != 1 or width is None or not alike:
         return None
-    weights = [tensor for layer in layers for tensor in _tensors(layer, layout)]
+    weights = _tensors(layers, layout)
     heads = layers[0].get_submodule(layout.o).in_features // width
     windows = [each.window for each in scoring]
     native = any(isinstance(part, PackedLinear) and part.weight is not None for part in layers[0].modules())
@@ -137,15 +137,39 @@ def _has_parts(layer: nn.Module, layout: LayerParts) -> bool:
     )
 
 
+class OneCallNorm(nn.Module):
+    """A norm in one call: PyTorch's small operations, after a pass has emptied the caches, take a percent of a step."""
+
+    def __init__(self, norm: nn.Module, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight: Tensor
+        self.register_buffer("weight", norm.get_parameter("weight").detach().float(), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+
+def in_one_call(norm: nn.Module) -> nn.Module:
+    """The same norm, faster if it is of the kind that is known here."""
+    eps = _epsilon(norm)
+    return norm if eps is None else OneCallNorm(norm, eps)
+
+
 def _epsilon(norm: nn.Module) -> float | None:
     """Of a root-mean-square norm with weights only; None for anything else."""
     names = [name for name, _ in norm.named_parameters()]
     return getattr(norm, "variance_epsilon", getattr(norm, "eps", None)) if names == ["weight"] else None
 
 
-def _tensors(layer: nn.Module, layout: LayerParts) -> list[Tensor]:
-    """A layer's tensors in the operator's order."""
+def _tensors(layers: Sequence[nn.Module], layout: LayerParts) -> list[Tensor]:
+    """The layers' tensors in the operator's order; their weights lie in one memory in that order, from now on."""
+    names = {*layout.qkv, *layout.gate_up, layout.o, layout.down}
+    memory = _Memory([layer.get_submodule(name) for layer in layers for name in names])
+    return [tensor for layer in layers for tensor in _of_layer(layer, layout, memory)]
 
+
+def _of_layer(layer: nn.Module, layout: LayerParts, memory: _Memory) -> list[Tensor]:
     def norm(name: str | None) -> Tensor:
         modules = dict(layer.named_modules())
         return modules[name].weight.detach().float() if name in modules else _NOTHING
@@ -154,30 +178,47 @@ def _tensors(layer: nn.Module, layout: LayerParts) -> list[Tensor]:
     return [
         norm(layout.input_norm),
         norm(layout.embed_norm),
-        *_joined([layer.get_submodule(name) for name in layout.qkv]),
+        *memory.join([layer.get_submodule(name) for name in layout.qkv]),
         norm(q_norm),
         norm(k_norm),
-        *_joined([layer.get_submodule(layout.o)]),
+        *memory.join([layer.get_submodule(layout.o)]),
         norm(layout.post_norm),
-        *_joined([layer.get_submodule(name) for name in layout.gate_up]),
-        *_joined([layer.get_submodule(layout.down)]),
+        *memory.join([layer.get_submodule(name) for name in layout.gate_up]),
+        *memory.join([layer.get_submodule(layout.down)]),
     ]
 
 
-def _joined(linears: Sequence[nn.Module]) -> tuple[Tensor, Tensor]:
-    """(packed weight, float32 bias or nothing) of several projections of one input, which share the memory from now."""
-    parts = [linear for linear in linears if isinstance(linear, PackedLinear)]
-    packed = parts[0].packed if len(parts) == 1 else torch.cat([part.packed for part in parts])
-    start = 0
-    for part in parts:
-        end = start + len(part.packed)
-        part.packed = packed[start:end]
-        start = end
-    if all(part.bias is None for part in parts):
-        return packed, _NOTHING
-    return packed, torch.cat(
-        [torch.zeros(part.out_features) if part.bias is None else part.bias.float() for part in parts]
-    )
+class _Memory:
+    """Room for the packed weights of many layers, so that all of them lie in large pages; a layer fills but a few."""
+
+    def __init__(self, linears: Sequence[nn.Module]) -> None:
+        self.free = weight_memory(sum(_rounded(linear.packed.nbytes) for linear in _packed(linears)))
+
+    def join(self, linears: Sequence[nn.Module]) -> tuple[Tensor, Tensor]:
+        """(packed weight, float32 bias or nothing) of several projections of one input, moved here."""
+        parts = _packed(linears)
+        size, (_, inputs, panel) = sum(part.packed.nbytes for part in parts), parts[0].packed.shape
+        packed = self.free[:size].view(parts[0].packed.dtype).view(-1, inputs, panel)
+        self.free = self.free[_rounded(size) :]
+        start = 0
+        for part in parts:
+            end = start + len(part.packed)
+            part.packed = packed[start:end].copy_(part.packed)
+            start = end
+        if all(part.bias is None for part in parts):
+            return packed, _NOTHING
+        return packed, torch.cat(
+            [torch.zeros(part.out_features) if part.bias is None else part.bias.float() for part in parts]
+        )
+
+
+def _packed(linears: Sequence[nn.Module]) -> list[PackedLinear]:
+    return [linear for linear in linears if isinstance(linear, PackedLinear)]
+
+
+def _rounded(size: int) -> int:
+    """Up to a whole number of cache lines."""
+    return -(-size // 64) * 64
 
 
 def recognise_head(head: nn.Module, scale: float) -> FusedDecoder | None:
@@ -185,6 +226,6 @@ def recognise_head(head: nn.Module, scale: float) -> FusedDecoder | None:
     layer = getattr(head, "midlayer", None)
     if layer is None or layer.norm_before_residual or not _has_parts(layer, HEAD_LAYOUT):
         return None
-    weights = _tensors(layer, HEAD_LAYOUT)
+    weights = _tensors([layer], HEAD_LAYOUT)
     heads = layer.self_attn.o_proj.in_features // layer.self_attn.head_dim
     return FusedDecoder(weights, [0], heads, layer.hidden_norm.eps, scale, 0.0)

@@ -33,21 +33,26 @@ void with_type(at::ScalarType dtype, const char* what, Body&& body) {
     body(BFloat16{});
 }
 
-/// Weights are read once a step, in order: large pages save most of the address translation.
-void ask_for_large_pages(const at::Tensor& tensor) {
+/// Memory for weights, which are read once a step, in order: large pages save most of the address translation.
+at::Tensor weight_memory(int64_t bytes) {
+  constexpr int64_t page = 1 << 21;
+  if (bytes < page) return at::empty({bytes}, at::kByte);
+  const at::Tensor memory = at::empty({bytes + 2 * page}, at::kByte);  // what lies around the pages is never touched
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(memory.data_ptr()), first = (begin + page - 1) / page * page;
 #if defined(__linux__)
-  const uintptr_t page = 1 << 12, begin = reinterpret_cast<uintptr_t>(tensor.data_ptr());
-  const uintptr_t first = (begin + page - 1) / page * page, last = (begin + tensor.nbytes()) / page * page;
-  if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+  madvise(reinterpret_cast<void*>(first), (bytes + page - 1) / page * page, MADV_HUGEPAGE);
 #endif
+  return memory.narrow(0, int64_t(first - begin), bytes);
 }
 
 at::Tensor pack(const at::Tensor& weight) {
   TORCH_CHECK(weight.dim() == 2, "pack takes a weight [out, in], not ", weight.dim(), " dimensions");
   const at::Tensor rows = weight.contiguous();
   const int64_t features = rows.size(0), in = rows.size(1);
-  const at::Tensor packed = at::empty({(features + kPanel - 1) / kPanel, in, kPanel}, rows.options());
-  ask_for_large_pages(packed);
+  const int64_t panels = (features + kPanel - 1) / kPanel;
+  const at::Tensor packed = weight_memory(panels * in * kPanel * rows.element_size())
+                                .view(rows.scalar_type())
+                                .view({panels, in, kPanel});
   with_type(rows.scalar_type(), "the weight", [&](auto kind) {
     using T = decltype(kind);
     pack_panels(const_data<T>(rows), features, in, static_cast<T*>(packed.data_ptr()));
@@ -218,6 +223,23 @@ at::Tensor decoder_layers_op(const at::Tensor& hidden, const at::Tensor& embeds,
   return out;
 }
 
+at::Tensor rms_norm_op(const at::Tensor& x, const at::Tensor& weight, double eps) {
+  const int64_t size = weight.numel();
+  TORCH_CHECK(x.dim() > 0 && x.size(-1) == size && weight.scalar_type() == at::kFloat && weight.is_contiguous(),
+              "rms_norm takes x [..., ", size, "] and float32 weights");
+  const at::Tensor input = x.to(at::kFloat).contiguous();
+  at::Tensor out = at::empty(x.sizes(), x.options());
+  with_type(x.scalar_type(), "x", [&](auto kind) {
+    using T = decltype(kind);
+    std::vector<float> row(size);
+    for (int64_t from = 0; from < x.numel(); from += size) {
+      rms_norm(const_data<float>(input) + from, const_data<float>(weight), float(eps), size, row.data());
+      convert(row.data(), static_cast<T*>(out.data_ptr()) + from, size);
+    }
+  });
+  return out;
+}
+
 void set_threads(int64_t threads) {
   TORCH_CHECK(threads >= 1 && threads <= 1024, "set_threads takes 1 to 1024 threads, not ", threads);
   PoolHolder::get().set_threads(int(threads));
@@ -238,6 +260,8 @@ TORCH_LIBRARY(draftsmith, library) {
       "decoder_layers(Tensor hidden, Tensor embeds, Tensor cos, Tensor sin, Tensor[] weights, Tensor(a!)[] k_slots, "
       "Tensor(b!)[] v_slots, Tensor positions, Tensor segments, Tensor[] masks, int[] windows, int[] captured, int heads, "
       "float eps, float scale, float softcap) -> Tensor");
+  library.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
+  library.def("weight_memory(int bytes) -> Tensor", &draftsmith::weight_memory);
   library.def("set_threads(int threads) -> ()", &draftsmith::set_threads);
   library.def("get_threads() -> int", &draftsmith::get_threads);
   library.def("panel_width() -> int", [] { return int64_t(draftsmith::kPanel); });
@@ -248,4 +272,5 @@ TORCH_LIBRARY_IMPL(draftsmith, CPU, library) {
   library.impl("packed_linear", &draftsmith::packed_linear_op);
   library.impl("slot_attention", &draftsmith::slot_attention_op);
   library.impl("decoder_layers", &draftsmith::decoder_layers_op);
+  library.impl("rms_norm", &draftsmith::rms_norm_op);
 }

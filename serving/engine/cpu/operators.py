@@ -43,6 +43,11 @@ def pack(weight: Tensor) -> Tensor:
     return torch.ops.draftsmith.pack(weight)
 
 
+def weight_memory(size: int) -> Tensor:
+    """`size` bytes, uint8, in large pages where the system has them: reading weights is what a step costs."""
+    return torch.ops.draftsmith.weight_memory(size)
+
+
 def packed_linear(x: Tensor, packed: Tensor, out_features: int, bias: Tensor | None = None) -> Tensor:
     """x [..., in] (float32 or bfloat16) through a packed weight: [..., out_features] in x's dtype.
 
@@ -108,6 +113,11 @@ def decoder_layers(
         hidden, embeds, cos, sin, weights, k_slots, v_slots, positions, segments, masks, windows, captured, heads, eps,
         scale, softcap,
     )  # fmt: skip
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x [..., features], float32 or bfloat16, over its root mean square, times `weight` (float32); in x's dtype."""
+    return torch.ops.draftsmith.rms_norm(x, weight, eps)
 
 
 def set_threads(count: int) -> None:
