@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from draft.devices import wait_for
 from draft.errors import UserError
 from draft.target import Target
 
@@ -47,7 +48,9 @@ class _Clock:
         self.first = 0.0
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        self.first = self.first or time.perf_counter()
+        if not self.first:
+            wait_for(scores.device)
+            self.first = time.perf_counter()
         return scores
 
 

@@ -122,10 +122,11 @@ class Engines:
 
 
 def baselines(arguments: Namespace, dtype: torch.dtype, threads: int) -> list[Variant]:
-    """transformers in the engine's dtype, and in float32 where that is another: some CPUs know nothing faster."""
+    """transformers in the engine's dtype, and on a CPU in float32 where that is another: some know nothing faster."""
     chosen = [name for name in arguments.baseline if name != "none"]
     found = []
-    for kind in dict.fromkeys([dtype, torch.float32]) if chosen else []:
+    kinds = [dtype] if torch.cuda.is_available() else [dtype, torch.float32]
+    for kind in dict.fromkeys(kinds) if chosen else []:
         target = load_target(arguments.target, kind, adapter=arguments.target_adapter)
         for batch in arguments.batch:
             for name in chosen:

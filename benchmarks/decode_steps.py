@@ -26,6 +26,8 @@ def median_seconds(runs: dict[Any, Callable[[], object]], rounds: int) -> dict[A
         for name, run in runs.items():
             began = time.perf_counter()
             run()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
             timings[name].append(time.perf_counter() - began)
     return {name: statistics.median(seconds[1:]) for name, seconds in timings.items()}
 

@@ -24,6 +24,12 @@ def resolve_device(device: str) -> torch.device:
     return place
 
 
+def wait_for(device: torch.device) -> None:
+    """Until the device has done what it was asked, so that a clock may be read."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def device_of_process(device: str) -> str:
     """`auto` under a launcher of several processes: each its own GPU, where there are as many."""
     rank = os.environ.get("LOCAL_RANK", "")

@@ -41,6 +41,8 @@ class Script:
 class Oracle:
     """Drafts what it knows to be right, with mistakes. Scripts go to sequences in the order in which they join."""
 
+    recordings = 0
+
     def __init__(self, target: Target, errors: float = 0.0, seed: int = 0) -> None:
         """errors: probability that a drafted token is wrong, or that a tree lacks the right child."""
         self.layers = target.default_auxiliary_layers

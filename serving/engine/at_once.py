@@ -34,6 +34,10 @@ class AtOnceProposer:
         self.head, self.layers, self.branching = head, layers, branching
         self.vocabulary = head.vocabulary  # [draft_vocab] target ids
 
+    @property
+    def recordings(self) -> int:
+        return 0
+
     def warm_up(self, *, compiled: bool) -> None:
         """Nothing is compiled: between the matrix products there is hardly anything."""
 

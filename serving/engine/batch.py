@@ -72,10 +72,10 @@ class Batch:
             positions.extend(segment.base + depth for depth in segment.depths)
         return cls(
             segments,
-            torch.tensor([ids], device=device) if known is None else known[None],
-            torch.tensor([positions], device=device),
+            on_device(torch.tensor([ids]), device) if known is None else known[None],
+            on_device(torch.tensor([positions]), device),
             torch.tensor(table, dtype=torch.int64).view(-1, 5),
-            _mask(segments, len(ids)).to(device),
+            on_device(_mask(segments, len(ids)), device),
             starts,
         )
 
@@ -93,6 +93,11 @@ class Batch:
     def rows(self, index: int) -> range:
         """Where the tokens of segment `index` are."""
         return range(self.starts[index], self.starts[index] + len(self.segments[index].ids))
+
+
+def on_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU there; where that is a CUDA device, nobody waits for it."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def _mask(segments: list[Segment], tokens: int) -> Tensor:

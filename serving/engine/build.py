@@ -102,11 +102,11 @@ def packed_attention(
     """The C++ kernel in the form of `Kernel`."""
     from serving.engine.cpu import slot_attention
 
-    view = layer.view
+    view, dtype = layer.view, layer.keys.dtype
     return slot_attention(
-        query,
-        key,
-        value,
+        query.to(dtype),
+        key.to(dtype),
+        value.to(dtype),
         layer.keys,
         layer.values,
         view.positions,
@@ -115,7 +115,7 @@ def packed_attention(
         scale,
         window,
         softcap,
-    )
+    ).to(query.dtype)
 
 
 def _choose_mode(mode: str, attention: str, target: Target) -> str:

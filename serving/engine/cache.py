@@ -39,6 +39,7 @@ class SlotCache:
         self.capacity = capacity
         self.lengths = [0] * slots
         self._free = list(reversed(range(slots)))
+        self._clean = False
         # layers of one shape share a tensor, so that moving entries is one operation:
         # [layers, slots, heads, capacity, width]
         self._stacks: list[tuple[Tensor, Tensor]] = []
@@ -61,8 +62,13 @@ class SlotCache:
     def used_tokens(self) -> int:
         return sum(self.lengths)
 
-    def clear(self) -> None:
-        """Overwrite what the memory held before."""
+    @property
+    def device(self) -> torch.device:
+        return self.layers[0][0].device
+
+    def keep_clean(self) -> None:
+        """Overwrite what the memory held before, and from now on what a slot held when another sequence gets it."""
+        self._clean = True
         for stack in self._stacks:
             for store in stack:
                 store.zero_()
@@ -71,6 +77,10 @@ class SlotCache:
         """An empty slot; there must be one."""
         slot = self._free.pop()
         self.lengths[slot] = 0
+        if self._clean:
+            for stack in self._stacks:
+                for store in stack:
+                    store[:, slot].zero_()
         return slot
 
     def release(self, slot: int) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from draft.devices import wait_for
 from serving.engine.acceptance import OFF, Plan
 from serving.engine.batch import Batch, Segment
 from serving.engine.controller import Controller
@@ -65,6 +66,7 @@ class Decoder:
     def step(self, rows: Sequence[Row]) -> None:
         """One pass of the target; rows may be finished afterwards."""
         decoding = [row for row in rows if not row.reading]
+        recordings = self._recordings
         trees = self._draft(decoding)
         began = time.perf_counter()
         work = [self._block(row, tree) for row, tree in zip(decoding, trees, strict=True)]
@@ -75,6 +77,7 @@ class Decoder:
         for index, part in enumerate(work):
             part.rows = batch.rows(index)
         logits = self._logits(work, hidden)
+        wait_for(logits.device)  # the next that is read of them would wait, too
         read = time.perf_counter()
         verdicts = self._verdicts(work, logits)
         decided = time.perf_counter()
@@ -87,7 +90,8 @@ class Decoder:
             self.seconds.other += seconds - (decided - entered)
         for row in decoding:
             row.stats.decode_seconds += seconds
-        self.controller.observe_target(batch.ids.shape[1], seconds, ignore=len(decoding) < len(work))
+        special = len(decoding) < len(work) or self._recordings > recordings
+        self.controller.observe_target(batch.ids.shape[1], seconds, ignore=special)
 
     def _draft(self, rows: list[Row]) -> list[DraftTree]:
         """A tree for each row; most often all of one shape, which the controller chooses."""
@@ -103,19 +107,25 @@ class Decoder:
         }
         if not jobs or self.proposer is None:
             return [_NOTHING] * len(rows)
-        began = time.perf_counter()
+        began, recordings = time.perf_counter(), self._recordings
         late = [row.drafting for row in jobs if row.acceptance.backlog]
         if late:
             tokens = self.proposer.catch_up(late)
+            wait_for(self.runner.target.device)
             self.controller.observe_catch_up(tokens, time.perf_counter() - began)
         caught_up = time.perf_counter()
         trees = dict(zip(jobs, self.proposer.propose(list(jobs.values())), strict=True))
         drafted = time.perf_counter()
-        self.controller.observe_draft([self._plans[row] for row in jobs], drafted - caught_up)
+        if self._recordings == recordings:
+            self.controller.observe_draft([self._plans[row] for row in jobs], drafted - caught_up)
         self.seconds.head += drafted - began
         for row in jobs:
             row.stats.decode_seconds += drafted - began
         return [trees.get(row, _NOTHING) for row in rows]
+
+    @property
+    def _recordings(self) -> int:
+        return self.runner.recordings + (self.proposer.recordings if self.proposer else 0)
 
     def _block(self, row: Row, tree: DraftTree) -> _Work:
         """The last token, which the target has not read, and the drafts after it."""

@@ -112,7 +112,6 @@ class Engine:
             capacity=self.max_length + max(tree_size, BRANCHING * self.speculation_length, MAX_SPECULATION_LENGTH) + 1,
             threads=threads,
         )
-        self.mode = models.mode
         self.models: Models = models
         self.controller = make_controller(speculation, self.speculation_length, tree_size)
         self._decoder = Decoder(
@@ -302,6 +301,12 @@ class Engine:
             _turn_away(left)
 
     # figures
+
+    @property
+    def mode(self) -> str:
+        """eager or compiled; on CUDA compiled from when `warm_up` has found that passes can be recorded."""
+        ragged = self.target.device.type == "cuda" and not self.models.runner.fixes_shapes
+        return "eager" if ragged else self.models.mode
 
     @property
     def running(self) -> int:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from serving.engine.batch import Batch, block_mask
+from serving.engine.batch import Batch, block_mask, on_device
 
 if TYPE_CHECKING:
     from serving.engine.attention import Formula, SlotLayer
@@ -22,6 +22,7 @@ WIDEST = 64  # tokens of a row; a part of a prompt that is longer runs as it is
 _WASTE = 3.0  # a padded pass has at most that many times the tokens of the ragged one ...
 _LITTLE = 64  # ... or these, which cost about what one does
 _SHORTEST = 64  # keys
+_MOST_KEYS = 1 << 15  # of all rows: each layer gathers them
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,8 @@ class Shape:
             _doubled(len(segments)), _doubled(widest), _doubled(block), min(capacity, max(_SHORTEST, _doubled(longest)))
         )
         padded, own = shape.rows * shape.tokens, batch.ids.shape[1]
-        return shape if widest <= WIDEST and padded <= max(_LITTLE, _WASTE * own) else None
+        wasteful = padded > max(_LITTLE, _WASTE * own) or shape.rows * shape.reach > _MOST_KEYS
+        return None if widest > WIDEST or wasteful else shape
 
 
 class Padded:
@@ -88,17 +90,18 @@ class Padded:
                 strict=True,
             ):
                 part.extend(values)
-        self._numbers.copy_(torch.tensor([value for part in numbers for value in part]))
+        device = self.ids.device
+        self._numbers.copy_(on_device(torch.tensor([value for part in numbers for value in part]), device))
         seen = block_mask(segments, batch.ids.shape[1])
         block = seen.new_zeros(len(self.block), shape.block)
         block[:, : seen.shape[1]] = seen[torch.tensor(numbers[0])]
-        self.block.copy_(block)
+        self.block.copy_(on_device(block, device))
         for own_tokens, given in ((self.ids, batch.ids), (self.positions, batch.positions)):
             torch.index_select(given[0], 0, self.source, out=own_tokens)
         there = [
             row * shape.tokens + index for row, segment in enumerate(segments) for index in range(len(segment.ids))
         ]
-        return torch.tensor(there).to(self.ids.device)
+        return on_device(torch.tensor(there), device)
 
     def begin(self) -> None:
         """A pass begins: what follows from the tensors is computed again."""

@@ -34,6 +34,11 @@ class Proposer(Protocol):
         """Whose auxiliary hidden states `observe` wants."""
         ...
 
+    @property
+    def recordings(self) -> int:
+        """How often a pass was recorded as a CUDA graph."""
+        ...
+
     def warm_up(self, *, compiled: bool) -> None:
         """Before requests come: compile the head, where that is wanted, and make its first passes."""
         ...
@@ -93,6 +98,10 @@ class HeadProposer:
         self.vocabulary = runner.head.vocabulary  # [draft_vocab] target ids
         self.vocab_size = runner.head.config.vocab_size
         self.device = self.vocabulary.device
+
+    @property
+    def recordings(self) -> int:
+        return self.runner.recordings
 
     def warm_up(self, *, compiled: bool) -> None:
         if compiled:

@@ -16,7 +16,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import Case, check, serve
 from tiny_targets import texts_of, tiny
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from draft.errors import UserError
 from serving.engine import Engine, Speculation
@@ -24,7 +23,7 @@ from serving.engine.attention import View, _visible
 from serving.engine.batch import Batch, Segment
 from serving.engine.build import _choose_mode
 from serving.engine.cache import LayerShape, SlotCache
-from serving.engine.fixed_shapes import FixedShapes
+from serving.engine.fixed_shapes import FixedShapes, Recordable
 from serving.engine.padding import WIDEST, Padded, Shape
 
 CPU = torch.device("cpu")
@@ -125,17 +124,9 @@ def test_shapes_waste_little() -> None:
     assert around(Segment(0, 0, 0, [1] * WIDEST)) is not None
     assert around(Segment(0, 0, 0, [1] * (WIDEST + 1))) is None
     assert around(*plain, Segment(9, 0, 0, [1] * 40)) is None
-
-
-class NothingWaits(TorchDispatchMode):
-    """Fails at what a recording cannot hold: reading a result, or bringing new numbers to the device."""
-
-    FORBIDDEN = ("_local_scalar_dense", "lift_fresh", "nonzero", "is_nonzero", "masked_select", "unique")
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.__name__.split(".")[0]
-        assert not name.startswith(self.FORBIDDEN), f"{name} cannot be recorded"
-        return func(*args, **(kwargs or {}))
+    far = [Segment(slot, 9000, 9000, [1]) for slot in range(8)]
+    assert Shape.around(Batch.of(far[:2], CPU), 20_000) == Shape(rows=2, tokens=1, block=1, reach=16384)
+    assert Shape.around(Batch.of(far, CPU), 20_000) is None
 
 
 @pytest.mark.parametrize("family", ALL)
@@ -148,38 +139,107 @@ def test_nothing_in_a_pass_waits_for_the_host(family: str) -> None:
     engine.generate([text.tokens[:9], text.tokens[:14]], params(8))
     for one in fixed:
         for step in one.steps.values():
-            with torch.inference_mode(), NothingWaits():
-                step.replay()
+            with torch.inference_mode(), Recordable():
+                step.run()
 
 
-def test_a_wait_would_be_found() -> None:
-    with pytest.raises(AssertionError, match="_local_scalar_dense cannot be recorded"), NothingWaits():
-        torch.ones(3).sum().item()
-    with pytest.raises(AssertionError, match="lift_fresh"), NothingWaits():
-        torch.tensor([1])
+@pytest.mark.parametrize(
+    ("name", "run"),
+    [
+        ("_local_scalar_dense", lambda x: x.sum().item()),
+        ("lift_fresh", lambda x: torch.tensor([1]) + x),
+        ("nonzero", lambda x: x.nonzero()),
+        ("index", lambda x: x[x > 0]),
+        ("index_put_", lambda x: x.index_put_((x > 0,), x[0])),
+        ("_unique2", lambda x: x.unique()),
+    ],
+)
+def test_what_would_wait_is_found(name: str, run: Any) -> None:
+    with pytest.raises(RuntimeError, match=f"^{name} waits for the host"), Recordable():
+        run(torch.ones(3))
 
 
-def test_what_cannot_be_recorded_runs_ragged(caplog: pytest.LogCaptureFixture) -> None:
-    """As here, where there is no card to record on."""
-    if torch.cuda.is_available():
-        pytest.skip("there is a card")
+class OnNoCard:
+    """In the place of a recorder: what runs under it is looked at, and the recording fails."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def record(self, run: Any) -> Any:
+        with Recordable():
+            run()
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (RuntimeError("no\ncard"), "passes run without CUDA graphs: no\n"),
+        (torch.OutOfMemoryError("4 GiB"), "no memory to record passes of Shape("),
+    ],
+)
+def test_what_cannot_be_recorded_runs_ragged(error: Exception, said: str, caplog: pytest.LogCaptureFixture) -> None:
     engine = build("llama", "chain", max_batch=2)
     engine.models.runner.fix_shapes()
     fixed = engine.models.runner.fixed
-    assert fixed is not None
-    fixed.recording = True
+    assert fixed is not None and engine.models.runner.fixes_shapes
+    fixed.steps.clear()
+    fixed.recorder = OnNoCard(error)  # type: ignore[assignment]
     cases = [Case.greedy(text, 20, params(9)) for text in texts_of(engine.target)[:3]]
     for case, completion in zip(cases, serve(engine, cases), strict=True):
         check(engine.target, case, completion)
-    assert not fixed.steps and caplog.text.count("without CUDA graphs") == 1
+    assert not fixed.steps and said in caplog.text
+    refused = not isinstance(error, torch.OutOfMemoryError)  # for memory, another shape is tried
+    assert fixed.refused == refused and (fixed.recordings == 1) == refused == (caplog.text.count("graphs") == 1)
+    assert refused or fixed.recordings == len(fixed.too_large) == caplog.text.count("no memory")
 
 
-def test_what_the_memory_held_does_not_count() -> None:
+def test_a_step_that_records_says_nothing_about_costs() -> None:
+    target = tiny("llama")
+    engine = Engine(target, make_tiny_head(target), speculation="chain", speculation_length=2, max_batch=1)
+    fixed = fix(engine)
+
+    class Recorder:
+        def record(self, run: Any) -> Any:
+            outputs = run()
+            return type("Graph", (), {"replay": lambda _: run()})(), outputs
+
+    for one in fixed:
+        one.steps.clear()
+        one.recorder = Recorder()  # type: ignore[assignment]
+    inner, ignored = engine.controller.observe_target, list[bool]()
+
+    def observe(tokens: int, seconds: float, *, ignore: bool = False) -> None:
+        ignored.append(ignore)
+        inner(tokens, seconds, ignore=ignore)
+
+    engine.controller.observe_target = observe  # type: ignore[method-assign]
+    engine.generate([[5, 6, 7]], params(20))
+    recorded = sum(one.recordings for one in fixed)
+    assert recorded == sum(len(one.steps) for one in fixed) > 3
+    assert sum(ignored) > 2 and sum(curve.reach for curve in engine.controller.costs.draft.values()) > 0
+    ignored.clear()
+    engine.generate([[5, 6, 7]], params(20))
+    assert recorded == sum(one.recordings for one in fixed)
+    assert ignored[0] and not any(ignored[1:])  # the prompt
+
+
+def test_no_sequence_meets_what_another_left() -> None:
+    """Masked keys are multiplied by 0, which an infinite or undefined one would survive."""
     cache = SlotCache([LayerShape(1, 2, 2, torch.float32, CPU)], slots=2, capacity=4)
-    for store in cache.layers[0]:
-        store.fill_(torch.nan)
+    stores = cache.layers[0]
+
+    def spoil() -> None:
+        for store in stores:
+            store.fill_(torch.nan)
+
+    spoil()
     FixedShapes(lambda ids, positions: [ids[0]], View.empty(), cache)
-    assert all(bool((store == 0).all()) for store in cache.layers[0])
+    assert all(bool((store == 0).all()) for store in stores)
+    spoil()
+    slot = cache.acquire()
+    for store in stores:
+        assert bool((store[slot] == 0).all()) and bool(store[1 - slot].isnan().all())
 
 
 def test_which_attention_can_be_recorded() -> None:
@@ -196,15 +256,17 @@ def test_which_attention_can_be_recorded() -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_graphs_give_the_same_tokens() -> None:
+@pytest.mark.parametrize("speculation", ["off", "chain", "tree"])
+def test_graphs_give_the_same_tokens(speculation: str) -> None:
     target = make_tiny_target(dtype=torch.float32)
     target.model.cuda()
-    head = make_tiny_head(target)
-    prompts = [[5, 6, 7], list(range(30)), [9] * 12]
-    eager = Engine(target, head, mode="eager", speculation="tree").generate(prompts, params(16))
-    engine = Engine(target, head, mode="compiled", speculation="tree")
+    head = make_tiny_head(target).to("cuda")
+    engine = Engine(target, head, mode="compiled", speculation=speculation, max_batch=3)
     engine.warm_up()
-    again = engine.generate(prompts, params(16))
-    assert [one.token_ids for one in again] == [one.token_ids for one in eager]
-    fixed = engine.models.runner.fixed
-    assert fixed is not None and any(step.graph is not None for step in fixed.steps.values())
+    assert engine.mode == "compiled"
+    for prompts in ([[5, 6, 7], list(range(30)), [9] * 12], [[8], [30, 31]], [[4] * 50]):
+        eager = Engine(target, head, mode="eager", speculation=speculation).generate(prompts, params(16))
+        again = engine.generate(prompts, params(16))
+        assert [one.token_ids for one in again] == [one.token_ids for one in eager]
+    runners: list[Any] = [engine.models.runner, *([engine.models.proposer.runner] if engine.models.proposer else [])]
+    assert all(any(step.graph is not None for step in runner.fixed.steps.values()) for runner in runners)

@@ -128,8 +128,9 @@ def test_a_pass_in_one_call_is_the_layers_one_by_one(family: str, dtype: torch.d
 
 
 @pytest.mark.parametrize("family", OTHERS)
-def test_other_decoders_keep_their_own_code(family: str) -> None:
-    runner = compiled(make(family)).runner
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_other_decoders_keep_their_own_code(family: str, dtype: torch.dtype) -> None:
+    runner = compiled(make(family, dtype)).runner
     assert not runner.fuse_layers()
     assert runner.fused is None
 
