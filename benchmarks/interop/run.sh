@@ -59,7 +59,8 @@ END
   rm -rf "$FOLDER/vllm-exports"
   "$PY" -m benchmarks.interop.prepare "$FOLDER/vllm-exports" vllm
   VLLM_LOGGING_LEVEL=ERROR VLLM_ENABLE_V1_MULTIPROCESSING=0 "$venv/bin/python" \
-    "$HERE/check_vllm.py" "$FOLDER/vllm-exports" "$HERE/table.json" 2> "$FOLDER/vllm.log" || { tail -n 20 "$FOLDER/vllm.log"; exit 1; }
+    "$HERE/check_vllm.py" "$FOLDER/vllm-exports" "$HERE/table.json" 2> "$FOLDER/vllm.log" ||
+    { tail -n 20 "$FOLDER/vllm.log"; exit 1; }
   "$PY" -m benchmarks.interop.compare_vllm prepare "$FOLDER/vllm"
   VLLM_ENABLE_V1_MULTIPROCESSING=0 "$venv/bin/python" "$HERE/run_vllm.py" "$FOLDER/vllm"
   "$venv/bin/python" "$HERE/serve_vllm.py" "$FOLDER/vllm"
