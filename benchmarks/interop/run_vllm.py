@@ -2,7 +2,7 @@
 
     python benchmarks/interop/run_vllm.py FOLDER
 
-FOLDER/prompts.json (`compare prepare` wrote it) names target, head, K, the tokens per prompt and the prompts'
+FOLDER/prompts.json (`compare_vllm prepare` wrote it) names target, head, K, the tokens per prompt and the prompts'
 token ids; FOLDER/result.json gets the texts and the counts. One generation is counted; a second one, which isn't,
 continues each text by a few tokens, so that the drafts of its last verification can be judged too.
 """

@@ -1,11 +1,11 @@
-"""The acceptance length that another engine reaches with our exported head, beside our replay's on the same texts.
+"""The acceptance length that vLLM, or llama.cpp, reaches with our exported head, beside our replay's on the same texts.
 
-    python -m benchmarks.interop.compare prepare FOLDER [--limit N]
+    python -m benchmarks.interop.compare_vllm prepare FOLDER [--limit N]
     (run_vllm.py or run_llama_cpp.py FOLDER, in that engine's own environment)
-    python -m benchmarks.interop.compare judge FOLDER
+    python -m benchmarks.interop.compare_vllm judge FOLDER
 
 Both count alike. With vLLM a text's last verification counts all that it accepted, though fewer tokens were wanted;
-llama.cpp drafts no more than are wanted, and nothing for a last token.
+llama.cpp drafts no more than are wanted, and nothing for a last token alone.
 Exit status 1: they differ by more than 3 %, or more than 5 % of the texts aren't the target's own greedy ones.
 """
 
@@ -55,7 +55,6 @@ def prepare(folder: Path, target: Target, limit: int) -> None:
     job = {
         "target": target_shape(target.name).path,
         "head": str(exported.folder.resolve()),
-        "commands": exported.commands,
         "speculation_length": LENGTH,
         "tokens": TOKENS,
         "max_length": MAX_LENGTH,
