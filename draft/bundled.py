@@ -79,6 +79,7 @@ def _unpack(gguf: Path, folder: Path) -> None:
         model.load_state_dict(dense.state_dict())
         model.save_pretrained(temporary)
         AutoTokenizer.from_pretrained(**source).save_pretrained(temporary)
+        _name_known_to_all(temporary / "tokenizer_config.json")
         try:
             temporary.rename(folder)
         except OSError:
@@ -86,6 +87,12 @@ def _unpack(gguf: Path, folder: Path) -> None:
                 raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _name_known_to_all(settings: Path) -> None:
+    """Call a tokenizer what transformers 4 calls it too: llama.cpp's converter reads the folder with that."""
+    text = settings.read_text()
+    settings.write_text(text.replace('"TokenizersBackend"', '"PreTrainedTokenizerFast"'))
 
 
 def dequantise_options(options: dict[str, str]) -> dict[str, Any]:

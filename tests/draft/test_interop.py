@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from benchmarks.interop import cases
 from benchmarks.interop.cases import CASES, random_head
 from draft.checkpoint import load_head, save_head
+from draft.interop.eagle3_formats import EAGLE3_FORMATS
 from draft.interop.exporting import export_head
 from draft.interop.formats import NAMES as FORMATS
 from draft.interop.importing import import_head
@@ -94,9 +95,9 @@ def test_the_command_lines_name_target_head_and_length(world, tmp_path, format):
         ("default", True, ""),
         ("EAGLE-3.1", False, "llama.cpp: its converter knows no fc_norm; it drafts on from"),
         ("five layers", False, "its converter knows no fc_norm; it reads three auxiliary layers, so there is no"),
-        ("three other layers", True, "llama.cpp: other layers than the default: not verified"),
-        ("norm_before_fc", True, "llama.cpp: norm_before_fc: not verified"),
-        ("shared LM head", True, "llama.cpp: the target's LM head: not verified"),
+        ("three other layers", True, ""),
+        ("norm_before_fc", True, ""),
+        ("shared LM head", True, ""),
     ],
 )
 def test_llama_cpp_is_named_for_heads_that_it_can_serve(world, tmp_path, option, served, words):
@@ -104,6 +105,14 @@ def test_llama_cpp_is_named_for_heads_that_it_can_serve(world, tmp_path, option,
     assert ("llama.cpp (conversion)" in exported.commands) == served
     notes = " ".join(note for note in exported.notes if note.startswith("llama.cpp:"))
     assert words in notes and bool(words) == bool(notes)
+
+
+def test_what_was_not_run_in_llama_cpp_is_named(world):
+    config = json.loads((world[0] / "default" / "config.json").read_text())
+    limits = EAGLE3_FORMATS["plain"].limits["llama.cpp (conversion)"]
+    assert limits(config) == ([], [])
+    lacking, untried = limits({**config, "rope_scaling": {"rope_type": "yarn", "factor": 2.0}})
+    assert not lacking and untried == ["a scaled rotary embedding: not verified with it, only read in its source"]
 
 
 def test_a_full_vocabulary_has_no_token_map_and_a_shared_lm_head_nothing_of_its_size(world):

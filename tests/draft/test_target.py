@@ -1,8 +1,11 @@
 """The target: what it captures, how it is found, how it is told apart."""
 
+import json
+
 import pytest
 import torch
 from conftest import make_tiny_target
+from transformers import AutoTokenizer
 
 from draft import bundled
 from draft.errors import UserError
@@ -98,6 +101,14 @@ def test_an_encoder_is_refused_by_name(tmp_path, tiny_target):
     tiny_target.tokenizer.save_pretrained(tmp_path)
     with pytest.raises(UserError, match="GPT2LMHeadModel"):
         load_target(str(tmp_path))
+
+
+def test_the_unpacked_tokenizer_has_the_class_that_transformers_4_knows(tmp_path, tiny_target):
+    tiny_target.tokenizer.save_pretrained(tmp_path)
+    bundled._name_known_to_all(tmp_path / "tokenizer_config.json")
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert AutoTokenizer.from_pretrained(tmp_path).get_vocab() == tiny_target.tokenizer.get_vocab()
 
 
 def test_a_missing_wheel_and_a_wrong_file_are_told(monkeypatch, tmp_path):

@@ -1,10 +1,11 @@
-"""The acceptance length that vLLM reaches with our exported head, beside our replay's on the same texts.
+"""The acceptance length that vLLM or llama.cpp reaches with our exported head, beside our replay's on the same texts.
 
-    python -m benchmarks.interop.compare_vllm prepare FOLDER [--limit N]
-    (run_vllm.py FOLDER, then serve_vllm.py FOLDER, in vLLM's own environment)
-    python -m benchmarks.interop.compare_vllm judge FOLDER
+    python -m benchmarks.interop.compare_engines prepare FOLDER [--limit N]
+    (run_vllm.py FOLDER and serve_vllm.py FOLDER in vLLM's environment, or run_llama_cpp.py FOLDER in llama.cpp's)
+    python -m benchmarks.interop.compare_engines judge FOLDER
 
-Both count before trimming: a text's last verification counts all that it accepted, though fewer tokens were wanted.
+Both count alike. With vLLM a text's last verification counts all that it accepted, though fewer tokens were wanted;
+llama.cpp drafts no more than are wanted, and nothing for a last token alone.
 Exit status 1: they differ by more than 3 %, or more than 5 % of the texts aren't the target's own greedy ones.
 """
 
@@ -70,31 +71,33 @@ def prepare(folder: Path, target: Target, limit: int) -> None:
 
 
 def judge(folder: Path, target: Target) -> int:
-    """Walk vLLM's texts as vLLM did, with our head; print both acceptance lengths."""
-    job, theirs = (json.loads((folder / name).read_text()) for name in ("prompts.json", "vllm.json"))
+    """Walk an engine's texts as it did, with our head; print both acceptance lengths."""
+    job, theirs = (json.loads((folder / name).read_text()) for name in ("prompts.json", "result.json"))
     head, about = load_head(HEAD, dtype=torch.float32)
     check_fits(head, about, target)
     emitted = verifications = same = 0
     for prompt, text, beyond in zip(job["prompts"], theirs["texts"], theirs["beyond"], strict=True):
-        ours, greedy = walk(target, head, prompt, text + beyond, len(text), job["speculation_length"])
-        emitted, verifications, same = emitted + ours[0], verifications + ours[1], same + greedy
-    counts = theirs["counts"]
+        choice, leading = walk(target, head, prompt, text + beyond, job["speculation_length"], theirs["forbidden"])
+        ours = count(leading[: len(text) - 1], trimmed=theirs["trimmed"])
+        emitted, verifications = emitted + ours[0], verifications + ours[1]
+        same += choice[: len(text)] == text
+    counts, engine = theirs["counts"], theirs["engine"]
     replayed = acceptance_length(emitted, verifications)
     served = acceptance_length(counts["num_drafts"] + counts["num_accepted_tokens"], counts["num_drafts"])
     difference = abs(served / replayed - 1)
-    count = len(job["prompts"])
-    print(f"vLLM {theirs['version']}, {count} prompts of {job['tokens']} tokens, K = {job['speculation_length']}")
-    print(f"  acceptance length: vLLM {served:.4f}, replay {replayed:.4f}: {difference:.2%} apart")
-    print(f"  verifications: vLLM {counts['num_drafts']}, replay {verifications}")
-    print(f"  texts that are the target's own greedy ones: {same} of {count}")
-    return int(difference > TOLERANCE or same < 0.95 * count)
+    texts = len(job["prompts"])
+    print(f"{engine} {theirs['version']}, {texts} prompts of {job['tokens']} tokens, K = {job['speculation_length']}")
+    print(f"  acceptance length: {engine} {served:.4f}, replay {replayed:.4f}: {difference:.2%} apart")
+    print(f"  verifications: {engine} {counts['num_drafts']}, replay {verifications}")
+    print(f"  texts that are the target's own greedy ones: {same} of {texts}")
+    return int(difference > TOLERANCE or same < 0.95 * texts)
 
 
 @torch.no_grad()
 def walk(
-    target: Target, head: DraftHead, prompt: list[int], text: list[int], counted: int, length: int
-) -> tuple[tuple[int, int], bool]:
-    """((emitted, verifications) of the first `counted` tokens, untrimmed; whether the text is greedy)."""
+    target: Target, head: DraftHead, prompt: list[int], text: list[int], length: int, forbidden: list[int]
+) -> tuple[list[int], list[int]]:
+    """(The target's choice at each entry of the text, forbidden ones aside; drafts accepted after each entry)."""
     ids = torch.tensor([prompt + text])
     output = target.forward(ids, layers=head.auxiliary_layers(target))
     right = torch.ones(ids.shape, dtype=torch.bool)  # so far, of the drafts after each entry
@@ -102,15 +105,23 @@ def walk(
     for step, hidden in enumerate(drafted_states(target, head, ids, output, length)):
         right &= head.vocabulary[head.logits(hidden).argmax(-1)] == shift_left(ids, step + 2)
         leading += right
-    start = len(prompt)
-    choice = target.logits(output.last_hidden[0, start - 1 : -1]).argmax(-1)
-    greedy = bool((choice[:counted] == ids[0, start : start + counted]).all())
-    emitted = verifications = 0
-    last, end = start, start + counted - 1
-    while last < end:
-        gain = int(leading[0, last - 1]) + 1
+    start = len(prompt) - 1
+    logits = target.logits(output.last_hidden[0, start:-1])  # [text, V]
+    logits[:, forbidden] = -torch.inf
+    return logits.argmax(-1).tolist(), leading[0, start:].tolist()  # a draft reads the token after its entry too
+
+
+def count(leading: list[int], *, trimmed: bool) -> tuple[int, int]:
+    """(emitted, verifications) that give one token for each entry, of which the first verification starts at the first.
+
+    trimmed: no more is drafted than is wanted, and a last token alone comes without a verification.
+    """
+    emitted = verifications = last = 0
+    while (wanted := len(leading) - last) > trimmed:
+        gain = leading[last] + 1
+        gain = min(gain, wanted) if trimmed else gain
         emitted, verifications, last = emitted + gain, verifications + 1, last + gain
-    return (emitted, verifications), greedy
+    return emitted, verifications
 
 
 if __name__ == "__main__":
