@@ -164,6 +164,11 @@ def test_layers_share_the_memory_of_projections_that_are_joined() -> None:
     places = [tensor for tensor in runner.fused.weights if tensor.dim() == 3]
     for one, following in itertools.pairwise(places):
         assert 0 <= following.data_ptr() - one.data_ptr() - one.nbytes < 64
+    # and another engine of this target reads the same
+    other = compiled(target).runner
+    assert other.fuse_layers() and other.fused is not None
+    for one, again in zip(runner.fused.weights, other.fused.weights, strict=True):
+        assert torch.equal(one, again) and (one.dim() != 3 or one.data_ptr() == again.data_ptr())
 
 
 def test_memory_for_weights_is_whole_pages_of_its_own() -> None:

@@ -192,24 +192,34 @@ class _Memory:
     """Room for the packed weights of many layers, so that all of them lie in large pages; a layer fills but a few."""
 
     def __init__(self, linears: Sequence[nn.Module]) -> None:
-        self.free = weight_memory(sum(_rounded(linear.packed.nbytes) for linear in _packed(linears)))
+        parts = _packed(linears)
+        # another engine of the same target has laid them out already: a copy would be read beside its own
+        self.shared = len({part.packed.untyped_storage().data_ptr() for part in parts}) == 1
+        self.free = weight_memory(0 if self.shared else sum(_rounded(part.packed.nbytes) for part in parts))
 
     def join(self, linears: Sequence[nn.Module]) -> tuple[Tensor, Tensor]:
         """(packed weight, float32 bias or nothing) of several projections of one input, moved here."""
         parts = _packed(linears)
-        size, (_, inputs, panel) = sum(part.packed.nbytes for part in parts), parts[0].packed.shape
-        packed = self.free[:size].view(parts[0].packed.dtype).view(-1, inputs, panel)
+        packed = self._joined(parts)
+        if all(part.bias is None for part in parts):
+            return packed, _NOTHING
+        return packed, torch.cat(
+            [torch.zeros(part.out_features) if part.bias is None else part.bias.float() for part in parts]
+        )
+
+    def _joined(self, parts: Sequence[PackedLinear]) -> Tensor:
+        first, panels = parts[0].packed, sum(len(part.packed) for part in parts)
+        if self.shared:
+            return first.as_strided((panels, *first.shape[1:]), first.stride())
+        size = panels * first[0].nbytes
+        packed = self.free[:size].view(first.dtype).view(panels, *first.shape[1:])
         self.free = self.free[_rounded(size) :]
         start = 0
         for part in parts:
             end = start + len(part.packed)
             part.packed = packed[start:end].copy_(part.packed)
             start = end
-        if all(part.bias is None for part in parts):
-            return packed, _NOTHING
-        return packed, torch.cat(
-            [torch.zeros(part.out_features) if part.bias is None else part.bias.float() for part in parts]
-        )
+        return packed
 
 
 def _packed(linears: Sequence[nn.Module]) -> list[PackedLinear]:
