@@ -21,6 +21,7 @@ log = logging.getLogger(__name__)
 # (ids [1, count], positions [1, count], further inputs [count, ...] each) -> outputs [count, ...] each
 Body = Callable[..., Sequence[Tensor]]
 
+_MOST_SHAPES = 256  # each is recorded once, while requests wait
 _RECORDING = threading.Lock()  # two recordings of a process at a time would end each other
 
 
@@ -45,6 +46,8 @@ class FixedShapes:
         """inputs: [N, ...] each -> the body's outputs, [N, ...] each; None: this batch needs the ragged pass."""
         shape = Shape.around(batch, self.cache.capacity)
         if shape is None or self.refused or shape in self.too_large:
+            return None
+        if shape not in self.steps and len(self.steps) == _MOST_SHAPES:
             return None
         if shape not in self.steps:
             self.steps[shape] = _Step(self.body, self.view, Padded(shape, batch.ids.device))

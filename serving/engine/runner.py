@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +14,7 @@ from draft.errors import UserError
 from draft.heads import StepwiseHead
 from draft.target import Target
 from draft.target_hooks import attending_by, capture_hidden_states
+from serving.engine.agreement import PROBED, adds_the_same, agree
 from serving.engine.attention import NAME, Kernel, Probe, SlotLayer, View
 from serving.engine.batch import Batch, Segment
 from serving.engine.cache import LayerShape, SlotCache
@@ -23,8 +23,6 @@ from serving.engine.fixed_shapes import FixedShapes
 
 if TYPE_CHECKING:
     from serving.engine.cpu.decoder import FusedDecoder
-
-_PROBED = 24  # tokens by which two ways to run the layers are compared
 
 
 class TargetRunner:
@@ -51,7 +49,7 @@ class TargetRunner:
         }
         self.forwards: dict[nn.Module, Any] = {}  # compiled replacements of layers' forward methods
         self.fused: FusedDecoder | None = None  # all layers in one call
-        self.norm: Any = target.decoder.norm  # after them
+        self.norm: Any = None  # after them
         self.fixed: FixedShapes | None = None  # what narrow passes run by
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
@@ -60,7 +58,7 @@ class TargetRunner:
         if outputs is None:
             self.view.show(batch)
             fused = self.fused if self.fused is not None and self.fused.takes(batch.ids.shape[1]) else None
-            outputs = self._fused(fused, batch) if fused else self._layer_by_layer(batch.ids, batch.positions)
+            outputs = self._fused(fused, batch) if fused else self.layer_by_layer(batch.ids, batch.positions)
         for segment in batch.segments:
             self.cache.extend(segment.slot, len(segment.ids))
         return outputs[0], outputs[1] if self.layers else None
@@ -72,10 +70,12 @@ class TargetRunner:
         """
         from serving.engine.cpu.decoder import in_one_call, recognise
 
-        fused = recognise(self.target.decoder.layers, self.scoring)
-        self.norm = in_one_call(self.target.decoder.norm)
-        ends = (0, 1), (self.cache.capacity - min(_PROBED, self.cache.capacity), 1)
-        if fused is not None and self._agree(functools.partial(self._fused, fused), ends, precisely=True):
+        fused, norm = recognise(self.target.decoder.layers, self.scoring), in_one_call(self.target.decoder.norm)
+        if fused is None or norm is None:
+            return False
+        self.norm = norm
+        ends = (0, 1), (self.cache.capacity - PROBED, 1)
+        if agree(self, functools.partial(self._fused, fused), ends, precisely=True) and adds_the_same(self, fused):
             self.fused = fused
         return self.fused is not None
 
@@ -84,8 +84,8 @@ class TargetRunner:
 
         On CUDA each shape is recorded as a graph when it first comes.
         """
-        self.fixed = FixedShapes(self._layer_by_layer, self.view, self.cache)
-        if not self._agree(self.fixed.run, ((0, 1), (0, 2)), precisely=False):  # the second replays the first
+        self.fixed = FixedShapes(self.layer_by_layer, self.view, self.cache)
+        if not agree(self, self.fixed.run, ((0, 1), (0, 2)), precisely=False):  # the second replays the first
             self.fixed = None
         return self.fixed is not None
 
@@ -98,72 +98,50 @@ class TargetRunner:
         """How often a shape was recorded."""
         return self.fixed.recordings if self.fixed else 0
 
-    @torch.inference_mode()
-    def _agree(
-        self, run: Callable[[Batch], list[Tensor] | None], probes: Sequence[tuple[int, int]], *, precisely: bool
-    ) -> bool:
-        """Whether passes over a few tokens give what the model's own code gives, but for rounding.
-
-        probes: the position of the first token, as some models scale what is far into the context, and the number of
-        a text. precisely: `run` computes in float32 whatever the dtype of the weights, and so does the model's code.
-        """
-        slot = self.cache.acquire()
-        errors = [self._error(run, slot, first, text, precisely) for first, text in probes]
-        self.cache.release(slot)
-        # in half precision 0.02 and 0.05 were seen; states that have nothing in common differ by 1.4, and those of a
-        # model that scales its layers' outputs by 0.7 by 0.19
-        allowed = min(0.08 if precisely else 0.3, 64 * torch.finfo(self.target.dtype).eps ** 0.75)
-        return all(error <= allowed for error in errors)  # and none of them is NaN
-
-    def _error(
-        self, run: Callable[[Batch], list[Tensor] | None], slot: int, first: int, text: int, precisely: bool
-    ) -> float:
-        count = min(_PROBED, self.cache.capacity)
-        ids = torch.arange(1, count + 1).mul(7919 * text).remainder(self.target.vocab_size).tolist()
-        batch = Batch.of([Segment(slot, 0, 0, ids)], self.target.device)
-        self.view.show(batch)  # which keys are seen goes by the slot; only what is rotated is moved
-        there = replace(batch, positions=batch.positions + first)
-        output = run(there)
-        if output is None:
-            return torch.inf
-        expected, got = (
-            torch.cat([part.double() for part in parts], dim=-1)
-            for parts in (self._layer_by_layer(there.ids, there.positions, precisely=precisely), output)
-        )
-        return float((got - expected).norm() / expected.norm())
-
     def _fused(self, fused: FusedDecoder, batch: Batch) -> list[Tensor]:
-        decoder, dtype = self.target.decoder, self.target.dtype
+        inside = [layer for layer in self.layers if layer <= self.target.num_layers]
+        output, dtype = self.all_layers(fused, batch, inside), self.target.dtype
+        hidden = self.norm(output[0]).to(dtype)
+        captured = {**dict(zip(inside, output[1:].to(dtype), strict=True)), self.target.output_layer: hidden}
+        return self._with_states(hidden, captured)
+
+    def all_layers(self, fused: FusedDecoder, batch: Batch, captured: Sequence[int]) -> Tensor:
+        """-> [1 + captured, N, hidden] float32: what leaves the last layer, and what enters the captured ones."""
+        decoder = self.target.decoder
         embeds = decoder.embed_tokens(batch.ids)
         masks = [self.view.masks.get(scoring.window, self.view.mask) for scoring in self.scoring]
-        inside = [layer for layer in self.layers if layer <= self.target.num_layers]
-        output = fused.run(
+        return fused.run(
             embeds,
             decoder.rotary_emb(embeds, position_ids=batch.positions),
             self.cache.layers,
             self.view.positions,
             self.view.table,
             masks,
-            inside,
-        )  # [1 + captured, N, hidden]
-        hidden = self.norm(output[0]).to(dtype)
-        captured = {**dict(zip(inside, output[1:].to(dtype), strict=True)), self.target.output_layer: hidden}
-        return self._with_states(hidden, captured)
+            captured,
+        )
 
-    def _layer_by_layer(self, ids: Tensor, positions: Tensor, *, precisely: bool = False) -> list[Tensor]:
+    def layer_by_layer(self, ids: Tensor, positions: Tensor, *, precisely: bool = False) -> list[Tensor]:
         """precisely: with a residual stream in float32, or the target's dtype if that is wider."""
-        given: dict[str, Tensor] = {"input_ids": ids}
-        if precisely:
-            embeds = self.target.embedding(ids)
-            given = {"inputs_embeds": embeds.to(torch.promote_types(embeds.dtype, torch.float32))}
+        given = self.embedded(ids) if precisely else {"input_ids": ids}
+        hidden, captured = self.model_pass(given, positions, self.layers)
+        return self._with_states(hidden[0], {layer: states[0] for layer, states in captured.items()})
+
+    def embedded(self, ids: Tensor) -> dict[str, Tensor]:
+        embeds = self.target.embedding(ids)
+        return {"inputs_embeds": embeds.to(torch.promote_types(embeds.dtype, torch.float32))}
+
+    def model_pass(
+        self, given: dict[str, Tensor], positions: Tensor, layers: tuple[int, ...]
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """The model's own code: last hidden states [1, N, hidden], and what enters each of `layers`."""
         captured: dict[int, Tensor] = {}
         with (  # the first of them locks the target: another engine may share it
             _attention_by(self.target, self.attached),
             _replaced_forwards(self.forwards),
-            capture_hidden_states(self.target.decoder, self.layers, captured),
+            capture_hidden_states(self.target.decoder, layers, captured),
         ):
             output = self.target.decoder(**given, position_ids=positions, use_cache=False)
-        return self._with_states(output.last_hidden_state[0], {layer: states[0] for layer, states in captured.items()})
+        return output.last_hidden_state, captured
 
     def _with_states(self, hidden: Tensor, captured: dict[int, Tensor]) -> list[Tensor]:
         return [hidden, torch.cat([captured[layer] for layer in self.layers], dim=-1)] if self.layers else [hidden]
@@ -197,7 +175,7 @@ class HeadRunner:
         fused = recognise_head(self.head, self.head.config.head_dim**-0.5)
         if fused is None:
             return False
-        self.head.norm = in_one_call(self.head.get_submodule("norm"))
+        self.head.norm = in_one_call(self.head.get_submodule("norm")) or self.head.norm
         norm: Any = self.head.norm if getattr(self.head.config, "norm_output", False) else None
         # a step has so little arithmetic that computing angles would be a twentieth of it
         everywhere = torch.arange(self.cache.capacity)[None]

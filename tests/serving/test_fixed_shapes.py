@@ -56,7 +56,7 @@ def test_greedy_tokens_are_those_of_transformers(family: str, mode: str) -> None
         fixed = fix(with_head)
         for case, completion in zip(cases, serve(with_head, cases), strict=True):
             check(engine.target, case, completion)
-        assert all(one.steps for one in fixed)
+        assert all(one.steps for one in fixed) or mode == "auto"  # which need not draft
 
 
 def test_a_long_run_needs_few_shapes() -> None:

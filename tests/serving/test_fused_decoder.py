@@ -57,6 +57,7 @@ OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
         "granite",
         {"residual_multiplier": 0.7, "attention_multiplier": 0.3},
     ),  # other arithmetic
+    "granite, slightly": ("granite", {"residual_multiplier": 0.95, "attention_multiplier": 0.25}),
     "smollm3": ("smollm3", {"no_rope_layer_interval": 2}),
     "ministral3": (  # scales queries from some position on
         "ministral3",
@@ -187,11 +188,23 @@ def test_a_norm_in_one_call(dtype: torch.dtype) -> None:
     norm.weight.data.normal_(generator=torch.Generator().manual_seed(1))
     x = torch.randn(2, 3, 50, generator=torch.Generator().manual_seed(2)).to(dtype) * 0.1
     expected = nn.functional.rms_norm(x.double(), (50,), norm.weight.double(), 1e-3)
-    got = in_one_call(norm)(x)
-    assert got.dtype == dtype and type(in_one_call(norm)) is not RMSNorm
+    fast = in_one_call(norm)
+    assert fast is not None
+    got = fast(x)
+    assert got.dtype == dtype
     torch.testing.assert_close(got.double(), expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
-    other = nn.LayerNorm(50)
-    assert in_one_call(other) is other
+
+
+class OneMore(RMSNorm):
+    """As Gemma's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.rms_norm(x, (50,), self.weight + 1, self.eps)
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm(50), nn.LayerNorm(50, bias=False), OneMore(50, 1e-5), nn.Dropout()])
+def test_other_norms_stay_as_they_are(norm: nn.Module) -> None:
+    assert in_one_call(norm) is None
 
 
 @pytest.mark.parametrize("options", [{}, {"norm_output": True}, {"norm_before_fc": True}])

@@ -150,16 +150,27 @@ class OneCallNorm(nn.Module):
         return rms_norm(x, self.weight, self.eps)
 
 
-def in_one_call(norm: nn.Module) -> nn.Module:
-    """The same norm, faster if it is of the kind that is known here."""
+def in_one_call(norm: nn.Module) -> OneCallNorm | None:
+    """The same norm, faster; None: it is of another kind."""
     eps = _epsilon(norm)
-    return norm if eps is None else OneCallNorm(norm, eps)
+    return None if eps is None else OneCallNorm(norm, eps)
 
 
 def _epsilon(norm: nn.Module) -> float | None:
-    """Of a root-mean-square norm with weights only; None for anything else."""
+    """Of a root-mean-square norm with weights only; None for anything else, whatever it is called."""
     names = [name for name, _ in norm.named_parameters()]
-    return getattr(norm, "variance_epsilon", getattr(norm, "eps", None)) if names == ["weight"] else None
+    eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+    if names != ["weight"] or eps is None:
+        return None
+    weight = norm.get_parameter("weight").detach().float()
+    x = torch.linspace(-1, 3, weight.numel())[None]  # with a mean, which other norms take away
+    expected = x * (x.square().mean() + eps).rsqrt() * weight
+    try:
+        with torch.inference_mode():
+            got = norm(x).float()
+    except RuntimeError:  # one that does not mix dtypes
+        return None
+    return eps if torch.allclose(got, expected, rtol=0.01, atol=1e-4) else None
 
 
 def _tensors(layers: Sequence[nn.Module], layout: LayerParts) -> list[Tensor]:
@@ -189,7 +200,7 @@ def _of_layer(layer: nn.Module, layout: LayerParts, memory: _Memory) -> list[Ten
 
 
 class _Memory:
-    """Room for the packed weights of many layers, so that all of them lie in large pages; a layer fills but a few."""
+    """Room for the packed weights of many layers: by themselves, most are smaller than a large page."""
 
     def __init__(self, linears: Sequence[nn.Module]) -> None:
         parts = _packed(linears)
@@ -210,6 +221,8 @@ class _Memory:
     def _joined(self, parts: Sequence[PackedLinear]) -> Tensor:
         first, panels = parts[0].packed, sum(len(part.packed) for part in parts)
         if self.shared:
+            ends = [part.packed.data_ptr() + part.packed.nbytes for part in parts]
+            assert ends[:-1] == [part.packed.data_ptr() for part in parts[1:]]
             return first.as_strided((panels, *first.shape[1:]), first.stride())
         size = panels * first[0].nbytes
         packed = self.free[:size].view(first.dtype).view(panels, *first.shape[1:])
