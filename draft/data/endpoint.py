@@ -35,6 +35,7 @@ _FIRST_DELAY, _LONGEST_DELAY, _LONGEST_WISH = 0.5, 60.0, 600.0  # seconds; the l
 _PROBES = 2  # requests after which a server that fails is asked in another way
 _SEEDS = 2**31
 # OpenAI answers 404, too, where a model exists but is no model for this path
+_REFUSALS = frozenset({400, 413, 422})  # of one row, for what is in it
 _NO_MODEL = re.compile(r"model.*(does not exist|not[ _]found|unknown)|(no such|unknown) model", re.IGNORECASE)
 # servers take defaults from the model's generation_config.json; rows must come from the target's own distribution
 _UNTOUCHED = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
@@ -63,7 +64,7 @@ class Question:
     messages: list[Message]  # the same as messages
     limit: int  # most tokens of the response
     temperature: float
-    later: bool = False  # whether `messages` hold the target's own answers, which no user can mend
+    later: bool = False  # whether `messages` hold the target's own answers, which the user has not written
 
 
 @dataclass(frozen=True)
@@ -204,8 +205,11 @@ class Endpoint:
 
     def _answer(self, question: Question) -> Response | None:
         answer = self._post(self._dialect, question)
-        if answer.status_code != 200 and question.later:
-            log.info("%s: %s refuses a later turn (%s)", question.where, self._told, reason(answer))
+        if question.later and answer.status_code in _REFUSALS:
+            told = f"{answer.status_code}: {reason(answer)}"
+            log.warning(
+                "%s: the server refuses a later turn (%s); the conversation ends before it", question.where, told
+            )
             return None
         if answer.status_code != 200:
             raise EndpointError(

@@ -27,6 +27,7 @@ SELF_PROMPTS = 500  # when the user does not say how many
 _SELF_PROMPT_TOKENS = 80
 _SELF_PROMPT_TOP_P = 0.95  # the tail of a prompt's distribution is noise; responses are never cut
 _SELF_PROMPT_ROUNDS = 10
+_TOO_MANY = 8  # conversations refused by an endpoint, and none answered
 
 
 @dataclass
@@ -126,7 +127,13 @@ class Writer:
         assert self.endpoint is not None
         questions = [
             Question(
-                chat.where, key, ids, chat.messages, min(longest, self.settings.max_length - len(ids)), heat, chat.later
+                where=chat.where,
+                key=key,
+                prompt=ids,
+                messages=chat.messages,
+                limit=min(longest, self.settings.max_length - len(ids)),
+                temperature=heat,
+                later=chat.later,
             )
             for ids, chat, heat, key in zip(asked, chats, heats, keys, strict=True)
         ]
@@ -199,7 +206,7 @@ def answered(writer: Writer, prompts: list[Prompt]) -> list[Row]:
         heats = {index: float(rows[index].temperature or 0) for index in asked}
         chats = {index: _chat(prompts[index], turn, said_before[index]) for index in asked}
         said = writer.write(f"responses-{turn}", asked, heats, "responses", settings.max_new_tokens, chats=chats)
-        _end_refused(writer, turns, asked.keys() - said.keys(), turn)
+        _end_refused(writer, turns, asked.keys() - said.keys(), said, turn)
         cut = {index for index, response in said.items() if _is_cut(target, settings, asked[index], response.ids)}
         for index, response in said.items():
             said_before[index].append(target.decode(response.ids))
@@ -224,13 +231,24 @@ def _chat(prompt: Prompt, turn: int, said: list[str]) -> Chat:
     return Chat(prompt.where or "a prompt of the target's own", messages, later=turn > 0)
 
 
-def _end_refused(writer: Writer, turns: dict[int, int], refused: set[int], turn: int) -> None:
-    """Let conversations end before a turn that the endpoint refused: what was said in them until then is whole."""
+def _end_refused(
+    writer: Writer, turns: dict[int, int], refused: set[int], said: dict[int, Response], turn: int
+) -> None:
+    """Let conversations end before a turn that the endpoint refused: what was said in them until then is whole.
+
+    Raises:
+        UserError: it refuses all of them, so that the fault is not in what they say.
+    """
     if not refused:
         return
     turns |= dict.fromkeys(refused, turn)
     writer.counts["cut_short"] += len(refused)
-    log.warning("the endpoint refused turn %d of %d conversations, which end before it", turn + 1, len(refused))
+    if not said and len(refused) >= _TOO_MANY:
+        raise UserError(
+            f"the endpoint refuses turn {turn + 1} of all {len(refused)} conversations that have one; see the warnings "
+            "above, and give another --endpoint, or prompts of fewer turns."
+        )
+    log.warning("the endpoint refused turn %d of %d conversations", turn + 1, len(refused))
 
 
 def _is_cut(target: Target, settings: Settings, prompt: list[int], response: list[int]) -> bool:

@@ -173,6 +173,20 @@ def test_a_conversation_ends_before_a_later_turn_that_is_refused(target: Target,
     assert len(turns) == 12 and turns[3] == 1 and sum(turns.values()) == 18 - data.manifest["counts"]["cut_short"]
 
 
+@pytest.mark.parametrize(("status", "said"), [(402, "line 2: .*402"), (400, "refuses turn 2 of all 8 conversations")])
+def test_what_is_wrong_with_all_later_turns_ends_it(
+    status: int, said: str, target: Target, server: str, tmp_path: Path
+) -> None:
+    """A used-up credit is no refusal of what a row says, and neither is a server that takes no answers back."""
+
+    def refuse(_: int, body: Any) -> Response | None:
+        return problem(status) if len((body or {}).get("messages", [])) == 3 else only_chat(0, body)
+
+    with proxy(server, refuse) as (address, _), pytest.raises(UserError, match=said):
+        prepare(target, tmp_path / "data", prompts=[write_questions(tmp_path, 16)], **SHAPE,
+                endpoint=EndpointSettings(address, concurrency=1))  # fmt: skip
+
+
 def test_a_server_that_is_overloaded_now_and_then(target: Target, server: str, tmp_path: Path) -> None:
     def trouble(count: int, _: Any) -> Response | None:
         kinds = {0: problem(429, "slow down", **{"retry-after": "0.3"}), 1: problem(500), 2: Response("<html>", 503)}
