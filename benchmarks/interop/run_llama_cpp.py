@@ -22,12 +22,15 @@ from pathlib import Path
 from typing import Any
 
 COUNTS = ("num_drafts", "num_draft_tokens", "num_accepted_tokens")
+PATIENCE = 600  # seconds for the server to come up, and for an answer
 
 
 def main(folder: Path, source: Path, server: Path) -> None:
     """Convert, decode, and write what came out."""
     job = json.loads((folder / "prompts.json").read_text())
     printed = re.findall(r"python convert_hf_to_gguf\.py .*", (folder / "export.txt").read_text())
+    if len(printed) != 1:
+        sys.exit(f"{folder / 'export.txt'} has {len(printed)} lines that convert a head for llama.cpp, and not one.")
     convert(shlex.split(printed[0]), source, folder / "head.gguf")
     convert(["python", "convert_hf_to_gguf.py", job["target"]], source, folder / "target.gguf")
     with socket.create_server(("127.0.0.1", 0)) as free:
@@ -52,6 +55,8 @@ def main(folder: Path, source: Path, server: Path) -> None:
         # its ignore_eos forbids all that it takes for an end, where vLLM's lets them through
         "forbidden": sorted({int(token) for token in re.findall(r"EOG token\s+= (\d+) ", read(log))}),
     }
+    if not result["forbidden"]:
+        sys.exit(f"{log} names no end tokens, which the comparison has to leave out.")
     (folder / "result.json").write_text(json.dumps(result) + "\n")
     print(json.dumps({"version": result["version"], **counts}))
 
@@ -86,13 +91,14 @@ def arguments(server: Path, folder: Path, job: dict[str, Any], port: int) -> lis
 
 def wait_for(process: subprocess.Popen[bytes], port: int, log: Path) -> None:
     """Until it answers; it says "loading" by an error status."""
-    while process.poll() is None:
+    until = time.monotonic() + PATIENCE
+    while process.poll() is None and time.monotonic() < until:
         try:
             fetch(port, "/health")
             return
         except OSError:
             time.sleep(0.5)
-    sys.exit(f"llama-server ended:\n{read(log)[-2000:]}")
+    sys.exit(f"llama-server does not answer:\n{read(log)[-2000:]}")
 
 
 def decode(port: int, prompt: list[int], tokens: int) -> list[int]:
@@ -105,7 +111,7 @@ def fetch(port: int, path: str, body: dict[str, Any] | None = None) -> bytes:
     """The answer's body; an error status raises."""
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", data, {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=600) as answer:
+    with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
         return bytes(answer.read())
 
 

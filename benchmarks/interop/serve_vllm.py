@@ -4,7 +4,7 @@
 
 FOLDER is what `compare_engines prepare` and `run_vllm` wrote. To each line is added what a test on a CPU needs, and no
 more; FOLDER/serve-FORMAT.log has what vLLM said. Exit status 1: no answer, or another than the engine's own text in
-vllm.json, or no draft was accepted.
+result.json, or no draft was accepted.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ COUNTS = ("num_drafts", "num_draft_tokens", "num_accepted_tokens")
 def main(folder: Path) -> int:
     """Serve by every line, one after the other."""
     job = json.loads((folder / "prompts.json").read_text())
-    text = json.loads((folder / "vllm.json").read_text())["texts"][0]
+    text = json.loads((folder / "result.json").read_text())["texts"][0]
     failed = False
     for format, command in job["commands"].items():
         answer, counts = serve(command, job, folder / f"serve-{format}.log")
@@ -79,7 +79,7 @@ def wait(server: subprocess.Popen[bytes], base: str, log: Path) -> None:
 def ask(url: str, body: dict[str, Any] | None = None) -> str:
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(url, data, {"content-type": "application/json"})
-    with urllib.request.urlopen(request) as response:
+    with urllib.request.urlopen(request, timeout=PATIENCE) as response:
         return response.read().decode()
 
 

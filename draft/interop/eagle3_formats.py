@@ -89,7 +89,7 @@ _LACKING: dict[Callable[[dict[str, Any]], Any], str] = {
     "the one after it (norm_output)",
     lambda config: config.get(LAYER_IDS) and len(config[LAYER_IDS]) != 3: "it reads three auxiliary layers",
 }
-# with a random head of each other option it drafted our tokens, every one
+# with a random head of each other option b11434 drafted our tokens, every one; that was compared by hand
 _UNTRIED: dict[Callable[[dict[str, Any]], Any], str] = {
     lambda config: config.get("rope_scaling"): "a scaled rotary embedding",
 }
