@@ -88,7 +88,7 @@ llama_cpp() {
     PATH="$venv/bin:$PATH" cmake --build "$build" --target llama-server -j 2; } > "$FOLDER/llama_cpp.log" 2>&1 ||
     { tail -n 20 "$FOLDER/llama_cpp.log"; exit 1; }
   # a third of the prompts: a server compiled in a hurry decodes slowly
-  "$PY" -m benchmarks.interop.compare_engines prepare "$FOLDER/llama_cpp" --limit 30
+  "$PY" -m benchmarks.interop.compare_engines prepare "$FOLDER/llama_cpp" --limit 32
   "$PY" -m draft.cli export smollm2-eagle3 --format plain --out "$FOLDER/llama_cpp/exported" > "$FOLDER/llama_cpp/export.txt"
   "$venv/bin/python" "$HERE/run_llama_cpp.py" "$FOLDER/llama_cpp" "$package/llama.cpp" "$build/bin/llama-server"
   "$PY" -m benchmarks.interop.compare_engines judge "$FOLDER/llama_cpp"
