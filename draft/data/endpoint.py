@@ -11,27 +11,24 @@ from __future__ import annotations
 
 import logging
 import os
-import random
 import re
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
-from email.utils import parsedate_to_datetime
 from typing import Any
 
 import httpx
 
 from draft.data.dataset import Response, hashed
 from draft.data.endpoint_answers import EndpointError, choice_in, parsed, reason
+from draft.data.endpoint_delays import delay
 from draft.data.examples import Message, end_of_turn, tokenise
 from draft.target import Target
 
 log = logging.getLogger(__name__)
 
 _RETRIED = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 520, 522, 524, 529})
-_FIRST_DELAY, _LONGEST_DELAY, _LONGEST_WISH = 0.5, 60.0, 600.0  # seconds; the last: of a server's Retry-After
 _PROBES = 2  # requests after which a server that fails is asked in another way
 _SEEDS = 2**31
 # OpenAI answers 404, too, where a model exists but is no model for this path
@@ -275,7 +272,7 @@ class Endpoint:
                 if answer.status_code >= 500 and tries and attempt + 1 >= min(tries, self.settings.retries + 1):
                     return answer
                 told, wish = f"{answer.status_code}: {reason(answer)}", answer.headers.get("retry-after")
-            if attempt < self.settings.retries and self._stopped.wait(_delay(attempt, wish)):
+            if attempt < self.settings.retries and self._stopped.wait(delay(attempt, wish)):
                 break
         raise EndpointError(
             f"{self._told} gives no answer to {what} ({told}); see to the server, and repeat the command to go on "
@@ -314,21 +311,3 @@ def _base(url: str) -> str:
     for tail in ("/chat/completions", "/completions", "/models"):
         path = path.removesuffix(tail)
     return str(address.copy_with(path=(path or "/v1") + "/", query=None))
-
-
-def _delay(attempt: int, wish: str | None) -> float:
-    """Seconds to wait before the next attempt: the server's wish, or twice as long as before; with jitter."""
-    backoff = min(_LONGEST_DELAY, _FIRST_DELAY * 2**attempt) * random.uniform(0.5, 1.0)
-    return backoff if wish is None else min(_LONGEST_WISH, _seconds(wish)) + backoff / 4
-
-
-def _seconds(wish: str) -> float:
-    """Of a Retry-After header, which has seconds or a date."""
-    try:
-        return max(0.0, float(wish))
-    except ValueError:
-        pass
-    try:
-        return max(0.0, parsedate_to_datetime(wish).timestamp() - time.time())
-    except ValueError:
-        return 0.0

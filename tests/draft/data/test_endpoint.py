@@ -23,6 +23,7 @@ from http_testing import live
 
 from draft.acceptance import replay
 from draft.data import endpoint as module
+from draft.data import endpoint_delays
 from draft.data.dataset import Dataset
 from draft.data.endpoint import Endpoint, EndpointError, EndpointSettings
 from draft.data.prepare import prepare
@@ -45,7 +46,7 @@ def server(folder: Path) -> Iterator[str]:
 @pytest.fixture(autouse=True)
 def key(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    monkeypatch.setattr(module, "_FIRST_DELAY", 0.02)
+    monkeypatch.setattr(endpoint_delays, "_FIRST_DELAY", 0.02)
 
 
 def write_questions(folder: Path, count: int = 12) -> Path:
