@@ -10,7 +10,7 @@ import sys
 import time
 import warnings
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 from rich.console import Console
@@ -34,6 +34,27 @@ SECONDS_FOR_PROCESS_0 = 5
 
 def main() -> None:
     """Entry point: a user's mistake ends in one sentence and exit status 2."""
+    try:
+        _run()
+    except SystemExit as end:
+        if "WORLD_SIZE" in os.environ:  # torchrun or accelerate launch started it
+            _leave_group(end.code)
+        raise
+
+
+def _leave_group(status: str | int | None) -> NoReturn:
+    """End a process of a group without the interpreter's own end.
+
+    gloo's threads may still be dropping the tensors of the last exchange, for which they take the interpreter's lock:
+    one that asks for it while the interpreter ends aborts the process.
+    """
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status if isinstance(status, int) else int(status is not None))
+
+
+def _run() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     for noisy in ("httpx", "transformers", "accelerate"):
         logging.getLogger(noisy).setLevel(logging.ERROR)

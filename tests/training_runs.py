@@ -107,12 +107,16 @@ def run_group(arguments: list[str], count: int = 2, file_size: int | None = None
 
 def launch(launcher: list[str], arguments: list[str]) -> subprocess.CompletedProcess[str]:
     """The command under `torchrun` or `accelerate launch`: `launcher` up to where the module's name comes."""
+    return python("-m", *launcher, "-m", "draft.cli", *arguments)
+
+
+def python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """An interpreter of its own: unlike a `Run`'s it is also taken down at the end."""
     paths = f"{ROOT}:{ROOT / 'kernels'}"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
     return subprocess.run(
-        [sys.executable, "-m", *launcher, "-m", "draft.cli", *arguments],
-        env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+        [sys.executable, *arguments], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
 
 
 def last_step(folder: Path) -> int:

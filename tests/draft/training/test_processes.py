@@ -4,7 +4,7 @@ import signal
 
 import pytest
 import torch
-from training_runs import Run, command, last_step, launch, logged, make_world, run_group, weights
+from training_runs import Run, command, last_step, launch, logged, make_world, python, run_group, weights
 
 from draft.training.snapshots import latest_snapshot
 
@@ -50,6 +50,33 @@ def test_accelerate_launch_with_fsdp2(world, tmp_path):
     result = launch(launcher.split(), command(world, "adapt", tmp_path / "run", *SETTINGS))
     assert result.returncode == 0, result.stderr
     assert_same_run(tmp_path / "run", world / "adapt")
+
+
+LEAVING = """
+import torch, torch.distributed as dist
+from draft import cli
+from draft.errors import UserError
+
+def exchange():
+    dist.init_process_group("gloo")
+    dist.barrier()
+    for _ in range(100):
+        dist.broadcast(torch.zeros(1000), 0, async_op=True)
+    raise UserError("enough")
+
+cli.app, cli.SECONDS_FOR_PROCESS_0 = exchange, 0
+cli.main()
+"""
+
+
+def test_a_process_that_leaves_does_not_abort(tmp_path):
+    """Python's own end would meet gloo's threads while they drop tensors: half of these processes aborted with it."""
+    script = tmp_path / "leaving.py"
+    script.write_text(LEAVING)
+    for _ in range(3):
+        result = python("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script))
+        assert "exitcode: 2" in result.stderr or "exitcode  : 2 " in result.stderr, result.stderr
+        assert "draft-train: enough" in result.stderr and "terminate called" not in result.stderr
 
 
 @pytest.mark.parametrize(("kind", "mode"), [("ddp", "adapt"), ("fsdp2", "pretrain")])
