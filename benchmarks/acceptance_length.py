@@ -27,9 +27,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import acceptance_report as report
-from benchmarks import common
+from benchmarks import cli, output, prompt_sets, provenance
 from benchmarks.acceptance_report import Variant
-from benchmarks.common import Prompt
+from benchmarks.prompt_sets import Prompt
 from draft.checkpoint import check_fits, load_head
 from draft.errors import UserError
 from draft.target import Target, load_target
@@ -159,7 +159,7 @@ def record(prompt: Prompt, turn: int, variant: Variant, completion: Completion, 
 
 
 def parse(arguments: Sequence[str]) -> Namespace:
-    parser = common.Parser(prog=f"python -m {MODULE}", description=__doc__, epilog=EXAMPLES)
+    parser = cli.Parser(prog=f"python -m {MODULE}", description=__doc__, epilog=EXAMPLES)
     options: dict[str, dict[str, Any]] = {
         "--target": {"required": True, "help": "hub id, folder, .gguf file, or smollm2"},
         "--target-adapter": {"metavar": "DIR", "help": "PEFT LoRA adapter of the target, merged in memory"},
@@ -169,19 +169,19 @@ def parse(arguments: Sequence[str]) -> Namespace:
             "help": "a head's folder, or smollm2-eagle3; repeatable",
         },
         "--prompts": {"metavar": "FILE", "help": "JSONL with turns, prompt or question (default: benchmarks/prompts/)"},
-        "--temperature": {"type": common.real(0, 100), "default": [0.0, 1.0], "metavar": "T"},
-        "--speculation-length": {"type": common.whole(1), "default": [1, 2, 3, 4, 5, 6, 8], "metavar": "K"},
+        "--temperature": {"type": cli.real(0, 100), "default": [0.0, 1.0], "metavar": "T"},
+        "--speculation-length": {"type": cli.whole(1), "default": [1, 2, 3, 4, 5, 6, 8], "metavar": "K"},
         "--rule": {"choices": RULES, "default": list(RULES)},
-        "--max-new-tokens": {"type": common.whole(2), "default": 128, "metavar": "N", "help": "default: %(default)s"},
-        "--limit": {"type": common.whole(1), "metavar": "N", "help": "only N prompts, the categories taking turns"},
-        "--seed": {"type": common.whole(0), "default": 0, "metavar": "N", "help": "default: %(default)s"},
+        "--max-new-tokens": {"type": cli.whole(2), "default": 128, "metavar": "N", "help": "default: %(default)s"},
+        "--limit": {"type": cli.whole(1), "metavar": "N", "help": "only N prompts, the categories taking turns"},
+        "--seed": {"type": cli.whole(0), "default": 0, "metavar": "N", "help": "default: %(default)s"},
         "--dtype": {"default": "auto", "help": "auto (default), bfloat16, float16, float32 or float64"},
         "--mode": {
             "choices": MODES,
             "default": "auto",
             "help": "compiled kernels (CPU), or eager; default: %(default)s",
         },
-        "--threads": {"type": common.whole(1), "metavar": "N", "help": "CPU threads (default: all of this process's)"},
+        "--threads": {"type": cli.whole(1), "metavar": "N", "help": "CPU threads (default: all of this process's)"},
         "--out": {"required": True, "metavar": "DIR", "help": "folder for acceptance_length.json and .png"},
     }
     for name, note in (("--temperature", ""), ("--speculation-length", ""), ("--rule", "; for temperatures above 0")):
@@ -222,7 +222,7 @@ class Measured:
 
 def measure_all(measurement: Measurement, prompts: list[Prompt]) -> Measured:
     measured = Measured()
-    with common.progress_bar() as progress:
+    with cli.progress_bar() as progress:
         bar = progress.add_task("decoding", total=sum(map(measurement.decodes, prompts)))
         try:
             measurement.warm_up()
@@ -238,9 +238,9 @@ def measure_all(measurement: Measurement, prompts: list[Prompt]) -> Measured:
 
 
 def benchmark(arguments: Namespace, command: Sequence[str]) -> int:
-    console = common.make_console()
-    chosen = common.load_prompts(arguments.prompts, arguments.limit)
-    out = common.output_folder(arguments.out)
+    console = cli.make_console()
+    chosen = prompt_sets.load_prompts(arguments.prompts, arguments.limit)
+    out = cli.output_folder(arguments.out)
     target = load_target(arguments.target, arguments.dtype, adapter=arguments.target_adapter)
     measurement = Measurement(target, load_heads(arguments.head, target), arguments)
     answers = sum(map(measurement.decodes, chosen.prompts))
@@ -256,8 +256,8 @@ def benchmark(arguments: Namespace, command: Sequence[str]) -> int:
     names = list(measurement.engines)
     results = {
         "benchmark": MODULE,
-        **common.provenance(MODULE, command, target),
-        "heads": [common.head_provenance(*pair) for pair in zip(names, arguments.head, strict=True)],
+        **provenance.provenance(MODULE, command, target),
+        "heads": [provenance.head_provenance(*pair) for pair in zip(names, arguments.head, strict=True)],
         "prompts": {"files": chosen.files, "sha256": chosen.sha256, "count": len(chosen.prompts)},
         "settings": vars(arguments),
         "summary": report.summarise(groups),
@@ -265,7 +265,7 @@ def benchmark(arguments: Namespace, command: Sequence[str]) -> int:
         **vars(measured),
     }
     report.show(console, results)
-    common.write_results(out / "acceptance_length.json", results)
+    output.write_results(out / "acceptance_length.json", results)
     report.draw(results, out / "acceptance_length.png")
     console.print(f"wrote {out / 'acceptance_length.json'} and {out / 'acceptance_length.png'}", soft_wrap=True)
     return 130 if measured.interrupted else 0
@@ -275,7 +275,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark with command-line arguments; gives the exit status."""
     command = list(sys.argv[1:] if arguments is None else arguments)
     parsed = parse(command)
-    return common.run_program(lambda: benchmark(parsed, command))
+    return cli.run_program(lambda: benchmark(parsed, command))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import common
+from benchmarks import output
 from draft.tau import bootstrap_gain, bootstrap_ratio
 
 DECIDING_LENGTH = 5  # the speculation length of the table by category, where it was measured
@@ -70,7 +70,7 @@ def paired(baseline: Totals, candidate: Totals, denominator: str) -> dict[str, A
         [(baseline.emitted[prompt], below[prompt]) for prompt in prompts],
         [(candidate.emitted[prompt], above[prompt]) for prompt in prompts],
     )
-    return {**common.interval_values(gain, len(prompts)), "prompts": len(prompts)}
+    return {**output.interval_values(gain, len(prompts)), "prompts": len(prompts)}
 
 
 def group(records: list[dict[str, Any]]) -> dict[tuple[Variant, str], Totals]:
@@ -104,7 +104,7 @@ def summarise(groups: dict[tuple[Variant, str], Totals]) -> list[dict[str, Any]]
                 "answers": len(totals.records),
                 "emitted": sum(totals.emitted.values()),
                 "verifications": sum(totals.verifications.values()),
-                "acceptance_length": common.interval_values(tau, len(counted)),
+                "acceptance_length": output.interval_values(tau, len(counted)),
                 "acceptance_rate": sum(accepted) / sum(drafted) if sum(drafted) else None,
                 "acceptance_per_position": [a / d if d else None for a, d in zip(accepted, drafted, strict=True)],
                 "tokens_per_second": totals.tokens_per_second(),
@@ -155,12 +155,12 @@ def summary_table(title: str, rows: list[dict[str, Any]]) -> Table:
             f"{row['temperature']:g}",
             row["rule"],
             str(row["speculation_length"]),
-            common.interval_text(row["acceptance_length"]),
+            output.interval_text(row["acceptance_length"]),
             percent(row["acceptance_rate"]),
             " ".join(percent(value).rstrip("%") for value in row["acceptance_per_position"]),
             rate(row["tokens_per_second"]),
             rate(row["plain_tokens_per_second"]),
-            common.interval_text(row["speed_up"]),
+            output.interval_text(row["speed_up"]),
             percent(row["identical_share"]),
         )
     return table
@@ -175,7 +175,7 @@ def comparison_table(rows: list[dict[str, Any]]) -> Table:
         verdict = "no difference shown" if low is None or low <= 0 <= high else "better" if low > 0 else "worse"
         gain = {key: row[key] if row[key] is None else 100 * row[key] for key in ("value", "low", "high")}
         where = (f"{row['temperature']:g}", row["rule"], str(row["speculation_length"]), str(row["prompts"]))
-        table.add_row(row["candidate"], row["baseline"], *where, common.interval_text(gain, "+.1f") + " %", verdict)
+        table.add_row(row["candidate"], row["baseline"], *where, output.interval_text(gain, "+.1f") + " %", verdict)
     return table
 
 
@@ -198,7 +198,7 @@ def show(console: Console, results: dict[str, Any]) -> None:
 
 def draw(results: dict[str, Any], path: Path) -> None:
     """τ against K with intervals, and acceptance by position at the largest K."""
-    figure, (left, right) = common.make_figure(2, f"Acceptance length, target {Path(results['target']['name']).name}")
+    figure, (left, right) = output.make_figure(2, f"Acceptance length, target {Path(results['target']['name']).name}")
     overall = [row for row in results["summary"] if row["category"] == "overall"]
     lines: dict[str, list[dict[str, Any]]] = {}
     for row in overall:
@@ -221,4 +221,4 @@ def draw(results: dict[str, Any], path: Path) -> None:
     right.xaxis.get_major_locator().set_params(integer=True)
     for axis in (left, right):
         axis.legend(fontsize=8)
-    common.save_figure(figure, path)
+    output.save_figure(figure, path)

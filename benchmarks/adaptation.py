@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from benchmarks.common import ROOT
+from benchmarks.provenance import ROOT
 from draft.errors import UserError
 from draft.target import load_tokenizer, render_chat
 

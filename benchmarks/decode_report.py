@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import common
+from benchmarks import output
 from benchmarks.bars import show_bars
 from benchmarks.decode_baselines import Timing
 
@@ -183,7 +183,7 @@ def _table(results: dict[str, Any]) -> Table:
 def draw(results: dict[str, Any], path: Path) -> None:
     """Bars of tokens per second, a panel for each batch size; greedy only."""
     sizes = sorted({row["batch"] for row in results["rates"]})
-    figure, axes = common.make_figure(len(sizes), "decode speed, greedy, tokens per second")
+    figure, axes = output.make_figure(len(sizes), "decode speed, greedy, tokens per second")
     for axis, size in zip(axes, sizes, strict=True):
         rows = [row for row in results["rates"] if row["batch"] == size and row["temperature"] == 0]
         medians = [row["tokens_per_second"]["median"] for row in rows]
@@ -194,4 +194,4 @@ def draw(results: dict[str, Any], path: Path) -> None:
         axis.barh([row["name"] for row in rows], medians, xerr=errors)
         axis.invert_yaxis()
         axis.set_title(f"batch {size}")
-    common.save_figure(figure, path)
+    output.save_figure(figure, path)

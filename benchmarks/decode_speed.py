@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from transformers.utils.logging import disable_progress_bar
 
-from benchmarks import common, decode_bars
+from benchmarks import cli, decode_bars, output, prompt_sets, provenance
 from benchmarks import decode_report as report
 from benchmarks.decode_baselines import GENERATE, Timing, complete, generate, served
 from benchmarks.decode_steps import read_bandwidth, step_costs, weight_bytes
@@ -143,7 +143,7 @@ def baselines(arguments: Namespace, dtype: torch.dtype, threads: int) -> list[Va
     return found
 
 
-def fitting(target: Target, prompts: Sequence[common.Prompt], arguments: Namespace) -> list[list[int]]:
+def fitting(target: Target, prompts: Sequence[prompt_sets.Prompt], arguments: Namespace) -> list[list[int]]:
     """Token ids of the first prompts that fit the context with their answers, under the target's chat template."""
     wanted, found = max(arguments.limit, *arguments.batch), list[list[int]]()
     for prompt in prompts:
@@ -167,7 +167,7 @@ def batches(ids: list[list[int]], size: int) -> list[list[list[int]]]:
 def measure(variants: list[Variant], groups: dict[int, list[list[list[int]]]], repeats: int) -> report.Samples:
     """Time every variant `repeats` times over its batches; repeat 0 warms up and is not kept."""
     samples: report.Samples = {report.Key.of(variant): [] for variant in variants}
-    with common.progress_bar() as progress:
+    with cli.progress_bar() as progress:
         bar = progress.add_task("decoding", total=len(variants) * (repeats + 1))
         try:
             for repeat in range(repeats + 1):
@@ -185,8 +185,8 @@ def measure(variants: list[Variant], groups: dict[int, list[list[list[int]]]], r
 
 
 def parse(arguments: Sequence[str]) -> Namespace:
-    parser = common.Parser(prog=f"python -m {MODULE}", description=__doc__, epilog=EXAMPLES)
-    whole = common.whole(1)
+    parser = cli.Parser(prog=f"python -m {MODULE}", description=__doc__, epilog=EXAMPLES)
+    whole = cli.whole(1)
     options: dict[str, dict[str, Any]] = {
         "--target": {"required": True, "help": "hub id, folder, .gguf file, or smollm2"},
         "--target-adapter": {"metavar": "DIR", "help": "PEFT LoRA adapter of the target, merged in memory"},
@@ -194,17 +194,17 @@ def parse(arguments: Sequence[str]) -> Namespace:
         "--prompts": {"metavar": "FILE", "help": "JSONL with turns, prompt or question (default: benchmarks/prompts/)"},
         "--batch": {"type": whole, "nargs": "+", "default": [1], "metavar": "N", "help": "prompts at once; default: 1"},
         "--speculation-length": {"type": whole, "nargs": "+", "default": [1, 2, 3, 4, 5, 6, 7, 8], "metavar": "K"},
-        "--tree": {"type": common.whole(2), "nargs": "*", "default": [16], "metavar": "N", "help": "sizes of trees"},
-        "--temperature": {"type": common.real(0, 100), "nargs": "+", "default": [0.0], "metavar": "T"},
+        "--tree": {"type": cli.whole(2), "nargs": "*", "default": [16], "metavar": "N", "help": "sizes of trees"},
+        "--temperature": {"type": cli.real(0, 100), "nargs": "+", "default": [0.0], "metavar": "T"},
         "--rule": {"choices": RULES, "nargs": "+", "default": list(RULES), "help": "for temperatures above 0"},
         "--baseline": {"choices": BASELINES, "nargs": "+", "default": list(GENERATE), "help": "of transformers"},
         "--vs": {"metavar": "COMMAND", "help": "start this server and time it on the same prompts"},
         "--vs-url": {"metavar": "URL", "default": "http://127.0.0.1:8000", "help": "of its OpenAI API"},
         "--repeats": {"type": whole, "default": 5, "metavar": "N", "help": "default: %(default)s"},
         "--limit": {"type": whole, "default": 5, "metavar": "N", "help": "prompts, or --batch if more; default: 5"},
-        "--max-new-tokens": {"type": common.whole(2), "default": 128, "metavar": "N", "help": "default: %(default)s"},
-        "--baseline-tokens": {"type": common.whole(2), "default": 32, "metavar": "N", "help": "transformers' answers"},
-        "--seed": {"type": common.whole(0), "default": 0, "metavar": "N", "help": "default: %(default)s"},
+        "--max-new-tokens": {"type": cli.whole(2), "default": 128, "metavar": "N", "help": "default: %(default)s"},
+        "--baseline-tokens": {"type": cli.whole(2), "default": 32, "metavar": "N", "help": "transformers' answers"},
+        "--seed": {"type": cli.whole(0), "default": 0, "metavar": "N", "help": "default: %(default)s"},
         "--dtype": {"default": "bfloat16", "help": "auto, bfloat16 (default), float16, float32 or float64"},
         "--mode": {"choices": MODES, "default": "auto", "help": "default: %(default)s"},
         "--threads": {"type": whole, "metavar": "N", "help": "CPU threads (default: all of this process's)"},
@@ -220,14 +220,14 @@ def parse(arguments: Sequence[str]) -> Namespace:
 
 
 def benchmark(arguments: Namespace, command: Sequence[str]) -> int:
-    console = common.make_console()
-    out = common.output_folder(arguments.out)
+    console = cli.make_console()
+    out = cli.output_folder(arguments.out)
     disable_progress_bar()
-    chosen = common.load_prompts(arguments.prompts)
+    chosen = prompt_sets.load_prompts(arguments.prompts)
     target = load_target(arguments.target, arguments.dtype, adapter=arguments.target_adapter)
     head, about = load_head(arguments.head, dtype=target.dtype, device=target.device)
     check_fits(head, about, target)
-    threads = arguments.threads or common.cores()
+    threads = arguments.threads or provenance.cores()
     others = baselines(arguments, target.dtype, threads)
     engines = Engines(target, head, arguments)
     ids = fitting(target, chosen.prompts, arguments)
@@ -242,8 +242,8 @@ def benchmark(arguments: Namespace, command: Sequence[str]) -> int:
         samples = measure(variants, groups, arguments.repeats)
     results = {
         "benchmark": MODULE,
-        **common.provenance(MODULE, command, target),
-        "heads": [common.head_provenance(arguments.head, arguments.head)],
+        **provenance.provenance(MODULE, command, target),
+        "heads": [provenance.head_provenance(arguments.head, arguments.head)],
         "prompts": {"files": chosen.files, "sha256": chosen.sha256, "count": len(ids)},
         "settings": vars(arguments),
         "mode": engines.plain.mode,
@@ -258,7 +258,7 @@ def benchmark(arguments: Namespace, command: Sequence[str]) -> int:
     results["predicted"] = report.predict(results)
     results["bars"] = decode_bars.judge(results)
     report.show(console, results)
-    common.write_results(out / "decode_speed.json", results)
+    output.write_results(out / "decode_speed.json", results)
     report.draw(results, out / "decode_speed.png")
     console.print(f"wrote {out / 'decode_speed.json'} and {out / 'decode_speed.png'}", soft_wrap=True)
     missed = [bar for bar in results["bars"] if bar["met"] is False]
@@ -288,7 +288,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark with command-line arguments; gives the exit status."""
     command = list(sys.argv[1:] if arguments is None else arguments)
     parsed = parse(command)
-    return common.run_program(lambda: benchmark(parsed, command))
+    return cli.run_program(lambda: benchmark(parsed, command))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.table import Table
 
-from benchmarks.common import make_figure, save_figure
+from benchmarks.output import make_figure, save_figure
 
 # The linear layers of an EAGLE-3 head for Llama-3.1-8B: (in, out). k and v are one shape, as are gate and up.
 SHAPES = {

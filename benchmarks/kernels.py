@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from afa_kernels import ACTIVATIONS, afa_lora_linear, reference
-from benchmarks import common
+from benchmarks import cli, output, provenance
 from benchmarks.kernel_costs import (
     COMPILED,
     EAGER,
@@ -244,13 +244,13 @@ def _shape(text: str) -> tuple[str, tuple[int, int]]:
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = common.Parser(prog="python -m benchmarks.kernels", description=__doc__)
+    parser = cli.Parser(prog="python -m benchmarks.kernels", description=__doc__)
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--shapes", nargs="+", type=_shape, default=list(SHAPES.items()), metavar="NAME|INxOUT")
-    parser.add_argument("--tokens", nargs="+", type=common.whole(1), default=[2048, 8192, 16384])
-    parser.add_argument("--ranks", nargs="+", type=common.whole(1), default=[8, 16, 64, 128], help="at most 256")
+    parser.add_argument("--tokens", nargs="+", type=cli.whole(1), default=[2048, 8192, 16384])
+    parser.add_argument("--ranks", nargs="+", type=cli.whole(1), default=[8, 16, 64, 128], help="at most 256")
     parser.add_argument("--activation", default="silu", choices=tuple(ACTIVATIONS))
-    parser.add_argument("--repeats", type=common.whole(1), default=50, help="timed runs of each; the median counts")
+    parser.add_argument("--repeats", type=cli.whole(1), default=50, help="timed runs of each; the median counts")
     parser.add_argument("--out", required=True, metavar="DIR", help="where kernels-<device>.json and .png go")
     parser.add_argument("--check", action="store_true", help="print the bars, and exit with 1 where one is missed")
     return parser.parse_args(arguments)
@@ -279,14 +279,14 @@ def _rows(options: argparse.Namespace, device: torch.device, limits: dict[str, f
 def _run(options: argparse.Namespace, given: Sequence[str]) -> int:
     if max(options.ranks) > 256:
         raise UserError(f"--ranks {max(options.ranks)} is above 256, the kernels' largest; leave it out.")
-    device, folder = _device(options.device), common.output_folder(options.out)
+    device, folder = _device(options.device), cli.output_folder(options.out)
     os.environ["AFA_KERNELS"] = "triton"  # no silent way round what is to be timed
     torch.manual_seed(0)
     limits = ceilings(device)
-    console = common.make_console()
+    console = cli.make_console()
     total = len(options.shapes) * len(options.tokens) * len(options.ranks) * len(PHASES)
     rows = []
-    with common.progress_bar() as bar:
+    with cli.progress_bar() as bar:
         task = bar.add_task("layers", total=total)
         for row in _rows(options, device, limits):
             rows.append(row)
@@ -296,7 +296,7 @@ def _run(options: argparse.Namespace, given: Sequence[str]) -> int:
     found = bars(rows)
     results = _provenance(device, chip, given) | {"ceilings": limits, "repeats": options.repeats}
     results |= {"bars": [vars(one) | {"met": one.met} for one in found], "rows": rows}
-    common.write_results(folder / f"kernels-{slug}.json", results)
+    output.write_results(folder / f"kernels-{slug}.json", results)
     draw(rows, chip, folder / f"kernels-{slug}.png")
     console.print(make_table(rows))
     console.print(f"ceilings: {limits['flops'] / 1e12:.1f} TFLOP/s in bf16, {limits['bytes'] / 1e9:.0f} GB/s copied")
@@ -311,11 +311,11 @@ def _provenance(device: torch.device, chip: str, given: Sequence[str]) -> dict[s
     import triton
 
     return {
-        "commit": common._commit(),
+        "commit": provenance.commit(),
         "command": shlex.join(["python", "-m", "benchmarks.kernels", *given]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "device": chip,
-        "machine": {"cpu": common._cpu_model(), "interpreted": device.type == "cpu"},
+        "machine": {"cpu": provenance.cpu_model(), "interpreted": device.type == "cpu"},
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "triton": triton.__version__},
     }
 
@@ -323,7 +323,7 @@ def _provenance(device: torch.device, chip: str, given: Sequence[str]) -> dict[s
 def main(arguments: Sequence[str] | None = None) -> int:
     """The program; returns its exit status."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    return common.run_program(lambda: _run(_parse(given), given))
+    return cli.run_program(lambda: _run(_parse(given), given))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import common
+from benchmarks import output
 from benchmarks.bars import show_bars
 from benchmarks.decode_report import spread
 from benchmarks.load_client import Load
@@ -129,7 +129,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
     panels: list[tuple[str, str | None, str]] = [("closed", None, "tokens per second, closed loop")]
     panels += [("closed", "tpot", "ms per output token, closed loop"), ("poisson", "e2e", "ms to the end, Poisson")]
     panels = [panel for panel in panels if any(row["arrivals"] == panel[0] for row in results["loads"])]
-    figure, axes = common.make_figure(len(panels), "serving load: speculation on, off and automatic")
+    figure, axes = output.make_figure(len(panels), "serving load: speculation on, off and automatic")
     for axis, (arrivals, latency, title) in zip(axes, panels, strict=True):
         rows = [row for row in results["loads"] if row["arrivals"] == arrivals]
         for colour, mode in enumerate(sorted({row["mode"] for row in rows})):
@@ -151,4 +151,4 @@ def draw(results: dict[str, Any], path: Path) -> None:
         axis.set_xlabel("concurrency")
         axis.set_title(title)
         axis.legend()
-    common.save_figure(figure, path)
+    output.save_figure(figure, path)

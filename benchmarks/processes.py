@@ -18,7 +18,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import psutil
 
-from benchmarks.common import ROOT
+from benchmarks.provenance import ROOT
 from draft.errors import UserError
 
 if TYPE_CHECKING:

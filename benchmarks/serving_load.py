@@ -20,7 +20,7 @@ from typing import Any
 from rich.progress import Progress
 from transformers.utils.logging import disable_progress_bar
 
-from benchmarks import common, load_bars
+from benchmarks import cli, load_bars, output, prompt_sets, provenance
 from benchmarks import load_report as report
 from benchmarks.load_plan import HTTP_CONCURRENCY, MODES, Plan, Rates
 from benchmarks.load_runs import Bench, compare_http, endure, sweep
@@ -43,8 +43,8 @@ ARRIVALS = ("closed", "poisson")
 
 
 def parse(arguments: Sequence[str]) -> Namespace:
-    parser = common.Parser(prog=f"python -m {MODULE}", description=__doc__, epilog=EXAMPLES)
-    whole = common.whole(1)
+    parser = cli.Parser(prog=f"python -m {MODULE}", description=__doc__, epilog=EXAMPLES)
+    whole = cli.whole(1)
     options: dict[str, dict[str, Any]] = {
         "--target": {"default": "smollm2", "help": "hub id, folder, .gguf file, or smollm2 (default)"},
         "--head": {"default": "smollm2-eagle3", "help": "a head's folder, or smollm2-eagle3 (default)"},
@@ -52,14 +52,14 @@ def parse(arguments: Sequence[str]) -> Namespace:
         "--limit": {"type": whole, "default": 32, "metavar": "N", "help": "the shortest N prompts; default: 32"},
         "--concurrency": {"type": whole, "nargs": "+", "default": [1, 2, 4, 8, 16], "metavar": "N"},
         "--arrivals": {"choices": ARRIVALS, "nargs": "+", "default": list(ARRIVALS), "help": "default: both"},
-        "--rate": {"type": common.real(1e-3, 1e5), "metavar": "R", "help": "Poisson arrivals a second, at every level"},
+        "--rate": {"type": cli.real(1e-3, 1e5), "metavar": "R", "help": "Poisson arrivals a second, at every level"},
         "--requests": {"type": whole, "metavar": "N", "help": "a loop, at least (default: what fits --minutes)"},
-        "--minutes": {"type": common.real(0, 1e5), "default": 22.0, "metavar": "M", "help": "default: %(default)g"},
+        "--minutes": {"type": cli.real(0, 1e5), "default": 22.0, "metavar": "M", "help": "default: %(default)g"},
         "--repeats": {"type": whole, "default": 3, "metavar": "N", "help": "of closed loops; default: %(default)s"},
-        "--max-new-tokens": {"type": common.whole(2), "default": 32, "metavar": "N", "help": "default: %(default)s"},
+        "--max-new-tokens": {"type": cli.whole(2), "default": 32, "metavar": "N", "help": "default: %(default)s"},
         "--num-tokens": {"type": whole, "metavar": "K", "help": "drafted where speculation is on (default: the best)"},
-        "--endurance": {"type": common.whole(10), "default": 2000, "metavar": "N", "help": "requests; default: 2000"},
-        "--seed": {"type": common.whole(0), "default": 0, "metavar": "N", "help": "of Poisson arrivals; default: 0"},
+        "--endurance": {"type": cli.whole(10), "default": 2000, "metavar": "N", "help": "requests; default: 2000"},
+        "--seed": {"type": cli.whole(0), "default": 0, "metavar": "N", "help": "of Poisson arrivals; default: 0"},
         "--dtype": {"default": "auto", "help": "auto (default), bfloat16, float16, float32 or float64"},
         "--mode": {"choices": ENGINE_MODES, "default": "auto", "help": "default: %(default)s"},
         "--check": {"action": "store_true", "help": "measure all that has a bar, and exit 1 when one is missed"},
@@ -70,7 +70,7 @@ def parse(arguments: Sequence[str]) -> Namespace:
     return parser.parse_args(arguments)
 
 
-def shortest(target: Target, prompts: Sequence[common.Prompt], arguments: Namespace) -> list[str]:
+def shortest(target: Target, prompts: Sequence[prompt_sets.Prompt], arguments: Namespace) -> list[str]:
     """First turns, the shortest first: reading a long prompt costs the same in every mode, and hides the rest."""
     room = target.max_length - arguments.max_new_tokens
     lengths = {
@@ -88,18 +88,18 @@ def shortest(target: Target, prompts: Sequence[common.Prompt], arguments: Namesp
 
 def benchmark(arguments: Namespace, command: Sequence[str]) -> int:
     began = time.monotonic()
-    console = common.make_console()
-    out = common.output_folder(arguments.out)
+    console = cli.make_console()
+    out = cli.output_folder(arguments.out)
     disable_progress_bar()
-    chosen = common.load_prompts(arguments.prompts)
+    chosen = prompt_sets.load_prompts(arguments.prompts)
     cores = Cores.split()
     target = load_target(arguments.target, decoding_dtype(arguments.dtype, arguments.mode))
     head, about = load_head(arguments.head, dtype=target.dtype, device=target.device)
     check_fits(head, about, target)
     results: dict[str, Any] = {
         "benchmark": MODULE,
-        **common.provenance(MODULE, command, target),
-        "heads": [common.head_provenance(arguments.head, arguments.head)],
+        **provenance.provenance(MODULE, command, target),
+        "heads": [provenance.head_provenance(arguments.head, arguments.head)],
     }
     prompts = shortest(target, chosen.prompts, arguments)
     del target, head  # the servers have their own
@@ -114,7 +114,7 @@ def benchmark(arguments: Namespace, command: Sequence[str]) -> int:
     results["seconds"] = time.monotonic() - began
     results["bars"] = load_bars.judge(results) if arguments.check else []
     report.show(console, results)
-    common.write_results(out / "serving_load.json", results)
+    output.write_results(out / "serving_load.json", results)
     report.draw(results, out / "serving_load.png")
     console.print(f"wrote {out / 'serving_load.json'} and {out / 'serving_load.png'}", soft_wrap=True)
     missed = [bar for bar in results["bars"] if bar["met"] is False]
@@ -154,7 +154,7 @@ def measure(
     else:
         requests = plan.fit(rates, left)
     console.print(_forecast(plan, rates, requests))
-    with common.progress_bar() as progress:
+    with cli.progress_bar() as progress:
         found = run_all(bench, plan, requests, engine, progress)
     return {**found, "num_tokens": bench.num_tokens, "requests": requests, "server_flags": flags}
 
@@ -193,7 +193,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark with command-line arguments; gives the exit status."""
     command = list(sys.argv[1:] if arguments is None else arguments)
     parsed = parse(command)
-    return common.run_program(lambda: benchmark(parsed, command))
+    return cli.run_program(lambda: benchmark(parsed, command))
 
 
 if __name__ == "__main__":

@@ -11,9 +11,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.common import make_figure, save_figure
 from benchmarks.decode_report import spread
 from benchmarks.kernel_costs import Bar
+from benchmarks.output import make_figure, save_figure
 
 __all__ = ["bar_values", "bars", "draw", "ratios", "show", "spread", "summarise"]
 

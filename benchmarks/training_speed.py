@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers.utils.logging import disable_progress_bar
 
-from benchmarks import common
+from benchmarks import cli, output, provenance
 from benchmarks import training_report as report
 from benchmarks.training_steps import PARTS, Product, Step, make_rows, spread_lengths, timed
 from draft.checkpoint import check_fits, load_head
@@ -66,7 +66,7 @@ def measure(
     samples: dict[str, list[dict[str, float]]] = {name: [] for name in steps}
     names = list(steps)
     before = os.times()
-    with common.progress_bar() as progress:
+    with cli.progress_bar() as progress:
         task = progress.add_task("steps", total=repeats * len(names))
         for repeat in range(repeats):
             own.again()
@@ -113,18 +113,18 @@ def measure_packing(step: Step, arguments: Namespace) -> dict[str, Any]:
 
 def benchmark(arguments: Namespace, command: Sequence[str]) -> int:
     disable_progress_bar()
-    out = common.output_folder(arguments.out)
+    out = cli.output_folder(arguments.out)
     if not arguments.default_allocator:
         keep_freed_memory()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     target = load_target(arguments.target, arguments.dtype, arguments.device)
-    results = {**common.provenance(MODULE, command, target), **measure_all(target, arguments)}
-    console = common.make_console()
+    results = {**provenance.provenance(MODULE, command, target), **measure_all(target, arguments)}
+    console = cli.make_console()
     report.show(results, PARTS, console)
     bars = report.bars(results)
     results["bars"] = [report.bar_values(bar) for bar in bars]
-    common.write_results(out / "training_speed.json", results)
+    output.write_results(out / "training_speed.json", results)
     report.draw(results, PARTS, out / "training_speed.png")
     for bar in bars:
         console.print(str(bar))
@@ -163,21 +163,21 @@ def measure_all(target: Target, arguments: Namespace) -> dict[str, Any]:
 
 
 def parse(arguments: Sequence[str]) -> Namespace:
-    parser = common.Parser(prog=f"python -m {MODULE}", description=__doc__, epilog=EXAMPLES)
+    parser = cli.Parser(prog=f"python -m {MODULE}", description=__doc__, epilog=EXAMPLES)
     parser.add_argument("--target", default="smollm2", help="target (default: smollm2)")
     parser.add_argument("--head", default="smollm2-eagle3", help="head to adapt (default: smollm2-eagle3)")
     parser.add_argument("--out", required=True, help="folder for training_speed.json and .png")
     parser.add_argument("--dtype", default="auto", help="compute dtype (default: auto)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda (default: auto)")
-    parser.add_argument("--threads", type=common.whole(1), help="CPU threads (default: torch's)")
-    parser.add_argument("--rows", type=common.whole(1), default=8, help="rows of a batch (default: 8)")
-    parser.add_argument("--length", type=common.whole(8), default=256, help="tokens of a row (default: 256)")
-    parser.add_argument("--draft-steps", type=common.whole(1), default=4, help="draft steps K (default: 4)")
-    parser.add_argument("--rank", type=common.whole(1), default=16, help="rank of the adapters (default: 16)")
-    parser.add_argument("--repeats", type=common.whole(1), default=7, help="repeats of each method (default: 7)")
-    parser.add_argument("--conversations", type=common.whole(2), default=64, help="packed or padded (default: 64)")
+    parser.add_argument("--threads", type=cli.whole(1), help="CPU threads (default: torch's)")
+    parser.add_argument("--rows", type=cli.whole(1), default=8, help="rows of a batch (default: 8)")
+    parser.add_argument("--length", type=cli.whole(8), default=256, help="tokens of a row (default: 256)")
+    parser.add_argument("--draft-steps", type=cli.whole(1), default=4, help="draft steps K (default: 4)")
+    parser.add_argument("--rank", type=cli.whole(1), default=16, help="rank of the adapters (default: 16)")
+    parser.add_argument("--repeats", type=cli.whole(1), default=7, help="repeats of each method (default: 7)")
+    parser.add_argument("--conversations", type=cli.whole(2), default=64, help="packed or padded (default: 64)")
     parser.add_argument(
-        "--packing-repeats", type=common.whole(0), default=3, help="repeats of packing on and off; 0: none (default: 3)"
+        "--packing-repeats", type=cli.whole(0), default=3, help="repeats of packing on and off; 0: none (default: 3)"
     )
     parser.add_argument(
         "--default-allocator", action="store_true", help="let the C library give memory back between steps"
@@ -189,7 +189,7 @@ def parse(arguments: Sequence[str]) -> Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     command = list(sys.argv[1:] if arguments is None else arguments)
     parsed = parse(command)
-    return common.run_program(lambda: benchmark(parsed, command))
+    return cli.run_program(lambda: benchmark(parsed, command))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from benchmarks.common import cores
+from benchmarks.provenance import cores
 from draft.heads import Eagle3Head
 from draft.heads.registry import ARCHITECTURES
 from draft.target import Target

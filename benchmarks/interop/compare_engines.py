@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.common import load_prompts
+from benchmarks.prompt_sets import load_prompts
 from draft.acceptance import drafted_states
 from draft.checkpoint import check_fits, load_head
 from draft.heads import DraftHead

@@ -8,7 +8,7 @@ import torch
 from acceptance_runs import run, write_jsonl
 from conftest import make_tiny_head, make_tiny_target
 
-from benchmarks import acceptance_length, common
+from benchmarks import acceptance_length, prompt_sets
 from draft.checkpoint import save_head
 from draft.errors import UserError
 
@@ -84,11 +84,11 @@ def test_missing_files_and_a_head_of_another_target_exit_2(
 
 
 def test_default_prompts_and_the_columns_that_are_read(tmp_path: Path) -> None:
-    shipped = common.load_prompts()
+    shipped = prompt_sets.load_prompts()
     assert len(shipped.prompts) >= 80
     assert "benchmarks/prompts/chat.jsonl" in shipped.files
     assert len({prompt.category for prompt in shipped.prompts}) == 8
-    assert len({prompt.category for prompt in common.load_prompts(limit=8).prompts}) == 8
+    assert len({prompt.category for prompt in prompt_sets.load_prompts(limit=8).prompts}) == 8
     rows = [
         {"question_id": 81, "category": "writing", "turns": ["one", "two"], "reference": []},
         {"prompt": "three"},
@@ -96,14 +96,14 @@ def test_default_prompts_and_the_columns_that_are_read(tmp_path: Path) -> None:
     ]
     file = tmp_path / "own.jsonl"
     file.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows).encode())
-    found = {prompt.id: (prompt.category, prompt.turns) for prompt in common.load_prompts(file).prompts}
+    found = {prompt.id: (prompt.category, prompt.turns) for prompt in prompt_sets.load_prompts(file).prompts}
     assert found == {
         "81": ("writing", ("one", "two")),
         "own-2": ("own", ("three",)),
         "x": ("own", ("four \u2028 five",)),
     }
     with pytest.raises(UserError, match="cannot be read"):
-        common.load_prompts(tmp_path)
+        prompt_sets.load_prompts(tmp_path)
 
 
 def test_prompts_too_long_for_the_context_are_left_out_and_named(models: Path, tmp_path: Path) -> None:
