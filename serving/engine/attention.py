@@ -18,7 +18,7 @@ from transformers import AttentionInterface
 from draft.errors import UserError
 from serving.engine.batch import Batch, Segment
 from serving.engine.cache import LayerShape
-from serving.engine.padding import Padded, attend_padded
+from serving.engine.padding import Padded
 
 NAME = "draftsmith_slots"
 
@@ -88,7 +88,7 @@ def slot_attention_by(formula: Formula) -> Kernel:
         to its own (0: all); softcap: scores are bounded by it (0: not). Returns [1, N, heads, value_dim].
         """
         if layer.view.padded is not None:
-            return attend_padded(formula, query, key, value, layer, scale, window, softcap)
+            return _attend_padded(formula, layer.view.padded, query, key, value, layer, scale, window, softcap)
         mixed = query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
         start = 0
         for segment in layer.view.batch.segments:
@@ -104,6 +104,28 @@ def slot_attention_by(formula: Formula) -> Kernel:
         return mixed
 
     return slot_attention
+
+
+def _attend_padded(
+    formula: Formula,
+    padded: Padded,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layer: SlotLayer,
+    scale: float,
+    window: int,
+    softcap: float,
+) -> Tensor:
+    """All rows of a padded pass at once: query [1, heads, rows * tokens, d] -> [1, rows * tokens, heads, value_dim]."""
+    shape = padded.shape
+    writers = padded.slots.repeat_interleave(shape.tokens, output_size=shape.rows * shape.tokens)
+    layer.keys[writers, :, padded.places] = key[0].transpose(0, 1)
+    layer.values[writers, :, padded.places] = value[0].transpose(0, 1)
+    keys, values = (slots[:, :, : shape.reach].index_select(0, padded.slots) for slots in (layer.keys, layer.values))
+    by_row = query[0].unflatten(1, (shape.rows, shape.tokens)).transpose(0, 1)  # [rows, heads, tokens, d]
+    mixed = formula(by_row, keys, values, Sight(padded.visible(window), False, window), scale, softcap)
+    return mixed.flatten(0, 1)[None]
 
 
 def _visible(segment: Segment, view: View, rows: slice, reach: int, window: int) -> Tensor | None:

@@ -8,15 +8,11 @@ no token without anything to see.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from serving.engine.batch import Batch, block_mask, on_device
-
-if TYPE_CHECKING:
-    from serving.engine.attention import Formula, SlotLayer
 
 WIDEST = 64  # tokens of a row; a part of a prompt that is longer runs as it is
 _WASTE = 3.0  # a padded pass has at most that many times the tokens of the ragged one ...
@@ -125,23 +121,6 @@ class Padded:
             position = torch.where(from_base < 0, from_base, self.depths.gather(1, inside)) + self.bases[:, None]
             visible &= position[:, None] > self.positions.view(shape.rows, shape.tokens, 1) - window
         return visible[:, None]
-
-
-def attend_padded(
-    formula: Formula, query: Tensor, key: Tensor, value: Tensor, layer: SlotLayer, scale: float, window: int, cap: float
-) -> Tensor:
-    """As the ragged form: query [1, heads, rows * tokens, d] -> [1, rows * tokens, heads, value_dim]."""
-    from serving.engine.attention import Sight
-
-    padded: Any = layer.view.padded
-    shape = padded.shape
-    writers = padded.slots.repeat_interleave(shape.tokens, output_size=shape.rows * shape.tokens)
-    layer.keys[writers, :, padded.places] = key[0].transpose(0, 1)
-    layer.values[writers, :, padded.places] = value[0].transpose(0, 1)
-    keys, values = (slots[:, :, : shape.reach].index_select(0, padded.slots) for slots in (layer.keys, layer.values))
-    by_row = query[0].unflatten(1, (shape.rows, shape.tokens)).transpose(0, 1)  # [rows, heads, tokens, d]
-    mixed = formula(by_row, keys, values, Sight(padded.visible(window), False, window), scale, cap)
-    return mixed.flatten(0, 1)[None]
 
 
 def _doubled(count: int) -> int:
