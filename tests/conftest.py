@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -35,6 +36,11 @@ SHAPE: dict[str, Any] = {
     "pad_token_id": 2,
     "initializer_range": 0.2,
 }
+# the same cases in every run, on machines of any speed
+settings.register_profile(
+    "suite", deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("suite")
 MOST_WORKERS = 4  # of `pytest -n auto`: a process that has loaded torch and models takes some 2 GB
 
 

@@ -10,8 +10,9 @@ import signal
 import socket
 import subprocess
 import sys
-import time
+import threading
 from pathlib import Path
+from typing import Any
 
 import torch
 from conftest import save_tiny_target
@@ -51,16 +52,27 @@ def command(world: Path, mode: str, out: Path | str, *more: str, architecture: s
 class Run:
     """`draft-train` in a process of its own, its output in a file."""
 
-    def __init__(self, arguments: list[str], *, file_size: int | None = None, **environment: str) -> None:
-        """file_size: no file that it writes may grow beyond, in bytes: what a full disk does, without one."""
+    def __init__(
+        self,
+        arguments: list[str],
+        *,
+        file_size: int | None = None,
+        signalled: tuple[float, int] | None = None,
+        **environment: str,
+    ) -> None:
+        """file_size: no file that it writes may grow beyond, in bytes: what a full disk does, without one.
+
+        signalled: (step, number): it sends itself the signal of that number when it has logged the step; with a
+        fraction, so many tenths of a second later.
+        """
         self.out = Path(arguments[arguments.index("--out") + 1])
         self.log = self.out.with_name(f"{self.out.name}{environment.get('RANK', '')}.log")
-        self.process = CONTEXT.Process(target=_main, args=(arguments, str(self.log), file_size, environment))
+        self.process = CONTEXT.Process(target=_main, args=(arguments, str(self.log), file_size, signalled, environment))
         self.process.start()
 
     def wait(self) -> int:
         """The exit status; minus the signal's number for a killed process."""
-        self.process.join(120)
+        self.process.join(600)
         assert self.process.exitcode is not None, self.output()
         return self.process.exitcode
 
@@ -68,19 +80,17 @@ class Run:
         assert self.wait() == 0, self.output()
         return self
 
-    def signal_after(self, step: int, number: int) -> int:
-        """Send a signal when the run has logged `step`; returns the exit status."""
-        while self.process.is_alive() and last_step(self.out) < step:
-            time.sleep(0.001)
-        assert self.process.is_alive(), f"the run ended before step {step}: {self.output()}"
-        os.kill(self.process.pid, number)  # type: ignore[arg-type]
-        return self.wait()
-
     def output(self) -> str:
         return self.log.read_text() if self.log.is_file() else ""
 
 
-def _main(arguments: list[str], log: str, file_size: int | None, environment: dict[str, str]) -> None:
+def _main(
+    arguments: list[str],
+    log: str,
+    file_size: int | None,
+    signalled: tuple[float, int] | None,
+    environment: dict[str, str],
+) -> None:
     os.environ.update(environment)
     with open(log, "w") as file:
         os.dup2(file.fileno(), 1)
@@ -89,20 +99,62 @@ def _main(arguments: list[str], log: str, file_size: int | None, environment: di
     torch.set_num_threads(1)
     if file_size is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
+    if signalled is not None:
+        _signal_after(*signalled)
     from draft.cli import main
 
     sys.argv = ["draft-train", *arguments]
     main()
 
 
-def run_group(arguments: list[str], count: int = 2, file_size: int | None = None, **environment: str) -> list[Run]:
-    """The processes of one run, with what `torchrun` puts into their environment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **environment}
+def _signal_after(moment: float, number: int) -> None:
+    """From within: another process may see the step only when the run is already beyond it."""
+    from draft.training.monitor import Monitor
+
+    log = Monitor.log
+
+    def signalling(self: Monitor, step: int, metrics: dict[str, Any], tokens: int = 0) -> None:
+        log(self, step, metrics, tokens)
+        if tokens and step == int(moment):  # not what is logged of a replay
+            if moment == step:
+                os.kill(os.getpid(), number)
+            else:
+                threading.Timer((moment - step) / 10, os.kill, (os.getpid(), number)).start()
+
+    Monitor.log = signalling  # type: ignore[method-assign]
+
+
+def run_group(
+    arguments: list[str],
+    count: int = 2,
+    *,
+    file_size: int | None = None,
+    signalled: tuple[float, int] | None = None,
+    **environment: str,
+) -> list[Run]:
+    """The processes of one run, with what `torchrun` puts into their environment; `signalled` is of the first."""
+    # gloo looks for the host by its name, which need not be known where there is no network
+    shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), **environment}
+    shared.setdefault("GLOO_SOCKET_IFNAME", "lo")
     ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
-    return [Run(arguments, file_size=file_size, **shared, **rank) for rank in ranks]
+    options = [{"file_size": file_size, "signalled": None if rank else signalled} for rank in range(count)]
+    return [
+        Run(arguments, **option, **shared, **rank)  # type: ignore[arg-type]
+        for option, rank in zip(options, ranks, strict=True)
+    ]
+
+
+def free_port() -> int:
+    """A port that no client is given meanwhile: those come from a range above. Each process of pytest has its own."""
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    for port in range(12_000 + 1000 * worker, 13_000 + 1000 * worker):
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+        return port
+    raise RuntimeError("no port is free")
 
 
 def launch(launcher: list[str], arguments: list[str]) -> subprocess.CompletedProcess[str]:
@@ -115,7 +167,7 @@ def python(*arguments: str) -> subprocess.CompletedProcess[str]:
     paths = f"{ROOT}:{ROOT / 'kernels'}"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
     return subprocess.run(
-        [sys.executable, *arguments], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300
+        [sys.executable, *arguments], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=600
     )
 
 

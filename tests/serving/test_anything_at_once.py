@@ -55,7 +55,7 @@ def sampled_cases(draw: st.DrawFn, family: str, chunk: int) -> Case:
 
 @pytest.mark.parametrize("family", ALL)
 @given(data=st.data())
-@settings(max_examples=14, deadline=None)
+@settings(max_examples=14)
 def test_anything_at_once(family: str, data: st.DataObject) -> None:
     """Up to 24 requests an example: greedy and sampled, with all kinds of ends, in batches of 1 to 8."""
     chunk = data.draw(st.sampled_from(CHUNKS), label="prefill chunk")

@@ -87,7 +87,7 @@ def test_a_chain_is_kept_where_it_lies_and_a_path_is_moved_together() -> None:
 
 
 @given(entries=st.sets(st.integers(0, 15), max_size=12).map(sorted), base=st.integers(0, 8))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_any_path_is_kept(entries: list[int], base: int) -> None:
     cache = filled(SlotCache([shape()], slots=1, capacity=24))
     slot = cache.acquire()
@@ -163,7 +163,7 @@ def seen(segment: Segment, index: int, window: int) -> list[int]:
 )
 @example(formula=flex, seed=0, groups=3, window=4, softcap=2.0)  # without its compiler it is slow
 @example(formula=flex, seed=3, groups=1, window=0, softcap=0.0)
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_attention_is_what_it_is_by_definition(
     formula: Formula, seed: int, groups: int, window: int, softcap: float

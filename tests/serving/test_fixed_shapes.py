@@ -84,7 +84,7 @@ def batches(draw: st.DrawFn) -> Batch:
 
 
 @given(batches(), st.sampled_from([0, 1, 3, 8, 40]))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_each_token_sees_what_it_sees_in_the_ragged_pass(batch: Batch, window: int) -> None:
     shape = Shape.around(batch, capacity=96)
     if shape is None:

@@ -83,7 +83,7 @@ def test_numbers_of_different_keys_are_uncorrelated() -> None:
     positions=st.lists(st.integers(0, 2**31), min_size=1, max_size=5),
     candidates=st.lists(st.integers(0, 300_000), min_size=1, max_size=5),
 )
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_a_number_depends_on_its_key_only(seed: int, positions: list[int], candidates: list[int]) -> None:
     together = gumbel(seed, Purpose.CHOICE, positions, torch.tensor(candidates))
     for row, position in enumerate(positions):
@@ -150,7 +150,7 @@ def distributions(generator: torch.Generator, rows: int, vocab: int) -> torch.Te
 @given(
     seed=st.integers(0, 2**63 - 1), rows=st.integers(1, 8), vocab=st.integers(1, 700), data_seed=st.integers(0, 10**9)
 )
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_choosing_is_the_argmax_over_the_whole_vocabulary(seed: int, rows: int, vocab: int, data_seed: int) -> None:
     generator = torch.Generator().manual_seed(data_seed)
     log_p = distributions(generator, rows, vocab)

@@ -27,7 +27,7 @@ from serving.engine.sampling import Processor, warp
     top_p=st.floats(0.01, 1),
     min_p=st.sampled_from([0.0, 0.01, 0.3, 1.0]),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_warping_is_that_of_transformers(
     logits: list[int], temperature: float, top_k: int, top_p: float, min_p: float
 ) -> None:
@@ -123,7 +123,7 @@ def adjusted_plainly(row: list[float], params: SamplingParams, prompt: list[int]
 
 
 @given(request=requests(), seed=st.integers(0, 1000))
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 def test_adjusting_sees_the_tokens_before_each_row(
     request: tuple[SamplingParams, list[int], list[int], list[list[int]]], seed: int
 ) -> None:

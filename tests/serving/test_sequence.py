@@ -123,7 +123,7 @@ def cases(draw: st.DrawFn) -> tuple[list[int], SamplingParams]:
 
 
 @given(case=cases())
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 def test_an_answer_ends_where_an_oracle_ends_it(case: tuple[list[int], SamplingParams]) -> None:
     ids, params = case
     expected = ending(ids, params)
@@ -149,7 +149,7 @@ def test_an_answer_ends_where_an_oracle_ends_it(case: tuple[list[int], SamplingP
 
 
 @given(case=cases())
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=250)
 def test_what_is_released_does_not_change(case: tuple[list[int], SamplingParams]) -> None:
     ids, params = case
     state, given_out = sequence(params), []
@@ -237,7 +237,7 @@ def test_characters_of_several_tokens_appear_when_they_are_whole() -> None:
 
 
 @given(ids=st.lists(st.integers(3, 258) | st.sampled_from(encode("é日")), max_size=60))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_any_bytes_give_the_text_of_the_tokenizer_at_a_bounded_cost(ids: list[int]) -> None:
     state = sequence(SamplingParams(max_new_tokens=61))
     with patch.object(TOKENIZER, "decode", side_effect=TOKENIZER.decode) as decoded:

@@ -129,7 +129,7 @@ def best_nodes(scores: Scores, vocabulary: list[int], top_k: int, depth: int, si
     size=st.integers(1, 20),
     ties=st.booleans(),
 )
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_growth_keeps_the_best_nodes(seed: int, vocab: int, top_k: int, depth: int, size: int, ties: bool) -> None:
     scores, vocabulary = Scores(seed, vocab, ties), list(range(100, 100 + 3 * vocab, 3))
     grower = TreeGrower(top_k, depth, size)

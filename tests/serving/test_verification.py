@@ -106,7 +106,7 @@ def test_speculation_does_not_change_the_text(temperatures: tuple[float, ...]) -
     accepted = 0
 
     @given(params=requests(temperatures), seed=st.integers(0, 2**63 - 1))
-    @settings(max_examples=CASES, deadline=None, database=None)
+    @settings(max_examples=CASES)
     def check(params: SamplingParams, seed: int) -> None:
         nonlocal accepted
         target = Model(seed, VOCAB)
@@ -128,7 +128,7 @@ def test_speculation_does_not_change_the_text(temperatures: tuple[float, ...]) -
 
 
 @given(params=requests((0.5, 1.0)), seed=st.integers(0, 2**62))
-@settings(max_examples=CASES, deadline=None)
+@settings(max_examples=CASES)
 def test_a_verdict_is_a_path_of_possible_tokens(params: SamplingParams, seed: int) -> None:
     target = Model(seed, VOCAB)
     head = Model(seed + 1, VOCAB, like=target, likeness=0.8)
@@ -145,7 +145,7 @@ def test_a_verdict_is_a_path_of_possible_tokens(params: SamplingParams, seed: in
 
 @pytest.mark.parametrize("name", list(RULES))
 @given(seed=st.integers(0, 2**62))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_rows_off_the_path_do_not_matter(name: str, seed: int) -> None:
     params, target = SamplingParams(temperature=0.9, top_k=4), Model(seed, VOCAB)
     rule = make_rule(name, params, seed)

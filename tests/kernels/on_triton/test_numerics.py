@@ -29,7 +29,7 @@ from afa_kernels import ACTIVATIONS, afa_lora_linear, launch, reference, tuning
 SMALLEST = 1 if INTERPRETING else 8
 
 
-@settings(max_examples=20, deadline=None, derandomize=True)
+@settings(max_examples=20)
 @given(
     sizes=st.tuples(*[st.integers(SMALLEST, 50)] * 3, st.integers(1, 40)),
     dtypes=st.sampled_from(list(DTYPES)),

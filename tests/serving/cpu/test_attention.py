@@ -39,7 +39,7 @@ def reference(case: dict) -> tuple[Tensor, Tensor, Tensor]:
     return out, k_slots, v_slots
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     seed=st.integers(0, 10_000),
     dtype=st.sampled_from([FLOAT, HALF]),

@@ -20,7 +20,7 @@ from serving.engine.cpu import (
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     rows=st.integers(0, 40),
     size_in=st.integers(1, 200),
