@@ -251,16 +251,20 @@ def test_texts_with_and_without_drafts_are_the_same_in_bfloat16(family: str) -> 
 
 @pytest.mark.parametrize("family", ["llama", "mistral, a window wider than trees are deep", "gemma2"])
 def test_compiled_and_eager_engines_give_the_same_float32_tokens(family: str) -> None:
-    """With trees beside parts of prompts, some longer than a window."""
-    target, params = make(family, torch.float32), SamplingParams(24, ignore_eos=True)
+    """With trees beside parts of prompts, some longer than a window; but for a tie that a rounding decides."""
+    target, params = make(family, torch.float32), SamplingParams(24, ignore_eos=True, logprobs=2)
     prompts = [ids(5, 1), ids(200, 2), ids(9, 3), ids(120, 4)]
     answers, head = {}, make_tiny_head(target)
     for mode in ("eager", "compiled"):  # compiled last: it packs the target's weights
         options = {"speculation": "tree", "tree_size": 8, "threads": 1, "prefill_chunk": 128, "max_batch": 2}
         engine = Engine(target, head, mode=mode, **options)
         engine.warm_up()
-        answers[mode] = [each.token_ids for each in engine.generate(prompts, params)]
-    assert answers["compiled"] == answers["eager"]
+        answers[mode] = engine.generate(prompts, params)
+    firsts = []
+    for ours, theirs in zip(answers["compiled"], answers["eager"], strict=True):
+        pairs = zip(ours.token_ids, theirs.tokens, strict=True)
+        firsts += [token for token_id, token in pairs if token_id != token.id][:1]
+    assert len(firsts) <= 1 and all(token.top[0][1] - token.top[1][1] < 1e-4 for token in firsts)
 
 
 def test_a_head_in_another_dtype_than_a_compiled_target() -> None:
