@@ -67,7 +67,7 @@ class Trainer:
     def _prepare(self) -> None:
         """From the target to everything that a step needs."""
         settings, training = self.settings, self.settings.training
-        self.rows = load_rows(settings, self.target)
+        self.rows = load_rows(settings, self.target, self.console)
         packing = self.target.device.type == "cuda" if settings.data.packing is None else settings.data.packing
         self.schedule = Schedule(self.rows.train, settings, processes=self.processes.count, packing=packing)
         self.total_steps, self.step = self.schedule.total_steps, 0
