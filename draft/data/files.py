@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -13,6 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from draft.errors import UserError
+
+_DAMAGE = (OSError, EOFError, zlib.error)  # the last two: of a .gz that is cut off, or not what it was
 
 
 def records(source: str) -> Iterator[tuple[str, Any]]:
@@ -35,6 +38,11 @@ def _open(path: Path) -> IO[bytes]:
     return gzip.open(path) if path.suffix == ".gz" else path.open("rb")  # type: ignore[return-value]
 
 
+def _unusable(error: Exception) -> str:
+    """Why text that may well be JSON cannot be read, without Python's advice on it."""
+    return "nested too deeply" if isinstance(error, RecursionError) else str(error).partition(";")[0]
+
+
 def _jsonl(path: Path, name: str) -> Iterator[tuple[str, Any]]:
     number = 0
     try:
@@ -48,7 +56,11 @@ def _jsonl(path: Path, name: str) -> Iterator[tuple[str, Any]]:
         ) from error
     except UnicodeDecodeError as error:
         raise UserError(f"{name}, line {number}: not UTF-8 text; save the file as UTF-8.") from error
-    except (OSError, EOFError) as error:
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits
+        raise UserError(
+            f"{name}, line {number}: JSON that cannot be read ({_unusable(error)}); mend or remove it."
+        ) from error
+    except _DAMAGE as error:
         raise UserError(f"{name}, line {number + 1}: cannot be read ({error}); restore the file.") from error
 
 
@@ -63,8 +75,10 @@ def _json(path: Path, name: str) -> Iterator[tuple[str, Any]]:
         raise UserError(
             f"{name}, line {error.lineno}: not JSON ({error.msg}, column {error.colno}); mend the file."
         ) from error
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (*_DAMAGE, UnicodeDecodeError) as error:
         raise UserError(f"{name}: cannot be read as UTF-8 text ({error}); restore the file.") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{name}: JSON that cannot be read ({_unusable(error)}); mend the file.") from error
     if isinstance(content, dict):  # {"data": [...]}, or a single conversation
         content = content["data"] if isinstance(content.get("data"), list) else [content]
     if not isinstance(content, list):
@@ -75,6 +89,7 @@ def _json(path: Path, name: str) -> Iterator[tuple[str, Any]]:
 
 def _csv(path: Path, name: str) -> Iterator[tuple[str, Any]]:
     csv.field_size_limit(1 << 30)
+    number = 0
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, strict=True)
@@ -84,9 +99,10 @@ def _csv(path: Path, name: str) -> Iterator[tuple[str, Any]]:
                     raise UserError(
                         f"{name}, line {reader.line_num}: {amount} values than the header has names; mend or remove it."
                     )
-                yield f"{name}, line {reader.line_num}", record
-    except (csv.Error, OSError, EOFError, UnicodeDecodeError) as error:
-        raise UserError(f"{name}: not a CSV file in UTF-8 ({error}); mend the file.") from error
+                number = reader.line_num
+                yield f"{name}, line {number}", record
+    except (csv.Error, *_DAMAGE, UnicodeDecodeError) as error:
+        raise UserError(f"{name}, after line {number}: not CSV in UTF-8 ({error}); mend the file.") from error
 
 
 def _parquet(path: Path, name: str) -> Iterator[tuple[str, Any]]:

@@ -6,6 +6,7 @@ import io
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ import draft.comparison
 from draft.acceptance import replay
 from draft.comparison import Contender, compare, general_rows, row_ids
 from draft.comparison_report import print_report, public, summary, to_json, write_report
-from draft.data.dataset import Row, conversation_id, write_dataset
+from draft.data.dataset import Row, conversation_id, open_dataset, write_dataset
 from draft.data.responses import generate_responses
 from draft.errors import UserError
 from draft.tau import Interval, bootstrap_gain
@@ -138,17 +139,29 @@ def test_the_gate(comparison, domain_low, general_low, ship):
     assert replace(comparison, domain=measurement(domain_low), general=general).ship is ship
 
 
-def test_rows_that_the_candidate_was_trained_on_are_refused(tiny_target, tiny_head, rows):
+def test_rows_that_either_head_was_trained_on_are_refused(tiny_target, tiny_head, rows):
     base = contender("base", tiny_head)
     trained = contender("new", tiny_head, trained_rows=row_ids(rows[:3]))
-    with pytest.raises(UserError, match=f"3 of the {ROWS} domain rows .* held-out split"):
+    with pytest.raises(
+        UserError, match=f"3 of the {ROWS} domain rows .*the candidate was.* held-out split .* other prompts"
+    ):
         compare(tiny_target, base, trained, rows[:ROWS], max_steps=1, deciding_length=1)
     with pytest.raises(UserError, match="3 of the 4 general rows"):
         compare(tiny_target, base, trained, rows[4:ROWS], rows[:4], max_steps=1, deciding_length=1)
     # the same prompts answered at temperature 1 are the same conversations
     with pytest.raises(UserError, match="3 of the 48 domain rows"):
         compare(tiny_target, base, trained, rows[ROWS:] + rows[3:ROWS] + rows[:3], max_steps=1, deciding_length=1)
-    compare(tiny_target, trained, base, rows[:ROWS], max_steps=1, deciding_length=1, resamples=100)
+    # a baseline that knows the rows is measured too high, and a better candidate would not ship
+    with pytest.raises(UserError, match=f"3 of the {ROWS} domain rows .*the baseline was"):
+        compare(tiny_target, trained, base, rows[:ROWS], max_steps=1, deciding_length=1)
+    compare(tiny_target, trained, trained, rows[3:ROWS], max_steps=1, deciding_length=1, resamples=100)
+
+
+def test_the_bundled_head_was_not_trained_on_the_general_rows_that_ship():
+    package = Path(draft.comparison.__file__).parent
+    trained = json.loads((package / "pretrained/smollm2-eagle3/draftsmith.json").read_text())["trained_rows"]
+    shipped = row_ids(open_dataset(draft.comparison.GENERAL_ROWS).rows("held-out"))
+    assert trained and shipped and not set(trained) & set(shipped)
 
 
 def test_row_ids(rows):
