@@ -92,7 +92,7 @@ def _base_head(run: Path) -> str:
     path = run / "config.yaml"
     try:
         head = yaml.safe_load(path.read_text())["model"]["head"]
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError) as error:
+    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError) as error:
         raise UserError(f"{str(path)!r} is missing or damaged; restore it, or adapt again.") from error
     if not isinstance(head, str):
         raise UserError(f"{str(path)!r} names no base head, and {str(run)!r} has no head of its own; adapt again.")

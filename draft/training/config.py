@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-import types
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +14,7 @@ import yaml
 from draft.errors import UserError
 from draft.heads.registry import ARCHITECTURES, DEFAULT
 from draft.training.losses import LOSSES
+from draft.training.values import convert, read_sections, read_value
 
 TRACKERS = ("tensorboard", "wandb", "trackio", "none")
 METHODS = ("afa-lora", "lora", "full")
@@ -73,7 +72,7 @@ class ModelSettings:
                     f"head option {text!r} is none of {architecture.name}'s; they are "
                     f"{', '.join(f'{option}=...' for option in architecture.options)}."
                 )
-            options[key] = _convert(f"head option {key}", _read_value(text, value), hints[key])
+            options[key] = convert(f"head option {key}", read_value(text, value), hints[key])
         return options
 
 
@@ -249,7 +248,7 @@ def resolve(
         UserError: for an unknown section or key, or a value of the wrong type.
     """
     settings = RunSettings(mode=mode, out=out)
-    for section, values in _read_yaml(config_file).items():
+    for section, values in read_sections(config_file, SECTIONS).items():
         if section in ("mode", "out"):  # a resolved config of an earlier run has them; the command line decides
             continue
         if not isinstance(values, dict):
@@ -265,7 +264,7 @@ def resolve(
         section, dot, key = name.partition(".")
         if not (equals and dot):
             raise UserError(f"override {override!r} is not of the form section.key=value.")
-        _set(settings, section, key, _read_value(override, text))
+        _set(settings, section, key, read_value(override, text))
     settings.check()
     for name in ("head", "target_adapter"):  # merge may be called from another folder
         given = getattr(settings.model, name)
@@ -274,55 +273,13 @@ def resolve(
     return settings
 
 
-def _read_yaml(path: Path | None) -> dict[str, Any]:
-    if path is None:
-        return {}
-    try:
-        values = yaml.safe_load(path.read_text()) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"config {str(path)!r} could not be read ({str(error).splitlines()[0]}).") from error
-    if not isinstance(values, dict):
-        raise UserError(f"config {str(path)!r} must hold sections: {', '.join(SECTIONS)}.")
-    return values
-
-
-def _read_value(override: str, text: str) -> Any:
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"override {override!r}: the value is not YAML; quote it.") from error
-
-
 def _set(settings: RunSettings, section: str, key: str, value: Any) -> None:
     if section not in SECTIONS:
         raise UserError(f"unknown section {section!r} in the configuration; known are {', '.join(SECTIONS)}.")
     hints = setting_types(SECTIONS[section])
     if key not in hints:
         raise UserError(f"unknown key {section}.{key} in the configuration; known are {', '.join(hints)}.")
-    setattr(getattr(settings, section), key, _convert(f"{section}.{key}", value, hints[key]))
-
-
-def _convert(name: str, value: Any, kind: Any) -> Any:
-    """Check a value against a field's type; integers pass for floats, and 1e-3 (a string to YAML) too."""
-    options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
-    if value is None and type(None) in options:
-        return None
-    wanted = next(option for option in options if option is not type(None))
-    if typing.get_origin(wanted) is list:
-        (item_kind,) = typing.get_args(wanted)
-        if isinstance(value, (list, tuple)) and all(isinstance(item, item_kind) for item in value):
-            return list(value)
-    elif wanted is float and not isinstance(value, bool):
-        try:
-            number = float(value)
-        except (TypeError, ValueError, OverflowError):
-            number = math.nan
-        if math.isfinite(number):
-            return number
-    elif isinstance(value, wanted) and isinstance(value, bool) == (wanted is bool):
-        return value
-    kind_name = "finite number" if wanted is float else getattr(wanted, "__name__", wanted)
-    raise UserError(f"{name} = {value!r} is not of type {kind_name}; correct the value.")
+    setattr(getattr(settings, section), key, convert(f"{section}.{key}", value, hints[key]))
 
 
 def to_yaml(settings: RunSettings) -> str:

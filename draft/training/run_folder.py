@@ -128,7 +128,7 @@ def _differences(config: Path, settings: RunSettings) -> list[str]:
     try:
         before = yaml.safe_load(config.read_text())
         assert isinstance(before, dict)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, AssertionError):
+    except (OSError, ValueError, yaml.YAMLError, AssertionError):
         return [f"{config.name} is missing or damaged"]
     if before.get("mode") != settings.mode:
         return [f"mode was {before.get('mode')}, is {settings.mode}"]

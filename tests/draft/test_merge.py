@@ -22,6 +22,7 @@ from draft.merge import merge_run
         ("about.json", "[]", "about.json' holds a list"),
         ("about.json", "{}", "is not the one that"),
         ("config.yaml", "\0", "config.yaml' is missing or damaged"),
+        ("config.yaml", "model: {head: 2020-13-45}", "config.yaml' is missing or damaged"),
         ("config.yaml", "model: {}", "config.yaml' is missing or damaged"),
         ("config.yaml", "model: {head: null}", "names no base head"),
         ("config.yaml", None, "config.yaml' is missing or damaged"),

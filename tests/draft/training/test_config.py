@@ -4,6 +4,7 @@ import pytest
 
 from draft.errors import UserError
 from draft.training.config import resolve, to_yaml
+from draft.training.run_folder import RunFolder
 
 MINIMUM = {"data": ["d"], "head": "h"}
 NEW = {"data": ["d"]}
@@ -32,6 +33,7 @@ def test_a_resolved_configuration_reads_back_the_same(tmp_path):
         ({"overrides": ["train.seed=1"]}, "'train'"),
         ({"overrides": ["training.seed=x"]}, "'x'"),
         ({"overrides": ["training.seed=true"]}, "True"),
+        ({"overrides": ["training.seed=2020-13-45"]}, "'training.seed=2020-13-45': the value is not YAML"),
         ({"overrides": ["training.seed"]}, "section.key=value"),
         ({"overrides": ["adapter.rank=0"]}, "rank = 0"),
         ({"flags": {**MINIMUM, "epochs": float("inf")}}, "epochs = inf is not of type finite number"),
@@ -56,10 +58,17 @@ def test_a_mistake_is_named(change, words):
 
 def test_a_broken_file_is_named(tmp_path):
     file = tmp_path / "run.yaml"
-    for content in (b"training: [\n", b"\xff"):
+    for content in (b"training: [\n", b"\xff", b"training: {seed: 2020-13-45}\n"):
         file.write_bytes(content)
         with pytest.raises(UserError, match=r"run\.yaml"):
             resolve("adapt", "o", config_file=file, flags=MINIMUM)
+
+
+def test_a_broken_configuration_of_a_run_is_named(tmp_path):
+    (tmp_path / "head").mkdir()  # the result of a run
+    (tmp_path / "config.yaml").write_text("training: {seed: 2020-13-45}\n")
+    with pytest.raises(UserError, match=r"config\.yaml is missing or damaged"):
+        RunFolder(resolve("adapt", str(tmp_path), flags=MINIMUM)).check_settings()
 
 
 def test_a_new_heads_vocabulary_is_not_rebuilt():
