@@ -44,8 +44,8 @@ def initialise(head: DraftHead, target: Target, batches: Iterable[tuple[Features
 def vocabulary_size(model: ModelSettings, target: Target) -> int:
     """Tokens that a new head drafts from."""
     reduced = ARCHITECTURES[model.new_architecture].reduced_vocabulary and not model.options().get("shared_lm_head")
-    asked = model.draft_vocab_size or (DRAFT_VOCABULARY if reduced else target.vocab_size)
-    return min(asked, target.vocab_size)
+    usual = min(DRAFT_VOCABULARY, target.vocab_size) if reduced else target.vocab_size
+    return model.draft_vocab_size or usual  # what was asked for is not cut: `draft_vocabulary` refuses what is too much
 
 
 def load_base_head(settings: RunSettings, target: Target) -> tuple[DraftHead, dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -172,10 +173,12 @@ class RunSettings:
             raise UserError(
                 f"log_with {', '.join(self.training.log_with)}: choose from {', '.join(TRACKERS[:-1])}, or none alone."
             )
-        for section, name, least in _LEAST:
+        for section, name, least, most in _RANGES:
             value = getattr(getattr(self, section), name)
             if value is not None and not value >= least:
                 raise UserError(f"{name} = {value} is too small; use at least {least}.")
+            if value is not None and not value <= most:
+                raise UserError(f"{name} = {value} is too large; use at most {most}.")
 
     def _check_head(self) -> None:
         model = self.model
@@ -203,23 +206,24 @@ class RunSettings:
         model.options()
 
 
-_LEAST = (
-    ("model", "draft_vocab_size", 1),
-    ("adapter", "rank", 1),
-    ("data", "tokens_per_batch", 1),
-    ("training", "epochs", 1e-6),
-    ("training", "max_steps", 1),
-    ("training", "learning_rate", 0.0),
-    ("training", "warmup_ratio", 0.0),
-    ("training", "gradient_accumulation", 1),
-    ("training", "draft_steps", 1),
-    ("training", "max_grad_norm", 1e-12),
-    ("training", "keep_checkpoints", 1),
-    ("training", "save_every", 1),
-    ("training", "eval_every", 0),
-    ("training", "eval_rows", 0),
-    ("training", "step_decay", 0.0),
-    ("training", "feature_weight", 0.0),
+_RANGES = (
+    ("model", "draft_vocab_size", 1, math.inf),
+    ("adapter", "rank", 1, math.inf),
+    ("adapter", "alpha", 1e-6, math.inf),
+    ("data", "tokens_per_batch", 1, math.inf),
+    ("training", "epochs", 1e-6, math.inf),
+    ("training", "max_steps", 1, math.inf),
+    ("training", "learning_rate", 0.0, math.inf),
+    ("training", "warmup_ratio", 0.0, 1.0),
+    ("training", "gradient_accumulation", 1, math.inf),
+    ("training", "draft_steps", 1, math.inf),
+    ("training", "max_grad_norm", 1e-12, math.inf),
+    ("training", "keep_checkpoints", 1, math.inf),
+    ("training", "save_every", 1, math.inf),
+    ("training", "eval_every", 0, math.inf),
+    ("training", "eval_rows", 0, math.inf),
+    ("training", "step_decay", 0.0, math.inf),
+    ("training", "feature_weight", 0.0, math.inf),
 )
 SECTIONS: dict[str, type] = {
     "model": ModelSettings,
