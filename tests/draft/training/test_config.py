@@ -59,6 +59,46 @@ def test_a_mistake_is_named(change, words):
         resolve("adapt", "o", **{"flags": MINIMUM, **change})
 
 
+@pytest.mark.parametrize(
+    ("mode", "flags", "words"),
+    [
+        ("adapt", {"method": "full", "targets": ["q_proj"], "rank": 3}, "rank = 3 is of an adapter, .* method is full"),
+        ("adapt", {"method": "full", "targets": ["q_proj"]}, r"targets = \['q_proj'\] is of an adapter, .* full"),
+        ("adapt", {"method": "full", "alpha": 8.0}, "alpha = 8.0 is of an adapter"),
+        ("adapt", {"method": "lora", "placement": "banana"}, "placement = 'banana' is of an AFA-LoRA .* is lora"),
+        ("adapt", {"method": "lora", "activation": "gelu"}, "activation = 'gelu' is of an AFA-LoRA"),
+        ("adapt", {"method": "full", "decay_ratio": 0.5}, "decay_ratio = 0.5 is of an AFA-LoRA"),
+        ("adapt", {"method": "lora", "schedule": "cosine"}, "schedule = 'cosine' is of an AFA-LoRA"),
+        ("pretrain", {"rank": 4}, "rank = 4 is of an adapter, and pretrain trains all weights; leave it out"),
+        ("pretrain", {"method": "lora"}, "method = 'lora' is of adapt, and pretrain trains all weights"),
+    ],
+)
+def test_settings_that_the_method_has_no_use_for_are_refused(mode, flags, words):
+    with pytest.raises(UserError, match=words):
+        resolve(mode, "o", flags={**MINIMUM, **flags})
+
+
+def test_settings_that_the_method_uses_or_that_say_nothing_new_are_taken():
+    annealed = {"activation": "gelu", "placement": "s-A-B", "decay_ratio": 0.5, "schedule": "cosine"}
+    for flags in (
+        annealed,
+        {"method": "lora", "rank": 3, "alpha": 1.0, "targets": ["fc"]},
+        {"method": "full", "rank": 16},
+    ):
+        resolve("adapt", "o", flags={**MINIMUM, **flags})
+
+
+def test_the_resolved_configuration_of_an_older_run_goes_on(tmp_path):
+    """It names the targets that its architecture would have given an adapter, and whatever flags it was given."""
+    settings = resolve("adapt", "o", flags={**MINIMUM, "method": "full"})
+    settings.adapter.targets, settings.adapter.rank = ["q_proj"], 8
+    file = tmp_path / "config.yaml"
+    file.write_text(to_yaml(settings))
+    assert resolve("adapt", "o", config_file=file) == settings
+    with pytest.raises(UserError, match="rank = 3 is of an adapter"):
+        resolve("adapt", "o", config_file=file, flags={"rank": 3})
+
+
 def test_a_broken_file_is_named(tmp_path):
     file = tmp_path / "run.yaml"
     for content in (b"training: [\n", b"\xff", b"training: {seed: 2020-13-45}\n"):
