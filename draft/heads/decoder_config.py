@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
@@ -105,11 +106,16 @@ def _check_count(name: str, value: Any) -> None:
         raise UserError(f"head config: {name} = {value!r}; it must be a whole number of at least 1.")
 
 
+def _check_positive(name: str, value: Any) -> None:
+    if type(value) not in (int, float) or not 0 < value <= sys.float_info.max:
+        raise UserError(f"head config: {name} = {value!r}; it must be a finite number above 0.")
+
+
 def fields_of(kind: type, values: dict[str, Any], name: str) -> dict[str, Any]:
     """The arguments of the dataclass `kind` among `values`; `name`: of the architecture, for the error.
 
     Raises:
-        UserError: when some that have no default are missing, or a size is none.
+        UserError: when some that have no default are missing, or a number is none that can be.
     """
     missing = [f.name for f in fields(kind) if f.default is MISSING and values.get(f.name) is None]
     if missing:
@@ -117,6 +123,8 @@ def fields_of(kind: type, values: dict[str, Any], name: str) -> dict[str, Any]:
     for f in fields(kind):
         if f.type == "int" and f.name in values:
             _check_count(f.name, values[f.name])
+        if f.type == "float" and f.name in values:
+            _check_positive(f.name, values[f.name])
     return {f.name: values[f.name] for f in fields(kind) if f.name in values}
 
 

@@ -1,6 +1,7 @@
 """Heads are read strictly and written whole."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -100,6 +101,10 @@ def test_names_of_other_trainers_are_understood(folder, tiny_head):
         ("draft_vocab_size", 259, "d2t reorders"),
         ("architectures", ["OtherModel"], "OtherModel"),
         ("rms_norm_eps", None, "rms_norm_eps"),
+        ("rms_norm_eps", "x", "rms_norm_eps = 'x'; it must be a finite number"),
+        ("rms_norm_eps", math.inf, "rms_norm_eps = inf"),
+        ("rms_norm_eps", -1e-5, "rms_norm_eps = -1e-05"),
+        ("rms_norm_eps", True, "rms_norm_eps = True"),
         ("eagle_aux_hidden_state_layer_ids", [1, 3, 9], r"\[1, 3, 9\] and the target has 8 layers"),
         ("eagle_aux_hidden_state_layer_ids", [3, 1, 4], r"\[3, 1, 4\].*must rise"),
         ("eagle_config", {"eagle_aux_hidden_state_layer_ids": [1, 3, 5]}, "1,3,5 as vLLM reads it, 2,4,6 as SGLang"),
