@@ -98,8 +98,7 @@ def settle(settings: RunSettings, head: DraftHead) -> Objective:
     """
     architecture, training = architecture_of(head), settings.training
     settings.model.architecture = architecture.name
-    if settings.method != "full":
-        settings.adapter.targets = settings.adapter.targets or list(architecture.adapter_targets(head))
+    settings.adapter.targets = settings.adapter.targets or list(architecture.adapter_targets(head))
     training.draft_steps = training.draft_steps or head.longest or DRAFT_STEPS
     if head.longest is not None and training.draft_steps > head.longest:
         raise UserError(

@@ -12,6 +12,8 @@ from typing import Any, Literal
 
 import yaml
 
+from afa_kernels import ACTIVATIONS, canonical_placement
+from draft.afa_schedule import SCHEDULES
 from draft.errors import UserError
 from draft.heads.registry import ARCHITECTURES, DEFAULT
 from draft.training.losses import LOSSES
@@ -155,16 +157,13 @@ class RunSettings:
         kind = "pretrain" if self.mode == "pretrain" else self.adapter.method
         return _LEARNING_RATES[kind] if self.training.learning_rate is None else self.training.learning_rate
 
-    def check(self, earlier: AdapterSettings | None = None) -> None:
-        """Refuse values that can only fail later, or that nothing would come of.
-
-        earlier: the adapter's settings of an earlier run whose resolved config is read again, used or not.
-        """
+    def check(self) -> None:
+        """Refuse values that can only fail later."""
         if self.method not in METHODS:
             raise UserError(f"method {self.method!r} is unknown; choose one of {', '.join(METHODS)}.")
-        self._check_adapter(earlier or AdapterSettings())
         if self.training.loss not in LOSSES:
             raise UserError(f"loss {self.training.loss!r} is unknown; choose one of {', '.join(LOSSES)}.")
+        self._check_adapter()
         self._check_head()
         if not self.data.data:
             raise UserError("no data given; pass --data DIR, a folder that `draft-train prepare` wrote.")
@@ -184,16 +183,23 @@ class RunSettings:
             if value is not None and not value <= most:
                 raise UserError(f"{name} = {value} is too large; use at most {most}.")
 
-    def _check_adapter(self, usual: AdapterSettings) -> None:
-        """Refuse settings of an adapter that the method does not train."""
-        trains = "pretrain trains all weights" if self.mode == "pretrain" else f"the method is {self.method}"
-        if self.mode == "pretrain" and self.adapter.method not in (usual.method, "full"):
-            raise UserError(f"method = {self.adapter.method!r} is of adapt, and {trains}; leave it out.")
-        for kind, names, methods in _ADAPTERS:
-            for name in names if self.method not in methods else ():
-                value = getattr(self.adapter, name)
-                if value != getattr(usual, name):
-                    raise UserError(f"{name} = {value!r} is of {kind}, and {trains}; leave it out.")
+    def _check_adapter(self) -> None:
+        """Also where the method has no use for it: what is misspelt is never meant."""
+        activation, schedule = self.adapter.activation, self.adapter.schedule
+        if activation not in ACTIVATIONS:
+            raise UserError(f"activation {activation!r} is unknown; choose one of {', '.join(ACTIVATIONS)}.")
+        if schedule not in SCHEDULES:
+            raise UserError(f"schedule {schedule!r} is unknown; choose one of {', '.join(SCHEDULES)}.")
+        try:
+            canonical_placement(self.adapter.placement)
+        except ValueError as error:
+            raise UserError(f"{error}.") from error
+
+    def unused(self) -> list[str]:
+        """Settings of an adapter that were given, and that the method has no use for."""
+        usual = AdapterSettings()
+        names = [name for name, methods in _ADAPTERS.items() if self.method not in methods]
+        return [name for name in names if getattr(self.adapter, name) != getattr(usual, name)]
 
     def _check_head(self) -> None:
         model = self.model
@@ -221,11 +227,11 @@ class RunSettings:
         model.options()
 
 
-# kind of adapter, settings that it has, methods that train it
-_ADAPTERS = (
-    ("an AFA-LoRA adapter", ("activation", "placement", "decay_ratio", "schedule"), ("afa-lora",)),
-    ("an adapter", ("rank", "alpha", "targets"), ("afa-lora", "lora")),
-)
+# setting of an adapter -> methods that go by it
+_ADAPTERS = {
+    **dict.fromkeys(("rank", "alpha", "targets"), ("afa-lora", "lora")),
+    **dict.fromkeys(("activation", "placement", "decay_ratio", "schedule"), ("afa-lora",)),
+}
 _RANGES = (
     ("model", "draft_vocab_size", 1, math.inf),
     ("adapter", "rank", 1, math.inf),
@@ -272,16 +278,13 @@ def resolve(
         UserError: for an unknown section or key, or a value of the wrong type.
     """
     settings = RunSettings(mode=mode, out=out)
-    sections = read_sections(config_file, SECTIONS)
-    for section, values in sections.items():
+    for section, values in read_sections(config_file, SECTIONS).items():
         if section in ("mode", "out"):  # a resolved config of an earlier run has them; the command line decides
             continue
         if not isinstance(values, dict):
             raise UserError(f"config {str(config_file)!r}: section {section!r} must hold keys and values.")
         for key, value in values.items():
             _set(settings, section, key, value)
-    # a resolved config names what its run had no use for too: older ones of method full have targets
-    earlier = dataclasses.replace(settings.adapter) if "mode" in sections else None
     for key, value in (flags or {}).items():
         if value is not None:
             section = next(name for name, kind in SECTIONS.items() if key in setting_types(kind))
@@ -292,7 +295,7 @@ def resolve(
         if not (equals and dot):
             raise UserError(f"override {override!r} is not of the form section.key=value.")
         _set(settings, section, key, read_value(override, text))
-    settings.check(earlier)
+    settings.check()
     for name in ("head", "target_adapter"):  # merge may be called from another folder
         given = getattr(settings.model, name)
         if given and Path(given).is_dir():

@@ -56,6 +56,8 @@ class Trainer:
         self.accelerator = self.processes.accelerator
         self.console = (console or Console()) if self.processes.is_main else Console(quiet=True)
         self.run = RunFolder(settings)
+        if unused := settings.unused():
+            self.console.print(f"Not used by method {settings.method}: {', '.join(unused)}.")
         self.progress = self.processes.on_main(lambda: self.run.open(resume))
         model = settings.model
         self.target = load_target(model.target, launcher_dtype(settings), model.device, model.target_adapter)

@@ -51,10 +51,6 @@ def run(root, mode, name, overrides=(), **flags):
     return Trainer(settings, QUIET).train()
 
 
-def adapter_sizes(method):
-    return {} if method == "full" else {"rank": 4, "alpha": 8}
-
-
 def metrics(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
@@ -91,7 +87,7 @@ def test_adapting_and_merging(world, architecture, method, tmp_path):
     start, weight, changed = ADAPTED[architecture]
     name = f"adapted-{architecture}-{method}"
     head = str(world / start / "head")
-    result = run(world, "adapt", name, head=head, method=method, max_steps=10, **adapter_sizes(method))
+    result = run(world, "adapt", name, head=head, method=method, rank=4, alpha=8, max_steps=10)
     betas = [line["beta"] for line in metrics(world / name) if "loss" in line]
     if method == "afa-lora":
         assert betas == pytest.approx([2 / 3, 1 / 3] + [0.0] * 8)
@@ -167,7 +163,7 @@ STARTS = {
     ],
 )
 def test_an_interrupted_run_ends_with_the_same_weights(world, mode, method, architecture, monkeypatch):
-    settings = {"method": method, "max_steps": 8, "save_every": 3, "gradient_accumulation": 2, **adapter_sizes(method)}
+    settings = {"method": method, "rank": 4, "max_steps": 8, "save_every": 3, "gradient_accumulation": 2}
     start = {"head": str(world / ADAPTED[architecture][0] / "head")} if mode == "adapt" else STARTS[architecture]
     settings |= {**start, "draft_steps": None if architecture == "eagle" else 3}
     kinds = [f"{mode}-{architecture}-{kind}-{method}" for kind in ("whole", "broken")]
@@ -279,7 +275,7 @@ def test_a_rebuilt_vocabulary_keeps_what_the_head_knows(world):
 @pytest.mark.parametrize(("mode", "method"), [("pretrain", "full"), ("adapt", "full"), ("adapt", "afa-lora")])
 def test_half_precision(world, mode, method):
     """Masters and adapters stay in float32; what is saved has the target's stored dtype."""
-    flags = {"method": method, "dtype": "bfloat16", "max_steps": 4, **adapter_sizes(method)}
+    flags = {"method": method, "rank": 4, "dtype": "bfloat16", "max_steps": 4}
     flags |= {"draft_vocab_size": 180} if mode == "pretrain" else {}
     result = run(world, mode, f"half-{mode}-{method}", **flags)
     losses = [line["loss"] for line in metrics(world / f"half-{mode}-{method}") if "loss" in line]
