@@ -227,21 +227,37 @@ def test_when_the_engine_s_thread_dies_nobody_hangs(make_gated) -> None:
     in_process(create_app(gated), conversation)
 
 
-def test_draining_finishes_what_runs_takes_nothing_new_and_then_ends_the_rest(gated) -> None:
+def test_draining_finishes_what_runs_and_takes_nothing_new(gated) -> None:
+    app = create_app(gated)
+
+    async def conversation(client: httpx.AsyncClient) -> None:
+        stream = asyncio.ensure_future(
+            client.post("/generate_stream", json={"inputs": "a", "parameters": {"max_new_tokens": 6}})
+        )
+        requests = [post(client), post(client)]
+        await until(lambda: gated.running == 1 and gated.waiting == 2)
+        draining = asyncio.ensure_future(app.state.service.drain(240))  # longer than the conversation may last
+        await until(lambda: app.state.service.draining)
+        assert (await client.get("/health")).status_code == 200
+        assert (await client.get("/ready")).status_code == 503
+        turned_away = await post(client)
+        assert turned_away.status_code == 503 and turned_away.headers["retry-after"]
+        assert not any(task.done() for task in (draining, stream, *requests))
+        gated.gate.set()
+        await draining
+        assert [(await task).status_code for task in (stream, *requests)] == [200] * 3
+
+    in_process(app, conversation)
+
+
+def test_draining_ends_what_has_not_finished_in_time(gated) -> None:
     app = create_app(gated)
 
     async def conversation(client: httpx.AsyncClient) -> None:
         stream = asyncio.ensure_future(client.post("/generate_stream", json={"inputs": PROMPT}))
         requests = [post(client), post(client)]
         await until(lambda: gated.running == 1 and gated.waiting == 2)
-        draining = asyncio.ensure_future(app.state.service.drain(0.3))
-        await asyncio.sleep(0.05)
-        assert (await client.get("/health")).status_code == 200
-        assert (await client.get("/ready")).status_code == 503
-        turned_away = await post(client)
-        assert turned_away.status_code == 503 and turned_away.headers["retry-after"]
-        assert not any(task.done() for task in (stream, *requests))
-        await draining
+        await app.state.service.drain(0.05)  # the gate stays shut
         for answer in [await stream, *[await task for task in requests]]:
             assert answer.status_code == 503 and "shutting down" in answer.json()["error"]
 
