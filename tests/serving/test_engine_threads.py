@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from http_testing import GatedEngine, eventually
 from small_engines import CHAIN, HEAD, TARGET, finish, params
 
 from draft.errors import UserError
@@ -182,9 +183,10 @@ def test_generate_goes_through_the_thread_where_there_is_one(threaded: Engine) -
 
 
 def test_closing_turns_everyone_away() -> None:
-    engine = Engine(TARGET, max_batch=1)
+    engine = GatedEngine(TARGET, max_batch=1)  # whose gate stays shut: none is done before it is closed
     engine.start()
     requests = [engine.submit([50], params(60)) for _ in range(3)]
+    eventually(lambda: engine.running == 1 and engine.waiting == 2)
     engine.close()
     for request in requests:
         with pytest.raises(EngineStopped):
