@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import pytest
 from conftest import make_tiny_head, make_tiny_target
-from http_testing import PROMPT, events, eventually, idle, live, series
+from http_testing import PROMPT, GatedEngine, events, eventually, idle, live, series
 from starlette.applications import Starlette
 from starlette.routing import Route
 
@@ -179,7 +179,7 @@ def test_a_cancel_storm_leaves_nothing_behind() -> None:
 
 
 def test_a_slow_reader_does_not_stall_others(tiny_target) -> None:
-    engine = Engine(tiny_target, max_batch=4)
+    engine = GatedEngine(tiny_target, max_batch=4)
     with live(create_app(engine)) as url:
         host, port = url.removeprefix("http://").split(":")
         body = json.dumps({"inputs": PROMPT, "parameters": {"max_new_tokens": 60, "top_n_tokens": 5}}).encode()
@@ -192,7 +192,9 @@ def test_a_slow_reader_does_not_stall_others(tiny_target) -> None:
             reader.connect((host, int(port)))
             reader.sendall(head.encode() + b"\r\n\r\n" + body)
             readers.append(reader)
-        eventually(lambda: engine.running == 3)
+        # at the gate, where the first one holds the others in the line: none is done before all have come
+        eventually(lambda: engine.running + engine.waiting == 3)
+        engine.gate.set()
         answer = httpx.post(f"{url}/generate", json={"inputs": "a", "parameters": {"max_new_tokens": 4}}, timeout=60)
         assert answer.status_code == 200
         eventually(lambda: idle(engine), 120)  # they are decoded to the end though nobody reads
