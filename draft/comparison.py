@@ -130,8 +130,8 @@ def compare(
     Both heads are replayed on the states of one pass of the target, so they are judged on identical text.
 
     Raises:
-        UserError: when a head is not for this target, when the candidate was trained on some of the rows, when there
-            are no greedily written rows, or when deciding_length is not within 1..max_steps.
+        UserError: when a head is not for this target, when one was trained on some of the rows, when there are no
+            greedily written rows, or when deciding_length is not within 1..max_steps.
     """
     if not 1 <= deciding_length <= max_steps:
         raise UserError(
@@ -142,7 +142,8 @@ def compare(
         check_fits(contender.head, dict(contender.about), target)
     sets = {"domain": list(domain_rows)} | ({} if general_rows is None else {"general": list(general_rows)})
     for name, rows in sets.items():
-        refuse_trained_rows(candidate.about, rows, name)
+        for which, contender in contenders.items():
+            refuse_trained_rows(contender.about, rows, name, which)
     heads = {name: contender.head for name, contender in contenders.items()}
     measured = {
         name: _measure(target, heads, rows, max_steps, resamples, tokens_per_batch, name if progress else None)
@@ -199,14 +200,14 @@ def row_ids(rows: Iterable[Row]) -> list[str]:
     return sorted({row.id[:12] for row in rows})
 
 
-def refuse_trained_rows(about: Mapping[str, Any], rows: Sequence[Row], name: str) -> None:
-    """Raise a UserError when the head that `about` describes was trained on any of the rows."""
+def refuse_trained_rows(about: Mapping[str, Any], rows: Sequence[Row], name: str, which: str) -> None:
+    """Raise a UserError when the head that `about` describes, BASELINE or CANDIDATE, was trained on any of the rows."""
     trained = set(about.get("trained_rows") or ())
     seen = trained.intersection(row_ids(rows))
     if seen:
         raise UserError(
-            f"{len(seen)} of the {len(rows)} {name} rows are among those that the candidate was trained on; compare on "
-            "the held-out split of the data that it was trained with, or prepare new rows with another --seed."
+            f"{len(seen)} of the {len(rows)} {name} rows are among those that the {which} was trained on; compare on "
+            "the held-out split of the data that it was trained with, or prepare data of other prompts."
         )
 
 
