@@ -18,6 +18,7 @@ from draft.target import Target
 
 SELF_PROMPTED = "self-prompted"
 _COLUMNS = ("messages", "conversations", "conversation", "turns", "prompt", "question", "instruction", "text")
+_CONVERSATIONS = _COLUMNS[:4]  # hold lists of turns
 _RESPONSES = ("response", "answer", "output", "completion", "code")
 _TOKEN_COLUMNS = (("prompt_ids", "response_ids"), ("input_ids", "loss_mask"))
 _ROLES = {
@@ -90,7 +91,13 @@ def _parser(first: Record, column: str | None, keep: bool, source: str) -> Calla
     if not keep:
         return lambda record: {"messages": _to_answer(_messages(record, name))}
     response = next((other for other in _RESPONSES if other in first and other != name), None)
-    if response is None and isinstance(first[name], str):
+    if response is None and isinstance(first[name], str) and name not in _CONVERSATIONS:
+        if name != "text" and column is None:  # a prompt alone is no text to learn by heart
+            raise UserError(
+                f"{source}: column {name!r} holds prompts, and --keep-responses finds no column of responses "
+                f"({', '.join(_RESPONSES)}) among {', '.join(map(str, first))}; rename the one that has them, or name "
+                "a column of plain texts with --column."
+            )
         return lambda record: {"text": _text(record.get(name), f"column {name!r}")}
     return lambda record: {"messages": _answered(_messages(record, name), record, response)}
 

@@ -134,6 +134,17 @@ def test_kept_responses(tmp_path: Path) -> None:
         load_prompts(jsonl(tmp_path, {"messages": [USER]}), keep_responses=True)
 
 
+@pytest.mark.parametrize("row", [{"prompt": "one", "reply": "two"}, {"question": "one"}])
+def test_a_prompt_without_its_response_is_no_text_to_keep(tmp_path: Path, row: dict[str, str]) -> None:
+    path = jsonl(tmp_path, row)
+    with pytest.raises(
+        UserError, match=r"data.jsonl: column .* prompts, and .*\(response, answer, .*\) among (prompt|quest)"
+    ):
+        load_prompts(path, keep_responses=True)
+    named = next(iter(row))
+    assert load_prompts(path, keep_responses=True, column=named)[0].text == "one"  # it was asked for
+
+
 def test_rows_of_tokens(tmp_path: Path) -> None:
     path = jsonl(tmp_path, {"prompt_ids": [1, 5], "response_ids": [6, 2], "temperature": 0.8, "top_p": 0.95})
     row = load_prompts(path, keep_responses=True)[0].row
