@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -49,8 +50,8 @@ def load_prompts(source: str, *, column: str | None = None, keep_responses: bool
     """Read conversations from a .jsonl, .json, .csv (also .gz) or .parquet file, or from a hub data set.
 
     The column is found by name in the first row, unless `column` names it; its values may be texts, lists of user
-    turns, or lists of messages with role/content or from/value. A hub data set is `owner/name` or
-    `owner/name:split` (default: train).
+    turns, or lists of messages with role/content or from/value (columns that are meant for lists may hold them as JSON
+    text). A hub data set is `owner/name` or `owner/name:split` (default: train).
 
     Raises:
         UserError: naming file, line and what is wrong.
@@ -104,12 +105,30 @@ def _parser(first: Record, column: str | None, keep: bool, source: str) -> Calla
 
 def _messages(record: Record, column: str) -> list[Message]:
     value = record.get(column)
-    if isinstance(value, list) and value:
+    if column in _CONVERSATIONS and isinstance(value, str):
+        value = _turns(value, column)
+    if value == []:
+        raise ValueError(f"column {column!r} is empty")
+    if isinstance(value, list):
         return [_message(item, place) for place, item in enumerate(value, 1)]
     text = _text(value, f"column {column!r}")
     if column == "instruction" and isinstance(record.get("input"), str) and record["input"].strip():
         text = f"{text}\n\n{record['input']}"
     return [{"role": "user", "content": text}]
+
+
+def _turns(text: str, column: str) -> Any:
+    """The turns in a text: the only form that they can have in a CSV file."""
+    if not text.strip():
+        return text
+    if not text.lstrip().startswith("["):
+        raise ValueError(
+            f"column {column!r} is a plain text where a list of turns belongs; call it 'prompt' or 'text' if it is one"
+        )
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"column {column!r} holds text that is not JSON ({error})") from error
 
 
 def _message(item: Any, place: int) -> Message:

@@ -85,6 +85,7 @@ def test_every_kind_of_file(tmp_path: Path) -> None:
         ('{"prompt": "half \\ud83d"}', "line 2: column 'prompt' holds half a surrogate"),
         ({"prompt": [ANSWER]}, "line 2: there is no user turn"),
         ({"prompt": [{"role": "tool", "content": "x"}]}, "line 2: turn 1 has the role 'tool'"),
+        ({"prompt": []}, "line 2: column 'prompt' is empty"),
         ({"prompt": [USER, {"role": "user"}]}, "line 2: turn 2 is missing"),
         ({"prompt": [{"role": "user", "content": [{"type": "image"}]}]}, "line 2: turn 1 has parts that are not text"),
     ],
@@ -92,6 +93,27 @@ def test_every_kind_of_file(tmp_path: Path) -> None:
 def test_a_malformed_row_is_named(tmp_path: Path, row: Any, what: str) -> None:
     with pytest.raises(UserError, match=f"data.jsonl, {what}"):
         load_prompts(jsonl(tmp_path, {"prompt": "fine"}, row))
+
+
+@pytest.mark.parametrize("column", ["messages", "conversations", "conversation", "turns"])
+def test_conversations_written_as_json_text(tmp_path: Path, column: str) -> None:
+    def kept(text: str) -> list[dict[str, str]]:
+        with (tmp_path / "data.csv").open("w", newline="") as file:
+            csv.writer(file).writerows([[column], [text]])
+        return load_prompts(str(tmp_path / "data.csv"), keep_responses=True)[0].messages
+
+    assert kept(json.dumps([USER, ANSWER])) == [USER, ANSWER]
+    for text, what in {
+        "[{'role': 'user'}]": "holds text that is not JSON",
+        "[" * 100_000: "holds text that is not JSON",
+        "[]": "is empty",
+        " ": "is empty",
+        "Human: hello": "is a plain text where a list of turns belongs; call it 'prompt' or 'text'",
+    }.items():
+        with pytest.raises(UserError, match=f"data.csv, line 2: column '{column}' {what}"):
+            kept(text)
+    with pytest.raises(UserError, match="line 1: column 'messages' is a plain text"):
+        load_prompts(jsonl(tmp_path, {"messages": "hello"}))
 
 
 def test_malformed_files(tmp_path: Path) -> None:
