@@ -141,6 +141,23 @@ def test_malformed_files(tmp_path: Path) -> None:
             load_prompts(str(tmp_path / name))
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv"])
+def test_damaged_gzip_is_named(tmp_path: Path, kind: str) -> None:
+    header = gzip.compress(b"")[:10]
+    path = tmp_path / f"a.{kind}.gz"
+    path.write_bytes(header + b"\xff" * 40)  # no kind of block that there is
+    with pytest.raises(UserError, match=rf"a.{kind}.gz.*(cannot be read|line \d+: not CSV).*Error -3"):
+        load_prompts(str(path))
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+def test_json_beyond_what_python_reads(tmp_path: Path, name: str) -> None:
+    for value, what in {"1" * 5000: "4300 digits", "[" * 100_000 + "]" * 100_000: "nested too deeply"}.items():
+        path = jsonl(tmp_path, f'{{"prompt": "fine", "other": {value}}}', name=name)
+        with pytest.raises(UserError, match=rf"{name}(, line 1)?: JSON that cannot be read \(.*{what}.*; mend"):
+            load_prompts(path)
+
+
 def test_no_known_column_names_those_there_are(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"line 1: none of the columns messages.*\(it has body, kind\).*--column"):
         load_prompts(jsonl(tmp_path, {"body": "x", "kind": "y"}))
