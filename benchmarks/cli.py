@@ -20,7 +20,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from draft.errors import UserError
+from draft.errors import UserError, file_trouble
 
 
 class Parser(argparse.ArgumentParser):
@@ -60,14 +60,17 @@ def real(low: float, high: float) -> Callable[[str], float]:
 
 
 def run_program(body: Callable[[], int]) -> int:
-    """Run a benchmark's body; a user's mistake becomes one sentence on stderr and status 2; Ctrl-C, 130."""
+    """Run a benchmark's body; a user's mistake or trouble with a file ends in one sentence and 2; Ctrl-C in 130."""
     try:
         return body()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         return 130
+    except Exception as error:
+        mistake = str(error) if isinstance(error, UserError) else file_trouble(error)
+        if mistake is None:
+            raise
+        print(f"error: {mistake}", file=sys.stderr)
+        return 2
 
 
 def output_folder(path: str) -> Path:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from draft.errors import UserError
+from draft.errors import UserError, file_trouble
 from serving.server import Listener, serve_until_stopped
 
 if TYPE_CHECKING:
@@ -267,8 +267,11 @@ def main() -> None:
     log_as_json(logging.INFO)
     try:
         cli()
-    except UserError as error:
-        print(f"draft-serve: {error}", file=sys.stderr)
+    except Exception as error:
+        mistake = str(error) if isinstance(error, UserError) else file_trouble(error)
+        if mistake is None:
+            raise
+        print(f"draft-serve: {mistake}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -8,7 +8,7 @@ import torch
 from acceptance_runs import run, write_jsonl
 from conftest import make_tiny_head, make_tiny_target
 
-from benchmarks import acceptance_length, prompt_sets
+from benchmarks import acceptance_length, cli, prompt_sets
 from draft.checkpoint import save_head
 from draft.errors import UserError
 
@@ -113,3 +113,11 @@ def test_prompts_too_long_for_the_context_are_left_out_and_named(models: Path, t
     results = json.loads((tmp_path / "acceptance_length.json").read_text())
     assert results["skipped"] == ["long"]
     assert {record["prompt"] for record in results["records"]} == {"short"}
+
+
+def test_trouble_with_a_file_is_one_line_and_a_fault_of_ours_is_not(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run_program(lambda: len(Path("/dev/null/results.json").read_text())) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: '/dev/null/results.json' could not be read") and told.count("\n") == 1
+    with pytest.raises(ZeroDivisionError):
+        cli.run_program(lambda: 1 // 0)

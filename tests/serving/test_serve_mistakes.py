@@ -98,6 +98,12 @@ def test_keys_prefixes_and_certificates_that_cannot_be(capfd, folders, tmp_path)
     assert "text.pem" in one_sentence(capfd, *target, "--ssl-certfile", str(tmp_path / "text.pem"))
 
 
+def test_a_place_that_cannot_be_written_to(capfd, monkeypatch) -> None:
+    monkeypatch.setenv("DRAFTSMITH_CACHE", "/dev/null/cache")
+    told = refused(capfd, "--port", "0", "--target", "smollm2").splitlines()[-1]  # after the log
+    assert told.startswith("draft-serve: '/dev/null/cache") and "could not be read or written" in told
+
+
 def test_two_hundred_requests_fit_into_the_line_by_default() -> None:
     defaults = {name: each.default for name, each in inspect.signature(cli.serve).parameters.items()}
     assert defaults["max_batch"] + defaults["max_waiting"] >= 200
