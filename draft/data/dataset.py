@@ -43,6 +43,15 @@ _SCHEMA = pa.schema(
         "retokenised": pa.bool_(),
     }
 )
+_MANIFEST: dict[str, type] = {  # what others rely on
+    "target": str,
+    "target_fingerprint": str,
+    "template_hash": str,
+    "eos_token_ids": list,
+    "sources": list,
+    "seed": int,
+    "counts": dict,
+}
 _PART_SCHEMA = pa.schema({"index": pa.int64(), "ids": pa.list_(pa.int32()), "retokenised": pa.bool_()})
 _ROWS_PER_PART = 32
 _SECONDS_PER_PART = 5.0  # slow answers are stored sooner
@@ -154,6 +163,10 @@ def open_dataset(folder: str | Path) -> Dataset:
         raise UserError(
             f"data set {str(folder)!r} has version {manifest.get('version')}, not {VERSION}; prepare it again."
         )
+    if not all(isinstance(manifest.get(name), kind) for name, kind in _MANIFEST.items()) or not all(
+        isinstance(manifest["counts"].get(split), dict) for split in SPLITS
+    ):
+        raise UserError(f"the manifest of data set {str(folder)!r} is damaged; prepare it again.")
     return Dataset(folder, manifest)
 
 
@@ -291,7 +304,11 @@ def create_json(path: Path, values: dict[str, Any]) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
+    """A file's keys and values; UserError when it can't be read, or holds something else."""
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        values = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{str(path)!r} is not readable JSON ({error}); prepare the data again.") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{str(path)!r} is damaged: a {type(values).__name__} for keys and values; prepare it again.")
+    return values

@@ -267,9 +267,11 @@ def test_general_rows(tiny_target, rows, tmp_path, monkeypatch):
         general_rows(tiny_target)
     (tmp_path / "general").mkdir()
     held_out = [replace(row, split="held-out") for row in rows]
-    write_dataset(tmp_path / "general", held_out, {"target_fingerprint": tiny_target.fingerprint, "target": "tiny"})
+    manifest = {"target": "tiny", "target_fingerprint": tiny_target.fingerprint, "template_hash": "", "seed": 0}
+    manifest |= {"eos_token_ids": [2], "sources": [], "counts": {"train": {}, "held-out": {}}}
+    write_dataset(tmp_path / "general", held_out, manifest)
     assert general_rows(tiny_target) == held_out
-    write_dataset(tmp_path / "general", held_out, {"target_fingerprint": "another", "target": "tiny"})
+    write_dataset(tmp_path / "general", held_out, {**manifest, "target_fingerprint": "another"})
     assert general_rows(tiny_target) is None
 
 

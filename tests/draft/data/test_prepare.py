@@ -268,6 +268,12 @@ def test_damaged_data_sets_are_named(target: Target, questions: Path, tmp_path: 
     (dataset.folder / "manifest.json").write_text('{"version": 99}')
     with pytest.raises(UserError, match="version 99"):
         open_dataset(dataset.folder)
+    whole = dataset.manifest
+    without_split = {**whole, "counts": {"train": whole["counts"]["train"]}}
+    for damaged in ([], {"version": 1}, {**whole, "sources": "x.jsonl"}, without_split):
+        (dataset.folder / "manifest.json").write_text(json.dumps(damaged))
+        with pytest.raises(UserError, match="damaged.*; prepare it again"):
+            open_dataset(dataset.folder)
 
 
 def test_inspect_colours_what_is_trained_on(target: Target, questions: Path, tmp_path: Path) -> None:
