@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
 import typer
-from rich.console import Console
 
 from draft import cli_prepare
 from draft.cli_options import Dtype, Target, TargetAdapter
 from draft.cli_options import examples as _examples
+from draft.consoles import plain_console
 from draft.errors import UserError, file_trouble
 from draft.training.config import SECTIONS, resolve, setting_types
 
@@ -28,7 +28,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
-console = Console()
+console = plain_console()
 SECONDS_FOR_PROCESS_0 = 5
 
 
@@ -234,7 +234,7 @@ def import_(
     imported = import_head(source, loaded, out, auxiliary_layers=layers)
     console.print(f"Found a head in the format {imported.kind}.", soft_wrap=True)
     for note in imported.notes:
-        console.print(f"  {note[0].upper()}{note[1:]}", soft_wrap=True, markup=False)
+        console.print(f"  {note[0].upper()}{note[1:]}", soft_wrap=True)
     console.print(f"Wrote {imported.head}.", soft_wrap=True)
 
 
@@ -254,9 +254,9 @@ def export(
     exported = export_head(head, format, out, target=target, speculation_length=speculation_length)
     console.print(f"Wrote {exported.folder}.", soft_wrap=True)
     for note in exported.notes:
-        console.print(f"  {note}", soft_wrap=True, markup=False, highlight=False)
+        console.print(f"  {note}", soft_wrap=True)
     for engine, command in exported.commands.items():
-        console.print(f"{engine}:\n  {command}", soft_wrap=True, markup=False, highlight=False)
+        console.print(f"{engine}:\n  {command}", soft_wrap=True)
 
 
 @app.command(

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from draft.cli_options import Dtype, Target, TargetAdapter, examples
+from draft.consoles import plain_console
 
-console = Console()
+console = plain_console()
 EPILOG = examples(
     "draft-train prepare --target smollm2 --out data/general --num-prompts 500",
     "draft-train prepare --target smollm2 --prompts questions.jsonl --out data/mine",

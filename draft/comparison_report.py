@@ -13,6 +13,7 @@ from rich.table import Table
 
 from draft.checkpoint import write_json
 from draft.comparison import BASELINE, CANDIDATE, GENERAL_TOLERANCE, Comparison, Measurement, Pair
+from draft.consoles import plain_console
 from draft.tau import Interval
 
 _COLUMNS = ["baseline τ", "candidate τ", "gain"]
@@ -36,7 +37,7 @@ def write_report(comparison: Comparison, out_dir: str | Path) -> None:
 
 def print_report(comparison: Comparison, console: Console | None = None) -> None:
     """Print a table of each measurement, the verdict and the warnings."""
-    console = console or Console()
+    console = console or plain_console()
     for title, pair in _pairs(comparison):
         table = Table("K", *_COLUMNS, title=f"{title}, {pair.conversations} conversations")
         for column, cells in enumerate(_cells(pair)):

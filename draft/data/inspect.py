@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 from transformers import AutoTokenizer
 
+from draft.consoles import plain_console
 from draft.data.dataset import SPLITS, Dataset, Row, open_dataset
 
 _TRAINED = "bold green"
@@ -25,10 +26,10 @@ def inspect(folder: str | Path, *, examples: int = 3, console: Console | None = 
     Raises:
         UserError: where there is no finished data set.
     """
-    console = console or Console()
+    console = console or plain_console()
     dataset = open_dataset(folder)
     rows = {split: dataset.rows(split) for split in SPLITS}
-    console.print(_origin(dataset), highlight=False)
+    console.print(_origin(dataset))
     console.print(_statistics(dataset, rows))
     shown = [row for split in SPLITS for row in rows[split]][:examples]
     tokenizer = _tokenizer(dataset) if shown else None

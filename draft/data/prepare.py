@@ -11,8 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
+from draft.consoles import plain_console
 from draft.data.dataset import (
     SPLITS,
     Dataset,
@@ -96,7 +95,7 @@ def prepare(
     plan.begin()
     if plan.finished:
         if progress:
-            Console().print(f"{folder} is complete: nothing to do.", highlight=False)
+            plain_console().print(f"{folder} is complete: nothing to do.")
         return open_dataset(folder)
     writer = Writer(
         target,

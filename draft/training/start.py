@@ -33,8 +33,9 @@ def starting_head(
         console.print(f"The head's vocabulary covers {share:.1%} of the tokens that are trained on.")
         if share < 0.95:
             console.print(
-                f"[yellow]Warning:[/] {1 - share:.1%} of this domain's tokens can never be drafted with this head; "
-                "a head pretrained on this domain would know them."
+                f"Warning: {1 - share:.1%} of this domain's tokens can never be drafted with this head; "
+                "a head pretrained on this domain would know them.",
+                style="yellow",
             )
         return head, about
     return blank_head(target, _vocabulary(settings, target, rows), settings.model), {}

@@ -19,6 +19,7 @@ from torch import Tensor
 from draft.acceptance import replay_acceptance_length
 from draft.afa import set_annealing_step
 from draft.checkpoint import atomic_folder, save_head, write_json
+from draft.consoles import plain_console
 from draft.data.examples import Batch, batches, collate
 from draft.errors import UserError
 from draft.target import load_target
@@ -54,7 +55,7 @@ class Trainer:
         self.settings = settings
         self.processes = Processes(settings, choose_trackers(settings.training.log_with))
         self.accelerator = self.processes.accelerator
-        self.console = (console or Console()) if self.processes.is_main else Console(quiet=True)
+        self.console = (console or plain_console()) if self.processes.is_main else Console(quiet=True)
         self.run = RunFolder(settings)
         if unused := settings.unused():
             self.console.print(f"Not used by method {settings.method}: {', '.join(unused)}.")

@@ -125,6 +125,17 @@ def test_a_place_that_cannot_be_written_to_is_one_sentence(run, folder):
             assert place[:8] in shown and "Traceback" not in shown and shown.strip().count("\n") == 0
 
 
+def test_names_with_brackets_are_printed_as_they_are(run, folder):
+    for out in ("odd/q[red]x", "odd/w[/b]", "odd/a:b:c"):
+        words = ("prepare", *COMMON, "--prompts", "questions.jsonl", "--num-prompts", 4, "--max-new-tokens", 2)
+        for _ in range(2):  # the second has nothing to do
+            status, shown = run(*words, "--out", out)
+            assert status == 0 and f"{out}: 4 rows" in shown.replace("3 rows to train on, 1", "4 rows"), shown
+        assert f"{out} is complete" in shown
+        status, shown = run("inspect", out)
+        assert status == 0 and shown.startswith(f"{out}: target")
+
+
 def test_a_head_compared_with_itself_is_not_shipped(run, folder):
     if not (folder / "eagle3-head").exists():
         test_the_whole_path(run, folder)
