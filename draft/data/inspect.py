@@ -69,10 +69,16 @@ def _figures(rows: list[Row], ends: set[int]) -> dict[str, str]:
         "sampled": f"{sum(bool(row.temperature) for row in rows):,}",
         "not written by the target": f"{sum(row.temperature is None for row in rows):,}",
         "tokenised again": f"{sum(row.retokenised for row in rows):,}",
-        "ended by the target": f"{sum(row.ids[-1] in ends for row in rows):,}",
+        "ended by the target": f"{sum(_ended(row, ends) for row in rows):,}",
         "different trained-on tokens": f"{len(different):,}",
         "sources": "\n".join(f"{name}: {count:,}" for name, count in sources.most_common(8)),
     }
+
+
+def _ended(row: Row, ends: set[int]) -> bool:
+    """Whether the last response has its end of turn: templates may put more, such as a newline, after that."""
+    trained = [token for token, wanted in zip(row.ids, row.mask, strict=True) if wanted]
+    return bool(trained) and trained[-1] in ends
 
 
 def _title(row: Row) -> str:

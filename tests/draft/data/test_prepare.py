@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -216,6 +217,11 @@ def test_kept_responses(target: Target, tmp_path: Path) -> None:
     for row in rows:
         spoken = target.tokenizer.decode([token for token, wanted in zip(row.ids, row.mask, strict=True) if wanted])
         assert spoken.startswith("Answer to Question number") and spoken.endswith("?<|im_end|>")
+    out = io.StringIO()
+    inspect(dataset.folder, examples=0, console=Console(file=out, width=120))
+    counts = {split: str(len(dataset.rows(split))) for split in ("train", "held-out")}
+    (ended,) = (line for line in out.getvalue().splitlines() if "ended by the target" in line)
+    assert re.findall(r"\d+", ended) == list(counts.values())  # though the template's newline comes last
     answered = run(target, tmp_path / "answered", prompts=[path])
     assert {row.id for row in rows} <= {row.id for row in answered.rows("train") + answered.rows("held-out")}
     again = run(target, tmp_path / "copy", prompts=[answered.folder / "train.parquet"], keep_responses=True)
