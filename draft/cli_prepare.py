@@ -9,6 +9,7 @@ import typer
 
 from draft.cli_options import Dtype, Target, TargetAdapter, examples
 from draft.consoles import plain_console
+from draft.errors import UserError
 
 console = plain_console()
 EPILOG = examples(
@@ -28,6 +29,9 @@ def prepare(
         typer.Option(
             help="JSONL, JSON, Parquet or CSV file, or hub data set; repeatable. None: the target writes them."
         ),
+    ] = None,
+    more: Annotated[
+        list[str] | None, typer.Argument(metavar="[FILE]...", help="Further files: --prompts A B.", show_default=False)
     ] = None,
     num_prompts: Annotated[int | None, typer.Option(min=1, help="At most so many conversations.")] = None,
     column: Annotated[str | None, typer.Option(help="Column that holds the prompt or conversation.")] = None,
@@ -69,6 +73,8 @@ def prepare(
     from draft.devices import device_of_process
     from draft.target import load_target
 
+    if more and not prompts:
+        raise UserError(f"{more[0]!r} belongs to no option; give files of prompts as --prompts {' '.join(more)}.")
     part = parse_shard(shard)
     server = None
     if endpoint is not None:
@@ -78,7 +84,7 @@ def prepare(
     dataset = run(
         load_target(target, dtype, device_of_process(device), target_adapter),
         out,
-        prompts=prompts,
+        prompts=[*prompts, *(more or ())] if prompts else None,
         num_prompts=num_prompts,
         column=column,
         keep_responses=keep_responses,

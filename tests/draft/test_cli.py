@@ -136,6 +136,15 @@ def test_names_with_brackets_are_printed_as_they_are(run, folder):
         assert status == 0 and shown.startswith(f"{out}: target")
 
 
+def test_one_prompts_flag_takes_several_files(run, folder):
+    (folder / "more.jsonl").write_text(json.dumps({"prompt": "one more"}))
+    status, shown = run("prepare", *COMMON, "--max-new-tokens", 1, "--prompts", "questions.jsonl", "more.jsonl",
+                        "--out", "several")  # fmt: skip
+    assert status == 0, shown
+    manifest = json.loads((folder / "several" / "manifest.json").read_text())
+    assert manifest["sources"] == ["questions.jsonl", "more.jsonl"] and manifest["counts"]["conversations"] == 61
+
+
 def test_a_head_compared_with_itself_is_not_shipped(run, folder):
     if not (folder / "eagle3-head").exists():
         test_the_whole_path(run, folder)
@@ -160,6 +169,7 @@ def test_help_has_an_example(run, command):
         (("merge", "nowhere", "--out", "o"), "nowhere"),
         (("pretrain", "--data", "d", "--out", "o", "--architecture", "hydra"), "eagle3, eagle, medusa"),
         (("prepare", "--out", "x", "--prompts", "absent.jsonl", *COMMON), "absent.jsonl"),
+        (("prepare", "--out", "x", "a.jsonl", "b.jsonl", *COMMON), "--prompts a.jsonl b.jsonl"),
     ],
 )
 def test_a_mistake_is_one_sentence_and_status_2(run, words, said):
