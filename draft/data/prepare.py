@@ -34,6 +34,8 @@ from draft.data.writing import SELF_PROMPTS, Settings, Writer, answered, self_pr
 from draft.errors import UserError
 from draft.target import Target
 
+MAX_NEW_TOKENS = 256
+GREEDY_SHARE = 0.5
 _BATCH_SIZE = {"cpu": 64}  # a CPU is busy with this many rows
 _ACCELERATOR_BATCH_SIZE = 128
 
@@ -46,9 +48,9 @@ def prepare(
     num_prompts: int | None = None,
     column: str | None = None,
     keep_responses: bool = False,
-    max_new_tokens: int = 256,
+    max_new_tokens: int = MAX_NEW_TOKENS,
     max_length: int = 1024,
-    greedy_share: float = 0.5,
+    greedy_share: float = GREEDY_SHARE,
     held_out_share: float = 0.1,
     batch_size: int | None = None,
     seed: int = 0,
@@ -200,6 +202,14 @@ def _check(settings: Settings, num_prompts: int | None, batch_size: int | None, 
         raise UserError("--keep-responses keeps the responses of files, and there are none; give --prompts FILE.")
     if settings.keep_responses and shared:
         raise UserError("--shard and --endpoint are about writing responses, and --keep-responses writes none.")
+    for name, value, default in (
+        ("max-new-tokens", settings.max_new_tokens, MAX_NEW_TOKENS),
+        ("greedy-share", settings.greedy_share, GREEDY_SHARE),
+    ):
+        if settings.keep_responses and value != default:
+            raise UserError(
+                f"--{name} {value} is about writing responses, and --keep-responses writes none; leave one of them out."
+            )
 
 
 def _given_prompts(sources: list[str], column: str | None, settings: Settings) -> list[Prompt]:

@@ -41,7 +41,8 @@ def questions(tmp_path: Path) -> Path:
 
 
 def run(target: Target, out: Path, **arguments: Any) -> Dataset:
-    return prepare(target, out, **{"max_new_tokens": 12, "batch_size": 4, "progress": False, **arguments})
+    length = {} if arguments.get("keep_responses") else {"max_new_tokens": 12}
+    return prepare(target, out, **{**length, "batch_size": 4, "progress": False, **arguments})
 
 
 def contents(dataset: Dataset) -> list[tuple[Any, ...]]:
@@ -254,6 +255,8 @@ def test_another_target_is_refused(target: Target, questions: Path, tmp_path: Pa
         ({"num_prompts": 0}, "--num-prompts is 0"),
         ({"max_new_tokens": 0}, "--max-new-tokens is 0"),
         ({"keep_responses": True}, "give --prompts FILE"),
+        ({"keep_responses": True, "prompts": ["x"], "max_new_tokens": 5}, "--max-new-tokens 5 is about writing"),
+        ({"keep_responses": True, "prompts": ["x"], "greedy_share": 0.3}, "--greedy-share 0.3 is about writing"),
     ],
 )
 def test_bad_arguments(target: Target, tmp_path: Path, arguments: dict[str, Any], what: str) -> None:
