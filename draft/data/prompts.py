@@ -119,9 +119,10 @@ def _messages(record: Record, column: str) -> list[Message]:
 
 def _turns(text: str, column: str) -> Any:
     """The turns in a text: the only form that they can have in a CSV file."""
-    if not text.strip():
+    is_list = text.lstrip().startswith("[")
+    if not text.strip() or (column == "turns" and not is_list):  # a single one
         return text
-    if not text.lstrip().startswith("["):
+    if not is_list:
         raise ValueError(
             f"column {column!r} is a plain text where a list of turns belongs; call it 'prompt' or 'text' if it is one"
         )

@@ -33,6 +33,7 @@ def jsonl(folder: Path, *rows: Any, name: str = "data.jsonl") -> str:
         ({"id": 3, "question": "one", "answer": "two"}, ["one"]),
         ({"text": "one", "code": "two"}, ["one"]),
         ({"turns": ["one", "two"], "category": "x"}, ["one", "two"]),
+        ({"turns": "one", "category": "x"}, ["one"]),
         ({"instruction": "one", "input": "two", "output": "three"}, ["one\n\ntwo"]),
         ({"instruction": "one", "input": ""}, ["one"]),
         ({"messages": [USER, ANSWER, {"role": "user", "content": "And?"}]}, ["Hello there", "And?"]),
@@ -108,12 +109,16 @@ def test_conversations_written_as_json_text(tmp_path: Path, column: str) -> None
         "[" * 100_000: "holds text that is not JSON",
         "[]": "is empty",
         " ": "is empty",
-        "Human: hello": "is a plain text where a list of turns belongs; call it 'prompt' or 'text'",
     }.items():
         with pytest.raises(UserError, match=f"data.csv, line 2: column '{column}' {what}"):
             kept(text)
-    with pytest.raises(UserError, match="line 1: column 'messages' is a plain text"):
-        load_prompts(jsonl(tmp_path, {"messages": "hello"}))
+
+
+@pytest.mark.parametrize("column", ["messages", "conversations", "conversation"])
+def test_a_plain_text_is_no_conversation(tmp_path: Path, column: str) -> None:
+    words = f"line 1: column '{column}' is a plain text where a list of turns belongs; call it 'prompt' or 'text'"
+    with pytest.raises(UserError, match=words):
+        load_prompts(jsonl(tmp_path, {column: "Human: hello"}))
 
 
 def test_malformed_files(tmp_path: Path) -> None:
