@@ -57,9 +57,10 @@ class Trainer:
         self.accelerator = self.processes.accelerator
         self.console = (console or plain_console()) if self.processes.is_main else Console(quiet=True)
         self.run = RunFolder(settings)
-        if unused := settings.unused():
-            self.console.print(f"Not used by method {settings.method}: {', '.join(unused)}.")
         self.progress = self.processes.on_main(lambda: self.run.open(resume))
+        unused = settings.unused()
+        if unused and not self.progress:  # the resolved configuration of a run names more than was given
+            self.console.print(f"Not used by method {settings.method}: {', '.join(unused)}.")
         model = settings.model
         self.target = load_target(model.target, launcher_dtype(settings), model.device, model.target_adapter)
         if self.target.dtype == torch.float16:
