@@ -63,7 +63,6 @@ def test_nothing_left_to_train_on_is_told(world, tmp_path):
         for split in ("train", "held-out")
         for row in open_dataset(root / "data-0").rows(split)
     ]
-    manifest = {"target_fingerprint": target.fingerprint, "target": "tiny"}
-    write_dataset(tmp_path, swapped, manifest)
+    write_dataset(tmp_path, swapped, open_dataset(root / "data-0").manifest)
     with pytest.raises(UserError, match="held out in another data set; prepare data of other prompts"):
         load(target, root / "data-0", tmp_path)
