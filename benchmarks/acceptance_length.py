@@ -30,11 +30,11 @@ from benchmarks import acceptance_report as report
 from benchmarks import cli, output, prompt_sets, provenance
 from benchmarks.acceptance_report import Variant
 from benchmarks.prompt_sets import Prompt
-from draft.checkpoint import check_fits, load_head
 from draft.errors import UserError
+from draft.heads.checkpoint import check_fits, load_head
 from draft.target import Target, load_target
 from serving.engine import Completion, Engine, SamplingParams, Speculation
-from serving.engine.build import MODES
+from serving.engine.setup import MODES
 from serving.engine.verification import RULES
 
 MODULE = "benchmarks.acceptance_length"

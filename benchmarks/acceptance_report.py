@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import output
-from draft.tau import bootstrap_gain, bootstrap_ratio
+from draft.evaluation.tau import bootstrap_gain, bootstrap_ratio
 
 DECIDING_LENGTH = 5  # the speculation length of the table by category, where it was measured
 

@@ -23,8 +23,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from benchmarks.provenance import ROOT
-from draft.comparison import DECIDING_LENGTH
 from draft.errors import UserError
+from draft.evaluation.compare import DECIDING_LENGTH
 from draft.target import load_tokenizer, render_chat
 
 WORD_PROBLEMS = ROOT / "draft" / "data" / "word_problems.jsonl"

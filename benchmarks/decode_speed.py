@@ -22,12 +22,12 @@ from benchmarks import decode_report as report
 from benchmarks.decode_baselines import GENERATE, Timing, complete, generate, served
 from benchmarks.decode_steps import read_bandwidth, step_costs, weight_bytes
 from benchmarks.decode_surroundings import busy_share, second_start
-from draft.checkpoint import check_fits, load_head
 from draft.errors import UserError
 from draft.heads import DraftHead
+from draft.heads.checkpoint import check_fits, load_head
 from draft.target import Target, load_target
 from serving.engine import Engine, SamplingParams, Speculation
-from serving.engine.build import MODES
+from serving.engine.setup import MODES
 from serving.engine.verification import RULES
 
 MODULE = "benchmarks.decode_speed"

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from serving.engine import Engine
-from serving.engine.batch import Batch, Segment
-from serving.engine.proposers import HeadProposer
-from serving.engine.runner import HeadRunner, TargetRunner
+from serving.engine.drafting import HeadProposer
+from serving.engine.kv_cache import Batch, Segment
+from serving.engine.model import HeadRunner, TargetRunner
 
 WIDTHS = (1, 2, 4, 8, 16, 32)
 PAST = 128  # tokens in the cache

@@ -14,7 +14,7 @@ from benchmarks import output
 from benchmarks.bars import show_bars
 from benchmarks.decode_report import spread
 from benchmarks.load_client import Load
-from draft.tau import acceptance_length
+from draft.evaluation.tau import acceptance_length
 
 # name in the JSON -> its heading in the table
 _LATENCIES = {"ttft": "TTFT", "tpot": "TPOT", "e2e": "end to end"}

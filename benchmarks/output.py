@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from draft.tau import Interval
+from draft.evaluation.tau import Interval
 
 
 def interval_values(interval: Interval, prompts: int) -> dict[str, float | None]:

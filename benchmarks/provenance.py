@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from draft.checkpoint import PRETRAINED
+from draft.heads.checkpoint import PRETRAINED
 from draft.target import Target
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -25,11 +25,11 @@ from benchmarks import load_report as report
 from benchmarks.load_plan import HTTP_CONCURRENCY, MODES, Plan, Rates
 from benchmarks.load_runs import Bench, compare_http, endure, sweep
 from benchmarks.processes import Cores, EngineProcess, bound, draft_serve
-from draft.checkpoint import check_fits, load_head
 from draft.errors import UserError
+from draft.heads.checkpoint import check_fits, load_head
 from draft.target import Target, load_target
-from serving.engine.build import MODES as ENGINE_MODES
-from serving.engine.build import decoding_dtype
+from serving.engine.setup import MODES as ENGINE_MODES
+from serving.engine.setup import decoding_dtype
 
 MODULE = "benchmarks.serving_load"
 EXAMPLES = f"""

@@ -19,13 +19,13 @@ from transformers.utils.logging import disable_progress_bar
 from benchmarks import cli, output, provenance
 from benchmarks import training_report as report
 from benchmarks.training_steps import PARTS, Product, Step, make_rows, spread_lengths, timed
-from draft.checkpoint import check_fits, load_head
 from draft.data.examples import Batch, batches, collate, packed_batches
 from draft.heads import DraftHead
+from draft.heads.checkpoint import check_fits, load_head
 from draft.target import DTYPES, Target, load_target
 from draft.training.allocator import keep_freed_memory
-from draft.training.build import blank_head, master_dtype
 from draft.training.config import RunSettings, resolve
+from draft.training.model import blank_head, master_dtype
 
 MODULE = "benchmarks.training_speed"
 EXAMPLES = f"""

@@ -16,13 +16,13 @@ from draft.afa import set_annealing_step
 from draft.data.dataset import Row
 from draft.data.examples import Batch
 from draft.heads import DraftHead
+from draft.heads.base import Features
 from draft.target import Target
-from draft.training.build import autocast, make_trainable, settle
+from draft.training.batches import FeatureSource
 from draft.training.config import RunSettings
-from draft.training.features import Features, FeatureSource
-from draft.training.objective import HeadLoss
-from draft.training.optimiser import parameter_groups
-from draft.training.snapshots import trained_parameters
+from draft.training.loss import HeadLoss
+from draft.training.model import autocast, make_trainable, parameter_groups, settle
+from draft.training.run import trained_parameters
 
 PARTS = ("target forward", "head forward", "backward", "optimiser")
 SIZES = (512, 1024, 2048, 4096, 8192)

@@ -17,8 +17,7 @@ import typer
 from draft import cli_prepare
 from draft.cli_options import Dtype, Target, TargetAdapter
 from draft.cli_options import examples as _examples
-from draft.consoles import plain_console
-from draft.errors import UserError, file_trouble
+from draft.errors import UserError, file_trouble, plain_console
 from draft.training.config import SECTIONS, resolve, setting_types
 
 app = typer.Typer(
@@ -102,7 +101,7 @@ def _training_command(mode: Literal["pretrain", "adapt"], sections: list[str], d
 
     def command(out: Path, config: Path | None, resume: bool | None, overrides: list[str] | None, **flags: Any) -> None:
         from draft.training.allocator import keep_freed_memory
-        from draft.training.interruption import Interrupted
+        from draft.training.run import Interrupted
         from draft.training.trainer import Trainer
 
         if resume and config is None and (out / "config.yaml").is_file():
@@ -197,7 +196,7 @@ def merge(
     out: Annotated[Path, typer.Option(help="Folder of the head to write.")],
 ) -> None:
     """Write a run's head as plain linear weights, which vLLM and SGLang load."""
-    from draft.merge import merge_run
+    from draft.training.merge import merge_run
 
     merged = merge_run(run, out)
     console.print(
@@ -276,11 +275,11 @@ def compare(
     device: Annotated[str, typer.Option(help="Device: auto, cpu, cuda.")] = "auto",
 ) -> None:
     """Compare two heads on held-out rows; exit status 0 says ship, 1 says don't."""
-    from draft.checkpoint import load_head
-    from draft.comparison import Contender, general_rows
-    from draft.comparison import compare as run
-    from draft.comparison_report import print_report, write_report
     from draft.data.dataset import open_dataset
+    from draft.evaluation.compare import Contender, general_rows
+    from draft.evaluation.compare import compare as run
+    from draft.evaluation.report import print_report, write_report
+    from draft.heads.checkpoint import load_head
     from draft.target import load_target
 
     try:

@@ -8,8 +8,7 @@ from typing import Annotated
 import typer
 
 from draft.cli_options import Dtype, Target, TargetAdapter, examples
-from draft.consoles import plain_console
-from draft.errors import UserError
+from draft.errors import UserError, plain_console
 
 console = plain_console()
 EPILOG = examples(
@@ -67,7 +66,7 @@ def prepare(
     retries: Annotated[int, typer.Option(min=0, help="Of a request that the server cannot answer now.")] = 8,
 ) -> None:
     """Let the target write its own training data."""
-    from draft.data.endpoint import EndpointSettings
+    from draft.data.generate import EndpointSettings
     from draft.data.prepare import prepare as run
     from draft.data.shards import missing_shards, parse_shard
     from draft.devices import device_of_process

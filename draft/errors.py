@@ -1,6 +1,10 @@
 """The one exception that a user is meant to read, and what the operating system says put in its words."""
 
+from __future__ import annotations
+
 import errno
+
+from rich.console import Console
 
 # what a wrong path or a disk gives, and no fault of the program; None: of a library that keeps the number to itself
 FILE_TROUBLE = {
@@ -31,3 +35,11 @@ def file_trouble(error: Exception) -> str | None:
         f"{what} could not be read or written ({' '.join(reason.split())}); see to the path, its permissions and the "
         "room on its disk, and repeat the command."
     )
+
+
+# The console of the command lines.
+
+
+def plain_console() -> Console:
+    """A console that prints texts as they are: paths and names may hold [brackets] and :colons:, which rich reads."""
+    return Console(markup=False, emoji=False, highlight=False)

@@ -139,7 +139,7 @@ def serve(
     tls = _tls(ssl_certfile, ssl_keyfile, ssl_keyfile_password, ssl_ca_certs, ssl_cert_reqs)
     with Listener(host, port) as listener:  # before the model is loaded, which takes longer than finding the port taken
         from serving.api.app import create_app  # here, so that --help does not wait for torch
-        from serving.api.limits import Limits
+        from serving.api.middleware import Limits
 
         app = create_app(
             None,
@@ -200,10 +200,10 @@ def load_engine(
     import torch
     from transformers.utils.logging import disable_progress_bar
 
-    from draft.checkpoint import check_fits, load_head
+    from draft.heads.checkpoint import check_fits, load_head
     from draft.target import load_target
     from serving.engine import Engine
-    from serving.engine.build import decoding_dtype
+    from serving.engine.setup import decoding_dtype
 
     if threads is not None:
         torch.set_num_threads(threads)
@@ -262,7 +262,7 @@ def _tls(
 
 def main() -> None:
     """Entry point: a user's mistake is one sentence and exit status 2."""
-    from serving.api.logs import log_as_json
+    from serving.api.middleware import log_as_json
 
     log_as_json(logging.INFO)
     try:

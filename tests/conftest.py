@@ -122,7 +122,7 @@ def make_tiny_head(
     torch.manual_seed(seed)
     entry = ARCHITECTURES[architecture]
     size = draft_vocab_size if entry.reduced_vocabulary else target.vocab_size
-    head = entry.head(entry.config.for_target(target, size, **options))
+    head = entry(entry.config_class.for_target(target, size, **options))
     with torch.no_grad():
         for parameter in head.parameters():
             if parameter.dim() > 1:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from serving.engine.cpu import slot_attention
+from cpu_kernels import slot_attention
 
 FLOAT, HALF = torch.float32, torch.bfloat16
 PROMPT = torch.empty(0, 0, dtype=torch.bool)  # causal

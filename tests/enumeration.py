@@ -14,8 +14,7 @@ from torch import Tensor
 from toy_decoding import Model, Text, decode, drafted_tree, new_processor
 
 from serving.engine import verification
-from serving.engine.params import SamplingParams
-from serving.engine.sampling import heat
+from serving.engine.sampling import SamplingParams, heat
 from serving.engine.tree import DraftTree
 from serving.engine.verification import (
     Rejection,

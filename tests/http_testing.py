@@ -15,7 +15,7 @@ import httpx
 import uvicorn
 from fastapi import FastAPI
 
-from serving.api.logs import JsonFormatter
+from serving.api.middleware import JsonFormatter
 from serving.engine import Engine
 from serving.server import Listener
 

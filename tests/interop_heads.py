@@ -7,8 +7,8 @@ import torch
 from conftest import save_tiny_target
 
 from benchmarks.interop.cases import random_head
-from draft.checkpoint import save_head
 from draft.errors import UserError
+from draft.heads.checkpoint import save_head
 
 
 def make_world(folder, cases):

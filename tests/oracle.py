@@ -20,11 +20,10 @@ from torch import Tensor
 
 from draft.target import Target
 from serving.engine import Completion, Engine, Request, SamplingParams, Speculation
-from serving.engine.acceptance import OFF, Plan, RowStats
-from serving.engine.controller import Controller
-from serving.engine.proposers import Job, Proposer
-from serving.engine.sequence import Sequence as Answer
-from serving.engine.sequence import special_ids
+from serving.engine.drafting import Job, Proposer
+from serving.engine.planner import OFF, Controller, Plan, RowStats
+from serving.engine.request import Sequence as Answer
+from serving.engine.request import special_ids
 from serving.engine.tree import DraftTree
 
 

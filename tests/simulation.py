@@ -9,8 +9,7 @@ from functools import cache
 from itertools import accumulate
 from operator import mul
 
-from serving.engine.acceptance import OFF, Plan, RowStats, widened
-from serving.engine.controller import Controller
+from serving.engine.planner import OFF, Controller, Plan, RowStats, widened
 
 CHAINS = [Plan.chain(length) for length in range(1, 7)]
 TREES = [Plan(4, 8), Plan(5, 16)]

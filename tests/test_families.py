@@ -17,15 +17,15 @@ from conftest import byte_tokenizer, make_tiny_head, make_tiny_target
 from families import CONTEXT, FAMILIES, LONGROPE, PHI, SHORT_ROPE, SMALL, save_family, save_model
 from rich.console import Console
 
-from draft.acceptance import replay
-from draft.checkpoint import load_head
 from draft.data.dataset import Row
 from draft.data.prepare import prepare
 from draft.data.responses import generate_responses
 from draft.errors import UserError
-from draft.merge import merge_run
+from draft.evaluation.replay import replay
+from draft.heads.checkpoint import load_head
 from draft.target import Target, load_target
 from draft.training.config import resolve
+from draft.training.merge import merge_run
 from draft.training.trainer import Trainer
 from serving.engine import Engine, SamplingParams
 

@@ -5,8 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from serving.engine.params import SamplingParams
-from serving.engine.sampling import Processor
+from serving.engine.sampling import Processor, SamplingParams
 from serving.engine.tree import DraftTree, TreeGrower
 from serving.engine.verification import Rule
 

@@ -57,7 +57,7 @@ def random_head(
     entry = ARCHITECTURES[architecture]
     if not entry.reduced_vocabulary:
         draft_vocab_size = target.vocab_size
-    head = entry.head(entry.config.for_target(target, draft_vocab_size, **options)).to(target.dtype)
+    head = entry(entry.config_class.for_target(target, draft_vocab_size, **options)).to(target.dtype)
     with torch.no_grad():
         for parameter in head.parameters():
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)

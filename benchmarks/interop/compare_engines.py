@@ -20,14 +20,14 @@ from pathlib import Path
 import torch
 
 from benchmarks.prompt_sets import load_prompts
-from draft.acceptance import drafted_states
-from draft.checkpoint import check_fits, load_head
+from draft.evaluation.replay import drafted_states
+from draft.evaluation.tau import acceptance_length
 from draft.heads import DraftHead
+from draft.heads.checkpoint import check_fits, load_head
+from draft.heads.unroll import shift_left
+from draft.interop.checks import target_shape
 from draft.interop.exporting import export_head
-from draft.interop.target_shape import target_shape
 from draft.target import Target, load_target
-from draft.tau import acceptance_length
-from draft.training.step import shift_left
 
 TARGET, HEAD, LENGTH, TOKENS, MAX_LENGTH = "smollm2", "smollm2-eagle3", 3, 128, 512
 TOLERANCE = 0.03

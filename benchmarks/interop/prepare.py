@@ -17,10 +17,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from benchmarks.interop.cases import CASES, OTHERS, VLLM_HEAD_DIM, random_head, tiny_target
-from draft.acceptance import drafted_states
-from draft.checkpoint import check_fits, load_head, save_head
+from draft.evaluation.replay import drafted_states
 from draft.heads import DraftHead
-from draft.heads.registry import architecture_of
+from draft.heads.checkpoint import check_fits, load_head, save_head
 from draft.interop.exporting import export_head
 from draft.target import Target, load_target
 
@@ -47,7 +46,7 @@ def write_logits(folder: Path, case: str, head: str | Path, target: Target) -> N
     with torch.no_grad():
         auxiliary = target.forward(ids, layers=loaded.auxiliary_layers(target)).auxiliary
         assert auxiliary is not None
-        steps = architecture_of(loaded).unroll(loaded, target.embedding(ids), auxiliary, STEPS)
+        steps = loaded.unroll(target.embedding(ids), auxiliary, STEPS)
         logits = {f"logits.{step}": loaded.logits(hidden) for step, hidden in enumerate(steps)}
     tensors = {"ids": ids, "auxiliary": auxiliary, **logits}
     save_file({name: value.contiguous() for name, value in tensors.items()}, folder / f"{case}.safetensors")

@@ -14,8 +14,8 @@ from rich.table import Table
 from rich.text import Text
 from transformers import AutoTokenizer
 
-from draft.consoles import plain_console
 from draft.data.dataset import SPLITS, Dataset, Row, open_dataset
+from draft.errors import plain_console
 
 _TRAINED = "bold green"
 

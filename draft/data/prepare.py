@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from draft.consoles import plain_console
 from draft.data.dataset import (
     SPLITS,
     Dataset,
@@ -26,12 +25,12 @@ from draft.data.dataset import (
     write_dataset,
     write_json,
 )
-from draft.data.endpoint import Endpoint, EndpointError, EndpointSettings
 from draft.data.examples import encode_kept, tokenise
+from draft.data.generate import Endpoint, EndpointError, EndpointSettings
 from draft.data.prompts import SELF_PROMPTED, Prompt, load_prompts
 from draft.data.shards import Shard, locked, mark_done, missing_shards
 from draft.data.writing import SELF_PROMPTS, Settings, Writer, answered, self_prompt, self_prompts
-from draft.errors import UserError
+from draft.errors import UserError, plain_console
 from draft.target import Target
 
 MAX_NEW_TOKENS = 256

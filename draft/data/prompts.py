@@ -13,7 +13,7 @@ from typing import Any
 
 from draft.data.dataset import Row, conversation_id
 from draft.data.examples import SENTINEL, Message, render, tokenise
-from draft.data.files import records
+from draft.data.records import records
 from draft.errors import UserError
 from draft.target import Target
 

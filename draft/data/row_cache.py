@@ -13,7 +13,7 @@ from transformers import AttentionInterface, Cache
 
 from draft.errors import UserError
 from draft.target import Target
-from draft.target_hooks import attending_by
+from draft.target.target import attending_by
 
 _ATTENTION = "draftsmith_rows"
 

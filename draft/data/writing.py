@@ -13,8 +13,8 @@ from types import TracebackType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from draft.data.dataset import Parts, Response, Row, conversation_id, hashed
-from draft.data.endpoint import Endpoint, Question
 from draft.data.examples import Message, first_prompt, next_prompt, up_to_user_turn
+from draft.data.generate import Endpoint, Question
 from draft.data.prompts import SELF_PROMPTED, Prompt, user_turn, written_prompt
 from draft.data.responses import generate_responses
 from draft.data.shards import Shard

@@ -10,7 +10,7 @@ import torch
 
 from draft.errors import UserError
 from draft.target import Target
-from draft.target_support import head_rope
+from draft.target.support import head_rope
 
 # keys that change the arithmetic and are not built here: the only values that mean what is, absent ones aside
 _FIXED: dict[str, tuple[Any, ...]] = {

@@ -11,14 +11,16 @@ with the embedding of the token that was just drafted. The layer has no norm of 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from draft.heads.base import Features, StepwiseHead
 from draft.heads.decoder_config import DecoderConfig, decoder_json, fields_of, read_sizes, sizes_like
-from draft.heads.head import StepwiseHead
+from draft.heads.initial import SILENT, Ridge, start_mlp
 from draft.heads.layers import MLP, Attention, RMSNorm
 from draft.target import Target
 
@@ -72,6 +74,13 @@ class EagleLayer(nn.Module):
 class EagleHead(StepwiseHead):
     """An EAGLE-1 head; its state dict has the names that vLLM loads."""
 
+    architecture = "eagle"
+    stored_as = "EagleLlamaForCausalLM"
+    config_class = EagleConfig
+    options = ("fc_bias", "qkv_bias")
+    reduced_vocabulary = False
+    feature_weight = 10.0  # SafeAILab weighs regression 1 and cross-entropy 0.1
+
     config: EagleConfig
 
     def __init__(self, config: EagleConfig) -> None:
@@ -107,3 +116,22 @@ class EagleHead(StepwiseHead):
     def logits(self, hidden: Tensor, step: int = 0) -> Tensor:
         target = self.lending
         return target.logits(hidden.to(target.dtype)).to(hidden.dtype)
+
+    @torch.no_grad()
+    def initialise(self, target: Target, batches: Iterable[tuple[Features, Tensor]], seed: int) -> None:
+        """Set the weights in place; see `draft.heads.initial`."""
+        generator = torch.Generator().manual_seed(seed)
+        fc = Ridge()
+        for features, mask in batches:
+            following = mask[:, 1:]  # token t+1 exists
+            embeds, states = features.embeds[:, 1:][following], features.last_hidden[:, :-1][following]
+            fc.add(torch.cat([embeds, states], dim=-1).float(), features.last_hidden[:, 1:][following].float())
+        if fc.xx is None:
+            return
+        self.fc.weight.copy_(fc.solve())
+        layer = self.layer
+        layer.self_attn.o_proj.weight.normal_(std=SILENT, generator=generator)
+        start_mlp(layer.mlp, layer.post_attention_layernorm, target, generator)
+        for bias in (self.fc.bias, *(getattr(layer.self_attn, name).bias for name in ("q_proj", "k_proj", "v_proj"))):
+            if bias is not None:
+                bias.zero_()

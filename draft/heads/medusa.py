@@ -11,6 +11,7 @@ No position sees what was drafted at another one, so that all of them are known 
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,8 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from draft.errors import UserError
+from draft.heads.base import DraftHead, Features
 from draft.heads.decoder_config import fields_of
-from draft.heads.head import DraftHead
+from draft.heads.initial import Ridge
 from draft.target import Target
 
 
@@ -96,6 +98,12 @@ class ResidualBlock(nn.Module):
 class MedusaHead(DraftHead):
     """A Medusa head; its state dict has the names that vLLM loads, and d2t where the vocabulary is reduced."""
 
+    architecture = "medusa"
+    stored_as = "MedusaModel"
+    config_class = MedusaConfig
+    options = ("num_heads", "num_layers", "shared_lm_head")
+    reduced_vocabulary = True
+
     config: MedusaConfig
 
     def __init__(self, config: MedusaConfig) -> None:
@@ -131,3 +139,34 @@ class MedusaHead(DraftHead):
             return self.lm_heads[step](hidden)
         target = self.lending
         return target.logits(hidden.to(target.dtype)).to(hidden.dtype)
+
+    def unroll(self, embeds: Tensor, auxiliary: Tensor, steps: int, **_: Any) -> Iterator[Tensor]:
+        """Yield the states of as many steps as the head has positions; embeddings and the mask make no difference."""
+        hidden = self.fuse(auxiliary)
+        for step in range(min(steps, self.longest)):
+            yield self(hidden, step)
+
+    @property
+    def adapter_targets(self) -> tuple[str, ...]:
+        return tuple(
+            f"blocks.{block}.layers.{layer}"
+            for block in range(self.config.num_heads)
+            for layer in range(self.config.num_layers)
+        )
+
+    @torch.no_grad()
+    def initialise(self, target: Target, batches: Iterable[tuple[Features, Tensor]], seed: int) -> None:
+        """Set the weights in place; see `draft.heads.initial`."""
+        for parameter in self.blocks.parameters():
+            parameter.zero_()
+        batches = list(batches)
+        if not batches:
+            return
+        rows = target.lm_head.weight[self.vocabulary.to(target.device)].double()  # [draft_vocab, hidden]
+        for step, lm_head in enumerate(self.lm_heads):
+            ahead = Ridge()
+            for features, mask in batches:
+                later = mask[:, 1 + step :]  # token t+1+k exists
+                states = features.last_hidden[:, : later.shape[1]][later]
+                ahead.add(states.float(), features.last_hidden[:, 1 + step :][later].float())
+            lm_head.weight.copy_(rows @ ahead.solve())  # type: ignore[operator]

@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from draft.checkpoint import HEAD_FILES, atomic_folder, load_head, write_json
 from draft.errors import UserError
-from draft.heads import DraftHead, registry
+from draft.files import atomic_folder, write_json
+from draft.heads import DraftHead, Eagle3Head, EagleHead, MedusaHead
+from draft.heads.checkpoint import HEAD_FILES, load_head
+from draft.interop.checks import problems, target_shape
+from draft.interop.eagle import EAGLE_FORMATS, EAGLE_NO_FORMAT
+from draft.interop.eagle3 import EAGLE3_FORMATS
 from draft.interop.formats import NAMES, Format
-from draft.interop.rules import problems
+from draft.interop.medusa import MEDUSA_FORMATS, MEDUSA_NO_FORMAT
 from draft.interop.served_targets import accepted_by
-from draft.interop.target_shape import target_shape
 
 _FILES = HEAD_FILES | {"medusa_lm_head.pt"}
+
+
+# by the head's class: the formats that it is exported in by name, and why it is not in others
+FORMATS: dict[type[DraftHead], tuple[Mapping[str, Format], Mapping[str, str]]] = {
+    Eagle3Head: (EAGLE3_FORMATS, {"medusa": "it is for Medusa heads"}),
+    EagleHead: (EAGLE_FORMATS, EAGLE_NO_FORMAT),
+    MedusaHead: (MEDUSA_FORMATS, MEDUSA_NO_FORMAT),
+}
 
 
 @dataclass(frozen=True)
@@ -57,7 +69,7 @@ def export_head(
         write_json(temporary / "config.json", config)
         write_json(temporary / "draftsmith.json", about)  # other engines don't read it; an import keeps it
     commands = {engine: command(out, shape, speculation_length) for engine, command in how.commands(loaded).items()}
-    method = registry.architecture_of(loaded).name
+    method = loaded.architecture
     commands, notes = accepted_by(commands, shape.architecture, about, method)
     return Exported(out, commands, notes + _limited(how, config, commands))
 
@@ -76,11 +88,11 @@ def _limited(how: Format, config: dict[str, Any], commands: dict[str, str]) -> l
 
 
 def _format(head: DraftHead, format: str, name: str) -> Format:
-    architecture = registry.architecture_of(head)
-    if format not in architecture.formats:
-        reason = architecture.no_format.get(format, f"nothing reads {architecture.name} heads in it")
+    formats, no_format = FORMATS[type(head)]
+    if format not in formats:
+        reason = no_format.get(format, f"nothing reads {head.architecture} heads in it")
         raise UserError(
-            f"head {name!r} of architecture {architecture.name} can't be exported as {format}: {reason}; use --format "
-            f"{' or '.join(architecture.formats)}."
+            f"head {name!r} of architecture {head.architecture} can't be exported as {format}: {reason}; use --format "
+            f"{' or '.join(formats)}."
         )
-    return architecture.formats[format]
+    return formats[format]

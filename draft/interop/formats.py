@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from draft.interop.rules import Rule, TargetShape
+from draft.interop.checks import Rule, TargetShape
 
 NAMES = ("plain", "vllm", "sglang", "speculators", "medusa")
 

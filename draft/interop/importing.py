@@ -6,12 +6,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from draft.checkpoint import check_fits, fill, save_head
 from draft.errors import UserError
-from draft.heads import registry
-from draft.interop.foreign import Checkpoint, read_checkpoint
-from draft.interop.sources import Source, one_dtype
+from draft.heads import DraftHead, Eagle3Head, EagleHead, MedusaHead
+from draft.heads.checkpoint import check_fits, fill, save_head
+from draft.interop.eagle import EAGLE_SOURCES
+from draft.interop.eagle3 import EAGLE3_SOURCES
+from draft.interop.medusa import MEDUSA_SOURCES
+from draft.interop.sources import Checkpoint, Source, one_dtype, read_checkpoint
 from draft.target import Target
+
+# formats that heads of an architecture are imported from; the first that recognises a checkpoint reads it
+SOURCES: dict[type[DraftHead], tuple[Source, ...]] = {
+    Eagle3Head: EAGLE3_SOURCES,
+    EagleHead: EAGLE_SOURCES,
+    MedusaHead: MEDUSA_SOURCES,
+}
 
 
 @dataclass(frozen=True)
@@ -37,7 +46,7 @@ def import_head(
     found = read_checkpoint(source)
     architecture, kind = _recognise(found)
     values = kind.translate(found, target, auxiliary_layers)
-    head = architecture.head(architecture.config.from_dict(values))
+    head = architecture(architecture.config_class.from_dict(values))
     dtype = one_dtype(found)
     head.to(dtype)
     fill(head, found.tensors, str(source))
@@ -62,14 +71,14 @@ def _made_for(found: Checkpoint, target: Target) -> dict[str, Any]:
     return dict(zip(keys, (target.name, target.fingerprint, adapter), strict=True))
 
 
-def _recognise(found: Checkpoint) -> tuple[registry.Architecture, Source]:
+def _recognise(found: Checkpoint) -> tuple[type[DraftHead], Source]:
     """The first that recognises a checkpoint reads it."""
-    for architecture in registry.ARCHITECTURES.values():
-        for kind in architecture.sources:
+    for head, sources in SOURCES.items():
+        for kind in sources:
             if kind.recognise(found):
-                return architecture, kind
+                return head, kind
     names = (found.config.get("architectures") or ["none"])[0]
-    known = [kind.name for architecture in registry.ARCHITECTURES.values() for kind in architecture.sources]
+    known = [kind.name for sources in SOURCES.values() for kind in sources]
     raise UserError(
         f"{str(found.folder)!r} (architecture {names}, tensors {', '.join(sorted(found.tensors)[:3])}, ...) is in none "
         f"of the formats {'; '.join(known)}."

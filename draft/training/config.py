@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -13,11 +14,10 @@ from typing import Any, Literal
 import yaml
 
 from afa_kernels import ACTIVATIONS, canonical_placement
-from draft.afa_schedule import SCHEDULES
+from draft.afa.schedule import SCHEDULES
 from draft.errors import UserError
 from draft.heads.registry import ARCHITECTURES, DEFAULT
-from draft.training.losses import LOSSES
-from draft.training.values import convert, read_sections, read_value
+from draft.training.loss import LOSSES
 
 TRACKERS = ("tensorboard", "wandb", "trackio", "none")
 METHODS = ("afa-lora", "lora", "full")
@@ -46,7 +46,7 @@ class ModelSettings:
     head_options: list[str] = _setting(
         [],
         "Option of a new head, as num_heads=3; repeatable. "
-        + "; ".join(f"{each.name}: {', '.join(each.options)}" for each in ARCHITECTURES.values())
+        + "; ".join(f"{each.architecture}: {', '.join(each.options)}" for each in ARCHITECTURES.values())
         + ".",
     )
     draft_vocab_size: int | None = _setting(
@@ -67,12 +67,12 @@ class ModelSettings:
     def options(self) -> dict[str, Any]:
         """`head_options` as arguments of the configuration of a new head."""
         architecture = ARCHITECTURES[self.new_architecture]
-        hints, options = typing.get_type_hints(architecture.config), {}
+        hints, options = typing.get_type_hints(architecture.config_class), {}
         for text in self.head_options:
             key, equals, value = text.partition("=")
             if key not in architecture.options or not equals:
                 raise UserError(
-                    f"head option {text!r} is none of {architecture.name}'s; they are "
+                    f"head option {text!r} is none of {architecture.architecture}'s; they are "
                     f"{', '.join(f'{option}=...' for option in architecture.options)}."
                 )
             options[key] = convert(f"head option {key}", read_value(text, value), hints[key])
@@ -314,3 +314,53 @@ def _set(settings: RunSettings, section: str, key: str, value: Any) -> None:
 
 def to_yaml(settings: RunSettings) -> str:
     return yaml.safe_dump(dataclasses.asdict(settings), sort_keys=False)
+
+
+# Values of settings as a file or a command line has them: YAML, checked against a field's type.
+
+
+# what looks like a date and is none (2020-13-45) is a ValueError and not a YAMLError; so is a file that is no UTF-8
+
+
+def read_sections(path: Path | None, known: Iterable[str]) -> dict[str, Any]:
+    """A configuration file; empty without one."""
+    if path is None:
+        return {}
+    try:
+        values = yaml.safe_load(path.read_text()) or {}
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"config {str(path)!r} could not be read ({str(error).splitlines()[0]}).") from error
+    if not isinstance(values, dict):
+        raise UserError(f"config {str(path)!r} must hold sections: {', '.join(known)}.")
+    return values
+
+
+def read_value(override: str, text: str) -> Any:
+    """The YAML `text` of an override, which is named in the error."""
+    try:
+        return yaml.safe_load(text)
+    except (ValueError, yaml.YAMLError) as error:
+        raise UserError(f"override {override!r}: the value is not YAML; quote it.") from error
+
+
+def convert(name: str, value: Any, kind: Any) -> Any:
+    """Check a value against a field's type; integers pass for floats, and 1e-3 (a string to YAML) too."""
+    options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    if value is None and type(None) in options:
+        return None
+    wanted = next(option for option in options if option is not type(None))
+    if typing.get_origin(wanted) is list:
+        (item_kind,) = typing.get_args(wanted)
+        if isinstance(value, (list, tuple)) and all(isinstance(item, item_kind) for item in value):
+            return list(value)
+    elif wanted is float and not isinstance(value, bool):
+        try:
+            number = float(value)
+        except (TypeError, ValueError, OverflowError):
+            number = math.nan
+        if math.isfinite(number):
+            return number
+    elif isinstance(value, wanted) and isinstance(value, bool) == (wanted is bool):
+        return value
+    kind_name = "finite number" if wanted is float else getattr(wanted, "__name__", wanted)
+    raise UserError(f"{name} = {value!r} is not of type {kind_name}; correct the value.")

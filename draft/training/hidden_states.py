@@ -26,13 +26,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from draft.checkpoint import sync
 from draft.data.dataset import Row, create_json
 from draft.data.examples import batches
 from draft.errors import UserError
+from draft.files import sync
 from draft.target import Target
-from draft.training.features import kept_layers
-from draft.training.processes import Processes
+from draft.training.batches import kept_layers
+from draft.training.distributed import Processes
 
 SHARD_BYTES = 512 << 20
 TOKENS_PER_BATCH = 4096

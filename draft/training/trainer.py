@@ -16,28 +16,41 @@ from peft import PeftModel
 from rich.console import Console
 from torch import Tensor
 
-from draft.acceptance import replay_acceptance_length
 from draft.afa import set_annealing_step
-from draft.checkpoint import atomic_folder, save_head, write_json
-from draft.consoles import plain_console
 from draft.data.examples import Batch, batches, collate
-from draft.errors import UserError
+from draft.errors import UserError, plain_console
+from draft.evaluation.replay import replay_acceptance_length
+from draft.files import atomic_folder, write_json
+from draft.heads.checkpoint import save_head
 from draft.target import load_target
-from draft.training.build import autocast, initialise, make_trainable, settle, untrained
+from draft.training.batches import Features, FeatureSource, Schedule, fits_in_memory, load_rows
 from draft.training.config import RunSettings
-from draft.training.features import Features, FeatureSource, fits_in_memory
-from draft.training.guards import deterministic_algorithms, write_errors
+from draft.training.distributed import Processes, launcher_dtype, whole
 from draft.training.hidden_states import HiddenStateCache
-from draft.training.interruption import Interrupted, Interruption
+from draft.training.loss import HeadLoss
+from draft.training.model import (
+    about_run,
+    autocast,
+    initialise,
+    learning_rate_at,
+    make_trainable,
+    parameter_groups,
+    settle,
+    starting_head,
+    untrained,
+)
 from draft.training.monitor import Monitor, abandon_trackers, choose_trackers, draw, start_trackers
-from draft.training.objective import HeadLoss
-from draft.training.optimiser import learning_rate_at, parameter_groups
-from draft.training.processes import Processes, launcher_dtype, whole
-from draft.training.rows import load_rows
-from draft.training.run_folder import RunFolder
-from draft.training.schedule import Schedule
-from draft.training.snapshots import load_snapshot, snapshot, trained_parameters, write_snapshot
-from draft.training.start import about_run, starting_head
+from draft.training.run import (
+    Interrupted,
+    Interruption,
+    RunFolder,
+    deterministic_algorithms,
+    load_snapshot,
+    snapshot,
+    trained_parameters,
+    write_errors,
+    write_snapshot,
+)
 
 INITIAL_TOKENS = 40_000  # that a new head's first weights are solved from
 ADAPTER_FILES = frozenset({"adapter_config.json", "adapter_model.safetensors", "README.md"})

@@ -15,9 +15,8 @@ from draft.errors import UserError
 from serving.api import generate, openai, operations, page
 from serving.api.documentation import describe
 from serving.api.errors import ApiError, on_api_error, on_http_error, on_validation_error
-from serving.api.guard import ApiKey, Guard
-from serving.api.limits import BodyLimits, Limits
 from serving.api.metrics import PREFIX
+from serving.api.middleware import ApiKey, BodyLimits, Guard, Limits
 from serving.api.openai_schemas import OpenAiError
 from serving.api.operations import package_version
 from serving.api.schemas import ErrorResponse, StreamEvent

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from serving.api.service import Service
-from serving.engine.params import SEED_LIMIT
+from serving.engine.sampling import SEED_LIMIT
 
 
 def bound(schema: dict[str, Any], service: Service) -> None:

@@ -11,11 +11,9 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
-from serving.api.answers import Generation
 from serving.api.documentation import as_stream, documented
 from serving.api.errors import ApiError, api_error, body_of, echo
 from serving.api.figures import finite, speculation_of, speculative_details
-from serving.api.prompts import Names, encode, new_tokens, rendered
 from serving.api.schemas import (
     ErrorResponse,
     GenerateParameters,
@@ -23,8 +21,8 @@ from serving.api.schemas import (
     GenerateResponse,
     StreamEvent,
 )
-from serving.api.service import Service
-from serving.api.sse import EventStream, event
+from serving.api.service import Names, Service, encode, new_tokens, rendered
+from serving.api.streaming import EventStream, Generation, event
 from serving.engine import Completion, SamplingParams, Speculation, Token
 
 router = APIRouter(tags=["TGI"])

@@ -13,9 +13,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from serving.api.messages import Messages
 from serving.api.schemas import (
     MAX_STOP_SEQUENCES,
+    Messages,
     Prompt,
     Refused,
     Seed,
@@ -29,7 +29,7 @@ from serving.api.schemas import (
     not_implemented,
     refuse_not_implemented,
 )
-from serving.engine.params import MAX_LOGPROBS
+from serving.engine.sampling import MAX_LOGPROBS
 
 MAX_CHOICES = 64  # of one request: prompts * n
 MAX_BIASES = 1024

@@ -11,10 +11,8 @@ from fastapi.responses import PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel
 
-from draft.heads.registry import architecture_of
 from serving.api.documentation import documented
 from serving.api.errors import RETRY, ApiError
-from serving.api.prompts import Names, encode
 from serving.api.schemas import (
     MAX_STOP_CHARACTERS,
     MAX_STOP_SEQUENCES,
@@ -24,9 +22,9 @@ from serving.api.schemas import (
     Strict,
     described,
 )
-from serving.api.service import Service, public_name
+from serving.api.service import Names, Service, encode, public_name
 from serving.engine import Engine
-from serving.engine.params import MAX_LOGPROBS
+from serving.engine.sampling import MAX_LOGPROBS
 
 router = APIRouter(tags=["operations"])
 
@@ -146,7 +144,7 @@ def _about_head(service: Service) -> dict[str, Any] | None:
         return None
     return {
         "name": service.head_name,
-        "architecture": architecture_of(head).stored_as,
+        "architecture": head.stored_as,
         "draft_vocab_size": head.config.draft_vocab_size,
     }
 

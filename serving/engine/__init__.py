@@ -1,9 +1,8 @@
 """The engine: tensors, no HTTP; usable from Python alone."""
 
 from serving.engine.engine import Engine
-from serving.engine.params import SamplingParams
-from serving.engine.request import EngineStopped, Overloaded, Request, Speculation
-from serving.engine.sequence import Completion, SpeculationStats, Token
+from serving.engine.request import Completion, EngineStopped, Overloaded, Request, Speculation, SpeculationStats, Token
+from serving.engine.sampling import SamplingParams
 
 __all__ = [
     "Completion",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from draft.bundled import cache_folder
+from draft.files import cache_folder
 
 FORK = (-1, 0, 0)  # parents of a tree's nodes: a graph has to meet a mask before it can do without
 

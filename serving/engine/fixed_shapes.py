@@ -11,9 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from serving.engine.attention import View
-from serving.engine.batch import Batch
-from serving.engine.cache import SlotCache
+from serving.engine.kv_cache import Batch, SlotCache, View
 from serving.engine.padding import Padded, Shape
 
 log = logging.getLogger(__name__)

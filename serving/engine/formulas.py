@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from draft.errors import UserError
-from serving.engine.attention import Formula, Sight
+from serving.engine.kv_cache import Formula, Sight
 
 
 def sdpa(query: Tensor, keys: Tensor, values: Tensor, sight: Sight, scale: float, softcap: float) -> Tensor:

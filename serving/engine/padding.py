@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from serving.engine.batch import Batch, block_mask, on_device
+from serving.engine.kv_cache import Batch, block_mask, on_device
 
 WIDEST = 64  # tokens of a row; a part of a prompt that is longer runs as it is
 _WASTE = 3.0  # a padded pass has at most that many times the tokens of the ragged one ...

@@ -33,8 +33,7 @@ import torch
 from torch import Tensor
 
 from serving.engine.noise import Purpose, choose, gumbel, uniform
-from serving.engine.params import SamplingParams
-from serving.engine.sampling import Processor, heat
+from serving.engine.sampling import Processor, SamplingParams, heat
 from serving.engine.tree import DraftTree
 
 Law = Callable[

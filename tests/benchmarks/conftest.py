@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import make_tiny_head, make_tiny_target
 
-from draft.checkpoint import save_head
+from draft.heads.checkpoint import save_head
 
 
 @pytest.fixture(scope="module")

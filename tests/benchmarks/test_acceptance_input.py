@@ -9,8 +9,8 @@ from acceptance_runs import run, write_jsonl
 from conftest import make_tiny_head, make_tiny_target
 
 from benchmarks import acceptance_length, cli, prompt_sets
-from draft.checkpoint import save_head
 from draft.errors import UserError
+from draft.heads.checkpoint import save_head
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from conftest import make_tiny_head, make_tiny_target, save_tiny_target
 from rich.console import Console
 
 from benchmarks import adaptation
-from draft.checkpoint import save_head
+from draft.heads.checkpoint import save_head
 
 
 @pytest.fixture

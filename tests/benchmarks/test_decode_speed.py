@@ -10,7 +10,7 @@ from benchmarks import decode_bars, decode_speed
 from benchmarks import decode_report as report
 from benchmarks.decode_baselines import Timing
 from benchmarks.decode_report import Key
-from draft.checkpoint import save_head
+from draft.heads.checkpoint import save_head
 
 
 def timing(tokens: int, seconds: float, verifications: int = 0, output: tuple[int, ...] = (1, 2)) -> Timing:

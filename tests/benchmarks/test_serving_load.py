@@ -12,8 +12,8 @@ from benchmarks.load_client import Ask, Load, Trace, closed_loop, poisson
 from benchmarks.load_plan import Plan, Rates
 from benchmarks.load_report import Key
 from benchmarks.processes import Cores, draft_serve
-from draft.checkpoint import save_head
 from draft.errors import UserError
+from draft.heads.checkpoint import save_head
 
 
 def trace(sent: float, first: float, ended: float, tokens: int, **more: int | str) -> Trace:

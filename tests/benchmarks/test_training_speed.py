@@ -9,8 +9,8 @@ from conftest import make_tiny_head, save_tiny_target
 
 from benchmarks import training_report, training_speed, training_steps
 from benchmarks.training_steps import make_rows, spread_lengths
-from draft.checkpoint import save_head
 from draft.data.examples import collate
+from draft.heads.checkpoint import save_head
 
 
 @pytest.fixture(scope="module")

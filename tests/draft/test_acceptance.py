@@ -9,13 +9,13 @@ import pytest
 import torch
 from conftest import make_tiny_head, make_tiny_target
 
-from draft.acceptance import Acceptance, ReplayResult, Span, generations, replay, replay_acceptance_length, walk
 from draft.data.dataset import Row
 from draft.data.responses import generate_responses
 from draft.errors import UserError
+from draft.evaluation.replay import Acceptance, ReplayResult, Span, generations, replay, replay_acceptance_length, walk
 from draft.heads import Eagle3Head
 from draft.heads.registry import ARCHITECTURES
-from draft.training.step import shift_left
+from draft.heads.unroll import shift_left
 from serving.engine import Engine, SamplingParams, Speculation
 
 EOS = frozenset({23, 83})  # bytes that the tiny target's greedy text does contain, in the place of its <|im_end|>

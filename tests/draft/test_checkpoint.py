@@ -8,8 +8,9 @@ import torch
 from conftest import make_tiny_head, make_tiny_target
 from safetensors.torch import load_file, save_file
 
-from draft.checkpoint import atomic_folder, check_fits, load_head, save_head
 from draft.errors import UserError
+from draft.files import atomic_folder
+from draft.heads.checkpoint import check_fits, load_head, save_head
 
 PLAIN_NAMES = {
     "fc.weight",

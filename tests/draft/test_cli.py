@@ -7,8 +7,8 @@ import pytest
 import torch
 from conftest import save_tiny_target
 
-from draft.checkpoint import check_fits, load_head
 from draft.cli import main
+from draft.heads.checkpoint import check_fits, load_head
 from draft.target import load_target
 from serving.engine import Engine, SamplingParams
 

@@ -13,15 +13,15 @@ import torch
 from conftest import make_tiny_head
 from rich.console import Console
 
-import draft.comparison
-from draft.acceptance import replay
-from draft.comparison import Contender, compare, general_rows, row_ids
-from draft.comparison_report import print_report, public, summary, to_json, write_report
+import draft.evaluation.compare
 from draft.data.dataset import Row, conversation_id, open_dataset, write_dataset
 from draft.data.responses import generate_responses
 from draft.errors import UserError
-from draft.tau import Interval, bootstrap_gain
-from draft.training.step import shift_left, unroll
+from draft.evaluation.compare import Contender, compare, general_rows, row_ids
+from draft.evaluation.replay import replay
+from draft.evaluation.report import print_report, public, summary, to_json, write_report
+from draft.evaluation.tau import Interval, bootstrap_gain
+from draft.heads.unroll import shift_left
 
 ROWS = 24
 
@@ -51,7 +51,7 @@ def better(tiny_target, tiny_head, rows):
     optimiser = torch.optim.AdamW(head.parameters(), lr=5e-3)
     for _ in range(25):
         loss = torch.zeros((), dtype=torch.float64)
-        for step, hidden in enumerate(unroll(head, embeds, output.auxiliary, 2)):
+        for step, hidden in enumerate(head.unroll(embeds, output.auxiliary, 2)):
             loss = loss - (shift_left(teacher, 1 + step) * head.logits(hidden).log_softmax(-1)).sum(-1).mean()
         optimiser.zero_grad()
         loss.backward()
@@ -158,9 +158,9 @@ def test_rows_that_either_head_was_trained_on_are_refused(tiny_target, tiny_head
 
 
 def test_the_bundled_head_was_not_trained_on_the_general_rows_that_ship():
-    package = Path(draft.comparison.__file__).parent
+    package = Path(draft.evaluation.compare.__file__).parent
     trained = json.loads((package / "pretrained/smollm2-eagle3/draftsmith.json").read_text())["trained_rows"]
-    shipped = row_ids(open_dataset(draft.comparison.GENERAL_ROWS).rows("held-out"))
+    shipped = row_ids(open_dataset(draft.evaluation.compare.GENERAL_ROWS).rows("held-out"))
     assert trained and shipped and not set(trained) & set(shipped)
 
 
@@ -262,7 +262,7 @@ def test_public(before, after):
 
 
 def test_general_rows(tiny_target, rows, tmp_path, monkeypatch):
-    monkeypatch.setattr(draft.comparison, "GENERAL_ROWS", tmp_path / "general")
+    monkeypatch.setattr(draft.evaluation.compare, "GENERAL_ROWS", tmp_path / "general")
     with pytest.raises(UserError, match="--general"):
         general_rows(tiny_target)
     (tmp_path / "general").mkdir()

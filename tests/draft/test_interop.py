@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 
 from benchmarks.interop import cases
 from benchmarks.interop.cases import CASES, random_head
-from draft.checkpoint import load_head, save_head
-from draft.interop.eagle3_formats import EAGLE3_FORMATS
+from draft.heads.checkpoint import load_head, save_head
+from draft.interop.eagle3 import EAGLE3_FORMATS
 from draft.interop.exporting import export_head
 from draft.interop.formats import NAMES as FORMATS
 from draft.interop.importing import import_head

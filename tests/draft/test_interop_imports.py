@@ -10,9 +10,9 @@ from interop_heads import files, make_world, refused
 from safetensors.torch import load_file, save_file
 
 from benchmarks.interop.cases import CASES
-from draft.checkpoint import check_fits, load_head
 from draft.cli import main
 from draft.errors import UserError
+from draft.heads.checkpoint import check_fits, load_head
 from draft.interop.exporting import export_head
 from draft.interop.importing import import_head
 

@@ -9,8 +9,8 @@ from interop_heads import files, make_world, refused
 from safetensors.torch import load_file, save_file
 from training_runs import Run
 
-from draft.checkpoint import load_head
 from draft.errors import UserError
+from draft.heads.checkpoint import load_head
 from draft.interop.exporting import export_head
 from draft.interop.formats import NAMES as FORMATS
 from draft.interop.importing import import_head

@@ -10,9 +10,9 @@ import torch
 import yaml
 from conftest import make_tiny_head, make_tiny_target
 
-from draft.checkpoint import head_sha256, save_head
 from draft.errors import UserError
-from draft.merge import merge_run
+from draft.heads.checkpoint import head_sha256, save_head
+from draft.training.merge import merge_run
 
 
 @pytest.mark.parametrize(

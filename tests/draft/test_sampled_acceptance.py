@@ -11,17 +11,17 @@ import torch
 from conftest import byte_tokenizer, make_tiny_head, make_tiny_target
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from draft.acceptance import target_passes
 from draft.data.dataset import Row
 from draft.errors import UserError
-from draft.heads.registry import ARCHITECTURES, architecture_of
-from draft.sampled_acceptance import rejection_terms, sampled_acceptance
+from draft.evaluation.replay import target_passes
+from draft.evaluation.sampled import rejection_terms, sampled_acceptance
+from draft.heads.registry import ARCHITECTURES
 from draft.target import Target
 from serving.engine import Engine, SamplingParams
-from serving.engine.attention import slot_attention_by
-from serving.engine.build import PROPOSERS
+from serving.engine.drafting import Job
 from serving.engine.formulas import sdpa
-from serving.engine.proposers import Job
+from serving.engine.kv_cache import slot_attention_by
+from serving.engine.setup import make_proposer
 
 PROMPT = [3, 1]
 NEW_TOKENS = 4
@@ -96,7 +96,7 @@ class Oracle:
         layers, rule = self.head.auxiliary_layers(self.target), Forced(drafts)
         auxiliary = self.target.forward(ids, layers=layers).auxiliary
         places = {"slots": 1, "capacity": 32, "kernel": slot_attention_by(sdpa)}
-        proposer = PROPOSERS[architecture_of(self.head).drafting](self.target, self.head, layers, places)
+        proposer = make_proposer(self.target, self.head, layers, places)
         state = proposer.join()
         proposer.observe(state, ids[0, 1:].tolist(), auxiliary[0, :-1])
         proposer.propose([Job(state, len(drafts), 0, rule)])
@@ -162,7 +162,7 @@ def test_the_estimate_is_unbiased(architecture, eos):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_terms_by_brute_force(architecture, monkeypatch):
     """min(1, q/p) and the sum of min(p, q) without EOS, in rows of two lengths and chunks of a few positions."""
-    monkeypatch.setattr("draft.sampled_acceptance._POSITIONS_PER_CHUNK", 7)
+    monkeypatch.setattr("draft.evaluation.sampled._POSITIONS_PER_CHUNK", 7)
     target = make_tiny_target()
     head = make_tiny_head(target, architecture=architecture)
     for lm_head in head.own_lm_heads.values():

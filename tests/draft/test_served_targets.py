@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import make_tiny_head, save_tiny_target
 
-from draft.checkpoint import save_head
+from draft.heads.checkpoint import save_head
 from draft.interop.exporting import export_head
 from draft.interop.served_targets import accepted_by
 

@@ -7,9 +7,8 @@ import torch
 from conftest import make_tiny_target
 from transformers import AutoTokenizer
 
-from draft import bundled
 from draft.errors import UserError
-from draft.target import fastest_cpu_dtype, load_target
+from draft.target import bundled, fastest_cpu_dtype, load_target
 
 
 @pytest.fixture(scope="module")

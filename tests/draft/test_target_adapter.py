@@ -14,15 +14,15 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
-from draft.acceptance import replay
-from draft.checkpoint import load_head, save_head
 from draft.data.dataset import open_dataset
 from draft.data.prepare import prepare
 from draft.errors import UserError
+from draft.evaluation.replay import replay
+from draft.heads.checkpoint import load_head, save_head
 from draft.interop.importing import import_head
-from draft.merge import merge_run
 from draft.target import load_target
 from draft.training.config import resolve
+from draft.training.merge import merge_run
 from draft.training.trainer import Trainer
 from serving.cli import load_engine
 from serving.engine import SamplingParams

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from draft.tau import acceptance_length, bootstrap_gain, bootstrap_ratio
+from draft.evaluation.tau import acceptance_length, bootstrap_gain, bootstrap_ratio
 
 
 def test_the_bonus_token_counts():

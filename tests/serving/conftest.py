@@ -8,8 +8,8 @@ import pytest
 import torch
 from conftest import make_tiny_head, make_tiny_target
 
-from draft.checkpoint import save_head
 from draft.heads import Eagle3Head
+from draft.heads.checkpoint import save_head
 from draft.target import Target
 
 

@@ -11,11 +11,10 @@ from tiny_targets import CONTEXT, texts_of, tiny
 from torch import Tensor
 
 from serving.engine import Engine, SamplingParams
-from serving.engine.at_once import AtOnceProposer, AtOnceState
-from serving.engine.attention import slot_attention_by
-from serving.engine.build import PROPOSERS
+from serving.engine.drafting import AtOnceProposer, AtOnceState, Job
 from serving.engine.formulas import sdpa
-from serving.engine.proposers import Job
+from serving.engine.kv_cache import slot_attention_by
+from serving.engine.setup import make_proposer
 from serving.engine.verification import make_rule
 
 TARGET = tiny("llama")
@@ -28,7 +27,7 @@ GREEDY = make_rule("shared-noise", SamplingParams(), 0)
 
 def proposer_of() -> AtOnceProposer:
     places = {"slots": 1, "capacity": CONTEXT, "kernel": slot_attention_by(sdpa)}
-    proposer = PROPOSERS["at once"](TARGET, HEAD, LAYERS, places)
+    proposer = make_proposer(TARGET, HEAD, LAYERS, places)
     assert isinstance(proposer, AtOnceProposer)
     return proposer
 

@@ -12,10 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from draft.errors import UserError
-from serving.engine.attention import Sight, SlotLayer, View, slot_attention_by
-from serving.engine.batch import Batch, Segment
-from serving.engine.cache import LayerShape, SlotCache
 from serving.engine.formulas import FORMULAS, Formula, choose_formula, explicit, flash, flex, sdpa
+from serving.engine.kv_cache import Batch, LayerShape, Segment, Sight, SlotCache, SlotLayer, View, slot_attention_by
 
 CPU = torch.device("cpu")
 

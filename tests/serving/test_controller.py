@@ -23,8 +23,7 @@ from simulation import (
     speed,
 )
 
-from serving.engine.acceptance import OFF, Plan
-from serving.engine.controller import Controller, Fixed
+from serving.engine.planner import OFF, Controller, Fixed, Plan
 
 # what it converges to
 

@@ -25,8 +25,7 @@ from torch import Tensor
 from toy_decoding import Model, Text, decode, drafted_chain, drafted_tree
 
 from serving.engine import verification
-from serving.engine.params import SamplingParams
-from serving.engine.sampling import Processor, Purpose
+from serving.engine.sampling import Processor, Purpose, SamplingParams
 from serving.engine.tree import DraftTree
 from serving.engine.verification import (
     RULES,

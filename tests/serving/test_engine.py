@@ -16,7 +16,7 @@ from tiny_targets import texts_of
 
 from draft.errors import UserError
 from serving.engine import Engine, Overloaded, Speculation
-from serving.engine.proposers import HeadProposer
+from serving.engine.drafting import HeadProposer
 
 # the line
 

@@ -23,8 +23,8 @@ from serving.engine import (
     Speculation,
     Token,
 )
-from serving.engine.line import Line
-from serving.engine.rows import Row
+from serving.engine.queue import Line
+from serving.engine.step import Row
 
 
 @pytest.fixture

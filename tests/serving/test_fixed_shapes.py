@@ -19,12 +19,10 @@ from tiny_targets import texts_of, tiny
 
 from draft.errors import UserError
 from serving.engine import Engine, Speculation
-from serving.engine.attention import View, _visible
-from serving.engine.batch import Batch, Segment
-from serving.engine.build import _choose_mode
-from serving.engine.cache import LayerShape, SlotCache
 from serving.engine.fixed_shapes import FixedShapes, Recordable
+from serving.engine.kv_cache import Batch, LayerShape, Segment, SlotCache, View, _visible
 from serving.engine.padding import WIDEST, Padded, Shape
+from serving.engine.setup import _choose_mode
 
 CPU = torch.device("cpu")
 

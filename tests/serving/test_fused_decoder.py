@@ -14,15 +14,15 @@ from conftest import byte_tokenizer, make_tiny_head
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from cpu_kernels import load_kernels
+from cpu_kernels.ops import weight_memory
 from draft.heads.layers import RMSNorm
 from draft.target import Target
 from serving.engine import Engine, SamplingParams, Speculation
-from serving.engine.batch import Batch, Segment
-from serving.engine.build import Models, build_models
-from serving.engine.cpu import load_kernels
-from serving.engine.cpu.decoder import in_one_call
-from serving.engine.cpu.operators import weight_memory
-from serving.engine.runner import TargetRunner
+from serving.engine.fused import in_one_call
+from serving.engine.kv_cache import Batch, Segment
+from serving.engine.model import TargetRunner
+from serving.engine.setup import Models, build_models
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 259,

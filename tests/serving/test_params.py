@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from draft.errors import UserError
-from serving.engine.params import SamplingParams
+from serving.engine.sampling import SamplingParams
 
 
 @pytest.mark.parametrize(

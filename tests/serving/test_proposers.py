@@ -12,10 +12,10 @@ from tiny_targets import CONTEXT, texts_of, tiny
 from torch import Tensor
 
 from serving.engine import Engine, SamplingParams
-from serving.engine.attention import slot_attention_by
+from serving.engine.drafting import HeadProposer, HeadState, Job
 from serving.engine.formulas import sdpa
-from serving.engine.proposers import HeadProposer, HeadState, Job
-from serving.engine.runner import HeadRunner
+from serving.engine.kv_cache import slot_attention_by
+from serving.engine.model import HeadRunner
 from serving.engine.sampling import Processor
 from serving.engine.tree import DraftTree
 from serving.engine.verification import Rule, Verdict, make_rule

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from draft.checkpoint import load_head
+from draft.heads.checkpoint import load_head
 from draft.target import Target, load_target
 from serving.engine import Engine, SamplingParams
 

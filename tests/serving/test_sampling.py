@@ -16,8 +16,7 @@ from transformers.generation.logits_process import (
 )
 
 from draft.errors import UserError
-from serving.engine.params import SamplingParams
-from serving.engine.sampling import Processor, warp
+from serving.engine.sampling import Processor, SamplingParams, warp
 
 
 @given(

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AddedToken
 
-from serving.engine.params import SamplingParams
-from serving.engine.sequence import Sequence, SpeculationStats, Token, special_ids
+from serving.engine.request import Sequence, SpeculationStats, Token, special_ids
+from serving.engine.sampling import SamplingParams
 
 BYTES, TOKENIZER = byte_tokenizer(), byte_tokenizer()
 EOS = 2

@@ -29,7 +29,7 @@ PROMPT = "<|im_start|>user\nTell me about zebras.<|im_end|>\n<|im_start|>assista
 SERVE = """
 import pathlib, time
 from serving.cli import main
-from serving.engine.decoder import Decoder
+from serving.engine.step import Decoder
 
 hold, step = pathlib.Path("hold"), Decoder.step
 

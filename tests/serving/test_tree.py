@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from serving.engine.batch import Segment
+from serving.engine.kv_cache import Segment
 from serving.engine.tree import DraftTree, Frontier, TreeGrower
 
 #   root - 5 - 7 - 5

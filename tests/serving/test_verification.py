@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from toy_decoding import Model, Text, decode, drafted_chain, drafted_tree, new_processor, nothing, rows_of
 
-from serving.engine.params import SamplingParams
-from serving.engine.sampling import choose
+from serving.engine.sampling import SamplingParams, choose
 from serving.engine.tree import DraftTree
 from serving.engine.verification import (
     RULES,

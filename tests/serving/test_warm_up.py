@@ -10,7 +10,7 @@ from conftest import make_tiny_head, make_tiny_target
 from torch._dynamo.utils import counters
 
 from serving.engine import Engine, SamplingParams, Speculation
-from serving.engine.runner import HeadRunner, TargetRunner
+from serving.engine.model import HeadRunner, TargetRunner
 
 
 def graphs() -> int:

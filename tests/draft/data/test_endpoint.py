@@ -21,13 +21,13 @@ import pytest
 from fastapi import FastAPI, Request, Response
 from http_testing import live
 
-from draft.acceptance import replay
-from draft.data import endpoint as module
-from draft.data import endpoint_delays
+from draft.data import generate as endpoint_delays
+from draft.data import generate as module
 from draft.data.dataset import Dataset
-from draft.data.endpoint import Endpoint, EndpointError, EndpointSettings
+from draft.data.generate import Endpoint, EndpointError, EndpointSettings
 from draft.data.prepare import prepare
 from draft.errors import UserError
+from draft.evaluation.replay import replay
 from draft.target import Target, load_target
 from serving.api.app import create_app
 from serving.engine import Engine

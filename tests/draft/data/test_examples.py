@@ -8,9 +8,8 @@ import pytest
 import torch
 from conftest import TEMPLATE, make_tiny_target
 
-from draft.data.dataset import Row
+from draft.data.dataset import Row, coverage, draft_vocabulary
 from draft.data.examples import batches, collate, encode_kept, first_prompt, next_prompt
-from draft.data.vocabulary import coverage, draft_vocabulary
 from draft.errors import UserError
 from draft.target import Target
 

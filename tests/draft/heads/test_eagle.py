@@ -5,8 +5,6 @@ import torch
 from conftest import make_tiny_head
 from torch.nn.functional import rms_norm
 
-from draft.training.step import unroll
-
 IDS = torch.randint(3, 259, (1, 12), generator=torch.Generator().manual_seed(4))
 
 
@@ -36,7 +34,7 @@ def test_the_first_step_is_the_formula(tiny_target, options):
                 parameter.add_(0.3 * torch.randn_like(parameter))
         logits, states = by_hand(head, tiny_target, IDS)
         auxiliary = tiny_target.forward(IDS, layers=head.auxiliary_layers(tiny_target)).auxiliary
-        first = next(unroll(head, tiny_target.embedding(IDS), auxiliary, 1))[0, :-1]
+        first = next(head.unroll(tiny_target.embedding(IDS), auxiliary, 1))[0, :-1]
         torch.testing.assert_close(first, states)
         torch.testing.assert_close(head.logits(first), logits)
     assert (head.attention.q_proj.bias is not None) == (head.fc.bias is not None) == bool(options)

@@ -7,15 +7,14 @@ import torch
 from torch.nn.functional import rms_norm
 
 from benchmarks.interop.cases import random_head
-from draft.acceptance import drafted_states, target_passes
-from draft.checkpoint import check_fits, load_head, save_head
 from draft.data.dataset import Row
 from draft.data.examples import collate
 from draft.errors import UserError
+from draft.evaluation.replay import drafted_states, target_passes
 from draft.heads import Eagle3Config
-from draft.training.build import with_vocabulary
-from draft.training.features import FeatureSource
-from draft.training.step import unroll
+from draft.heads.checkpoint import check_fits, load_head, save_head
+from draft.training.batches import FeatureSource
+from draft.training.model import with_vocabulary
 
 IDS = torch.randint(3, 259, (1, 12), generator=torch.Generator().manual_seed(4))
 
@@ -68,7 +67,7 @@ def test_an_option_does_what_its_definition_says(tiny_target, options):
     with torch.no_grad():
         logits, fed_back = by_hand(head, tiny_target, IDS)
         auxiliary = tiny_target.forward(IDS, layers=head.auxiliary_layers(tiny_target)).auxiliary
-        first = next(unroll(head, tiny_target.embedding(IDS), auxiliary, 1))[0, :-1]
+        first = next(head.unroll(tiny_target.embedding(IDS), auxiliary, 1))[0, :-1]
         torch.testing.assert_close(first, fed_back)
         torch.testing.assert_close(head.logits(first), logits)
         alone = head(tiny_target.embedding(IDS[:, 1:]), head.fuse(auxiliary[:, :-1]), torch.arange(11)[None])[0]

@@ -7,7 +7,6 @@ from torch.nn.functional import silu
 
 from draft.errors import UserError
 from draft.heads import MedusaConfig
-from draft.training.step import unroll_at_once
 
 IDS = torch.randint(3, 259, (1, 9), generator=torch.Generator().manual_seed(4))
 
@@ -22,7 +21,7 @@ def test_each_position_is_the_formula(tiny_target, options):
     with torch.no_grad():
         states = tiny_target.model.model(IDS).last_hidden_state
         auxiliary = tiny_target.forward(IDS, layers=head.auxiliary_layers(tiny_target)).auxiliary
-        steps = list(unroll_at_once(head, tiny_target.embedding(IDS), auxiliary, 99, attention_mask=None))
+        steps = list(head.unroll(tiny_target.embedding(IDS), auxiliary, 99, attention_mask=None))
         assert len(steps) == head.config.num_heads == options.get("num_heads", 5)
         for step, hidden in enumerate(steps):
             x = states
@@ -31,7 +30,7 @@ def test_each_position_is_the_formula(tiny_target, options):
             torch.testing.assert_close(hidden, x)
             lm_head = tiny_target.lm_head if head.config.shared_lm_head else head.lm_heads[step]
             torch.testing.assert_close(head.logits(hidden, step), x @ lm_head.weight.T)
-    assert len(list(unroll_at_once(head, None, auxiliary, 1))) == 1
+    assert len(list(head.unroll(None, auxiliary, 1))) == 1
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import flex_attention
 
-from draft.training.attention import CHUNK, DENSE_TOKENS, TrainingAttention
+from draft.heads.unroll import CHUNK, DENSE_TOKENS, TrainingAttention
 
 BATCH, HEADS, DIM = 2, 2, 16
 

@@ -4,7 +4,7 @@ import pytest
 
 from draft.errors import UserError
 from draft.training.config import resolve, to_yaml
-from draft.training.run_folder import RunFolder
+from draft.training.run import RunFolder
 
 MINIMUM = {"data": ["d"], "head": "h"}
 NEW = {"data": ["d"]}

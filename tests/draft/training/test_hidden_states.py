@@ -14,7 +14,7 @@ from draft.data.dataset import open_dataset
 from draft.errors import UserError
 from draft.target import load_target
 from draft.training import hidden_states
-from draft.training.features import fits_in_memory, kept_layers
+from draft.training.batches import fits_in_memory, kept_layers
 from draft.training.hidden_states import HiddenStateCache
 
 QUIET = Console(quiet=True)

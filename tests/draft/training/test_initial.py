@@ -4,11 +4,11 @@ import torch
 from conftest import make_tiny_head, make_tiny_target
 
 from draft.data.examples import Batch
-from draft.training.build import blank_head, initialise
+from draft.heads.initial import Ridge
+from draft.training.batches import FeatureSource
 from draft.training.config import ModelSettings
-from draft.training.features import FeatureSource
-from draft.training.initial import Ridge
-from draft.training.objective import Objective, loss_sum
+from draft.training.loss import Objective, loss_sum
+from draft.training.model import blank_head, initialise
 
 
 def test_ridge_recovers_a_linear_map():

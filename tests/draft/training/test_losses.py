@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from draft.training.losses import LOSSES
+from draft.training.loss import LOSSES
 
 P = torch.tensor([[0.5, 0.2, 0.1]], dtype=torch.float64)  # the target; 0.2 lies outside the draft vocabulary
 Q = torch.tensor([[0.2, 0.3, 0.5]], dtype=torch.float64)

@@ -6,10 +6,9 @@ from conftest import make_tiny_head
 from torch.nn.functional import smooth_l1_loss
 
 from draft.data.examples import Batch
-from draft.heads.registry import ARCHITECTURES
-from draft.training.features import Features, FeatureSource
-from draft.training.losses import LOSSES
-from draft.training.objective import Objective, loss_sum
+from draft.heads.base import Features
+from draft.training.batches import FeatureSource
+from draft.training.loss import LOSSES, Objective, loss_sum
 
 
 def make_batch(lengths=(14, 9)):
@@ -42,8 +41,7 @@ def test_loss_equals_a_loop_over_positions(tiny_target, architecture, loss):
         total, agreement = loss_sum(tiny_head, tiny_target, batch, features, objective)
         expected, hits = 0.0, torch.zeros(3, 2)
         full = tiny_target.logits(features.last_hidden)
-        unroll = ARCHITECTURES[architecture].unroll
-        steps = unroll(tiny_head, features.embeds, features.auxiliary, 3, attention_mask=batch.attention_mask)
+        steps = tiny_head.unroll(features.embeds, features.auxiliary, 3, attention_mask=batch.attention_mask)
         for k, hidden in enumerate(steps):
             logits = tiny_head.logits(hidden, k)
             for row in range(2):

@@ -7,9 +7,8 @@ from conftest import make_tiny_head, make_tiny_target
 from draft.data.dataset import Row
 from draft.data.examples import batches, collate, packed_batches
 from draft.heads.registry import ARCHITECTURES
-from draft.training.features import FeatureSource
-from draft.training.losses import LOSSES
-from draft.training.objective import Objective, loss_sum
+from draft.training.batches import FeatureSource
+from draft.training.loss import LOSSES, Objective, loss_sum
 
 
 def make_rows(lengths, seed=5):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from training_runs import Run, command, last_step, launch, logged, make_world, python, run_group, weights
 
-from draft.training.snapshots import latest_snapshot
+from draft.training.run import latest_snapshot
 
 SHARDED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 KINDS = {"ddp": {}, "fsdp2": SHARDED}

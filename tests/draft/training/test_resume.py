@@ -11,7 +11,7 @@ import torch
 from training_runs import Run, command, last_step, logged, make_world, weights
 
 from draft.errors import UserError
-from draft.training.snapshots import latest_snapshot, write_snapshot
+from draft.training.run import latest_snapshot, write_snapshot
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,8 @@ from draft.data.dataset import open_dataset, write_dataset
 from draft.data.prepare import prepare
 from draft.errors import UserError
 from draft.target import load_target
+from draft.training.batches import load_rows
 from draft.training.config import resolve
-from draft.training.rows import load_rows
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ import torch
 from conftest import make_tiny_head, make_tiny_target
 
 from benchmarks.interop.cases import random_head
-from draft.training.step import shift_left, unroll
+from draft.heads.unroll import shift_left
 
 STEPS = 5
 
@@ -73,7 +73,7 @@ def test_training_time_test_equals_decoding_through_the_cache(option):
     output = target.forward(ids, layers=head.auxiliary_layers(target))
     embeds = target.embedding(ids)
     with torch.no_grad():
-        unrolled = torch.stack(list(unroll(head, embeds, output.auxiliary, STEPS)), dim=2)[0]  # [tokens, steps, hidden]
+        unrolled = torch.stack(list(head.unroll(embeds, output.auxiliary, STEPS)), dim=2)[0]  # [tokens, steps, hidden]
         decoded = decode_step_by_step(head, embeds, output.auxiliary, STEPS)
         difference = (head.logits(unrolled[: len(decoded)]) - head.logits(decoded)).abs().max()
     assert difference < 1e-9
@@ -88,7 +88,7 @@ def test_right_padding_changes_nothing(tiny_target, tiny_head):
         visible = None if attention is None else attention.long()
         output = tiny_target.forward(tokens, layers=tiny_target.default_auxiliary_layers, attention_mask=visible)
         with torch.no_grad():
-            steps = unroll(tiny_head, tiny_target.embedding(tokens), output.auxiliary, 3, attention_mask=attention)
+            steps = tiny_head.unroll(tiny_target.embedding(tokens), output.auxiliary, 3, attention_mask=attention)
             runs.append([hidden[:, :8] for hidden in steps])
     for alone, batched in zip(*runs, strict=True):
         torch.testing.assert_close(alone, batched, atol=1e-10, rtol=0)

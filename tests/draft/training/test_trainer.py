@@ -10,15 +10,13 @@ import torch
 from conftest import make_tiny_target, save_tiny_target
 from rich.console import Console
 
-from draft.checkpoint import load_head
 from draft.data.prepare import prepare
 from draft.errors import UserError
-from draft.heads.registry import ARCHITECTURES
-from draft.merge import merge_run
+from draft.heads.checkpoint import load_head
 from draft.training.config import resolve
-from draft.training.interruption import Interrupted
-from draft.training.optimiser import learning_rate_at, parameter_groups
-from draft.training.snapshots import latest_snapshot
+from draft.training.merge import merge_run
+from draft.training.model import learning_rate_at, parameter_groups
+from draft.training.run import Interrupted, latest_snapshot
 from draft.training.trainer import Trainer
 
 QUIET = Console(quiet=True)
@@ -118,14 +116,14 @@ def test_a_merged_head_computes_what_the_adapter_computed(world, tmp_path, archi
     base, _ = load_head(world / start / "head", dtype=torch.float64)
     load_afa_adapter(base, world / name / "adapter", is_trainable=False)
     merged, _ = load_head(tmp_path / "merged", dtype=torch.float64)
-    target, unroll = make_tiny_target(), ARCHITECTURES[architecture].unroll
+    target = make_tiny_target()
     embeds = torch.randn(1, 6, 32, dtype=torch.float64)
     auxiliary = torch.randn(1, 6, 32 * len(merged.auxiliary_layers(target)), dtype=torch.float64)
     logits = []
     for head in (merged, base.eval()):
         head.borrow(target)
         with torch.no_grad():
-            steps = enumerate(unroll(head, embeds, auxiliary, 3))
+            steps = enumerate(head.unroll(embeds, auxiliary, 3))
             logits.append(torch.stack([head.logits(hidden, step) for step, hidden in steps]))
     torch.testing.assert_close(*logits, atol=1e-4, rtol=1e-4)
 

@@ -9,7 +9,7 @@ from fastapi.testclient import TestClient
 from http_testing import PROMPT, ask
 
 from serving.api.app import create_app
-from serving.api.limits import Limits
+from serving.api.middleware import Limits
 from serving.api.schemas import GenerateParameters
 from serving.engine import Engine, SamplingParams
 

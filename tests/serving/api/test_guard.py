@@ -18,7 +18,7 @@ from tokenizers import normalizers
 from draft.target import Target
 from serving.api.app import create_app
 from serving.api.errors import ApiError
-from serving.api.limits import Limits, check_json
+from serving.api.middleware import Limits, check_json
 from serving.engine import Engine
 
 KEY = "a-key-of-some-length"
@@ -90,7 +90,7 @@ def test_a_body_past_the_limit_is_413_whether_or_not_it_says_its_length(tiny_tar
 
 def test_a_length_past_the_limit_is_413_before_anything_is_read(tiny_target, monkeypatch) -> None:
     # longer than the sockets here wait: an answer that came after it would come too late, on any machine
-    monkeypatch.setattr("serving.api.limits._READ_ON_SECONDS", 60)
+    monkeypatch.setattr("serving.api.middleware._READ_ON_SECONDS", 60)
     app = create_app(Engine(tiny_target), limits=Limits(max_body_bytes=1000))
     head = "POST {} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n"
     with live(app) as url:

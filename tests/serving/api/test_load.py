@@ -19,9 +19,9 @@ from starlette.applications import Starlette
 from starlette.routing import Route
 
 from serving.api.app import create_app
-from serving.api.sse import EventStream
+from serving.api.streaming import EventStream
 from serving.engine import Engine, Request, SamplingParams, Speculation
-from serving.engine.rows import Row
+from serving.engine.step import Row
 
 LIMITS = httpx.Limits(max_connections=400)
 LONG = 400  # tokens of the answers that nobody waits for

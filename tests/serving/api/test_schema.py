@@ -17,7 +17,7 @@ from http_testing import live
 
 from serving.api.app import create_app
 from serving.api.bounds import up_to
-from serving.api.limits import Limits
+from serving.api.middleware import Limits
 from serving.engine import Engine
 
 MESSAGES = [{"role": "user", "content": "a"}]

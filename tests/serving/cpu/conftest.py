@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from serving.engine.cpu import (
-    load_kernels,
-    set_threads,
-    threads,
-)
+from cpu_kernels import load_kernels, set_threads, threads
 
 
 @pytest.fixture(autouse=True)

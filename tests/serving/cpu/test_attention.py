@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from serving.engine.cpu import slot_attention
+from cpu_kernels import slot_attention
 
 
 def reference(case: dict) -> tuple[Tensor, Tensor, Tensor]:

@@ -16,17 +16,8 @@ from cpu_cases import HALF, attend, random_case
 from torch import Tensor, nn
 from torch._inductor.utils import run_and_get_code
 
+from cpu_kernels import build, load_kernels, pack, pack_linears, packed_linear, set_threads, slot_attention, threads
 from draft.errors import UserError
-from serving.engine.cpu import (
-    build,
-    load_kernels,
-    pack,
-    pack_linears,
-    packed_linear,
-    set_threads,
-    slot_attention,
-    threads,
-)
 
 
 def test_threads_do_not_change_bits():
@@ -118,7 +109,7 @@ def test_two_python_threads_may_call_at_once():
 def test_a_process_ends_and_forks_while_workers_exist():
     code = """
 import os, torch
-from serving.engine.cpu import pack, packed_linear, set_threads
+from cpu_kernels import pack, packed_linear, set_threads
 set_threads(3)
 packed, x = pack(torch.randn(2000, 200)), torch.randn(4, 200)
 expected = packed_linear(x, packed, 2000)

@@ -11,13 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
 
-from serving.engine.cpu import (
-    PackedLinear,
-    linear,
-    pack,
-    pack_linears,
-    packed_linear,
-)
+from cpu_kernels import PackedLinear, pack, pack_linears, packed_linear
+from cpu_kernels import ops as linear
 
 
 @settings(max_examples=150)

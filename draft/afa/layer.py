@@ -1,0 +1,291 @@
+"""The AFA-LoRA configuration, and the layer that PEFT puts in the place of an nn.Linear.
+
+`draft.afa` is the door to all of it. This stands on an interface of PEFT's that PEFT calls private (LoRA
+variants, custom modules, `LoraModel._create_and_replace`), hence the pin `peft>=0.21.2,<0.22`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from peft import LoraConfig
+from peft.tuners import lora
+from peft.tuners.lora.layer import VARIANT_KWARG_KEYS, LoraVariant
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from afa_kernels import (
+    ACTIVATIONS,
+    KernelsError,
+    afa_lora_linear,
+    annealed_lora,
+    canonical_placement,
+    fall_back,
+)
+from draft.afa.schedule import beta_at, zero_step
+from draft.errors import UserError
+
+# Initialisations with B = 0 (or none), so that the adapter starts as no change whatever beta is. The others
+# (pissa, olora, corda...) take B A out of the base weight, which only a linear adapter gives back.
+INITIALISATIONS = (True, False, "gaussian", "eva")
+NOT_SUPPORTED = ("lora_bias", "fan_in_fan_out", "target_parameters", "use_qalora")
+
+
+@dataclass
+class AfaLoraConfig(LoraConfig):
+    """A LoRA adapter whose activation is annealed away. Takes all of LoraConfig's arguments and these.
+
+    Args:
+        activation: silu, gelu (erf), relu or tanh. relu after B (placements that end in s) has no gradient in
+            the very first step, where B = 0 and beta = 1; it moves from the second step on, since beta is
+            below 1 then.
+        placement: A-s-B, s-A-B, s-A-B-s, s-A-s-B or s-A-s-B-s; σ may stand for s.
+        schedule: linear, cosine or exponential (see `beta_at`).
+        decay_ratio: the share of the optimiser steps, in (0, 1], after which beta is exactly 0.
+        beta: the weight of the non-linear branch, in [0, 1]; follows from step and total_steps once there is
+            a total.
+        step: optimiser steps done so far.
+        total_steps: optimiser steps in all; 0 until training sets it.
+
+    Raises UserError for a value outside of these, and for options of LoraConfig that AFA-LoRA doesn't have
+    (other LoRA variants such as DoRA, lora_bias, initialisations that change the base weight).
+    """
+
+    # A LoRA variant is found by a truthy field with this tag; the activation's name is always truthy.
+    activation: str = field(default="silu", metadata={"help": "silu, gelu, relu, tanh", "is_lora_variant": True})
+    placement: str = field(default="A-s-B", metadata={"help": "Where the activation stands"})
+    schedule: str = field(default="linear", metadata={"help": "linear, cosine, exponential"})
+    decay_ratio: float = field(default=0.3, metadata={"help": "Share of the steps after which beta is 0"})
+    beta: float = field(default=1.0, metadata={"help": "Weight of the non-linear branch"})
+    step: int = field(default=0, metadata={"help": "Optimiser steps done"})
+    total_steps: int = field(default=0, metadata={"help": "Optimiser steps in all; 0: not known yet"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.activation not in ACTIVATIONS:
+            raise UserError(f"unknown activation {self.activation!r}: choose one of {', '.join(ACTIVATIONS)}")
+        try:
+            self.placement = canonical_placement(self.placement)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        self._refuse_other_options()
+        beta_at(self.step, self.total_steps or 1, self.decay_ratio, self.schedule)  # checks the values
+        if not 0 <= self.beta <= 1:
+            raise UserError(f"beta is {self.beta}: choose a number from 0 to 1")
+        if self.total_steps:
+            self.anneal(self.step, self.total_steps)
+        self._register_custom_module({nn.Linear: AfaLinear})
+
+    def _refuse_other_options(self) -> None:
+        variants = [f.name for f in dataclasses.fields(LoraConfig) if f.metadata.get("is_lora_variant")]
+        for name in (*variants, *NOT_SUPPORTED):
+            if getattr(self, name):
+                raise UserError(f"AFA-LoRA has no {name} (given: {getattr(self, name)!r}): leave it out")
+        if self.init_lora_weights not in INITIALISATIONS:
+            raise UserError(
+                f"init_lora_weights={self.init_lora_weights!r} changes the base weight, which only a linear "
+                "adapter gives back: choose True, 'gaussian', 'eva' or False for AFA-LoRA"
+            )
+
+    def anneal(self, step: int, total_steps: int) -> None:
+        """Sets step, total_steps and the beta that follows. Layers that exist: see `set_annealing_step`."""
+        self.beta = beta_at(step, total_steps, self.decay_ratio, self.schedule)
+        self.step, self.total_steps = step, total_steps
+
+    def to_dict(self) -> dict[str, Any]:
+        """What adapter_config.json holds: at beta = 0 LoraConfig's keys only, as an ordinary LoRA adapter.
+
+        At beta > 0 everything, under peft_type AFA_LORA, a name that plain PEFT doesn't know, so that it
+        fails instead of using the adapter as a linear one.
+        """
+        everything = super().to_dict()
+        if self.beta > 0:
+            return everything | {"peft_type": "AFA_LORA"}
+        plain = {f.name for f in dataclasses.fields(LoraConfig)}
+        return {key: value for key, value in everything.items() if key in plain}
+
+
+class AfaVariant(LoraVariant):
+    """One adapter's annealing state in one layer, and the steps in which PEFT asks a LoRA variant.
+
+    beta is a tensor, so that a captured graph sees it change, but no buffer: PEFT saves buffers, and
+    `.to(bfloat16)` would round it.
+    """
+
+    def __init__(self, config: AfaLoraConfig) -> None:
+        self.config = config
+        self.is_linear = config.beta == 0
+        # An explicit device: the model may be under construction on another default one (meta).
+        self._beta = torch.tensor(config.beta, dtype=torch.float64, device="cpu")  # []
+
+    def refresh(self) -> None:
+        """Takes beta over from the config."""
+        self.is_linear = self.config.beta == 0
+        self._beta.fill_(self.config.beta)
+
+    def beta_on(self, device: torch.device) -> Tensor:
+        """beta as a 0-dim tensor on `device`."""
+        beta = self._beta  # a local name: replicas of nn.DataParallel share this object
+        if beta.device != device:
+            dtype = torch.float32 if device.type == "mps" else torch.float64
+            # A tensor made in inference mode could not take part in training later.
+            with torch.inference_mode(False):
+                beta = self._beta = beta.to(device=device, dtype=dtype)
+        return beta
+
+    def refuse_unless_linear(self, adapter_name: str) -> None:
+        """Raises UserError while beta is above 0, naming the step at which it would be 0."""
+        config = self.config
+        if config.beta == 0:
+            return
+        if config.total_steps:
+            way_out = (
+                f"at step {config.step} of {config.total_steps}; train on to step "
+                f"{zero_step(config.total_steps, config.decay_ratio)}, where beta reaches 0"
+            )
+        else:
+            way_out = "and no number of steps is set, so it never reaches 0: train it with AnnealingCallback"
+        raise UserError(
+            f"adapter {adapter_name!r} is not a matrix yet and can be neither merged nor converted: "
+            f"its beta is {config.beta:.4g} {way_out}"
+        )
+
+    @staticmethod
+    def init(module: Any, adapter_name: str, **kwargs: Any) -> None:
+        """Nothing to add: A and B are all there is."""
+
+    @staticmethod
+    def forward(module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
+        # PEFT's own loop (a plain adapter beside this one, or adapter_names) cast x to A's dtype: undo it.
+        return result + module.afa_delta(active_adapter, x.to(module.get_base_layer().weight.dtype))
+
+    @staticmethod
+    def merge_safe(module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
+        module.annealed[active_adapter].refuse_unless_linear(active_adapter)
+        return (as_float64(orig_weight) + delta_float64(module, active_adapter)).to(orig_weight)
+
+    @staticmethod
+    def merge_unsafe(module: Any, active_adapter: str, orig_weight: Tensor) -> None:
+        orig_weight.data.copy_(AfaVariant.merge_safe(module, active_adapter, orig_weight))
+
+    @staticmethod
+    def unmerge(module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
+        return (as_float64(orig_weight) - delta_float64(module, active_adapter)).to(orig_weight)
+
+
+class AfaLinear(lora.Linear):
+    """PEFT's LoRA layer over a plain nn.Linear, which may hold AFA-LoRA and plain LoRA adapters side by side.
+
+    AFA adapters take x as it comes: A and B are cast to x's dtype. Everything else (plain adapters, disabled
+    or merged ones, `adapter_names`) goes PEFT's way.
+    """
+
+    @property
+    def annealed(self) -> dict[str, AfaVariant]:
+        """The AFA adapters of this layer by name; the plain ones are not in it."""
+        return {name: v for name, v in self.lora_variant.items() if isinstance(v, AfaVariant)}
+
+    def resolve_lora_variant(self, *, config: LoraConfig, **kwargs: Any) -> LoraVariant | None:
+        if isinstance(config, AfaLoraConfig):
+            return AfaVariant(config)
+        return super().resolve_lora_variant(config=config, **kwargs)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # [..., in] -> [..., out]
+        active, annealed = active_present(self), self.annealed
+        all_annealed = all(name in annealed for name in active)
+        mixed_batch = kwargs.get("adapter_names") is not None
+        if self.disable_adapters or self.merged or mixed_batch or not all_annealed:
+            return super().forward(x, *args, **kwargs)
+        if len(active) == 1 and self._can_fuse(active[0], x):
+            return self._fused(active[0], x)
+        for key in (*VARIANT_KWARG_KEYS, "adapter_names"):  # meant for adapters, not for the base layer
+            kwargs.pop(key, None)
+        result = cast(nn.Linear, self.base_layer)(x, *args, **kwargs)
+        for name in active:
+            result = result + self.afa_delta(name, x)
+        return result
+
+    def _can_fuse(self, name: str, x: Tensor) -> bool:
+        if self.annealed[name].config.placement != "A-s-B" or not is_bare(self.base_layer):
+            return False
+        dropout = self.lora_dropout[name]
+        if self.training and not isinstance(dropout, nn.Identity):
+            try:
+                fall_back(f"LoRA dropout is {cast(nn.Dropout, dropout).p:g}, and they have none", x.device.type)
+            except KernelsError as error:
+                raise UserError(str(error)) from None
+            return False
+        return True
+
+    def _fused(self, name: str, x: Tensor) -> Tensor:
+        variant, base = self.annealed[name], cast(nn.Linear, self.base_layer)
+        try:
+            return afa_lora_linear(
+                x,
+                base.weight,
+                base.bias,
+                *lora_weights(self, name),
+                beta=variant.beta_on(x.device),
+                scaling=self.scaling[name],
+                activation=variant.config.activation,
+            )
+        except KernelsError as error:  # AFA_KERNELS asks for what can't be
+            raise UserError(str(error)) from None
+
+    def afa_delta(self, name: str, x: Tensor) -> Tensor:  # [..., in] -> [..., out]
+        """What AFA adapter `name` adds to the base output, in x's dtype."""
+        variant = self.annealed[name]
+        weight_a, weight_b = lora_weights(self, name)
+        x = self.lora_dropout[name](x)
+        if variant.is_linear:  # no activation left: the same products as a plain adapter
+            return self.scaling[name] * F.linear(F.linear(x, weight_a.to(x.dtype)), weight_b.to(x.dtype))
+        return annealed_lora(
+            x,
+            weight_a,
+            weight_b,
+            beta=variant.beta_on(x.device),
+            scaling=self.scaling[name],
+            activation=variant.config.activation,
+            placement=variant.config.placement,
+        )
+
+    def get_delta_weight(self, adapter: str) -> Tensor:  # [out, in]
+        """The matrix that the adapter is at beta = 0, in B's dtype; UserError while beta is above 0."""
+        if adapter not in self.annealed:
+            return super().get_delta_weight(adapter)
+        self.annealed[adapter].refuse_unless_linear(adapter)
+        return delta_float64(self, adapter).to(lora_weights(self, adapter)[1])
+
+
+def is_bare(layer: nn.Module) -> bool:
+    """Whether calling `layer` does nothing but its product, so that a fused one may take its place.
+
+    Hooks (offloading, profiling, capture of hidden states) and a replaced forward want to see the call.
+    """
+    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
+    return type(layer) is nn.Linear and not any(hooks) and "forward" not in vars(layer)
+
+
+def as_float64(tensor: Tensor) -> Tensor:
+    """The values in float64, detached; on the CPU where the device has no float64."""
+    tensor = tensor.detach()
+    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
+
+
+def active_present(layer: lora.Linear) -> list[str]:
+    """The active adapters that this layer has (another adapter may target other layers)."""
+    return [name for name in layer.active_adapters if name in layer.lora_A]
+
+
+def lora_weights(layer: lora.Linear, name: str) -> tuple[Tensor, Tensor]:
+    """A [r, in] and B [out, r] of adapter `name`."""
+    return cast(nn.Linear, layer.lora_A[name]).weight, cast(nn.Linear, layer.lora_B[name]).weight
+
+
+def delta_float64(layer: lora.Linear, name: str) -> Tensor:  # [out, in]
+    """scaling * B A of adapter `name`, in float64."""
+    weight_a, weight_b = lora_weights(layer, name)
+    return layer.scaling[name] * (as_float64(weight_b) @ as_float64(weight_a))

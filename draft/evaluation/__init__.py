@@ -1,0 +1,1 @@
+"""Measure draft heads: replay, sampled acceptance, paired comparison and its report."""

@@ -1,0 +1,228 @@
+"""The paired comparison of two draft heads on held-out rows, and the gate that a new head has to pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from draft.data.dataset import Row, open_dataset
+from draft.errors import UserError
+from draft.evaluation.replay import TOKENS_PER_BATCH, Acceptance, ReplayResult, replay
+from draft.evaluation.sampled import is_sampled, sampled_acceptance
+from draft.evaluation.tau import Interval, bootstrap_gain, bootstrap_ratio
+from draft.heads import DraftHead
+from draft.heads.checkpoint import check_fits
+from draft.target import Target
+
+DECIDING_LENGTH = 5
+GENERAL_TOLERANCE = 0.02  # of general τ that a head may lose for its domain's sake
+FEW_CONVERSATIONS = 20
+LEAST_CONVERSATIONS = 5  # with one, the interval has no width at all
+GENERAL_ROWS = Path(__file__).parents[1] / "data" / "general"
+BASELINE, CANDIDATE = "baseline", "candidate"
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A head as it was loaded from its folder: (head, about) come from `draft.heads.checkpoint.load_head`."""
+
+    name: str
+    head: DraftHead
+    about: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Both heads on the same conversations, at each speculation length; index K-1 is for K."""
+
+    conversations: int
+    results: Mapping[str, Acceptance]  # of BASELINE and CANDIDATE
+    taus: Mapping[str, list[Interval]]
+    gains: list[Interval]  # relative, paired by conversation: 0.1 is 10 % more tokens a verification
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What was measured on one set of rows."""
+
+    greedy: Pair  # replay; its results are ReplayResults
+    sampled: Pair | None  # the estimate at temperature 1; None: no row was sampled without truncation
+
+    def replay(self, name: str) -> ReplayResult:
+        result = self.greedy.results[name]
+        assert isinstance(result, ReplayResult)
+        return result
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two heads measured side by side, with the verdict."""
+
+    target_name: str
+    target_fingerprint: str
+    abouts: Mapping[str, Mapping[str, Any]]  # of BASELINE and CANDIDATE
+    names: Mapping[str, str]
+    deciding_length: int
+    domain: Measurement
+    general: Measurement | None
+
+    @property
+    def ship(self) -> bool:
+        """Whether the candidate's greedy gain is certain on the domain, and its loss on general traffic is bounded.
+
+        Never on fewer conversations than an interval can be trusted from.
+        """
+        if any(measurement.greedy.conversations < LEAST_CONVERSATIONS for measurement in self.measurements.values()):
+            return False
+        if not self.gain(self.domain).low > 0:  # NaN is not above 0 either
+            return False
+        return self.general is None or self.gain(self.general).low > -GENERAL_TOLERANCE
+
+    @property
+    def verdict(self) -> str:
+        return "ship" if self.ship else "don't ship"
+
+    def gain(self, measurement: Measurement) -> Interval:
+        """The relative greedy gain at the deciding speculation length."""
+        return measurement.greedy.gains[self.deciding_length - 1]
+
+    @property
+    def measurements(self) -> dict[str, Measurement]:
+        """By name, those that were made."""
+        made = {"domain": self.domain, "general": self.general}
+        return {name: measurement for name, measurement in made.items() if measurement is not None}
+
+    @property
+    def warnings(self) -> list[str]:
+        """What a reader must know before trusting the verdict."""
+        notes = [
+            f"{name}: only {measurement.greedy.conversations} greedy conversations; intervals from fewer than "
+            f"{FEW_CONVERSATIONS} are too narrow to be trusted."
+            for name, measurement in self.measurements.items()
+            if measurement.greedy.conversations < FEW_CONVERSATIONS
+        ]
+        if "trained_rows" not in self.abouts[CANDIDATE]:
+            notes.append(
+                "the candidate does not record which rows it was trained on: that they are others is not checked."
+            )
+        if self.general is None:
+            notes.append("general traffic was not measured: the verdict is on the domain alone.")
+        return notes
+
+
+def compare(
+    target: Target,
+    baseline: Contender,
+    candidate: Contender,
+    domain_rows: Iterable[Row],
+    general_rows: Iterable[Row] | None = None,
+    *,
+    deciding_length: int = DECIDING_LENGTH,
+    max_steps: int = 8,
+    resamples: int = 10_000,
+    tokens_per_batch: int = TOKENS_PER_BATCH,
+    progress: bool = False,
+) -> Comparison:
+    """Compare two heads on held-out rows of the domain and, unless None, of general traffic.
+
+    Both heads are replayed on the states of one pass of the target, so they are judged on identical text.
+
+    Raises:
+        UserError: when a head is not for this target, when one was trained on some of the rows, when there are no
+            greedily written rows, or when deciding_length is not within 1..max_steps.
+    """
+    if not 1 <= deciding_length <= max_steps:
+        raise UserError(
+            f"deciding_length = {deciding_length}: it must be from 1 to {max_steps}, the lengths that are measured."
+        )
+    contenders = {BASELINE: baseline, CANDIDATE: candidate}
+    for contender in contenders.values():
+        check_fits(contender.head, dict(contender.about), target)
+    sets = {"domain": list(domain_rows)} | ({} if general_rows is None else {"general": list(general_rows)})
+    for name, rows in sets.items():
+        for which, contender in contenders.items():
+            refuse_trained_rows(contender.about, rows, name, which)
+    heads = {name: contender.head for name, contender in contenders.items()}
+    measured = {
+        name: _measure(target, heads, rows, max_steps, resamples, tokens_per_batch, name if progress else None)
+        for name, rows in sets.items()
+    }
+    return Comparison(
+        target_name=target.name,
+        target_fingerprint=target.fingerprint,
+        abouts={name: contender.about for name, contender in contenders.items()},
+        names={name: contender.name for name, contender in contenders.items()},
+        deciding_length=deciding_length,
+        domain=measured["domain"],
+        general=measured.get("general"),
+    )
+
+
+def _measure(
+    target: Target,
+    heads: Mapping[str, DraftHead],
+    rows: Sequence[Row],
+    max_steps: int,
+    resamples: int,
+    tokens_per_batch: int,
+    label: str | None,
+) -> Measurement:
+    greedy = replay(
+        target, heads, rows, max_steps, tokens_per_batch=tokens_per_batch, progress=label and f"{label}, greedy"
+    )
+    if not any(is_sampled(row) for row in rows):
+        return Measurement(_pair(greedy, resamples), None)
+    sampled = sampled_acceptance(
+        target, heads, rows, max_steps, tokens_per_batch=tokens_per_batch, progress=label and f"{label}, temperature 1"
+    )
+    return Measurement(_pair(greedy, resamples), _pair(sampled, resamples))
+
+
+def _pair(results: Mapping[str, Acceptance], resamples: int) -> Pair:
+    columns = range(1, results[BASELINE].emitted.shape[1] + 1)
+    units = {name: [result.units(length) for length in columns] for name, result in results.items()}
+    taus = {name: [bootstrap_ratio(*u.T.tolist(), resamples=resamples) for u in each] for name, each in units.items()}
+    gains = [
+        # both have the same conversations in the same order: whether there is something to verify depends on the text
+        bootstrap_gain(base.tolist(), new.tolist(), resamples=resamples)
+        for base, new in zip(units[BASELINE], units[CANDIDATE], strict=True)
+    ]
+    return Pair(len(units[BASELINE][0]), results, taus, gains)
+
+
+def row_ids(rows: Iterable[Row]) -> list[str]:
+    """What a trainer records as `trained_rows` in a head's draftsmith.json: the start of each row's id, sorted.
+
+    A row's id is a hash of its prompt, so that a conversation is known again in another data set too.
+    """
+    return sorted({row.id[:12] for row in rows})
+
+
+def refuse_trained_rows(about: Mapping[str, Any], rows: Sequence[Row], name: str, which: str) -> None:
+    """Raise a UserError when the head that `about` describes, BASELINE or CANDIDATE, was trained on any of the rows."""
+    trained = set(about.get("trained_rows") or ())
+    seen = trained.intersection(row_ids(rows))
+    if seen:
+        raise UserError(
+            f"{len(seen)} of the {len(rows)} {name} rows are among those that the {which} was trained on; compare on "
+            "the held-out split of the data that it was trained with, or prepare data of other prompts."
+        )
+
+
+def general_rows(target: Target) -> list[Row] | None:
+    """The held-out self-prompted rows that ship with the project, or None for a target that did not write them.
+
+    Raises:
+        UserError: when the files are missing from the installation.
+    """
+    if not GENERAL_ROWS.is_dir():
+        raise UserError(
+            "the general rows that ship with the package are missing; install it again, or pass `--general DIR` with "
+            "data that `draft-train prepare` wrote."
+        )
+    dataset = open_dataset(GENERAL_ROWS)
+    if dataset.manifest["target_fingerprint"] != target.fingerprint:
+        return None
+    return list(dataset.rows("held-out"))

@@ -1,0 +1,241 @@
+"""Replay: the acceptance length τ of draft heads from text that the target wrote, without decoding.
+
+One pass of the target over a text gives the states of all its positions, and an unrolled head (training-time test)
+gives its drafts after each of them. Greedy text is then walked block by block as the engine would have walked it.
+`draft.evaluation.sampled` does the same in expectation for text sampled at temperature 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from rich.progress import track
+from torch import Tensor
+
+from draft.data.dataset import Row
+from draft.data.examples import batches, collate
+from draft.errors import UserError
+from draft.evaluation.tau import acceptance_length
+from draft.heads import DraftHead
+from draft.heads.unroll import shift_left
+from draft.target import Target, TargetOutput
+
+TOKENS_PER_BATCH = 4096
+
+
+@dataclass(frozen=True)
+class Span:
+    """One generation inside a row: tokens start..end-1, of which the prefill gave the first."""
+
+    start: int
+    end: int
+    ended_by_eos: bool  # otherwise by its length limit, before which the engine drafts fewer tokens
+
+
+@dataclass(frozen=True)
+class Acceptance:
+    """What decoding the rows at speculation lengths 1..max_steps takes; column K-1 is for K."""
+
+    row_ids: list[str]
+    emitted: np.ndarray  # [rows, max_steps] tokens given by verifications, the bonus token included
+    verifications: np.ndarray  # [rows, max_steps]
+
+    def tau(self, length: int) -> float:
+        """τ over all rows at speculation length `length`."""
+        return acceptance_length(self.emitted[:, length - 1].sum(), self.verifications[:, length - 1].sum())
+
+    def units(self, length: int) -> np.ndarray:
+        """[conversations, 2]: (emitted, verifications), what a bootstrap by conversation resamples.
+
+        Rows of one id are one conversation; those without a verification (responses of one token) are left out.
+        """
+        ids, unit = np.unique(self.row_ids, return_inverse=True)
+        sums = np.zeros((len(ids), 2))
+        np.add.at(sums, unit, np.stack([self.emitted[:, length - 1], self.verifications[:, length - 1]], axis=1))
+        return sums[sums[:, 1] > 0]
+
+
+@dataclass(frozen=True)
+class ReplayResult(Acceptance):
+    """Greedy replay, with counts of blocks by how much was drafted and accepted."""
+
+    blocks: np.ndarray  # [max_steps (K - 1), drafted, accepted] verifications
+
+    def drafted(self, length: int) -> list[int]:
+        """Verifications in which each draft position was filled, as the engine counts them."""
+        return [int(self.blocks[length - 1, position:].sum()) for position in range(1, length + 1)]
+
+    def accepted(self, length: int) -> list[int]:
+        """Verifications in which each draft position was accepted (so all before it were too)."""
+        return [int(self.blocks[length - 1, :, position:].sum()) for position in range(1, length + 1)]
+
+    def acceptance_per_position(self, length: int) -> list[float]:
+        """accepted / drafted of each position."""
+        return _ratios(self.accepted(length), self.drafted(length))
+
+    def conditional_acceptance_per_position(self, length: int) -> list[float]:
+        """accepted / drafted of each position among the verifications that accepted all positions before it."""
+        reached = [int(self.blocks[length - 1, position:, position - 1 :].sum()) for position in range(1, length + 1)]
+        return _ratios(self.accepted(length), reached)
+
+
+def _ratios(numerators: list[int], denominators: list[int]) -> list[float]:
+    return [n / d if d else float("nan") for n, d in zip(numerators, denominators, strict=True)]
+
+
+def replay(
+    target: Target,
+    heads: Mapping[str, DraftHead],
+    rows: Iterable[Row],
+    max_steps: int = 8,
+    *,
+    tokens_per_batch: int = TOKENS_PER_BATCH,
+    progress: str | None = None,
+) -> dict[str, ReplayResult]:
+    """Greedy replay of several heads with one pass of the target; rows that were not written greedily are left out.
+
+    The walk is the engine's: the prefill gives a response's first token; each verification drafts K tokens, or one less
+    than may still be emitted where that is fewer, keeps the accepted prefix, adds the target's own token, and is
+    trimmed at the end of the response. A token outside the draft vocabulary is always a miss. For a response that ended
+    with EOS the limit it was written under is unknown, and K tokens count as drafted up to its end.
+
+    Args:
+        heads: by any name; the results have the same names.
+        progress: what to write beside a progress bar; None shows none.
+
+    Raises:
+        UserError: when no row was written greedily with something to verify.
+    """
+    greedy = [row for row in rows if row.greedy]
+    spans = [generations(row, target.eos_token_ids) for row in greedy]
+    if not any(span.end - span.start > 1 for each in spans for span in each):
+        raise UserError(
+            "greedy replay needs responses of two tokens or more that the target wrote at temperature 0 as these very "
+            "tokens, and there are none in these rows; run `draft-train prepare` with a share of greedy responses."
+        )
+    tallies = {name: _Tally(len(greedy), max_steps, head.longest) for name, head in heads.items()}
+    with torch.no_grad():
+        for indices, ids, output in target_passes(target, greedy, tokens_per_batch, progress, heads.values()):
+            wanted = response_positions([spans[index] for index in indices], ids)
+            for name, head in heads.items():
+                leading = _leading_hits(target, head, ids, output, wanted, max_steps).tolist()
+                for index, hits in zip(indices, leading, strict=True):
+                    tallies[name].add(index, hits, spans[index])
+    row_ids = [row.id for row in greedy]
+    return {name: ReplayResult(row_ids, t.emitted, t.verifications, t.blocks) for name, t in tallies.items()}
+
+
+class _Tally:
+    """Counts of one head, see ReplayResult."""
+
+    def __init__(self, rows: int, max_steps: int, longest: int | None) -> None:
+        """longest: the most tokens that the head drafts in a row."""
+        self.longest = max_steps if longest is None else longest
+        self.emitted = np.zeros((rows, max_steps), dtype=np.int64)
+        self.verifications = np.zeros_like(self.emitted)
+        self.blocks = np.zeros((max_steps, max_steps + 1, max_steps + 1), dtype=np.int64)
+
+    def add(self, row: int, leading: Sequence[int], spans: Sequence[Span]) -> None:
+        for span in spans:
+            for column in range(len(self.blocks)):
+                for drafted, accepted, emitted in walk(leading, span, min(column + 1, self.longest)):
+                    self.blocks[column, drafted, accepted] += 1
+                    self.emitted[row, column] += emitted
+                    self.verifications[row, column] += 1
+
+
+def replay_acceptance_length(target: Target, head: DraftHead, rows: Iterable[Row], length: int) -> float:
+    """τ of one head by greedy replay at one speculation length: the trainer's periodic evaluation.
+
+    The head is evaluated in eval mode and left in the mode it was in.
+    """
+    training = head.training
+    head.eval()
+    try:
+        return replay(target, {"head": head}, rows, length)["head"].tau(length)
+    finally:
+        head.train(training)
+
+
+def generations(row: Row, eos_token_ids: frozenset[int]) -> list[Span]:
+    """The responses in a row: runs of assistant tokens from `prompt_length` on, each cut after its first EOS."""
+    spans: list[Span] = []
+    position, total = max(row.prompt_length, 1), len(row.ids)
+    while position < total:
+        if not row.mask[position]:
+            position += 1
+            continue
+        start = position
+        while position < total and row.mask[position]:
+            position += 1
+        eos = next((at for at in range(start, position) if int(row.ids[at]) in eos_token_ids), None)
+        spans.append(Span(start, position if eos is None else eos + 1, eos is not None))
+    return spans
+
+
+def walk(leading: Sequence[int], span: Span, length: int) -> Iterator[tuple[int, int, int]]:
+    """Walk a greedy response as the engine does; yields (drafted, accepted, emitted) of each verification.
+
+    leading[i]: how many of the tokens after i + 1 are drafted right in a row, from the target's states up to i.
+    """
+    last = span.start  # the last emitted token: given, but not yet read by the target
+    while (remaining := span.end - 1 - last) > 0:
+        drafted = length if span.ended_by_eos else min(length, remaining - 1)
+        accepted = min(leading[last - 1], drafted, remaining)
+        emitted = min(accepted + 1, remaining)
+        yield drafted, accepted, emitted
+        last += emitted
+
+
+def target_passes(
+    target: Target,
+    rows: Sequence[Row],
+    tokens_per_batch: int,
+    progress: str | None,
+    heads: Iterable[DraftHead] = (),
+) -> Iterator[tuple[list[int], Tensor, TargetOutput]]:
+    """Yield (indices of rows, ids [batch, tokens], the target's output), rows of similar length together.
+
+    The output has the auxiliary states that any of `heads` reads; without heads, those of the default layers.
+    Padding on the right needs no mask: everything is causal, and no real token sees what follows it.
+    """
+    wanted = {layer for head in heads for layer in head.auxiliary_layers(target)}
+    layers = sorted(wanted or target.default_auxiliary_layers)
+    together = batches(rows, tokens_per_batch, seed=0, epoch=0)
+    for indices in track(together, description=progress or "", disable=progress is None):
+        ids = collate([rows[index] for index in indices]).input_ids.to(target.device)
+        yield indices, ids, target.forward(ids, layers=layers)
+
+
+def response_positions(spans: list[list[Span]], ids: Tensor) -> Tensor:
+    """[batch, tokens] bool: entries i from which a response's tokens i + 2.. are drafted."""
+    wanted = torch.zeros(ids.shape, dtype=torch.bool)
+    for entry, row_spans in enumerate(spans):
+        for span in row_spans:
+            wanted[entry, span.start - 1 : span.end - 2] = True
+    return wanted.to(ids.device)
+
+
+def drafted_states(target: Target, head: DraftHead, ids: Tensor, output: TargetOutput, steps: int) -> Iterator[Tensor]:
+    """Yield the head's hidden states of each draft step that it has, [batch, tokens, hidden], in the head's dtype."""
+    auxiliary = output.states_of(head.auxiliary_layers(target)).to(head.dtype)
+    return head.unroll(target.embedding(ids).to(head.dtype), auxiliary, steps)
+
+
+def _leading_hits(
+    target: Target, head: DraftHead, ids: Tensor, output: TargetOutput, wanted: Tensor, steps: int
+) -> Tensor:
+    """[batch, tokens]: of the `steps` greedy drafts from each wanted entry, how many are right before the first miss.
+
+    The recorded tokens are fed to the head in the place of its own drafts: up to the first miss they are the same.
+    """
+    alive = wanted.clone()  # entries without a miss so far: only they need logits
+    leading = torch.zeros_like(ids)
+    for step, hidden in enumerate(drafted_states(target, head, ids, output, steps)):
+        drafts = head.vocabulary[head.logits(hidden[alive], step).argmax(dim=-1)]  # [alive]
+        alive[alive.clone()] = drafts == shift_left(ids, step + 2)[alive]
+        leading += alive
+    return leading

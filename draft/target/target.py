@@ -1,0 +1,396 @@
+"""The target: the model whose output a draft head guesses and the engine reproduces."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from draft.devices import DTYPES, fastest_cpu_dtype, resolve_device, resolve_dtype
+from draft.errors import UserError
+from draft.target.adapter import Adapter, merge_adapter, read_adapter, warn_of_other_template
+from draft.target.bundled import BUNDLED_TARGET, bundled_target_folder, dequantise_options
+from draft.target.support import check_config, check_room, rope_limit
+
+log = logging.getLogger(__name__)
+
+__all__ = [
+    "DTYPES",
+    "Target",
+    "TargetOutput",
+    "capture_hidden_states",
+    "fastest_cpu_dtype",
+    "load_target",
+    "load_tokenizer",
+    "render_chat",
+]
+
+
+@dataclass(frozen=True)
+class TargetOutput:
+    """What one forward pass of the target gives."""
+
+    last_hidden: Tensor  # [batch, tokens, hidden], after the final norm: what the LM head reads
+    auxiliary: Tensor | None  # [batch, tokens, layers * hidden], residual stream entering the chosen layers
+    layers: tuple[int, ...] = ()  # the chosen layers
+
+    def states_of(self, layers: Sequence[int]) -> Tensor:
+        """`auxiliary` of some of the chosen layers only: [batch, tokens, len(layers) * hidden]."""
+        assert self.auxiliary is not None
+        if tuple(layers) == self.layers:
+            return self.auxiliary
+        states = dict(zip(self.layers, self.auxiliary.chunk(len(self.layers), dim=-1), strict=True))
+        return torch.cat([states[layer] for layer in layers], dim=-1)
+
+
+class Target:
+    """A causal language model with its tokenizer and chat template.
+
+    Layer ids count decoder layers that have run: id k is the residual stream that enters layer k (0-based), and
+    id n (the number of layers) the stream after the last one, before the final norm. This is vLLM's convention. Id
+    n + 1 (`output_layer`) is ours: the stream after the final norm, which the LM head reads.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        model: Any,
+        tokenizer: Any,
+        stored_dtype: torch.dtype | None = None,
+        adapter: Adapter | None = None,
+    ) -> None:
+        """adapter: what was merged into the model, which is otherwise the one called `name`."""
+        self.name, self.adapter = name, adapter
+        self.lock = threading.RLock()  # of the model: a pass changes how it attends, and hooks its layers
+        # the dtype of the checkpoint, in which heads for it are saved too; `dtype` is that of computing
+        self.stored_dtype = stored_dtype or model.dtype
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.config = model.config.get_text_config()
+        decoder = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
+        if not (isinstance(getattr(decoder, "layers", None), nn.ModuleList) and hasattr(decoder, "norm")):
+            raise UserError(
+                f"target {name!r}: architecture {type(model).__name__} has no list of decoder layers with a final "
+                "norm; use a decoder-only model such as Llama, Qwen or Mistral."
+            )
+        self.decoder = decoder
+        if not hasattr(self.config, "rms_norm_eps"):
+            raise UserError(
+                f"target {name!r}: {type(model).__name__} has no RMSNorm, which an EAGLE-3 head needs; use another."
+            )
+        if getattr(self.config, "attn_logit_softcapping", None) and self.config._attn_implementation == "sdpa":
+            model.set_attn_implementation("eager")  # sdpa cannot bound scores
+        if model.dtype == torch.float64 and hasattr(model, "set_experts_implementation"):
+            model.set_experts_implementation("eager")  # grouped products know narrower dtypes only
+        # Granite divides its logits by one number, Cohere multiplies them by another
+        self.logit_scale: float = getattr(self.config, "logit_scale", None) or 1.0
+        self.logit_scale /= getattr(self.config, "logits_scaling", None) or 1.0
+        self.embedding: nn.Embedding = model.get_input_embeddings()
+        self.lm_head: nn.Linear = model.get_output_embeddings()
+
+    @property
+    def base_fingerprint(self) -> str:
+        """The fingerprint without the adapter, where there is one."""
+        return self.adapter.base_fingerprint if self.adapter else self.fingerprint
+
+    @property
+    def device(self) -> torch.device:
+        return self.embedding.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embedding.weight.dtype
+
+    @property
+    def hidden_size(self) -> int:
+        return self.config.hidden_size
+
+    @property
+    def vocab_size(self) -> int:
+        return self.lm_head.out_features
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.decoder.layers)
+
+    @property
+    def output_layer(self) -> int:
+        """The id of the last hidden states, after the final norm."""
+        return self.num_layers + 1
+
+    @property
+    def stated_length(self) -> int:
+        """Tokens of context as its configuration says."""
+        return int(getattr(self.config, "max_position_embeddings", 2048))
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of context that it can be used with here: fewer where its rotary embedding changes on the way."""
+        return min(self.stated_length, self.rope_limit[1]) if self.rope_limit else self.stated_length
+
+    @cached_property
+    def rope_limit(self) -> tuple[str, int] | None:
+        """See `draft.target.support.rope_limit`."""
+        return rope_limit(self.config)
+
+    @property
+    def title(self) -> str:
+        """Its name, for messages."""
+        return repr(self.name) + (f" with adapter {self.adapter.name!r}" if self.adapter else "")
+
+    @property
+    def default_auxiliary_layers(self) -> tuple[int, int, int]:
+        """Layers 2, n/2 and n-3, as vLLM and SGLang choose them."""
+        n = self.num_layers
+        return 2, n // 2, n - 3
+
+    @cached_property
+    def eos_token_ids(self) -> frozenset[int]:
+        generation = getattr(self.model, "generation_config", None)
+        ids: set[int] = set()
+        for value in (getattr(generation, "eos_token_id", None), self.config.eos_token_id, self.tokenizer.eos_token_id):
+            ids.update(value if isinstance(value, (list, tuple)) else [] if value is None else [value])
+        return frozenset(ids)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        *,
+        layers: Sequence[int] | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+    ) -> TargetOutput:
+        """One forward pass without the LM head (see `logits`), capturing the residual stream at `layers`.
+
+        input_ids, position_ids: [batch, tokens]; attention_mask as transformers takes it.
+
+        Raises:
+            UserError: for more tokens than the rotary embedding of such a target treats alike.
+        """
+        if self.rope_limit and input_ids.shape[1] > self.max_length:
+            raise UserError(f"{input_ids.shape[1]} tokens: {self.limit_reason}; leave longer texts out.")
+        captured: dict[int, Tensor] = {}
+        with self.lock, capture_hidden_states(self.decoder, layers or (), captured):
+            output = self.decoder(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=past_key_values is not None,
+            )
+        auxiliary = torch.cat([captured[layer] for layer in layers], dim=-1) if layers else None
+        return TargetOutput(output.last_hidden_state, auxiliary, tuple(layers or ()))
+
+    @property
+    def limit_reason(self) -> str:
+        """Why texts may have `max_length` tokens at most."""
+        why = (
+            f", since its {self.rope_limit[0]} rotary embedding gives other states beyond for all tokens of a batch"
+            if self.rope_limit
+            else ""
+        )
+        return f"the context of target {self.title} is {self.max_length} tokens{why}"
+
+    def logits(self, last_hidden: Tensor, vocabulary: Tensor | None = None) -> Tensor:
+        """Logits [..., vocab] of normalised hidden states [..., hidden]; only the rows `vocabulary` when given."""
+        if vocabulary is None:
+            scores = self.lm_head(last_hidden)
+        else:
+            bias = self.lm_head.bias
+            scores = nn.functional.linear(
+                last_hidden, self._lm_head_rows(vocabulary), None if bias is None else bias[vocabulary]
+            )
+        scores = scores * self.logit_scale
+        cap = getattr(self.config, "final_logit_softcapping", None)
+        return scores if cap is None else torch.tanh(scores / cap) * cap
+
+    def _lm_head_rows(self, vocabulary: Tensor) -> Tensor:
+        """The LM head's rows [len(vocabulary), hidden]; kept, since a head asks for the same ones at every batch."""
+        cached = getattr(self, "_rows", None)
+        if cached is None or cached[0] is not vocabulary:
+            self._rows = cached = (vocabulary, self.lm_head.weight[vocabulary].contiguous())
+        return cached[1]
+
+    def encode_chat(self, messages: list[dict[str, str]], *, add_generation_prompt: bool) -> list[int]:
+        """Token ids of a conversation under the target's chat template."""
+        text = self.render_chat(messages, add_generation_prompt=add_generation_prompt)
+        return self.tokenizer(text, add_special_tokens=False).input_ids
+
+    def render_chat(self, messages: list[dict[str, str]], *, add_generation_prompt: bool) -> str:
+        return render_chat(self.tokenizer, messages, add_generation_prompt=add_generation_prompt)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    @cached_property
+    def template_hash(self) -> str:
+        return hashlib.sha256((self.tokenizer.chat_template or "").encode()).hexdigest()[:16]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Identifies weights, tokenizer and template together, whatever dtype or device they were loaded to.
+
+        (In float16 that holds for checkpoints stored in half precision; wider ones are rounded twice.)
+
+        Of each weight up to 8192 evenly spread elements are hashed, in bfloat16: a change of training touches
+        them all, and a large model is fingerprinted in seconds. An adapter counts by its file: what merging makes of
+        the weights depends on the dtype.
+        """
+        if self.adapter:
+            return self.adapter.fingerprint
+        digest = hashlib.sha256(self.template_hash.encode())
+        digest.update(json.dumps(sorted(self.tokenizer.get_vocab().items())).encode())
+        for name, weight in sorted(self.model.named_parameters()):
+            flat = weight.detach().flatten()
+            sample = flat[:: max(1, flat.numel() // 8192)].to("cpu", torch.bfloat16)
+            sample = sample.masked_fill(sample.abs() < 2**-14, 0)  # float16 cannot hold smaller ones exactly
+            digest.update(f"{name}{tuple(weight.shape)}".encode())
+            digest.update(sample.view(torch.int16).numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+
+def render_chat(tokenizer: Any, messages: list[dict[str, str]], *, add_generation_prompt: bool) -> str:
+    """A conversation as text under the tokenizer's chat template."""
+    if not tokenizer.chat_template:
+        raise UserError("the target's tokenizer has no chat template; save one as chat_template.jinja beside it.")
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+
+
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer of a target, without its weights; names and errors as in `load_target`."""
+    from transformers import AutoTokenizer
+
+    source, options = locate(name)
+    try:
+        return AutoTokenizer.from_pretrained(source, **options)
+    except Exception as error:
+        raise UserError(why_not_loaded(name, error)) from error
+
+
+def load_target(
+    name: str, dtype: str | torch.dtype = "auto", device: str = "auto", adapter: str | Path | None = None
+) -> Target:
+    """Load a target: a hub id, a folder, a `.gguf` file, or `smollm2`, the bundled default.
+
+    dtype "auto" takes the checkpoint's own on an accelerator and the faster of bfloat16 and float32 on a CPU.
+    adapter: folder of a PEFT LoRA adapter, which is merged into the weights in memory.
+
+    Raises:
+        UserError: when it cannot be found, is of an architecture that heads cannot be attached to, is quantised or
+            larger than the device, or when the adapter is not one for it.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    place = resolve_device(device)
+    wanted = resolve_dtype(dtype, place)
+    tokenizer = load_tokenizer(name)
+    source, options = locate(name)
+    try:
+        config = AutoConfig.from_pretrained(source, **options)
+    except Exception as error:  # a damaged file raises whatever its reader does
+        raise UserError(why_not_loaded(name, error)) from error
+    if config.get_text_config() is not config:
+        log.info("target %r is a model of text and other media: its text part is used", name)
+    if not options:  # a GGUF file's layers are known once it is read, and are dequantised
+        check_config(name, config)
+        check_room(name, config, wanted, place)
+    found = read_adapter(adapter) if adapter is not None else None
+    if found is not None:
+        warn_of_other_template(found, tokenizer)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=wanted, **options, **dequantise_options(options))
+        model.to(place)  # type: ignore[arg-type]
+    except Exception as error:
+        raise UserError(why_not_loaded(name, error)) from error
+    target = Target(name, model, tokenizer, config.dtype)
+    if target.rope_limit:
+        log.info("%s", target.limit_reason)
+    return target if found is None else _adapted(target, found)
+
+
+def _adapted(target: Target, adapter: Adapter) -> Target:
+    model, merged = merge_adapter(target.model, adapter, target.title, target.fingerprint)
+    return Target(target.name, model, target.tokenizer, target.stored_dtype, merged)
+
+
+# What a pass changes in a target's model while it runs: how it attends, and what is seen of its layers.
+
+
+@contextmanager
+def attending_by(target: Target, implementation: str) -> Iterator[None]:
+    """Let the decoder attend by a function that is registered with transformers, while the block runs.
+
+    No other pass of the same target begins meanwhile, in whatever thread.
+    """
+    config = target.decoder.config
+    with target.lock:
+        before = config._attn_implementation
+        config._attn_implementation = implementation
+        try:
+            yield
+        finally:
+            config._attn_implementation = before
+
+
+@contextmanager
+def capture_hidden_states(decoder: nn.Module, layers: Sequence[int], into: dict[int, Tensor]) -> Iterator[None]:
+    """Store the residual stream entering each of `layers` in `into` while the block runs.
+
+    Index n is taken before the final norm, where vLLM takes it; transformers' own `output_hidden_states` would
+    give it normalised. Index n + 1 is after it.
+    """
+
+    def store(layer: int) -> Any:
+        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            into[layer] = args[0] if args else kwargs["hidden_states"]
+
+        return hook
+
+    modules = [*decoder.layers, decoder.norm]  # type: ignore[misc]
+    entered = [layer for layer in layers if layer < len(modules)]
+    handles = [modules[layer].register_forward_pre_hook(store(layer), with_kwargs=True) for layer in entered]
+    if len(modules) in layers:
+        handles.append(modules[-1].register_forward_hook(lambda _, args, output: into.update({len(modules): output})))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+# Where the files of a target are, and why they could not be loaded.
+
+
+def locate(name: str) -> tuple[str, dict[str, str]]:
+    """What `from_pretrained` should read for a target's name."""
+    if name == BUNDLED_TARGET:
+        return str(bundled_target_folder()), {}
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise UserError(f"target {name!r}: no such file; give the path of an existing .gguf file.")
+        return str(path.parent), {"gguf_file": path.name}
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise UserError(f"target {name!r}: the folder has no config.json; give a folder that save_pretrained wrote.")
+    return str(path) if path.is_dir() else name, {}
+
+
+def why_not_loaded(name: str, error: Exception) -> str:
+    reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+    if isinstance(error, OSError) and not Path(name).expanduser().exists():
+        return (
+            f"target {name!r} is neither a folder here nor reachable on the hub ({reason}); on a machine with "
+            f"network run `hf download {name}`, or pass a local folder, a .gguf file or `{BUNDLED_TARGET}`."
+        )
+    return f"target {name!r} could not be loaded ({reason}); pass a causal language model that transformers supports."

@@ -1,0 +1,196 @@
+"""The C++ operators with their shapes, and what torch.compile needs to know of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor, nn
+
+from cpu_kernels.build import built_library
+from draft.target import fastest_cpu_dtype
+
+
+@lru_cache
+def load_kernels() -> None:
+    """Register torch.ops.draftsmith, with the shapes that tracing needs; compiles it the first time on a machine.
+
+    Raises:
+        UserError: when there is no C++ compiler, or it refuses the source.
+    """
+    torch.ops.load_library(str(built_library()))
+    panel = torch.ops.draftsmith.panel_width()
+
+    @torch.library.register_fake("draftsmith::pack")
+    def _pack(weight: Tensor) -> Tensor:
+        return weight.new_empty((weight.shape[0] + panel - 1) // panel, weight.shape[1], panel)
+
+    @torch.library.register_fake("draftsmith::packed_linear")
+    def _packed_linear(x: Tensor, packed: Tensor, out_features: int, bias: Tensor | None = None) -> Tensor:
+        return x.new_empty(*x.shape[:-1], out_features)
+
+    @torch.library.register_fake("draftsmith::slot_attention")
+    def _slot_attention(q: Tensor, k: Tensor, v: Tensor, *_: object) -> Tensor:
+        return q.new_empty(1, q.shape[2], q.shape[1], v.shape[3])
+
+
+def pack(weight: Tensor) -> Tensor:
+    """A linear layer's weight [out, in], float32 or bfloat16, in the order in which `packed_linear` reads it.
+
+    Returns [panels, in, panel width]: for this machine and process only, never to be saved.
+    """
+    load_kernels()
+    return torch.ops.draftsmith.pack(weight)
+
+
+def weight_memory(size: int) -> Tensor:
+    """`size` bytes, uint8, in large pages where the system has them: reading weights is what a step costs."""
+    return torch.ops.draftsmith.weight_memory(size)
+
+
+def packed_linear(x: Tensor, packed: Tensor, out_features: int, bias: Tensor | None = None) -> Tensor:
+    """x [..., in] (float32 or bfloat16) through a packed weight: [..., out_features] in x's dtype.
+
+    Products are summed in float32, in the order of the inputs, whatever the number of rows.
+    """
+    return torch.ops.draftsmith.packed_linear(x, packed, out_features, bias)
+
+
+def slot_attention(
+    q: Tensor,  # [1, query heads, tokens, width]
+    k: Tensor,  # [1, key heads, tokens, width]
+    v: Tensor,  # [1, key heads, tokens, value width]
+    k_slots: Tensor,  # [slots, key heads, entries, width], written
+    v_slots: Tensor,  # [slots, key heads, entries, value width], written
+    positions: Tensor,  # int64 [tokens], for the window
+    segments: Tensor,  # int64 [segments, 5]: slot, base, past, start, count
+    mask: Tensor,  # bool [tokens, keys from base on], or empty: causal
+    scale: float,
+    window: int = 0,  # keys that a token sees, itself included; 0: all
+    softcap: float = 0.0,  # scores become softcap * tanh(scores / softcap); 0: unchanged
+) -> Tensor:
+    """Write the tokens' keys and values behind their slots' `past` entries, then attend.
+
+    Tokens start..start+count of the batch belong to one slot. Token j of a segment sees the keys [0, base) within its
+    window, and of the keys from base on those that the mask allows (the window is in the mask then), or without a mask
+    those up to its own, past + j, within its window. Tokens of no segment give zeros; a segment may be empty.
+
+    Under torch.compile the slots must be tensors that exist outside the graph, views of one tensor for the keys and of
+    another for the values: torch 2.13 loses the offset of a view that is made in the graph and then written by an
+    operator, and it copies what shares memory with the operator's other slots.
+
+    `load_kernels` must have been called. q, k, v and slots share one dtype, float32 or bfloat16.
+    Returns [1, tokens, query heads, value width].
+    """
+    return torch.ops.draftsmith.slot_attention(
+        q, k, v, k_slots, v_slots, positions, segments, mask, scale, window, softcap
+    )
+
+
+def decoder_layers(
+    hidden: Tensor,  # [1, tokens, hidden]
+    embeds: Tensor,  # the same, for layers that read cat(norm(embeds), norm(hidden)), or empty
+    cos: Tensor,  # [..., tokens, rotary]
+    sin: Tensor,
+    weights: Sequence[Tensor],  # 13 a layer, empty where it has none, see kernels.cpp
+    k_slots: Sequence[Tensor],  # one a layer, as in `slot_attention`, written
+    v_slots: Sequence[Tensor],
+    positions: Tensor,
+    segments: Tensor,
+    masks: Sequence[Tensor],  # one a layer
+    windows: Sequence[int],
+    captured: Sequence[int],  # layers whose input is wanted, too; their number: the output
+    heads: int,
+    eps: float,
+    scale: float,
+    softcap: float,
+) -> Tensor:
+    """Decoder layers of the Llama family, one after another; activations and the residual stream are float32.
+
+    Returns [1 + captured, tokens, hidden] float32: what comes out of the last layer, and what enters the captured ones.
+    """
+    return torch.ops.draftsmith.decoder_layers(
+        hidden, embeds, cos, sin, weights, k_slots, v_slots, positions, segments, masks, windows, captured, heads, eps,
+        scale, softcap,
+    )  # fmt: skip
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x [..., features], float32 or bfloat16, over its root mean square, times `weight` (float32); in x's dtype."""
+    return torch.ops.draftsmith.rms_norm(x, weight, eps)
+
+
+def set_threads(count: int) -> None:
+    """How many threads the operators share, the caller's included; at first as many as this process has cores."""
+    load_kernels()
+    torch.ops.draftsmith.set_threads(count)
+
+
+def threads() -> int:
+    """How many threads the operators share."""
+    load_kernels()
+    return torch.ops.draftsmith.get_threads()
+
+
+def panel_width() -> int:
+    """The output features that a packed weight keeps together."""
+    load_kernels()
+    return torch.ops.draftsmith.panel_width()
+
+
+# Linear layers with packed weights, in place of a model's own.
+
+
+# Rows from which a native bfloat16 product beats float32 arithmetic on packed weights.
+NATIVE_ROWS = 65
+
+
+class PackedLinear(nn.Module):
+    """A linear layer for decoding: its weight is stored once, in bfloat16 or float32, in the kernels' order.
+
+    Where the CPU multiplies bfloat16 natively, prompts go through the plain weight, which is then kept as well.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        stored = weight.detach().to(dtype)  # [out, in]
+        native = dtype == torch.bfloat16 and fastest_cpu_dtype() == torch.bfloat16
+        self.packed: Tensor
+        self.weight: Tensor | None
+        self.bias: Tensor | None
+        # buffers that a checkpoint does not have: the order is this machine's
+        self.register_buffer("packed", pack(stored), persistent=False)
+        self.register_buffer("weight", stored if native else None, persistent=False)
+        self.register_buffer("bias", None if bias is None else bias.detach(), persistent=False)
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, dtype: torch.dtype) -> PackedLinear:
+        """`linear` with its weight stored in `dtype`; its bias stays as it is."""
+        return cls(linear.weight, linear.bias, dtype)
+
+    def forward(self, x: Tensor) -> Tensor:  # [..., in] -> [..., out]
+        if self.weight is not None and x.dtype == self.weight.dtype and x.numel() >= NATIVE_ROWS * self.in_features:
+            return nn.functional.linear(x, self.weight, self.bias)
+        return packed_linear(x, self.packed, self.out_features, self.bias)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, weights={self.packed.dtype}"
+
+
+def pack_linears(module: nn.Module, dtype: torch.dtype) -> int:
+    """Replace every nn.Linear below `module` by a PackedLinear, in place; returns how many.
+
+    A weight shared with an embedding stays there for the embedding.
+    """
+    replaced: dict[int, PackedLinear] = {}
+    count = 0
+    for parent in list(module.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) is nn.Linear:
+                if id(child) not in replaced:
+                    replaced[id(child)] = PackedLinear.from_linear(child, dtype)
+                setattr(parent, name, replaced[id(child)])
+                count += 1
+    return count
