@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from benchmarks.decode_baselines import Timing
-from benchmarks.processes import draft_serve
+from draft.launcher import draft_serve
 
 
 @contextmanager

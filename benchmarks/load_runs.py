@@ -12,8 +12,9 @@ from benchmarks import load_report as report
 from benchmarks.decode_report import spread
 from benchmarks.load_client import Ask, Load, closed_loop, poisson
 from benchmarks.load_plan import HTTP_CONCURRENCY, MODES, POISSON_LOAD, Plan, Rates
-from benchmarks.processes import EngineProcess, Server
+from benchmarks.processes import EngineProcess
 from draft.errors import UserError
+from draft.launcher import Server
 
 CHAINS = (1, 2, 3, 5)  # the fastest of them is what speculation on means
 ENDURANCE_TOKENS = 16

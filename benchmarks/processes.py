@@ -4,21 +4,14 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import re
-import subprocess
-import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from time import perf_counter
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
-import psutil
-
-from benchmarks.provenance import ROOT
 from draft.errors import UserError
 
 if TYPE_CHECKING:
@@ -76,58 +69,6 @@ def _names(cores: Sequence[int]) -> str:
 
 
 # ---- draft-serve ----
-
-
-@dataclass(frozen=True)
-class Server:
-    url: str
-    process: int
-
-    def memory(self) -> int:
-        """Bytes that are resident."""
-        return int(psutil.Process(self.process).memory_info().rss)
-
-
-@contextmanager
-def draft_serve(options: Sequence[str], cores: Cores | None = None) -> Iterator[Server]:
-    """draft-serve with these options on a free port of 127.0.0.1, from when it is ready.
-
-    cores: its first thread, which runs the event loop, gets those of io, and all others those of the engine.
-
-    Raises:
-        UserError: it ended before it was ready; with the last line of what it said.
-    """
-    command = [sys.executable, "-m", "serving.cli", "--port", "0", *options]
-    begin = (lambda: bind(0, cores.engine)) if cores else None
-    paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]  # where the packages are not installed
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    with tempfile.TemporaryFile("w+") as log:
-        process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment, preexec_fn=begin
-        )
-        try:
-            url = _address(process, log)
-            if cores:
-                bind(process.pid, cores.io)
-            yield Server(url, process.pid)
-        finally:
-            process.terminate()
-            try:
-                process.wait(_END_SECONDS)
-            finally:
-                process.kill()
-                assert process.stdout is not None
-                process.stdout.close()
-
-
-def _address(process: subprocess.Popen[str], log: IO[str]) -> str:
-    assert process.stdout is not None
-    for line in process.stdout:
-        if found := re.search(r"https?://\S+:\d+", line):
-            return found[0]
-    log.seek(0)
-    said = log.read().strip().splitlines() or ["nothing was said"]
-    raise UserError(f"draft-serve ended before it was ready: {said[-1]}")
 
 
 # ---- an engine without HTTP ----

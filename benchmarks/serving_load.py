@@ -24,9 +24,10 @@ from benchmarks import cli, load_bars, output, prompt_sets, provenance
 from benchmarks import load_report as report
 from benchmarks.load_plan import HTTP_CONCURRENCY, MODES, Plan, Rates
 from benchmarks.load_runs import Bench, compare_http, endure, sweep
-from benchmarks.processes import Cores, EngineProcess, bound, draft_serve
+from benchmarks.processes import Cores, EngineProcess, bind, bound
 from draft.errors import UserError
 from draft.heads.checkpoint import check_fits, load_head
+from draft.launcher import draft_serve
 from draft.target import Target, load_target
 from serving.engine.setup import MODES as ENGINE_MODES
 from serving.engine.setup import decoding_dtype
@@ -131,8 +132,11 @@ def measure(
     numbers = {"threads": len(cores.engine), "max_batch": size, "max_waiting": 1_000_000}
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in (options | numbers).items()]
     servers = {
-        name: stack.enter_context(draft_serve([*flags, f"--speculation={name}"], cores)) for name in ("auto", "chain")
+        name: stack.enter_context(draft_serve([*flags, f"--speculation={name}"], lambda: bind(0, cores.engine)))
+        for name in ("auto", "chain")
     }
+    for each in servers.values():
+        bind(each.process, cores.io)
     engine = None
     if arguments.check:
         everything = {**options, **numbers, "warm_up": True, "speculation": "chain"}

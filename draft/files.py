@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -84,3 +87,22 @@ def read_json(path: Path) -> dict[str, Any]:
 def cache_folder() -> Path:
     """Where unpacked models are kept: $DRAFTSMITH_CACHE, default ~/.cache/draftsmith."""
     return Path(os.environ.get("DRAFTSMITH_CACHE") or Path.home() / ".cache" / "draftsmith").expanduser()
+
+
+def provenance() -> dict[str, str]:
+    """The command line of a run and the commit of this program, with `-dirty` where its files differ from it."""
+    return {"command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]), "commit": _commit() or "unknown"}
+
+
+def _commit() -> str:
+    """Empty where this file is in no repository: an installed copy may lie in somebody else's."""
+    file = Path(__file__)
+    told = ""
+    for words in (f"ls-files --error-unmatch {file.name}", "describe --always --dirty --abbrev=40 --exclude=*"):
+        try:
+            told = subprocess.run(
+                ["git", *words.split()], cwd=file.parent, capture_output=True, text=True, check=True
+            ).stdout
+        except (OSError, subprocess.CalledProcessError):  # no git on this machine, or not its file
+            return ""
+    return told.strip()

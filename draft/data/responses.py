@@ -15,9 +15,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from draft.data.row_cache import RowCache, check_architecture, row_attention
+from draft.data.row_cache import RowCache, row_attention
 from draft.errors import UserError
 from draft.target import Target
+from draft.target.support import check_architecture
 
 _ROUND = 32  # the part of the cache that a step reads grows in such jumps
 _PADDING = 1.25  # prompts are read together while padding costs at most a quarter more tokens

@@ -115,14 +115,3 @@ def row_attention(target: Target) -> Iterator[None]:
     """Let the target's decoder use our attention function while the block runs."""
     with attending_by(target, _ATTENTION):
         yield
-
-
-def check_architecture(target: Target) -> None:
-    """Raises UserError for a target whose layers are of a kind that neither `prepare` nor the engine can cache."""
-    kinds = set(getattr(target.config, "layer_types", None) or ["full_attention"])
-    unknown = sorted(kinds - {"full_attention", "sliding_attention"})
-    if unknown:
-        raise UserError(
-            f"target {target.name!r} has layers of kind {unknown[0]}, for which there is no cache; use a target "
-            "whose layers are all full_attention or sliding_attention."
-        )

@@ -139,3 +139,14 @@ def check_room(name: str, config: Any, dtype: Any, device: Any) -> None:
             f"{free / 2**30:.1f} GiB are free on {device}; a target spread over several devices is not supported: "
             "choose a narrower --dtype, a smaller target, or a larger device."
         )
+
+
+def check_architecture(target: Target) -> None:
+    """Raises UserError for a target whose layers are of a kind that neither `prepare` nor the engine can cache."""
+    kinds = set(getattr(target.config, "layer_types", None) or ["full_attention"])
+    unknown = sorted(kinds - {"full_attention", "sliding_attention"})
+    if unknown:
+        raise UserError(
+            f"target {target.name!r} has layers of kind {unknown[0]}, for which there is no cache; use a target "
+            "whose layers are all full_attention or sliding_attention."
+        )

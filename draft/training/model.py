@@ -17,6 +17,7 @@ from draft.afa import AfaLoraConfig, add_adapter
 from draft.data.dataset import Row, coverage, draft_vocabulary
 from draft.errors import UserError
 from draft.evaluation.compare import row_ids
+from draft.files import provenance
 from draft.heads import DraftHead
 from draft.heads.base import Features
 from draft.heads.checkpoint import check_fits, head_sha256, load_head
@@ -24,7 +25,6 @@ from draft.heads.registry import ARCHITECTURES
 from draft.target import Target
 from draft.training.config import DRAFT_STEPS, DRAFT_VOCABULARY, AdapterSettings, ModelSettings, RunSettings
 from draft.training.loss import Objective
-from draft.training.monitor import provenance
 
 
 def starting_head(

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
-import subprocess
-import sys
 import time
 from contextlib import suppress
 from importlib.util import find_spec
@@ -181,22 +178,3 @@ def draw(folder: Path) -> None:
     temporary = folder / ".training.png.tmp"
     figure.savefig(temporary, dpi=110, format="png")
     os.replace(temporary, folder / "training.png")
-
-
-def provenance() -> dict[str, str]:
-    """The command line of a run and the commit of this program, with `-dirty` where its files differ from it."""
-    return {"command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]), "commit": _commit() or "unknown"}
-
-
-def _commit() -> str:
-    """Empty where this file is in no repository: an installed copy may lie in somebody else's."""
-    file = Path(__file__)
-    told = ""
-    for words in (f"ls-files --error-unmatch {file.name}", "describe --always --dirty --abbrev=40 --exclude=*"):
-        try:
-            told = subprocess.run(
-                ["git", *words.split()], cwd=file.parent, capture_output=True, text=True, check=True
-            ).stdout
-        except (OSError, subprocess.CalledProcessError):  # no git on this machine, or not its file
-            return ""
-    return told.strip()

@@ -29,10 +29,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from draft.errors import UserError
-from draft.files import atomic_folder, write_json
+from draft.files import atomic_folder, provenance, write_json
 from draft.training.config import LEFT_TO_THE_HEAD, SECTIONS, RunSettings, to_yaml
 from draft.training.distributed import part_of, whole
-from draft.training.monitor import provenance
 
 # settings that may change when a run goes on: the weights don't depend on them. Accumulation may where the number of
 # processes does, see `RunFolder.check_progress`

@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
-from draft.data.row_cache import check_architecture
 from draft.errors import UserError
 from draft.heads import DraftHead
 from draft.heads.checkpoint import check_fits
 from draft.target import Target
+from draft.target.support import check_architecture
 from serving.engine.planner import OFF, Controller, Fixed, Plan
 from serving.engine.queue import Line
 from serving.engine.request import (

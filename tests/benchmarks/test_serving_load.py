@@ -11,9 +11,10 @@ from benchmarks import load_report as report
 from benchmarks.load_client import Ask, Load, Trace, closed_loop, poisson
 from benchmarks.load_plan import Plan, Rates
 from benchmarks.load_report import Key
-from benchmarks.processes import Cores, draft_serve
+from benchmarks.processes import Cores
 from draft.errors import UserError
 from draft.heads.checkpoint import save_head
+from draft.launcher import draft_serve
 
 
 def trace(sent: float, first: float, ended: float, tokens: int, **more: int | str) -> Trace:

@@ -9,6 +9,7 @@ import yaml
 from rich.console import Console
 from training_runs import Run, command, logged, make_world
 
+from draft import files
 from draft.errors import UserError
 from draft.training import monitor
 from draft.training.monitor import Monitor, choose_trackers, draw, read_lines
@@ -42,19 +43,19 @@ def test_the_commit_is_this_programs_own(tmp_path, monkeypatch):
         identity = ("-c", "user.name=a", "-c", "user.email=a@b")
         return subprocess.run(["git", *identity, *words], cwd=tmp_path, check=True, capture_output=True, text=True)
 
-    monkeypatch.setattr(monitor, "__file__", str(tmp_path / "monitor.py"))
+    monkeypatch.setattr(files, "__file__", str(tmp_path / "monitor.py"))
     (tmp_path / "monitor.py").write_text("one")
-    assert monitor.provenance()["commit"] == "unknown"
+    assert files.provenance()["commit"] == "unknown"
     (tmp_path / "theirs").write_text("one")
     for words in ("init", "add theirs", "commit -m one"):
         git(*words.split())
-    assert monitor.provenance()["commit"] == "unknown"
+    assert files.provenance()["commit"] == "unknown"
     git("add", "monitor.py")
     git("commit", "-m", "two")
     commit = git("rev-parse", "HEAD").stdout.strip()
-    assert monitor.provenance()["commit"] == commit
+    assert files.provenance()["commit"] == commit
     (tmp_path / "monitor.py").write_text("two")
-    assert monitor.provenance()["commit"] == f"{commit}-dirty"
+    assert files.provenance()["commit"] == f"{commit}-dirty"
 
 
 def test_trackers_that_are_not_installed_are_named(monkeypatch):
