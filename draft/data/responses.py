@@ -73,7 +73,7 @@ def generate_responses(
             plain softmax attention (possibly in windows).
     """
     waiting = deque(_rows(list(prompts), max_new_tokens, temperature, seed, max_length or target.max_length, keys))
-    check_architecture(target)
+    check_architecture(target.config, target.name)
     if not waiting:
         return
     batch = _Batch(target, batch_size, max(len(row.prompt) + row.limit for row in waiting), top_p)

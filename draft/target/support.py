@@ -141,12 +141,12 @@ def check_room(name: str, config: Any, dtype: Any, device: Any) -> None:
         )
 
 
-def check_architecture(target: Target) -> None:
-    """Raises UserError for a target whose layers are of a kind that neither `prepare` nor the engine can cache."""
-    kinds = set(getattr(target.config, "layer_types", None) or ["full_attention"])
+def check_architecture(config: Any, name: str) -> None:
+    """Raise UserError for a target whose layers are of a kind that there is no cache for."""
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     unknown = sorted(kinds - {"full_attention", "sliding_attention"})
     if unknown:
         raise UserError(
-            f"target {target.name!r} has layers of kind {unknown[0]}, for which there is no cache; use a target "
+            f"target {name!r} has layers of kind {unknown[0]}, for which there is no cache; use a target "
             "whose layers are all full_attention or sliding_attention."
         )

@@ -80,7 +80,7 @@ class Engine:
         Raises:
             UserError: when the head is not of the target's shape, or a value is out of range.
         """
-        check_architecture(target)
+        check_architecture(target.config, target.name)
         if head is not None:
             check_fits(head, {}, target)
         self.target, self.head = target, head
