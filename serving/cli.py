@@ -46,9 +46,7 @@ def serve(
     ] = None,
     head: Annotated[
         str | None,
-        typer.Option(
-            help="Draft head: a folder, or smollm2-eagle3 (bundled). Without one, tokens are decoded plainly."
-        ),
+        typer.Option(help="Draft head: a folder, or smollm2-eagle3 (bundled). Default: none, plain decoding."),
     ] = None,
     speculation: Annotated[
         Drafting, typer.Option(help="Shape of the drafts; auto takes the fastest by measurement, at every step.")

@@ -49,12 +49,8 @@ def create_app(
     version = operations.package_version()
     app = FastAPI(title="Draftsmith", version=version, lifespan=lifespan, redirect_slashes=False)
     app.state.service = service
-    posts = set()
     for router in (generate.router, openai.router, operations.router):
         app.include_router(router)
-        posts |= {
-            route.path for route in router.routes if isinstance(route, APIRoute) and "POST" in (route.methods or ())
-        }
     for error in (ApiError, UserError, Overloaded, EngineStopped):
         app.add_exception_handler(error, on_api_error)
     app.add_exception_handler(RequestValidationError, on_validation_error)

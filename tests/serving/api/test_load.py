@@ -223,10 +223,12 @@ def test_a_reader_that_takes_nothing_is_dropped(tiny_target) -> None:
             await asyncio.sleep(60)
             return {"type": "http.disconnect"}
 
-        async def send(_message: dict[str, Any]) -> None:
-            await asyncio.sleep(60)
+        async def send(message: dict[str, Any]) -> None:
+            if message.get("body"):
+                await asyncio.sleep(60)
 
-        await asyncio.wait_for(EventStream(endless(), stalled_seconds=0.05)({}, receive, send), 10)
+        stream = EventStream(b"x", endless(), stalled_seconds=0.05)
+        await asyncio.wait_for(stream({"type": "http", "method": "GET"}, receive, send), 10)
 
     asyncio.run(conversation())
     assert closed == [True]
@@ -240,7 +242,7 @@ def test_a_connection_whose_client_takes_nothing_does_not_stay() -> None:
         while True:
             yield b"x" * 100_000
 
-    app = Starlette(routes=[Route("/", lambda request: EventStream(endless(), stalled_seconds=0.3))])
+    app = Starlette(routes=[Route("/", lambda request: EventStream(b"x", endless(), stalled_seconds=0.3))])
     with live(app, stalled_seconds=0.5) as url, socket.socket() as reader:
         reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
         port = int(url.rsplit(":")[-1])
