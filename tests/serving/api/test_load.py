@@ -227,7 +227,8 @@ def test_a_reader_that_takes_nothing_is_dropped(tiny_target) -> None:
             if message.get("body"):
                 await asyncio.sleep(60)
 
-        stream = EventStream(b"x", endless(), stalled_seconds=0.05)
+        rest = endless()
+        stream = EventStream(await anext(rest), rest, stalled_seconds=0.05)
         await asyncio.wait_for(stream({"type": "http", "method": "GET"}, receive, send), 10)
 
     asyncio.run(conversation())

@@ -22,21 +22,20 @@ def test_schemathesis_finds_no_server_error_and_no_answer_beside_the_schema(tmp_
         command = [str(Path(sys.executable).with_name("schemathesis")), "run", f"{url}/openapi.json", "--no-color"]
         limits = ["--checks", CHECKS, "--max-examples", "3", "--seed", "1"]
         run = subprocess.run([*command, *limits], cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0 and "No issues found" in run.stdout, run.stdout[-5000:]
-    assert "12 selected" in run.stdout
+    assert run.returncode == 0 and "Tested: 12" in run.stdout, run.stdout[-5000:]
 
 
 def test_bodies_and_answers_are_described(client) -> None:
     schema = client.get("/openapi.json").json()
-    body = schema["paths"]["/generate"]["post"]["requestBody"]["content"]["application/json"]["schema"]
-    assert body["$ref"].endswith("/GenerateRequest")
-    for path, body in (
-        ("/generate", {"inputs": "a", "parameters": {"details": True}}),
-        ("/v1/chat/completions", {"messages": MESSAGES}),
-    ):
-        answered = schema["paths"][path]["post"]["responses"]
-        [name] = [answered["200"]["content"]["application/json"]["schema"]["$ref"].rsplit("/", 1)[1]]
+    bodies = {
+        "/generate": {"inputs": "a", "parameters": {"details": True}},
+        "/v1/chat/completions": {"messages": MESSAGES},
+    }
+    for path, body in bodies.items():
+        operation = schema["paths"][path]["post"]
+        described = (operation["requestBody"], operation["responses"]["200"])
+        request, response = (each["content"]["application/json"]["schema"]["$ref"] for each in described)
+        models = schema["components"]["schemas"]
+        assert set(models[request.rsplit("/", 1)[1]]["required"]) <= body.keys()
         answer = client.post(path, json=body)
-        assert answer.status_code == 200 and answer.json().keys() >= set(
-            schema["components"]["schemas"][name]["required"]
-        )
+        assert answer.status_code == 200 and set(models[response.rsplit("/", 1)[1]]["required"]) <= answer.json().keys()
