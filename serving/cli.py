@@ -131,7 +131,7 @@ def serve(
     tls = _tls(ssl_certfile, ssl_keyfile, ssl_keyfile_password, ssl_ca_certs, ssl_cert_reqs)
     with Listener(host, port) as listener:  # before the model is loaded, which takes longer than finding the port taken
         from serving.api.app import create_app  # here, so that --help does not wait for torch
-        from serving.api.middleware import Limits
+        from serving.api.service import Limits
 
         app = create_app(
             None,

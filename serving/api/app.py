@@ -14,8 +14,8 @@ from draft.errors import UserError
 from serving.api import generate, openai, operations
 from serving.api.errors import ApiError, on_api_error, on_http_error, on_validation_error
 from serving.api.metrics import PREFIX
-from serving.api.middleware import ApiKey, BodyLimits, Guard, Limits
-from serving.api.service import GENERATING, Service
+from serving.api.middleware import ApiKey, BodyLimits, Guard
+from serving.api.service import GENERATING, Limits, Service
 from serving.engine import Engine, EngineStopped, Overloaded
 
 

@@ -6,7 +6,6 @@ The names after the prefix are those of vLLM, of which llama.cpp has the spec_de
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from itertools import pairwise
@@ -74,32 +73,39 @@ class Metrics:
         self._metrics: dict[str, Any] = {}
         self._prefix = prefix + ":"
         self._labels = {"model_name": model_name, "engine": "0"} if prefix != PREFIX else {}
-        self._drafts = self._counter("spec_decode_num_drafts", "Verifications that had drafted tokens")
-        self._drafted = self._counter("spec_decode_num_draft_tokens", "Drafted tokens")
-        self._accepted = self._counter("spec_decode_num_accepted_tokens", "Drafted tokens that were accepted")
+        self._drafts = self._series(Counter, "spec_decode_num_drafts", "Verifications that had drafted tokens")
+        self._drafted = self._series(Counter, "spec_decode_num_draft_tokens", "Drafted tokens")
+        self._accepted = self._series(Counter, "spec_decode_num_accepted_tokens", "Drafted tokens that were accepted")
         self._accepted_at = {
-            position: self._counter(
-                "spec_decode_num_accepted_tokens_per_pos", "Accepted tokens by draft position", position=str(position)
+            position: self._series(
+                Counter,
+                "spec_decode_num_accepted_tokens_per_pos",
+                "Accepted tokens by draft position",
+                position=str(position),
             )
             for position in range(engine.speculation_length if engine.head else 0)
         }
-        self._prompt_tokens = self._counter("prompt_tokens", "Tokens of the prompts that were answered")
-        self._generated = self._counter("generation_tokens", "Tokens generated")
+        self._prompt_tokens = self._series(Counter, "prompt_tokens", "Tokens of the prompts that were answered")
+        self._generated = self._series(Counter, "generation_tokens", "Tokens generated")
         # a series that is there from the start reads as 0, one that appears later as a gap
         self._ended = {
-            reason: self._counter("request_success", "Sequences by finish reason", finished_reason=reason)
+            reason: self._series(Counter, "request_success", "Sequences by finish reason", finished_reason=reason)
             for reason in FINISH_REASONS
         }
         self._failed = {
-            reason: self._counter("request_failure", "Requests without a whole answer", reason=reason)
+            reason: self._series(Counter, "request_failure", "Requests without a whole answer", reason=reason)
             for reason in sorted(set(FAILURES.values()))
         }
-        self._gauge("num_requests_running", "Sequences in the engine", lambda: engine.running)
-        self._gauge("num_requests_waiting", "Sequences in the queue", lambda: engine.waiting)
-        self._gauge("kv_cache_usage_perc", "Used places of the cache / all of them", lambda: engine.cache_usage)
+        self._series(Gauge, "num_requests_running", "Sequences in the engine").set_function(lambda: engine.running)
+        self._series(Gauge, "num_requests_waiting", "Sequences in the queue").set_function(lambda: engine.waiting)
+        usage = self._series(Gauge, "kv_cache_usage_perc", "Used places of the cache / all of them")
+        usage.set_function(lambda: engine.cache_usage)
         self._watched: dict[int, _Watched] = {}  # by number
         self._lock = threading.Lock()
-        self._histograms = {name: self._histogram(name, *each) for name, each in _HISTOGRAMS.items()}
+        self._histograms = {
+            name: self._series(Histogram, name, description, options={"buckets": buckets})
+            for name, (description, buckets) in _HISTOGRAMS.items()
+        }
 
     def watch(self, request: Request, received: float) -> None:
         """Count a sequence's tokens as they come, and the rest when it ends.
@@ -169,21 +175,11 @@ class Metrics:
     def _observe(self, name: str, value: float) -> None:
         self._histograms[name].observe(value)
 
-    def _counter(self, name: str, description: str, **labels: str) -> Counter:
-        return self._series(Counter, name, description, labels)
-
-    def _gauge(self, name: str, description: str, value: Callable[[], float]) -> None:
-        self._series(Gauge, name, description, {}).set_function(value)
-
-    def _histogram(self, name: str, description: str, buckets: tuple[float, ...]) -> Histogram:
-        return self._series(Histogram, name, description, {}, buckets=buckets)
-
-    def _series(self, kind: Any, name: str, description: str, labels: dict[str, str], **options: Any) -> Any:
-        """One time series; those that differ in a label's value only belong to one metric."""
+    def _series(self, kind: Any, name: str, description: str, *, options: Any = None, **labels: str) -> Any:
+        """Return one time series; those that differ in a label's value only belong to one metric."""
         labels = self._labels | labels
         if name not in self._metrics:
-            self._metrics[name] = kind(
-                self._prefix + name, description, tuple(labels), registry=self.registry, **options
-            )
+            full_name = self._prefix + name
+            self._metrics[name] = kind(full_name, description, tuple(labels), registry=self.registry, **(options or {}))
         metric = self._metrics[name]
         return metric.labels(**labels) if labels else metric

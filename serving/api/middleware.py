@@ -13,15 +13,15 @@ import time
 from collections.abc import AsyncIterator, Container
 from contextlib import suppress
 from contextvars import ContextVar
-from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import NoReturn, Protocol
+from typing import NoReturn
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving.api.errors import NO_RETRY, ApiError, api_error, response_of
+from serving.api.service import Limits, Service
 
 log = logging.getLogger(__name__)
 request_id_of_task: ContextVar[str | None] = ContextVar("request_id", default=None)
@@ -33,30 +33,10 @@ _OPEN = {("GET", "/"), ("HEAD", "/"), ("GET", "/health"), ("HEAD", "/health"), (
 _READ_ON, _READ_ON_SECONDS = 10, 2.0  # of a body that was refused: times the limit, and how long at most
 
 
-@dataclass(frozen=True)
-class Limits:
-    """Limits on a client's requests."""
-
-    max_new_tokens: int | None = None  # None: as many as the context holds
-    max_body_bytes: int = 2_000_000
-    body_seconds: float = 30.0  # from the headers to the last byte of the body
-    request_seconds: float | None = 600.0  # from the receipt of a request to the end of its answer
-    stalled_seconds: float = 60.0  # that a client may take none of its stream's bytes
-
-
-class Counts(Protocol):
-    """Receiver of the number of requests and of their statuses."""
-
-    in_flight: int  # requests that a server which stops waits for
-
-    def on_answer(self, path: str, status: int) -> None:
-        """Count an answer by its status; 0: there was none."""
-
-
 class Guard:
     """A request id on every answer and log line; an exception that no handler caught becomes the API's error."""
 
-    def __init__(self, app: ASGIApp, service: Counts) -> None:
+    def __init__(self, app: ASGIApp, service: Service) -> None:
         self.app = app
         self.service = service
 

@@ -13,7 +13,6 @@ from typing import Any
 from draft.errors import UserError
 from serving.api.errors import ApiError, echo, unavailable
 from serving.api.metrics import PREFIX, Metrics
-from serving.api.middleware import Limits
 from serving.api.openai_schemas import MAX_CHOICES
 from serving.api.schemas import Speculative
 from serving.engine import Engine, Speculation
@@ -21,6 +20,17 @@ from serving.engine.request import special_ids
 
 GENERATING = {"/", "/generate", "/generate_stream", "/v1/completions", "/v1/chat/completions"}
 _LAST_EVENTS_SECONDS = 5.0  # for clients to take the last events when the server ends
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Limits on a client's requests."""
+
+    max_new_tokens: int | None = None  # None: as many as the context holds
+    max_body_bytes: int = 2_000_000
+    body_seconds: float = 30.0  # from the headers to the last byte of the body
+    request_seconds: float | None = 600.0  # from the receipt of a request to the end of its answer
+    stalled_seconds: float = 60.0  # that a client may take none of its stream's bytes
 
 
 @dataclass(frozen=True)
@@ -112,6 +122,7 @@ class Service:
         return engine
 
     def on_answer(self, path: str, status: int) -> None:
+        """Count an answer by its status; 0: there was none."""
         if self.metrics is not None and path in GENERATING:
             self.metrics.failed(status)
 

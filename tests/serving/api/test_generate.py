@@ -9,8 +9,8 @@ from fastapi.testclient import TestClient
 from http_testing import PROMPT, ask
 
 from serving.api.app import create_app
-from serving.api.middleware import Limits
 from serving.api.schemas import GenerateParameters
+from serving.api.service import Limits
 from serving.engine import Engine, SamplingParams
 
 

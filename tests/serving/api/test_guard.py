@@ -15,7 +15,7 @@ from tokenizers import normalizers
 
 from draft.target import Target
 from serving.api.app import create_app
-from serving.api.middleware import Limits
+from serving.api.service import Limits
 from serving.engine import Engine
 
 KEY = "a-key-of-some-length"

@@ -10,7 +10,7 @@ from conftest import make_tiny_target
 from http_testing import MESSAGES, live
 
 from serving.api.app import create_app
-from serving.api.middleware import Limits
+from serving.api.service import Limits
 from serving.engine import Engine
 
 CHECKS = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
