@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import ssl
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -131,46 +132,43 @@ def serve(
     tls = _tls(ssl_certfile, ssl_keyfile, ssl_keyfile_password, ssl_ca_certs, ssl_cert_reqs)
     with Listener(host, port) as listener:  # before the model is loaded, which takes longer than finding the port taken
         from serving.api.app import create_app  # here, so that --help does not wait for torch
+        from serving.api.middleware import log_as_json
         from serving.api.service import Limits
 
+        log_as_json()
         app = create_app(
             None,
             head_name=head,
-            limits=Limits(
-                max_new_tokens=max_new_tokens_limit,
-                max_body_bytes=max_body_bytes,
-                request_seconds=request_timeout or None,
-            ),
+            limits=Limits(max_new_tokens_limit, max_body_bytes, request_seconds=request_timeout or None),
             api_key=api_key,
             cors_origins=cors_origin or (),
             strict_model_name=strict_model_name,
             metrics_prefix=metrics_prefix,
         )
 
-        def load() -> Engine:
-            return load_engine(
-                target,
-                head,
-                dtype,
-                target_adapter=target_adapter,
-                warm_up=warm_up,
-                speculation=speculation,
-                speculation_length=speculation_length,
-                tree_size=tree_size,
-                rule=rule,
-                mode=mode,
-                threads=threads,
-                max_batch=max_batch,
-                max_length=max_length,
-                max_waiting=max_waiting,
-                max_waiting_tokens=max_waiting_tokens,
-                prefill_chunk=prefill_chunk,
-            )
-
-        model = f"{target} + {target_adapter}" if target_adapter else target
-        what = f"{model} with {head}, K = {speculation_length}, {rule}" if head else f"{model} without a draft head"
+        load = partial(
+            load_engine,
+            target,
+            head,
+            dtype,
+            target_adapter=target_adapter,
+            warm_up=warm_up,
+            speculation=speculation,
+            speculation_length=speculation_length,
+            tree_size=tree_size,
+            rule=rule,
+            mode=mode,
+            threads=threads,
+            max_batch=max_batch,
+            max_length=max_length,
+            max_waiting=max_waiting,
+            max_waiting_tokens=max_waiting_tokens,
+            prefill_chunk=prefill_chunk,
+        )
+        models = f"{target} + {target_adapter}" if target_adapter else target
+        models += f" with {head}, K = {speculation_length}, {rule}" if head else " without a draft head"
         address = listener.url("https" if tls else "http")
-        serve_until_stopped(app, load, listener, f"serving {what} on {address}", drain_seconds, tls)
+        serve_until_stopped(app, load, listener, f"serving {models} on {address}", drain_seconds, tls)
 
 
 def load_engine(
@@ -238,19 +236,16 @@ def _tls(
     if authorities is None and demand != "none":
         raise UserError(f"--ssl-cert-reqs {demand} needs --ssl-ca-certs, the authorities of the clients' certificates.")
     return {
-        "ssl_certfile": str(certificate),
-        "ssl_keyfile": str(key) if key is not None else None,
+        "ssl_certfile": certificate,
+        "ssl_keyfile": key,
         "ssl_keyfile_password": password,
-        "ssl_ca_certs": str(authorities) if authorities is not None else None,
+        "ssl_ca_certs": authorities,
         "ssl_cert_reqs": ssl.VerifyMode[f"CERT_{demand.upper()}"],
     }
 
 
 def main() -> None:
     """Run the command line; a user's mistake is one sentence and exit status 2."""
-    from serving.api.middleware import log_as_json
-
-    log_as_json()
     try:
         cli()
     except Exception as error:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 SERVER = "import sys, serving.cli, serving.server, serving.api.app, serving.engine; print(*sys.modules)"
-UNWANTED = ("matplotlib", "datasets", "tensorboardX", "wandb", "trackio", "draft.training", "draft.interop", "draft.data")
+UNWANTED = ("matplotlib", "datasets", "tensorboardX", "wandb", "draft.training", "draft.interop", "draft.data")
 
 
 def test_the_server_imports_nothing_of_training() -> None:

@@ -1,4 +1,4 @@
-"""What draft-serve says when it is called wrongly, and its defaults."""
+"""Error messages of draft-serve, and its defaults."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from serving import cli
 
 
 def refused(capfd, *arguments: str) -> str:
-    """What draft-serve writes to stderr when it refuses its arguments."""
+    """Return the text on stderr of draft-serve with wrong arguments."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["draft-serve", *arguments])
         patch.setattr(logging.root, "handlers", [])  # main's writes to a stderr that is captured here only

@@ -115,7 +115,7 @@ class EndlessEngine(Engine):
 
 
 async def turns(count: int) -> None:
-    """Of the event loop, which take no time of the clock's."""
+    """Let the event loop run that often, without waiting."""
     for _ in range(count):
         await asyncio.sleep(0)
 
@@ -130,7 +130,7 @@ def test_a_cancel_storm_leaves_nothing_behind() -> None:
         return (await client.post("/generate", json={"inputs": PROMPT, "parameters": wishes})).json()["generated_text"]
 
     async def one(client: httpx.AsyncClient, index: int) -> bool:
-        """Whether the whole answer came."""
+        """Return True when the whole answer came."""
         pick = random.Random(index)
         wishes = {"max_new_tokens": LONG if index % 2 else 6, "temperature": 1.0, "seed": index}
         body = {"inputs": f"{index}", "parameters": wishes, "stream": index % 4 < 2}
@@ -237,7 +237,7 @@ def test_a_reader_that_takes_nothing_is_dropped(tiny_target) -> None:
 
 @pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="the system has no such timeout")
 def test_a_connection_whose_client_takes_nothing_does_not_stay() -> None:
-    """What is in the system's buffers would keep it, long after its request has been given up."""
+    """The system's buffers would keep it, long after its request was cancelled."""
 
     async def endless() -> AsyncGenerator[bytes]:
         while True:

@@ -16,7 +16,7 @@ SAMPLED = {"temperature": 1.0, "seed": 7, "max_new_tokens": 24}
 
 @pytest.fixture
 def told(url, engine) -> dict[str, Any]:
-    """What the API says of the same request."""
+    """The API's answer to the same request."""
     import httpx
 
     engine.gate.set()

@@ -1,4 +1,4 @@
-"""What the page says when a request is refused, fails or is lost, and how it asks for a key."""
+"""Messages of the page when a request is refused, fails or is lost, and the need for a key."""
 
 from __future__ import annotations
 
