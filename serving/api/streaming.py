@@ -115,11 +115,6 @@ class Generation:
 
 
 async def _merged(requests: list[Request]) -> AsyncGenerator[Burst]:
-    if len(requests) == 1:
-        async with aclosing(requests[0].bursts()) as bursts:
-            async for tokens, completion in bursts:
-                yield 0, tokens, completion
-        return
     queue: asyncio.Queue[Burst | BaseException] = asyncio.Queue()
 
     async def follow(index: int, request: Request) -> None:
