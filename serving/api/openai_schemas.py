@@ -65,31 +65,31 @@ Logprobs = Annotated[sampling.Logprobs, Whole]
 
 class StreamOptions(Strict):
     include_usage: bool | None = None
-    include_obfuscation: bool | None = Field(None, description="padding against observers; never added")
-    continuous_usage_stats: bool | None = Field(None, description="usage in every chunk (vLLM)")
+    include_obfuscation: bool | None = Field(default=None, description="padding against observers; never added")
+    continuous_usage_stats: bool | None = Field(default=None, description="usage in every chunk (vLLM)")
 
 
 class SamplingRequest(Strict):
     """Fields of both endpoints."""
 
-    model: Text | None = Field(None, description="any name, unless the server is strict")
+    model: Text | None = Field(default=None, description="any name, unless the server is strict")
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES), Whole] | None = Field(
-        None, description=f"choices per prompt; prompts * n <= {MAX_CHOICES}"
+        default=None, description=f"choices per prompt; prompts * n <= {MAX_CHOICES}"
     )
     temperature: Annotated[sampling.Temperature, Field(le=MAX_TEMPERATURE)] | None = Field(
-        None, description="0 is greedy; null: 1.0"
+        default=None, description="0 is greedy; null: 1.0"
     )
     top_p: sampling.TopP | None = None
-    top_k: Annotated[int, Field(ge=-1), Whole] | None = Field(None, description="-1 and 0 are off")
+    top_k: Annotated[int, Field(ge=-1), Whole] | None = Field(default=None, description="-1 and 0 are off")
     min_p: sampling.MinP | None = None
     presence_penalty: sampling.Penalty | None = None
     frequency_penalty: sampling.Penalty | None = None
     repetition_penalty: sampling.RepetitionPenalty | None = None
-    logit_bias: LogitBias | None = Field(None, description="token id -> addend of its logit")
+    logit_bias: LogitBias | None = Field(default=None, description="token id -> addend of its logit")
     seed: Annotated[sampling.Seed, Whole] | None = Field(
-        None, description="choice i has the seed + i; null: drawn, and reported"
+        default=None, description="choice i has the seed + i; null: drawn, and reported"
     )
-    stop: StopString | StopStrings | None = Field(None, description="not in the text")
+    stop: StopString | StopStrings | None = Field(default=None, description="not in the text")
     stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOP_SEQUENCES)] | None = None
     min_tokens: Annotated[int, Field(ge=0), Whole] | None = None
     ignore_eos: bool | None = None
@@ -98,7 +98,7 @@ class SamplingRequest(Strict):
     stream_options: StreamOptions | None = None
     speculative: Speculative | None = None
     return_token_ids: bool | None = Field(
-        None, description="report a choice's token_ids, its end included, and prompt_token_ids (vLLM)"
+        default=None, description="report a choice's token_ids, its end included, and prompt_token_ids (vLLM)"
     )
 
     # without effect: nothing that they could change exists here
@@ -134,10 +134,10 @@ class CompletionRequest(SamplingRequest):
     unsupported = _UNSUPPORTED | {"suffix": False}
 
     prompt: Prompt | Prompts | TokenIds | PromptsOfIds = Field(examples=["Once upon a time"])
-    max_tokens: Annotated[sampling.NewTokens, Whole] | None = Field(None, description="null: 16")
-    echo: bool | None = Field(None, description="put the prompt before the text; not with logprobs")
+    max_tokens: Annotated[sampling.NewTokens, Whole] | None = Field(default=None, description="null: 16")
+    echo: bool | None = Field(default=None, description="put the prompt before the text; not with logprobs")
     logprobs: Logprobs | None = None
-    best_of: Count | None = Field(None, description="not implemented: the same as n, or null")
+    best_of: Count | None = Field(default=None, description="not implemented: the same as n, or null")
 
     @model_validator(mode="after")
     def _check(self) -> CompletionRequest:
@@ -169,7 +169,7 @@ class Message(Strict):
     )
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Text | TextParts | None = Field(None, description="null in an assistant's message only")
+    content: Text | TextParts | None = Field(default=None, description="null in an assistant's message only")
     name: Text | None = None
 
     @model_validator(mode="after")
@@ -204,13 +204,13 @@ class ChatRequest(SamplingRequest):
         examples=[[{"role": "user", "content": "Say hello."}]]
     )
     max_completion_tokens: Annotated[sampling.NewTokens, Whole] | None = Field(
-        None, description="null: the room that is left"
+        default=None, description="null: the room that is left"
     )
     max_tokens: Annotated[sampling.NewTokens, Whole] | None = Field(
-        None, description="the older name of max_completion_tokens"
+        default=None, description="the older name of max_completion_tokens"
     )
     logprobs: bool | None = None
-    top_logprobs: Logprobs | None = Field(None, description="needs logprobs")
+    top_logprobs: Logprobs | None = Field(default=None, description="needs logprobs")
 
     @model_validator(mode="after")
     def _check(self) -> ChatRequest:

@@ -78,15 +78,15 @@ Count = Annotated[int, Field(ge=1), Whole]
 class Speculative(Strict):
     """Speculation for one request; it changes the speed and never the distribution of the text."""
 
-    enabled: bool | None = Field(None, description="null: on, when the server has a draft head")
+    enabled: bool | None = Field(default=None, description="null: on, when the server has a draft head")
     num_tokens: Annotated[int, Field(ge=0), Whole] | None = Field(
-        None, description="speculation length, capped by the server's; 0 is off"
+        default=None, description="speculation length, capped by the server's; 0 is off"
     )
-    rule: Literal["shared-noise", "rejection"] | None = Field(None, description="null: the server's")
+    rule: Literal["shared-noise", "rejection"] | None = Field(default=None, description="null: the server's")
 
 
 class SpeculativeWithOrigin(Speculative):
-    origin: bool | None = Field(None, description="report the origin of each token")
+    origin: bool | None = Field(default=None, description="report the origin of each token")
 
 
 class GenerateParameters(Strict):
@@ -98,24 +98,26 @@ class GenerateParameters(Strict):
     }
 
     max_new_tokens: Annotated[NewTokens, Whole] | None = Field(
-        None, description="null: the server's default, or the room that is left"
+        default=None, description="null: the server's default, or the room that is left"
     )
     temperature: Annotated[Temperature, Field(le=MAX_TEMPERATURE)] | None = Field(
-        None, description="0 is greedy; null: 1.0"
+        default=None, description="0 is greedy; null: 1.0"
     )
     top_p: TopP | None = None
     top_k: Count | None = None
-    repetition_penalty: RepetitionPenalty | None = Field(None, description="for tokens in the prompt or the answer")
+    repetition_penalty: RepetitionPenalty | None = Field(
+        default=None, description="for tokens in the prompt or the answer"
+    )
     frequency_penalty: Penalty | None = None
-    seed: Annotated[Seed, Whole] | None = Field(None, description="null: drawn, and reported in the details")
-    stop: StopStrings | None = Field(None, description="the stop string stays in the text")
+    seed: Annotated[Seed, Whole] | None = Field(default=None, description="null: drawn, and reported in the details")
+    stop: StopStrings | None = Field(default=None, description="the stop string stays in the text")
     do_sample: bool | None = None
-    chat: bool | None = Field(None, description="the inputs are a user's message for the chat template")
-    truncate: Count | None = Field(None, description="keep only that many tokens at the end of the inputs")
-    return_full_text: bool | None = Field(None, description="put the prompt before the generated text")
+    chat: bool | None = Field(default=None, description="the inputs are a user's message for the chat template")
+    truncate: Count | None = Field(default=None, description="keep only that many tokens at the end of the inputs")
+    return_full_text: bool | None = Field(default=None, description="put the prompt before the generated text")
     details: bool | None = None
     top_n_tokens: Annotated[int, Field(ge=0, le=MAX_TOP_N_TOKENS), Whole] | None = Field(
-        None, description="with details: the most probable tokens at each position"
+        default=None, description="with details: the most probable tokens at each position"
     )
     speculative: SpeculativeWithOrigin | None = None
 
@@ -133,7 +135,9 @@ class GenerateRequest(Strict):
 
     inputs: Prompt = Field(examples=["Once upon a time"])
     parameters: GenerateParameters | None = None
-    stream: bool | None = Field(None, description="answer with server-sent events; /generate_stream always does")
+    stream: bool | None = Field(
+        default=None, description="answer with server-sent events; /generate_stream always does"
+    )
 
 
 class AlternativeToken(BaseModel):
@@ -161,7 +165,7 @@ class Origin(BaseModel):
 class TokenDetails(AlternativeToken):
     """One generated token."""
 
-    origin: Origin | None = Field(None, description="only with speculative.origin")
+    origin: Origin | None = Field(default=None, description="only with speculative.origin")
 
 
 class SpeculativeDetails(BaseModel):
@@ -184,7 +188,7 @@ class Details(BaseModel):
     seed: int | None = Field(description="null: the request was greedy")
     prefill: list[AlternativeToken] = Field(description="always empty: the prompt's tokens are not reported")
     tokens: list[TokenDetails]
-    top_tokens: list[list[AlternativeToken]] | None = Field(None, description="only with top_n_tokens")
+    top_tokens: list[list[AlternativeToken]] | None = Field(default=None, description="only with top_n_tokens")
     speculative: SpeculativeDetails
 
 

@@ -192,6 +192,7 @@ class EventStream(EventSourceResponse):
 
         headers = {"cache-control": "no-cache", **(headers or {})}
         super().__init__(chunks(), headers=headers, ping=0, send_timeout=stalled_seconds)
+        del self.headers["connection"]  # uvicorn's to decide
         self._rest = rest
 
     @classmethod
