@@ -24,7 +24,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class Placement(NamedTuple):
-    """Where phi stands in the chain x -> A -> B."""
+    """The places of phi in the chain x -> A -> B."""
 
     before_a: bool
     between: bool
