@@ -37,17 +37,16 @@ class Ridge:
     """Least squares with a ridge, from sums over batches: W minimises |X W - Y|² + λ|W|²."""
 
     def __init__(self) -> None:
-        self.xx: Tensor | None = None
-        self.xy: Tensor | None = None
+        self.xx: Tensor | float = 0.0
+        self.xy: Tensor | float = 0.0
 
     def add(self, x: Tensor, y: Tensor) -> None:
         """x: [rows, inputs], y: [rows, outputs]."""
-        xx, xy = (x.T @ x).double(), (x.T @ y).double()
-        self.xx, self.xy = (xx, xy) if self.xx is None or self.xy is None else (self.xx + xx, self.xy + xy)
+        self.xx, self.xy = self.xx + (x.T @ x).double(), self.xy + (x.T @ y).double()
 
     def solve(self) -> Tensor:
-        """W transposed as nn.Linear has it: [outputs, inputs], float64."""
-        if self.xx is None or self.xy is None:
+        """W transposed as nn.Linear has it: [outputs, inputs], float64; ValueError when no data was added."""
+        if not isinstance(self.xx, Tensor):
             raise ValueError("no data was added")
         eye = torch.eye(len(self.xx), dtype=torch.float64, device=self.xx.device)
         return torch.linalg.solve(self.xx + _RIDGE * self.xx.diagonal().mean() * eye, self.xy).T
@@ -65,7 +64,7 @@ def widened(x: Tensor) -> Tensor:
 
 
 def norm_weight(norm: nn.Module, size: int) -> Tensor:
-    """What an RMSNorm multiplies by, [size]: Gemma's is one more than its weight."""
+    """The factors of an RMSNorm, [size]: Gemma's are one more than its weight."""
     weight = next(norm.parameters())
     return norm(torch.ones(1, size, dtype=weight.dtype, device=weight.device))[0].detach()
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import math
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,10 +17,13 @@ import draft.evaluation.compare
 from draft.data.dataset import Row, conversation_id, open_dataset, write_dataset
 from draft.data.responses import generate_responses
 from draft.errors import UserError
-from draft.evaluation.compare import Contender, compare, general_rows, row_ids
+from draft.evaluation.compare import Contender, compare, general_rows
 from draft.evaluation.replay import replay
 from draft.evaluation.report import print_report, public, summary, to_json, write_report
 from draft.evaluation.tau import Interval, bootstrap_gain
+from draft.evaluation.trained_rows import record_trained_rows, row_ids, trained_row_ids
+from draft.files import read_json
+from draft.heads.checkpoint import PRETRAINED
 from draft.heads.unroll import shift_left
 
 ROWS = 24
@@ -31,11 +34,11 @@ def rows(tiny_target):
     generator = torch.Generator().manual_seed(5)
     prompts = [torch.randint(3, 259, (4,), generator=generator).tolist() for _ in range(ROWS)]
     made = []
-    for heat in (0.0, 1.0):
-        for index, response in generate_responses(tiny_target, prompts, max_new_tokens=10, temperature=heat):
+    for temperature in (0.0, 1.0):
+        for index, response in generate_responses(tiny_target, prompts, max_new_tokens=10, temperature=temperature):
             prompt = prompts[index]
             mask = [False] * len(prompt) + [True] * len(response)
-            made.append(Row(conversation_id(prompt), [*prompt, *response], mask, len(prompt), heat, 1.0, "test"))
+            made.append(Row(conversation_id(prompt), [*prompt, *response], mask, len(prompt), temperature, 1.0, "test"))
     return made
 
 
@@ -139,9 +142,11 @@ def test_the_gate(comparison, domain_low, general_low, ship):
     assert replace(comparison, domain=measurement(domain_low), general=general).ship is ship
 
 
-def test_rows_that_either_head_was_trained_on_are_refused(tiny_target, tiny_head, rows):
+@pytest.mark.parametrize("listed", [False, True], ids=["packed", "an older file's list"])
+def test_rows_that_either_head_was_trained_on_are_refused(tiny_target, tiny_head, rows, listed):
+    record = sorted(row_ids(rows[:3])) if listed else record_trained_rows(rows[:3], {})
     base = contender("base", tiny_head)
-    trained = contender("new", tiny_head, trained_rows=row_ids(rows[:3]))
+    trained = contender("new", tiny_head, trained_rows=record)
     with pytest.raises(
         UserError, match=f"3 of the {ROWS} domain rows .*the candidate was.* held-out split .* other prompts"
     ):
@@ -158,15 +163,27 @@ def test_rows_that_either_head_was_trained_on_are_refused(tiny_target, tiny_head
 
 
 def test_the_bundled_head_was_not_trained_on_the_general_rows_that_ship():
-    package = Path(draft.evaluation.compare.__file__).parent
-    trained = json.loads((package / "pretrained/smollm2-eagle3/draftsmith.json").read_text())["trained_rows"]
+    trained = trained_row_ids(read_json(PRETRAINED / "smollm2-eagle3" / "draftsmith.json"))
     shipped = row_ids(open_dataset(draft.evaluation.compare.GENERAL_ROWS).rows("held-out"))
-    assert trained and shipped and not set(trained) & set(shipped)
+    assert len(trained) == 3460 and shipped and not trained & shipped
 
 
-def test_row_ids(rows):
-    assert row_ids(rows) == sorted({row.id[:12] for row in rows})
-    assert all(len(id) == 12 for id in row_ids(rows)) and len(row_ids(rows)) == ROWS
+def test_the_record_of_trained_rows_is_compact_and_exact(rows):
+    names = [f"{number:064x}" for number in range(0, 2**62, 2**62 // 997)]
+    ids = {hashlib.sha256(name.encode()).hexdigest()[:16] for name in names}
+    record = record_trained_rows([replace(rows[0], id=id) for id in ids], {})
+    assert len(json.dumps(record)) < 8 * len(ids) + 80
+    assert trained_row_ids({"trained_rows": record}) == {id[:12] for id in ids}
+    # the rows of the base head are kept, whether it has the list of older files or a record
+    old = {"trained_rows": ["0011351f8585"]}
+    for base in (old, {"trained_rows": record_trained_rows([], old)}):
+        assert trained_row_ids({"trained_rows": record_trained_rows(rows, base)}) == row_ids(rows) | {"0011351f8585"}
+    assert trained_row_ids({}) is None and trained_row_ids({"trained_rows": []}) == set()
+    for damage in ({"format": "bloom"}, {"ids": "%"}, {"ids": record["ids"][8:]}, {"count": None}):
+        with pytest.raises(UserError, match="trained_rows in the head's draftsmith.json"):
+            trained_row_ids({"trained_rows": {**record, **damage}})
+    with pytest.raises(UserError, match="trained_rows"):
+        trained_row_ids({"trained_rows": "all"})
 
 
 def test_mistakes_are_told(tiny_target, tiny_head, rows):

@@ -9,8 +9,7 @@ from conftest import make_tiny_head, make_tiny_target
 from safetensors.torch import load_file, save_file
 
 from draft.errors import UserError
-from draft.files import atomic_folder
-from draft.heads.checkpoint import check_fits, load_head, save_head
+from draft.heads.checkpoint import attach_head, load_head, save_head
 
 PLAIN_NAMES = {
     "fc.weight",
@@ -126,7 +125,7 @@ def test_an_unsupported_config_is_refused(folder, key, value, words):
         del config[key]
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=words):
-        check_fits(*load_head(folder), make_tiny_target())
+        attach_head(*load_head(folder), make_tiny_target())
 
 
 def test_the_older_spelling_of_a_scaled_rotary_embedding_is_read(folder, tiny_head):
@@ -163,40 +162,13 @@ def test_a_missing_head_names_the_bundled_ones(tmp_path):
 def test_another_target_is_refused_with_both_fingerprints(folder, tiny_target):
     head, about = load_head(folder)
     other = make_tiny_target(seed=1)
-    check_fits(head, about, tiny_target)
+    attach_head(head, about, tiny_target)
     with pytest.raises(UserError, match=f"{tiny_target.fingerprint}.*{other.fingerprint}"):
-        check_fits(head, about, other)
+        attach_head(head, about, other)
 
 
 def test_a_head_of_another_width_is_refused(tiny_target):
     head = make_tiny_head(tiny_target)
     head.config.hidden_size = 64
     with pytest.raises(UserError, match=r"hidden size is 64 and the target's is 32"):
-        check_fits(head, {}, tiny_target)
-
-
-FILE = frozenset({"file"})
-
-
-def test_a_failed_write_leaves_the_old_folder(tmp_path):
-    folder = tmp_path / "head"
-    with atomic_folder(folder, FILE) as temporary:
-        (temporary / "file").write_text("old")
-    with pytest.raises(RuntimeError), atomic_folder(folder, FILE) as temporary:
-        (temporary / "file").write_text("new")
-        raise RuntimeError
-    assert (folder / "file").read_text() == "old"
-    assert [path.name for path in tmp_path.iterdir()] == ["head"]
-    with atomic_folder(folder, FILE) as temporary:
-        (temporary / "file").write_text("new")
-    assert (folder / "file").read_text() == "new"
-    assert [path.name for path in tmp_path.iterdir()] == ["head"]
-
-
-def test_only_what_was_written_before_is_replaced(tmp_path, tiny_head):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "config.yaml").write_text("precious")
-    for precious in (tmp_path / "run", tmp_path / "run" / "config.yaml", tmp_path):
-        with pytest.raises(UserError, match="holds something else"):
-            save_head(tiny_head, precious, dtype=torch.float64, about={})
-    assert (tmp_path / "run" / "config.yaml").read_text() == "precious"
+        attach_head(head, {}, tiny_target)

@@ -104,7 +104,7 @@ def test_an_encoder_is_refused_by_name(tmp_path, tiny_target):
 
 def test_the_unpacked_tokenizer_has_the_class_that_transformers_4_knows(tmp_path, tiny_target):
     tiny_target.tokenizer.save_pretrained(tmp_path)
-    bundled._name_known_to_all(tmp_path / "tokenizer_config.json")
+    bundled.name_tokenizer_for_transformers_4(tmp_path / "tokenizer_config.json")
     settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
     assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert AutoTokenizer.from_pretrained(tmp_path).get_vocab() == tiny_target.tokenizer.get_vocab()
