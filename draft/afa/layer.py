@@ -58,7 +58,7 @@ class AfaLoraConfig(LoraConfig):
 
     # A LoRA variant is found by a truthy field with this tag; the activation's name is always truthy.
     activation: str = field(default="silu", metadata={"help": "silu, gelu, relu, tanh", "is_lora_variant": True})
-    placement: str = field(default="A-s-B", metadata={"help": "Where the activation stands"})
+    placement: str = field(default="A-s-B", metadata={"help": "Place of the activation"})
     schedule: str = field(default="linear", metadata={"help": "linear, cosine, exponential"})
     decay_ratio: float = field(default=0.3, metadata={"help": "Share of the steps after which beta is 0"})
     beta: float = field(default=1.0, metadata={"help": "Weight of the non-linear branch"})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,8 +62,7 @@ class Comparison:
 
     target_name: str
     target_fingerprint: str
-    abouts: Mapping[str, Mapping[str, Any]]  # of BASELINE and CANDIDATE
-    names: Mapping[str, str]
+    contenders: Mapping[str, Contender]  # BASELINE and CANDIDATE
     deciding_length: int
     domain: Measurement
     general: Measurement | None
@@ -102,7 +101,7 @@ class Comparison:
             for name, measurement in self.measurements.items()
             if measurement.greedy.conversations < FEW_CONVERSATIONS
         ]
-        if trained_row_ids(self.abouts[CANDIDATE]) is None:
+        if trained_row_ids(self.contenders[CANDIDATE].about) is None:
             notes.append(
                 "the candidate does not record which rows it was trained on: that they are others is not checked."
             )
@@ -142,24 +141,29 @@ def compare(
     sets = {"domain": list(domain_rows)} | ({} if general_rows is None else {"general": list(general_rows)})
     for name, rows in sets.items():
         for which, contender in contenders.items():
-            refuse_trained_rows(contender.about, rows, name, which)
+            seen = row_ids(rows) & (trained_row_ids(contender.about) or set())
+            if seen:
+                raise UserError(
+                    f"{len(seen)} of the {len(rows)} {name} rows are among those that the {which} was trained on; "
+                    "compare on the held-out split of the data that it was trained with, or prepare data of other "
+                    "prompts."
+                )
     heads = {name: contender.head for name, contender in contenders.items()}
 
-    def measure(name: str, rows: list[Row]) -> Measurement:
-        def pair(method: Callable[..., Mapping[str, Acceptance]], kind: str) -> Pair:
-            label = f"{name}, {kind}" if progress else None
-            results = method(target, heads, rows, max_steps, tokens_per_batch=tokens_per_batch, progress=label)
-            return _pair(results, resamples)
+    def measure(method: Callable[..., Mapping[str, Acceptance]], name: str, kind: str) -> Pair:
+        label = f"{name}, {kind}" if progress else None
+        results = method(target, heads, sets[name], max_steps, tokens_per_batch=tokens_per_batch, progress=label)
+        return _pair(results, resamples)
 
-        greedy = pair(replay, "greedy")
-        return Measurement(greedy, pair(sampled_acceptance, "temperature 1") if any(map(is_sampled, rows)) else None)
-
-    measured = {name: measure(name, rows) for name, rows in sets.items()}
+    measured = {}
+    for name, rows in sets.items():
+        greedy = measure(replay, name, "greedy")
+        sampled = measure(sampled_acceptance, name, "temperature 1") if any(map(is_sampled, rows)) else None
+        measured[name] = Measurement(greedy, sampled)
     return Comparison(
         target_name=target.name,
         target_fingerprint=target.fingerprint,
-        abouts={name: contender.about for name, contender in contenders.items()},
-        names={name: contender.name for name, contender in contenders.items()},
+        contenders=contenders,
         deciding_length=deciding_length,
         domain=measured["domain"],
         general=measured.get("general"),
@@ -176,16 +180,6 @@ def _pair(results: Mapping[str, Acceptance], resamples: int) -> Pair:
         for base, new in zip(units[BASELINE], units[CANDIDATE], strict=True)
     ]
     return Pair(len(units[BASELINE][0]), results, taus, gains)
-
-
-def refuse_trained_rows(about: Mapping[str, Any], rows: Sequence[Row], name: str, which: str) -> None:
-    """Raise a UserError when the head that `about` describes, BASELINE or CANDIDATE, was trained on any of the rows."""
-    seen = row_ids(rows) & (trained_row_ids(about) or set())
-    if seen:
-        raise UserError(
-            f"{len(seen)} of the {len(rows)} {name} rows are among those that the {which} was trained on; compare on "
-            "the held-out split of the data that it was trained with, or prepare data of other prompts."
-        )
 
 
 def general_rows(target: Target) -> list[Row] | None:

@@ -64,10 +64,11 @@ def summary(comparison: Comparison) -> str:
 def to_json(comparison: Comparison) -> dict[str, Any]:
     """Everything that was measured, ready for `json.dumps`; unknown numbers are null."""
     heads = {}
-    for name, about in comparison.abouts.items():
-        rows = trained_row_ids(about)
-        kept = {key: value for key, value in about.items() if key != KEY} | ({} if rows is None else {KEY: len(rows)})
-        heads[name] = {"name": public(comparison.names[name]), "about": public(kept)}
+    for name, contender in comparison.contenders.items():
+        about = {key: value for key, value in contender.about.items() if key != KEY}
+        rows = trained_row_ids(contender.about)
+        about |= {} if rows is None else {KEY: len(rows)}
+        heads[name] = {"name": public(contender.name), "about": public(about)}
     measured = comparison.measurements
     return {
         "verdict": comparison.verdict,
@@ -137,7 +138,7 @@ def to_markdown(comparison: Comparison) -> str:
         *(f"- Note: {warning}" for warning in comparison.warnings),
         "",
         f"Target {public(comparison.target_name)} ({comparison.target_fingerprint}). "
-        + ", ".join(f"{name.capitalize()}: {public(comparison.names[name])}" for name in (BASELINE, CANDIDATE))
+        + ", ".join(f"{name.capitalize()}: {public(head.name)}" for name, head in comparison.contenders.items())
         + f". {_METHOD}",
         "",
     ]

@@ -10,7 +10,7 @@ weights:
 which has rank at most heads * head_dim and so splits into the two matrices by a singular value decomposition.
 Queries and keys start as the same random projection of the embedding: every position then attends mostly to itself,
 as the regression assumes. The MLP starts from the target's last layer with an almost silent output; the LM head and the
-norm are the target's, the norm scaled so that a guess is no sharper than it should be.
+norm are the target's, the norm scaled so that a prediction is no sharper than it should be.
 
 EAGLE-1, with h_t the last hidden state after the final norm: fc is the regression of h_{t+1} on cat(embedding of t+1,
 h_t), and attention and MLP start almost silent.

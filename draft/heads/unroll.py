@@ -44,7 +44,7 @@ class TrainingAttention:
 
     Three ways to compute it, which agree:
 
-        dense       the scores as they stand above, for short texts
+        dense       the scores as above, for short texts
         in chunks   so many queries at a time, against the keys up to the last; recomputed in the backward pass
         flex        FlexAttention over [keys of step 0 | keys of step 1 | ...] with a block mask, on CUDA: no scores in
                     memory

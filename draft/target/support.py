@@ -1,4 +1,4 @@
-"""The models that can be a target, told from their configuration, before gigabytes of weights are read."""
+"""Checks of a target by its configuration, before gigabytes of weights are read."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def _why_not(config: Any) -> str | None:
                 f"save its text part ({text.model_type}) as a model of its own, and use that"
             )
         return f"{kind} is no causal language model that transformers knows; use one such as Llama, Qwen or Gemma"
-    # where some of the layers attend, whoever runs them says which of the others it cannot
+    # where some of the layers attend, the code that runs them refuses those of the others that it cannot run
     kinds = set(getattr(text, "layer_types", None) or ()) - {"linear_attention"}
     attends = any("attention" in layer for layer in kinds)
     if kind in _RECURRENT_KINDS or (not attends and any(getattr(text, key, None) for key in _RECURRENT)):
@@ -117,7 +117,7 @@ def check_room(name: str, config: Any, dtype: Any, device: Any) -> None:
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
-    except Exception:  # whoever loads it will say why
+    except Exception:  # loading it will give the reason
         return
     if device.type not in ("cpu", "cuda"):
         return

@@ -94,7 +94,7 @@ def _check(
         raise ValueError(f"x is on {x.device}: put weight, bias, lora_a and lora_b there too")
 
 
-# ---- the choice: torch.compile asks for it once, while it traces ----
+# ---- the choice, which torch.compile makes once, while it traces ----
 
 
 @torch.compiler.assume_constant_result

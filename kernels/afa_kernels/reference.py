@@ -73,7 +73,7 @@ def annealed_lora(
 
     A and B may be of another dtype (fp32 beside bf16 activations is the normal case): they are cast to x's
     for the products, never x to theirs; the casts are differentiable, so the gradients arrive in the dtypes
-    of A and B. The scaling stands outside of every activation. Raises ValueError for an unknown placement or
+    of A and B. The scaling is outside of every activation. Raises ValueError for an unknown placement or
     activation.
     """
     where = PLACEMENTS[canonical_placement(placement)]

@@ -85,15 +85,12 @@ else: raise SystemExit(1)
     [
         ({"beta": 0.5}, TypeError, "beta is 0.5: give a 0-dim tensor"),
         ({"beta": torch.ones(1)}, ValueError, "0-dim tensor on cpu"),
-        ({"beta": torch.tensor(1.0, device="meta")}, ValueError, "on meta"),
         ({"activation": "swish"}, ValueError, "'swish'.*silu"),
         ({"x": torch.ones(3, 6)}, ValueError, r"x \(3, 6\)"),
         ({"x": torch.tensor(1.0)}, ValueError, "at least one dimension"),
         ({"lora_a": torch.ones(2, 4)}, ValueError, r"lora_a \(2, 4\)"),
-        ({"lora_b": torch.ones(4, 3)}, ValueError, r"lora_b \(4, 3\)"),
         ({"lora_b": torch.ones(5, 2)}, ValueError, r"lora_b \(5, 2\)"),
         ({"bias": torch.ones(5)}, ValueError, r"bias \(5,\)"),
-        ({"lora_a": torch.ones(10)}, ValueError, "need two"),
         ({"weight": torch.ones(4, 5, device="meta")}, ValueError, "x is on cpu"),
     ],
 )
