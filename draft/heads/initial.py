@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from draft.heads.layers import MLP, RMSNorm
 from draft.target import Target
 
+_NORMS_BEFORE_MLP = ("pre_feedforward_layernorm", "post_attention_layernorm")  # Gemma has both
 _RIDGE = 1e-3  # of the mean diagonal of X^T X
 SCALES = [step / 20 for step in range(1, 25)]
 SILENT = 0.002  # standard deviation of an output matrix that hardly says anything yet
@@ -98,9 +99,6 @@ def start_mlp(mlp: MLP, norm: RMSNorm, target: Target, generator: torch.Generato
         else:
             ours.weight.normal_(std=ours.in_features**-0.5, generator=generator)
     mlp.down_proj.weight.normal_(std=SILENT, generator=generator)
-
-
-_NORMS_BEFORE_MLP = ("pre_feedforward_layernorm", "post_attention_layernorm")  # Gemma has both
 
 
 def _gate_and_up(layer: nn.Module) -> tuple[Tensor | None, Tensor | None]:
