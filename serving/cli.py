@@ -81,7 +81,6 @@ def serve(
     tree_size: Annotated[int, typer.Option(min=1, help="Nodes of a tree of drafted tokens, at most.")] = 16,
     rule: Annotated[Rule, typer.Option(help="Both are lossless; see the README.")] = Rule.shared_noise,
     mode: Annotated[Mode, typer.Option(help="Compiled steps, or eager ones, which start at once.")] = Mode.auto,
-    attention: Annotated[str, typer.Option(help="auto, eager, sdpa, flex or flash_attention_2.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16, float32 or float64.")] = "auto",
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads for the arithmetic.")] = None,
     warm_up: Annotated[bool, typer.Option(help="Compile, and time steps, before the first request.")] = True,
@@ -167,7 +166,6 @@ def serve(
                 tree_size=tree_size,
                 rule=str(rule),
                 mode=str(mode),
-                attention=attention,
                 threads=threads,
                 max_batch=max_batch,
                 max_length=max_length,
@@ -214,7 +212,7 @@ def load_engine(
     if head is not None:
         draft_head, about = load_head(head, dtype=loaded.dtype, device=loaded.device)
         check_fits(draft_head, about, loaded)
-    engine = Engine(loaded, draft_head, threads=threads, **options)
+    engine = Engine(loaded, draft_head, threads=threads, pack_in_place=True, **options)
     if warm_up:
         engine.warm_up()
     return engine

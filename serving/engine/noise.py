@@ -36,11 +36,11 @@ _SLACK = 1e-9  # far above the rounding of float64 scores: none that could win i
 
 
 class Purpose(IntEnum):
-    """What a random number is for; numbers of different purposes are independent."""
+    """The purpose of a random number; numbers of different purposes are independent."""
 
     CHOICE = 0  # which token the target chooses
     DRAFT = 1  # which token the head drafts, under the rejection rule
-    ACCEPT = 2  # whether a drafted token stands, under the rejection rule
+    ACCEPT = 2  # the acceptance of a drafted token, under the rejection rule
 
 
 def uniform(seed: int, purpose: Purpose, positions: Sequence[int], candidates: Tensor) -> Tensor:

@@ -56,9 +56,9 @@ def test_a_long_prompt_does_not_stall_those_that_stream() -> None:
     engine.step()
     long = engine.submit(list(range(3, 43)), params(2))
     for read in range(4, 40, 4):
-        before = len(engine._rows[0].sequence.tokens)
+        before = len(engine._active[0].answer.tokens)
         engine.step()
-        assert engine._rows[1].read == read and len(engine._rows[0].sequence.tokens) == before + 1
+        assert engine._active[1].read == read and len(engine._active[0].answer.tokens) == before + 1
     finish(engine)
     assert [len(request.result().token_ids) for request in (streaming, long)] == [20, 2]
 
@@ -251,7 +251,6 @@ def test_prompts_that_cannot_be_served_are_refused(prompt: Any, count: int, numb
         ({"rule": "typical"}, "'typical'.*shared-noise, rejection"),
         ({"mode": "fast"}, "'fast'"),
         ({"mode": "compiled"}, "compiled.*float64"),
-        ({"attention": "paged"}, "'paged'"),
         ({"max_length": 73}, "73.*2 to 72"),
         ({"max_length": 1}, "1"),
         ({"max_batch": 0}, "max_batch = 0"),

@@ -13,12 +13,10 @@ from torch import Tensor
 
 from serving.engine import Engine, SamplingParams
 from serving.engine.drafting import HeadProposer, HeadState, Job
-from serving.engine.formulas import sdpa
-from serving.engine.kv_cache import slot_attention_by
+from serving.engine.kv_cache import torch_attention
 from serving.engine.model import HeadRunner
 from serving.engine.sampling import Processor
-from serving.engine.tree import DraftTree
-from serving.engine.verification import Rule, Verdict, make_rule
+from serving.engine.verification import DraftTree, Rule, Verdict, make_rule
 
 TARGET = tiny("llama")
 TEXT = texts_of(TARGET)[0]
@@ -36,7 +34,7 @@ def head(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def proposer_of(capacity: int = CONTEXT, slots: int = 3, **options: Any) -> HeadProposer:
-    runner = HeadRunner(TARGET, HEAD, slots=slots, capacity=capacity, kernel=slot_attention_by(sdpa))
+    runner = HeadRunner(TARGET, HEAD, slots=slots, capacity=capacity, kernel=torch_attention)
     return HeadProposer(runner, HEAD.auxiliary_layers(TARGET), **options)
 
 

@@ -143,7 +143,7 @@ def always(p: Tensor, q: Tensor, token: int) -> float:
 
 
 BROKEN = {
-    "every draft stands": ("chain", "draft_stands", always),
+    "every draft stands": ("chain", "draft_acceptance", always),
     "siblings are not renormalised": ("tree", "without", lambda left, token: left),
 }
 

@@ -14,16 +14,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 from toy_decoding import Model, Text, decode, drafted_chain, drafted_tree, new_processor, nothing, rows_of
 
-from serving.engine.sampling import SamplingParams, choose
-from serving.engine.tree import DraftTree
+from serving.engine.noise import choose
+from serving.engine.sampling import SamplingParams
 from serving.engine.verification import (
     RULES,
+    DraftTree,
     Greedy,
     Rejection,
     Rule,
     SharedNoise,
     Verdict,
-    draft_stands,
+    draft_acceptance,
     greedy_choices,
     make_rule,
     verify_shared_noise,
@@ -190,7 +191,11 @@ def test_temperature_zero_is_greedy_under_both_rules() -> None:
 
 def test_rounding_makes_no_impossible_draft_stand() -> None:
     p, q = torch.tensor([0.0, 1.0]), torch.tensor([0.0, 1.0])
-    assert draft_stands(p, q, 0) == 0.0 and draft_stands(p, q, 1) == 1.0 and draft_stands(q, p.flip(0), 1) == 0.0
+    assert (
+        draft_acceptance(p, q, 0) == 0.0
+        and draft_acceptance(p, q, 1) == 1.0
+        and draft_acceptance(q, p.flip(0), 1) == 0.0
+    )
 
 
 def test_a_candidate_that_is_certain_but_for_rounding_stands() -> None:

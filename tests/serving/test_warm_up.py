@@ -9,8 +9,7 @@ import torch
 from conftest import make_tiny_head, make_tiny_target
 from torch._dynamo.utils import counters
 
-from serving.engine import Engine, SamplingParams, Speculation
-from serving.engine.model import HeadRunner, TargetRunner
+from serving.engine import Engine, SamplingParams, Speculation, setup
 
 
 def graphs() -> int:
@@ -21,8 +20,8 @@ def test_no_request_waits_for_a_compiler(monkeypatch: pytest.MonkeyPatch) -> Non
     # what makes a graph be built again is the tracer's affair; C++ code for the graphs would only take its time
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     # as for targets that the C++ pass over all layers does not know
-    monkeypatch.setattr(TargetRunner, "fuse_layers", lambda _: False)
-    monkeypatch.setattr(HeadRunner, "fuse_layer", lambda _: False)
+    monkeypatch.setattr(setup, "fuse_target", lambda _: False)
+    monkeypatch.setattr(setup, "fuse_head", lambda _: False)
     torch._dynamo.reset()
     target = make_tiny_target(dtype=torch.float32)
     head = make_tiny_head(target)
