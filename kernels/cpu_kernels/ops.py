@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -95,34 +96,6 @@ def slot_attention(
     )
 
 
-def decoder_layers(
-    hidden: Tensor,  # [1, tokens, hidden]
-    embeds: Tensor,  # the same, for layers that read cat(norm(embeds), norm(hidden)), or empty
-    cos: Tensor,  # [..., tokens, rotary]
-    sin: Tensor,
-    weights: Sequence[Tensor],  # 13 a layer, empty where it has none, see kernels.cpp
-    k_slots: Sequence[Tensor],  # one a layer, as in `slot_attention`, written
-    v_slots: Sequence[Tensor],
-    positions: Tensor,
-    segments: Tensor,
-    masks: Sequence[Tensor],  # one a layer
-    windows: Sequence[int],
-    captured: Sequence[int],  # layers whose input is wanted, too; their number: the output
-    heads: int,
-    eps: float,
-    scale: float,
-    softcap: float,
-) -> Tensor:
-    """Run decoder layers of the Llama family, one after another; activations and the residual stream are float32.
-
-    Returns [1 + captured, tokens, hidden] float32: what comes out of the last layer, and what enters the captured ones.
-    """
-    return torch.ops.draftsmith.decoder_layers(
-        hidden, embeds, cos, sin, weights, k_slots, v_slots, positions, segments, masks, windows, captured, heads, eps,
-        scale, softcap,
-    )  # fmt: skip
-
-
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Divide x [..., features], float32 or bfloat16, by its root mean square, and multiply by `weight` (float32)."""
     return torch.ops.draftsmith.rms_norm(x, weight, eps)
@@ -141,6 +114,40 @@ def threads() -> int:
 def panel_width() -> int:
     """Return the number of output features that a packed weight keeps together."""
     return torch.ops.draftsmith.panel_width()
+
+
+@dataclass(frozen=True)
+class FusedDecoder:
+    """Decoder layers of the Llama family in one call; activations and the residual stream are float32."""
+
+    weights: list[Tensor]  # 13 a layer, empty where it has none, see kernels.cpp
+    windows: list[int]  # one a layer, as in `slot_attention`
+    heads: int
+    eps: float
+    scale: float
+    softcap: float
+    widest: int | None = None  # tokens; a wider pass is faster layer by layer, where the CPU multiplies natively
+
+    def takes(self, tokens: int) -> bool:
+        return self.widest is None or tokens <= self.widest
+
+    def run(
+        self,
+        hidden: Tensor,  # [1, tokens, hidden]
+        embeds: Tensor,  # the same, for layers that read cat(norm(embeds), norm(hidden)), or empty
+        rotation: tuple[Tensor, Tensor],  # cosines and sines, [..., tokens, rotary] each
+        slots: Sequence[tuple[Tensor, Tensor]],  # keys and values of each layer, as in `slot_attention`, written
+        positions: Tensor,
+        segments: Tensor,
+        masks: Sequence[Tensor],  # one a layer
+        captured: Sequence[int] = (),  # layers whose input is returned, too; their number: the output
+    ) -> Tensor:
+        """Return [1 + captured, tokens, hidden] float32: the last layer's output, and the captured layers' inputs."""
+        keys, values = ([pair[part] for pair in slots] for part in (0, 1))
+        return torch.ops.draftsmith.decoder_layers(
+            hidden, embeds, *rotation, self.weights, keys, values, positions, segments, masks, self.windows, captured,
+            self.heads, self.eps, self.scale, self.softcap,
+        )  # fmt: skip
 
 
 class OneCallNorm(nn.Module):

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cpu_kernels.ops import NATIVE_ROWS, OneCallNorm, PackedLinear, panel_width, weight_memory
+from cpu_kernels.ops import NATIVE_ROWS, FusedDecoder, OneCallNorm, PackedLinear, panel_width, weight_memory
 from serving.engine.kv_cache import RaggedBatch, Scoring, Segment
-from serving.engine.model import FusedDecoder, HeadRunner, TargetRunner
+from serving.engine.model import HeadRunner, TargetRunner
 
 PROBED = 24  # tokens that are compared; no slot holds fewer
 _NOTHING = torch.empty(0)
@@ -42,6 +42,7 @@ def fuse_head(runner: HeadRunner) -> bool:
     if fused is None:
         return False
     head.norm = in_one_call(head.get_submodule("norm")) or head.norm
+    view, slots = runner.view, runner.cache.layers
     norm: Any = head.norm if getattr(head.config, "norm_output", False) else None
     # a step has so little arithmetic that computing angles would be a twentieth of it
     everywhere = torch.arange(runner.cache.capacity)[None]
@@ -49,7 +50,8 @@ def fuse_head(runner: HeadRunner) -> bool:
 
     def run(embeds: Tensor, hidden: Tensor, positions: Tensor) -> Tensor:
         rotation = cos[None, None, positions[0]], sin[None, None, positions[0]]
-        output = fused.run(hidden, rotation, runner.cache, runner.view, embeds=embeds).to(hidden.dtype)
+        output = fused.run(hidden, embeds, rotation, slots, view.positions, view.table, [view.mask])
+        output = output.to(hidden.dtype)  # [1, N, hidden]
         return norm(output) if norm is not None else output
 
     runner.run = run

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from cpu_kernels.ops import decoder_layers
+from cpu_kernels.ops import FusedDecoder
 from draft.errors import UserError
 from draft.heads import StepwiseHead
 from draft.target import Target
@@ -28,51 +27,6 @@ from serving.engine.kv_cache import (
 )
 
 _NOTHING = torch.empty(0)
-
-
-@dataclass(frozen=True)
-class FusedDecoder:
-    """Decoder layers that run in one C++ call; the fields are those of `decoder_layers`. Made in `fused.py`."""
-
-    weights: list[Tensor]
-    windows: list[int]
-    heads: int
-    eps: float
-    scale: float
-    softcap: float
-    widest: int | None = None  # tokens; a wider pass is faster layer by layer, where the CPU multiplies natively
-
-    def takes(self, tokens: int) -> bool:
-        return self.widest is None or tokens <= self.widest
-
-    def run(
-        self,
-        hidden: Tensor,
-        rotation: tuple[Tensor, Tensor],
-        cache: SlotCache,
-        view: View,
-        captured: Sequence[int] = (),
-        embeds: Tensor = _NOTHING,
-    ) -> Tensor:
-        """hidden [1, N, hidden] -> [1 + captured, N, hidden] float32: what leaves the last layer, and what enters the
-        captured ones."""
-        return decoder_layers(
-            hidden,
-            embeds,
-            *rotation,
-            self.weights,
-            [keys for keys, _ in cache.layers],
-            [values for _, values in cache.layers],
-            view.positions,
-            view.table,
-            [view.masks.get(window, view.mask) for window in self.windows],
-            self.windows,
-            captured,
-            self.heads,
-            self.eps,
-            self.scale,
-            self.softcap,
-        )
 
 
 class TargetRunner:
@@ -126,10 +80,11 @@ class TargetRunner:
 
     def fused_layers(self, fused: FusedDecoder, batch: RaggedBatch, captured: Sequence[int]) -> Tensor:
         """-> [1 + captured, N, hidden] float32, see `FusedDecoder.run`."""
-        decoder = self.target.decoder
+        decoder, view = self.target.decoder, self.view
         embeds = decoder.embed_tokens(batch.ids)
         rotation = decoder.rotary_emb(embeds, position_ids=batch.positions)
-        return fused.run(embeds, rotation, self.cache, self.view, captured)
+        masks = [view.mask_within(window) for window in fused.windows]
+        return fused.run(embeds, _NOTHING, rotation, self.cache.layers, view.positions, view.table, masks, captured)
 
     def layer_by_layer(self, ids: Tensor, positions: Tensor, *, precisely: bool = False) -> list[Tensor]:
         """precisely: with a residual stream in float32, or the target's dtype if that is wider."""

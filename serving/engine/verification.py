@@ -26,6 +26,7 @@ emitted and accepted and how long it took, but not on a drafted token that is th
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -154,11 +155,6 @@ def follow(tree: DraftTree, choice: Callable[[int], int]) -> Verdict:
     return Verdict(path, token)
 
 
-def verify_shared_noise(choices: Sequence[int], tree: DraftTree) -> Verdict:
-    """The shared-noise rule where the target's choices at all rows are known; greedy rows share one argmax."""
-    return follow(tree, choices.__getitem__)
-
-
 def greedy_choices(logits: Tensor) -> list[int]:
     """The greedy choice of each row: [N, vocab], adjusted where a request needs it -> N ids."""
     return logits.max(dim=-1).indices.tolist()  # `argmax` takes four times as long on a CPU in bfloat16
@@ -215,12 +211,16 @@ def verify_candidates(tree: DraftTree, law: Law, position: int, sampler: Sampler
     return Verdict(path, sampler.draw(law(row), position))
 
 
-class Rule(Protocol):
+class Rule(ABC):
     """The drafting and verification of one request's tokens.
 
     The head drafts at the request's temperature; truncation and penalties are left to the target, without loss.
     """
 
+    def __init__(self, params: SamplingParams, seed: int) -> None:
+        self.temperature, self.seed = params.temperature, seed
+
+    @abstractmethod
     def draft(self, logits: Tensor, vocabulary: Tensor, positions: Sequence[int]) -> tuple[Tensor, Tensor | None]:
         """Draft the tokens at these m positions, each a chain's next one. Never waits for the device.
 
@@ -229,22 +229,18 @@ class Rule(Protocol):
         Returns:
             target ids [m], and the distributions [m, draft_vocab] they were drawn from where verification needs them.
         """
-        ...
 
+    @abstractmethod
     def candidate_scores(self, logits: Tensor, vocabulary: Tensor, positions: Sequence[int]) -> Tensor:
         """Return log-probabilities [m, draft_vocab] that tokens at m positions will be accepted, for a `TreeGrower`."""
-        ...
 
+    @abstractmethod
     def verify(self, logits: Tensor, tree: DraftTree, position: int, processor: Processor) -> Verdict:
         """Decide on the tokens from `position` on; logits: [n+1, vocab] of the target at the rows of the tree."""
-        ...
 
 
-class Greedy:
+class Greedy(Rule):
     """Temperature 0: the shared-noise rule without noise."""
-
-    def __init__(self, params: SamplingParams, seed: int) -> None:
-        pass
 
     def draft(self, logits: Tensor, vocabulary: Tensor, positions: Sequence[int]) -> tuple[Tensor, Tensor | None]:
         return vocabulary[logits.max(dim=-1).indices], None
@@ -254,14 +250,11 @@ class Greedy:
 
     def verify(self, logits: Tensor, tree: DraftTree, position: int, processor: Processor) -> Verdict:
         prefixes = [tree.prefix(row) for row in range(len(tree) + 1)]
-        return verify_shared_noise(greedy_choices(processor.adjust(logits, prefixes)), tree)
+        return follow(tree, greedy_choices(processor.adjust(logits, prefixes)).__getitem__)
 
 
-class SharedNoise:
+class SharedNoise(Rule):
     """The target chooses argmax(log p + g), the head guesses with the same g: the text depends on the seed only."""
-
-    def __init__(self, params: SamplingParams, seed: int) -> None:
-        self.temperature, self.seed = params.temperature, seed
 
     def _noisy(self, logits: Tensor, vocabulary: Tensor, positions: Sequence[int]) -> Tensor:
         """log q + g [m, draft_vocab], up to a constant a row. Nodes of a frontier share a position, and so noise."""
@@ -290,11 +283,8 @@ class SharedNoise:
         return follow(tree, lambda row: sampler.draw(law(row), position + depths[row]))
 
 
-class Rejection:
+class Rejection(Rule):
     """Chains, drawn from q, are accepted with min(1, p/q), a tree's candidates with p. Without drafts: shared noise."""
-
-    def __init__(self, params: SamplingParams, seed: int) -> None:
-        self.temperature, self.seed = params.temperature, seed
 
     def draft(self, logits: Tensor, vocabulary: Tensor, positions: Sequence[int]) -> tuple[Tensor, Tensor | None]:
         log_q = apply_temperature(logits, self.temperature).log_softmax(dim=-1)
@@ -318,7 +308,7 @@ def target_law(logits: Tensor, tree: DraftTree, processor: Processor) -> Law:
     return log_p
 
 
-RULES: dict[str, type[SharedNoise] | type[Rejection]] = {"shared-noise": SharedNoise, "rejection": Rejection}
+RULES: dict[str, type[Rule]] = {"shared-noise": SharedNoise, "rejection": Rejection}
 
 
 def make_rule(name: str, params: SamplingParams, seed: int) -> Rule:

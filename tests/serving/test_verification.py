@@ -25,9 +25,9 @@ from serving.engine.verification import (
     SharedNoise,
     Verdict,
     draft_acceptance,
+    follow,
     greedy_choices,
     make_rule,
-    verify_shared_noise,
 )
 
 VOCAB = 7
@@ -88,7 +88,7 @@ def plan_of(rule: Rule, head: Model, seed: int) -> Callable[[Text], DraftTree]:
     tree=st.integers(0, 10**6).map(random_tree), choices=st.lists(st.integers(0, VOCAB - 1), min_size=10, max_size=10)
 )
 def test_the_longest_path_that_equals_the_choices_stands(tree: DraftTree, choices: list[int]) -> None:
-    verdict = verify_shared_noise(choices, tree)
+    verdict = follow(tree, choices.__getitem__)
 
     def chosen(node: int) -> bool:
         return all(choices[tree.parents[n] + 1] == tree.tokens[n] for n in tree.path(node))
