@@ -122,7 +122,7 @@ def head_law(tokens: Text, temperature: float) -> Tensor:
 
 
 def chains(k: int, temperature: float = 0.8, reported: float | None = None) -> ScriptedPlan:
-    """Chains of k tokens drawn from q; reported: the temperature of the q that the rule is told, where it differs."""
+    """Chains of k tokens drawn from q; reported: the temperature of the q that the rule is given, where it differs."""
     borders = []  # of each position
     for position in range(LENGTH):
         prefixes = itertools.product(range(VOCAB), repeat=position)

@@ -83,7 +83,7 @@ class SlotCache:
         self.lengths[slot] = length
 
     def keep(self, slot: int, base: int, entries: list[int]) -> None:
-        """Of the block written at `base`, keep the given entries (rising indices into the block), and nothing after it.
+        """Keep the given entries (rising indices) of the block written at `base`, and nothing after it.
 
         A chain's accepted prefix is in place already; a tree's accepted path is moved together.
         """

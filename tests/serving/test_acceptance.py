@@ -1,4 +1,4 @@
-"""What is known of how many drafted tokens stand: overall, of one request, and of shapes that were not tried."""
+"""Estimates of the acceptance of drafted tokens: overall, of one request, and of shapes that were not tried."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a head that knows all positions at once proposes: against its own passes, and against enumeration."""
+"""Proposals of a head that knows all positions at once: against its own passes, and against enumeration."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ GREEDY = make_rule("shared-noise", SamplingParams(), 0)
 
 def proposer_of() -> AtOnceProposer:
     places = {"slots": 1, "capacity": CONTEXT, "kernel": torch_attention}
-    proposer = make_proposer(TARGET, HEAD, LAYERS, places)
+    proposer = make_proposer(TARGET, HEAD, LAYERS, **places)
     assert isinstance(proposer, AtOnceProposer)
     return proposer
 

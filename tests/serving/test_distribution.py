@@ -124,13 +124,13 @@ def test_enumeration_notices_broken_trees(monkeypatch: pytest.MonkeyPatch) -> No
             assert distance() > 1e-3, reason
 
 
-# how much stands
+# how much is accepted
 
 
 def test_chains_stand_with_one_minus_the_distance_of_p_and_q() -> None:
     p, q = (Model(seed, 5)(()).softmax(dim=0) for seed in (7, 8))
-    stands = sum(q[x].item() * draft_acceptance(p, q, x) for x in range(5))
-    assert stands == pytest.approx(1 - (p - q).abs().sum().item() / 2, abs=1e-12)
+    accepted = sum(q[x].item() * draft_acceptance(p, q, x) for x in range(5))
+    assert accepted == pytest.approx(1 - (p - q).abs().sum().item() / 2, abs=1e-12)
     assert residual(p, q).sum().item() == pytest.approx(1, abs=1e-12)
     assert residual(p, p).equal(p)
 
@@ -169,7 +169,7 @@ def deviations(samples: list[Text], expected: Law) -> float:
 
 
 def deviation(rule_of_seed: Callable[[int], Rule], params: SamplingParams, shape: str, seeds: int) -> list[float]:
-    """Of the first two tokens from their law; then, as controls, from laws that are off."""
+    """Deviation of the first two tokens from their law; then, as controls, from laws that are off."""
 
     def text(rule: Rule) -> Text:
         def plan(tokens: Text) -> DraftTree:

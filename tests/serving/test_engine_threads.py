@@ -89,7 +89,7 @@ def test_a_dead_thread_leaves_nobody_waiting(threaded: Engine, monkeypatch: pyte
 
 @pytest.mark.parametrize("where", ["completion", "release", "step"])
 def test_a_request_whose_end_goes_wrong_does_not_hang(monkeypatch: pytest.MonkeyPatch, where: str) -> None:
-    """The thread dies of it, and tells all of those whom it had; step: its slot cannot be freed after a failed one."""
+    """The thread dies of it, and all that it had end; step: its slot cannot be freed after a failed one."""
     engine = Engine(TARGET, max_batch=3)
     at_the_end = where == "completion"
     monkeypatch.setattr(
@@ -108,7 +108,7 @@ def bad(*_: Any) -> Any:
     raise RuntimeError("out of luck")
 
 
-def test_a_thread_that_dies_while_it_takes_a_request_up_tells_it(
+def test_a_thread_that_dies_while_it_takes_a_request_up_ends_it(
     threaded: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def die(_request: Request) -> Any:
@@ -119,7 +119,7 @@ def test_a_thread_that_dies_while_it_takes_a_request_up_tells_it(
         threaded.submit([50], params()).result(timeout=60)
 
 
-# the line
+# the queue
 
 
 class Undecided(Request):
@@ -134,7 +134,7 @@ class Undecided(Request):
 
 
 @pytest.mark.parametrize("looks", range(6))
-def test_whoever_is_cancelled_while_the_line_is_sorted_is_answered(looks: int) -> None:
+def test_whoever_is_cancelled_while_the_queue_is_sorted_is_answered(looks: int) -> None:
     line = RequestQueue(10, None)
     given_up, undecided = (kind([50], params(), Speculation()) for kind in (Request, Undecided))
     line.join([given_up, undecided], 0)

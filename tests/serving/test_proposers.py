@@ -1,4 +1,4 @@
-"""What a head proposes is what training-time test taught it: against passes from scratch, in float64."""
+"""The proposals of a head are those that training-time test taught it: against passes from scratch, in float64."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def logits_after(read: int, drafted: Sequence[int]) -> Tensor:
 
 
 class Recorder:
-    """A rule that keeps the logits it is shown, and drafts and scores as it is told."""
+    """A rule that keeps the logits it is shown, and drafts and scores as given."""
 
     def __init__(self, tokens: Sequence[int] = (), scores: Rule = GREEDY) -> None:
         self.tokens, self.scores = list(tokens), scores

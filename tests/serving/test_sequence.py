@@ -1,4 +1,4 @@
-"""Where an answer ends, what of it is kept, and what is handed out when, against an oracle that sees all at once."""
+"""The end of an answer, the part of it that is kept, and its release, against an oracle that sees all at once."""
 
 from dataclasses import dataclass
 from unittest.mock import patch
@@ -49,7 +49,7 @@ def texts(tokens: list[Token]) -> list[str]:
 
 @dataclass
 class Ending:
-    """How an answer ends: of the tokens that were read, the first `count` are kept."""
+    """The end of an answer: of the tokens that were read, the first `count` are kept."""
 
     text: str
     count: int

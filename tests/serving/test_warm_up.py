@@ -1,4 +1,4 @@
-"""What is compiled before the first request serves every batch that comes."""
+"""Layers that are compiled before the first request serve every batch that comes."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def test_no_request_waits_for_a_compiler(monkeypatch: pytest.MonkeyPatch) -> Non
     eager = Engine(target, head, mode="eager", speculation="tree", tree_size=6)
     params = SamplingParams(max_new_tokens=8, ignore_eos=True)
     prompts = [[5, 6, 7], [9] * 20, [8], [30, 31]]
-    wishes = [Speculation(), Speculation(num_tokens=1), Speculation(enabled=False)]
-    asked = [(prompts[:count], each) for count in (1, 2, 4) for each in wishes]
+    options = [Speculation(), Speculation(num_tokens=1), Speculation(enabled=False)]
+    asked = [(prompts[:count], each) for count in (1, 2, 4) for each in options]
     expected = [[one.token_ids for one in eager.generate(some, params, each)] for some, each in asked]
     engine = Engine(target, head, mode="compiled", speculation="tree", tree_size=6)  # packs the target's weights
     before = graphs()
