@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,19 +41,11 @@ def fuse_head(runner: HeadRunner) -> bool:
     if fused is None:
         return False
     head.norm = in_one_call(head.get_submodule("norm")) or head.norm
-    view, slots = runner.view, runner.cache.layers
-    norm: Any = head.norm if getattr(head.config, "norm_output", False) else None
     # a step has so little arithmetic that computing angles would be a twentieth of it
     everywhere = torch.arange(runner.cache.capacity)[None]
-    cos, sin = (part[0, 0] for part in head.rope(everywhere, torch.float32))  # [capacity, head_dim] each
-
-    def run(embeds: Tensor, hidden: Tensor, positions: Tensor) -> Tensor:
-        rotation = cos[None, None, positions[0]], sin[None, None, positions[0]]
-        output = fused.run(hidden, embeds, rotation, slots, view.positions, view.table, [view.mask])
-        output = output.to(hidden.dtype)  # [1, N, hidden]
-        return norm(output) if norm is not None else output
-
-    runner.run = run
+    runner.angles = tuple(part[0, 0] for part in head.rope(everywhere, torch.float32))  # [capacity, head_dim] each
+    runner.norm = head.norm if getattr(head.config, "norm_output", False) else None
+    runner.fused, runner.run = fused, runner.run_fused
     return True
 
 

@@ -128,6 +128,9 @@ class HeadRunner:
         self.layer = SlotLayer(*self.cache.layers[0], self.view, kernel)
         # (embeds [1, N, hidden], hidden [1, N, hidden], positions [1, N]) -> [1, N, hidden]; faster ones may replace it
         self.run: Callable[[Tensor, Tensor, Tensor], Tensor] = self.run_head
+        self.fused: FusedDecoder | None = None  # its layer in one call
+        self.norm: Any = None  # after it, where the head's output is normed
+        self.angles: tuple[Tensor, ...] = ()  # cosines and sines of all positions, for that call
 
     def fuse(self, auxiliary: Tensor) -> Tensor:
         """The target's auxiliary states [n, layers * hidden] -> [n, hidden]."""
@@ -145,6 +148,16 @@ class HeadRunner:
     def run_head(self, embeds: Tensor, hidden: Tensor, positions: Tensor) -> Tensor:
         """Run the head's own code."""
         return self.head(embeds, hidden, positions, self._attend)
+
+    def run_fused(self, embeds: Tensor, hidden: Tensor, positions: Tensor) -> Tensor:
+        """Run the head's layer in one call."""
+        assert self.fused is not None
+        view, (cos, sin) = self.view, self.angles
+        rotation = cos[None, None, positions[0]], sin[None, None, positions[0]]
+        masks = [view.mask]
+        output = self.fused.run(hidden, embeds, rotation, self.cache.layers, view.positions, view.table, masks)
+        output = output.to(hidden.dtype)  # [1, N, hidden]
+        return self.norm(output) if self.norm is not None else output
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return self.layer.kernel(query, key, value, self.layer, query.shape[-1] ** -0.5, 0, 0.0)
