@@ -16,6 +16,8 @@ from serving.engine.model import HeadRunner
 from serving.engine.planner import BRANCHING
 from serving.engine.verification import DraftTree, Rule
 
+READ_LIMIT = 512  # the most tokens that a head reads in one pass
+
 
 @dataclass(frozen=True)
 class Job:
@@ -81,12 +83,8 @@ class HeadProposer:
     the target's last state it reads its own output, as training-time test taught it to.
     """
 
-    def __init__(
-        self, runner: HeadRunner, layers: tuple[int, ...], *, read_limit: int = 512, branching: int = BRANCHING
-    ) -> None:
-        """read_limit: the most tokens that the head reads in one pass; branching: children of a tree's node."""
+    def __init__(self, runner: HeadRunner, layers: tuple[int, ...]) -> None:
         self.runner, self.layers = runner, layers
-        self.read_limit, self.branching = read_limit, branching
         self.vocabulary = runner.head.vocabulary  # [draft_vocab] target ids
         self.vocab_size = runner.head.config.vocab_size
         self.device = self.vocabulary.device
@@ -118,7 +116,7 @@ class HeadProposer:
         total = sum(state.backlog for state in waiting)
         reduced = self._reduce(waiting)
         while waiting:
-            room, segments, parts = self.read_limit, list[Segment](), list[Tensor]()
+            room, segments, parts = READ_LIMIT, list[Segment](), list[Tensor]()
             reading: list[tuple[HeadState, int]] = []
             for state in waiting:
                 count = min(state.backlog, room)
@@ -184,7 +182,7 @@ class HeadProposer:
     def _trees(self, jobs: list[Job]) -> list[DraftTree]:
         lengths = self.runner.cache.lengths
         observed = [lengths[job.state.slot] for job in jobs]
-        growers = [TreeGrower(self.branching, job.length, job.nodes) for job in jobs]
+        growers = [TreeGrower(BRANCHING, job.length, job.nodes) for job in jobs]
         # of the nodes that were read last, [nodes, hidden]; at first the last token known
         states: dict[int, Tensor] = {index: job.state.hidden for index, job in enumerate(jobs)}
         depth = 1  # of the nodes to be found next
@@ -233,9 +231,8 @@ class AtOnceProposer:
     taken from their product: the nodes of the largest probability along their path.
     """
 
-    def __init__(self, head: MedusaHead, layers: tuple[int, ...], *, branching: int = BRANCHING) -> None:
-        """branching: children of a tree's node."""
-        self.head, self.layers, self.branching = head, layers, branching
+    def __init__(self, head: MedusaHead, layers: tuple[int, ...]) -> None:
+        self.head, self.layers = head, layers
         self.vocabulary = head.vocabulary  # [draft_vocab] target ids
 
     def join(self) -> AtOnceState:
@@ -271,7 +268,7 @@ class AtOnceProposer:
     def _tree(self, job: Job, logits: Tensor) -> DraftTree:
         """logits: [depth, draft_vocab]."""
         scores = job.rule.candidate_scores(logits, self.vocabulary, self._positions(job))
-        grower = TreeGrower(self.branching, job.length, job.nodes)
+        grower = TreeGrower(BRANCHING, job.length, job.nodes)
         nodes = 1  # of the frontier; at first the last token known
         for at_depth in scores:
             frontier = grower.grow(at_depth.expand(nodes, -1), self.vocabulary)

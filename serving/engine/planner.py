@@ -455,7 +455,8 @@ class Acceptance:
     def observe(self, plan: Plan, accepted: int) -> None:
         """Count one verification of `plan` that accepted `accepted` tokens."""
         self._weight *= self._growth
-        counts = self._of(plan)
+        counts = self._counts.setdefault(_shape(plan), [])
+        counts.extend([0.0, 0.0] for _ in range(len(counts), plan.length))
         for position in range(min(accepted + 1, plan.length)):  # what follows a rejection was not judged
             counts[position][0] += self._weight * (position < accepted)
             counts[position][1] += self._weight
@@ -485,13 +486,6 @@ class Acceptance:
             expected = prior[position] if prior else rates[-1] if rates else INITIAL_RATE
             rates.append((accepted + strength * expected) / (tried + strength))
         return rates
-
-    def _of(self, plan: Plan) -> list[list[float]]:
-        """The counts of the plan's shape, at least as many as it has positions."""
-        counts = self._counts.setdefault(_shape(plan), [])
-        while len(counts) < plan.length:
-            counts.append([0.0, 0.0])
-        return counts
 
     def _scale(self, factor: float) -> None:
         for counts in self._counts.values():

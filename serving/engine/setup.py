@@ -114,20 +114,18 @@ def _choose_mode(mode: str, target: Target) -> str:
         raise UserError(f"mode = {mode!r}: it must be one of {', '.join(MODES)}.")
     if mode == "eager":
         return mode
-    reason = _why_not_compiled(target)
+    dtype = str(target.dtype).removeprefix("torch.")
+    if target.device.type != "cpu":
+        reason: str | None = f"it is for CPUs, and the target is on {target.device.type}"
+    elif dtype not in ("float32", "bfloat16"):
+        reason = f"the kernels take float32 and bfloat16, and the target is in {dtype}"
+    else:
+        reason = _why_no_kernels()
     if reason and mode == "compiled":
         raise UserError(f"mode = 'compiled' is impossible here: {reason}; use auto or eager.")
     if reason:
         log.info("decoding without compiled kernels: %s", reason)
     return "eager" if reason else "compiled"
-
-
-def _why_not_compiled(target: Target) -> str | None:
-    if target.device.type != "cpu":
-        return f"it is for CPUs, and the target is on {target.device.type}"
-    if target.dtype not in (torch.float32, torch.bfloat16):
-        return f"the kernels take float32 and bfloat16, and the target is in {str(target.dtype).removeprefix('torch.')}"
-    return _why_no_kernels()
 
 
 def _why_no_kernels() -> str | None:

@@ -11,7 +11,7 @@ from conftest import make_tiny_head
 from tiny_targets import CONTEXT, texts_of, tiny
 from torch import Tensor
 
-from serving.engine import Engine, SamplingParams
+from serving.engine import Engine, SamplingParams, drafting
 from serving.engine.drafting import HeadProposer, HeadState, Job
 from serving.engine.kv_cache import torch_attention
 from serving.engine.model import HeadRunner
@@ -33,9 +33,9 @@ def head(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setitem(globals(), "STATES", states[0].detach())
 
 
-def proposer_of(capacity: int = CONTEXT, slots: int = 3, **options: Any) -> HeadProposer:
-    runner = HeadRunner(TARGET, HEAD, slots=slots, capacity=capacity, kernel=torch_attention)
-    return HeadProposer(runner, HEAD.auxiliary_layers(TARGET), **options)
+def proposer_of() -> HeadProposer:
+    runner = HeadRunner(TARGET, HEAD, slots=3, capacity=CONTEXT, kernel=torch_attention)
+    return HeadProposer(runner, HEAD.auxiliary_layers(TARGET))
 
 
 def observe(proposer: HeadProposer, state: HeadState, start: int, end: int) -> None:
@@ -134,8 +134,9 @@ def test_proposing_leaves_no_trace() -> None:
 
 @pytest.mark.parametrize("limit", [1, 3, 7, 512])
 @torch.inference_mode()
-def test_catching_up_in_parts_is_catching_up_at_once(limit: int) -> None:
-    proposer = proposer_of(read_limit=limit)
+def test_catching_up_in_parts_is_catching_up_at_once(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(drafting, "READ_LIMIT", limit)
+    proposer = proposer_of()
     states = [proposer.join() for _ in range(3)]
     for state, ends in zip(states, ([10], [3, 4, 5, 11], []), strict=True):
         start = 0
