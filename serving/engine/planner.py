@@ -321,6 +321,29 @@ class Fixed(Controller):
         return self.plan
 
 
+class StepCosts:
+    """The costs of all parts of a step.
+
+    target: of a ragged pass, by its tokens. draft: of one step of the head, by its tokens, for chains and for trees.
+    catch_up: of reading what the target decoded while nothing was drafted, by its tokens.
+    """
+
+    def __init__(self) -> None:
+        self.target = Curve()
+        self.draft = {"chain": Curve(), "tree": Curve()}
+        self.catch_up = Curve()
+
+    def draft_seconds(self, kind: str, steps: int, tokens: float) -> float:
+        """A drafting phase of `steps` steps, over `tokens` drafted tokens in all.
+
+        A tree is thought to cost what a chain of as many tokens does until one has been measured.
+        """
+        if not tokens:
+            return 0.0
+        curve = self.draft[kind] if self.draft[kind].reach else self.draft["chain"]
+        return steps * curve(tokens / steps)
+
+
 class Curve:
     """Seconds as a function of a width (tokens in a pass), between and beyond the widths that were measured.
 
@@ -380,29 +403,6 @@ class Curve:
             chosen = enough if len(enough) > 1 else every
             knots = self._knots = _rising(sorted(_summary(samples) for samples in chosen))
         return knots
-
-
-class StepCosts:
-    """The costs of all parts of a step.
-
-    target: of a ragged pass, by its tokens. draft: of one step of the head, by its tokens, for chains and for trees.
-    catch_up: of reading what the target decoded while nothing was drafted, by its tokens.
-    """
-
-    def __init__(self) -> None:
-        self.target = Curve()
-        self.draft = {"chain": Curve(), "tree": Curve()}
-        self.catch_up = Curve()
-
-    def draft_seconds(self, kind: str, steps: int, tokens: float) -> float:
-        """A drafting phase of `steps` steps, over `tokens` drafted tokens in all.
-
-        A tree is thought to cost what a chain of as many tokens does until one has been measured.
-        """
-        if not tokens:
-            return 0.0
-        curve = self.draft[kind] if self.draft[kind].reach else self.draft["chain"]
-        return steps * curve(tokens / steps)
 
 
 def _bucket(width: float) -> int:
