@@ -223,9 +223,6 @@ class View:
         nothing = torch.empty(0, dtype=torch.int64)
         return cls(RaggedBatch.of([], torch.device("cpu")), nothing, nothing.view(0, 5), nothing.view(0, 2).bool(), {})
 
-    def mask_within(self, window: int) -> Tensor:
-        return self.masks.get(window, self.mask)
-
     def show(self, batch: RaggedBatch) -> None:
         self.batch, self.positions, self.table, self.mask = batch, batch.positions[0], batch.table, batch.mask
         for window in self.masks:
@@ -338,7 +335,7 @@ def _visible(segment: Segment, view: View, rows: slice, window: int) -> Tensor |
     if segment.parents is None:
         visible = places <= positions[:, None]
         return visible & (places > positions[:, None] - window) if window else visible
-    block = view.mask_within(window)[rows, : segment.reach - segment.base]
+    block = view.masks.get(window, view.mask)[rows, : segment.reach - segment.base]
     visible = torch.cat([block.new_ones(len(block), segment.base), block], dim=1)
     if window:  # the block's mask has the window in it
         visible &= (places >= segment.base) | (places > positions[:, None] - window)

@@ -83,7 +83,7 @@ class TargetRunner:
         decoder, view = self.target.decoder, self.view
         embeds = decoder.embed_tokens(batch.ids)
         rotation = decoder.rotary_emb(embeds, position_ids=batch.positions)
-        masks = [view.mask_within(window) for window in fused.windows]
+        masks = [view.masks.get(window, view.mask) for window in fused.windows]
         return fused.run(embeds, _NOTHING, rotation, self.cache.layers, view.positions, view.table, masks, captured)
 
     def layer_by_layer(self, ids: Tensor, positions: Tensor, *, precisely: bool = False) -> list[Tensor]:

@@ -102,7 +102,7 @@ def packed_attention(
 ) -> Tensor:
     """Attend by the C++ kernel; arguments as of `torch_attention`."""
     view, dtype = layer.view, layer.keys.dtype
-    mask = view.mask_within(window)
+    mask = view.masks.get(window, view.mask)
     query_, key_, value_ = query.to(dtype), key.to(dtype), value.to(dtype)
     return slot_attention(
         query_, key_, value_, layer.keys, layer.values, view.positions, view.table, mask, scale, window, softcap
