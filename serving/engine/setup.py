@@ -154,7 +154,7 @@ def _pack(target: Target, head: DraftHead | None, in_place: bool) -> tuple[Targe
     if head is not None:
         head = copy.deepcopy(head).to(dtype)
         pack_linears(head, dtype, keep_plain=native)
-        head.borrow(target)  # not the plain one's LM head, where it has none
+        head.use_target_lm_head(target)  # not the plain one's LM head, where it has none
     return target, head
 
 
