@@ -203,7 +203,7 @@ def load_engine(
     if head is not None:
         draft_head, about = load_head(head, dtype=loaded.dtype, device=loaded.device)
         attach_head(draft_head, about, loaded)
-    engine = Engine(loaded, draft_head, threads=threads, **options)
+    engine = Engine(loaded, draft_head, threads=threads, pack_in_place=True, **options)
     if warm_up:
         engine.warm_up()
     return engine

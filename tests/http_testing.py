@@ -130,7 +130,7 @@ class GatedEngine(Engine):
 
         def step(rows: Any) -> None:
             while not self.gate.wait(0.002):
-                if self._line.closed or any(row.request.cancelled for row in rows):
+                if self._queue.closed or any(row.request.cancelled for row in rows):
                     return
             if self.failure is not None:
                 raise self.failure

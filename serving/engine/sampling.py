@@ -18,9 +18,6 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from torch import Tensor
 
 from draft.errors import UserError
-from serving.engine.noise import Purpose, choose, gumbel, top_choices, uniform
-
-__all__ = ["Processor", "Purpose", "choose", "gumbel", "heat", "top_choices", "uniform", "warp"]
 
 _NUCLEUS_GUESS = 1024  # most nuclei are smaller, and the largest few are found faster than all are sorted
 _TIES_GUESS = 14  # logits of a bf16 model often tie at the edge of the top k
@@ -28,7 +25,7 @@ _TINY, _HUGE = 1e-30, 1e30  # beyond these, float32 would give 0 or infinity, an
 
 
 class Processor:
-    """What one request does to the target's logits, and the counts of tokens that this needs."""
+    """One request's processing of the target's logits, and the counts of tokens that this needs."""
 
     def __init__(
         self, params: SamplingParams, prompt_ids: Sequence[int], vocab_size: int, eos_ids: Iterable[int] = ()
@@ -44,7 +41,7 @@ class Processor:
         self._bias = torch.tensor(list(bias.values()), dtype=torch.float64)
         self._repetition = min(max(params.repetition_penalty, _TINY), _HUGE)
         self._penalises = (params.repetition_penalty, params.presence_penalty, params.frequency_penalty) != (1, 0, 0)
-        # whether `adjust` may ever change anything
+        # False: `adjust` never changes anything
         self.active = bool(bias) or self._penalises or (params.min_new_tokens > 0 and bool(ends))
         if self._penalises:
             self._counts = torch.zeros(vocab_size)  # in the answer
@@ -61,7 +58,7 @@ class Processor:
             self._see(token_id)
 
     def adjust(self, logits: Tensor, prefixes: Sequence[Sequence[int]]) -> Tensor:
-        """Logits with bias, penalties and bans; greedy requests take their argmax.
+        """Apply bias, penalties and bans; greedy requests take the argmax of the result.
 
         logits: [n, vocab]; prefixes: for each row the drafted ids between the emitted tokens and the row's own.
 
@@ -83,7 +80,7 @@ class Processor:
         return scores
 
     def warp(self, logits: Tensor) -> Tensor:
-        """`warp` for this request."""
+        """Apply `warp` for this request."""
         return warp(logits, self.params)
 
     def _see(self, token_id: int) -> None:
@@ -112,8 +109,8 @@ class Processor:
                 setattr(self, name, value.to(device))
 
 
-def heat(logits: Tensor, temperature: float) -> Tensor:
-    """Logits / temperature (above 0), up to a constant: [..., vocab], in at least float32.
+def apply_temperature(logits: Tensor, temperature: float) -> Tensor:
+    """Divide logits by a temperature (above 0), up to a constant: [..., vocab], in at least float32.
 
     The largest is 0, so that a tiny temperature overflows to -inf only; it is bounded below, since 1e-50 would be 0 in
     float32, while 1e-30 already decides between any two logits that differ.
@@ -129,7 +126,7 @@ def warp(logits: Tensor, params: SamplingParams) -> Tensor:
     what top-k leaves, min-p is relative to the most probable token. Tokens as probable as the last one that is kept are
     kept too, so the result does not depend on any order.
     """
-    scores = heat(logits, params.temperature)  # the largest is 0
+    scores = apply_temperature(logits, params.temperature)  # the largest is 0
     vocab = scores.shape[-1]
     top_k = params.top_k if 0 < params.top_k < vocab else 0
     if not top_k and params.top_p == 1 and params.min_p == 0:

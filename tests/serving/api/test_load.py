@@ -21,7 +21,7 @@ from starlette.routing import Route
 from serving.api.app import create_app
 from serving.api.streaming import EventStream
 from serving.engine import Engine, Request, SamplingParams, Speculation
-from serving.engine.step import Row
+from serving.engine.step import ActiveRequest
 
 LIMITS = httpx.Limits(max_connections=400)
 LONG = 400  # tokens of the answers that nobody waits for
@@ -97,13 +97,13 @@ class EndlessEngine(Engine):
         self.progress: dict[int | None, int] = {}  # tokens so far, by the seed of what has come into the line
         inner = self._decoder.step
 
-        def step(rows: list[Row]) -> None:
-            going = [row for row in rows if row.params.max_new_tokens < LONG or len(row.sequence.tokens) < LONG // 10]
+        def step(rows: list[ActiveRequest]) -> None:
+            going = [row for row in rows if row.params.max_new_tokens < LONG or len(row.answer.tokens) < LONG // 10]
             if going:
                 inner(going)
             else:
                 time.sleep(0.001)  # nobody but a client that leaves, or comes, changes anything
-            self.progress.update({row.params.seed: len(row.sequence.tokens) for row in rows})
+            self.progress.update({row.params.seed: len(row.answer.tokens) for row in rows})
 
         self._decoder.step = step  # type: ignore[method-assign,assignment]
 
