@@ -1,10 +1,10 @@
 """The target's hidden states on disk, for targets too large to run at every epoch.
 
-manifest.json                   what the states are of; a folder with another one is refused
+manifest.json                   target, layers, dtype and rows; a folder with another one is refused
 shard-00000.safetensors, ...    a tensor a row, named by its number: [tokens, kept layers * hidden]
 
-A shard that is there is whole, so an interrupted pass goes on with the first one that is missing. How the rows are
-grouped depends on their lengths only: any run over the same rows finds them.
+A shard that is there is whole, so an interrupted pass goes on with the first one that is missing. Rows are grouped by
+their lengths only: any run over the same rows finds them.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class HiddenStateCache:
         processes.wait()
 
     def _begin(self, console: Console) -> list[int]:
-        """Check the folder and the disk; returns the missing shards."""
+        """Make the folder, if it and its disk are in order; returns the missing shards."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -97,7 +97,10 @@ class HiddenStateCache:
                 f"--cache-hidden-states {str(self.folder)!r} cannot be made ({error.strerror}); choose another."
             ) from error
         self._check_manifest()
-        _discard_unfinished(self.folder)
+        for left in self.folder.glob(f".*{_UNFINISHED}"):  # of killed runs, for nobody holds its lock
+            with suppress(OSError), left.open("rb") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                left.unlink()
         missing = [shard for shard in range(len(self.shards)) if not self._path(shard).is_file()]
         tokens = sum(self.tokens[row] for shard in missing for part in self.shards[shard] for row in part)
         needed, free = tokens * self.bytes_per_token, shutil.disk_usage(self.folder).free
@@ -187,14 +190,6 @@ def _temporary_file(path: Path) -> Iterator[Path]:
     finally:
         temporary.unlink(missing_ok=True)
         os.close(number)
-
-
-def _discard_unfinished(folder: Path) -> None:
-    """Remove what killed runs left of a shard: nobody holds its lock."""
-    for left in folder.glob(f".*{_UNFINISHED}"):
-        with suppress(OSError), left.open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            left.unlink()
 
 
 def _size(count: int) -> str:

@@ -7,8 +7,9 @@ import signal
 
 import pytest
 import torch
-from conftest import make_tiny_target, save_tiny_target
+from conftest import make_tiny_target
 from rich.console import Console
+from training_runs import make_world
 
 from draft.data.prepare import prepare
 from draft.errors import UserError
@@ -25,14 +26,7 @@ QUIET = Console(quiet=True)
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """A tiny target on disk, data that it wrote, and a head pretrained on them for a few steps."""
-    root = tmp_path_factory.mktemp("world")
-    save_tiny_target(root / "target")
-    prompts = root / "prompts.jsonl"
-    prompts.write_text("".join(json.dumps({"prompt": f"number {n} and {n * 7 % 11}"}) + "\n" for n in range(24)))
-    from draft.target import load_target
-
-    target = load_target(str(root / "target"), "float32")
-    prepare(target, root / "data", prompts=[prompts], max_new_tokens=24, held_out_share=0.25, progress=False)
+    root = make_world(tmp_path_factory.mktemp("world"))
     run(root, "pretrain", "pretrained", draft_vocab_size=180, max_steps=12, save_every=5)
     run(root, "pretrain", "pretrained-eagle", architecture="eagle", max_steps=12, save_every=5)
     few = {"architecture": "medusa", "head_options": ["num_heads=3"], "draft_steps": None}
@@ -170,15 +164,15 @@ def test_an_interrupted_run_ends_with_the_same_weights(world, mode, method, arch
     class Interrupted(Exception):
         pass
 
-    original = Trainer._optimise
+    original = Trainer.step
 
-    def stop(trainer, *arguments):
-        if trainer.step == 5:
+    def stop(trainer):
+        if trainer.done == 5:
             raise Interrupted
-        return original(trainer, *arguments)
+        return original(trainer)
 
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
-        patch.setattr(Trainer, "_optimise", stop)
+        patch.setattr(Trainer, "step", stop)
         run(world, mode, kinds[1], **settings)
     run(world, mode, kinds[1], **settings)
     heads = [load_head(merge_run(world / kind, world / f"{kind}-head").head)[0].state_dict() for kind in kinds]
@@ -309,19 +303,19 @@ def test_ctrl_c_saves_and_other_data_are_then_refused(world, tmp_path, monkeypat
         prepare(target, tmp_path / "data", prompts=[prompts], max_new_tokens=8, progress=False)
         return Trainer(resolve("pretrain", str(tmp_path / "run"), flags=flags), QUIET)
 
-    original = Trainer._optimise
+    original = Trainer.step
 
-    def stop(self, *arguments):
-        if self.step == 2:
+    def stop(self):
+        if self.done == 2:
             os.kill(os.getpid(), signal.SIGINT)
-        return original(self, *arguments)
+        return original(self)
 
     with monkeypatch.context() as patch, pytest.raises(Interrupted, match="after step 3"):
-        patch.setattr(Trainer, "_optimise", stop)
+        patch.setattr(Trainer, "step", stop)
         trainer("one").train()
     assert latest_snapshot(tmp_path / "run" / "checkpoints").name == "step-0000003"
     with pytest.raises(UserError, match="have changed"):
         trainer("two").train()
     again = trainer("one")
     again.train()
-    assert again.step == 4 and [line["step"] for line in metrics(tmp_path / "run") if "loss" in line] == [1, 2, 3, 4]
+    assert again.done == 4 and [line["step"] for line in metrics(tmp_path / "run") if "loss" in line] == [1, 2, 3, 4]
