@@ -215,7 +215,7 @@ def test_settings_that_an_architecture_has_no_use_for_are_refused(world):
     for flags, words in (
         ({"architecture": "medusa", "head_options": ["num_heads=2"]}, "draft_steps = 3: the head drafts 2 tokens"),
         ({"draft_vocab_size": 100_000}, "100000 tokens exceeds the target's 259; choose a smaller"),
-        ({"feature_weight": 1.0}, "eagle3 does not guess the target's states"),
+        ({"feature_weight": 1.0}, "eagle3 does not predict the target's states"),
         ({"mode": "adapt", "architecture": "eagle"}, "is of architecture eagle3, not eagle"),
         ({"mode": "adapt", "head": str(world / "pretrained-eagle" / "head"), "method": "full",
           "rebuild_vocabulary": True}, "rebuild_vocabulary: a head of architecture eagle"),
