@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from draft.errors import UserError
+from draft.files import read_json
 from draft.heads import DraftHead, Eagle3Head, EagleHead, MedusaHead
 from draft.heads.checkpoint import check_fits, fill, save_head
 from draft.interop.eagle import EAGLE_SOURCES
@@ -113,23 +113,13 @@ def read_checkpoint(folder: str | Path) -> Checkpoint:
         UserError: for a folder without them, a damaged file, or a pickle that holds more than tensors.
     """
     folder = Path(folder).expanduser()
-    config = _read_json(folder / "config.json")
-    about = _read_json(folder / "draftsmith.json") if (folder / "draftsmith.json").is_file() else {}
+    config = read_json(folder / "config.json")
+    about = read_json(folder / "draftsmith.json") if (folder / "draftsmith.json").is_file() else {}
     for file, read in _READERS.items():
         for path, reader in ((folder / file, read), (folder / f"{file}.index.json", _read_shards)):
             if path.is_file():
                 return Checkpoint(folder, config, reader(path), about, [])
     raise UserError(f"{str(folder)!r} has no {' or '.join(_READERS)}; give the folder that the head was published as.")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{str(path)!r} is not readable JSON ({error}); give the folder of a whole head.") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{str(path)!r} holds a {type(values).__name__}, not a configuration; give a whole head.")
-    return values
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -161,7 +151,7 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
 
 def _read_shards(index: Path) -> dict[str, Tensor]:
     """All files that an index names, each read as if it were the only one; the index decides which tensor is whose."""
-    places = _read_json(index).get("weight_map")
+    places = read_json(index).get("weight_map")
     if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
         raise UserError(f"{str(index)!r} has no weight_map of tensors to files; give the folder of a whole head.")
     read = _READERS[index.name.removesuffix(".index.json")]

@@ -17,8 +17,8 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.progress import track
@@ -29,7 +29,7 @@ from torch import Tensor
 from draft.data.dataset import Row, create_json
 from draft.data.examples import batches
 from draft.errors import UserError
-from draft.files import sync
+from draft.files import read_json, sync
 from draft.target import Target
 from draft.training.batches import kept_layers
 from draft.training.distributed import Processes
@@ -51,7 +51,7 @@ class HiddenStateCache:
         self.tokens = [len(row.ids) for row in rows]
         self.shards = self._group(batches(rows, TOKENS_PER_BATCH, seed=0, epoch=0))
         self._shard_of = {row: shard for shard, parts in enumerate(self.shards) for part in parts for row in part}
-        self._open: dict[int, Any] = {}
+        self._open = lru_cache(OPEN_SHARDS)(lambda shard: safe_open(self._path(shard), framework="pt"))
         self._manifest = {
             "version": 1,
             "target": target.name,
@@ -129,10 +129,7 @@ class HiddenStateCache:
                     f"--cache-hidden-states {str(self.folder)!r} holds something else ({others[0]}); choose another."
                 )
             return
-        try:
-            before = json.loads(path.read_text())
-        except (OSError, ValueError) as error:
-            raise UserError(f"{str(path)!r} is not readable JSON ({error}); delete the folder.") from error
+        before = read_json(path)
         for key, value in self._manifest.items():
             if key != "target" and before.get(key) != value:
                 raise UserError(
@@ -164,11 +161,7 @@ class HiddenStateCache:
     def __getitem__(self, row: int) -> Tensor:
         shard = self._shard_of[row]
         try:
-            if shard not in self._open:
-                if len(self._open) >= OPEN_SHARDS:
-                    self._open.pop(next(iter(self._open)))
-                self._open[shard] = safe_open(self._path(shard), framework="pt")
-            states = self._open[shard].get_tensor(str(row))
+            states = self._open(shard).get_tensor(str(row))
         except (OSError, SafetensorError) as error:
             raise UserError(
                 f"{str(self._path(shard))!r} is not a whole shard ({error}); delete it, and it is written again."

@@ -66,12 +66,7 @@ def test_a_mistake_is_named(change, words):
     ("mode", "flags", "names"),
     [
         ("adapt", {"method": "full", "targets": ["q_proj"], "rank": 3, "alpha": 8.0}, ["rank", "alpha", "targets"]),
-        (
-            "adapt",
-            {"method": "lora", "activation": "gelu", "schedule": "cosine"},
-            ["activation", "schedule"],
-        ),
-        ("adapt", {"method": "lora", "placement": "s-A-B", "decay_ratio": 0.5}, ["placement", "decay_ratio"]),
+        ("adapt", {"method": "lora", "activation": "gelu", "rank": 3}, ["activation"]),
         ("adapt", {"rank": 4, "activation": "gelu", "placement": "σ-A-B", "decay_ratio": 0.5}, []),
         ("pretrain", {"rank": 4}, ["rank"]),
     ],

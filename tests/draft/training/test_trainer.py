@@ -1,9 +1,7 @@
 """Whole runs on a tiny target: pretrain, adapt by each method, interrupt, resume, merge."""
 
 import json
-import os
 import shutil
-import signal
 
 import pytest
 import torch
@@ -11,13 +9,12 @@ from conftest import make_tiny_target
 from rich.console import Console
 from training_runs import make_world
 
-from draft.data.prepare import prepare
+from draft.data.dataset import open_dataset, write_dataset
 from draft.errors import UserError
 from draft.heads.checkpoint import load_head
 from draft.training.config import resolve
 from draft.training.merge import merge_run
 from draft.training.model import learning_rate_at, parameter_groups
-from draft.training.run import Interrupted, latest_snapshot
 from draft.training.trainer import Trainer
 
 QUIET = Console(quiet=True)
@@ -290,32 +287,12 @@ def test_a_base_head_that_changed_is_not_merged_into(world, tmp_path):
         merge_run(tmp_path / "run", tmp_path / "base")
 
 
-def test_ctrl_c_saves_and_other_data_are_then_refused(world, tmp_path, monkeypatch):
-    """An interrupted run goes on from where it was, but not over other data in the same folder."""
-    target = make_tiny_target(dtype=torch.float32)
-    flags = {"target": str(world / "target"), "dtype": "float32", "draft_vocab_size": 180, "max_steps": 4}
-    flags |= {"eval_every": 0, "data": [str(tmp_path / "data")]}
-
-    def trainer(word):
-        shutil.rmtree(tmp_path / "data", ignore_errors=True)
-        prompts = tmp_path / "prompts.jsonl"
-        prompts.write_text("".join(json.dumps({"prompt": f"{word} {n}"}) + "\n" for n in range(8)))
-        prepare(target, tmp_path / "data", prompts=[prompts], max_new_tokens=8, progress=False)
-        return Trainer(resolve("pretrain", str(tmp_path / "run"), flags=flags), QUIET)
-
-    original = Trainer.step
-
-    def stop(self):
-        if self.done == 2:
-            os.kill(os.getpid(), signal.SIGINT)
-        return original(self)
-
-    with monkeypatch.context() as patch, pytest.raises(Interrupted, match="after step 3"):
-        patch.setattr(Trainer, "step", stop)
-        trainer("one").train()
-    assert latest_snapshot(tmp_path / "run" / "checkpoints").name == "step-0000003"
+def test_a_run_does_not_go_on_over_other_data(world, tmp_path):
+    dataset = open_dataset(world / "data")
+    held_out, train = dataset.rows("held-out"), dataset.rows("train")
+    settings = {"data": [str(tmp_path)], "draft_vocab_size": 180, "max_steps": 2}
+    write_dataset(tmp_path, train + held_out, dataset.manifest)
+    run(world, "pretrain", "other-data", **settings)
+    write_dataset(tmp_path, train[1:] + held_out, dataset.manifest)
     with pytest.raises(UserError, match="have changed"):
-        trainer("two").train()
-    again = trainer("one")
-    again.train()
-    assert again.done == 4 and [line["step"] for line in metrics(tmp_path / "run") if "loss" in line] == [1, 2, 3, 4]
+        run(world, "pretrain", "other-data", **settings)
