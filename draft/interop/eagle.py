@@ -15,28 +15,8 @@ from torch import Tensor
 
 from draft.errors import UserError
 from draft.heads.eagle import EagleHead
-from draft.interop.formats import (
-    Checkpoint,
-    Format,
-    Rule,
-    Shapes,
-    Source,
-    TargetShape,
-    architecture_of,
-    check_sizes,
-    complete_layer,
-    drop_embedding,
-    exactly,
-    is_the_targets,
-    layer_shapes,
-    own_config,
-    own_tensors,
-    refuse_auxiliary_layers,
-    rope,
-    sglang,
-    sizes,
-    vllm,
-)
+from draft.interop import formats
+from draft.interop.formats import Checkpoint, Format, Rule, Shapes, Source, TargetShape
 from draft.target import Target
 
 _LAYER = "layers.0"
@@ -54,19 +34,19 @@ def _is_eagle(found: Checkpoint) -> bool:
 
 
 def _translate(found: Checkpoint, target: Target, auxiliary_layers: list[int] | None) -> dict[str, Any]:
-    refuse_auxiliary_layers(found, auxiliary_layers)
+    formats.refuse_auxiliary_layers(found, auxiliary_layers)
     found.tensors = {name.removeprefix("model."): value for name, value in found.tensors.items()}
     values = dict(found.config)
-    check_sizes(
+    formats.check_sizes(
         found,
         ("hidden size", values.get("hidden_size", len(found.tensors["fc.weight"])), target.hidden_size),
         ("vocabulary", values.get("vocab_size"), target.vocab_size),
     )
-    drop_embedding(found, target)
+    formats.drop_embedding(found, target)
     if found.tensors.pop(_COMPUTED, None) is not None:
         found.notes.append(f"left out {_COMPUTED}: it is not the head's.")
     lm_head = found.tensors.pop("lm_head.weight", None)  # vLLM fails on one, and SGLang passes over it
-    if lm_head is not None and not is_the_targets(lm_head, target):
+    if lm_head is not None and not formats.is_the_targets(lm_head, target):
         raise UserError(
             f"{str(found.folder)!r}: lm_head.weight is not the target's, and engines use the target's with an EAGLE-1 "
             "head; use the target that it was made for."
@@ -74,7 +54,7 @@ def _translate(found: Checkpoint, target: Target, auxiliary_layers: list[int] | 
     if lm_head is not None:
         found.notes.append("left out lm_head.weight: it is the target's.")
     _settle_biases(values, found)
-    complete_layer(values, found, target)
+    formats.complete_layer(values, found, target)
     return values
 
 
@@ -95,12 +75,14 @@ def _settle_biases(values: dict[str, Any], found: Checkpoint) -> None:
 EAGLE_SOURCES = (
     Source(
         "EAGLE-1 of vLLM",
-        lambda found: _is_eagle(found) and re.fullmatch("Eagle.*ForCausalLM", architecture_of(found)) is not None,
+        lambda found: (
+            _is_eagle(found) and re.fullmatch("Eagle.*ForCausalLM", formats.architecture_of(found)) is not None
+        ),
         _translate,
     ),
     Source(
         "EAGLE-1 of SGLang",
-        lambda found: _is_eagle(found) and architecture_of(found).endswith("ForCausalLMEagle"),
+        lambda found: _is_eagle(found) and formats.architecture_of(found).endswith("ForCausalLMEagle"),
         _translate,
     ),
     Source("SafeAILab EAGLE-1", _is_eagle, _translate),
@@ -109,7 +91,7 @@ EAGLE_SOURCES = (
 
 def _sglang_tensors(head: EagleHead, target: TargetShape) -> dict[str, Tensor]:
     zeros = torch.zeros(head.config.hidden_size, dtype=head.dtype)
-    return {"fc.bias": zeros, **own_tensors(head, target)}
+    return {"fc.bias": zeros, **formats.own_tensors(head, target)}
 
 
 def _sglang_config(head: EagleHead, dtype: torch.dtype, target: TargetShape, length: int) -> dict[str, Any]:
@@ -118,7 +100,7 @@ def _sglang_config(head: EagleHead, dtype: torch.dtype, target: TargetShape, len
 
 def _shapes(config: dict[str, Any], *, fc_bias: bool) -> Shapes:
     size = config["hidden_size"]
-    shapes = {"fc.weight": (size, 2 * size), **layer_shapes(config, _LAYER, size)}
+    shapes = {"fc.weight": (size, 2 * size), **formats.layer_shapes(config, _LAYER, size)}
     if fc_bias:
         shapes["fc.bias"] = (size,)
     if config.get("qkv_bias"):
@@ -137,19 +119,21 @@ def no_qkv_bias(config: dict[str, Any], tensors: dict[str, Tensor], target: Targ
         yield "SGLang's Llama layer has no biases of queries, keys and values; use --format vllm"
 
 
-_COMMON: tuple[Rule, ...] = (sizes, rope)
+_COMMON: tuple[Rule, ...] = (formats.sizes, formats.rope)
 
 EAGLE_FORMATS = {
     "vllm": Format(
-        own_tensors,
-        own_config,
-        (*_COMMON, exactly(lambda config: _shapes(config, fc_bias=bool(config.get("eagle_fc_bias")))), no_fc_bias),
-        lambda head: {"vLLM": vllm("eagle")},
+        (
+            *_COMMON,
+            formats.exactly(lambda config: _shapes(config, fc_bias=bool(config.get("eagle_fc_bias")))),
+            no_fc_bias,
+        ),
+        lambda head: {"vLLM": formats.vllm("eagle")},
     ),
     "sglang": Format(
-        _sglang_tensors,
-        _sglang_config,
-        (*_COMMON, exactly(lambda config: _shapes(config, fc_bias=True)), no_qkv_bias),
-        lambda head: {"SGLang": sglang("EAGLE")},
+        (*_COMMON, formats.exactly(lambda config: _shapes(config, fc_bias=True)), no_qkv_bias),
+        lambda head: {"SGLang": formats.sglang("EAGLE")},
+        tensors=_sglang_tensors,
+        config=_sglang_config,
     ),
 }

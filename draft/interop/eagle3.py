@@ -12,31 +12,8 @@ from torch import Tensor
 
 from draft.errors import UserError
 from draft.heads.eagle3 import LAYER_IDS, Eagle3Head, check_layers, read_layer_ids
-from draft.interop.formats import (
-    Checkpoint,
-    Command,
-    Format,
-    Rule,
-    Shapes,
-    Source,
-    TargetShape,
-    architecture_of,
-    check_sizes,
-    complete_layer,
-    complete_token_map,
-    drop_embedding,
-    exactly,
-    is_the_targets,
-    layer_shapes,
-    own_config,
-    own_tensors,
-    rope,
-    sglang,
-    sizes,
-    target_tensor,
-    token_map_problem,
-    vllm,
-)
+from draft.interop import formats
+from draft.interop.formats import Checkpoint, Command, Format, Rule, Shapes, Source, TargetShape
 from draft.target import Target
 
 _PLAIN = ("LlamaForCausalLMEagle3", "Eagle3LlamaForCausalLM")
@@ -64,21 +41,21 @@ def _source(
         values = translate(found)
         found.tensors = _renamed(found)
         values = _with_layers(values, auxiliary_layers, target, found.notes)
-        drop_embedding(found, target)
+        formats.drop_embedding(found, target)
         lm_head = found.tensors.get("lm_head.weight")
-        if copies_lm_head and lm_head is not None and is_the_targets(lm_head, target):
+        if copies_lm_head and lm_head is not None and formats.is_the_targets(lm_head, target):
             del found.tensors["lm_head.weight"]
             found.notes.append("left out lm_head.weight: it is the target's.")
         width = values.get("target_hidden_size") or values.get("hidden_size")
-        check_sizes(
+        formats.check_sizes(
             found,
             ("hidden size", values.get("hidden_size"), target.hidden_size),
             ("target_hidden_size", width, target.hidden_size),
             ("vocabulary", values.get("vocab_size"), target.vocab_size),
         )
         _complete_lm_head(values, found, target)
-        complete_layer(values, found, target)
-        complete_token_map(found, values)
+        formats.complete_layer(values, found, target)
+        formats.complete_token_map(found, values)
         return values
 
     return Source(name, recognise, bring)
@@ -186,7 +163,7 @@ EAGLE3_SOURCES = (
         _from_speculators,
         copies_lm_head=True,
     ),
-    _source("plain EAGLE-3 of SGLang and vLLM", lambda found: architecture_of(found) in _PLAIN, _from_plain),
+    _source("plain EAGLE-3 of SGLang and vLLM", lambda found: formats.architecture_of(found) in _PLAIN, _from_plain),
     _source("SafeAILab EAGLE-3", lambda found: any("midlayer." in name for name in found.tensors), _from_plain),
 )
 
@@ -196,10 +173,12 @@ SPECULATORS_VERSION = "0.9.0"
 
 def _speculators_tensors(head: Eagle3Head, target: TargetShape) -> dict[str, Tensor]:
     """speculators 0.9.0 leaves what a file lacks uninitialised, though it means to take it from the target."""
-    tensors = {name.replace("midlayer", "layers.0", 1): value for name, value in own_tensors(head, target).items()}
-    tensors["embed_tokens.weight"] = target_tensor(target.path, "embed_tokens.weight").to(head.dtype)
+    tensors = {
+        name.replace("midlayer", "layers.0", 1): value for name, value in formats.own_tensors(head, target).items()
+    }
+    tensors["embed_tokens.weight"] = formats.target_tensor(target.path, "embed_tokens.weight").to(head.dtype)
     if head.lm_head is None:
-        lm_head = target_tensor(target.path, "lm_head.weight", "embed_tokens.weight")
+        lm_head = formats.target_tensor(target.path, "lm_head.weight", "embed_tokens.weight")
         tensors["lm_head.weight"] = lm_head.to(head.dtype)
     return tensors
 
@@ -252,7 +231,7 @@ def _expected_shapes(config: dict[str, Any], layer: str) -> Shapes:
         "fc.weight": (size, count * size),
         f"{layer}.hidden_norm.weight": (size,),
         f"{layer}.input_layernorm.weight": (size,),
-        **layer_shapes(config, layer, 2 * size),
+        **formats.layer_shapes(config, layer, 2 * size),
         "norm.weight": (size,),
     }
     if draft_vocab is not None:
@@ -269,7 +248,7 @@ def _expected_shapes(config: dict[str, Any], layer: str) -> Shapes:
 def token_map(config: dict[str, Any], tensors: dict[str, Tensor], target: TargetShape) -> Iterator[str]:
     """Offsets that stay inside the target's vocabulary."""
     if "d2t" in tensors:
-        problem = token_map_problem(tensors["d2t"], config["draft_vocab_size"], config["vocab_size"])
+        problem = formats.token_map_problem(tensors["d2t"], config["draft_vocab_size"], config["vocab_size"])
         if problem:
             yield problem
 
@@ -305,8 +284,8 @@ def one_norm_before_fc(config: dict[str, Any], tensors: dict[str, Tensor], targe
         yield "norm_before_fc and fc_norm exclude each other in speculators; use --format vllm"
 
 
-_COMMON: tuple[Rule, ...] = (sizes, token_map, rope)
-_PLAIN_TENSORS = exactly(lambda config: _expected_shapes(config, "midlayer"))
+_COMMON: tuple[Rule, ...] = (formats.sizes, token_map, formats.rope)
+_PLAIN_TENSORS = formats.exactly(lambda config: _expected_shapes(config, "midlayer"))
 _VLLM_RULES: tuple[Rule, ...] = (*_COMMON, _PLAIN_TENSORS, layers_exist(0))
 _SGLANG_RULES: tuple[Rule, ...] = (
     *_COMMON,
@@ -350,17 +329,17 @@ def _plain_notes(head: Eagle3Head) -> list[str]:
     return [f"llama.cpp has no {' and no '.join(lacking)}, so there is no command for it."] if lacking else []
 
 
-_VLLM, _SGLANG = vllm("eagle3"), sglang("EAGLE3")
+_VLLM, _SGLANG = formats.vllm("eagle3"), formats.sglang("EAGLE3")
 
 EAGLE3_FORMATS = {
-    "plain": Format(own_tensors, own_config, (*_VLLM_RULES, *_SGLANG_RULES), _plain_commands, notes=_plain_notes),
-    "vllm": Format(own_tensors, own_config, _VLLM_RULES, lambda head: {"vLLM": _VLLM}),
-    "sglang": Format(own_tensors, own_config, _SGLANG_RULES, lambda head: {"SGLang": _SGLANG}),
+    "plain": Format((*_VLLM_RULES, *_SGLANG_RULES), _plain_commands, notes=_plain_notes),
+    "vllm": Format(_VLLM_RULES, lambda head: {"vLLM": _VLLM}),
+    "sglang": Format(_SGLANG_RULES, lambda head: {"SGLang": _SGLANG}),
     "speculators": Format(
-        _speculators_tensors,
-        _speculators_config,
-        (*_COMMON, exactly(_speculators_shapes), layers_exist(0), one_norm_before_fc),
+        (*_COMMON, formats.exactly(_speculators_shapes), layers_exist(0), one_norm_before_fc),
         lambda head: {"vLLM": _vllm_alone},
+        tensors=_speculators_tensors,
+        config=_speculators_config,
         # as vLLM's SpeculatorsConfig lays it flat
         flat=lambda config: {**config["transformer_layer_config"], **{key: config[key] for key in _OF_THE_HEAD}},
     ),

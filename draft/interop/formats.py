@@ -206,20 +206,6 @@ Command = Callable[[Path, TargetShape, int], str]  # of (folder, target, drafted
 Shapes = dict[str, tuple[int, ...]]
 
 
-@dataclass(frozen=True)
-class Format:
-    """A format that heads of one architecture are exported in."""
-
-    # (head, target) -> the file's tensors
-    tensors: Callable[[Any, TargetShape], dict[str, Tensor]]
-    # (head, dtype of the tensors, target, drafted tokens) -> config.json
-    config: Callable[[Any, torch.dtype, TargetShape, int], dict[str, Any]]
-    rules: tuple[Rule, ...]
-    commands: Callable[[Any], dict[str, Command]]  # of a head: engine -> how it is started
-    flat: Callable[[dict[str, Any]], dict[str, Any]] = lambda config: config  # config.json -> the keys of the rules
-    notes: Callable[[Any], list[str]] = lambda head: []  # of a head: sentences for the user
-
-
 def own_tensors(head: Any, target: TargetShape) -> dict[str, Tensor]:
     """The tensors of the head's own file."""
     return {name: value.detach().cpu().contiguous() for name, value in head.state_dict().items()}
@@ -228,6 +214,20 @@ def own_tensors(head: Any, target: TargetShape) -> dict[str, Tensor]:
 def own_config(head: Any, dtype: torch.dtype, target: TargetShape, length: int) -> dict[str, Any]:
     """The head's own config.json."""
     return head.config.as_json(dtype)
+
+
+@dataclass(frozen=True)
+class Format:
+    """A format that heads of one architecture are exported in."""
+
+    rules: tuple[Rule, ...]
+    commands: Callable[[Any], dict[str, Command]]  # of a head: engine -> how it is started
+    # (head, target) -> the file's tensors
+    tensors: Callable[[Any, TargetShape], dict[str, Tensor]] = own_tensors
+    # (head, dtype of the tensors, target, drafted tokens) -> config.json
+    config: Callable[[Any, torch.dtype, TargetShape, int], dict[str, Any]] = own_config
+    flat: Callable[[dict[str, Any]], dict[str, Any]] = lambda config: config  # config.json -> the keys of the rules
+    notes: Callable[[Any], list[str]] = lambda head: []  # of a head: sentences for the user
 
 
 def vllm(method: str) -> Command:

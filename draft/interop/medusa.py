@@ -17,22 +17,8 @@ from torch import Tensor
 
 from draft.errors import UserError
 from draft.heads.medusa import MedusaHead
-from draft.interop.formats import (
-    Checkpoint,
-    Format,
-    Shapes,
-    Source,
-    TargetShape,
-    check_sizes,
-    complete_token_map,
-    exactly,
-    is_the_targets,
-    own_tensors,
-    refuse_auxiliary_layers,
-    sizes,
-    target_tensor,
-    token_map_problem,
-)
+from draft.interop import formats
+from draft.interop.formats import Checkpoint, Format, Shapes, Source, TargetShape
 from draft.target import Target
 
 _PREFIXES = ("medusa_heads.", "medusa_head.")
@@ -41,7 +27,7 @@ _BLOCK = re.compile(r"blocks\.(\d+)\.layers\.(\d+)\.weight")
 
 
 def _translate(found: Checkpoint, target: Target, auxiliary_layers: list[int] | None) -> dict[str, Any]:
-    refuse_auxiliary_layers(found, auxiliary_layers)
+    formats.refuse_auxiliary_layers(found, auxiliary_layers)
     tensors = {_our_name(name): value for name, value in _bare(found).items()}
     found.tensors = tensors
     blocks = [(int(match[1]), int(match[2])) for name in tensors if (match := _BLOCK.fullmatch(name))]
@@ -49,7 +35,7 @@ def _translate(found: Checkpoint, target: Target, auxiliary_layers: list[int] | 
     _compare_counts(found, heads, layers)
     block, layer = min(blocks)
     size = tensors[f"blocks.{block}.layers.{layer}.weight"].shape[-1]
-    check_sizes(
+    formats.check_sizes(
         found,
         ("hidden size", size, target.hidden_size),
         ("vocabulary", found.config.get("vocab_size", target.vocab_size), target.vocab_size),
@@ -119,7 +105,7 @@ def _vocabulary(found: Checkpoint, target: Target) -> Tensor:
     if known is not None:
         known = known.to(torch.int64)
         tensors["d2t"] = known - torch.arange(len(known))
-        problem = token_map_problem(tensors["d2t"], len(known), vocab)
+        problem = formats.token_map_problem(tensors["d2t"], len(known), vocab)
         if problem:
             raise UserError(f"{str(found.folder)!r}: token_map: {problem}; use the target that it was made for.")
     if "d2t" not in tensors:
@@ -127,12 +113,12 @@ def _vocabulary(found: Checkpoint, target: Target) -> Tensor:
     size = len(tensors["d2t"])
     if size == vocab:  # nothing but the identity is a head that we can write
         return torch.arange(vocab)
-    complete_token_map(found, {"vocab_size": vocab, "draft_vocab_size": size})
+    formats.complete_token_map(found, {"vocab_size": vocab, "draft_vocab_size": size})
     return tensors["d2t"] + torch.arange(size)
 
 
 def _settle_lm_heads(found: Checkpoint, target: Target, heads: int, ids: Tensor) -> bool:
-    """One LM head [draft_vocab, hidden] for each position, or none where all are the target's: returns true."""
+    """One LM head [draft_vocab, hidden] for each position, or none (and true is returned) where all are the target's."""
     tensors = found.tensors
     single = tensors.pop("lm_head.weight", None)
     own = {index: tensors.pop(f"lm_heads.{index}.weight", single) for index in range(heads)}
@@ -152,7 +138,7 @@ def _settle_lm_heads(found: Checkpoint, target: Target, heads: int, ids: Tensor)
                 f"vocabulary {target.vocab_size} tokens; use the target that it was made for."
             )
     full = len(ids) == target.vocab_size
-    if full and all(is_the_targets(value, target) for value in rows):
+    if full and all(formats.is_the_targets(value, target) for value in rows):
         found.notes.append("left out the LM heads: they are the target's.")
         return True
     if single is not None and heads > 1:
@@ -174,9 +160,9 @@ MEDUSA_SOURCES = (
 
 
 def _vllm_tensors(head: MedusaHead, target: TargetShape) -> dict[str, Tensor]:
-    config, tensors = head.config, own_tensors(head, target)
+    config, tensors = head.config, formats.own_tensors(head, target)
     if config.shared_lm_head:
-        shared = target_tensor(target.path, "lm_head.weight", "embed_tokens.weight")
+        shared = formats.target_tensor(target.path, "lm_head.weight", "embed_tokens.weight")
         return {**tensors, "lm_head.weight": shared.to(head.dtype)}
     for name, lm_head in head.own_lm_heads.items():
         rows = torch.zeros(config.vocab_size, config.hidden_size, dtype=head.dtype)
@@ -204,10 +190,10 @@ def _vllm_shapes(config: dict[str, Any]) -> Shapes:
 
 MEDUSA_FORMATS = {
     "vllm": Format(
-        _vllm_tensors,
-        _vllm_config,
-        (sizes, exactly(_vllm_shapes, besides=("d2t", "t2d"))),
+        (formats.sizes, formats.exactly(_vllm_shapes, besides=("d2t", "t2d"))),
         commands=lambda head: {},
+        tensors=_vllm_tensors,
+        config=_vllm_config,
         notes=lambda head: ["vLLM 0.33 and later serve no Medusa heads; 0.32 and earlier load this folder."],
     ),
 }
