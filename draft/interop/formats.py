@@ -332,10 +332,13 @@ def target_tensor(path: str, *names: str) -> Tensor:
     Raises:
         UserError: when the target has no safetensors files, or none of them has such a tensor.
     """
-    from transformers.utils.hub import cached_file
+    from transformers.utils import cached_file
 
     def find(name: str) -> str | None:
-        return cached_file(path, name, _raise_exceptions_for_missing_entries=False)
+        try:
+            return cached_file(path, name)
+        except OSError:  # it has no such file
+            return None
 
     files, index = [find("model.safetensors")], find("model.safetensors.index.json")
     if files == [None] and index is not None:

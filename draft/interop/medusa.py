@@ -118,7 +118,7 @@ def _vocabulary(found: Checkpoint, target: Target) -> Tensor:
 
 
 def _settle_lm_heads(found: Checkpoint, target: Target, heads: int, ids: Tensor) -> bool:
-    """One LM head [draft_vocab, hidden] for each position, or none (and true is returned) where all are the target's."""
+    """One LM head [draft_vocab, hidden] for each position; none, and true, where all are the target's."""
     tensors = found.tensors
     single = tensors.pop("lm_head.weight", None)
     own = {index: tensors.pop(f"lm_heads.{index}.weight", single) for index in range(heads)}
