@@ -153,13 +153,15 @@ class FeatureSource:
     def get(self, batch: Batch, rows: list[int]) -> Features:
         """Features of `batch`, whose conversations are the training rows `rows`."""
         with torch.no_grad():
-            if self.kept is None and not self.remember:
-                states = self._run(batch)
-            else:
-                for row in rows if self.kept is None else ():
+            if self.kept is not None:
+                states = self._lay_out(self.kept, batch, rows)
+            elif self.remember:
+                for row in rows:
                     if row not in self._memory:
                         self._memory.update(self.states(*(self._home(row) if self._home else (batch, rows))))
-                states = self._lay_out(self._memory if self.kept is None else self.kept, batch, rows)
+                states = self._lay_out(self._memory, batch, rows)
+            else:
+                states = self._run(batch)
             kept = kept_layers(self.target, self.layers)
             output = TargetOutput(states[..., -self.target.hidden_size :], states, kept)
             return Features(self.target.embedding(batch.input_ids), output.states_of(self.layers), output.last_hidden)
