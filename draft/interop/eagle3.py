@@ -316,7 +316,7 @@ def _not_for_llama_cpp(head: Eagle3Head) -> list[str]:
     """Options of a head with which llama.cpp would draft badly: its `eagle3.cpp` has none of them."""
     config = head.config
     lacking = [option for option in ("fc_norm", "norm_output") if getattr(config, option)]
-    return lacking + (["other than three auxiliary layers"] if config.num_auxiliary != 3 else [])
+    return lacking + (["auxiliary layers other than three"] if config.num_auxiliary != 3 else [])
 
 
 def _plain_commands(head: Eagle3Head) -> dict[str, Command]:

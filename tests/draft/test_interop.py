@@ -93,7 +93,7 @@ def test_the_command_lines_name_target_head_and_length(world, tmp_path, format):
     [
         ("default", True, ""),
         ("EAGLE-3.1", False, "llama.cpp has no fc_norm and no norm_output, so there is no command for it"),
-        ("five layers", False, "llama.cpp has no fc_norm and no other than three auxiliary layers, so"),
+        ("five layers", False, "llama.cpp has no fc_norm and no auxiliary layers other than three, so"),
         ("three other layers", True, ""),
         ("norm_before_fc", True, ""),
         ("shared LM head", True, ""),
