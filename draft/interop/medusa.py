@@ -164,7 +164,7 @@ def _vllm_tensors(head: MedusaHead, target: TargetShape) -> dict[str, Tensor]:
     if config.shared_lm_head:
         shared = formats.target_tensor(target.path, "lm_head.weight", "embed_tokens.weight")
         return {**tensors, "lm_head.weight": shared.to(head.dtype)}
-    for name, lm_head in head.own_lm_heads.items():
+    for name, lm_head in head.lm_head_modules.items():
         rows = torch.zeros(config.vocab_size, config.hidden_size, dtype=head.dtype)
         rows[head.vocabulary] = lm_head.weight.detach().cpu()
         tensors[f"{name}.weight"] = rows

@@ -30,7 +30,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from draft.errors import UserError
-from draft.files import atomic_folder, provenance, write_json
+from draft.files import atomic_folder, finish_folders, provenance, write_json
 from draft.training.config import LEFT_TO_THE_HEAD, SECTIONS, RunSettings, to_yaml
 from draft.training.distributed import part_of, whole
 
@@ -98,15 +98,14 @@ class RunFolder:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"--out {str(self.folder)!r} cannot be made ({error.strerror}); choose another.") from error
+        finish_folders(self.checkpoints, f"{_PREFIX}*")
+        for name in RESULTS:
+            finish_folders(self.folder, name)
         for path in (self.folder / name for name in (*OURS, *RESULTS) if self.starts_again):
             if path.is_dir():
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
-        # a killed process was writing them
-        unfinished = [path for name in RESULTS for path in self.folder.glob(f".{name}-*")]
-        for left in [*unfinished, *self.checkpoints.glob(f".{_PREFIX}*")]:
-            shutil.rmtree(left, ignore_errors=True)
         config = self.folder / ".config.yaml.tmp"
         config.write_text(to_yaml(self.settings))
         config.replace(self.folder / "config.yaml")
