@@ -25,8 +25,8 @@ from draft.evaluation.tau import acceptance_length
 from draft.heads import DraftHead
 from draft.heads.checkpoint import attach_head, load_head
 from draft.heads.unroll import shift_left
-from draft.interop.checks import target_shape
 from draft.interop.exporting import export_head
+from draft.interop.formats import target_shape
 from draft.target import Target, load_target
 
 TARGET, HEAD, LENGTH, TOKENS, MAX_LENGTH = "smollm2", "smollm2-eagle3", 3, 128, 512

@@ -75,7 +75,7 @@ def export_for_vllm(folder: Path) -> tuple[Target, dict[str, DraftHead], dict[st
         for format in ("vllm", "speculators") if case in CASES else ("vllm",):
             out = folder / format / case
             exported = export_head(folder / "heads" / case, format, out, speculation_length=steps_of(head))
-            commands[f"{format}/{case}"] = exported.commands["vLLM"]
+            commands[f"{format}/{case}"] = exported.commands.get("vLLM", "")
     return target, heads, commands
 
 
