@@ -15,11 +15,7 @@ from toy_decoding import Model, Text, decode, drafted_tree, new_processor
 
 from serving.engine import verification
 from serving.engine.sampling import SamplingParams, apply_temperature
-from serving.engine.verification import (
-    DraftTree,
-    Rejection,
-    Rule,
-)
+from serving.engine.verification import DraftTree, Rejection, Rule
 
 VOCAB, LENGTH = 3, 3
 VOCABULARY = torch.tensor([0, 2])  # the head lacks a token

@@ -13,9 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from tiny_targets import (
-    Text,
-)
+from tiny_targets import Text
 from torch import Tensor
 
 from draft.target import Target

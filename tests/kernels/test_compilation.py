@@ -31,14 +31,7 @@ if INTERPRETING:
         assert done.returncode == 0, done.stdout[-4000:]
 
 else:
-    from compiled_kernels import (
-        ARCHITECTURES,
-        SHARED_MEMORY,
-        Kernel,
-        compile_kernel,
-        every_kernel,
-        first_kernels,
-    )
+    from compiled_kernels import ARCHITECTURES, SHARED_MEMORY, Kernel, compile_kernel, every_kernel, first_kernels
 
     from afa_kernels import ops, triton_kernels, tuning
 

@@ -91,10 +91,7 @@ def test_enumeration_notices_broken_chains(monkeypatch: pytest.MonkeyPatch) -> N
         return DraftTree() if 2 in tree.tokens else tree
 
     assert distance(withheld) > 1e-3, "drafts that are withheld for what they are"
-    broken = {
-        "residual": lambda p, q: p,
-        "draft_acceptance": lambda p, q, token: float(p[token]),
-    }
+    broken = {"residual": lambda p, q: p, "draft_acceptance": lambda p, q, token: float(p[token])}
     for name, function in broken.items():
         with monkeypatch.context() as patch:
             patch.setattr(verification, name, function)

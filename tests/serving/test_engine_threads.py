@@ -14,16 +14,7 @@ from small_engines import CHAIN, HEAD, TARGET, finish, params
 
 from draft.errors import UserError
 from draft.target import Target
-from serving.engine import (
-    Completion,
-    Engine,
-    EngineStopped,
-    Overloaded,
-    Request,
-    SamplingParams,
-    Speculation,
-    Token,
-)
+from serving.engine import Completion, Engine, EngineStopped, Overloaded, Request, SamplingParams, Speculation, Token
 from serving.engine.engine import RequestQueue
 from serving.engine.planner import Curve
 from serving.engine.step import ActiveRequest

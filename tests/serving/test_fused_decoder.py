@@ -54,10 +54,7 @@ OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma2": ("gemma2", {"sliding_window": 5}),  # other parts
     "qwen3_moe": ("qwen3_moe", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}),
     "olmo2": ("olmo2", {}),
-    "granite": (
-        "granite",
-        {"residual_multiplier": 0.7, "attention_multiplier": 0.3},
-    ),  # other arithmetic
+    "granite": ("granite", {"residual_multiplier": 0.7, "attention_multiplier": 0.3}),  # other arithmetic
     "granite, slightly": ("granite", {"residual_multiplier": 0.95, "attention_multiplier": 0.25}),
     "smollm3": ("smollm3", {"no_rope_layer_interval": 2}),
     "ministral3": (  # scales queries from some position on
