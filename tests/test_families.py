@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -151,7 +151,6 @@ def test_the_text_part_of_a_model_of_images_is_used(tmp_path: Path) -> None:
     ("config", "words"),
     [
         ({"model_type": "t5"}, "encoder-decoder"),
-        ({"model_type": "mamba"}, "state-space"),
         ({"model_type": "rwkv"}, "state-space or recurrent"),
         ({"model_type": "llava"}, "other media.*text part"),
         ({"model_type": "vit"}, "no causal language model"),
@@ -159,10 +158,7 @@ def test_the_text_part_of_a_model_of_images_is_used(tmp_path: Path) -> None:
         ({"model_type": "gemma3_text", "use_bidirectional_attention": True}, "later tokens"),
         ({"model_type": "llama", "quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}},
          "quantised .bitsandbytes, 4 bits"),
-        ({"model_type": "llama", "quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}},
-         "quantised .bitsandbytes, 8 bits"),
         ({"model_type": "qwen3", "quantization_config": {"quant_method": "fp8"}}, "quantised .fp8"),
-        ({"model_type": "llama", "quantization_config": {"quant_method": "compressed-tensors"}}, "compressed-tensors"),
         ({"model_type": "gpt_oss", "quantization_config": {"quant_method": "mxfp4"}}, "quantised .mxfp4"),
         ({"model_type": "llama", "hidden_size": 2**16, "intermediate_size": 2**19}, "GiB.*several devices"),
     ],
@@ -196,37 +192,24 @@ def test_engines_and_replay_share_a_target_from_several_threads() -> None:
     prompts = [[5, 6, 7], [9] * 20]
     expected = Engine(target).generate(prompts, SamplingParams(NEW, ignore_eos=True))
     states = target.forward(torch.tensor([[5, 6, 7]]), layers=(2, 4, 5))
-    failures: list[object] = []
 
     def decode(speculation: str) -> None:
         engine = Engine(target, head, speculation=speculation, max_batch=2)
         for _ in range(6):
             got = engine.generate(prompts, SamplingParams(NEW, ignore_eos=True))
-            if [c.token_ids for c in got] != [c.token_ids for c in expected]:
-                failures.append(speculation)
+            assert [c.token_ids for c in got] == [c.token_ids for c in expected]
 
     def read() -> None:
         for _ in range(60):
             output = target.forward(torch.tensor([[5, 6, 7]]), layers=(2, 4, 5))
-            assert output.auxiliary is not None and states.auxiliary is not None
-            if not torch.equal(output.auxiliary, states.auxiliary):
-                failures.append("read")
-
-    def guarded(work: Any, *arguments: str) -> None:
-        try:
-            work(*arguments)
-        except Exception as error:
-            failures.append(error)
+            torch.testing.assert_close(output.auxiliary, states.auxiliary, rtol=0, atol=0)
 
     switch = sys.getswitchinterval()
     sys.setswitchinterval(1e-5)
     try:
-        threads = [threading.Thread(target=guarded, args=(decode, name)) for name in ("chain", "chain", "off")]
-        threads.append(threading.Thread(target=guarded, args=(read,)))
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        with ThreadPoolExecutor() as pool:
+            works = [pool.submit(decode, name) for name in ("chain", "chain", "off")] + [pool.submit(read)]
+            for work in works:
+                work.result()
     finally:
         sys.setswitchinterval(switch)
-    assert failures == []

@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from serving.engine.drafting import Frontier, TreeGrower
-from serving.engine.kv_cache import Segment
 from serving.engine.verification import DraftTree
 
 #   root - 5 - 7 - 5
@@ -49,28 +48,6 @@ def test_what_is_no_tree_is_refused(tokens: list[int], parents: list[int], q: Te
         DraftTree(tokens, parents, q)
 
 
-@st.composite
-def parents_of_a_tree(draw: st.DrawFn) -> list[int]:
-    return [draw(st.integers(-1, node - 1)) for node in range(draw(st.integers(0, 12)))]
-
-
-@given(parents=parents_of_a_tree(), base=st.integers(0, 3), data=st.data())
-def test_a_row_sees_the_root_its_ancestors_and_itself(parents: list[int], base: int, data: st.DataObject) -> None:
-    """The verification of a tree, or its last rows where the first are in the cache."""
-    tree = DraftTree(list(range(len(parents))), parents)
-    count = data.draw(st.integers(1, len(parents) + 1))
-    cached = len(parents) + 1 - count
-    segment = Segment(0, base, base + cached, [7] * count, [-1, *(parent + 1 for parent in parents)])
-    seen = segment.visible().tolist()
-    assert len(seen) == count
-    for row, sees in enumerate(seen, cached):
-        assert {place for place, is_seen in enumerate(sees) if is_seen} == {
-            0,
-            row,
-            *(node + 1 for node in tree.path(row - 1)),
-        }
-
-
 class Scores:
     """A head in the form of a function: tokens on a path -> scores [vocab] of what follows."""
 
@@ -82,9 +59,6 @@ class Scores:
         if self.ties:
             return -torch.randint(3, (self.vocab,), generator=generator).double()
         return (torch.randn(self.vocab, generator=generator, dtype=torch.float64) * 2).log_softmax(dim=-1)
-
-
-Values = dict[tuple[int, ...], float]
 
 
 def grow(scores: Scores, vocabulary: Tensor, grower: TreeGrower) -> list[Frontier]:
@@ -144,28 +118,9 @@ def test_growth_keeps_the_best_nodes(seed: int, vocab: int, top_k: int, depth: i
     assert len(frontiers) < depth and all(len(frontier.tokens) <= min(top_k, size - 1) for frontier in frontiers)
 
 
-def test_one_child_each_makes_a_chain_of_the_likeliest() -> None:
-    scores, vocabulary = Scores(3, 5), torch.tensor([4, 9, 2, 7, 0])
-    grower = TreeGrower(top_k=1, depth=4, size=4)
-    grow(scores, vocabulary, grower)
-    path: tuple[int, ...] = ()
-    expected = []
-    for _ in range(4):
-        # the table is asked for by target ids, as `grow` does
-        expected.append(int(vocabulary[scores(path).argmax()]))
-        path = (*path, expected[-1])
-    assert grower.tree() == DraftTree.chain(expected)
-
-
 def test_a_sure_token_does_not_come_before_its_parent() -> None:
     sure = torch.tensor([[0.0, -torch.inf]])
     grower = TreeGrower(top_k=2, depth=3, size=3)
     while grower.grow(sure, torch.tensor([8, 9])) is not None:
         pass
     assert grower.tree() == DraftTree.chain([8, 8, 8])  # and what is impossible is no candidate
-
-
-def test_a_tree_of_one_node_needs_no_second_look() -> None:
-    grower = TreeGrower(top_k=4, depth=5, size=1)
-    assert grower.grow(torch.tensor([[-2.0, -1.0, -3.0]]), torch.tensor([5, 6, 7])) is None
-    assert grower.tree() == DraftTree.chain([6])

@@ -138,12 +138,6 @@ def test_dropout_takes_pytorch_and_says_so_once(
         model(X)
 
 
-def test_an_impossible_force_is_the_users_mistake() -> None:
-    model = adapted(r=257)
-    with pytest.raises(UserError, match="rank 257 is above 256"):
-        model(X)
-
-
 def test_compiling_a_model_with_adapted_layers() -> None:
     model = adapted()
     torch._dynamo.reset()
