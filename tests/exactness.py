@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -55,6 +56,16 @@ def engines(family: str, mode: str, *, errors: float = 0.3, max_batch: int, **op
 
 def params(count: int, **fields: Any) -> SamplingParams:
     return SamplingParams(**{"max_new_tokens": count, "ignore_eos": True, "logprobs": 2, **fields})
+
+
+def margins(ours: Sequence[Completion], theirs: Sequence[Completion]) -> list[float]:
+    """Differences of the two best logprobs where the tokens of answers begin to differ."""
+    found = []
+    for one, other in zip(ours, theirs, strict=True):
+        pairs = zip(one.token_ids, other.tokens, strict=True)
+        tops = [token.top or [] for token_id, token in pairs if token_id != token.id][:1]
+        found += [top[0][1] - top[1][1] for top in tops]
+    return found
 
 
 @cache

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from conftest import SHAPE, byte_tokenizer
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 CONTEXT = 160
 SHORT_ROPE = 64  # tokens from which longrope would give all others new states
@@ -15,6 +15,10 @@ SMALL: dict[str, Any] = {**SHAPE, "max_position_embeddings": CONTEXT}
 # Phi-3's configuration has the limit twice, and believes the one outside
 PHI: dict[str, Any] = {"original_max_position_embeddings": SHORT_ROPE}
 LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": SHORT_ROPE}
+LLAMA3_ROPE = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 4.0, "low_freq_factor": 1.0} | {
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
 WINDOWS = {"sliding_window": 6}
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
 GEMMA2 = {"attn_logit_softcapping": 3.0, "final_logit_softcapping": 8.0, "query_pre_attn_scalar": 8}
@@ -44,11 +48,15 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+def model_of(kind: str, *, seed: int = 1, **own: Any) -> PreTrainedModel:
+    """A random model of the type `kind`; `own`: keys of its configuration."""
+    torch.manual_seed(seed)
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**SMALL, **own}))
+
+
 def save_model(folder: Path, kind: str, **own: Any) -> Path:
-    """A random model of the type `kind` and a tokenizer; `own`: keys of its configuration."""
-    torch.manual_seed(1)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**SMALL, **own}))
-    model.save_pretrained(folder)
+    """Save a random model and a tokenizer."""
+    model_of(kind, **own).save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     return folder
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import byte_tokenizer, make_tiny_head, make_tiny_target
+from families import LLAMA3_ROPE
 from oracle import PLANS, Case, Fickle, Oracle, engine_of, serve
 from tiny_targets import CONTEXT, SMALL, Text, greedy_by_transformers, target_of
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -22,10 +23,6 @@ from serving.engine import Engine, SamplingParams
 # some choose their experts in float32, whatever the dtype of the model: their weights differ by some 1e-7, as the
 # products of a CPU depend on the number of rows
 TOLERANCE = 1e-5
-LLAMA3_ROPE = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 4.0, "low_freq_factor": 1.0} | {
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 16,
-}
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 16, "experts_implementation": "eager"}
 LATENT = {
     **dict.fromkeys(("head_dim", "qk_nope_head_dim", "qk_rope_head_dim", "num_key_value_heads", "n_routed_experts"), 4),

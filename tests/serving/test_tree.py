@@ -1,10 +1,13 @@
 """Trees of drafts: what they may be, and that growth reads and keeps exactly the best nodes."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from toy_decoding import Model
 
 from serving.engine.drafting import Frontier, TreeGrower
 from serving.engine.verification import DraftTree
@@ -48,24 +51,20 @@ def test_what_is_no_tree_is_refused(tokens: list[int], parents: list[int], q: Te
         DraftTree(tokens, parents, q)
 
 
-class Scores:
-    """A head in the form of a function: tokens on a path -> scores [vocab] of what follows."""
+Path = tuple[int, ...]
+Scores = Callable[[Path], Tensor]  # a head in the form of a function: tokens on a path -> scores [vocab] after it
 
-    def __init__(self, seed: int, vocab: int, ties: bool = False) -> None:
-        self.seed, self.vocab, self.ties = seed, vocab, ties
 
-    def __call__(self, path: tuple[int, ...]) -> Tensor:
-        generator = torch.Generator().manual_seed(hash((self.seed, path)) % 2**62)
-        if self.ties:
-            return -torch.randint(3, (self.vocab,), generator=generator).double()
-        return (torch.randn(self.vocab, generator=generator, dtype=torch.float64) * 2).log_softmax(dim=-1)
+def scores_of(seed: int, vocab: int, ties: bool) -> Scores:
+    model = Model(seed, vocab)
+    return lambda path: -model(path).abs().round() if ties else (model(path) * 1.5).log_softmax(dim=-1)
 
 
 def grow(scores: Scores, vocabulary: Tensor, grower: TreeGrower) -> list[Frontier]:
     """Drive a grower as the engine does, and check what it says of the nodes that are to be read."""
     frontiers: list[Frontier] = []
-    paths: list[tuple[int, ...]] = []  # of all nodes that were read; from the grower's places
-    last: list[tuple[int, ...]] = [()]  # of the rows of scores
+    paths: list[Path] = []  # of all nodes that were read; from the grower's places
+    last: list[Path] = [()]  # of the rows of scores
     frontier = grower.grow(scores(())[None], vocabulary)
     while frontier is not None:
         frontiers.append(frontier)
@@ -81,10 +80,10 @@ def grow(scores: Scores, vocabulary: Tensor, grower: TreeGrower) -> list[Frontie
     return frontiers
 
 
-def best_nodes(scores: Scores, vocabulary: list[int], top_k: int, depth: int, size: int) -> list[tuple[int, ...]]:
+def best_nodes(scores: Scores, vocabulary: list[int], top_k: int, depth: int, size: int) -> list[Path]:
     """EAGLE-2 as it is published, nothing left out: expand the best `top_k` of each depth, rerank all candidates."""
-    candidates: list[tuple[tuple[int, ...], float]] = []
-    frontier: list[tuple[tuple[int, ...], float]] = [((), 0.0)]
+    candidates: list[tuple[Path, float]] = []
+    frontier: list[tuple[Path, float]] = [((), 0.0)]
     for _ in range(depth):
         found = []
         for path, value in frontier:
@@ -106,7 +105,7 @@ def best_nodes(scores: Scores, vocabulary: list[int], top_k: int, depth: int, si
 )
 @settings(max_examples=300)
 def test_growth_keeps_the_best_nodes(seed: int, vocab: int, top_k: int, depth: int, size: int, ties: bool) -> None:
-    scores, vocabulary = Scores(seed, vocab, ties), list(range(100, 100 + 3 * vocab, 3))
+    scores, vocabulary = scores_of(seed, vocab, ties), list(range(100, 100 + 3 * vocab, 3))
     grower = TreeGrower(top_k, depth, size)
     frontiers = grow(scores, torch.tensor(vocabulary), grower)
     tree = grower.tree()
