@@ -257,11 +257,3 @@ def test_figures_are_settled_when_a_stop_string_takes_tokens_back() -> None:
     assert (stats.verifications, stats.drafted, stats.drafted_per_position) == (2, 5, [2, 2, 1])
     stats.settle([])
     assert stats.emitted == 0
-
-
-@pytest.mark.parametrize("stop", ["aab", "abab", "aaaa"])
-def test_overlapping_beginnings_are_found(stop: str) -> None:
-    for text in ("aaab", "ababab", "aabaab", "aaaaa", "abaabab"):
-        state = sequence(SamplingParams(stop=(stop,), keep_stop=False))
-        feed(state, encode(text))
-        assert state.text == text.split(stop)[0] and (state.finish_reason is None) == (stop not in text)
