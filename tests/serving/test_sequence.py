@@ -1,6 +1,7 @@
 """The end of an answer, the part of it that is kept, and its release, against an oracle that sees all at once."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import NamedTuple
 from unittest.mock import patch
 
 import pytest
@@ -47,15 +48,13 @@ def texts(tokens: list[Token]) -> list[str]:
     return [token.text for token in tokens if not token.special]
 
 
-@dataclass
-class Ending:
-    """The end of an answer: of the tokens that were read, the first `count` are kept."""
+class Ending(NamedTuple):
+    """The end of an answer: the first `count` tokens are kept."""
 
     text: str
     count: int
-    finish_reason: str | None
-    stop_reason: str | int | None
-    read: int
+    finish_reason: str | None = None
+    stop_reason: str | int | None = None
 
 
 def decode(ids: list[int]) -> str:
@@ -81,10 +80,10 @@ def ending(ids: list[int], params: SamplingParams) -> Ending:
     for count, token_id in enumerate(ids, 1):
         starts.append(len(before))
         if token_id == EOS and not params.ignore_eos:
-            return Ending(decode(ids[:count]), count, "eos_token", None, count)
+            return Ending(decode(ids[:count]), count, "eos_token")
         if token_id in params.stop_ids:
             kept = count if params.keep_stop else count - 1
-            return Ending(decode(ids[:kept]), kept, "stop_sequence", token_id, count)
+            return Ending(decode(ids[:kept]), kept, "stop_sequence", token_id)
         last = count == params.max_new_tokens
         text = decode(ids[:count]) if last else certain(decode(ids[:count]))
         if count <= params.min_new_tokens:
@@ -92,11 +91,11 @@ def ending(ids: list[int], params: SamplingParams) -> Ending:
         elif match := first_match(text, begin, params.stop):
             cut = match[1] if params.keep_stop else match[0]
             kept = max(params.min_new_tokens, sum(start < cut for start in starts))
-            return Ending(text[:cut], kept, "stop_sequence", match[2], count)
+            return Ending(text[:cut], kept, "stop_sequence", match[2])
         if last:
-            return Ending(text, count, "length", None, count)
+            return Ending(text, count, "length")
         before = text
-    return Ending(before, len(ids), None, None, len(ids))
+    return Ending(before, len(ids))
 
 
 @st.composite
