@@ -138,6 +138,11 @@ def test_dropout_takes_pytorch_and_says_so_once(
         model(X)
 
 
+def test_an_impossible_force_is_the_users_mistake() -> None:
+    with pytest.raises(UserError, match="rank 257 is above 256"):
+        adapted(r=257)(X)
+
+
 def test_compiling_a_model_with_adapted_layers() -> None:
     model = adapted()
     torch._dynamo.reset()
