@@ -11,7 +11,7 @@ import torch
 
 from serving.engine import Engine
 from serving.engine.drafting import HeadProposer
-from serving.engine.kv_cache import Batch, Segment
+from serving.engine.kv_cache import RaggedBatch, Segment
 from serving.engine.model import HeadRunner, TargetRunner
 
 WIDTHS = (1, 2, 4, 8, 16, 32)
@@ -50,7 +50,7 @@ def _target_pass(runner: TargetRunner, width: int) -> Callable[[], object]:
     def run() -> object:
         slot = runner.cache.acquire()
         runner.cache.lengths[slot] = PAST
-        hidden, _ = runner.forward(Batch.of([Segment(slot, PAST, PAST, [1] * width)], runner.target.device))
+        hidden, _ = runner.forward(RaggedBatch.of([Segment(slot, PAST, PAST, [1] * width)], runner.target.device))
         choices = runner.logits(hidden).max(dim=-1).indices.tolist()
         runner.cache.release(slot)
         return choices
@@ -66,7 +66,7 @@ def _head_pass(runner: HeadRunner, width: int, auxiliary: torch.Tensor | None = 
     @torch.inference_mode()
     def run() -> object:
         slot = runner.cache.acquire()
-        batch = Batch.of([Segment(slot, PAST, PAST, [1] * width)], device)
+        batch = RaggedBatch.of([Segment(slot, PAST, PAST, [1] * width)], device)
         output = runner.forward(batch, hidden if auxiliary is None else runner.fuse(auxiliary))
         runner.cache.release(slot)
         return runner.logits(output).max(dim=-1).indices.tolist() if auxiliary is None else output

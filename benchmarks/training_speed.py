@@ -21,9 +21,8 @@ from benchmarks import training_report as report
 from benchmarks.training_steps import PARTS, Product, Step, make_rows, spread_lengths, timed
 from draft.data.examples import Batch, batches, collate, packed_batches
 from draft.heads import DraftHead
-from draft.heads.checkpoint import check_fits, load_head
+from draft.heads.checkpoint import attach_head, load_head
 from draft.target import DTYPES, Target, load_target
-from draft.training.allocator import keep_freed_memory
 from draft.training.config import RunSettings, resolve
 from draft.training.model import blank_head, master_dtype
 
@@ -48,7 +47,7 @@ def settings_of(name: str, arguments: Namespace) -> RunSettings:
 def make_steps(target: Target, arguments: Namespace) -> dict[str, Step]:
     """Each method over weights of its own, as a run has them: full training's are wider where the target's are half."""
     base, about = load_head(arguments.head, device=target.device)
-    check_fits(base, about, target)
+    attach_head(base, about, target)
     steps = {}
     for name in METHODS:
         head: DraftHead = base
@@ -114,8 +113,6 @@ def measure_packing(step: Step, arguments: Namespace) -> dict[str, Any]:
 def benchmark(arguments: Namespace, command: Sequence[str]) -> int:
     disable_progress_bar()
     out = cli.output_folder(arguments.out)
-    if not arguments.default_allocator:
-        keep_freed_memory()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     target = load_target(arguments.target, arguments.dtype, arguments.device)
@@ -178,9 +175,6 @@ def parse(arguments: Sequence[str]) -> Namespace:
     parser.add_argument("--conversations", type=cli.whole(2), default=64, help="packed or padded (default: 64)")
     parser.add_argument(
         "--packing-repeats", type=cli.whole(0), default=3, help="repeats of packing on and off; 0: none (default: 3)"
-    )
-    parser.add_argument(
-        "--default-allocator", action="store_true", help="let the C library give memory back between steps"
     )
     parser.add_argument("--check", action="store_true", help="exit status 1 when a bar is missed")
     return parser.parse_args(arguments)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect as introspection
 import logging
 import os
 import sys
 import time
+import typing
 import warnings
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
@@ -18,7 +18,7 @@ from draft import cli_prepare
 from draft.cli_options import Dtype, Target, TargetAdapter
 from draft.cli_options import examples as _examples
 from draft.errors import UserError, file_trouble, plain_console
-from draft.training.config import SECTIONS, resolve, setting_types
+from draft.training.config import SECTIONS, resolve
 
 app = typer.Typer(
     help="Train, adapt and judge draft heads for speculative decoding.",
@@ -100,14 +100,12 @@ def _training_command(mode: Literal["pretrain", "adapt"], sections: list[str], d
     """Register a command with one flag for each setting of `sections`."""
 
     def command(out: Path, config: Path | None, resume: bool | None, overrides: list[str] | None, **flags: Any) -> None:
-        from draft.training.allocator import keep_freed_memory
         from draft.training.run import Interrupted
         from draft.training.trainer import Trainer
 
         if resume and config is None and (out / "config.yaml").is_file():
             config = out / "config.yaml"  # with it `--out RUN --resume` is a whole command
         settings = resolve(mode, str(out), config_file=config, overrides=overrides or (), flags=flags)
-        keep_freed_memory()
         try:
             trainer = Trainer(settings, console, resume=resume)
             result = trainer.train()
@@ -156,14 +154,11 @@ def _training_command(mode: Literal["pretrain", "adapt"], sections: list[str], d
         ),
     ]
     for section in sections:
-        defaults = SECTIONS[section]()
-        for field in dataclasses.fields(SECTIONS[section]):
-            default = getattr(defaults, field.name)
-            shown = ", ".join(default) if isinstance(default, list) else default
-            help_text = field.metadata["help"] + ("" if default in (None, [], False) else f" [default: {shown}]")
-            kind = setting_types(SECTIONS[section])[field.name]
-            option = Annotated[kind | None, typer.Option(help=help_text, show_default=False)]  # type: ignore[valid-type]
-            parameters.append(introspection.Parameter(field.name, keyword, default=None, annotation=option))
+        types = typing.get_type_hints(SECTIONS[section])
+        for name, field in SECTIONS[section].model_fields.items():
+            help_text = f"{field.description}" + (f" [default: {field.default}]" if field.default else "")
+            option = Annotated[types[name] | None, typer.Option(help=help_text, show_default=False)]  # type: ignore[valid-type]
+            parameters.append(introspection.Parameter(name, keyword, default=None, annotation=option))
     command.__signature__ = introspection.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     command.__doc__ = doc
@@ -242,7 +237,7 @@ def export(
     head: Annotated[str, typer.Argument(help="The head: a folder, or the name of one that ships.")],
     out: Annotated[Path, typer.Option(help="Folder to write.")],
     format: Annotated[
-        str, typer.Option(help="plain (EAGLE-3, for most engines), vllm, sglang, speculators or medusa.")
+        str, typer.Option(help="Format: plain (EAGLE-3, for most engines), vllm, sglang or speculators.")
     ] = "plain",
     target: Annotated[str | None, typer.Option(help="Target [default: the one that the head was made for].")] = None,
     speculation_length: Annotated[int, typer.Option(min=1, help="Drafted tokens, in what is printed.")] = 3,

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import ssl
 import sys
-from enum import StrEnum
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -32,154 +31,144 @@ _KEY_VARIABLE = "DRAFTSMITH_API_KEY"
 
 cli = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
-
-class Rule(StrEnum):
-    """How drafted tokens are judged."""
-
-    shared_noise = "shared-noise"
-    rejection = "rejection"
-
-
-class Drafting(StrEnum):
-    """When tokens are drafted, and in which shape."""
-
-    auto = "auto"
-    chain = "chain"
-    tree = "tree"
-    off = "off"
-
-
-class Mode(StrEnum):
-    """How the models' steps are run."""
-
-    auto = "auto"
-    compiled = "compiled"
-    eager = "eager"
-
-
-class ClientCertificate(StrEnum):
-    """Whether clients show one."""
-
-    none = "none"
-    optional = "optional"
-    required = "required"
+Rule = Literal["shared-noise", "rejection"]
+Drafting = Literal["auto", "chain", "tree", "off"]
+Mode = Literal["auto", "compiled", "eager"]
+ClientCertificate = Literal["none", "optional", "required"]
 
 
 @cli.command(epilog=_EXAMPLES)
 def serve(
-    target: Annotated[str, typer.Option(help="A hub id, a folder, a .gguf file, or smollm2 (bundled).")] = "smollm2",
+    target: Annotated[
+        str, typer.Option(help="Target: a hub id, a folder, a .gguf file, or smollm2 (bundled).")
+    ] = "smollm2",
     target_adapter: Annotated[
-        str | None, typer.Option(help="A PEFT LoRA adapter of the target, merged in memory: a folder.")
+        str | None, typer.Option(help="Folder of a PEFT LoRA adapter, merged into the target in memory.")
     ] = None,
     head: Annotated[
-        str | None, typer.Option(help="A folder, or smollm2-eagle3 (bundled). Without: plain decoding.")
+        str | None,
+        typer.Option(help="Draft head: a folder, or smollm2-eagle3 (bundled). Default: none, plain decoding."),
     ] = None,
     speculation: Annotated[
-        Drafting, typer.Option(help="auto: what is measured to be fastest, at every step.")
-    ] = Drafting.auto,
-    speculation_length: Annotated[int, typer.Option(min=1, help="Tokens drafted in a row, at most.")] = 5,
-    tree_size: Annotated[int, typer.Option(min=1, help="Nodes of a tree of drafted tokens, at most.")] = 16,
-    rule: Annotated[Rule, typer.Option(help="Both are lossless; see the README.")] = Rule.shared_noise,
-    mode: Annotated[Mode, typer.Option(help="Compiled steps, or eager ones, which start at once.")] = Mode.auto,
-    attention: Annotated[str, typer.Option(help="auto, eager, sdpa, flex or flash_attention_2.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16, float32 or float64.")] = "auto",
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads for the arithmetic.")] = None,
+        Drafting, typer.Option(help="Shape of the drafts; auto takes the fastest by measurement, at every step.")
+    ] = "auto",
+    speculation_length: Annotated[int, typer.Option(min=1, help="Maximum number of tokens drafted in a row.")] = 5,
+    tree_size: Annotated[int, typer.Option(min=1, help="Maximum number of nodes in a tree of drafted tokens.")] = 16,
+    rule: Annotated[
+        Rule, typer.Option(help="Rule that accepts drafted tokens when sampling; both are lossless.")
+    ] = "shared-noise",
+    mode: Annotated[
+        Mode, typer.Option(help="Execution of the models: compiled steps, or eager ones, which need no warm-up.")
+    ] = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="Number format of the weights: auto, bfloat16, float16, float32 or float64.")
+    ] = "auto",
+    threads: Annotated[int | None, typer.Option(min=1, help="Number of CPU threads that compute.")] = None,
     warm_up: Annotated[bool, typer.Option(help="Compile, and time steps, before the first request.")] = True,
-    max_batch: Annotated[int, typer.Option(min=1, help="Requests decoded at once.")] = 16,
+    max_batch: Annotated[int, typer.Option(min=1, help="Maximum number of requests decoded at once.")] = 16,
     max_length: Annotated[
-        int | None, typer.Option(min=2, help="Tokens of prompt and answer. Default: the target's context.")
+        int | None,
+        typer.Option(min=2, help="Maximum number of tokens of prompt and answer. Default: the target's context."),
     ] = None,
-    max_waiting: Annotated[int, typer.Option(min=0, help="Requests in line before new ones get 429.")] = 256,
+    max_waiting: Annotated[
+        int, typer.Option(min=0, help="Maximum number of requests in the queue; further ones get status 429.")
+    ] = 256,
     max_waiting_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Tokens, asked for and to be read, in line before new ones get 429.")
+        int | None,
+        typer.Option(min=1, help="Maximum number of tokens, of prompts and requested answers, in the queue."),
     ] = None,
-    prefill_chunk: Annotated[int, typer.Option(min=1, help="Tokens of prompts that are read in one step.")] = 128,
+    prefill_chunk: Annotated[int, typer.Option(min=1, help="Maximum number of prompt tokens read in one step.")] = 128,
     max_new_tokens_limit: Annotated[
         int | None,
-        typer.Option(min=1, help="The most a request may ask for. Default: what the context holds."),
+        typer.Option(min=1, help="Maximum number of tokens a request may generate. Default: what the context holds."),
     ] = None,
     request_timeout: Annotated[
-        float, typer.Option(min=0, help="Seconds from a request's receipt to its end; 0: no limit.")
+        float, typer.Option(min=0, help="Seconds from a request's receipt to the end of its answer; 0: no limit.")
     ] = 600.0,
-    max_body_bytes: Annotated[int, typer.Option(min=1, help="Of a request.")] = 2_000_000,
+    max_body_bytes: Annotated[int, typer.Option(min=1, help="Maximum request body size in bytes.")] = 2_000_000,
     drain_seconds: Annotated[
-        float, typer.Option(min=0, help="After SIGTERM, for what runs to finish; containers are killed after 10.")
+        float,
+        typer.Option(min=0, help="Seconds for running requests to finish after SIGTERM; Docker kills after 10."),
     ] = 8.0,
-    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one and prints it.")] = 8000,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all interfaces.")] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one and prints it.")
+    ] = 8000,
     api_key: Annotated[
         str | None,
-        typer.Option(envvar=_KEY_VARIABLE, help="Asked of clients; the variable is not seen in ps."),
+        typer.Option(
+            envvar=_KEY_VARIABLE, help="Key that clients must send; the variable keeps it out of the process list."
+        ),
     ] = None,
     cors_origin: Annotated[
-        list[str] | None, typer.Option(help="Whose pages may use the server from a browser; repeatable.")
+        list[str] | None,
+        typer.Option(help="Origin of pages that may use the server from a browser; repeatable."),
     ] = None,
     strict_model_name: Annotated[
-        bool, typer.Option("--strict-model-name", help="404 for other model names on /v1.")
+        bool, typer.Option("--strict-model-name", help="Answer 404 to other model names on /v1.")
     ] = False,
     metrics_prefix: Annotated[
-        str, typer.Option(help="vllm lets existing dashboards and vllm bench serve read /metrics.")
+        str, typer.Option(help="Prefix of the metrics' names; vllm is for existing dashboards and vllm bench serve.")
     ] = "draftsmith",
-    ssl_certfile: Annotated[Path | None, typer.Option(help="Serve HTTPS with this certificate.")] = None,
-    ssl_keyfile: Annotated[Path | None, typer.Option(help="Its key, where it is another file.")] = None,
+    ssl_certfile: Annotated[Path | None, typer.Option(help="Certificate file; the server then speaks HTTPS.")] = None,
+    ssl_keyfile: Annotated[
+        Path | None, typer.Option(help="File of the certificate's private key, where it is another file.")
+    ] = None,
     ssl_keyfile_password: Annotated[
-        str | None, typer.Option(envvar="DRAFTSMITH_SSL_KEYFILE_PASSWORD", help="Of the key.")
+        str | None, typer.Option(envvar="DRAFTSMITH_SSL_KEYFILE_PASSWORD", help="Password of the private key file.")
     ] = None,
     ssl_ca_certs: Annotated[
-        Path | None, typer.Option(help="Whose certificates of clients are taken: a file of authorities.")
+        Path | None, typer.Option(help="File of the authorities whose client certificates are accepted.")
     ] = None,
     ssl_cert_reqs: Annotated[
         ClientCertificate | None,
-        typer.Option(help="Whether clients need a certificate. Default: required with --ssl-ca-certs, none without."),
+        typer.Option(help="Demand for client certificates. Default: required with --ssl-ca-certs, none without."),
     ] = None,
 ) -> None:
     """Serve a target, and the draft head that makes it faster, over HTTP."""
     _check_key(api_key)
-    _check_prefix(metrics_prefix)
+    if not (metrics_prefix.isascii() and metrics_prefix.isidentifier()):
+        raise UserError(f"--metrics-prefix {metrics_prefix!r} must be letters, digits and underscores, such as vllm.")
     tls = _tls(ssl_certfile, ssl_keyfile, ssl_keyfile_password, ssl_ca_certs, ssl_cert_reqs)
     with Listener(host, port) as listener:  # before the model is loaded, which takes longer than finding the port taken
         from serving.api.app import create_app  # here, so that --help does not wait for torch
-        from serving.api.middleware import Limits
+        from serving.api.middleware import log_as_json
+        from serving.api.service import Limits
 
+        log_as_json()
         app = create_app(
             None,
             head_name=head,
-            limits=Limits(
-                max_new_tokens=max_new_tokens_limit,
-                max_body_bytes=max_body_bytes,
-                request_seconds=request_timeout or None,
-            ),
+            limits=Limits(max_new_tokens_limit, max_body_bytes, request_seconds=request_timeout or None),
             api_key=api_key,
             cors_origins=cors_origin or (),
             strict_model_name=strict_model_name,
             metrics_prefix=metrics_prefix,
         )
 
-        def load() -> Engine:
-            return load_engine(
-                target,
-                head,
-                dtype,
-                target_adapter=target_adapter,
-                warm_up=warm_up,
-                speculation=str(speculation),
-                speculation_length=speculation_length,
-                tree_size=tree_size,
-                rule=str(rule),
-                mode=str(mode),
-                attention=attention,
-                threads=threads,
-                max_batch=max_batch,
-                max_length=max_length,
-                max_waiting=max_waiting,
-                max_waiting_tokens=max_waiting_tokens,
-                prefill_chunk=prefill_chunk,
-            )
-
-        model = f"{target} + {target_adapter}" if target_adapter else target
-        what = f"{model} with {head}, K = {speculation_length}, {rule}" if head else f"{model} without a draft head"
+        load = partial(
+            load_engine,
+            target,
+            head,
+            dtype,
+            target_adapter=target_adapter,
+            warm_up=warm_up,
+            speculation=speculation,
+            speculation_length=speculation_length,
+            tree_size=tree_size,
+            rule=rule,
+            mode=mode,
+            threads=threads,
+            max_batch=max_batch,
+            max_length=max_length,
+            max_waiting=max_waiting,
+            max_waiting_tokens=max_waiting_tokens,
+            prefill_chunk=prefill_chunk,
+        )
+        models = f"{target} + {target_adapter}" if target_adapter else target
+        models += f" with {head}, K = {speculation_length}, {rule}" if head else " without a draft head"
         address = listener.url("https" if tls else "http")
-        serve_until_stopped(app, load, listener, f"serving {what} on {address}", drain_seconds, tls)
+        serve_until_stopped(app, load, listener, f"serving {models} on {address}", drain_seconds, tls)
 
 
 def load_engine(
@@ -192,7 +181,7 @@ def load_engine(
     threads: int | None,
     **options: Any,
 ) -> Engine:
-    """An engine that is ready to be started; options: of Engine.
+    """Return an engine that is ready to be started; options: of Engine.
 
     Raises:
         UserError: when the target or the head cannot be loaded, do not fit each other, or an option is out of range.
@@ -200,7 +189,7 @@ def load_engine(
     import torch
     from transformers.utils.logging import disable_progress_bar
 
-    from draft.heads.checkpoint import check_fits, load_head
+    from draft.heads.checkpoint import attach_head, load_head
     from draft.target import load_target
     from serving.engine import Engine
     from serving.engine.setup import decoding_dtype
@@ -213,8 +202,8 @@ def load_engine(
     draft_head = None
     if head is not None:
         draft_head, about = load_head(head, dtype=loaded.dtype, device=loaded.device)
-        check_fits(draft_head, about, loaded)
-    engine = Engine(loaded, draft_head, threads=threads, **options)
+        attach_head(draft_head, about, loaded)
+    engine = Engine(loaded, draft_head, threads=threads, pack_in_place=True, **options)
     if warm_up:
         engine.warm_up()
     return engine
@@ -227,11 +216,6 @@ def _check_key(key: str | None) -> None:
         raise UserError("--api-key must be printable ASCII characters without spaces around; leave it out for no key.")
 
 
-def _check_prefix(prefix: str) -> None:
-    if not (prefix.isascii() and prefix.isidentifier()):
-        raise UserError(f"--metrics-prefix {prefix!r} must be letters, digits and underscores, such as vllm.")
-
-
 def _tls(
     certificate: Path | None,
     key: Path | None,
@@ -239,7 +223,7 @@ def _tls(
     authorities: Path | None,
     clients: ClientCertificate | None,
 ) -> dict[str, Any]:
-    """uvicorn's options for HTTPS; none for HTTP."""
+    """Return uvicorn's options for HTTPS; none for HTTP."""
     if certificate is None:
         if any(each is not None for each in (key, password, authorities, clients)):
             raise UserError("--ssl-keyfile, --ssl-ca-certs and --ssl-cert-reqs need --ssl-certfile.")
@@ -248,23 +232,20 @@ def _tls(
     for flag, path in files.items():
         if path is not None and not path.is_file():
             raise UserError(f"{flag} {path}: no such file.")
-    wanted = clients or (ClientCertificate.required if authorities else ClientCertificate.none)
-    if authorities is None and wanted is not ClientCertificate.none:
-        raise UserError(f"--ssl-cert-reqs {wanted} needs --ssl-ca-certs, the authorities of the clients' certificates.")
+    demand = clients or ("required" if authorities else "none")
+    if authorities is None and demand != "none":
+        raise UserError(f"--ssl-cert-reqs {demand} needs --ssl-ca-certs, the authorities of the clients' certificates.")
     return {
-        "ssl_certfile": str(certificate),
-        "ssl_keyfile": str(key) if key is not None else None,
+        "ssl_certfile": certificate,
+        "ssl_keyfile": key,
         "ssl_keyfile_password": password,
-        "ssl_ca_certs": str(authorities) if authorities is not None else None,
-        "ssl_cert_reqs": ssl.VerifyMode[f"CERT_{wanted.upper()}"],
+        "ssl_ca_certs": authorities,
+        "ssl_cert_reqs": ssl.VerifyMode[f"CERT_{demand.upper()}"],
     }
 
 
 def main() -> None:
-    """Entry point: a user's mistake is one sentence and exit status 2."""
-    from serving.api.middleware import log_as_json
-
-    log_as_json(logging.INFO)
+    """Run the command line; a user's mistake is one sentence and exit status 2."""
     try:
         cli()
     except Exception as error:

@@ -28,7 +28,7 @@ class Listener:
     """A bound socket, which listens once the server begins."""
 
     def __init__(self, host: str, port: int) -> None:
-        """Raises UserError when the address is not ours or the port is taken."""
+        """Raises UserError when the address is not this machine's or the port is taken."""
         self.host = host
         try:
             family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
@@ -40,8 +40,10 @@ class Listener:
             raise _cannot_listen(host, port, error) from error
 
     def listen(self, backlog: int, stalled_seconds: float) -> None:
-        """stalled_seconds: a client that takes none of its answer's bytes for so long loses its connection, which
-        closing it here would not do before they are all sent."""
+        """Begin to listen; a client that takes none of its answer's bytes for `stalled_seconds` loses its connection.
+
+        Closing it here would not do that before all bytes are sent.
+        """
         try:
             if hasattr(socket, "TCP_USER_TIMEOUT"):  # of Linux; connections have it from the socket that listens
                 milliseconds = max(1, round(1000 * stalled_seconds))
@@ -70,7 +72,7 @@ def serve_until_stopped(
 ) -> None:
     """Serve until SIGTERM or SIGINT, which end the process with status 0 once running requests are answered.
 
-    load: gives the engine; until it does the server is alive but not ready. ready_line: printed to stdout then.
+    load: returns the engine; until then the server is alive but not ready. ready_line: printed to stdout then.
 
     Raises:
         whatever `load` raises, once the server has ended.

@@ -94,7 +94,7 @@ class Page:
         return self.driver.execute_script(code, *arguments)
 
     def tokens(self, card: int = 0) -> list[dict[str, Any]]:
-        """Of an answer's tokens: what the page's own style makes of them."""
+        """Return an answer's tokens with their computed style."""
         return self.script(
             """return [...document.querySelectorAll(".card")[arguments[0]].querySelectorAll(".token")].map((token) => {
               const mark = token.querySelector(".mark"), style = getComputedStyle(mark);

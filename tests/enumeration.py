@@ -14,9 +14,9 @@ from torch import Tensor
 from toy_decoding import Model, Text, decode, drafted_tree, new_processor
 
 from serving.engine import verification
-from serving.engine.sampling import SamplingParams, heat
-from serving.engine.tree import DraftTree
+from serving.engine.sampling import SamplingParams, apply_temperature
 from serving.engine.verification import (
+    DraftTree,
     Rejection,
     Rule,
 )
@@ -79,8 +79,8 @@ class Script:
         assert (purpose, position, candidate) not in self._asked, "one random number for two decisions"
         self._asked.add((purpose, position, candidate))
 
-    def stands(self, probability: float, position: int, candidate: int) -> bool:
-        self._ask_once("stands", position, candidate)
+    def accepts(self, probability: float, position: int, candidate: int) -> bool:
+        self._ask_once("accepts", position, candidate)
         return bool(self._decide([1 - probability, probability]))
 
     def draw(self, log_p: Tensor, position: int) -> int:
@@ -107,7 +107,7 @@ def law_of_speculation(monkeypatch: pytest.MonkeyPatch, rule: Rule, params: Samp
     untried: list[list[int]] = [[]]
     while untried:
         script = Script(untried.pop())
-        monkeypatch.setattr(verification, "SeededDice", lambda seed, script=script: script)
+        monkeypatch.setattr(verification, "SeededSampler", lambda seed, script=script: script)
         text = decode(rule, TARGET, params, lambda tokens, script=script: plan(tokens, script), LENGTH)
         law[text] += script.weight
         untried += script.alternatives
@@ -117,12 +117,12 @@ def law_of_speculation(monkeypatch: pytest.MonkeyPatch, rule: Rule, params: Samp
 
 def head_law(tokens: Text, temperature: float) -> Tensor:
     """q [vocab], over the target's vocabulary."""
-    log_q = heat(HEAD(tokens)[VOCABULARY], temperature).log_softmax(dim=-1)
+    log_q = apply_temperature(HEAD(tokens)[VOCABULARY], temperature).log_softmax(dim=-1)
     return torch.zeros(VOCAB, dtype=torch.float64).index_copy(0, VOCABULARY, log_q.exp())
 
 
 def chains(k: int, temperature: float = 0.8, reported: float | None = None) -> ScriptedPlan:
-    """Chains of k tokens drawn from q; reported: the temperature of the q that the rule is told, where it differs."""
+    """Chains of k tokens drawn from q; reported: the temperature of the q that the rule is given, where it differs."""
     borders = []  # of each position
     for position in range(LENGTH):
         prefixes = itertools.product(range(VOCAB), repeat=position)

@@ -70,11 +70,11 @@ def params(count: int, **fields: Any) -> SamplingParams:
 def plainly(family: str, processing: str, prompt: int) -> Completion:
     """Alone, without speculation, the prompt in one piece."""
     engine = Engine(tiny(family), speculation="off", max_batch=1)
-    wishes = params(14, seed=prompt + 2**40, **PROCESSING[processing])
-    return engine.generate([PROMPTS[prompt]], wishes)[0]
+    options = params(14, seed=prompt + 2**40, **PROCESSING[processing])
+    return engine.generate([PROMPTS[prompt]], options)[0]
 
 
 def sampled_case(family: str, processing: str, prompt: int, **rest: Any) -> Case:
     plain = plainly(family, processing, prompt)
-    wishes = params(14, seed=plain.seed or 2**40, **PROCESSING[processing])
-    return Case(PROMPTS[prompt], wishes, plain.token_ids, **rest)
+    options = params(14, seed=plain.seed or 2**40, **PROCESSING[processing])
+    return Case(PROMPTS[prompt], options, plain.token_ids, **rest)

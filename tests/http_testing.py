@@ -62,7 +62,7 @@ def eventually(holds: Callable[[], bool], seconds: float = 120, every: float = 0
 
 
 def idle(engine: Engine) -> bool:
-    """Whether no slot is held."""
+    """Return True when no slot is in use."""
     return engine.running == engine.waiting == 0 and engine.cache_usage == 0
 
 
@@ -95,7 +95,7 @@ def live(app: Any, stalled_seconds: float = 60.0, **options: Any) -> Iterator[st
 
 
 class LogLines(logging.Handler):
-    """What the server writes to its log, line by line."""
+    """The lines of the server's log."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -107,7 +107,7 @@ class LogLines(logging.Handler):
 
     @contextmanager
     def of(self, name: str) -> Iterator[None]:
-        """Of a logger with this name, and those below it."""
+        """Collect from the logger with this name, and those below it."""
         logger = logging.getLogger(name)
         level = logger.level
         logger.addHandler(self)
@@ -130,7 +130,7 @@ class GatedEngine(Engine):
 
         def step(rows: Any) -> None:
             while not self.gate.wait(0.002):
-                if self._line.closed or any(row.request.cancelled for row in rows):
+                if self._queue.closed or any(row.request.cancelled for row in rows):
                     return
             if self.failure is not None:
                 raise self.failure

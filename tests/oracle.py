@@ -21,15 +21,14 @@ from torch import Tensor
 from draft.target import Target
 from serving.engine import Completion, Engine, Request, SamplingParams, Speculation
 from serving.engine.drafting import Job, Proposer
-from serving.engine.planner import OFF, Controller, Plan, RowStats
-from serving.engine.request import Sequence as Answer
-from serving.engine.request import special_ids
-from serving.engine.tree import DraftTree
+from serving.engine.planner import OFF, Controller, Plan, RequestAcceptance
+from serving.engine.request import GrowingAnswer, special_ids
+from serving.engine.verification import DraftTree
 
 
 @dataclass
 class Script:
-    """How a sequence goes on, for the oracle."""
+    """The continuation of a sequence, for the oracle."""
 
     tokens: list[int]  # prompt and answer
     auxiliary: Tensor | None = None  # the true states, where known
@@ -40,17 +39,14 @@ class Script:
 class Oracle:
     """Drafts what it knows to be right, with mistakes. Scripts go to sequences in the order in which they join."""
 
-    recordings = 0
-
-    def __init__(self, target: Target, errors: float = 0.0, seed: int = 0) -> None:
-        """errors: probability that a drafted token is wrong, or that a tree lacks the right child."""
+    def __init__(self, target: Target, errors: float = 0.0, seed: int = 0, *, tolerance: float = 1e-9) -> None:
+        """errors: probability that a drafted token is wrong, or that a tree lacks the right child. tolerance: of the
+        target's states."""
+        self.tolerance = tolerance
         self.layers = target.default_auxiliary_layers
         self.vocab, self.errors, self.rng = target.vocab_size, errors, random.Random(seed)
         self.scripts: deque[Script] = deque()
         self.present: list[Script] = []
-
-    def warm_up(self, *, compiled: bool) -> None:
-        pass
 
     def join(self) -> Script:
         self.present.append(self.scripts.popleft())
@@ -65,7 +61,8 @@ class Oracle:
         assert list(following)[: len(known)] == known, "the engine left the continuation"
         assert len(auxiliary) == len(following)
         if state.auxiliary is not None:
-            torch.testing.assert_close(auxiliary, state.auxiliary[start : state.observed], rtol=1e-9, atol=1e-9)
+            expected = state.auxiliary[start : state.observed]
+            torch.testing.assert_close(auxiliary, expected, rtol=self.tolerance, atol=self.tolerance)
 
     def catch_up(self, states: Sequence[Script]) -> int:
         backlog = sum(state.observed - state.read for state in states)
@@ -125,7 +122,7 @@ class Fickle(Controller):
         super().__init__(plans)
         self.rng = random.Random(seed)
 
-    def choose(self, rows: Sequence[RowStats]) -> Plan:
+    def choose(self, rows: Sequence[RequestAcceptance]) -> Plan:
         super().choose(rows)  # its own bookkeeping must survive, too
         return self.rng.choice([OFF, OFF, *self.plans])
 
@@ -169,7 +166,7 @@ class Case:
 
 
 def submit(engine: Engine, case: Case) -> Request:
-    """Put a case in the line, and tell the oracle, if the engine has one, how it goes on."""
+    """Submit a case, and give the oracle, if the engine has one, its continuation."""
     proposer = engine.models.proposer
     if isinstance(proposer, Oracle) and case.drafts:
         proposer.scripts.append(Script(case.prompt + case.expected, case.auxiliary))
@@ -192,7 +189,7 @@ def serve(engine: Engine, cases: Sequence[Case]) -> list[Completion]:
 
 def check(target: Target, case: Case, completion: Completion, tolerance: float = 1e-9) -> None:
     """The answer is what one gets by cutting the expected tokens where they end; tolerance: of logprobs."""
-    answer = Answer(
+    answer = GrowingAnswer(
         case.prompt,
         case.params,
         target.tokenizer,

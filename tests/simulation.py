@@ -9,7 +9,7 @@ from functools import cache
 from itertools import accumulate
 from operator import mul
 
-from serving.engine.planner import OFF, Controller, Plan, RowStats, widened
+from serving.engine.planner import OFF, Controller, Plan, RequestAcceptance, widened
 
 CHAINS = [Plan.chain(length) for length in range(1, 7)]
 TREES = [Plan(4, 8), Plan(5, 16)]
@@ -86,7 +86,7 @@ class Simulation:
 
     def __post_init__(self) -> None:
         self.rng = random.Random(self.seed)
-        self.rows: list[tuple[RowStats, int]] = []  # tracker, number of the request
+        self.rows: list[tuple[RequestAcceptance, int]] = []  # tracker, number of the request
         self.requests = 0
 
     def steps(self, count: int) -> list[Step]:
@@ -96,7 +96,7 @@ class Simulation:
         self.rows = [(row, number) for row, number in self.rows if row.emitted < self.request][: self.batch]
         while len(self.rows) < self.batch:
             self.requests += 1
-            self.rows.append((self.controller.row(0, self.prompt), self.requests))
+            self.rows.append((self.controller.track(0, self.prompt), self.requests))
         for row, _ in self.rows:
             row.remaining = self.request - row.emitted
             row.cap = min(8, row.remaining - 1)
@@ -118,7 +118,7 @@ class Simulation:
             row.observe(own, accepted, trimmed=row.emitted + accepted + 1 > self.request)
         return done
 
-    def _draft(self, plans: list[Plan], rows: list[RowStats], done: Step) -> None:
+    def _draft(self, plans: list[Plan], rows: list[RequestAcceptance], done: Step) -> None:
         if backlog := sum(row.backlog for row in rows):
             seconds = self.machine.catching_up(backlog)
             done.seconds += seconds

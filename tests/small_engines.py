@@ -1,4 +1,4 @@
-"""What tests of the engine decode with: a tiny target, its head, options and parameters."""
+"""Models of the engine's tests: a tiny target, its head, options and parameters."""
 
 from __future__ import annotations
 

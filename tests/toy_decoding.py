@@ -5,9 +5,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from serving.engine.drafting import TreeGrower
 from serving.engine.sampling import Processor, SamplingParams
-from serving.engine.tree import DraftTree, TreeGrower
-from serving.engine.verification import Rule
+from serving.engine.verification import DraftTree, Rule
 
 PROMPT = [0, 2]
 EOS = 1

@@ -1,9 +1,9 @@
-"""EAGLE-3 heads of other trainers: how their config.json and tensor names become those of the plain format."""
+"""EAGLE-3 heads of other trainers and for other engines."""
 
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,8 @@ from torch import Tensor
 
 from draft.errors import UserError
 from draft.heads.eagle3 import LAYER_IDS, Eagle3Head, check_layers, read_layer_ids
-from draft.interop.checks import SGLANG, SPECULATORS, VLLM, TargetShape, complete_token_map, target_tensor
-from draft.interop.formats import Format, Limits, own_config, own_tensors, sglang, vllm
-from draft.interop.sources import Checkpoint, Source, check_sizes, complete_layer, drop_embedding, is_the_targets
+from draft.interop import formats
+from draft.interop.formats import Checkpoint, Command, Format, Rule, Shapes, Source, TargetShape
 from draft.target import Target
 
 _PLAIN = ("LlamaForCausalLMEagle3", "Eagle3LlamaForCausalLM")
@@ -36,34 +35,30 @@ def _source(
     *,
     copies_lm_head: bool = False,
 ) -> Source:
-    """translate: a config to the plain format's keys; copies_lm_head: it has no word for a borrowed one, but a copy."""
+    """translate: a config to the plain format's keys; copies_lm_head: a shared LM head is in the file, as a copy."""
 
     def bring(found: Checkpoint, target: Target, auxiliary_layers: list[int] | None) -> dict[str, Any]:
         values = translate(found)
         found.tensors = _renamed(found)
         values = _with_layers(values, auxiliary_layers, target, found.notes)
-        drop_embedding(found, target)
-        if copies_lm_head:
-            _drop_copied_lm_head(found, target)
+        formats.drop_embedding(found, target)
+        lm_head = found.tensors.get("lm_head.weight")
+        if copies_lm_head and lm_head is not None and formats.is_the_targets(lm_head, target):
+            del found.tensors["lm_head.weight"]
+            found.notes.append("left out lm_head.weight: it is the target's.")
         width = values.get("target_hidden_size") or values.get("hidden_size")
-        check_sizes(
+        formats.check_sizes(
             found,
-            (
-                ("hidden size", values.get("hidden_size"), target.hidden_size),
-                ("target_hidden_size", width, target.hidden_size),
-                ("vocabulary", values.get("vocab_size"), target.vocab_size),
-            ),
+            ("hidden size", values.get("hidden_size"), target.hidden_size),
+            ("target_hidden_size", width, target.hidden_size),
+            ("vocabulary", values.get("vocab_size"), target.vocab_size),
         )
         _complete_lm_head(values, found, target)
-        complete_layer(values, found, target)
-        complete_token_map(found, values)
+        formats.complete_layer(values, found, target)
+        formats.complete_token_map(found, values)
         return values
 
     return Source(name, recognise, bring)
-
-
-def _is_speculators(found: Checkpoint) -> bool:
-    return "speculators_model_type" in found.config or "speculators_config" in found.config
 
 
 def _from_speculators(found: Checkpoint) -> dict[str, Any]:
@@ -84,14 +79,6 @@ def _from_speculators(found: Checkpoint) -> dict[str, Any]:
     kept = {key: config[key] for key in own if config.get(key) is not None}
     layers = {LAYER_IDS: config[LAYER_IDS]} if config.get(LAYER_IDS) else {}
     return {**inner, **kept, **layers}
-
-
-def _is_plain(found: Checkpoint) -> bool:
-    return (found.config.get("architectures") or [""])[0] in _PLAIN
-
-
-def _is_original(found: Checkpoint) -> bool:
-    return any("midlayer." in name for name in found.tensors)
 
 
 def _from_plain(found: Checkpoint) -> dict[str, Any]:
@@ -118,7 +105,7 @@ def _renamed(found: Checkpoint) -> dict[str, Tensor]:
 
 
 def _with_layers(values: dict[str, Any], chosen: list[int] | None, target: Target, notes: list[str]) -> dict[str, Any]:
-    """Settle the auxiliary layers: the user's word, or the one reading that gives the target's default layers."""
+    """Settle the auxiliary layers: the user's choice, or the one reading that gives the target's default layers."""
     values = dict(values)
     default = list(target.default_auxiliary_layers)
     nested = dict(values.get("eagle_config") or {})
@@ -147,7 +134,7 @@ def _with_layers(values: dict[str, Any], chosen: list[int] | None, target: Targe
 
 
 def _complete_lm_head(values: dict[str, Any], found: Checkpoint, target: Target) -> None:
-    """Whose LM head it is: its own where the file has one, else the target's, if over its whole vocabulary."""
+    """Settle the LM head: the file's where it has one, else the target's, if over its whole vocabulary."""
     own, size = found.tensors.get("lm_head.weight"), values.get("draft_vocab_size")
     tied = bool(target.config.tie_word_embeddings)
     if values.get("tie_word_embeddings") and (own is not None or not tied):
@@ -169,21 +156,16 @@ def _complete_lm_head(values: dict[str, Any], found: Checkpoint, target: Target)
     found.notes.append("the file has no LM head: the target's is used.")
 
 
-def _drop_copied_lm_head(found: Checkpoint, target: Target) -> None:
-    own = found.tensors.get("lm_head.weight")
-    if own is not None and is_the_targets(own, target):
-        del found.tensors["lm_head.weight"]
-        found.notes.append("left out lm_head.weight: it is the target's.")
-
-
 EAGLE3_SOURCES = (
-    _source("speculators eagle3", _is_speculators, _from_speculators, copies_lm_head=True),
-    _source("plain EAGLE-3 of SGLang and vLLM", _is_plain, _from_plain),
-    _source("SafeAILab EAGLE-3", _is_original, _from_plain),
+    _source(
+        "speculators eagle3",
+        lambda found: "speculators_model_type" in found.config or "speculators_config" in found.config,
+        _from_speculators,
+        copies_lm_head=True,
+    ),
+    _source("plain EAGLE-3 of SGLang and vLLM", lambda found: formats.architecture_of(found) in _PLAIN, _from_plain),
+    _source("SafeAILab EAGLE-3", lambda found: any("midlayer." in name for name in found.tensors), _from_plain),
 )
-
-
-# The formats that EAGLE-3 heads are written in.
 
 
 SPECULATORS_VERSION = "0.9.0"
@@ -191,15 +173,17 @@ SPECULATORS_VERSION = "0.9.0"
 
 def _speculators_tensors(head: Eagle3Head, target: TargetShape) -> dict[str, Tensor]:
     """speculators 0.9.0 leaves what a file lacks uninitialised, though it means to take it from the target."""
-    tensors = {name.replace("midlayer", "layers.0", 1): value for name, value in own_tensors(head, target).items()}
-    tensors["embed_tokens.weight"] = target_tensor(target.path, ("embed_tokens.weight",)).to(head.dtype)
+    tensors = {
+        name.replace("midlayer", "layers.0", 1): value for name, value in formats.own_tensors(head, target).items()
+    }
+    tensors["embed_tokens.weight"] = formats.target_tensor(target.path, "embed_tokens.weight").to(head.dtype)
     if head.lm_head is None:
-        lm_head = target_tensor(target.path, ("lm_head.weight", "embed_tokens.weight"))
+        lm_head = formats.target_tensor(target.path, "lm_head.weight", "embed_tokens.weight")
         tensors["lm_head.weight"] = lm_head.to(head.dtype)
     return tensors
 
 
-# what a speculators config.json says at its top, beside the decoder layer's configuration
+# keys at the top of a speculators config.json, beside the decoder layer's configuration
 _OF_THE_HEAD = ("draft_vocab_size", "norm_before_residual", "norm_before_fc", "fc_norm", "norm_output", LAYER_IDS)
 
 
@@ -237,9 +221,86 @@ def _speculators_config(head: Eagle3Head, dtype: torch.dtype, target: TargetShap
     }
 
 
-def _flat_speculators(config: dict[str, Any]) -> dict[str, Any]:
-    """As vLLM's SpeculatorsConfig lays it flat."""
-    return {**config["transformer_layer_config"], **{key: config[key] for key in _OF_THE_HEAD}}
+def _expected_shapes(config: dict[str, Any], layer: str) -> Shapes:
+    """The tensors that engines take for a plain config.json; `layer`: name of the decoder layer."""
+    size, vocab, draft_vocab = config["hidden_size"], config["vocab_size"], config.get("draft_vocab_size")
+    # both engines size fc by these keys: they don't look at the top-level list
+    nested = (config.get("eagle_config") or {}).get(LAYER_IDS)
+    count = config.get("num_aux_hidden_states") or (len(nested) if nested else 3)
+    shapes: Shapes = {
+        "fc.weight": (size, count * size),
+        f"{layer}.hidden_norm.weight": (size,),
+        f"{layer}.input_layernorm.weight": (size,),
+        **formats.layer_shapes(config, layer, 2 * size),
+        "norm.weight": (size,),
+    }
+    if draft_vocab is not None:
+        shapes["lm_head.weight"] = (draft_vocab, size)
+        if draft_vocab != vocab:
+            shapes.update(d2t=(draft_vocab,), t2d=(vocab,))
+    if config.get("norm_before_fc"):
+        shapes["input_norm.weight"] = (count * size,)
+    if config.get("fc_norm"):
+        shapes.update({f"fc_norm.{index}.weight": (size,) for index in range(count)})
+    return shapes
+
+
+def token_map(config: dict[str, Any], tensors: dict[str, Tensor], target: TargetShape) -> Iterator[str]:
+    """Offsets that stay inside the target's vocabulary."""
+    if "d2t" in tensors:
+        problem = formats.token_map_problem(tensors["d2t"], config["draft_vocab_size"], config["vocab_size"])
+        if problem:
+            yield problem
+
+
+def layers_in_both_or_none(config: dict[str, Any], tensors: dict[str, Tensor], target: TargetShape) -> Iterator[str]:
+    """vLLM reads the top-level list, SGLang eagle_config's only: each in its own convention, or neither there."""
+    top, nested = config.get(LAYER_IDS), (config.get("eagle_config") or {}).get(LAYER_IDS)
+    if (top or nested) and [layer - 1 for layer in top or ()] != nested:
+        yield f"{LAYER_IDS} is {top} and eagle_config's {nested}: not the same layers for vLLM and SGLang"
+
+
+def layers_exist(highest: int) -> Rule:
+    """highest: added to the target's number of layers; engines differ in whether they give the state after the last."""
+
+    def rule(config: dict[str, Any], tensors: dict[str, Tensor], target: TargetShape) -> Iterator[str]:
+        layers, last = config.get(LAYER_IDS), target.num_layers + highest
+        if layers and (layers != sorted(set(layers)) or layers[0] < 0 or layers[-1] > last):
+            yield f"auxiliary layers {layers} must rise, within 0 and {last}"
+        if not layers and target.num_layers < 7:
+            yield f"the default auxiliary layers coincide in a target of {target.num_layers} layers"
+
+    return rule
+
+
+def no_norm_before_residual(config: dict[str, Any], tensors: dict[str, Tensor], target: TargetShape) -> Iterator[str]:
+    """SGLang doesn't know the flag, and would serve the head as if it were false."""
+    if config.get("norm_before_residual"):
+        yield "SGLang has no norm_before_residual and would silently draft badly; use --format vllm or speculators"
+
+
+def one_norm_before_fc(config: dict[str, Any], tensors: dict[str, Tensor], target: TargetShape) -> Iterator[str]:
+    if config.get("norm_before_fc") and config.get("fc_norm"):
+        yield "norm_before_fc and fc_norm exclude each other in speculators; use --format vllm"
+
+
+_COMMON: tuple[Rule, ...] = (formats.sizes, token_map, formats.rope)
+_PLAIN_TENSORS = formats.exactly(lambda config: _expected_shapes(config, "midlayer"))
+_VLLM_RULES: tuple[Rule, ...] = (*_COMMON, _PLAIN_TENSORS, layers_exist(0))
+_SGLANG_RULES: tuple[Rule, ...] = (
+    *_COMMON,
+    _PLAIN_TENSORS,
+    layers_in_both_or_none,
+    layers_exist(-1),  # it captures a layer's input only
+    no_norm_before_residual,
+)
+
+
+def _speculators_shapes(config: dict[str, Any]) -> Shapes:
+    return {
+        **_expected_shapes(config, "layers.0"),
+        "embed_tokens.weight": (config["vocab_size"], config["hidden_size"]),
+    }
 
 
 def _vllm_alone(out: Path, target: TargetShape, length: int) -> str:
@@ -251,43 +312,35 @@ def _llama_cpp(out: Path, target: TargetShape, length: int) -> str:
     return shlex.join(command)
 
 
-_LLAMA_CPP = "llama.cpp (conversion)"
-# option of a head (in its config.json) -> what llama.cpp b11434 does with it, by its converter and its `eagle3.cpp`
-_LACKING: dict[Callable[[dict[str, Any]], Any], str] = {
-    lambda config: config.get("fc_norm"): "its converter knows no fc_norm",
-    lambda config: config.get("norm_output"): "it drafts on from the state before the final norm, and this head from "
-    "the one after it (norm_output)",
-    lambda config: config.get(LAYER_IDS) and len(config[LAYER_IDS]) != 3: "it reads three auxiliary layers",
-}
-# with a random head of each other option b11434 drafted our tokens, every one; that was compared by hand
-_UNTRIED: dict[Callable[[dict[str, Any]], Any], str] = {
-    lambda config: config.get("rope_scaling"): "a scaled rotary embedding",
-}
+def _not_for_llama_cpp(head: Eagle3Head) -> list[str]:
+    """Options of a head with which llama.cpp would draft badly: its `eagle3.cpp` has none of them."""
+    config = head.config
+    lacking = [option for option in ("fc_norm", "norm_output") if getattr(config, option)]
+    return lacking + (["auxiliary layers other than three"] if config.num_auxiliary != 3 else [])
 
 
-def _llama_cpp_limits(config: dict[str, Any]) -> Limits:
-    lacking = [reason for has, reason in _LACKING.items() if has(config)]
-    untried = [option for has, option in _UNTRIED.items() if has(config)]
-    return lacking, [f"{option}: not verified with it, only read in its source" for option in untried]
+def _plain_commands(head: Eagle3Head) -> dict[str, Command]:
+    engines = {"vLLM": _VLLM, "SGLang": _SGLANG}
+    return engines if _not_for_llama_cpp(head) else {**engines, "llama.cpp (conversion)": _llama_cpp}
 
 
-_VLLM, _SGLANG = vllm("eagle3"), sglang("EAGLE3")
+def _plain_notes(head: Eagle3Head) -> list[str]:
+    lacking = _not_for_llama_cpp(head)
+    return [f"llama.cpp has no {' and no '.join(lacking)}, so there is no command for it."] if lacking else []
+
+
+_VLLM, _SGLANG = formats.vllm("eagle3"), formats.sglang("EAGLE3")
 
 EAGLE3_FORMATS = {
-    "plain": Format(
-        own_tensors,
-        own_config,
-        (*VLLM, *SGLANG),
-        lambda head: {"vLLM": _VLLM, "SGLang": _SGLANG, _LLAMA_CPP: _llama_cpp},
-        limits={_LLAMA_CPP: _llama_cpp_limits},
-    ),
-    "vllm": Format(own_tensors, own_config, VLLM, lambda head: {"vLLM": _VLLM}),
-    "sglang": Format(own_tensors, own_config, SGLANG, lambda head: {"SGLang": _SGLANG}),
+    "plain": Format((*_VLLM_RULES, *_SGLANG_RULES), _plain_commands, notes=_plain_notes),
+    "vllm": Format(_VLLM_RULES, lambda head: {"vLLM": _VLLM}),
+    "sglang": Format(_SGLANG_RULES, lambda head: {"SGLang": _SGLANG}),
     "speculators": Format(
-        _speculators_tensors,
-        _speculators_config,
-        SPECULATORS,
+        (*_COMMON, formats.exactly(_speculators_shapes), layers_exist(0), one_norm_before_fc),
         lambda head: {"vLLM": _vllm_alone},
-        flat=_flat_speculators,
+        tensors=_speculators_tensors,
+        config=_speculators_config,
+        # as vLLM's SpeculatorsConfig lays it flat
+        flat=lambda config: {**config["transformer_layer_config"], **{key: config[key] for key in _OF_THE_HEAD}},
     ),
 }

@@ -1,61 +1,213 @@
-"""What an export format is, and the command lines of the engines that serve it."""
+"""Parts of a format: how a checkpoint is completed for an import, and how an export is written and checked.
+
+The rules of an export are what engines do with a head's folder when they load it, read from the sources of vLLM 0.32.0
+(`llama_eagle3.py`, `gpu_model_runner.py`, `configs/speculators/`), SGLang 0.5.23 (`llama_eagle3.py`,
+`spec_aux_hidden_state.py`, `eagle_worker_v2.py`) and speculators 0.9.0 (`models/eagle3/`). An engine that finds a
+tensor that it doesn't know fails (vLLM) or goes on without it (SGLang); one that misses a tensor goes on with random
+weights or zeros. So names and shapes must be exactly what the config.json makes an engine expect.
+"""
 
 from __future__ import annotations
 
-import io
 import json
 import shlex
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors import safe_open
 from torch import Tensor
 
-from draft.interop.checks import Rule, TargetShape
+from draft.errors import UserError
+from draft.target import Target
+from draft.target.bundled import BUNDLED_TARGET, bundled_target_folder
 
-NAMES = ("plain", "vllm", "sglang", "speculators", "medusa")
-
-Command = Callable[[Path, TargetShape, int], str]
-Limits = tuple[list[str], list[str]]  # why an engine can't serve a head, and what was never tried
-
-
-def write_safetensors(tensors: dict[str, Tensor], path: Path) -> None:
-    save_file(tensors, path, metadata={"format": "pt"})
+# --- import ---
 
 
-def write_pickle(tensors: dict[str, Tensor], path: Path) -> None:
-    """A state dict of tensors alone, for a reader that knows nothing else."""
-    buffer = io.BytesIO()  # torch's own writer says nothing of what the disk said
-    torch.save(tensors, buffer)
-    path.write_bytes(buffer.getbuffer())
+@dataclass
+class Checkpoint:
+    """A folder of another project, nothing of it executed; `notes` grows while it is understood."""
 
-
-def as_it_is(config: dict[str, Any]) -> dict[str, Any]:
-    return config
+    folder: Path
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+    about: dict[str, Any]  # draftsmith.json, where it is one of our exports
+    notes: list[str]  # sentences for the user
 
 
 @dataclass(frozen=True)
-class Format:
-    """How heads of one architecture are written in one format and judged, and who serves them."""
+class Source:
+    """A format that heads are imported from.
 
-    # (head, target) -> what goes into the file, by its names
-    tensors: Callable[[Any, TargetShape], dict[str, Tensor]]
-    # (head, dtype of the tensors, target, drafted tokens) -> config.json
-    config: Callable[[Any, torch.dtype, TargetShape, int], dict[str, Any]]
-    rules: tuple[Rule, ...]
-    commands: Callable[[Any], dict[str, Command]]  # of a head: engine -> how it is started
-    flat: Callable[[dict[str, Any]], dict[str, Any]] = as_it_is  # config.json -> the keys that the rules speak of
-    # engine -> what its config.json asks of it; only of engines that do without, and have their command left out
-    limits: Mapping[str, Callable[[dict[str, Any]], Limits]] = field(default_factory=dict)
-    file: str = "model.safetensors"
-    write: Callable[[dict[str, Tensor], Path], None] = write_safetensors
+    translate: (checkpoint, target, the user's choice of auxiliary layers) -> config.json of this program; it renames
+    and completes the checkpoint's tensors in place, and leaves out copies of the target's.
+    """
+
+    name: str
+    recognise: Callable[[Checkpoint], bool]
+    translate: Callable[[Checkpoint, Target, list[int] | None], dict[str, Any]]
+
+
+def architecture_of(found: Checkpoint) -> str:
+    return (found.config.get("architectures") or [""])[0]
+
+
+def refuse_auxiliary_layers(found: Checkpoint, layers: list[int] | None) -> None:
+    """Raises UserError when layers were chosen for a head that reads the last hidden states."""
+    if layers is not None:
+        raise UserError(
+            f"--auxiliary-layers {','.join(map(str, layers))}: {str(found.folder)!r} is no EAGLE-3 head, and reads the "
+            "target's last hidden states; leave the flag out."
+        )
+
+
+def check_sizes(found: Checkpoint, *sizes: tuple[str, Any, int]) -> None:
+    """sizes: (name, the head's, the target's). Raises UserError at the first that differs."""
+    for name, ours, theirs in sizes:
+        if ours != theirs:
+            raise UserError(
+                f"{str(found.folder)!r}: the head's {name} is {ours} and the target's is {theirs}; use the target "
+                "that it was made for."
+            )
+
+
+def complete_layer(values: dict[str, Any], found: Checkpoint, target: Target) -> None:
+    """Fill in keys that a decoder layer's config.json may lack, in place.
+
+    The head's context is its target's; scaled RoPE remembers the length that it was made for.
+    """
+    # engines assume the same where a LlamaConfig says nothing
+    defaults: dict[str, Any] = {"rms_norm_eps": 1e-6, "hidden_act": "silu"}
+    if not values.get("rope_parameters") and not values.get("rope_theta"):
+        defaults["rope_theta"] = 10000.0
+    for key, value in defaults.items():
+        if values.get(key) is None:
+            values[key] = value
+            found.notes.append(f"filled in {key} = {value}, which engines assume.")
+    theirs = values.get("max_position_embeddings")
+    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    scaled = rope.get("rope_type", rope.get("type", "default"))
+    if scaled != "default":
+        rope = {**rope, "rope_type": scaled}
+        if theirs and scaled in ("yarn", "longrope"):
+            rope.setdefault("original_max_position_embeddings", theirs)
+        rope.setdefault("rope_theta", values.get("rope_theta") or 10000.0)
+        values["rope_parameters"] = rope
+    if theirs != target.stated_length:
+        values["max_position_embeddings"] = target.stated_length
+        found.notes.append(f"set max_position_embeddings from {theirs} to the target's {target.stated_length}.")
+
+
+def drop_embedding(found: Checkpoint, target: Target) -> None:
+    """Leave out a copy of the target's embedding; refuse another one, which vLLM would use and SGLang would not."""
+    theirs = found.tensors.pop("embed_tokens.weight", None)
+    if theirs is None:
+        return
+    ours = target.embedding.weight.detach().cpu()
+    if theirs.shape != ours.shape:
+        raise UserError(
+            f"{str(found.folder)!r}: embed_tokens.weight is {list(theirs.shape)} and the target's {list(ours.shape)}; "
+            "use the target that the head was made for."
+        )
+    # both may have been rounded, to different half precisions
+    if not torch.allclose(theirs.float(), ours.float(), rtol=2**-8, atol=2**-24):
+        worst = float((theirs.float() - ours.float()).abs().max())
+        raise UserError(
+            f"{str(found.folder)!r}: embed_tokens.weight differs from the target's by up to {worst:.2g}: vLLM would "
+            "use it and SGLang would not; use the target that the head was made for, or a head without one."
+        )
+    found.notes.append("left out embed_tokens.weight: it is the target's.")
+
+
+def is_the_targets(lm_head: Tensor, target: Target) -> bool:
+    """True for an LM head that is a copy of the target's, in its own dtype."""
+    theirs = target.lm_head.weight.detach()
+    return lm_head.shape == theirs.shape and torch.equal(lm_head, theirs.to("cpu", lm_head.dtype))
+
+
+def complete_token_map(found: Checkpoint, values: dict[str, Any]) -> None:
+    """Make both directions of the map between a reduced vocabulary and the target's, d2t and t2d, in place.
+
+    Raises:
+        UserError: for a map that is missing, or that the target's vocabulary has no room for.
+    """
+    tensors, vocab = found.tensors, int(values["vocab_size"])
+    size = int(values.get("draft_vocab_size") or vocab)
+    if size == vocab:
+        return  # `fill` takes trivial maps only
+    d2t, t2d = tensors.get("d2t"), tensors.get("t2d")
+    if d2t is None and t2d is None:
+        raise UserError(
+            f"{str(found.folder)!r}: draft_vocab_size is {size} of {vocab} tokens, and there is no d2t to say which; "
+            "get the whole head."
+        )
+    if t2d is not None and t2d.shape != (vocab,):
+        raise UserError(
+            f"{str(found.folder)!r}: t2d has {len(t2d)} entries and the target's vocabulary {vocab} tokens."
+        )
+    if d2t is None:
+        assert t2d is not None
+        ids = t2d.bool().nonzero()[:, 0]
+        tensors["d2t"] = ids - torch.arange(len(ids))
+        found.notes.append("filled in d2t from t2d: draft ids in the order of their target ids.")
+    else:
+        tensors["d2t"] = d2t.to(torch.int64)
+    problem = token_map_problem(tensors["d2t"], size, vocab)
+    if problem:
+        raise UserError(f"{str(found.folder)!r}: {problem}; use the target that the head was made for.")
+    marks = torch.zeros(vocab, dtype=torch.bool)
+    marks[tensors["d2t"] + torch.arange(size)] = True
+    if t2d is None:
+        found.notes.append("filled in t2d from d2t.")
+    elif not torch.equal(t2d.bool(), marks):
+        raise UserError(
+            f"{str(found.folder)!r}: t2d marks {int(t2d.bool().sum())} target tokens and d2t gives {size}, others; "
+            "the two belong to different heads."
+        )
+    tensors["t2d"] = marks
+
+
+def token_map_problem(d2t: Tensor, size: int, vocab: int) -> str | None:
+    """The mistake in offsets d2t [draft_vocab] into a vocabulary, in words; None: none."""
+    if d2t.shape != (size,):
+        return f"d2t has {len(d2t)} entries and the draft vocabulary {size}"
+    ids = d2t.to(torch.int64) + torch.arange(size)
+    outside = ((ids < 0) | (ids >= vocab)).nonzero()
+    if len(outside):
+        place = int(outside[0])
+        absolute = int(d2t.min()) >= 0 and int(d2t.max()) < vocab and len(d2t.unique()) == size
+        hint = " (it seems to hold target ids where offsets are expected)" if absolute else ""
+        return f"d2t maps draft id {place} to target id {int(ids[place])}, and the target's vocabulary is {vocab}{hint}"
+    if len(ids.unique()) != size:
+        return f"d2t maps {size} draft ids to only {len(ids.unique())} target ids"
+    return None
+
+
+# --- export ---
+
+
+@dataclass(frozen=True)
+class TargetShape:
+    """Entries of the target's config.json that engines compare a head with."""
+
+    path: str  # for engines: hub id or folder
+    architecture: str
+    hidden_size: int
+    vocab_size: int
+    num_layers: int
+    max_length: int
+
+
+Rule = Callable[[dict[str, Any], dict[str, Tensor], TargetShape], Iterator[str]]  # yields what an engine can't take
+Command = Callable[[Path, TargetShape, int], str]  # of (folder, target, drafted tokens)
+Shapes = dict[str, tuple[int, ...]]
 
 
 def own_tensors(head: Any, target: TargetShape) -> dict[str, Tensor]:
-    """What the head's own file has."""
+    """The tensors of the head's own file."""
     return {name: value.detach().cpu().contiguous() for name, value in head.state_dict().items()}
 
 
@@ -64,11 +216,22 @@ def own_config(head: Any, dtype: torch.dtype, target: TargetShape, length: int) 
     return head.config.as_json(dtype)
 
 
-def vllm(method: str, most: int | None = None) -> Command:
-    """most: drafted tokens that the head has positions for."""
+@dataclass(frozen=True)
+class Format:
+    """A format that heads of one architecture are exported in."""
 
+    rules: tuple[Rule, ...]
+    commands: Callable[[Any], dict[str, Command]]  # of a head: engine -> how it is started
+    # (head, target) -> the file's tensors
+    tensors: Callable[[Any, TargetShape], dict[str, Tensor]] = own_tensors
+    # (head, dtype of the tensors, target, drafted tokens) -> config.json
+    config: Callable[[Any, torch.dtype, TargetShape, int], dict[str, Any]] = own_config
+    flat: Callable[[dict[str, Any]], dict[str, Any]] = lambda config: config  # config.json -> the keys of the rules
+    notes: Callable[[Any], list[str]] = lambda head: []  # of a head: sentences for the user
+
+
+def vllm(method: str) -> Command:
     def command(out: Path, target: TargetShape, length: int) -> str:
-        length = length if most is None else min(length, most)
         speculative = {"method": method, "model": str(out), "num_speculative_tokens": length}
         return shlex.join(["vllm", "serve", target.path, "--speculative-config", json.dumps(speculative)])
 
@@ -83,3 +246,107 @@ def sglang(algorithm: str) -> Command:
         return shlex.join([*words, "--speculative-num-draft-tokens", str(length + 1)])
 
     return command
+
+
+def sizes(config: dict[str, Any], tensors: dict[str, Tensor], target: TargetShape) -> Iterator[str]:
+    """A head of its target's sizes; a Medusa head has no positions."""
+    for key, theirs in (
+        ("hidden_size", target.hidden_size),
+        ("vocab_size", target.vocab_size),
+        ("max_position_embeddings", target.max_length),
+    ):
+        if config.get(key, theirs) != theirs:
+            yield f"{key} is {config[key]} and the target's is {theirs}"
+
+
+def rope(config: dict[str, Any], tensors: dict[str, Tensor], target: TargetShape) -> Iterator[str]:
+    """Today's spelling, with the base, and the older one that says the same."""
+    parameters, scaling = config.get("rope_parameters") or {}, config.get("rope_scaling")
+    if parameters.get("rope_theta") != config.get("rope_theta"):
+        yield f"rope_theta is {config.get('rope_theta')} and rope_parameters has {parameters.get('rope_theta')}"
+    kinds = parameters.get("rope_type", "default"), (scaling or {}).get("rope_type", "default")
+    if kinds[0] != kinds[1]:
+        yield f"rope_parameters is of type {kinds[0]} and rope_scaling of type {kinds[1]}"
+
+
+def exactly(shapes: Callable[[dict[str, Any]], Shapes], *, besides: tuple[str, ...] = ()) -> Rule:
+    """Exactly the tensors that the config.json makes an engine expect; besides: those that it is known to pass over."""
+
+    def rule(config: dict[str, Any], tensors: dict[str, Tensor], target: TargetShape) -> Iterator[str]:
+        expected = shapes(config)
+        found = {name: tuple(value.shape) for name, value in tensors.items() if name not in besides}
+        for name in sorted(set(expected) | set(found)):
+            if expected.get(name) != found.get(name):
+                yield f"tensor {name} is {found.get(name, 'missing')} and must be {expected.get(name, 'left out')}"
+
+    return rule
+
+
+def layer_shapes(config: dict[str, Any], layer: str, inputs: int) -> Shapes:
+    """The matrices of a decoder layer whose attention reads `inputs` values, and the norm of its MLP."""
+    size, inner = config["hidden_size"], config["intermediate_size"]
+    queries = config["num_attention_heads"] * config["head_dim"]
+    values = config["num_key_value_heads"] * config["head_dim"]
+    return {
+        f"{layer}.post_attention_layernorm.weight": (size,),
+        f"{layer}.self_attn.q_proj.weight": (queries, inputs),
+        f"{layer}.self_attn.k_proj.weight": (values, inputs),
+        f"{layer}.self_attn.v_proj.weight": (values, inputs),
+        f"{layer}.self_attn.o_proj.weight": (size, queries),
+        f"{layer}.mlp.gate_proj.weight": (inner, size),
+        f"{layer}.mlp.up_proj.weight": (inner, size),
+        f"{layer}.mlp.down_proj.weight": (size, inner),
+    }
+
+
+def target_shape(name: str) -> TargetShape:
+    """Read the config.json of a target, hub id, folder or the bundled one: it may be larger than this machine.
+
+    Raises:
+        UserError: when there is none, or it is a GGUF file, which the other engines' EAGLE-3 does not take.
+    """
+    from transformers import AutoConfig
+
+    if name.endswith(".gguf"):
+        raise UserError(f"target {name!r}: vLLM and SGLang serve EAGLE-3 beside a folder or hub id, not a GGUF file.")
+    path = str(bundled_target_folder()) if name == BUNDLED_TARGET else name
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise UserError(f"target {name!r}: its config.json can't be read ({reason}); pass --target.") from error
+    inner = config.get_text_config()
+    return TargetShape(
+        path=path,
+        architecture=(config.architectures or ["unknown"])[0],
+        hidden_size=inner.hidden_size,
+        vocab_size=inner.vocab_size,
+        num_layers=inner.num_hidden_layers,
+        max_length=int(getattr(inner, "max_position_embeddings", 2048)),
+    )
+
+
+def target_tensor(path: str, *names: str) -> Tensor:
+    """The first of `names` (ends of tensor names) in a target's safetensors files; hub ids as transformers finds them.
+
+    Raises:
+        UserError: when the target has no safetensors files, or none of them has such a tensor.
+    """
+    from transformers.utils import cached_file
+
+    def find(name: str) -> str | None:
+        try:
+            return cached_file(path, name)
+        except OSError:  # it has no such file
+            return None
+
+    files, index = [find("model.safetensors")], find("model.safetensors.index.json")
+    if files == [None] and index is not None:
+        files = [find(shard) for shard in dict.fromkeys(json.loads(Path(index).read_text())["weight_map"].values())]
+    for name in names:
+        for file in filter(None, files):
+            with safe_open(file, "pt") as tensors:
+                found = next((key for key in tensors.keys() if f".{key}".endswith(f".{name}")), None)  # noqa: SIM118
+                if found is not None:
+                    return tensors.get_tensor(found)
+    raise UserError(f"target {path!r}: its safetensors files have no {' or '.join(names)}; export in another format.")

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import pickle
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
 from draft.errors import UserError
+from draft.files import read_json
 from draft.heads import DraftHead, Eagle3Head, EagleHead, MedusaHead
-from draft.heads.checkpoint import check_fits, fill, save_head
+from draft.heads.checkpoint import attach_head, fill, save_head
 from draft.interop.eagle import EAGLE_SOURCES
 from draft.interop.eagle3 import EAGLE3_SOURCES
+from draft.interop.formats import Checkpoint, Source
 from draft.interop.medusa import MEDUSA_SOURCES
-from draft.interop.sources import Checkpoint, Source, one_dtype, read_checkpoint
 from draft.target import Target
 
 # formats that heads of an architecture are imported from; the first that recognises a checkpoint reads it
@@ -25,7 +32,7 @@ SOURCES: dict[type[DraftHead], tuple[Source, ...]] = {
 
 @dataclass(frozen=True)
 class Imported:
-    """What an import did."""
+    """Result of an import."""
 
     head: Path
     kind: str
@@ -47,13 +54,39 @@ def import_head(
     architecture, kind = _recognise(found)
     values = kind.translate(found, target, auxiliary_layers)
     head = architecture(architecture.config_class.from_dict(values))
-    dtype = one_dtype(found)
+    dtype = _widest_dtype(found)
     head.to(dtype)
     fill(head, found.tensors, str(source))
-    check_fits(head, {}, target)
+    attach_head(head, {}, target)
     about = {**found.about, **_made_for(found, target), "imported_as": kind.name}
     save_head(head, out, dtype=dtype, about=about)
     return Imported(Path(out), kind.name, found.notes)
+
+
+def _recognise(found: Checkpoint) -> tuple[type[DraftHead], Source]:
+    for head, sources in SOURCES.items():
+        for kind in sources:
+            if kind.recognise(found):
+                return head, kind
+    names = (found.config.get("architectures") or ["none"])[0]
+    known = [kind.name for sources in SOURCES.values() for kind in sources]
+    raise UserError(
+        f"{str(found.folder)!r} (architecture {names}, tensors {', '.join(sorted(found.tensors)[:3])}, ...) is in none "
+        f"of the formats {'; '.join(known)}."
+    )
+
+
+def _widest_dtype(found: Checkpoint) -> torch.dtype:
+    """The dtype of the file; where there are several, the one that holds them all."""
+    dtypes = sorted({value.dtype for value in found.tensors.values() if value.is_floating_point()}, key=str)
+    if not dtypes:
+        raise UserError(f"{str(found.folder)!r} has no floating-point tensors; give the folder of a whole head.")
+    widest = dtypes[0]
+    for dtype in dtypes[1:]:
+        widest = torch.promote_types(widest, dtype)
+    if len(dtypes) > 1:
+        found.notes.append(f"brought tensors of {', '.join(map(str, dtypes))} to {widest}.")
+    return widest
 
 
 def _made_for(found: Checkpoint, target: Target) -> dict[str, Any]:
@@ -71,15 +104,74 @@ def _made_for(found: Checkpoint, target: Target) -> dict[str, Any]:
     return dict(zip(keys, (target.name, target.fingerprint, adapter), strict=True))
 
 
-def _recognise(found: Checkpoint) -> tuple[type[DraftHead], Source]:
-    """The first that recognises a checkpoint reads it."""
-    for head, sources in SOURCES.items():
-        for kind in sources:
-            if kind.recognise(found):
-                return head, kind
-    names = (found.config.get("architectures") or ["none"])[0]
-    known = [kind.name for sources in SOURCES.values() for kind in sources]
-    raise UserError(
-        f"{str(found.folder)!r} (architecture {names}, tensors {', '.join(sorted(found.tensors)[:3])}, ...) is in none "
-        f"of the formats {'; '.join(known)}."
-    )
+def read_checkpoint(folder: str | Path) -> Checkpoint:
+    """Read its safetensors files, or its pickles through `torch.load(weights_only=True)`, which runs no code.
+
+    A checkpoint of several files is found by its index.
+
+    Raises:
+        UserError: for a folder without them, a damaged file, or a pickle that holds more than tensors.
+    """
+    folder = Path(folder).expanduser()
+    config = read_json(folder / "config.json")
+    about = read_json(folder / "draftsmith.json") if (folder / "draftsmith.json").is_file() else {}
+    for file, read in _READERS.items():
+        for path, reader in ((folder / file, read), (folder / f"{file}.index.json", _read_shards)):
+            if path.is_file():
+                return Checkpoint(folder, config, reader(path), about, [])
+    raise UserError(f"{str(folder)!r} has no {' or '.join(_READERS)}; give the folder that the head was published as.")
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{str(path)!r} is not a whole safetensors file ({error}); download it again.") from error
+
+
+def _read_pickle(path: Path) -> dict[str, Tensor]:
+    try:
+        values = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{str(path)!r} is damaged or holds more than tensors, which may run code when it is loaded; get the "
+            "head as safetensors, or save its state dict alone."
+        ) from error
+    except Exception as error:  # the unpickler takes any bytes for instructions, and stumbles over them in any way
+        reason = (str(error).splitlines() or ["empty"])[0][:120]
+        raise UserError(f"{str(path)!r} is not a whole PyTorch file ({reason}); download it again.") from error
+    problem = None if isinstance(values, dict) else f"it holds a {type(values).__name__}"
+    for key, value in values.items() if problem is None else ():
+        if not (isinstance(key, str) and isinstance(value, Tensor)):
+            problem = problem or f"{key!r} is no named tensor"
+    if problem:
+        raise UserError(f"{str(path)!r} is no state dict: {problem}; save the head's state dict alone.")
+    return {name: value.contiguous() for name, value in values.items()}
+
+
+def _read_shards(index: Path) -> dict[str, Tensor]:
+    """All files that an index names, each read as if it were the only one; the index decides which tensor is whose."""
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
+        raise UserError(f"{str(index)!r} has no weight_map of tensors to files; give the folder of a whole head.")
+    read = _READERS[index.name.removesuffix(".index.json")]
+    tensors: dict[str, Tensor] = {}
+    for name in sorted(set(places.values())):
+        if Path(name).name != name:
+            raise UserError(f"{str(index)!r} names {name!r}, which is no file beside it; download the head again.")
+        if not (index.parent / name).is_file():
+            raise UserError(f"{str(index.parent / name)!r} is missing, which the index names; download the whole head.")
+        held = read(index.parent / name)
+        for tensor in (tensor for tensor, place in places.items() if place == name):
+            if tensor not in held:
+                raise UserError(f"{str(index.parent / name)!r} lacks {tensor}, which its index says it has.")
+            tensors[tensor] = held[tensor]
+    return tensors
+
+
+_READERS = {
+    "model.safetensors": _read_safetensors,
+    "pytorch_model.bin": _read_pickle,
+    "medusa_lm_head.safetensors": _read_safetensors,
+    "medusa_lm_head.pt": _read_pickle,
+}

@@ -1,4 +1,4 @@
-"""Which rows an optimiser step reads, and which of them a process reads: functions of the seed and the step alone."""
+"""Batches of a run: which rows an optimiser step reads, and the target's hidden states of them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
+import psutil
 import torch
 from rich.console import Console
 from torch import Tensor
@@ -21,127 +22,109 @@ from draft.target import Target, TargetOutput
 from draft.training.config import RunSettings
 
 
-class Schedule:
-    """The order of a run's rows.
+@dataclass(frozen=True)
+class Window:
+    """Batches of one optimiser step."""
+
+    share: list[tuple[list[int], bool]]  # row numbers of this process's batches; false: read, but with weight 0
+    positions: int  # trained on in the first draft step, over all processes: by so many the loss is divided
+    tokens: int  # over all processes, padding left out
+
+
+class Batches:
+    """The batches of a run, a function of the seed and the step alone.
 
     A step reads `gradient_accumulation` batches a process: two processes that accumulate one batch each read, and
     learn, what one process does that accumulates two.
     """
 
-    def __init__(self, rows: list[Row], settings: RunSettings, *, processes: int = 1, packing: bool = False) -> None:
-        training = settings.training
-        self.rows = rows
+    def __init__(
+        self, rows: list[Row], settings: RunSettings, target: Target, *, rank: int = 0, processes: int = 1
+    ) -> None:
+        training, packing = settings.training, settings.data.packing
+        self.rows, self.target, self.rank, self.processes = rows, target, rank, processes
         self.tokens_per_batch, self.seed = settings.data.tokens_per_batch, training.seed
+        packing = target.device.type == "cuda" if packing is None else packing
         self.capacity = max(len(row.ids) for row in rows) if packing else None
-        self.processes = processes
-        self.batches_per_step = training.gradient_accumulation * processes
-        self.steps_per_epoch = max(1, math.ceil(len(self.batches(0)) / self.batches_per_step))
+        self.per_step = training.gradient_accumulation * processes
+        self.steps_per_epoch = max(1, math.ceil(len(self._epoch(0)) / self.per_step))
         self.total_steps = training.max_steps or max(1, round(training.epochs * self.steps_per_epoch))
+        self.features = FeatureSource(target, home=self._home)
         self._positions = [sum(row.mask[2:]) for row in rows]
+        self.start(0)
 
-    def batches(self, epoch: int) -> list[list[int]]:
-        """Row numbers of each batch of an epoch; packed ones stand in the order in which they are packed."""
-        if self.capacity is None:
-            return batches(self.rows, self.tokens_per_batch, self.seed, epoch)
-        return packed_batches(self.rows, self.tokens_per_batch, self.capacity, self.seed, epoch)
+    def start(self, step: int) -> None:
+        """Go on after `step` steps."""
+        self._windows = self._windows_from(step)
 
-    def windows(self, step: int) -> Iterator[list[list[int]]]:
+    def next(self) -> Window:
+        """The batches of the next optimiser step.
+
+        All processes read equally many, or those with more would wait for the others forever: where the batches can't
+        be divided, one is read once more, with weight 0.
+        """
+        window = next(self._windows)
+        share = [(rows, True) for rows in window[self.rank :: self.processes]]
+        share += [(window[0], False)] * (math.ceil(len(window) / self.processes) - len(share))
+        rows = [row for batch in window for row in batch]
+        return Window(share, sum(self._positions[row] for row in rows), sum(len(self.rows[row].ids) for row in rows))
+
+    def read(self, rows: list[int]) -> tuple[Batch, Features]:
+        """The batch of some rows on the target's device, and the target's states of it."""
+        batch = self._collate(rows)
+        return batch, self.features.get(batch, rows)
+
+    def states(self, rows: list[int]) -> dict[int, Tensor]:
+        """Fresh states of each row: [tokens, kept layers * hidden] on the CPU."""
+        return self.features.states(self._collate(rows), rows)
+
+    def first(self, least_tokens: int) -> Iterator[tuple[Features, Tensor]]:
+        """Features and attention masks of the first rows, never packed: at least so many tokens."""
+        tokens = 0
+        for rows in batches(self.rows, self.tokens_per_batch, self.seed, epoch=0):
+            batch = collate([self.rows[row] for row in rows]).to(self.target.device)
+            yield self.features.get(batch, rows), batch.attention_mask.bool()
+            tokens += sum(len(self.rows[row].ids) for row in rows)
+            if tokens >= least_tokens:
+                return
+
+    def _windows_from(self, step: int) -> Iterator[list[list[int]]]:
         """The batches of each optimiser step, of all processes, from `step` to the last."""
-        size = self.batches_per_step
+        size = self.per_step
         while step < self.total_steps:
             epoch, first = divmod(step, self.steps_per_epoch)
-            order = self.batches(epoch)
+            order = self._epoch(epoch)
             for start in range(first * size, self.steps_per_epoch * size, size):
                 if step == self.total_steps:
                     return
                 yield order[start : start + size] or order[:size]
                 step += 1
 
-    def share(self, window: list[list[int]], process: int) -> list[tuple[list[int], bool]]:
-        """The batches of `window` that one process reads, and whether they count.
+    def _epoch(self, epoch: int) -> list[list[int]]:
+        """Row numbers of each batch of an epoch; packed ones are in the order in which they are packed."""
+        if self.capacity is None:
+            return batches(self.rows, self.tokens_per_batch, self.seed, epoch)
+        return packed_batches(self.rows, self.tokens_per_batch, self.capacity, self.seed, epoch)
 
-        All processes read equally many, or those with more would wait for the others forever: where the window can't be
-        divided, a batch is read once more, with weight 0.
-        """
-        count = math.ceil(len(window) / self.processes)
-        mine = [(rows, True) for rows in window[process :: self.processes]]
-        return mine + [(window[0], False)] * (count - len(mine))
+    def _collate(self, rows: list[int]) -> Batch:
+        return collate([self.rows[row] for row in rows], self.capacity).to(self.target.device)
 
-    def positions(self, window: list[list[int]]) -> int:
-        """How many positions the first draft step of a window is trained on: by so many the loss is divided."""
-        return sum(self._positions[row] for rows in window for row in rows)
-
-    def tokens(self, window: list[list[int]]) -> int:
-        """Tokens of a window, padding left out."""
-        return sum(len(self.rows[row].ids) for rows in window for row in rows)
-
-    def collate(self, rows: list[int]) -> Batch:
-        return collate([self.rows[row] for row in rows], self.capacity)
-
-    def home(self, row: int) -> list[int]:
+    def _home(self, row: int) -> tuple[Batch, list[int]]:
         """The batch of the first epoch that has `row`.
 
         Hidden states that are kept are those of this batch: the last bits of a product depend on its shape, and a run
         that goes on after an interruption has to read the same bits as one that was never interrupted.
         """
-        return self._homes[row]
+        rows = self._homes[row]
+        return self._collate(rows), rows
 
     @cached_property
     def _homes(self) -> dict[int, list[int]]:
-        return {row: rows for rows in self.batches(0) for row in rows}
-
-
-# The rows of a run: what it trains on, and the few that are replayed on the way.
-
-
-@dataclass(frozen=True)
-class Rows:
-    train: list[Row]
-    held_out: list[Row]  # greedy ones, a few, for the replay during training
-
-
-def load_rows(settings: RunSettings, target: Target, console: Console) -> Rows:
-    """The rows of all data folders, in their order; what one of them holds out is not trained on from another.
-
-    Raises:
-        UserError: when they belong to another target, or when none can be trained on.
-    """
-    train: list[Row] = []
-    held_out: list[Row] = []
-    for folder in settings.data.data:
-        dataset = open_dataset(Path(folder))
-        dataset.check_target(target)
-        train += dataset.rows("train")
-        held_out += dataset.rows("held-out")
-    train = _without(train, held_out, settings.data.data, console)
-    train = [row for row in train if sum(row.mask[2:])]
-    if not train:
-        raise UserError(f"{', '.join(settings.data.data)}: no training rows; prepare a larger data set.")
-    return Rows(train, [row for row in held_out if row.greedy][: settings.training.eval_rows])
-
-
-def _without(train: list[Row], held_out: list[Row], folders: list[str], console: Console) -> list[Row]:
-    """The rows whose prompts no data set holds out: each has a split of its own, and two may share prompts."""
-    ids = {row.id for row in held_out}
-    kept = [row for row in train if row.id not in ids]
-    if train and not kept:
-        raise UserError(
-            f"{', '.join(folders)}: no training rows, for the prompts of all of them are held out in another data set; "
-            "prepare data of other prompts."
-        )
-    if left_out := len(train) - len(kept):
-        console.print(f"{left_out} training rows are left out: their prompts are held out in another data set.")
-    return kept
-
-
-# The target's hidden states for a batch: computed in this process, or kept from a first pass in memory or on disk.
-
-
-Home = Callable[[int], tuple[Batch, list[int]]]
+        return {row: rows for rows in self._epoch(0) for row in rows}
 
 
 class Kept(Protocol):
-    """Where hidden states stay between epochs: row number -> [tokens, kept layers * hidden] on the CPU."""
+    """Hidden states that stay between epochs: row number -> [tokens, kept layers * hidden] on the CPU."""
 
     def __contains__(self, row: object, /) -> bool: ...
 
@@ -149,10 +132,15 @@ class Kept(Protocol):
 
 
 class FeatureSource:
-    """Runs the target once per batch, or once per row when `remember` is set or `kept` is given."""
+    """The target's hidden states: one pass a batch, or one a row when `remember` is set or `kept` is given."""
 
     def __init__(
-        self, target: Target, *, remember: bool = False, kept: Kept | None = None, home: Home | None = None
+        self,
+        target: Target,
+        *,
+        remember: bool = False,
+        kept: Kept | None = None,
+        home: Callable[[int], tuple[Batch, list[int]]] | None = None,
     ) -> None:
         """home: the batch that a row's states are computed in when they are remembered; None: whichever comes first."""
         self.target = target
@@ -168,15 +156,23 @@ class FeatureSource:
             if self.kept is not None:
                 states = self._lay_out(self.kept, batch, rows)
             elif self.remember:
-                self._remember(batch, rows)
+                for row in rows:
+                    if row not in self._memory:
+                        self._memory.update(self.states(*(self._home(row) if self._home else (batch, rows))))
                 states = self._lay_out(self._memory, batch, rows)
             else:
-                states = self.run(batch)
+                states = self._run(batch)
             kept = kept_layers(self.target, self.layers)
             output = TargetOutput(states[..., -self.target.hidden_size :], states, kept)
             return Features(self.target.embedding(batch.input_ids), output.states_of(self.layers), output.last_hidden)
 
-    def run(self, batch: Batch) -> Tensor:
+    def states(self, batch: Batch, rows: list[int]) -> dict[int, Tensor]:
+        """A pass of the target, taken apart: row number -> [tokens, kept layers * hidden] on the CPU."""
+        passed = self._run(batch)
+        places = zip(rows, _places(batch), strict=True)
+        return {row: passed[line, start : start + length].to("cpu", copy=True) for row, (line, start, length) in places}
+
+    def _run(self, batch: Batch) -> Tensor:
         """The states of `kept_layers` from a pass of the target: [batch, tokens, kept layers * hidden].
 
         Padding on the right needs no mask: no real token sees what follows it. Where conversations are packed,
@@ -190,24 +186,18 @@ class FeatureSource:
                 return output.last_hidden
             return torch.cat([output.auxiliary, output.last_hidden], dim=-1)
 
-    def states(self, batch: Batch, rows: list[int]) -> dict[int, Tensor]:
-        """A pass of the target, taken apart: row number -> [tokens, kept layers * hidden] on the CPU."""
-        passed = self.run(batch)
-        places = zip(rows, places_in(batch), strict=True)
-        return {row: passed[line, start : start + length].to("cpu", copy=True) for row, (line, start, length) in places}
-
-    def _remember(self, batch: Batch, rows: list[int]) -> None:
-        for row in rows:
-            if row not in self._memory:
-                self._memory.update(self.states(*(self._home(row) if self._home else (batch, rows))))
-
     def _lay_out(self, kept: Kept, batch: Batch, rows: list[int]) -> Tensor:
-        """Kept rows as `run` gives them, zeros on the padding."""
+        """Kept rows as `_run` gives them, zeros on the padding."""
         width = len(kept_layers(self.target, self.layers)) * self.target.hidden_size
         states = torch.zeros(*batch.input_ids.shape, width, dtype=self.target.dtype)
-        for row, (line, start, length) in zip(rows, places_in(batch), strict=True):
+        for row, (line, start, length) in zip(rows, _places(batch), strict=True):
             states[line, start : start + length] = kept[row]
         return states.to(self.target.device)
+
+
+def _places(batch: Batch) -> Sequence[tuple[int, int, int]]:
+    """Position of each conversation: (row of the batch, first token, number of tokens)."""
+    return batch.places or [(line, 0, int(length)) for line, length in enumerate(batch.attention_mask.sum(1))]
 
 
 def kept_layers(target: Target, layers: Sequence[int]) -> tuple[int, ...]:
@@ -215,17 +205,46 @@ def kept_layers(target: Target, layers: Sequence[int]) -> tuple[int, ...]:
     return (*(layer for layer in layers if layer != target.output_layer), target.output_layer)
 
 
-def places_in(batch: Batch) -> Sequence[tuple[int, int, int]]:
-    """Where each conversation lies: (row of the batch, first token, number of tokens)."""
-    return batch.places or [(line, 0, int(length)) for line, length in enumerate(batch.attention_mask.sum(1))]
-
-
 def fits_in_memory(target: Target, layers: Sequence[int], tokens: int) -> bool:
-    """Whether the states kept of `tokens` tokens take less than a third of this machine's memory.
+    """True when the states kept of `tokens` tokens take less than a third of this machine's memory.
 
     Of all of it, not of what is free at the moment: a run has to go the same way each time it is started.
     """
-    import psutil
-
     size = tokens * len(kept_layers(target, layers)) * target.hidden_size * target.dtype.itemsize
     return size < psutil.virtual_memory().total / 3
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Conversations that a run trains on, and the few that are replayed on the way."""
+
+    train: list[Row]
+    held_out: list[Row]  # written greedily
+
+
+def load_rows(settings: RunSettings, target: Target, console: Console) -> Rows:
+    """The rows of all data folders, in their order; what one of them holds out is not trained on from another.
+
+    Raises:
+        UserError: when they belong to another target, or when none can be trained on.
+    """
+    offered: list[Row] = []
+    held_out: list[Row] = []
+    for folder in settings.data.data:
+        dataset = open_dataset(Path(folder))
+        dataset.check_target(target)
+        offered += dataset.rows("train")
+        held_out += dataset.rows("held-out")
+    ids = {row.id for row in held_out}  # each data set has a split of its own, and two may share prompts
+    train = [row for row in offered if row.id not in ids]
+    if offered and not train:
+        raise UserError(
+            f"{', '.join(settings.data.data)}: no training rows, for the prompts of all of them are held out in "
+            "another data set; prepare data of other prompts."
+        )
+    if left_out := len(offered) - len(train):
+        console.print(f"{left_out} training rows are left out: their prompts are held out in another data set.")
+    train = [row for row in train if sum(row.mask[2:])]
+    if not train:
+        raise UserError(f"{', '.join(settings.data.data)}: no training rows; prepare a larger data set.")
+    return Rows(train, [row for row in held_out if row.greedy][: settings.training.eval_rows])

@@ -1,17 +1,26 @@
-"""The settings of a training run: one dataclass field is one flag and one key of the YAML file."""
+"""The settings of a training run: one field is one flag and one key of the YAML file."""
 
 from __future__ import annotations
 
-import dataclasses
-import math
-import types
+import difflib
 import typing
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    ValidationInfo,
+    model_validator,
+)
 
 from afa_kernels import ACTIVATIONS, canonical_placement
 from draft.afa.schedule import SCHEDULES
@@ -23,26 +32,66 @@ TRACKERS = ("tensorboard", "wandb", "trackio", "none")
 METHODS = ("afa-lora", "lora", "full")
 DRAFT_VOCABULARY = 8192  # tokens of a new head's reduced vocabulary
 DRAFT_STEPS = 4  # that training-time test unrolls, for heads that draft any number
-LEFT_TO_THE_HEAD = {"architecture", "targets", "draft_steps", "feature_weight"}  # what `build.settle` fills in
+LEFT_TO_THE_HEAD = {"architecture", "targets", "draft_steps", "feature_weight"}  # what `model.settle` fills in
 _LEARNING_RATES = {"pretrain": 1e-3, "full": 2e-4, "lora": 1e-3, "afa-lora": 1e-3}
 
 
-def _setting(default: Any, help: str) -> Any:
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": help})
-    return field(default=default, metadata={"help": help})
+def _one_of(options: Collection[str]) -> AfterValidator:
+    def validate(value: str | None, info: ValidationInfo) -> str | None:
+        if value is not None and value not in options:
+            raise UserError(f"{info.field_name} {value!r} is unknown; choose one of {', '.join(options)}.")
+        return value
+
+    return AfterValidator(validate)
 
 
-@dataclass
-class ModelSettings:
+def _placement(value: str) -> str:
+    try:
+        canonical_placement(value)
+    except ValueError as error:
+        raise UserError(f"{error}.") from error
+    return value
+
+
+def _number(value: Any) -> Any:
+    """Read 1e-3, which is a string to YAML, as a number."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
+def _absolute(value: str | None) -> str | None:
+    """Resolve a folder: a merge may be called from another one."""
+    return str(Path(value).resolve()) if value and Path(value).is_dir() else value
+
+
+Number = Annotated[float, BeforeValidator(_number)]
+Folder = Annotated[str | None, AfterValidator(_absolute)]
+
+
+def _setting(default: Any, help: str, **bounds: Any) -> Any:
+    return Field(default, description=help, **bounds)
+
+
+class _Section(BaseModel):
+    # strict: no "3" for 3 and no true for 1
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class ModelSettings(_Section):
+    """Target and head of a run."""
+
     target: str = _setting("smollm2", "Target: hub id, folder, .gguf file, or smollm2 (bundled).")
-    target_adapter: str | None = _setting(None, "PEFT LoRA adapter of the target, merged in memory: a folder.")
-    head: str | None = _setting(
+    target_adapter: Folder = _setting(None, "PEFT LoRA adapter of the target, merged in memory: a folder.")
+    head: Folder = _setting(
         None,
-        "Warm start: the head whose weights a new run starts from, a folder or smollm2-eagle3 (bundled). Needed by "
-        "adapt. (To go on with an interrupted run: --resume.)",
+        "Warm start: the head whose weights a new run starts from, a folder or smollm2-eagle3 (bundled). "
+        "Needed by adapt. (To go on with an interrupted run: --resume.)",
     )
-    architecture: str | None = _setting(None, f"Of a new head: {', '.join(ARCHITECTURES)} [default: {DEFAULT}].")
+    architecture: Annotated[str | None, _one_of(ARCHITECTURES)] = _setting(
+        None, f"Architecture of a new head: {', '.join(ARCHITECTURES)} [default: {DEFAULT}]."
+    )
     head_options: list[str] = _setting(
         [],
         "Option of a new head, as num_heads=3; repeatable. "
@@ -52,6 +101,7 @@ class ModelSettings:
     draft_vocab_size: int | None = _setting(
         None,
         f"Tokens of a new head's reduced vocabulary [default: {DRAFT_VOCABULARY}; the target's where the LM head is].",
+        ge=1,
     )
     rebuild_vocabulary: bool = _setting(
         False, "Choose --head's vocabulary anew from the data (pretrain, adapt by full)."
@@ -64,89 +114,134 @@ class ModelSettings:
     def new_architecture(self) -> str:
         return self.architecture or DEFAULT
 
+    @cached_property
     def options(self) -> dict[str, Any]:
         """`head_options` as arguments of the configuration of a new head."""
-        architecture = ARCHITECTURES[self.new_architecture]
-        hints, options = typing.get_type_hints(architecture.config_class), {}
+        head = ARCHITECTURES[self.new_architecture]
+        types, options = typing.get_type_hints(head.config_class), {}
         for text in self.head_options:
             key, equals, value = text.partition("=")
-            if key not in architecture.options or not equals:
+            if key not in head.options or not equals:
                 raise UserError(
-                    f"head option {text!r} is none of {architecture.architecture}'s; they are "
-                    f"{', '.join(f'{option}=...' for option in architecture.options)}."
+                    f"head option {text!r} is none of {head.architecture}'s; they are "
+                    f"{', '.join(f'{option}=...' for option in head.options)}."
                 )
-            options[key] = convert(f"head option {key}", read_value(text, value), hints[key])
+            try:
+                options[key] = TypeAdapter(types[key]).validate_python(_yaml_value(text, value), strict=True)
+            except ValidationError as error:
+                raise UserError(_sentence(error, f"head option {key}")) from error
         return options
 
 
-@dataclass
-class AdapterSettings:
-    method: str = _setting("afa-lora", "What is trained: afa-lora, lora or full (adapt).")
-    rank: int = _setting(16, "Rank r of the adapter.")
-    alpha: float = _setting(32, "Scaling: the adapter's output is multiplied by alpha / rank.")
-    activation: str = _setting("silu", "Annealed activation: silu, gelu, relu or tanh (afa-lora).")
-    placement: str = _setting("A-s-B", "Where it stands: A-s-B, s-A-B, s-A-B-s, s-A-s-B or s-A-s-B-s (afa-lora).")
-    decay_ratio: float = _setting(0.3, "Share of the steps after which the activation is gone (afa-lora).")
-    schedule: str = _setting("linear", "How it goes: linear, cosine or exponential (afa-lora).")
+class AdapterSettings(_Section):
+    """The adapter that is trained, or all weights."""
+
+    method: Annotated[str, _one_of(METHODS)] = _setting("afa-lora", "Training method: afa-lora, lora or full (adapt).")
+    rank: int = _setting(16, "Rank r of the adapter.", ge=1)
+    alpha: Number = _setting(32, "Scaling: the adapter's output is multiplied by alpha / rank.", ge=1e-6)
+    activation: Annotated[str, _one_of(ACTIVATIONS)] = _setting(
+        "silu", "Annealed activation: silu, gelu, relu or tanh (afa-lora)."
+    )
+    placement: Annotated[str, AfterValidator(_placement)] = _setting(
+        "A-s-B", "Placement of the activation: A-s-B, s-A-B, s-A-B-s, s-A-s-B or s-A-s-B-s (afa-lora)."
+    )
+    decay_ratio: Number = _setting(
+        0.3, "Share of the steps in which the activation is annealed away (afa-lora).", gt=0, le=1
+    )
+    schedule: Annotated[str, _one_of(SCHEDULES)] = _setting(
+        "linear", "Annealing schedule: linear, cosine or exponential (afa-lora)."
+    )
     targets: list[str] = _setting(
         [], "Layers that get an adapter [default: the decoder layer's matrices, or Medusa's blocks]."
     )
 
 
-@dataclass
-class DataSettings:
-    data: list[str] = _setting([], "Folders that `draft-train prepare` wrote; give it more than once to mix.")
-    tokens_per_batch: int = _setting(2048, "Tokens (padding included) of one forward pass of one process.")
+class DataSettings(_Section):
+    """Data of a run, and how much of it a batch holds."""
+
+    data: list[str] = _setting([], "Folder that `draft-train prepare` wrote; repeatable, to mix several.")
+    tokens_per_batch: int = _setting(2048, "Tokens (padding included) of one forward pass of one process.", ge=1)
     packing: bool | None = _setting(
         None, "Several conversations in one row, each attending to itself only (default: on CUDA)."
     )
 
 
-@dataclass
-class TrainingSettings:
-    epochs: float = _setting(3.0, "Passes over the training rows.")
-    max_steps: int | None = _setting(None, "Optimiser steps, instead of epochs.")
-    learning_rate: float | None = _setting(None, f"Peak learning rate; by default {_LEARNING_RATES}.")
-    warmup_ratio: float = _setting(0.05, "Share of the steps in which the rate rises; then a cosine to a tenth.")
-    max_grad_norm: float = _setting(0.5, "Gradients are clipped to this norm.")
-    gradient_accumulation: int = _setting(1, "Batches per optimiser step and process.")
-    draft_steps: int | None = _setting(
-        None, f"Draft steps K that training-time test unrolls [default: {DRAFT_STEPS}, or all that a Medusa head has]."
+class TrainingSettings(_Section):
+    """Optimisation, and what a run keeps and shows."""
+
+    epochs: Number = _setting(3.0, "Passes over the training rows.", ge=1e-6)
+    max_steps: int | None = _setting(None, "Optimiser steps, instead of epochs.", ge=1)
+    learning_rate: Number | None = _setting(None, f"Peak learning rate; by default {_LEARNING_RATES}.", ge=0)
+    warmup_ratio: Number = _setting(
+        0.05, "Share of the steps in which the rate rises; then a cosine to a tenth.", ge=0, le=1
     )
-    step_decay: float = _setting(0.8, "Draft step k weighs step_decay ** k in the loss.")
-    loss: str = _setting("kl", f"Loss: {', '.join(LOSSES)}.")
-    feature_weight: float | None = _setting(
-        None, "Weight of the regression to the target's states beside the loss [default: 10 for eagle, else none]."
+    max_grad_norm: Number = _setting(0.5, "Gradients are clipped to this norm.", ge=1e-12)
+    gradient_accumulation: int = _setting(1, "Batches per optimiser step and process.", ge=1)
+    draft_steps: int | None = _setting(
+        None,
+        f"Draft steps K that training-time test unrolls [default: {DRAFT_STEPS}, or all that a Medusa head has].",
+        ge=1,
+    )
+    step_decay: Number = _setting(0.8, "Draft step k weighs step_decay ** k in the loss.", ge=0)
+    loss: Annotated[str, _one_of(LOSSES)] = _setting("kl", f"Loss: {', '.join(LOSSES)}.")
+    feature_weight: Number | None = _setting(
+        None,
+        "Weight of the regression to the target's states beside the loss [default: 10 for eagle, else none].",
+        ge=0,
     )
     seed: int = _setting(0, "Seed of initialisation and data order.")
-    eval_every: int = _setting(50, "Steps between replays on a few held-out rows; 0 for never.")
-    eval_rows: int = _setting(12, "Held-out greedy rows of that replay.")
-    save_every: int = _setting(100, "Steps between checkpoints.")
-    keep_checkpoints: int = _setting(2, "Newest checkpoints that are kept.")
+    eval_every: int = _setting(50, "Steps between replays on a few held-out rows; 0 for never.", ge=0)
+    eval_rows: int = _setting(12, "Held-out greedy rows of the replay during training.", ge=0)
+    save_every: int = _setting(100, "Steps between checkpoints.", ge=1)
+    keep_checkpoints: int = _setting(2, "Newest checkpoints that are kept.", ge=1)
     keep_hidden_states: bool | None = _setting(
-        None, "Keep the target's hidden states in memory between epochs (default: if they fit in a third of it)."
+        None,
+        "Keep the target's hidden states in memory between epochs (default: if they fit in a third of it).",
     )
     cache_hidden_states: str | None = _setting(
         None, "Folder to keep the target's hidden states in, for targets too large to run at every epoch."
     )
     deterministic: bool | None = _setting(
-        None, "Use only algorithms that give the same bits every time (default: on a CPU, where they cost nothing)."
+        None,
+        "Use only algorithms that give the same bits every time (default: on a CPU, where they cost nothing).",
     )
     log_with: list[str] = _setting(
-        [], "Tracker: tensorboard (the default where it is installed), wandb, trackio or none; repeatable."
+        [],
+        "Tracker: tensorboard (the default where it is installed), wandb, trackio or none; repeatable.",
     )
 
+    @model_validator(mode="after")
+    def _known_trackers(self) -> TrainingSettings:
+        if set(self.log_with) - set(TRACKERS) or ("none" in self.log_with and len(self.log_with) > 1):
+            raise UserError(
+                f"log_with {', '.join(self.log_with)}: choose from {', '.join(TRACKERS[:-1])}, or none alone."
+            )
+        return self
 
-@dataclass
-class RunSettings:
+
+SECTIONS: dict[str, type[_Section]] = {
+    "model": ModelSettings,
+    "adapter": AdapterSettings,
+    "data": DataSettings,
+    "training": TrainingSettings,
+}
+# method -> settings of an adapter that it has no use for
+_UNUSED_BY: dict[str, tuple[str, ...]] = {
+    "afa-lora": (),
+    "lora": ("activation", "placement", "decay_ratio", "schedule"),
+}
+_UNUSED_BY["full"] = ("rank", "alpha", "targets", *_UNUSED_BY["lora"])
+
+
+class RunSettings(_Section):
     """All settings of a run, by section, plus what the command line says: the mode and the run's folder."""
 
     mode: Literal["pretrain", "adapt"]
     out: str
-    model: ModelSettings = field(default_factory=ModelSettings)
-    adapter: AdapterSettings = field(default_factory=AdapterSettings)
-    data: DataSettings = field(default_factory=DataSettings)
-    training: TrainingSettings = field(default_factory=TrainingSettings)
+    model: ModelSettings = Field(default_factory=ModelSettings)
+    adapter: AdapterSettings = Field(default_factory=AdapterSettings)
+    data: DataSettings = Field(default_factory=DataSettings)
+    training: TrainingSettings = Field(default_factory=TrainingSettings)
 
     @property
     def method(self) -> str:
@@ -157,111 +252,40 @@ class RunSettings:
         kind = "pretrain" if self.mode == "pretrain" else self.adapter.method
         return _LEARNING_RATES[kind] if self.training.learning_rate is None else self.training.learning_rate
 
-    def check(self) -> None:
-        """Refuse values that can only fail later."""
-        if self.method not in METHODS:
-            raise UserError(f"method {self.method!r} is unknown; choose one of {', '.join(METHODS)}.")
-        if self.training.loss not in LOSSES:
-            raise UserError(f"loss {self.training.loss!r} is unknown; choose one of {', '.join(LOSSES)}.")
-        self._check_adapter()
-        self._check_head()
+    @property
+    def unused(self) -> list[str]:
+        """Settings of an adapter that were given, and that the method has no use for."""
+        usual = AdapterSettings()
+        return [name for name in _UNUSED_BY[self.method] if getattr(self.adapter, name) != getattr(usual, name)]
+
+    @model_validator(mode="after")
+    def _combination(self) -> RunSettings:
         if not self.data.data:
             raise UserError("no data given; pass --data DIR, a folder that `draft-train prepare` wrote.")
         if self.mode == "adapt" and not self.model.head:
             raise UserError("no head given; pass --head, the head to adapt (the bundled one is smollm2-eagle3).")
-        if self.model.rebuild_vocabulary and self.method != "full":
-            raise UserError(f"rebuild_vocabulary needs method full, not {self.method}: an adapter keeps its map.")
-        unknown = [name for name in self.training.log_with if name not in TRACKERS]
-        if unknown or ("none" in self.training.log_with and len(self.training.log_with) > 1):
-            raise UserError(
-                f"log_with {', '.join(self.training.log_with)}: choose from {', '.join(TRACKERS[:-1])}, or none alone."
-            )
-        for section, name, least, most in _RANGES:
-            value = getattr(getattr(self, section), name)
-            if value is not None and not value >= least:
-                raise UserError(f"{name} = {value} is too small; use at least {least}.")
-            if value is not None and not value <= most:
-                raise UserError(f"{name} = {value} is too large; use at most {most}.")
-
-    def _check_adapter(self) -> None:
-        """Also where the method has no use for it: what is misspelt is never meant."""
-        activation, schedule = self.adapter.activation, self.adapter.schedule
-        if activation not in ACTIVATIONS:
-            raise UserError(f"activation {activation!r} is unknown; choose one of {', '.join(ACTIVATIONS)}.")
-        if schedule not in SCHEDULES:
-            raise UserError(f"schedule {schedule!r} is unknown; choose one of {', '.join(SCHEDULES)}.")
-        try:
-            canonical_placement(self.adapter.placement)
-        except ValueError as error:
-            raise UserError(f"{error}.") from error
-
-    def unused(self) -> list[str]:
-        """Settings of an adapter that were given, and that the method has no use for."""
-        usual = AdapterSettings()
-        names = [name for name, methods in _ADAPTERS.items() if self.method not in methods]
-        return [name for name in names if getattr(self.adapter, name) != getattr(usual, name)]
-
-    def _check_head(self) -> None:
         model = self.model
-        if model.new_architecture not in ARCHITECTURES:
-            raise UserError(
-                f"architecture {model.architecture!r} is unknown; choose one of {', '.join(ARCHITECTURES)}."
-            )
+        if model.rebuild_vocabulary and self.method != "full":
+            raise UserError(f"rebuild_vocabulary needs method full, not {self.method}: an adapter keeps its map.")
         if model.head and model.head_options:
             raise UserError(
                 f"head_options {', '.join(model.head_options)}: they are of a new head, and {model.head!r} is given; "
                 "leave one of them out."
+            )
+        if model.head and model.draft_vocab_size and not model.rebuild_vocabulary:
+            raise UserError(
+                f"draft_vocab_size = {model.draft_vocab_size}: {model.head!r} has a vocabulary already, and keeps it; "
+                "leave the flag out, or choose one anew with --rebuild-vocabulary."
             )
         if not model.head and model.draft_vocab_size and not ARCHITECTURES[model.new_architecture].reduced_vocabulary:
             raise UserError(
                 f"draft_vocab_size = {model.draft_vocab_size}: a head of architecture {model.architecture} drafts from "
                 "the target's whole vocabulary; leave the flag out."
             )
-        if model.rebuild_vocabulary and not model.head:
+        if not model.head and model.rebuild_vocabulary:
             raise UserError("rebuild_vocabulary: a new head's is chosen from the data anyway; leave the flag out.")
-        if model.head and model.draft_vocab_size and not model.rebuild_vocabulary:
-            raise UserError(
-                f"draft_vocab_size = {model.draft_vocab_size}: {model.head!r} has a vocabulary already, and keeps it; "
-                "leave the flag out, or choose one anew with --rebuild-vocabulary."
-            )
-        model.options()
-
-
-# setting of an adapter -> methods that go by it
-_ADAPTERS = {
-    **dict.fromkeys(("rank", "alpha", "targets"), ("afa-lora", "lora")),
-    **dict.fromkeys(("activation", "placement", "decay_ratio", "schedule"), ("afa-lora",)),
-}
-_RANGES = (
-    ("model", "draft_vocab_size", 1, math.inf),
-    ("adapter", "rank", 1, math.inf),
-    ("adapter", "alpha", 1e-6, math.inf),
-    ("data", "tokens_per_batch", 1, math.inf),
-    ("training", "epochs", 1e-6, math.inf),
-    ("training", "max_steps", 1, math.inf),
-    ("training", "learning_rate", 0.0, math.inf),
-    ("training", "warmup_ratio", 0.0, 1.0),
-    ("training", "gradient_accumulation", 1, math.inf),
-    ("training", "draft_steps", 1, math.inf),
-    ("training", "max_grad_norm", 1e-12, math.inf),
-    ("training", "keep_checkpoints", 1, math.inf),
-    ("training", "save_every", 1, math.inf),
-    ("training", "eval_every", 0, math.inf),
-    ("training", "eval_rows", 0, math.inf),
-    ("training", "step_decay", 0.0, math.inf),
-    ("training", "feature_weight", 0.0, math.inf),
-)
-SECTIONS: dict[str, type] = {
-    "model": ModelSettings,
-    "adapter": AdapterSettings,
-    "data": DataSettings,
-    "training": TrainingSettings,
-}
-
-
-def setting_types(section: type) -> dict[str, Any]:
-    """Field name -> type of a section's settings."""
-    return typing.get_type_hints(section)
+        _ = model.options  # refuses what the architecture does not have
+        return self
 
 
 def resolve(
@@ -275,92 +299,62 @@ def resolve(
     """Settings from defaults, then the YAML file, then flags (None = not given), then `section.key=value`.
 
     Raises:
-        UserError: for an unknown section or key, or a value of the wrong type.
+        UserError: for an unknown section or key, or a value that is none of its key's.
     """
-    settings = RunSettings(mode=mode, out=out)
-    for section, values in read_sections(config_file, SECTIONS).items():
-        if section in ("mode", "out"):  # a resolved config of an earlier run has them; the command line decides
-            continue
-        if not isinstance(values, dict):
-            raise UserError(f"config {str(config_file)!r}: section {section!r} must hold keys and values.")
-        for key, value in values.items():
-            _set(settings, section, key, value)
+    values = _read_sections(config_file)
     for key, value in (flags or {}).items():
         if value is not None:
-            section = next(name for name, kind in SECTIONS.items() if key in setting_types(kind))
-            _set(settings, section, key, value)
+            section = next(name for name, kind in SECTIONS.items() if key in kind.model_fields)
+            values.setdefault(section, {})[key] = value
     for override in overrides:
         name, equals, text = override.partition("=")
         section, dot, key = name.partition(".")
         if not (equals and dot):
             raise UserError(f"override {override!r} is not of the form section.key=value.")
-        _set(settings, section, key, read_value(override, text))
-    settings.check()
-    for name in ("head", "target_adapter"):  # merge may be called from another folder
-        given = getattr(settings.model, name)
-        if given and Path(given).is_dir():
-            setattr(settings.model, name, str(Path(given).resolve()))
-    return settings
-
-
-def _set(settings: RunSettings, section: str, key: str, value: Any) -> None:
-    if section not in SECTIONS:
-        raise UserError(f"unknown section {section!r} in the configuration; known are {', '.join(SECTIONS)}.")
-    hints = setting_types(SECTIONS[section])
-    if key not in hints:
-        raise UserError(f"unknown key {section}.{key} in the configuration; known are {', '.join(hints)}.")
-    setattr(getattr(settings, section), key, convert(f"{section}.{key}", value, hints[key]))
+        values.setdefault(section, {})[key] = _yaml_value(override, text)
+    try:
+        return RunSettings.model_validate({**values, "mode": mode, "out": out})
+    except ValidationError as error:
+        raise UserError(_sentence(error)) from error
 
 
 def to_yaml(settings: RunSettings) -> str:
-    return yaml.safe_dump(dataclasses.asdict(settings), sort_keys=False)
+    return yaml.safe_dump(settings.model_dump(), sort_keys=False)
 
 
-# Values of settings as a file or a command line has them: YAML, checked against a field's type.
-
-
-# what looks like a date and is none (2020-13-45) is a ValueError and not a YAMLError; so is a file that is no UTF-8
-
-
-def read_sections(path: Path | None, known: Iterable[str]) -> dict[str, Any]:
+def _read_sections(path: Path | None) -> dict[str, Any]:
     """A configuration file; empty without one."""
     if path is None:
         return {}
     try:
         values = yaml.safe_load(path.read_text()) or {}
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: 2020-13-45, which is no date, or no UTF-8
         raise UserError(f"config {str(path)!r} could not be read ({str(error).splitlines()[0]}).") from error
     if not isinstance(values, dict):
-        raise UserError(f"config {str(path)!r} must hold sections: {', '.join(known)}.")
+        raise UserError(f"config {str(path)!r} must hold sections: {', '.join(SECTIONS)}.")
+    # a resolved configuration of an earlier run has mode and out; the command line decides
+    values = {section: keys for section, keys in values.items() if section not in ("mode", "out")}
+    for section, keys in values.items():
+        if not isinstance(keys, dict):
+            raise UserError(f"config {str(path)!r}: section {section!r} must hold keys and values.")
     return values
 
 
-def read_value(override: str, text: str) -> Any:
-    """The YAML `text` of an override, which is named in the error."""
+def _yaml_value(override: str, text: str) -> Any:
     try:
         return yaml.safe_load(text)
     except (ValueError, yaml.YAMLError) as error:
         raise UserError(f"override {override!r}: the value is not YAML; quote it.") from error
 
 
-def convert(name: str, value: Any, kind: Any) -> Any:
-    """Check a value against a field's type; integers pass for floats, and 1e-3 (a string to YAML) too."""
-    options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
-    if value is None and type(None) in options:
-        return None
-    wanted = next(option for option in options if option is not type(None))
-    if typing.get_origin(wanted) is list:
-        (item_kind,) = typing.get_args(wanted)
-        if isinstance(value, (list, tuple)) and all(isinstance(item, item_kind) for item in value):
-            return list(value)
-    elif wanted is float and not isinstance(value, bool):
-        try:
-            number = float(value)
-        except (TypeError, ValueError, OverflowError):
-            number = math.nan
-        if math.isfinite(number):
-            return number
-    elif isinstance(value, wanted) and isinstance(value, bool) == (wanted is bool):
-        return value
-    kind_name = "finite number" if wanted is float else getattr(wanted, "__name__", wanted)
-    raise UserError(f"{name} = {value!r} is not of type {kind_name}; correct the value.")
+def _sentence(error: ValidationError, name: str = "") -> str:
+    """The first mistake that pydantic found, with its value and the remedy."""
+    first = error.errors()[0]
+    path = [str(part) for part in first["loc"]]
+    name = name or ".".join(path)
+    if first["type"] == "extra_forbidden":
+        known = list(SECTIONS if len(path) == 1 else SECTIONS[path[0]].model_fields)
+        close = difflib.get_close_matches(path[-1], known)
+        return f"unknown setting {name!r}; use {'one of ' * (len(close) != 1)}{', '.join(close or known)}."
+    reason = first["msg"][0].lower() + first["msg"][1:]
+    return f"{name} = {first['input']!r}: {reason}; correct the value."

@@ -1,14 +1,13 @@
-"""Training in one process or in several: what Accelerate doesn't know of a draft head.
+"""Training in one process or in several.
 
 `accelerate launch` and `torchrun` start the processes; Accelerate wraps the head (DDP or FSDP2). The target is frozen
-and stands whole beside it in every process, outside of what is wrapped.
+and whole in every process, outside of what is wrapped.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -56,15 +55,16 @@ class Processes:
                 InitProcessGroupKwargs(timeout=PATIENCE),
             ],
         )
-        if self.accelerator.distributed_type == DistributedType.MULTI_CPU and _launcher_shards():
+        launcher_shards = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+        if self.accelerator.distributed_type == DistributedType.MULTI_CPU and launcher_shards:
             # without an accelerator Accelerate 1.15 would fall back to DDP without a word; torch shards there too
             self.accelerator.state.distributed_type = DistributedType.FSDP
             self.accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
         self.count, self.rank = self.accelerator.num_processes, self.accelerator.process_index
         self.is_main = self.accelerator.is_main_process
-        reason = self._why_impossible(device)
+        reason = self._reason_to_refuse(device)
         if reason:
-            self.wait()  # the others refuse too, once they have met: no group stands whose process 0 is gone
+            self.wait()  # the others refuse too, once they have met: no group goes on whose process 0 is gone
             raise UserError(reason)
         if self.sharded:
             plugin = self.accelerator.state.fsdp_plugin
@@ -73,19 +73,19 @@ class Processes:
             plugin.cpu_ram_efficient_loading = False
             plugin.activation_checkpointing = False
 
-    def _why_impossible(self, device: str) -> str | None:
+    def _reason_to_refuse(self, device: str) -> str | None:
         kind = self.accelerator.distributed_type
         if kind not in KINDS:
-            return f"the launcher asks for {kind.value}; heads are trained with DDP or FSDP2, choose one of them."
+            return f"the launcher requests {kind.value}; heads are trained with DDP or FSDP2, choose one of them."
         if self.sharded and self.accelerator.state.fsdp_plugin.fsdp_version != 2:
-            return "the launcher asks for FSDP of version 1; add --fsdp_version 2."
+            return "the launcher requests FSDP of version 1; add --fsdp_version 2."
         if self.count > 1 and ":" in device:
-            return f"device {device} is one for {self.count} processes; use cuda, and each takes its own."
+            return f"device {device} is one for {self.count} processes; use cuda, and each takes one."
         return None
 
     @property
     def sharded(self) -> bool:
-        """Whether each process holds only a part of each weight (FSDP2)."""
+        """True when each process holds only a part of each weight (FSDP2)."""
         return self.accelerator.distributed_type == DistributedType.FSDP
 
     def spread(self, module: nn.Module) -> None:
@@ -101,20 +101,12 @@ class Processes:
         """
         if self.accelerator.ddp_handler is not None:
             self.accelerator.ddp_handler.find_unused_parameters = idle
-        # FSDP2 decides itself where things go, and takes no wishes
+        # FSDP2 decides itself where things go, and takes no option
         places = {} if self.sharded else {"device_placement": [False, False]}
         return tuple(self.accelerator.prepare(module, optimizer, **places))
 
-    def accumulating(self, module: nn.Module, *, last: bool) -> AbstractContextManager[Any]:
-        """Around one batch of a step: gradients are summed over the processes after the last one only."""
-        return nullcontext() if last or self.count == 1 else self.accelerator.no_sync(module)
-
-    def summed(self, values: Tensor) -> Tensor:
-        """The sum over all processes."""
-        return self.accelerator.reduce(values, "sum") if self.count > 1 else values
-
     def on_main(self, action: Callable[[], T]) -> T:
-        """What `action` gives in process 0, the only one that runs it; what it refuses ends all of them.
+        """The result of `action`, which process 0 alone runs; what it refuses ends all of them.
 
         Raises:
             UserError: in every process, if process 0 raised it.
@@ -141,12 +133,8 @@ class Processes:
         self.accelerator.end_training()
 
 
-def _launcher_shards() -> bool:
-    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-
-
 def whole(tensor: Tensor) -> Tensor:
-    """A tensor of which this process may hold a part, as a whole one: all processes have to ask for it."""
+    """A tensor of which this process may hold a part, as a whole one: all processes have to call this together."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
@@ -169,5 +157,5 @@ def launcher_dtype(settings: RunSettings) -> str:
     if settings.model.dtype != "auto" or precision == "no":
         return settings.model.dtype
     if precision != "bf16":
-        raise UserError(f"the launcher asks for mixed precision {precision}; heads are trained in bf16 or float32.")
+        raise UserError(f"the launcher requests mixed precision {precision}; heads are trained in bf16 or float32.")
     return "bfloat16"

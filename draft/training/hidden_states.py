@@ -1,10 +1,10 @@
 """The target's hidden states on disk, for targets too large to run at every epoch.
 
-manifest.json                   what the states are of; a folder with another one is refused
+manifest.json                   target, layers, dtype and rows; a folder with another one is refused
 shard-00000.safetensors, ...    a tensor a row, named by its number: [tokens, kept layers * hidden]
 
-A shard that is there is whole, so an interrupted pass goes on with the first one that is missing. How the rows are
-grouped depends on their lengths only: any run over the same rows finds them.
+A shard that is there is whole, so an interrupted pass goes on with the first one that is missing. Rows are grouped by
+their lengths only: any run over the same rows finds them.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.progress import track
@@ -29,7 +29,7 @@ from torch import Tensor
 from draft.data.dataset import Row, create_json
 from draft.data.examples import batches
 from draft.errors import UserError
-from draft.files import sync
+from draft.files import read_json, sync
 from draft.target import Target
 from draft.training.batches import kept_layers
 from draft.training.distributed import Processes
@@ -51,7 +51,7 @@ class HiddenStateCache:
         self.tokens = [len(row.ids) for row in rows]
         self.shards = self._group(batches(rows, TOKENS_PER_BATCH, seed=0, epoch=0))
         self._shard_of = {row: shard for shard, parts in enumerate(self.shards) for part in parts for row in part}
-        self._open: dict[int, Any] = {}
+        self._open = lru_cache(OPEN_SHARDS)(lambda shard: safe_open(self._path(shard), framework="pt"))
         self._manifest = {
             "version": 1,
             "target": target.name,
@@ -89,7 +89,7 @@ class HiddenStateCache:
         processes.wait()
 
     def _begin(self, console: Console) -> list[int]:
-        """Check the folder and the disk; returns the missing shards."""
+        """Make the folder, if it and its disk are in order; returns the missing shards."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -97,7 +97,10 @@ class HiddenStateCache:
                 f"--cache-hidden-states {str(self.folder)!r} cannot be made ({error.strerror}); choose another."
             ) from error
         self._check_manifest()
-        _discard_unfinished(self.folder)
+        for left in self.folder.glob(f".*{_UNFINISHED}"):  # of killed runs, for nobody holds its lock
+            with suppress(OSError), left.open("rb") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                left.unlink()
         missing = [shard for shard in range(len(self.shards)) if not self._path(shard).is_file()]
         tokens = sum(self.tokens[row] for shard in missing for part in self.shards[shard] for row in part)
         needed, free = tokens * self.bytes_per_token, shutil.disk_usage(self.folder).free
@@ -126,10 +129,7 @@ class HiddenStateCache:
                     f"--cache-hidden-states {str(self.folder)!r} holds something else ({others[0]}); choose another."
                 )
             return
-        try:
-            before = json.loads(path.read_text())
-        except (OSError, ValueError) as error:
-            raise UserError(f"{str(path)!r} is not readable JSON ({error}); delete the folder.") from error
+        before = read_json(path)
         for key, value in self._manifest.items():
             if key != "target" and before.get(key) != value:
                 raise UserError(
@@ -161,11 +161,7 @@ class HiddenStateCache:
     def __getitem__(self, row: int) -> Tensor:
         shard = self._shard_of[row]
         try:
-            if shard not in self._open:
-                if len(self._open) >= OPEN_SHARDS:
-                    self._open.pop(next(iter(self._open)))
-                self._open[shard] = safe_open(self._path(shard), framework="pt")
-            states = self._open[shard].get_tensor(str(row))
+            states = self._open(shard).get_tensor(str(row))
         except (OSError, SafetensorError) as error:
             raise UserError(
                 f"{str(self._path(shard))!r} is not a whole shard ({error}); delete it, and it is written again."
@@ -187,14 +183,6 @@ def _temporary_file(path: Path) -> Iterator[Path]:
     finally:
         temporary.unlink(missing_ok=True)
         os.close(number)
-
-
-def _discard_unfinished(folder: Path) -> None:
-    """Remove what killed runs left of a shard: nobody holds its lock."""
-    for left in folder.glob(f".*{_UNFINISHED}"):
-        with suppress(OSError), left.open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            left.unlink()
 
 
 def _size(count: int) -> str:

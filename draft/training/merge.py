@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import yaml
@@ -20,7 +19,7 @@ from draft.heads.checkpoint import HEAD_FILES, head_sha256, load_head, save_head
 
 @dataclass(frozen=True)
 class Merged:
-    """What merging did."""
+    """Result of a merge."""
 
     head: Path
     layers: int  # linear layers whose weights changed
@@ -38,7 +37,12 @@ def merge_run(run: str | Path, out: str | Path) -> Merged:
             no finished run.
     """
     run, out = Path(run), Path(out)
-    about = _read_about(run)
+    if not (run / "about.json").is_file():
+        raise UserError(
+            f"{str(run)!r} is not a finished run (no about.json); give the --out folder of `draft-train adapt` or "
+            "`pretrain`, after it has ended."
+        )
+    about = read_json(run / "about.json")
     if (run / "head" / "config.json").is_file():
         head, _ = load_head(run / "head")
         save_head(head, out, dtype=head.dtype, about=about)
@@ -77,16 +81,6 @@ def _verify(folder: Path, before: dict[str, Tensor], exact: dict[str, Tensor]) -
             changed += 1
             rounding = max(rounding, float((value.double() - exact[name]).abs().max() / exact[name].abs().max()))
     return changed, rounding
-
-
-def _read_about(run: Path) -> dict[str, Any]:
-    path = run / "about.json"
-    if not path.is_file():
-        raise UserError(
-            f"{str(run)!r} is not a finished run (no about.json); give the --out folder of `draft-train adapt` or "
-            "`pretrain`, after it has ended."
-        )
-    return read_json(path)
 
 
 def _base_head(run: Path) -> str:

@@ -1,4 +1,4 @@
-"""What a run shows and leaves behind: a progress bar, metrics as JSONL, trackers, and a picture of loss, β and τ."""
+"""Progress of a run: a bar, metrics as JSONL, trackers, and a picture of loss, β and τ."""
 
 from __future__ import annotations
 
@@ -59,7 +59,11 @@ class Monitor:
         self.shown: dict[str, Any] = {}
         if silent:
             return
-        self._truncate(first_step)
+        # an interrupted run wrote steps after its last checkpoint: they come again
+        kept = [line for line in read_lines(self.file) if line["step"] <= first_step] if first_step else []
+        temporary = self.file.with_name(f".{self.file.name}.tmp")
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        os.replace(temporary, self.file)
         self.progress = Progress(
             TextColumn("training"),
             BarColumn(),
@@ -70,13 +74,6 @@ class Monitor:
             disable=not console.is_terminal,  # a log file gets a line now and then instead
         )
         self.task = self.progress.add_task("training", total=total_steps, completed=first_step, state="")
-
-    def _truncate(self, first_step: int) -> None:
-        """Drop what an interrupted run wrote after its last checkpoint: those steps come again."""
-        kept = [line for line in read_lines(self.file) if line["step"] <= first_step] if first_step else []
-        temporary = self.file.with_name(f".{self.file.name}.tmp")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        os.replace(temporary, self.file)
 
     def __enter__(self) -> Monitor:
         if not self.silent:
@@ -106,11 +103,9 @@ class Monitor:
         state += f"  {speed:.0f} tokens/s"
         self.progress.update(self.task, completed=step, state=state)
         if not self.console.is_terminal and ("tau" in metrics or step == self.total_steps):
-            self.console.print(f"step {step}/{self.total_steps}  {state}  {self._time_left(step)}", soft_wrap=True)
-
-    def _time_left(self, step: int) -> str:
-        left = self.progress.tasks[0].time_remaining
-        return f"{left / 60:.1f} minutes left" if left is not None and step < self.total_steps else ""
+            left = self.progress.tasks[0].time_remaining
+            ends = f"{left / 60:.1f} minutes left" if left is not None and step < self.total_steps else ""
+            self.console.print(f"step {step}/{self.total_steps}  {state}  {ends}", soft_wrap=True)
 
 
 def abandon_trackers(accelerator: Accelerator) -> None:
@@ -160,8 +155,11 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def draw(folder: Path) -> None:
-    """Draw training.png out of metrics.jsonl."""
+def draw(folder: Path, console: Console) -> None:
+    """Draw training.png out of metrics.jsonl, where matplotlib is installed."""
+    if find_spec("matplotlib") is None:
+        console.print("training.png is not drawn: matplotlib is missing; `pip install draftsmith[train]` adds it.")
+        return
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

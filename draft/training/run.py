@@ -1,16 +1,17 @@
-"""The folder of a run: its settings, where it stands, and whether the same command may go on with it.
+"""The folder of a run, its checkpoints, and its end by a signal.
 
 config.yaml         the resolved settings
 provenance.json     the command and the commit
 metrics.jsonl       a line a step; training.png is drawn from it
-logs/               what the trackers write
+logs/               output of the trackers
 checkpoints/        step-N, and latest.json, which names the newest whole one
-head/ or adapter/   the result; about.json, written last, says what it is made of
+head/ or adapter/   the result; about.json, written last, describes it
+
+The same command goes on with an interrupted run, if the settings that its weights depend on are the same.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import errno
 import json
 import shutil
@@ -29,7 +30,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from draft.errors import UserError
-from draft.files import atomic_folder, provenance, write_json
+from draft.files import atomic_folder, finish_folders, provenance, write_json
 from draft.training.config import LEFT_TO_THE_HEAD, SECTIONS, RunSettings, to_yaml
 from draft.training.distributed import part_of, whole
 
@@ -38,6 +39,10 @@ from draft.training.distributed import part_of, whole
 FREE = {"save_every", "keep_checkpoints", "eval_every", "eval_rows", "log_with", "gradient_accumulation"}
 OURS = ("config.yaml", "provenance.json", "metrics.jsonl", "training.png", "about.json", "logs", "checkpoints")
 RESULTS = ("head", "adapter")
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+WRITE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
+_FILES = frozenset({"state.safetensors", "progress.json"})  # of a checkpoint
+_PREFIX = "step-"
 
 
 class RunFolder:
@@ -50,19 +55,22 @@ class RunFolder:
         self.starts_again = False
 
     def open(self, resume: bool | None) -> dict[str, Any]:
-        """Look at what an earlier run left, and change nothing: `begin` does, once all else has been found in order.
+        """Read what an earlier run left, and change nothing: `begin` does, once all else has been found in order.
 
         resume: True = there has to be a checkpoint to go on from; False = start again; None = go on if there is one.
 
         Returns:
-            what was stored with the newest checkpoint, and its `name`; empty without one.
+            the progress stored with the newest checkpoint, and its `name`; empty without one.
 
         Raises:
             UserError: when the folder's run has other settings, or when there is nothing to resume.
         """
-        self._check_is_folder()
+        if self.folder.exists() and not self.folder.is_dir():
+            raise UserError(f"--out {str(self.folder)!r} is a file; choose a folder.")
         if resume is False and (self.folder / "config.yaml").is_file():
-            self._check_keeps_head()
+            head = self.settings.model.head
+            if head and Path(head).is_dir() and Path(head).resolve().is_relative_to(self.folder.resolve()):
+                raise UserError(f"--no-resume would discard {head!r}, the --head to start from; choose another --out.")
             self.starts_again = True
             return {}
         latest = latest_snapshot(self.checkpoints)
@@ -70,24 +78,6 @@ class RunFolder:
             raise UserError(f"--resume: {str(self.folder)!r} holds no checkpoint to go on from; leave --resume out.")
         self.check_settings()
         return {**read_progress(latest), "name": latest.name} if latest else {}
-
-    def _check_is_folder(self) -> None:
-        if self.folder.exists() and not self.folder.is_dir():
-            raise UserError(f"--out {str(self.folder)!r} is a file; choose a folder.")
-
-    def _check_keeps_head(self) -> None:
-        head = self.settings.model.head
-        if head and Path(head).is_dir() and Path(head).resolve().is_relative_to(self.folder.resolve()):
-            raise UserError(f"--no-resume would discard {head!r}, the --head to start from; choose another --out.")
-
-    def _discard(self) -> None:
-        """Remove what an earlier run wrote, and nothing else."""
-        for name in (*OURS, *RESULTS):
-            path = self.folder / name
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
 
     def check_settings(self) -> None:
         """Refuse to go on with a run of other settings; what is left to the head is compared once it is filled in."""
@@ -103,16 +93,19 @@ class RunFolder:
             )
 
     def begin(self) -> None:
-        """Make the folder, without what an earlier run wrote if this one starts again, and write down what runs."""
+        """Make the folder, empty of an earlier run if this one starts again, and store settings and provenance."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"--out {str(self.folder)!r} cannot be made ({error.strerror}); choose another.") from error
-        if self.starts_again:
-            self._discard()
-        discard_unfinished(self.checkpoints)
-        for left in (path for name in RESULTS for path in self.folder.glob(f".{name}-*")):
-            shutil.rmtree(left, ignore_errors=True)  # a killed process was writing it
+        finish_folders(self.checkpoints, f"{_PREFIX}*")
+        for name in RESULTS:
+            finish_folders(self.folder, name)
+        for path in (self.folder / name for name in (*OURS, *RESULTS) if self.starts_again):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
         config = self.folder / ".config.yaml.tmp"
         config.write_text(to_yaml(self.settings))
         config.replace(self.folder / "config.yaml")
@@ -134,7 +127,7 @@ class RunFolder:
 
 
 def _differences(config: Path, settings: RunSettings) -> list[str]:
-    """`section.key was A, is B` for what must not change between a run's beginning and its going on."""
+    """`section.key was A, is B` for each setting that must not change between a run's beginning and its going on."""
     try:
         before = yaml.safe_load(config.read_text())
         assert isinstance(before, dict)
@@ -145,18 +138,11 @@ def _differences(config: Path, settings: RunSettings) -> list[str]:
     different = []
     for section in SECTIONS:
         old = before.get(section) or {}
-        for key, new in dataclasses.asdict(getattr(settings, section)).items():
-            open_yet = key in LEFT_TO_THE_HEAD and new in (None, [])
-            if key not in FREE and not open_yet and old.get(key) != new:
+        for key, new in getattr(settings, section).model_dump().items():
+            undecided = key in LEFT_TO_THE_HEAD and new in (None, [])
+            if key not in FREE and not undecided and old.get(key) != new:
                 different.append(f"{section}.{key} was {old.get(key)}, is {new}")
     return different
-
-
-# Checkpoints of a run: trained weights, optimiser state and progress, written whole or not at all.
-
-
-_FILES = frozenset({"state.safetensors", "progress.json"})
-_PREFIX = "step-"
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -166,9 +152,11 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def snapshot(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Whole copies on the CPU of the trained weights, the optimiser's state and the random generators'.
 
-    All processes have to ask for it together.
+    All processes have to call this together.
     """
-    tensors: dict[str, Tensor] = {f"random.{name}": state for name, state in _random_states()}
+    tensors = {"random.cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        tensors["random.cuda"] = torch.cuda.get_rng_state()
     for name, parameter in trained_parameters(model).items():
         tensors[f"weight.{name}"] = _copy(parameter)
         for key, value in optimizer.state.get(parameter, {}).items():
@@ -178,12 +166,6 @@ def snapshot(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Te
 
 def _copy(tensor: Tensor) -> Tensor:
     return whole(tensor.detach()).cpu().contiguous()
-
-
-def _random_states() -> Iterator[tuple[str, Tensor]]:
-    yield "cpu", torch.get_rng_state()
-    if torch.cuda.is_available():
-        yield "cuda", torch.cuda.get_rng_state()
 
 
 def write_snapshot(folder: Path, tensors: dict[str, Tensor], progress: dict[str, Any], keep: int) -> None:
@@ -208,12 +190,6 @@ def write_snapshot(folder: Path, tensors: dict[str, Tensor], progress: dict[str,
         shutil.rmtree(old)
 
 
-def discard_unfinished(folder: Path) -> None:
-    """Remove what a killed process left behind of a checkpoint that it was writing."""
-    for left in folder.glob(f".{_PREFIX}*"):
-        shutil.rmtree(left, ignore_errors=True)
-
-
 def latest_snapshot(folder: Path) -> Path | None:
     """The newest whole checkpoint of a run, or None."""
     try:
@@ -225,7 +201,7 @@ def latest_snapshot(folder: Path) -> Path | None:
 
 
 def read_progress(folder: Path) -> dict[str, Any]:
-    """What was stored with a checkpoint; UserError when it can't be read."""
+    """The progress stored with a checkpoint; UserError when it can't be read."""
     try:
         return json.loads((folder / "progress.json").read_text())
     except (OSError, ValueError) as error:
@@ -262,14 +238,8 @@ def _unreadable(folder: Path, error: Exception) -> UserError:
     )
 
 
-# Ctrl-C and SIGTERM end a run at the end of an optimiser step, so that what is saved is a whole step's.
-
-
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-
 class Interrupted(KeyboardInterrupt):
-    """The run was told to stop, and saved its state after `step`."""
+    """A signal ended the run, which saved its state after `step`."""
 
     def __init__(self, number: int | None, step: int) -> None:
         """number: the signal; None: another process received it."""
@@ -279,7 +249,10 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Interruption:
-    """A context in which the first signal only sets `received`; a second one does what it always does."""
+    """A context in which the first signal only sets `received`; a second one does what it always does.
+
+    Ctrl-C and SIGTERM so end a run at the end of an optimiser step, and what is saved is a whole step's.
+    """
 
     def __init__(self) -> None:
         self.received: int | None = None
@@ -304,12 +277,6 @@ class Interruption:
         self._restore()
 
 
-# What surrounds a run: reproducible arithmetic, and a disk that fills up told in one sentence.
-
-
-WRITE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
-
-
 @contextmanager
 def deterministic_algorithms(wanted: bool) -> Iterator[None]:
     """Let torch use only algorithms that give the same bits every time, and refuse the others by name."""
@@ -326,7 +293,7 @@ def deterministic_algorithms(wanted: bool) -> Iterator[None]:
 
 @contextmanager
 def write_errors(folder: Path) -> Iterator[None]:
-    """Turn what writing into `folder` raises into a UserError that says how to go on."""
+    """Turn errors of writing into `folder` into a UserError that says how to go on."""
     try:
         yield
     except (OSError, SafetensorError) as error:

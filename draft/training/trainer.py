@@ -1,29 +1,29 @@
-"""One trainer for all modes: pretrain a head, or adapt one with AFA-LoRA, LoRA or all of its weights."""
+"""One trainer for all modes: pretrain a head, or adapt one with AFA-LoRA, LoRA or all of its weights.
+
+Trainer.step:  batches.next() -> head.unroll() -> loss -> backward -> optimiser -> anneal
+"""
 
 from __future__ import annotations
 
 import copy
-import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
 from rich.console import Console
-from torch import Tensor
 
 from draft.afa import set_annealing_step
-from draft.data.examples import Batch, batches, collate
 from draft.errors import UserError, plain_console
 from draft.evaluation.replay import replay_acceptance_length
 from draft.files import atomic_folder, write_json
 from draft.heads.checkpoint import save_head
 from draft.target import load_target
-from draft.training.batches import Features, FeatureSource, Schedule, fits_in_memory, load_rows
+from draft.training.batches import Batches, fits_in_memory, load_rows
 from draft.training.config import RunSettings
 from draft.training.distributed import Processes, launcher_dtype, whole
 from draft.training.hidden_states import HiddenStateCache
@@ -31,7 +31,6 @@ from draft.training.loss import HeadLoss
 from draft.training.model import (
     about_run,
     autocast,
-    initialise,
     learning_rate_at,
     make_trainable,
     parameter_groups,
@@ -58,7 +57,7 @@ EVALUATED_LENGTH = 5  # the speculation length of the replay that is logged
 
 
 class Trainer:
-    """Loads everything a run needs, trains, and leaves RUN/head (all weights) or RUN/adapter.
+    """A run: everything that it needs is loaded at first; `train` leaves RUN/head (all weights) or RUN/adapter.
 
     A run that was interrupted goes on from its last checkpoint when the same command is given again; `resume` as
     `RunFolder.open` has it. Under `accelerate launch` or `torchrun` every process makes one of these.
@@ -71,9 +70,8 @@ class Trainer:
         self.console = (console or plain_console()) if self.processes.is_main else Console(quiet=True)
         self.run = RunFolder(settings)
         self.progress = self.processes.on_main(lambda: self.run.open(resume))
-        unused = settings.unused()
-        if unused and not self.progress:  # the resolved configuration of a run names more than was given
-            self.console.print(f"Not used by method {settings.method}: {', '.join(unused)}.")
+        if settings.unused and not self.progress:  # the resolved configuration of a run names more than was given
+            self.console.print(f"Not used by method {settings.method}: {', '.join(settings.unused)}.")
         model = settings.model
         self.target = load_target(model.target, launcher_dtype(settings), model.device, model.target_adapter)
         if self.target.dtype == torch.float16:
@@ -83,72 +81,58 @@ class Trainer:
 
     def _prepare(self) -> None:
         """From the target to everything that a step needs."""
-        settings, training = self.settings, self.settings.training
+        settings, training, processes = self.settings, self.settings.training, self.processes
         self.rows = load_rows(settings, self.target, self.console)
-        packing = self.target.device.type == "cuda" if settings.data.packing is None else settings.data.packing
-        self.schedule = Schedule(self.rows.train, settings, processes=self.processes.count, packing=packing)
-        self.total_steps, self.step = self.schedule.total_steps, 0
+        self.batches = Batches(self.rows.train, settings, self.target, rank=processes.rank, processes=processes.count)
+        self.total_steps, self.done = self.batches.total_steps, 0
         torch.manual_seed(training.seed)
         head, base = starting_head(settings, self.target, self.rows.train, self.console)
         self.objective = settle(settings, head)
-        self.processes.on_main(self.run.check_settings)
-        self.features = FeatureSource(self.target, home=self._home)
-        self.features.layers = head.auxiliary_layers(self.target)
-        self.features.remember = self._remember()
+        processes.on_main(self.run.check_settings)
+        self.batches.features.layers = head.auxiliary_layers(self.target)
+        self.batches.features.remember = self._remember()
         # a run that goes on takes what it trains from the checkpoint, and the others take theirs from process 0
         solved = settings.model.head or (self.progress and not untrained(head, settings))
-        if self.processes.is_main and not solved:
+        if processes.is_main and not solved:
             with self.console.status("Solving for the head's first weights"):
-                initialise(head, self.target, self._first_batches(), training.seed)
-        self.processes.spread(head)
+                head.initialise(self.target, self.batches.first(INITIAL_TOKENS), training.seed)
+        processes.spread(head)
         self.about = about_run(settings, self.target, self.rows.train, base)
         self.head, self.saver = make_trainable(head, settings)
         # FSDP2 leaves a part of each weight in a process: whole ones are gathered into a copy
-        self.copy = copy.deepcopy(self.saver) if self.processes.sharded else None
+        self.copy = copy.deepcopy(self.saver) if processes.sharded else None
         optimizer = torch.optim.AdamW(
             parameter_groups(list(trained_parameters(self.saver).values()), scaled=settings.method == "full"),
             lr=settings.learning_rate,
             betas=(0.9, 0.95),
             weight_decay=0.0,
         )
-        self.module, self.optimizer = self.processes.wrap(
+        self.module, self.optimizer = processes.wrap(
             HeadLoss(self.head, self.target, self.objective),
             optimizer,
             idle=self.objective.draft_steps < (head.longest or 0),  # Medusa has weights of its own for each step
         )
         self.parameters = list(trained_parameters(self.saver).values())
+        self.rates = [learning_rate_at(step, self.total_steps, settings) for step in range(self.total_steps)]
+        self.autocast = autocast(self.target, settings)
+        models = (self.saver, self.copy) if settings.method == "afa-lora" else ()
+        self.annealed = [model for model in models if model is not None]
+        self.interruption, self.stopping = Interruption(), False
 
     def _remember(self) -> bool:
-        """Whether hidden states stay in memory: a run that goes on does as it did before."""
+        """Decide to keep hidden states in memory: a run that goes on does as it did before."""
         training = self.settings.training
         if training.cache_hidden_states:
             return False
         if training.keep_hidden_states is not None:
             return training.keep_hidden_states
-        tokens = sum(len(row.ids) for row in self.rows.train)
-        fits = training.epochs > 1 and fits_in_memory(self.target, self.features.layers, tokens * self.processes.count)
+        tokens = sum(len(row.ids) for row in self.rows.train) * self.processes.count
+        fits = training.epochs > 1 and fits_in_memory(self.target, self.batches.features.layers, tokens)
         return self.processes.on_main(lambda: self.progress.get("remember", fits))
 
-    def _home(self, row: int) -> tuple[Batch, list[int]]:
-        rows = self.schedule.home(row)
-        return self._collate(rows), rows
-
-    def _collate(self, rows: list[int]) -> Batch:
-        return self.schedule.collate(rows).to(self.target.device)
-
-    def _arithmetic(self) -> Any:
+    def _arithmetic(self) -> AbstractContextManager[None]:
         wanted = self.settings.training.deterministic
         return deterministic_algorithms(self.target.device.type == "cpu" if wanted is None else wanted)
-
-    def _first_batches(self) -> Iterator[tuple[Features, Tensor]]:
-        """Enough rows of the first epoch for the closed-form start: (features, attention mask)."""
-        tokens = 0
-        for rows in batches(self.rows.train, self.settings.data.tokens_per_batch, self.settings.training.seed, epoch=0):
-            batch = collate([self.rows.train[row] for row in rows]).to(self.target.device)  # never packed
-            yield self.features.get(batch, rows), batch.attention_mask.bool()
-            tokens += self.schedule.tokens([rows])
-            if tokens >= INITIAL_TOKENS:
-                return
 
     def train(self) -> Path:
         """Run to the end; returns the folder of the head or adapter that was written.
@@ -159,7 +143,11 @@ class Trainer:
         with self._arithmetic(), write_errors(self.run.folder):
             self.processes.on_main(self.run.begin)
             self._resume()
-            self._fill_cache()
+            folder = self.settings.training.cache_hidden_states
+            if folder is not None:
+                cache = HiddenStateCache(Path(folder), self.target, self.batches.features.layers, self.rows.train)
+                cache.fill(self.batches.states, self.processes, self.console)
+                self.batches.features.kept = cache
             parameters = sum(parameter.numel() for parameter in self.parameters)
             processes = f" in {self.processes.count} processes" if self.processes.count > 1 else ""
             self.console.print(
@@ -169,10 +157,11 @@ class Trainer:
             )
             try:
                 self._loop()
-                result = self._finish()
+                head, saver = self._whole()
+                result = self.processes.on_main(lambda: self._write_result(head, saver))
             except Interrupted:
                 if self.processes.is_main:
-                    draw(self.run.folder)
+                    draw(self.run.folder, self.console)
                 self.processes.end()
                 raise
             except Exception:
@@ -181,82 +170,76 @@ class Trainer:
         self.processes.end()
         return result
 
-    def _fill_cache(self) -> None:
-        folder = self.settings.training.cache_hidden_states
-        if folder is not None:
-            cache = HiddenStateCache(Path(folder), self.target, self.features.layers, self.rows.train)
-            cache.fill(lambda rows: self.features.states(self._collate(rows), rows), self.processes, self.console)
-            self.features.kept = cache
-
     def _loop(self) -> None:
         training, main = self.settings.training, self.processes.is_main
         if main:
-            start_trackers(self.accelerator, self.run.folder, self.step, dataclasses.asdict(self.settings))
-        monitor = Monitor(self.run.folder, self.total_steps, self.step, self.console, self.accelerator, silent=not main)
-        with monitor, Interruption() as interruption:
-            if self.step == 0:
+            start_trackers(self.accelerator, self.run.folder, self.done, self.settings.model_dump())
+        monitor = Monitor(self.run.folder, self.total_steps, self.done, self.console, self.accelerator, silent=not main)
+        with monitor, self.interruption:
+            if self.done == 0:
                 monitor.log(0, self._evaluate())
-            for window in self.schedule.windows(self.step):
-                rate = learning_rate_at(self.step, self.total_steps, self.settings)
-                for group in self.optimizer.param_groups:
-                    group["lr"] = rate * group["scale"]
-                metrics, stop = self._optimise(window, interruption)
-                self.step += 1
-                beta = self._anneal()
-                tokens = self.schedule.tokens(window)
-                monitor.log(self.step, {"lr": rate, "beta": beta, **metrics}, tokens=tokens)
-                last = self.step == self.total_steps
-                if training.eval_every and (self.step % training.eval_every == 0 or last):
-                    monitor.log(self.step, self._evaluate())
-                if self.step % training.save_every == 0 or last or stop:
+            while self.done < self.total_steps:
+                metrics, tokens = self.step()
+                monitor.log(self.done, metrics, tokens=tokens)
+                last = self.done == self.total_steps
+                if training.eval_every and (self.done % training.eval_every == 0 or last):
+                    monitor.log(self.done, self._evaluate())
+                if self.done % training.save_every == 0 or last or self.stopping:
                     self._save()
-                if stop and not last:
-                    raise Interrupted(interruption.received, self.step)
+                if self.stopping and not last:
+                    raise Interrupted(self.interruption.received, self.done)
 
-    def _optimise(self, window: list[list[int]], interruption: Interruption) -> tuple[dict[str, Any], bool]:
-        """One optimiser step over this process's share of `window`, batches of row numbers.
+    def step(self) -> tuple[dict[str, Any], int]:
+        """One optimiser step over this process's share of the next batches.
 
-        The loss is divided by the trained positions of the whole window, of all processes, so that accumulation,
-        processes and padding don't change the curve. Returns metrics, and whether any process was told to stop.
+        The loss is divided by the trained positions of the batches of all processes, so that accumulation, processes
+        and padding don't change the curve. Returns metrics, and tokens of all processes.
         """
-        positions, count = max(1, self.schedule.positions(window)), self.processes.count
-        share = self.schedule.share(window, self.processes.rank)
+        window, rate, count = self.batches.next(), self.rates[self.done], self.processes.count
+        positions = max(1, window.positions)
+        # signals, loss, and for each draft step hits and positions
         sums = torch.zeros(2 + 2 * self.objective.draft_steps, dtype=torch.float64, device=self.target.device)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * group["scale"]
         self.optimizer.zero_grad()
-        for place, (rows, counts) in enumerate(share, start=1):
-            batch = self._collate(rows)
-            features = self.features.get(batch, rows)
-            with self.processes.accumulating(self.module, last=place == len(share)):
-                with autocast(self.target, self.settings):
+        for place, (rows, counts) in enumerate(window.share, start=1):
+            batch, features = self.batches.read(rows)
+            # gradients are summed over the processes after the last batch only
+            summed = place == len(window.share) or count == 1
+            with nullcontext() if summed else self.accelerator.no_sync(self.module):
+                with self.autocast:
                     loss, hits = self.module(batch, features)
-                # gradients are averaged over the processes, and here is their sum wanted
+                # gradients are averaged over the processes, and their sum is needed
                 self.accelerator.backward(loss * (counts * count) / positions)
             if counts:
                 sums[1:] += torch.cat([loss.detach()[None], hits.flatten()])
-        norm = float(whole(torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.training.max_grad_norm)))
+        size = torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.training.max_grad_norm)
+        norm = float(size if self.copy is None else whole(size))
         if not math.isfinite(norm):
             raise UserError(
-                f"the gradient is not finite at step {self.step + 1}; start again in another --out with a lower "
+                f"the gradient is not finite at step {self.done + 1}; start again in another --out with a lower "
                 f"--learning-rate than {self.settings.learning_rate}."
             )
         self.optimizer.step()
-        sums[0] = interruption.received is not None
-        stop, total, *agreement = self.processes.summed(sums).tolist()
+        self.done += 1
+        sums[0] = self.interruption.received is not None
+        signals, total, *agreement = self.accelerator.reduce(sums, "sum").tolist()
+        self.stopping = signals > 0
         metrics = {
+            "lr": rate,
+            "beta": self._anneal(),
             "loss": total / positions,
             "agreement": [
-                round(hit / max(1, asked), 4) for hit, asked in zip(agreement[::2], agreement[1::2], strict=True)
+                round(hit / max(1, among), 4) for hit, among in zip(agreement[::2], agreement[1::2], strict=True)
             ],
             "grad_norm": round(norm, 4),
         }
-        return metrics, stop > 0
+        return metrics, window.tokens
 
     def _anneal(self) -> float | None:
-        if self.settings.method != "afa-lora":
-            return None
-        for model in (self.saver, self.copy):
-            if model is not None:
-                beta = set_annealing_step(model, self.step, self.total_steps)
+        beta = None
+        for model in self.annealed:
+            beta = set_annealing_step(model, self.done, self.total_steps)
         return beta
 
     def _whole(self) -> tuple[Any, Any]:
@@ -277,7 +260,7 @@ class Trainer:
         if not self.processes.is_main:
             return {}
         head.eval()
-        with torch.no_grad(), autocast(self.target, self.settings):
+        with torch.no_grad(), self.autocast:
             tau = replay_acceptance_length(self.target, head, self.rows.held_out, EVALUATED_LENGTH)
         head.train()
         return {"tau": tau} if math.isfinite(tau) else {}
@@ -285,18 +268,19 @@ class Trainer:
     def _resume(self) -> None:
         progress = self.progress
         if progress:
-            self.run.check_progress(progress, self._identity(), self.schedule.batches_per_step, self.processes.count)
+            self.run.check_progress(progress, self._identity(), self.batches.per_step, self.processes.count)
             load_snapshot(self.run.checkpoints / progress["name"], self.saver, self.optimizer.optimizer)
-            self.step = progress["step"]
+            self.done = progress["step"]
+            self.batches.start(self.done)
             for group, scale in zip(self.optimizer.param_groups, progress["scales"], strict=True):
                 group["scale"] = scale
             self.console.print(
-                f"Continuing {str(self.run.folder)!r} from step {self.step} of {self.total_steps}.", soft_wrap=True
+                f"Continuing {str(self.run.folder)!r} from step {self.done} of {self.total_steps}.", soft_wrap=True
             )
         self._anneal()
 
     def _identity(self) -> str:
-        """Changes with anything but the settings that the weights of a run depend on."""
+        """Hash of all that the weights of a run depend on, settings aside."""
         rows = [(row.id, len(row.ids), row.trained) for row in self.rows.train]
         return hashlib.sha256(
             json.dumps([rows, self.target.fingerprint, self.about["base_head_sha256"], self.total_steps]).encode()
@@ -304,23 +288,19 @@ class Trainer:
 
     def _save(self) -> None:
         progress = {
-            "step": self.step,
+            "step": self.done,
             "scales": [group["scale"] for group in self.optimizer.param_groups],
             "identity": self._identity(),
-            "batches_per_step": self.schedule.batches_per_step,
-            "remember": self.features.remember,
+            "batches_per_step": self.batches.per_step,
+            "remember": self.batches.features.remember,
         }
         tensors = snapshot(self.saver, self.optimizer.optimizer)
         keep = self.settings.training.keep_checkpoints
         self.processes.on_main(lambda: write_snapshot(self.run.checkpoints, tensors, progress, keep))
 
-    def _finish(self) -> Path:
-        head, saver = self._whole()
-        return self.processes.on_main(lambda: self._write_result(head, saver))
-
     def _write_result(self, head: Any, saver: Any) -> Path:
-        draw(self.run.folder)
-        about = {**self.about, "steps": self.step}
+        draw(self.run.folder, self.console)
+        about = {**self.about, "steps": self.done}
         if isinstance(saver, PeftModel):
             result = self.run.folder / "adapter"
             with atomic_folder(result, ADAPTER_FILES) as temporary:

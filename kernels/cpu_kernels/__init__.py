@@ -6,24 +6,7 @@ gives the same bits whatever rows it is batched with, so the width of a verifica
 
 from __future__ import annotations
 
-from cpu_kernels.ops import (
-    PackedLinear,
-    load_kernels,
-    pack,
-    pack_linears,
-    packed_linear,
-    set_threads,
-    slot_attention,
-    threads,
-)
+from cpu_kernels.build import KernelsUnavailable
+from cpu_kernels.ops import PackedLinear, load_kernels, pack_linears, set_threads, slot_attention
 
-__all__ = [
-    "PackedLinear",
-    "load_kernels",
-    "pack",
-    "pack_linears",
-    "packed_linear",
-    "set_threads",
-    "slot_attention",
-    "threads",
-]
+__all__ = ["KernelsUnavailable", "PackedLinear", "load_kernels", "pack_linears", "set_threads", "slot_attention"]

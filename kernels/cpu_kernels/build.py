@@ -1,4 +1,4 @@
-"""Compiles the C++ kernels with the machine's own compiler, once."""
+"""Compile the C++ kernels with the machine's own compiler, once."""
 
 from __future__ import annotations
 
@@ -13,40 +13,37 @@ from pathlib import Path
 
 import torch
 
-from draft.errors import UserError
-from draft.files import cache_folder
-
 log = logging.getLogger(__name__)
 
 _SOURCE = Path(__file__).parent
 _FLAGS = ["-O3", "-march=native", "-std=c++20", "-shared", "-fPIC", "-pthread"]
 
 
-def built_library() -> Path:
-    """The compiled kernels for this machine; takes some 20 s the first time, then nothing.
+class KernelsUnavailable(Exception):
+    """The kernels cannot be compiled here; the message says why, and what to do."""
+
+
+def built_library(cache: Path) -> Path:
+    """Return the kernels compiled for this machine, from the folder `cache`; the first time takes some 20 s.
 
     Raises:
-        UserError: when there is no C++ compiler ($CXX, g++, c++ or clang++), or it refuses the source.
+        KernelsUnavailable: when there is no C++ compiler ($CXX, g++, c++ or clang++), or it refuses the source.
     """
-    compiler = _compiler()
-    library = cache_folder() / f"cpu-kernels-{_key(compiler)}.so"
+    names = filter(None, (os.environ.get("CXX"), "g++", "c++", "clang++"))
+    compiler = next(filter(None, map(shutil.which, names)), None)
+    if compiler is None:
+        raise KernelsUnavailable(
+            "the CPU kernels need a C++ compiler and none of $CXX, g++, c++, clang++ is there; install g++, or decode "
+            "with the eager engine."
+        )
+    library = cache / f"cpu-kernels-{_key(compiler)}.so"
     if not library.is_file():
         _build(compiler, library)
     return library
 
 
-def _compiler() -> str:
-    for name in (os.environ.get("CXX"), "g++", "c++", "clang++"):
-        if name and (path := shutil.which(name)):
-            return path
-    raise UserError(
-        "the CPU kernels need a C++ compiler and none of $CXX, g++, c++, clang++ is there; install g++, or decode with "
-        "the eager engine."
-    )
-
-
 def _key(compiler: str) -> str:
-    """Names everything that a build depends on; a home folder may be shared by machines of different CPUs."""
+    """Hash everything that a build depends on; a home folder may be shared by machines of different CPUs."""
     digest = hashlib.sha256(f"{_FLAGS} {torch.__version__} {compiler} {platform.machine()}".encode())
     digest.update(_run([compiler, "--version"]).stdout.encode())
     for source in sorted([*_SOURCE.glob("*.h"), *_SOURCE.glob("*.cpp")]):
@@ -81,7 +78,7 @@ def _build(compiler: str, library: Path) -> None:
         if result.returncode != 0:
             lines = result.stderr.splitlines() or [f"exit status {result.returncode}"]
             first = next((line for line in lines if "error" in line.lower()), lines[0])
-            raise UserError(
+            raise KernelsUnavailable(
                 f"{compiler} could not compile the CPU kernels ({first.strip()[:300]}); set $CXX to another."
             )
         Path(temporary).chmod(0o755)

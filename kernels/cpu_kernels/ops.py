@@ -1,25 +1,34 @@
-"""The C++ operators with their shapes, and what torch.compile needs to know of them."""
+"""The C++ operators with their shapes, and layers that use them in place of a model's own.
+
+`load_kernels` comes first: all others need it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from cpu_kernels.build import built_library
-from draft.target import fastest_cpu_dtype
+
+# Rows from which a native bfloat16 product beats float32 arithmetic on packed weights.
+NATIVE_ROWS = 65
 
 
 @lru_cache
-def load_kernels() -> None:
-    """Register torch.ops.draftsmith, with the shapes that tracing needs; compiles it the first time on a machine.
+def load_kernels(cache: Path) -> None:
+    """Register torch.ops.draftsmith, with the shapes that tracing needs.
+
+    They are compiled the first time on a machine, into the folder `cache`.
 
     Raises:
-        UserError: when there is no C++ compiler, or it refuses the source.
+        KernelsUnavailable: when there is no C++ compiler, or it refuses the source.
     """
-    torch.ops.load_library(str(built_library()))
+    torch.ops.load_library(str(built_library(cache)))
     panel = torch.ops.draftsmith.panel_width()
 
     @torch.library.register_fake("draftsmith::pack")
@@ -36,21 +45,20 @@ def load_kernels() -> None:
 
 
 def pack(weight: Tensor) -> Tensor:
-    """A linear layer's weight [out, in], float32 or bfloat16, in the order in which `packed_linear` reads it.
+    """Put a linear layer's weight [out, in], float32 or bfloat16, in the order in which `packed_linear` reads it.
 
     Returns [panels, in, panel width]: for this machine and process only, never to be saved.
     """
-    load_kernels()
     return torch.ops.draftsmith.pack(weight)
 
 
 def weight_memory(size: int) -> Tensor:
-    """`size` bytes, uint8, in large pages where the system has them: reading weights is what a step costs."""
+    """Allocate `size` bytes, uint8, in large pages where the system has them: reading weights is what a step costs."""
     return torch.ops.draftsmith.weight_memory(size)
 
 
 def packed_linear(x: Tensor, packed: Tensor, out_features: int, bias: Tensor | None = None) -> Tensor:
-    """x [..., in] (float32 or bfloat16) through a packed weight: [..., out_features] in x's dtype.
+    """Multiply x [..., in] (float32 or bfloat16) by a packed weight: [..., out_features] in x's dtype.
 
     Products are summed in float32, in the order of the inputs, whatever the number of rows.
     """
@@ -80,7 +88,7 @@ def slot_attention(
     another for the values: torch 2.13 loses the offset of a view that is made in the graph and then written by an
     operator, and it copies what shares memory with the operator's other slots.
 
-    `load_kernels` must have been called. q, k, v and slots share one dtype, float32 or bfloat16.
+    q, k, v and slots share one dtype, float32 or bfloat16.
     Returns [1, tokens, query heads, value width].
     """
     return torch.ops.draftsmith.slot_attention(
@@ -88,87 +96,92 @@ def slot_attention(
     )
 
 
-def decoder_layers(
-    hidden: Tensor,  # [1, tokens, hidden]
-    embeds: Tensor,  # the same, for layers that read cat(norm(embeds), norm(hidden)), or empty
-    cos: Tensor,  # [..., tokens, rotary]
-    sin: Tensor,
-    weights: Sequence[Tensor],  # 13 a layer, empty where it has none, see kernels.cpp
-    k_slots: Sequence[Tensor],  # one a layer, as in `slot_attention`, written
-    v_slots: Sequence[Tensor],
-    positions: Tensor,
-    segments: Tensor,
-    masks: Sequence[Tensor],  # one a layer
-    windows: Sequence[int],
-    captured: Sequence[int],  # layers whose input is wanted, too; their number: the output
-    heads: int,
-    eps: float,
-    scale: float,
-    softcap: float,
-) -> Tensor:
-    """Decoder layers of the Llama family, one after another; activations and the residual stream are float32.
-
-    Returns [1 + captured, tokens, hidden] float32: what comes out of the last layer, and what enters the captured ones.
-    """
-    return torch.ops.draftsmith.decoder_layers(
-        hidden, embeds, cos, sin, weights, k_slots, v_slots, positions, segments, masks, windows, captured, heads, eps,
-        scale, softcap,
-    )  # fmt: skip
-
-
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x [..., features], float32 or bfloat16, over its root mean square, times `weight` (float32); in x's dtype."""
+    """Divide x [..., features], float32 or bfloat16, by its root mean square, and multiply by `weight` (float32)."""
     return torch.ops.draftsmith.rms_norm(x, weight, eps)
 
 
 def set_threads(count: int) -> None:
-    """How many threads the operators share, the caller's included; at first as many as this process has cores."""
-    load_kernels()
+    """Set the number of threads that the operators share, the caller's included; at first all cores of this process."""
     torch.ops.draftsmith.set_threads(count)
 
 
 def threads() -> int:
-    """How many threads the operators share."""
-    load_kernels()
+    """Return the number of threads that the operators share."""
     return torch.ops.draftsmith.get_threads()
 
 
 def panel_width() -> int:
-    """The output features that a packed weight keeps together."""
-    load_kernels()
+    """Return the number of output features that a packed weight keeps together."""
     return torch.ops.draftsmith.panel_width()
 
 
-# Linear layers with packed weights, in place of a model's own.
+@dataclass(frozen=True)
+class FusedDecoder:
+    """Decoder layers of the Llama family in one call; activations and the residual stream are float32."""
+
+    weights: list[Tensor]  # 13 a layer, empty where it has none, see kernels.cpp
+    windows: list[int]  # one a layer, as in `slot_attention`
+    heads: int
+    eps: float
+    scale: float
+    softcap: float
+    widest: int | None = None  # tokens; a wider pass is faster layer by layer, where the CPU multiplies natively
+
+    def takes(self, tokens: int) -> bool:
+        return self.widest is None or tokens <= self.widest
+
+    def run(
+        self,
+        hidden: Tensor,  # [1, tokens, hidden]
+        embeds: Tensor,  # the same, for layers that read cat(norm(embeds), norm(hidden)), or empty
+        rotation: tuple[Tensor, Tensor],  # cosines and sines, [..., tokens, rotary] each
+        slots: Sequence[tuple[Tensor, Tensor]],  # keys and values of each layer, as in `slot_attention`, written
+        positions: Tensor,
+        segments: Tensor,
+        masks: Sequence[Tensor],  # one a layer
+        captured: Sequence[int] = (),  # layers whose input is returned, too; their number: the output
+    ) -> Tensor:
+        """Return [1 + captured, tokens, hidden] float32: the last layer's output, and the captured layers' inputs."""
+        keys, values = ([pair[part] for pair in slots] for part in (0, 1))
+        return torch.ops.draftsmith.decoder_layers(
+            hidden, embeds, *rotation, self.weights, keys, values, positions, segments, masks, self.windows, captured,
+            self.heads, self.eps, self.scale, self.softcap,
+        )  # fmt: skip
 
 
-# Rows from which a native bfloat16 product beats float32 arithmetic on packed weights.
-NATIVE_ROWS = 65
+class OneCallNorm(nn.Module):
+    """A root-mean-square norm in one call: PyTorch's small operations, once a pass has emptied the CPU's caches, take
+    a percent of a step."""
+
+    def __init__(self, weight: Tensor, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight: Tensor
+        self.register_buffer("weight", weight.detach().float(), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
 
 
 class PackedLinear(nn.Module):
     """A linear layer for decoding: its weight is stored once, in bfloat16 or float32, in the kernels' order.
 
-    Where the CPU multiplies bfloat16 natively, prompts go through the plain weight, which is then kept as well.
+    keep_plain: the plain weight is kept as well, for products over many rows; where the CPU multiplies `dtype`
+    natively they are faster by it.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
+    def __init__(self, linear: nn.Linear, dtype: torch.dtype, *, keep_plain: bool = False) -> None:
         super().__init__()
-        self.out_features, self.in_features = weight.shape
-        stored = weight.detach().to(dtype)  # [out, in]
-        native = dtype == torch.bfloat16 and fastest_cpu_dtype() == torch.bfloat16
+        self.out_features, self.in_features = linear.weight.shape
+        stored = linear.weight.detach().to(dtype)  # [out, in]
         self.packed: Tensor
         self.weight: Tensor | None
         self.bias: Tensor | None
         # buffers that a checkpoint does not have: the order is this machine's
         self.register_buffer("packed", pack(stored), persistent=False)
-        self.register_buffer("weight", stored if native else None, persistent=False)
-        self.register_buffer("bias", None if bias is None else bias.detach(), persistent=False)
-
-    @classmethod
-    def from_linear(cls, linear: nn.Linear, dtype: torch.dtype) -> PackedLinear:
-        """`linear` with its weight stored in `dtype`; its bias stays as it is."""
-        return cls(linear.weight, linear.bias, dtype)
+        self.register_buffer("weight", stored if keep_plain else None, persistent=False)
+        self.register_buffer("bias", None if linear.bias is None else linear.bias.detach(), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:  # [..., in] -> [..., out]
         if self.weight is not None and x.dtype == self.weight.dtype and x.numel() >= NATIVE_ROWS * self.in_features:
@@ -179,18 +192,15 @@ class PackedLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, weights={self.packed.dtype}"
 
 
-def pack_linears(module: nn.Module, dtype: torch.dtype) -> int:
-    """Replace every nn.Linear below `module` by a PackedLinear, in place; returns how many.
+def pack_linears(module: nn.Module, dtype: torch.dtype, *, keep_plain: bool = False) -> None:
+    """Replace every nn.Linear below `module` by a PackedLinear, in place.
 
     A weight shared with an embedding stays there for the embedding.
     """
-    replaced: dict[int, PackedLinear] = {}
-    count = 0
+    replaced: dict[int, PackedLinear] = {}  # by id: a replaced layer is freed at once
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
             if type(child) is nn.Linear:
                 if id(child) not in replaced:
-                    replaced[id(child)] = PackedLinear.from_linear(child, dtype)
+                    replaced[id(child)] = PackedLinear(child, dtype, keep_plain=keep_plain)
                 setattr(parent, name, replaced[id(child)])
-                count += 1
-    return count

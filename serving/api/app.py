@@ -1,4 +1,4 @@
-"""The HTTP application: routes, and what holds for all of them."""
+"""The HTTP application: its routes, error handlers and middleware."""
 
 from __future__ import annotations
 
@@ -7,20 +7,15 @@ from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
-from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 from draft.errors import UserError
-from serving.api import generate, openai, operations, page
-from serving.api.documentation import describe
+from serving.api import generate, openai, operations
 from serving.api.errors import ApiError, on_api_error, on_http_error, on_validation_error
 from serving.api.metrics import PREFIX
-from serving.api.middleware import ApiKey, BodyLimits, Guard, Limits
-from serving.api.openai_schemas import OpenAiError
-from serving.api.operations import package_version
-from serving.api.schemas import ErrorResponse, StreamEvent
-from serving.api.service import Service
+from serving.api.middleware import ApiKey, BodyLimits, Guard
+from serving.api.service import GENERATING, Limits, Service
 from serving.engine import Engine, EngineStopped, Overloaded
 
 
@@ -34,11 +29,11 @@ def create_app(
     strict_model_name: bool = False,
     metrics_prefix: str = PREFIX,
 ) -> FastAPI:
-    """The application around an engine, which from now on belongs to it.
+    """Return the application around an engine, which it starts and closes.
 
     engine: None where it is loaded later; then `app.state.service.attach(engine)` makes the application ready.
-    head_name: what /info calls the draft head; the target is called by its own name. cors_origins: whose pages may
-    use it from a browser.
+    head_name: the draft head's name in /info; the target has one already. cors_origins: origins of pages that may use
+    the API from a browser.
     """
     limits = limits or Limits()
     service = Service(limits, head_name=head_name, strict_model_name=strict_model_name, metrics_prefix=metrics_prefix)
@@ -51,22 +46,17 @@ def create_app(
         service.stop()
 
     # a redirect to a path without its slash would name whatever host the request named
-    app = FastAPI(title="Draftsmith", version=package_version(), lifespan=lifespan, redirect_slashes=False)
+    version = operations.package_version()
+    app = FastAPI(title="Draftsmith", version=version, lifespan=lifespan, redirect_slashes=False)
     app.state.service = service
-    routers = (generate.router, openai.router, operations.router, page.router)
-    for router in routers:
+    for router in (generate.router, openai.router, operations.router):
         app.include_router(router)
-    routes = [route for router in routers for route in router.routes if isinstance(route, APIRoute)]
-    app.state.routes = routes  # for what is allowed where something else was tried
-    describe(app, [StreamEvent, ErrorResponse, OpenAiError])
     for error in (ApiError, UserError, Overloaded, EngineStopped):
         app.add_exception_handler(error, on_api_error)
     app.add_exception_handler(RequestValidationError, on_validation_error)
     app.add_exception_handler(HTTPException, on_http_error)
     # the last one added is the first to see a request
-    app.add_middleware(
-        BodyLimits, limits=limits, paths={route.path for route in routes if "POST" in (route.methods or ())}
-    )
+    app.add_middleware(BodyLimits, limits=limits, paths=GENERATING | {"/tokenize"})
     if api_key is not None:
         app.add_middleware(ApiKey, key=api_key)
     if cors_origins:

@@ -1,7 +1,7 @@
-"""Answers that are not 200, in the shape of the surface that was asked: TGI's, or OpenAI's under /v1.
+"""Error answers in the shape of either API: TGI's, or OpenAI's under /v1.
 
-What goes back names the field, the value and the limit; it holds no paths, prompts or exception text, and little of
-what was sent.
+A message names the field, the value and the limit; it holds no paths, prompts or exception text, and little of the
+request.
 """
 
 from __future__ import annotations
@@ -20,12 +20,10 @@ from serving.engine import EngineStopped, Overloaded
 
 MAX_MESSAGE = 500  # characters
 _MAX_ECHO = 40
-_WANTED_A_NUMBER = {"int_type", "float_type", "bool_type"}
-_WANTED_A_BODY = {"missing", "model_attributes_type", "model_type", "dict_type"}
 RETRY = {"retry-after": "1"}
-NO_RETRY = {"x-should-retry": "false"}  # the openai client's word for: it would end the same way again
+NO_RETRY = {"x-should-retry": "false"}  # for the openai client: the request would fail again
 
-# kind -> (status of TGI's surface, OpenAI's, OpenAI's `type`); TGI's `error_type` is the kind itself
+# kind -> (TGI's status, OpenAI's status, OpenAI's `type`); TGI's `error_type` is the kind itself
 _KINDS: dict[str, tuple[int, int, str]] = {
     "validation": (422, 400, "invalid_request_error"),
     "authentication": (401, 401, "authentication_error"),
@@ -43,7 +41,7 @@ _KINDS: dict[str, tuple[int, int, str]] = {
 class ApiError(Exception):
     """An answer that is not 200.
 
-    status: where it is not the one of the kind. field: what is wrong, as the client calls it. code: OpenAI's.
+    status: None is the one of the kind. field: as the client names it. code: OpenAI's.
     """
 
     kind: str
@@ -59,11 +57,11 @@ class ApiError(Exception):
 
 
 def api_error(error: BaseException) -> ApiError:
-    """What a client is told of an exception."""
+    """Return the answer for an exception, without its text unless that was written for the client."""
     match error:
         case ApiError():
             return error
-        case UserError():  # the engine's own checks of a request, in words meant for its author
+        case UserError():  # the engine's checks of a request
             return ApiError("validation", str(error))
         case Overloaded():
             return ApiError("overloaded", "Model is overloaded", headers=RETRY)
@@ -72,9 +70,9 @@ def api_error(error: BaseException) -> ApiError:
     return ApiError("generation", "Request failed during generation", headers=NO_RETRY)
 
 
-def unavailable(why: str) -> ApiError:
-    """503: another server, or this one later, may take the request."""
-    return ApiError("unavailable", why, headers=RETRY)
+def unavailable(reason: str) -> ApiError:
+    """Return a 503: another server, or this one later, may take the request."""
+    return ApiError("unavailable", reason, headers=RETRY)
 
 
 def is_openai(path: str) -> bool:
@@ -82,7 +80,7 @@ def is_openai(path: str) -> bool:
 
 
 def body_of(error: ApiError, openai: bool) -> dict[str, Any]:
-    """The surface's error object, which is also what a stream ends with when something goes wrong in it."""
+    """Return the API's error object, which is also the last event of a stream that fails."""
     message = error.message[:MAX_MESSAGE]
     if not openai:
         return {"error": message, "error_type": error.kind}
@@ -95,7 +93,7 @@ def response_of(error: ApiError, path: str) -> JSONResponse:
     return JSONResponse(body_of(error, openai), error.status_on(openai), error.headers or None)
 
 
-# handlers
+# Exception handlers.
 
 
 async def on_api_error(request: Request, error: Exception) -> JSONResponse:
@@ -103,61 +101,46 @@ async def on_api_error(request: Request, error: Exception) -> JSONResponse:
 
 
 async def on_http_error(request: Request, error: Exception) -> JSONResponse:
-    """Starlette's own refusals: no such path, wrong method, an unreadable body."""
+    """Answer Starlette's own refusals: no such path, wrong method, a body that cannot be parsed."""
     assert isinstance(error, HTTPException)
     kind = "not_found" if error.status_code == 404 else "validation"
     headers = {name.lower(): value for name, value in (error.headers or {}).items()}
-    told = ApiError(kind, error.detail, status=error.status_code, headers=headers)
-    if error.status_code == 405:  # of the routes with this path Starlette names the first one's methods only
-        here = (route for route in request.app.state.routes if route.path_regex.match(request.url.path))
-        allowed = set[str]().union(*(route.methods for route in here))
-        if allowed:
-            headers["allow"] = ", ".join(sorted(allowed | {"HEAD"} if "GET" in allowed else allowed))
-    return response_of(told, request.url.path)
+    return response_of(ApiError(kind, error.detail, status=error.status_code, headers=headers), request.url.path)
 
 
 async def on_validation_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
     problems = error.errors()
-    first = problems[0]
-    names = (_field(first), getattr(first.get("ctx", {}).get("error"), "field", None))
+    names = (_field(problems[0]), getattr(problems[0].get("ctx", {}).get("error"), "field", None))
     field = ".".join(filter(None, names)) or None
-    told = ApiError("validation", "; ".join(_sentence(problem) for problem in problems[:3]), field=field)
-    return response_of(told, request.url.path)
+    message = "; ".join(_sentence(problem) for problem in problems[:3])
+    return response_of(ApiError("validation", message, field=field), request.url.path)
 
 
 def _field(problem: dict[str, Any]) -> str | None:
-    """The field's path; where one problem is reported for each type that a field may have, types are left out."""
+    """Return the field's path, without the type that pydantic adds where a field may have one of several."""
     if problem["type"] == "json_invalid":  # the place is one in the text
         return None
-    parts = [str(part) for part in problem["loc"][1:] if not (isinstance(part, str) and _is_type(part))]
-    return ".".join(parts)[:100] or None
-
-
-def _is_type(part: str) -> bool:
-    return "[" in part or part in {"str", "int", "float", "bool"}
+    parts = [str(part) for part in problem["loc"][1:]]
+    return ".".join(part for part in parts if "[" not in part and part not in ("str", "int", "float"))[:100] or None
 
 
 def _sentence(problem: dict[str, Any]) -> str:
-    """One problem: the field, what holds for it, and the value where it is a number or a short word."""
+    """Return one problem: the field, what holds for it, and the value where it is a number or a short word."""
     if problem["type"] == "json_invalid":
         return f"the body is not valid JSON: {problem['ctx']['error']}"
-    field_name = _field(problem)
-    if field_name is None and problem["type"] in _WANTED_A_BODY:
+    field = _field(problem)
+    if field is None and problem["type"] in ("missing", "model_attributes_type", "model_type", "dict_type"):
         return "the body must be a JSON object"
-    about = f"`{field_name}`: " if field_name else ""
-    # texts are the user's own, and an error does not repeat them, except a word in a number's place
-    value = problem["input"]
-    shown = isinstance(value, (int, float)) or (isinstance(value, str) and problem["type"] in _WANTED_A_NUMBER)
+    about = f"`{field}`: " if field else ""
+    # texts are private, and an error does not repeat them, except a word in place of a number
+    value, number_expected = problem["input"], problem["type"] in ("int_type", "float_type", "bool_type")
+    shown = isinstance(value, (int, float)) or (isinstance(value, str) and number_expected)
     return f"{about}{problem['msg'].removeprefix('Value error, ')}{f' (given: {echo(value)})' if shown else ''}"
 
 
 def echo(value: Any) -> str:
-    """A value in an error: short, in ASCII."""
-    return (ascii(value) if isinstance(value, str) or not _is_long(value) else f"a number of {len(str(value))} digits")[
-        :_MAX_ECHO
-    ]
-
-
-def _is_long(value: Any) -> bool:
-    return isinstance(value, int) and abs(value) > 10**_MAX_ECHO
+    """Return a value for an error: short, in ASCII."""
+    if isinstance(value, int) and abs(value) > 10**_MAX_ECHO:
+        return f"a number of {len(str(value))} digits"
+    return ascii(value)[:_MAX_ECHO]

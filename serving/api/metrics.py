@@ -1,4 +1,4 @@
-"""Prometheus metrics, in a registry of the app's own.
+"""Prometheus metrics, in one registry per app.
 
 The names after the prefix are those of vLLM, of which llama.cpp has the spec_decode ones too, so dashboards carry over.
 """
@@ -6,7 +6,6 @@ The names after the prefix are those of vLLM, of which llama.cpp has the spec_de
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from itertools import pairwise
@@ -30,33 +29,27 @@ _WAIT = (0.0001, 0.00025, 0.0005, *_LATENCY)
 _FIRST_TOKEN = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.3, 0.6, 1.2, 2.5, 5, 10, 20, 40, 80, 160, 640)
 _PER_TOKEN = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.3, 0.6, 1.2, 2.5, 5, 10)
 _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000)
-# name -> (what it is, buckets)
+# name -> (description, buckets)
 _HISTOGRAMS = {
     "time_to_first_token_seconds": ("From receipt to the first token", _FIRST_TOKEN),
     "inter_token_latency_seconds": ("Between the steps that brought a request's tokens", _PER_TOKEN),
     "request_time_per_output_token_seconds": ("Decoding time / tokens after the first", _PER_TOKEN),
     "e2e_request_latency_seconds": ("From receipt to the end of generation", _LATENCY),
-    "request_queue_time_seconds": ("Time in the line", _WAIT),
-    "request_prefill_time_seconds": ("From the line to the first token", _WAIT),
+    "request_queue_time_seconds": ("Time in the queue", _WAIT),
+    "request_prefill_time_seconds": ("From the end of the queue to the first token", _WAIT),
     "request_decode_time_seconds": ("From the first token to the last", _LATENCY),
     "request_prompt_tokens": ("Tokens of a prompt", _TOKENS),
     "request_generation_tokens": ("Tokens of an answer", _TOKENS),
 }
 FINISH_REASONS = ("length", "eos_token", "stop_sequence", "cancelled", "error")
-# the status of a request that got no answer -> why
+# status of a request that got no answer -> reason
 FAILURES = {
-    400: "validation",
-    404: "validation",
-    408: "timeout",
-    413: "validation",
-    415: "validation",
-    422: "validation",
-    424: "generation",
+    **dict.fromkeys((400, 404, 413, 415, 422), "validation"),
+    **dict.fromkeys((408, 504), "timeout"),
+    **dict.fromkeys((424, 500), "generation"),
     429: "overloaded",
     499: "cancelled",
-    500: "generation",
     503: "unavailable",
-    504: "timeout",
 }
 
 
@@ -74,42 +67,51 @@ class Metrics:
     """Counters, gauges and histograms of one server."""
 
     def __init__(self, engine: Engine, *, prefix: str = PREFIX, model_name: str = "") -> None:
-        """prefix: `vllm` makes existing dashboards read these, with the labels that they select by."""
-        disable_created_metrics()  # a time of birth beside each counter, which scrapers take for another count
+        """prefix: `vllm` is for existing dashboards, with the labels that they select by."""
+        disable_created_metrics()  # a creation time beside each counter, which scrapers take for another count
         self.registry = CollectorRegistry()
         self._metrics: dict[str, Any] = {}
         self._prefix = prefix + ":"
         self._labels = {"model_name": model_name, "engine": "0"} if prefix != PREFIX else {}
-        self._drafts = self._counter("spec_decode_num_drafts", "Verifications that had drafted tokens")
-        self._drafted = self._counter("spec_decode_num_draft_tokens", "Drafted tokens")
-        self._accepted = self._counter("spec_decode_num_accepted_tokens", "Drafted tokens that were accepted")
+        self._drafts = self._series(Counter, "spec_decode_num_drafts", "Verifications that had drafted tokens")
+        self._drafted = self._series(Counter, "spec_decode_num_draft_tokens", "Drafted tokens")
+        self._accepted = self._series(Counter, "spec_decode_num_accepted_tokens", "Drafted tokens that were accepted")
         self._accepted_at = {
-            position: self._counter(
-                "spec_decode_num_accepted_tokens_per_pos", "Accepted tokens by draft position", position=str(position)
+            position: self._series(
+                Counter,
+                "spec_decode_num_accepted_tokens_per_pos",
+                "Accepted tokens by draft position",
+                position=str(position),
             )
             for position in range(engine.speculation_length if engine.head else 0)
         }
-        self._prompt_tokens = self._counter("prompt_tokens", "Tokens of the prompts that were answered")
-        self._generated = self._counter("generation_tokens", "Tokens generated")
+        self._prompt_tokens = self._series(Counter, "prompt_tokens", "Tokens of the prompts that were answered")
+        self._generated = self._series(Counter, "generation_tokens", "Tokens generated")
         # a series that is there from the start reads as 0, one that appears later as a gap
         self._ended = {
-            reason: self._counter("request_success", "Sequences by how they ended", finished_reason=reason)
+            reason: self._series(Counter, "request_success", "Sequences by finish reason", finished_reason=reason)
             for reason in FINISH_REASONS
         }
         self._failed = {
-            reason: self._counter("request_failure", "Requests without a whole answer", reason=reason)
+            reason: self._series(Counter, "request_failure", "Requests without a whole answer", reason=reason)
             for reason in sorted(set(FAILURES.values()))
         }
-        self._gauge("num_requests_running", "Sequences in the engine", lambda: engine.running)
-        self._gauge("num_requests_waiting", "Sequences in the line", lambda: engine.waiting)
-        self._gauge("kv_cache_usage_perc", "Used places of the cache / all of them", lambda: engine.cache_usage)
+        self._series(Gauge, "num_requests_running", "Sequences in the engine").set_function(lambda: engine.running)
+        self._series(Gauge, "num_requests_waiting", "Sequences in the queue").set_function(lambda: engine.waiting)
+        usage = self._series(Gauge, "kv_cache_usage_perc", "Used places of the cache / all of them")
+        usage.set_function(lambda: engine.cache_usage)
         self._watched: dict[int, _Watched] = {}  # by number
         self._lock = threading.Lock()
-        self._histograms = {name: self._histogram(name, *about) for name, about in _HISTOGRAMS.items()}
+        self._histograms = {
+            name: self._series(Histogram, name, description, options={"buckets": buckets})
+            for name, (description, buckets) in _HISTOGRAMS.items()
+        }
 
     def watch(self, request: Request, received: float) -> None:
-        """Count a sequence's tokens as they come, and the rest when it ends; received: when its HTTP request came, in
-        seconds of time.monotonic()."""
+        """Count a sequence's tokens as they come, and the rest when it ends.
+
+        received: the time of its HTTP request, in seconds of time.monotonic().
+        """
         watched = _Watched(request, received)
 
         def ended(future: Future[Completion]) -> None:
@@ -137,7 +139,7 @@ class Metrics:
         return generate_latest(self.registry)
 
     def _follow(self, watched: _Watched) -> None:
-        """Count what has come since the last time."""
+        """Count the tokens since the last call."""
         request = watched.request
         if not watched.began and request.times.first_token:
             watched.began = True
@@ -173,19 +175,11 @@ class Metrics:
     def _observe(self, name: str, value: float) -> None:
         self._histograms[name].observe(value)
 
-    def _counter(self, name: str, about: str, **labels: str) -> Counter:
-        return self._series(Counter, name, about, labels)
-
-    def _gauge(self, name: str, about: str, value: Callable[[], float]) -> None:
-        self._series(Gauge, name, about, {}).set_function(value)
-
-    def _histogram(self, name: str, about: str, buckets: tuple[float, ...]) -> Histogram:
-        return self._series(Histogram, name, about, {}, buckets=buckets)
-
-    def _series(self, kind: Any, name: str, about: str, labels: dict[str, str], **options: Any) -> Any:
-        """One time series; those that differ in a label's value only belong to one metric."""
+    def _series(self, kind: Any, name: str, description: str, *, options: Any = None, **labels: str) -> Any:
+        """Return one time series; those that differ in a label's value only belong to one metric."""
         labels = self._labels | labels
         if name not in self._metrics:
-            self._metrics[name] = kind(self._prefix + name, about, tuple(labels), registry=self.registry, **options)
+            full_name = self._prefix + name
+            self._metrics[name] = kind(full_name, description, tuple(labels), registry=self.registry, **(options or {}))
         metric = self._metrics[name]
         return metric.labels(**labels) if labels else metric

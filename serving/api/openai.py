@@ -1,4 +1,4 @@
-"""OpenAI's surface: /v1/completions, /v1/chat/completions and /v1/models."""
+"""OpenAI's API: /v1/completions, /v1/chat/completions and /v1/models."""
 
 from __future__ import annotations
 
@@ -12,75 +12,77 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
-from serving.api.documentation import as_stream, documented
 from serving.api.errors import ApiError, api_error, body_of
-from serving.api.figures import finite, speculation_of, vllm_metrics
-from serving.api.openai_schemas import (
-    ChatRequest,
-    CompletionRequest,
-    CompletionResponse,
-    OpenAiError,
-    Sampling,
-)
-from serving.api.service import Names, Service, check_ids, encode, new_tokens, rendered
-from serving.api.streaming import EventStream, Generation, event
+from serving.api.openai_schemas import ChatRequest, CompletionRequest, CompletionResponse, OpenAiError, SamplingRequest
+from serving.api.schemas import EVENT_STREAM
+from serving.api.service import Names, Service
+from serving.api.streaming import EventStream, Generation, event, finite
 from serving.engine import Completion, SamplingParams, Speculation, Token
-from serving.engine.sampling import SEED_LIMIT
+from serving.engine.sampling import SEED_LIMIT, sorted_pairs
 
-router = APIRouter(prefix="/v1", tags=["OpenAI"])
+router = APIRouter(
+    prefix="/v1", tags=["OpenAI"], responses={"4XX": {"model": OpenAiError}, "5XX": {"model": OpenAiError}}
+)
 
 DEFAULT_MAX_TOKENS = 16  # of /v1/completions, as OpenAI has it
-_ERRORS = documented(OpenAiError, (400, 401, 404, 408, 413, 415, 429, 500, 503, 504))
+_FINISH_REASONS = {"eos_token": "stop", "stop_sequence": "stop", "length": "length"}
+_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 _DONE = b"data: [DONE]\n\n"
 
 
-@router.post("/completions", response_model=CompletionResponse, responses=_ERRORS | as_stream())
+@router.post("/completions", response_model=CompletionResponse, responses=EVENT_STREAM)
 async def completions(body: CompletionRequest, request: Request) -> Response:
     """Continue texts."""
-    service, received = _open(body, request)
-    names = Names("prompt", "max_tokens")
-    texts, prompts = _prompts(body.prompt)
-    _check_choices(service, len(prompts or texts), body.choices)
-    for ids in prompts:
-        check_ids(service, ids, "prompt")
-    prompts = prompts or [await encode(service, text, names) for text in texts]
-    limits = [new_tokens(service, body.max_tokens, len(ids), DEFAULT_MAX_TOKENS, names) for ids in prompts]
-    echoed = (texts or [service.engine.target.decode(ids) for ids in prompts]) if body.echo else []
-    answer = _answer(service, body, prompts, body.logprobs, chat=False, echoed=echoed)
-    return await _respond(body, request, answer, limits, received)
+    received = time.monotonic()
+    prompt, names = body.prompt, Names("prompt", "max_tokens")
+    several: list[Any] = [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else list(prompt)
+    service = _open(body, request, prompts=len(several))
+    prompts = []
+    for each in several:
+        if not isinstance(each, str):
+            service.check_ids(each, "prompt")
+        prompts.append(await service.encode(each, names) if isinstance(each, str) else each)
+    limits = [service.new_tokens(body.max_tokens, len(ids), DEFAULT_MAX_TOKENS, names) for ids in prompts]
+    echoed = []
+    if body.echo:
+        echoed = [each if isinstance(each, str) else service.engine.target.decode(each) for each in several]
+    answer = Answer(service, body, prompts, body.logprobs, chat=False, echoed=echoed)
+    return await _respond(answer, request, limits, received)
 
 
-@router.post("/chat/completions", response_model=CompletionResponse, responses=_ERRORS | as_stream())
+@router.post("/chat/completions", response_model=CompletionResponse, responses=EVENT_STREAM)
 async def chat(body: ChatRequest, request: Request) -> Response:
-    """Answer a conversation, under the target's own chat template."""
-    service, received = _open(body, request)
-    _check_choices(service, 1, body.choices)
+    """Answer a conversation, under the target's chat template."""
+    received = time.monotonic()
+    service = _open(body, request, prompts=1)
     names = Names("messages", "max_completion_tokens" if body.max_tokens is None else "max_tokens")
-    text = _rendered(service, body)
-    prompt = await encode(service, text, names, special_tokens=False)
-    asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-    limits = [new_tokens(service, asked, len(prompt), None, names)]
+    messages = [
+        {"role": message.role, "content": message.text} | ({"name": message.name} if message.name else {})
+        for message in body.messages
+    ]
+    prompt = await service.encode(service.render(messages, "messages"), names, special_tokens=False)
+    requested = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+    limits = [service.new_tokens(requested, len(prompt), None, names)]
     alternatives = (body.top_logprobs or 0) if body.logprobs else None
-    answer = _answer(service, body, [prompt], alternatives, chat=True, echoed=[])
-    return await _respond(body, request, answer, limits, received)
+    return await _respond(Answer(service, body, [prompt], alternatives, chat=True), request, limits, received)
 
 
-@router.get("/models", responses=documented(OpenAiError, (401, 503)))
+@router.get("/models")
 async def models(request: Request) -> dict[str, Any]:
-    """The one model that is served."""
-    return {"object": "list", "data": [_about_model(request.app.state.service)]}
+    """List the one model that is served."""
+    return {"object": "list", "data": [_model(request.app.state.service)]}
 
 
-@router.get("/models/{name:path}", responses=documented(OpenAiError, (400, 401, 404, 503)))
+@router.get("/models/{name:path}")
 async def model(name: str, request: Request) -> dict[str, Any]:
-    """About the model of this name."""
-    about = _about_model(request.app.state.service)
-    if name != about["id"]:
+    """Describe the model of this name."""
+    served = _model(request.app.state.service)
+    if name != served["id"]:
         raise _unknown_model()
-    return about
+    return served
 
 
-def _about_model(service: Service) -> dict[str, Any]:
+def _model(service: Service) -> dict[str, Any]:
     name = service.model_name
     return {
         "id": name,
@@ -94,148 +96,106 @@ def _about_model(service: Service) -> dict[str, Any]:
 
 
 def _unknown_model() -> ApiError:
-    return ApiError(
-        "not_found", "no such model; GET /v1/models tells what is served", field="model", code="model_not_found"
-    )
+    return ApiError("not_found", "no such model; GET /v1/models lists it", field="model", code="model_not_found")
 
 
-def _open(body: Sampling, request: Request) -> tuple[Service, float]:
-    """The service, where it takes requests for this model, and the time, in seconds of time.monotonic()."""
+def _open(body: SamplingRequest, request: Request, *, prompts: int) -> Service:
+    """Return the service, once it takes requests for this model, and of that many choices."""
     service: Service = request.app.state.service
     service.check_open()  # a full server does not tokenise
     if service.strict_model_name and body.model is not None and body.model != service.model_name:
         raise _unknown_model()
-    check_ids(service, body.stop_token_ids or [], "stop_token_ids")
-    check_ids(service, [int(key) for key in body.logit_bias or ()], "logit_bias")
-    return service, time.monotonic()
+    service.check_ids(body.stop_token_ids or [], "stop_token_ids")
+    service.check_ids(list(body.logit_bias or ()), "logit_bias")
+    if prompts * body.choices > service.max_choices:
+        given = f"{prompts} prompts and {body.choices} `n`"
+        raise ApiError("validation", f"prompts * `n` must be <= {service.max_choices}. Given: {given}", field="n")
+    return service
 
 
-def _prompts(prompt: str | list[str] | list[int] | list[list[int]]) -> tuple[list[str], list[list[int]]]:
-    """Texts, or lists of token ids; the other is empty."""
-    each: Sequence[Any] = [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
-    if isinstance(each[0], str):
-        return list(each), []
-    return [], list(each)
-
-
-def _check_choices(service: Service, prompts: int, choices: int) -> None:
-    """Raises ApiError for more sequences than a request may have, or than this server ever has room for."""
-    limit = service.max_choices
-    if prompts * choices > limit:
-        told = f"prompts * `n` must be <= {limit}. Given: {prompts} prompts and {choices} `n`"
-        raise ApiError("validation", told, field="n")
-
-
-def _rendered(service: Service, body: ChatRequest) -> str:
-    messages = [
-        {"role": message.role, "content": message.text} | ({"name": message.name} if message.name else {})
-        for message in body.messages
-    ]
-    return rendered(service, messages, "messages")
-
-
-def _answer(
-    service: Service, body: Sampling, prompts: list[list[int]], alternatives: int | None, chat: bool, echoed: list[str]
-) -> Answer:
-    speculation = speculation_of(body.speculative, service)
-    return Answer(service, chat, prompts, body.choices, speculation, alternatives, echoed, bool(body.return_token_ids))
-
-
-async def _respond(body: Sampling, request: Request, answer: Answer, limits: list[int], received: float) -> Response:
-    service, prompts, params = answer.service, list[list[int]](), list[SamplingParams]()
+async def _respond(answer: Answer, request: Request, limits: list[int], received: float) -> Response:
+    body, service, prompts, params = answer.body, answer.service, list[list[int]](), list[SamplingParams]()
     for prompt, limit in zip(answer.prompts, limits, strict=True):
         for choice in range(body.choices):
             prompts.append(prompt)
-            params.append(_sampling_params(body, choice, limit, answer.alternatives, service))
-    generation = Generation.begin(service, prompts, params, answer.speculation, received)
+            params.append(_sampling_params(answer, choice, limit))
+    generation = Generation(service, prompts, params, answer.speculation, received)
     request.scope["draftsmith.log"] = {"prompt_tokens": sum(map(len, answer.prompts))}
     if body.stream:
-        return EventStream(_events(body, request, answer, generation), service.limits.stalled_seconds)
+        return await EventStream.begin(_events(answer, generation, request), request, service.limits.stalled_seconds)
     whole = answer.whole(await generation.completions(request))
     request.scope["draftsmith.log"] |= {"generated_tokens": whole["usage"]["completion_tokens"]}
     return JSONResponse(whole)
 
 
-def _sampling_params(
-    body: Sampling, choice: int, max_new_tokens: int, logprobs: int | None, service: Service
-) -> SamplingParams:
-    stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
+def _sampling_params(answer: Answer, choice: int, max_new_tokens: int) -> SamplingParams:
+    body = answer.body
     if (body.min_tokens or 0) > max_new_tokens:
         message = f"`min_tokens` must be <= {max_new_tokens}, the most that is generated. Given: {body.min_tokens}"
         raise ApiError("validation", message, field="min_tokens")
-    return SamplingParams(
+    return SamplingParams.model_construct(  # of values that the schema has validated
         max_new_tokens=max_new_tokens,
         temperature=1.0 if body.temperature is None else body.temperature,
         top_p=body.top_p or 1.0,
-        top_k=min(max(body.top_k or 0, 0), service.engine.target.vocab_size),
+        top_k=min(max(body.top_k or 0, 0), answer.service.engine.target.vocab_size),
         min_p=body.min_p or 0.0,
         seed=None if body.seed is None else (body.seed + choice) % SEED_LIMIT,
         repetition_penalty=body.repetition_penalty or 1.0,
         presence_penalty=body.presence_penalty or 0.0,
         frequency_penalty=body.frequency_penalty or 0.0,
-        logit_bias={int(key): value for key, value in (body.logit_bias or {}).items()},
+        logit_bias=sorted_pairs(body.logit_bias or {}),
         min_new_tokens=body.min_tokens or 0,
-        stop=stop,
+        stop=(body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ()),
         stop_ids=tuple(body.stop_token_ids or ()),
         keep_stop=bool(body.include_stop_str_in_output),
         ignore_eos=bool(body.ignore_eos),
-        logprobs=logprobs,
+        logprobs=answer.alternatives,
     )
 
 
-async def _events(body: Sampling, request: Request, answer: Answer, generation: Generation) -> AsyncGenerator[bytes]:
-    """Chunks, the tokens of one step in one; after the first a failure is an event, too."""
+async def _events(answer: Answer, generation: Generation, request: Request) -> AsyncGenerator[bytes]:
+    """Yield chunks, the tokens of one step in one; after the first a failure is an event, too."""
     opened: set[int] = set()
     try:
         async with aclosing(generation.bursts()) as bursts:
             async for index, tokens, completion in bursts:
-                chunks = []
-                if index not in opened:
-                    opened.add(index)
-                    chunks.append(answer.opening(index, body.include_usage))
-                chunks.append(answer.chunk(index, tokens, completion, body.include_usage))
+                chunks = [] if index in opened else [answer.opening(index)]
+                opened.add(index)
+                chunks.append(answer.chunk(index, tokens, completion))
                 sent = [chunk for chunk in chunks if chunk is not None]
-                if body.usage_in_every_chunk:
+                if answer.body.usage_in_every_chunk:
                     sent = [chunk | {"usage": answer.usage()} for chunk in sent]
                 if sent:
                     yield b"".join(map(event, sent))
     except Exception as error:
-        told = api_error(error)
         if not opened:
-            raise told from error
-        yield event(body_of(told, openai=True)) + _DONE
+            raise api_error(error) from error
+        yield event(body_of(api_error(error), openai=True)) + _DONE
     else:
-        yield (event(answer.last()) if body.include_usage else b"") + _DONE
+        yield (event(answer.last()) if answer.body.include_usage else b"") + _DONE
     finally:
         request.scope["draftsmith.log"] |= {"generated_tokens": answer.usage()["completion_tokens"]}
 
 
-# OpenAI's answers and chunks, from the engine's tokens and completions.
-
-
-_FINISH_REASONS = {"eos_token": "stop", "stop_sequence": "stop", "length": "length"}
-_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
-
-
 @dataclass
 class Answer:
-    """One request's answer as it is put together; `chat` decides between the two endpoints' shapes."""
+    """One request's answer, whole or in chunks; `chat` selects between the two endpoints' shapes."""
 
     service: Service
-    chat: bool
+    body: SamplingRequest
     prompts: list[list[int]]
-    choices_per_prompt: int
-    speculation: Speculation
-    alternatives: int | None  # logprobs with so many alternatives a token; None: without
-    echoed: list[str]  # what each prompt's text begins with
-    token_ids: bool = False  # whether they are told, where vLLM has them
+    alternatives: int | None  # alternatives per token in the logprobs; None: no logprobs
+    chat: bool
+    echoed: list[str] = field(default_factory=list)  # the beginning of the text of each prompt's choices
     completions: dict[int, Completion] = field(default_factory=dict)  # by choice
     offsets: dict[int, int] = field(default_factory=dict)  # characters of each choice so far
     generated: dict[int, int] = field(default_factory=dict)  # tokens of each choice so far
 
     def __post_init__(self) -> None:
+        self.speculation: Speculation = self.service.speculation(self.body.speculative)
+        self.token_ids = bool(self.body.return_token_ids)
         kind = "chatcmpl" if self.chat else "cmpl"
-        self._about = {
+        self._header = {
             "id": f"{kind}-{secrets.token_hex(16)}",
             "created": int(time.time()),
             "model": self.service.model_name,
@@ -246,11 +206,11 @@ class Answer:
     def whole(self, completions: Sequence[Completion]) -> dict[str, Any]:
         self.completions = dict(enumerate(completions))
         return {
-            **self._about,
+            **self._header,
             "object": "chat.completion" if self.chat else "text_completion",
             "choices": [self._choice(index, completion) for index, completion in enumerate(completions)],
             "usage": self.usage(),
-            "metrics": self.metrics(),
+            "metrics": self._metrics(),
             **({"prompt_token_ids": self.prompts[0]} if self.token_ids and self.chat else {}),
         }
 
@@ -265,25 +225,23 @@ class Answer:
         return choice | {"logprobs": self._logprobs(index, completion.tokens)} | _end(completion)
 
     def _prompt_ids(self, index: int) -> dict[str, Any]:
-        """A chat has one prompt, which its answer names once for all choices."""
-        return {} if self.chat else {"prompt_token_ids": self.prompts[index // self.choices_per_prompt]}
+        """Return the prompt's ids for a choice; a chat has one prompt, which stands beside its choices."""
+        return {} if self.chat else {"prompt_token_ids": self.prompts[index // self.body.choices]}
 
     # streamed
 
-    def opening(self, index: int, include_usage: bool) -> dict[str, Any] | None:
-        """What a choice begins with, before its first token."""
+    def opening(self, index: int) -> dict[str, Any] | None:
+        """Return a choice's first chunk, before its first token; None where it is empty."""
         if self.chat:
-            chunk = self._chunk(index, {"role": "assistant", "content": ""}, None, None, include_usage)
+            chunk = self._chunk(index, {"role": "assistant", "content": ""}, None, None)
             return chunk | ({"prompt_token_ids": self.prompts[0]} if self.token_ids else {})
         echoed = self._echo(index)
         if not echoed and not self.token_ids:
             return None
-        return self._chunk(index, echoed, None, None, include_usage, self._prompt_ids(index) if self.token_ids else {})
+        return self._chunk(index, echoed, None, None, self._prompt_ids(index) if self.token_ids else {})
 
-    def chunk(
-        self, index: int, tokens: list[Token], completion: Completion | None, include_usage: bool
-    ) -> dict[str, Any] | None:
-        """The tokens of one step, and a choice's end; None where there is nothing to tell."""
+    def chunk(self, index: int, tokens: list[Token], completion: Completion | None) -> dict[str, Any] | None:
+        """Return the chunk of one step's tokens, and of a choice's end; None where it is empty."""
         text = "".join(token.text for token in tokens if not token.special)
         self.generated[index] = self.generated.get(index, 0) + len(tokens)
         if completion is not None:
@@ -292,12 +250,12 @@ class Answer:
             return None
         delta: Any = ({"content": text} if text else {}) if self.chat else text
         ids = {"token_ids": [token.id for token in tokens]} if self.token_ids else {}
-        return self._chunk(index, delta, self._logprobs(index, tokens), completion, include_usage, ids)
+        return self._chunk(index, delta, self._logprobs(index, tokens), completion, ids)
 
     def last(self) -> dict[str, Any]:
-        """The chunk with the usage, without a choice."""
-        return {**self._about, "object": self._chunk_object, "choices": [], "usage": self.usage(),
-                "metrics": self.metrics()}  # fmt: skip
+        """Return the chunk with the usage, without a choice."""
+        return {**self._header, "object": self._chunk_object, "choices": [], "usage": self.usage(),
+                "metrics": self._metrics()}  # fmt: skip
 
     @property
     def _chunk_object(self) -> str:
@@ -309,18 +267,17 @@ class Answer:
         delta: Any,
         logprobs: Any,
         completion: Completion | None,
-        include_usage: bool,
         ids: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
         choice = {"index": index, "delta" if self.chat else "text": delta, "logprobs": logprobs, **_end(completion)}
         choice |= ids or {}
-        usage = {"usage": None} if include_usage else {}
-        return {**self._about, "object": self._chunk_object, "choices": [choice], **usage}
+        usage = {"usage": None} if self.body.include_usage else {}
+        return {**self._header, "object": self._chunk_object, "choices": [choice], **usage}
 
     # both
 
     def usage(self) -> dict[str, Any]:
-        """Of what has been told so far."""
+        """Return the counts of tokens so far."""
         prompt = sum(map(len, self.prompts))
         ended = self.completions
         generated = sum(len(each.token_ids) for each in ended.values())
@@ -337,14 +294,44 @@ class Answer:
             },
         }
 
-    def metrics(self) -> dict[str, Any]:
-        return vllm_metrics(list(self.completions.values()), self.speculation, self.service)
+    def _metrics(self) -> dict[str, Any]:
+        """Return vLLM's figures per request, which it has for single sequences only.
+
+        A step is a verification of at least one drafted token. mean_acceptance_length is vLLM's 1 + accepted / steps:
+        the bonus token counts, also where the end of the answer cut it off.
+        """
+        if len(self.completions) != 1:
+            return {"speculative_decoding": None}
+        [completion] = self.completions.values()
+        drafted, length = completion.stats.drafted, self.speculation.num_tokens or 0
+        steps = [(depth, accepted) for depth, accepted in completion.stats.steps if depth]
+        accepted_tokens = sum(accepted for _, accepted in steps)
+
+        def histogram(accepted: list[int], most: int) -> list[int]:  # steps that accepted 0, 1, ... `most` tokens
+            return [accepted.count(count) for count in range(most + 1)]
+
+        by_depth = {
+            str(depth): histogram([accepted for each, accepted in steps if each == depth], depth)
+            for depth in sorted({depth for depth, _ in steps})
+        }
+        return {
+            "speculative_decoding": {
+                "mean_acceptance_length": 1 + accepted_tokens / len(steps) if steps else None,
+                "draft_acceptance_rate": accepted_tokens / drafted if drafted else None,
+                "acceptance_histogram": histogram([accepted for _, accepted in steps], length),
+                "acceptance_histogram_by_draft_length": by_depth,
+                "num_spec_steps": len(steps),
+                "num_accepted_draft_tokens": accepted_tokens,
+                "num_draft_tokens": drafted,
+                "num_spec_tokens": length,
+            }
+        }
 
     def _echo(self, index: int) -> str:
-        return self.echoed[index // self.choices_per_prompt] if self.echoed else ""
+        return self.echoed[index // self.body.choices] if self.echoed else ""
 
     def _logprobs(self, index: int, tokens: Sequence[Token]) -> dict[str, Any] | None:
-        """Of the tokens that are in the text: special ones are not."""
+        """Return the logprobs of the tokens that are in the text, which special ones are not."""
         if self.alternatives is None:
             return None
         shown = [token for token in tokens if not token.special]
@@ -371,7 +358,7 @@ class Answer:
         return {"token": text, "logprob": finite(logprob), "bytes": None if broken else list(text.encode())}
 
     def _table(self, token: Token) -> dict[str, float | None]:
-        """Alternatives by text; pieces of characters, which have none of their own, by id."""
+        """Return alternatives by text; pieces of characters, which have no text, by id."""
         table: dict[str, float | None] = {}
         for token_id, logprob in token.top or ():
             text = self._name(token_id)

@@ -1,34 +1,35 @@
-"""What operators ask: is it alive, is it ready, what does it serve, how is it doing. Never behind generation."""
+"""Routes for operators and browsers, none of which waits for generation: health, figures, tokens, the page."""
 
 from __future__ import annotations
 
+import hashlib
 import math
+from base64 import b64encode
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
+from importlib.resources import files
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import PlainTextResponse
+from fastapi.responses import HTMLResponse, PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
-from serving.api.documentation import documented
 from serving.api.errors import RETRY, ApiError
 from serving.api.schemas import (
+    ERRORS,
     MAX_STOP_CHARACTERS,
     MAX_STOP_SEQUENCES,
     MAX_TOP_N_TOKENS,
-    ErrorResponse,
     Prompt,
     Strict,
-    described,
 )
-from serving.api.service import Names, Service, encode, public_name
-from serving.engine import Engine
+from serving.api.service import Names, Service, public_name
 from serving.engine.sampling import MAX_LOGPROBS
 
-router = APIRouter(tags=["operations"])
+router = APIRouter(tags=["operations"], responses=ERRORS)
 
-_GUARDED = (401, 503)
+_SCRIPTS = ("api.js", "figures.js", "view.js", "main.js")  # one after the other, in one module
 
 
 class Status(BaseModel):
@@ -38,14 +39,12 @@ class Status(BaseModel):
 class TokenizeRequest(Strict):
     """Body of POST /tokenize."""
 
-    model_config = described(example={"inputs": "Once upon a time"})
-
-    inputs: Prompt
+    inputs: Prompt = Field(examples=["Once upon a time"])
     add_special_tokens: bool | None = None
 
 
 class TokenOfText(BaseModel):
-    """start, stop: characters of the text."""
+    """A token of a text; start, stop: characters of the text."""
 
     id: int
     text: str
@@ -53,7 +52,7 @@ class TokenOfText(BaseModel):
     stop: int
 
 
-@router.get("/health", responses={503: {"model": ErrorResponse}})
+@router.get("/health")
 async def health(request: Request) -> Status:
     """200 while a restart would not help; 503 once the engine's thread has ended."""
     service: Service = request.app.state.service
@@ -62,21 +61,21 @@ async def health(request: Request) -> Status:
     return Status(status="ok")
 
 
-@router.get("/ready", responses=documented(ErrorResponse, (503,)))
+@router.get("/ready")
 async def ready(request: Request) -> Status:
-    """200 while requests are taken; 503 while the model is loaded, and while the server finishes what runs."""
+    """200 while requests are taken; 503 while the model is loaded, and while the server drains."""
     service: Service = request.app.state.service
-    why = "draining" if service.draining else "loading" if not service.loaded else "" if service.alive else "unhealthy"
-    if why:
-        raise ApiError("healthcheck", why, headers=RETRY)
+    reason = "draining" if service.draining else "loading" if not service.loaded else ""
+    if reason or not service.alive:
+        raise ApiError("healthcheck", reason or "unhealthy", headers=RETRY)
     return Status(status="ready")
 
 
-@router.get("/info", responses=documented(ErrorResponse, _GUARDED))
+@router.get("/info")
 async def info(request: Request) -> dict[str, Any]:
-    """The target, the head, the limits, the versions, and how the engine decides about speculation."""
+    """The target, the draft head, the limits, the versions, and the engine's decisions about speculation."""
     service: Service = request.app.state.service
-    engine, target = service.engine, service.engine.target
+    engine, target, head = service.engine, service.engine.target, service.engine.head
     return {
         "model_id": service.model_name,
         "target_adapter": target.adapter and public_name(target.adapter.name),
@@ -84,7 +83,12 @@ async def info(request: Request) -> dict[str, Any]:
         "dtype": str(target.dtype).removeprefix("torch."),
         "device": target.device.type,
         "chat_template": bool(target.tokenizer.chat_template),
-        "head": _about_head(service),
+        "head": head
+        and {
+            "name": service.head_name,
+            "architecture": head.stored_as,
+            "draft_vocab_size": head.config.draft_vocab_size,
+        },
         "speculation": engine.speculation,
         "speculation_length": service.speculation_length,
         "rule": engine.rule,
@@ -102,33 +106,10 @@ async def info(request: Request) -> dict[str, Any]:
             "max_body_bytes": service.limits.max_body_bytes,
             "request_seconds": service.limits.request_seconds,
         },
-        "engine": _engine_stats(engine),
+        "engine": _finite(engine.stats()),
         "version": package_version(),
         "versions": {name: package_version(name) for name in ("draftsmith", "torch", "transformers")},
     }
-
-
-@router.get("/metrics", response_class=PlainTextResponse, responses=documented(ErrorResponse, _GUARDED))
-async def metrics(request: Request) -> Response:
-    """Prometheus' text format."""
-    service: Service = request.app.state.service
-    text = service.metrics.exposition() if service.metrics is not None else b""
-    return Response(text, media_type=CONTENT_TYPE_LATEST)
-
-
-@router.post("/tokenize", responses=documented(ErrorResponse, (400, 401, 408, 413, 415, 422, 503)))
-async def tokenize(body: TokenizeRequest, request: Request) -> list[TokenOfText]:
-    """The tokens of a text, as /generate would read it."""
-    service: Service = request.app.state.service
-    special = body.add_special_tokens is not False
-    ids = await encode(service, body.inputs, Names("inputs", ""), special_tokens=special)
-    spans = await service.offsets(body.inputs, special_tokens=special)
-    return [
-        TokenOfText(
-            id=token_id, text=body.inputs[start:stop] or service.token_text(token_id)[0], start=start, stop=stop
-        )
-        for token_id, (start, stop) in zip(ids, spans, strict=True)
-    ]
 
 
 def package_version(name: str = "draftsmith") -> str:
@@ -138,31 +119,75 @@ def package_version(name: str = "draftsmith") -> str:
         return "unknown"
 
 
-def _about_head(service: Service) -> dict[str, Any] | None:
-    head = service.engine.head
-    if head is None:
-        return None
-    return {
-        "name": service.head_name,
-        "architecture": head.stored_as,
-        "draft_vocab_size": head.config.draft_vocab_size,
-    }
-
-
-def _engine_stats(engine: Engine) -> Any:
-    try:
-        return _json_able(engine.stats())
-    except RuntimeError:  # the engine's thread changed a table while it was read
-        return None
-
-
-def _json_able(value: Any) -> Any:
-    """JSON has no NaN and no infinity."""
+def _finite(value: Any) -> Any:
+    """Return the value with None for NaN and infinity, which JSON does not have, and with keys that are strings."""
     match value:
         case dict():
-            return {str(key): _json_able(each) for key, each in value.items()}
+            return {str(key): _finite(each) for key, each in value.items()}
         case list() | tuple():
-            return [_json_able(each) for each in value]
+            return [_finite(each) for each in value]
         case float():
             return value if math.isfinite(value) else None
     return value
+
+
+@router.get("/metrics", response_class=PlainTextResponse)
+async def metrics(request: Request) -> Response:
+    """Metrics in Prometheus' text format."""
+    service: Service = request.app.state.service
+    text = service.metrics.exposition() if service.metrics is not None else b""
+    return Response(text, media_type=CONTENT_TYPE_LATEST)
+
+
+@router.post("/tokenize")
+async def tokenize(body: TokenizeRequest, request: Request) -> list[TokenOfText]:
+    """The tokens of a text, as /generate would read it."""
+    service: Service = request.app.state.service
+    special = body.add_special_tokens is not False
+    ids = await service.encode(body.inputs, Names("inputs", ""), special_tokens=special)
+    spans = await service.tokenize(body.inputs, add_special_tokens=special, return_offsets_mapping=True)
+    return [
+        TokenOfText(
+            id=token_id, text=body.inputs[start:stop] or service.token_text(token_id)[0], start=start, stop=stop
+        )
+        for token_id, (start, stop) in zip(ids, spans.offset_mapping, strict=True)
+    ]
+
+
+@router.get("/", response_class=HTMLResponse, include_in_schema=False)
+async def page() -> Response:
+    """The page that shows speculation at work: it holds no data, and requests the public API as any client does."""
+    document, policy = _document()
+    headers = {
+        "content-security-policy": policy,
+        "x-content-type-options": "nosniff",
+        "referrer-policy": "no-referrer",
+        "cache-control": "no-cache",
+    }
+    return Response(document, media_type="text/html; charset=utf-8", headers=headers)
+
+
+@cache
+def _document() -> tuple[str, str]:
+    """Return the page with its style and script in it, and the policy which lets browsers run those two only."""
+    folder = files("serving") / "page"
+    style = (folder / "style.css").read_text("utf-8")
+    script = "".join((folder / name).read_text("utf-8") for name in _SCRIPTS)
+    document = (folder / "index.html").read_text("utf-8")
+    document = document.replace("/* style */", style).replace("/* script */", script)
+
+    def hashed(text: str) -> str:
+        return f"'sha256-{b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+    policy = {
+        "default-src": "'none'",
+        "script-src": hashed(script),
+        "style-src": hashed(style),
+        "img-src": "data:",  # the icon
+        "connect-src": "'self'",
+        "base-uri": "'none'",
+        "form-action": "'none'",
+        "frame-ancestors": "'none'",
+        "require-trusted-types-for": "'script'",  # no text of an answer ever becomes markup
+    }
+    return document, "; ".join(f"{name} {value}" for name, value in policy.items())

@@ -1,4 +1,4 @@
-"""What the routes share: the engine, the limits, the metrics, and whether requests are taken at all."""
+"""State that the routes share: the engine, the limits, the metrics, and the stage of the server's life."""
 
 from __future__ import annotations
 
@@ -13,13 +13,32 @@ from typing import Any
 from draft.errors import UserError
 from serving.api.errors import ApiError, echo, unavailable
 from serving.api.metrics import PREFIX, Metrics
-from serving.api.middleware import Limits
 from serving.api.openai_schemas import MAX_CHOICES
-from serving.engine import Engine
+from serving.api.schemas import Speculative
+from serving.engine import Engine, Speculation
 from serving.engine.request import special_ids
 
 GENERATING = {"/", "/generate", "/generate_stream", "/v1/completions", "/v1/chat/completions"}
-_LAST_WORDS_SECONDS = 5.0  # for clients to take the last events when the server ends
+_LAST_EVENTS_SECONDS = 5.0  # for clients to take the last events when the server ends
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Limits on a client's requests."""
+
+    max_new_tokens: int | None = None  # None: as many as the context holds
+    max_body_bytes: int = 2_000_000
+    body_seconds: float = 30.0  # from the headers to the last byte of the body
+    request_seconds: float | None = 600.0  # from the receipt of a request to the end of its answer
+    stalled_seconds: float = 60.0  # that a client may take none of its stream's bytes
+
+
+@dataclass(frozen=True)
+class Names:
+    """Names of the prompt and of the number of tokens to generate in one API."""
+
+    prompt: str
+    max_tokens: str
 
 
 class Service:
@@ -37,7 +56,7 @@ class Service:
         self.head_name = head_name and public_name(head_name)
         self.strict_model_name = strict_model_name
         self.created = int(time.time())
-        self.in_flight = 0  # HTTP requests; those of /health, /ready and /metrics aside
+        self.in_flight = 0  # HTTP requests, without those of /health, /ready and /metrics
         self.draining = False
         self.metrics: Metrics | None = None
         self._metrics_prefix = metrics_prefix
@@ -47,14 +66,14 @@ class Service:
         self._encoder = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
 
     def attach(self, engine: Engine) -> None:
-        """From now on the service is ready, and the engine runs in its own thread."""
+        """Start the engine, which makes the service ready."""
         engine.start()
         self.metrics = Metrics(engine, prefix=self._metrics_prefix, model_name=public_name(engine.target.name))
         self._engine = engine
 
     @property
     def engine(self) -> Engine:
-        """Raises ApiError 503 while it is loaded."""
+        """The engine. Raises ApiError 503 while it is loaded."""
         if self._engine is None:
             raise unavailable("the model is being loaded")
         return self._engine
@@ -65,7 +84,7 @@ class Service:
 
     @property
     def alive(self) -> bool:
-        """Whether a restart would not help: the engine's thread runs, or is yet to come."""
+        """True while a restart would not help: the engine's thread runs, or is yet to come."""
         return self._engine is None or self._engine.alive
 
     @property
@@ -73,22 +92,29 @@ class Service:
         return public_name(self.engine.target.name)
 
     @property
-    def speculation_length(self) -> int:
-        """The most tokens drafted at a time."""
-        engine = self.engine
-        return engine.speculation_length if engine.head is not None and engine.speculation != "off" else 0
-
-    @property
     def max_new_tokens(self) -> int:
         return self.limits.max_new_tokens or self.engine.max_length
 
     @property
     def max_choices(self) -> int:
-        """Sequences of one request: more than fit into an idle engine and its line would be turned away for ever."""
+        """Sequences of one request: more than fit into an idle engine and its queue would never be taken."""
         return min(MAX_CHOICES, self.engine.max_batch + self.engine.max_waiting)
 
+    @property
+    def speculation_length(self) -> int:
+        """Tokens drafted at a time, at most; 0 without speculation."""
+        engine = self.engine
+        return engine.speculation_length if engine.head is not None and engine.speculation != "off" else 0
+
+    def speculation(self, requested: Speculative | None) -> Speculation:
+        """Return a request's options, with the server's speculation length as the cap and the default."""
+        requested = requested or Speculative()
+        length = self.speculation_length if requested.num_tokens is None else requested.num_tokens
+        length = 0 if requested.enabled is False else min(length, self.speculation_length)
+        return Speculation(enabled=length > 0, num_tokens=length, rule=requested.rule)
+
     def check_open(self) -> Engine:
-        """The engine. Raises ApiError, Overloaded or EngineStopped where any request would be turned away."""
+        """Return the engine. Raises ApiError, Overloaded or EngineStopped where any request would be refused."""
         engine = self.engine
         if self.draining:
             raise unavailable("the server is shutting down")
@@ -96,38 +122,96 @@ class Service:
         return engine
 
     def on_answer(self, path: str, status: int) -> None:
+        """Count an answer by its status; 0: there was none."""
         if self.metrics is not None and path in GENERATING:
             self.metrics.failed(status)
 
     # prompts
 
-    @cached_property
-    def longest_token(self) -> int:
-        """Characters of the longest one, at most: a byte-level vocabulary spells each byte as a character."""
-        return max(map(len, self.engine.target.tokenizer.get_vocab()))
+    async def encode(
+        self, text: str, names: Names, *, special_tokens: bool = True, end_only: bool = False
+    ) -> list[int]:
+        """Return the token ids of a text, or, with end_only, of an end of it that may fill the context.
 
-    async def encode(self, text: str, *, special_tokens: bool = True) -> list[int]:
-        """Token ids, off the event loop: two megabytes of text take a second."""
-        return (await self._tokenized(text, add_special_tokens=special_tokens)).input_ids
+        Raises:
+            ApiError: for a text that must exceed the context, before it is tokenised, or that has no tokens.
+        """
+        limit = self.engine.max_length * self.longest_token
+        if len(text) > limit:
+            if not end_only:
+                raise self._too_long(f"{len(text)} characters", names)
+            text = text[-limit:]
+        ids = (await self.tokenize(text, add_special_tokens=special_tokens)).input_ids
+        if not ids:
+            raise ApiError("validation", f"`{names.prompt}` must have at least 1 token. Given: 0", field=names.prompt)
+        return ids
 
-    async def offsets(self, text: str, *, special_tokens: bool = True) -> list[tuple[int, int]]:
-        """Where each token is in the text: characters."""
-        return (
-            await self._tokenized(text, add_special_tokens=special_tokens, return_offsets_mapping=True)
-        ).offset_mapping
-
-    async def _tokenized(self, text: str, **options: bool) -> Any:
+    async def tokenize(self, text: str, **options: bool) -> Any:
+        """Run the tokenizer off the event loop: two megabytes of text take a second."""
         tokenizer = self.engine.target.tokenizer
         return await asyncio.get_running_loop().run_in_executor(
             self._encoder, lambda: tokenizer(text, verbose=False, **options)
         )
 
+    @cached_property
+    def longest_token(self) -> int:
+        """Characters of the longest token, at most: a byte-level vocabulary spells each byte as a character."""
+        return max(map(len, self.engine.target.tokenizer.get_vocab()))
+
+    def render(self, messages: list[dict[str, str]], field: str) -> str:
+        """Return messages as text under the target's chat template, up to where its answer begins.
+
+        Raises:
+            UserError: there is no template. ApiError: it does not take these messages.
+        """
+        try:
+            return self.engine.target.render_chat(messages, add_generation_prompt=True)
+        except UserError:
+            raise
+        except Exception as error:  # a template is a program: it may raise anything at what it does not expect
+            message = "the model's chat template does not take these messages; check the order of their roles"
+            raise ApiError("validation", message, field=field) from error
+
+    def check_ids(self, ids: list[int], field: str) -> None:
+        """Raises ApiError for ids outside the vocabulary."""
+        last = self.engine.target.vocab_size - 1
+        for token_id in ids:
+            if token_id > last:
+                message = f"`{field}` has token id {echo(token_id)}: the model's go from 0 to {last}"
+                raise ApiError("validation", message, field=field)
+
+    def new_tokens(self, requested: int | None, prompt_tokens: int, default: int | None, names: Names) -> int:
+        """Return the number of tokens to generate; default: None is the room that is left.
+
+        Raises:
+            ApiError: it exceeds the server's limit or the context, with the numbers.
+        """
+        context, limit, field = self.engine.max_length, self.max_new_tokens, names.max_tokens
+        room = context - prompt_tokens
+        if room < 1:
+            raise self._too_long(str(prompt_tokens), names)
+        if requested is None:
+            return min(limit, room, default or room)
+        if requested > limit:
+            raise ApiError("validation", f"`{field}` must be <= {limit}. Given: {echo(requested)}", field=field)
+        if requested > room:
+            message = (
+                f"`{names.prompt}` tokens + `{field}` must be <= {context}. "
+                f"Given: {prompt_tokens} `{names.prompt}` tokens and {requested} `{field}`"
+            )
+            raise ApiError("validation", message, field=field, code="context_length_exceeded")
+        return requested
+
+    def _too_long(self, given: str, names: Names) -> ApiError:
+        message = f"`{names.prompt}` must have less than {self.engine.max_length} tokens. Given: {given}"
+        return ApiError("validation", message, field=names.prompt, code="context_length_exceeded")
+
     def token_text(self, token_id: int) -> tuple[str, bool]:
-        """A token on its own, and whether it is special; a piece of a character shows as U+FFFD."""
-        tokenizer = self.engine.target.tokenizer
+        """Return a token's text, and True if it is special; a piece of a character shows as U+FFFD."""
+        target = self.engine.target
         if token_id in self._special:
-            return tokenizer.convert_ids_to_tokens(token_id) or "", True
-        return self.engine.target.decode([token_id]), False
+            return target.tokenizer.convert_ids_to_tokens(token_id) or "", True
+        return target.decode([token_id]), False
 
     @cached_property
     def _special(self) -> frozenset[int]:
@@ -136,20 +220,20 @@ class Service:
     # the end
 
     def ending(self) -> asyncio.Future[ApiError]:
-        """A future that is resolved when the server ends what still runs; to be cancelled by whoever took it."""
+        """Return a future that is resolved when the server ends what still runs; its caller cancels it."""
         future: asyncio.Future[ApiError] = asyncio.get_running_loop().create_future()
         self._endings.add(future)
         future.add_done_callback(self._endings.discard)
         return future
 
     async def drain(self, seconds: float) -> None:
-        """Take no more requests, give those that run so long to finish, then end them with their surface's error."""
+        """Take no more requests, let those that run finish for that long, then end them with an error."""
         self.draining = True
         await self._until_idle(seconds)
         for future in list(self._endings):
             if not future.done():
                 future.set_result(unavailable("the server is shutting down"))
-        await self._until_idle(_LAST_WORDS_SECONDS)
+        await self._until_idle(_LAST_EVENTS_SECONDS)
 
     async def _until_idle(self, seconds: float) -> None:
         deadline = asyncio.get_running_loop().time() + seconds
@@ -157,7 +241,7 @@ class Service:
             await asyncio.sleep(0.02)
 
     def stop(self) -> None:
-        """End the engine; whoever still waits gets EngineStopped."""
+        """Close the engine; whoever still waits gets EngineStopped."""
         self.draining = True
         if self._engine is not None:
             self._engine.close()
@@ -165,89 +249,6 @@ class Service:
 
 
 def public_name(name: str) -> str:
-    """A name that tells clients nothing of the machine's folders: a path's last part; hub ids stay whole."""
+    """Return a name that reveals nothing of the machine's folders: a path's last part; hub ids stay whole."""
     path = Path(name).expanduser()
     return path.resolve().name if path.is_absolute() or path.exists() else name
-
-
-# Prompts to token ids, and what a prompt leaves room for; in the words of each surface.
-
-
-@dataclass(frozen=True)
-class Names:
-    """What a surface calls the prompt and the number of tokens to generate."""
-
-    prompt: str
-    max_tokens: str
-
-
-async def encode(
-    service: Service, text: str, names: Names, *, special_tokens: bool = True, end_only: bool = False
-) -> list[int]:
-    """Token ids of a text; end_only: of one that must exceed the context, those of an end that may fill it.
-
-    Raises:
-        ApiError: for a text that must exceed the context, before it is tokenised, or that has no tokens.
-    """
-    limit = service.engine.max_length * service.longest_token
-    if len(text) > limit:
-        if not end_only:
-            raise _too_long(service, f"{len(text)} characters", names)
-        text = text[-limit:]
-    ids = await service.encode(text, special_tokens=special_tokens)
-    if not ids:
-        raise ApiError("validation", f"`{names.prompt}` must have at least 1 token. Given: 0", field=names.prompt)
-    return ids
-
-
-def rendered(service: Service, messages: list[dict[str, str]], field: str) -> str:
-    """Messages as text under the target's own chat template, up to where its answer begins.
-
-    Raises:
-        UserError: there is no template. ApiError: it does not take these messages.
-    """
-    try:
-        return service.engine.target.render_chat(messages, add_generation_prompt=True)
-    except UserError:
-        raise
-    except Exception as error:  # a template is a program: it may raise anything at what it does not expect
-        message = "the model's chat template does not take these messages; check the order of their roles"
-        raise ApiError("validation", message, field=field) from error
-
-
-def check_ids(service: Service, ids: list[int] | tuple[int, ...], field: str) -> None:
-    """Raises ApiError for ids outside the vocabulary."""
-    size = service.engine.target.vocab_size
-    for token_id in ids:
-        if token_id >= size:
-            message = f"`{field}` has token id {echo(token_id)}: the model's go from 0 to {size - 1}"
-            raise ApiError("validation", message, field=field)
-
-
-def new_tokens(service: Service, asked: int | None, prompt_tokens: int, default: int | None, names: Names) -> int:
-    """The number of tokens to generate; default: None is the room that is left.
-
-    Raises:
-        ApiError: it exceeds the server's limit or the context, with the numbers.
-    """
-    context, limit = service.engine.max_length, service.max_new_tokens
-    room = context - prompt_tokens
-    if room < 1:
-        raise _too_long(service, str(prompt_tokens), names)
-    if asked is None:
-        return min(limit, room, default or room)
-    field = names.max_tokens
-    if asked > limit:
-        raise ApiError("validation", f"`{field}` must be <= {limit}. Given: {echo(asked)}", field=field)
-    if asked > room:
-        message = (
-            f"`{names.prompt}` tokens + `{field}` must be <= {context}. "
-            f"Given: {prompt_tokens} `{names.prompt}` tokens and {asked} `{field}`"
-        )
-        raise ApiError("validation", message, field=field, code="context_length_exceeded")
-    return asked
-
-
-def _too_long(service: Service, given: str, names: Names) -> ApiError:
-    message = f"`{names.prompt}` must have less than {service.engine.max_length} tokens. Given: {given}"
-    return ApiError("validation", message, field=names.prompt, code="context_length_exceeded")

@@ -1,7 +1,8 @@
-"""What proposes the tokens that the target then verifies."""
+"""Proposers of the tokens that the target then verifies, and the trees that they grow (EAGLE-2, arXiv 2406.16858)."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -10,16 +11,17 @@ import torch
 from torch import Tensor
 
 from draft.heads import MedusaHead
-from serving.engine.compiler import FORK
-from serving.engine.kv_cache import Batch, Segment
+from serving.engine.kv_cache import RaggedBatch, Segment
 from serving.engine.model import HeadRunner
-from serving.engine.tree import BRANCHING, DraftTree, TreeGrower
-from serving.engine.verification import Rule
+from serving.engine.planner import BRANCHING
+from serving.engine.verification import DraftTree, Rule
+
+READ_LIMIT = 512  # the most tokens that a head reads in one pass
 
 
 @dataclass(frozen=True)
 class Job:
-    """A wish for drafts of one sequence."""
+    """The drafts requested of one sequence."""
 
     state: Any  # what `join` gave
     length: int  # at least 1: of a chain, or the depth of a tree
@@ -28,49 +30,40 @@ class Job:
 
 
 class Proposer(Protocol):
-    """Guesses continuations of sequences. `observe` is told, in order, all that the target has read of each."""
+    """Guesses continuations of sequences. `observe` gets, in order, all that the target has read of each."""
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """Whose auxiliary hidden states `observe` wants."""
-        ...
-
-    @property
-    def recordings(self) -> int:
-        """How often a pass was recorded as a CUDA graph."""
-        ...
-
-    def warm_up(self, *, compiled: bool) -> None:
-        """Before requests come: compile the head, where that is wanted, and make its first passes."""
+        """The layers whose auxiliary hidden states `observe` takes."""
         ...
 
     def join(self) -> Any:
-        """A new sequence begins; returns its state. There are never more than the engine has slots."""
+        """Begin a new sequence, and return its state. There are never more than the engine has slots."""
         ...
 
     def leave(self, state: Any) -> None:
-        """The sequence has ended."""
+        """End the sequence."""
         ...
 
     def observe(self, state: Any, following: Sequence[int], auxiliary: Tensor) -> None:
-        """The target has read n more tokens. Cheap: what the head has to compute waits for `propose`.
+        """Take note of n tokens that the target has read. Cheap: what the head has to compute waits for `propose`.
 
         following: the token after each of them; auxiliary: [n, layers * hidden], the target's true states.
         """
         ...
 
     def catch_up(self, states: Sequence[Any]) -> int:
-        """Compute what waits for these sequences; returns how many tokens that were. `propose` does it, too."""
+        """Compute what waits for these sequences, and return the number of its tokens. `propose` does it, too."""
         ...
 
     def propose(self, jobs: Sequence[Job]) -> list[DraftTree]:
-        """Drafts that follow the last token observed of each sequence; leaves no trace in what was observed."""
+        """Draft after the last token observed of each sequence; what was observed stays as it was."""
         ...
 
 
 @dataclass(eq=False)
 class HeadState:
-    """What a head knows of one sequence."""
+    """A head's state of one sequence."""
 
     slot: int
     hidden: Tensor | None = None  # [1, hidden], the head's output at the last position that it has read
@@ -90,25 +83,11 @@ class HeadProposer:
     the target's last state it reads its own output, as training-time test taught it to.
     """
 
-    def __init__(
-        self, runner: HeadRunner, layers: tuple[int, ...], *, read_limit: int = 512, branching: int = BRANCHING
-    ) -> None:
-        """read_limit: the most tokens that the head reads in one pass; branching: children of a tree's node."""
+    def __init__(self, runner: HeadRunner, layers: tuple[int, ...]) -> None:
         self.runner, self.layers = runner, layers
-        self.read_limit, self.branching = read_limit, branching
         self.vocabulary = runner.head.vocabulary  # [draft_vocab] target ids
         self.vocab_size = runner.head.config.vocab_size
         self.device = self.vocabulary.device
-
-    @property
-    def recordings(self) -> int:
-        return self.runner.recordings
-
-    def warm_up(self, *, compiled: bool) -> None:
-        if compiled:
-            self.runner.compile()
-        self.runner.try_out(1)  # one token has kernels of its own
-        self.runner.try_out(3, FORK)
 
     def join(self) -> HeadState:
         return HeadState(self.runner.cache.acquire())
@@ -135,9 +114,9 @@ class HeadProposer:
         cache = self.runner.cache
         waiting = [state for state in states if state.backlog]
         total = sum(state.backlog for state in waiting)
-        fused = self._fuse(waiting)
+        reduced = self._reduce(waiting)
         while waiting:
-            room, segments, parts = self.read_limit, list[Segment](), list[Tensor]()
+            room, segments, parts = READ_LIMIT, list[Segment](), list[Tensor]()
             reading: list[tuple[HeadState, int]] = []
             for state in waiting:
                 count = min(state.backlog, room)
@@ -146,26 +125,26 @@ class HeadProposer:
                 room -= count
                 past = cache.lengths[state.slot]
                 segments.append(Segment(state.slot, past, past, state.following[:count]))
-                parts.append(fused[id(state)][:count])
+                parts.append(reduced[id(state)][:count])
                 reading.append((state, count))
-            batch = Batch.of(segments, self.device)
+            batch = RaggedBatch.of(segments, self.device)
             output = self.runner.forward(batch, torch.cat(parts))
             for index, (state, count) in enumerate(reading):
                 cache.extend(state.slot, count)
                 state.hidden = output[batch.rows(index).stop - 1, None]
-                fused[id(state)] = fused[id(state)][count:]
+                reduced[id(state)] = reduced[id(state)][count:]
                 del state.following[:count]
             waiting = [state for state in waiting if state.backlog]
         for state in states:
             state.auxiliary.clear()
         return total
 
-    def _fuse(self, waiting: Sequence[HeadState]) -> dict[int, Tensor]:
-        """The states that wait, [backlog, hidden] for each sequence: the weights are read once for all of them."""
+    def _reduce(self, waiting: Sequence[HeadState]) -> dict[int, Tensor]:
+        """Reduce the states that wait to [backlog, hidden] for each sequence, reading the weights once for all."""
         if not waiting:
             return {}
-        fused = self.runner.fuse(torch.cat([states for state in waiting for states in state.auxiliary]))
-        parts = fused.split([state.backlog for state in waiting])
+        reduced = self.runner.fuse(torch.cat([states for state in waiting for states in state.auxiliary]))
+        parts = reduced.split([state.backlog for state in waiting])
         return {id(state): part for state, part in zip(waiting, parts, strict=True)}
 
     def _chains(self, jobs: list[Job]) -> list[DraftTree]:
@@ -191,7 +170,7 @@ class HeadProposer:
             ]
             # the drafted ids stay on the device: nothing waits for it inside the chain
             ids = torch.cat([drafts[index][0][-1] for index in active])
-            hidden = self.runner.forward(Batch.of(segments, self.device, ids), hidden)
+            hidden = self.runner.forward(RaggedBatch.of(segments, self.device, ids), hidden)
         tokens = torch.cat([token for chain, _ in drafts for token in chain]).tolist()
         trees, start = [], 0
         for job, (_, distributions) in zip(jobs, drafts, strict=True):
@@ -203,7 +182,7 @@ class HeadProposer:
     def _trees(self, jobs: list[Job]) -> list[DraftTree]:
         lengths = self.runner.cache.lengths
         observed = [lengths[job.state.slot] for job in jobs]
-        growers = [TreeGrower(self.branching, job.length, job.nodes) for job in jobs]
+        growers = [TreeGrower(BRANCHING, job.length, job.nodes) for job in jobs]
         # of the nodes that were read last, [nodes, hidden]; at first the last token known
         states: dict[int, Tensor] = {index: job.state.hidden for index, job in enumerate(jobs)}
         depth = 1  # of the nodes to be found next
@@ -227,28 +206,17 @@ class HeadProposer:
                 growing.append(index)
             if not growing:
                 break
-            batch = Batch.of(segments, self.device)
+            batch = RaggedBatch.of(segments, self.device)
             output = self.runner.forward(batch, torch.cat(inputs))
-            states = {index: output[slice_of(batch.rows(row))] for row, index in enumerate(growing)}
+            spans = [batch.rows(row) for row in range(len(growing))]
+            states = {index: output[span.start : span.stop] for index, span in zip(growing, spans, strict=True)}
             depth += 1
         return [grower.tree() for grower in growers]
 
 
-def spread(q: Tensor, vocabulary: Tensor, vocab_size: int) -> Tensor:
-    """Distributions [K, draft_vocab] -> [K, vocab]: tokens outside the draft vocabulary have none."""
-    return q.new_zeros(len(q), vocab_size).index_copy(1, vocabulary, q)
-
-
-def slice_of(rows: range) -> slice:
-    return slice(rows.start, rows.stop)
-
-
-# Drafts from a head that knows all positions at once, such as Medusa: no cache, and nothing to catch up on.
-
-
 @dataclass(eq=False)
 class AtOnceState:
-    """What is known of one sequence."""
+    """The state of one sequence."""
 
     read: int = 0  # tokens that the target has read; the last of them at position read - 1
     auxiliary: Tensor | None = None  # [1, layers * hidden], the target's states of that one
@@ -256,23 +224,16 @@ class AtOnceState:
 
 
 class AtOnceProposer:
-    """Chains and trees from a head whose draft step k guesses token i+2+k from the target's states of token i alone.
+    """Chains and trees from a head such as Medusa, whose draft step k guesses token i+2+k from the target's states of
+    token i alone: no cache, and nothing to catch up on.
 
     The distributions of a chain's tokens are independent of each other, each the head's own at its position. A tree is
     taken from their product: the nodes of the largest probability along their path.
     """
 
-    def __init__(self, head: MedusaHead, layers: tuple[int, ...], *, branching: int = BRANCHING) -> None:
-        """branching: children of a tree's node."""
-        self.head, self.layers, self.branching = head, layers, branching
+    def __init__(self, head: MedusaHead, layers: tuple[int, ...]) -> None:
+        self.head, self.layers = head, layers
         self.vocabulary = head.vocabulary  # [draft_vocab] target ids
-
-    @property
-    def recordings(self) -> int:
-        return 0
-
-    def warm_up(self, *, compiled: bool) -> None:
-        """Nothing is compiled: between the matrix products there is hardly anything."""
 
     def join(self) -> AtOnceState:
         return AtOnceState()
@@ -307,7 +268,7 @@ class AtOnceProposer:
     def _tree(self, job: Job, logits: Tensor) -> DraftTree:
         """logits: [depth, draft_vocab]."""
         scores = job.rule.candidate_scores(logits, self.vocabulary, self._positions(job))
-        grower = TreeGrower(self.branching, job.length, job.nodes)
+        grower = TreeGrower(BRANCHING, job.length, job.nodes)
         nodes = 1  # of the frontier; at first the last token known
         for at_depth in scores:
             frontier = grower.grow(at_depth.expand(nodes, -1), self.vocabulary)
@@ -317,9 +278,98 @@ class AtOnceProposer:
         return grower.tree()
 
     def _positions(self, job: Job) -> list[int]:
-        """Of the tokens that are drafted: the token after the last one read is known."""
+        """Positions of the tokens that are drafted: the token after the last one read is known."""
         return [job.state.read + 1 + step for step in range(job.length)]
 
     @property
     def vocab_size(self) -> int:
         return self.head.config.vocab_size
+
+
+def spread(q: Tensor, vocabulary: Tensor, vocab_size: int) -> Tensor:
+    """Spread distributions [K, draft_vocab] -> [K, vocab]: tokens outside the draft vocabulary have none."""
+    return q.new_zeros(len(q), vocab_size).index_copy(1, vocabulary, q)
+
+
+@dataclass(frozen=True)
+class Frontier:
+    """Nodes that the head is to read next; `TreeGrower.grow` takes their scores in this order."""
+
+    tokens: list[int]  # target ids
+    rows: list[int]  # the row of the last scores that each came from: the head reads that row's state with it
+    # each one's parent as a place among all nodes that were read, in the order of reading; -1: the root
+    parents: list[int]
+
+
+class TreeGrower:
+    """Grows one tree from scores: additive along a path and at most 0, the log-probability of a token's acceptance.
+
+    A node's value is the sum of the scores on its path. At each depth the `top_k` best nodes are read by the head and
+    get `top_k` children each; at last the `size` best of all candidates, read or not, are the tree. No child is worth
+    more than its parent, so these are connected. Nodes whose children cannot be among them are not read, and what
+    the tree is does not change by that.
+
+        grower = TreeGrower(top_k=8, depth=5, size=16)
+        frontier = grower.grow(scores_of_root, vocabulary)
+        while frontier is not None:
+            frontier = grower.grow(scores_of(frontier), vocabulary)
+        tree = grower.tree()
+    """
+
+    def __init__(self, top_k: int, depth: int, size: int) -> None:
+        """top_k: children of a node, and nodes read at a depth; depth: of the deepest node; size: nodes of the tree."""
+        self.top_k, self.depth, self.size = top_k, depth, size
+        # all candidates, in the order in which they were found; the root is -1
+        self._tokens: list[int] = []
+        self._parents: list[int] = []
+        self._values: list[float] = []
+        self._frontier = [-1]
+        self._places = {-1: -1}  # candidates that the head has read or is about to read -> their places
+        self._levels = 0
+        self.read_parents: list[int] = []  # `Frontier.parents` of all nodes read so far, those of the frontier last
+
+    def grow(self, scores: Tensor, vocabulary: Tensor) -> Frontier | None:
+        """Add the children of the frontier, and return those that the head is to read; None: the tree is complete.
+
+        scores: [nodes of the frontier, draft_vocab], at first [1, draft_vocab]: the root's; vocabulary: [draft_vocab]
+        target ids.
+        """
+        best = scores.topk(min(self.top_k, scores.shape[1]), dim=-1)  # [frontier, top_k], falling
+        tokens, values = vocabulary[best.indices].tolist(), best.values.tolist()
+        first = len(self._tokens)
+        for parent, its_tokens, its_values in zip(self._frontier, tokens, values, strict=True):
+            above = self._values[parent] if parent >= 0 else 0.0
+            for token, value in zip(its_tokens, its_values, strict=True):
+                if value > -math.inf:
+                    self._tokens.append(token)
+                    self._parents.append(parent)
+                    self._values.append(above + value)
+        self._levels += 1
+        return self._advance(first) if self._levels < self.depth else None
+
+    def _advance(self, first: int) -> Frontier | None:
+        """Choose the next frontier among the candidates from `first` on."""
+        # a child ranks after its parent: that of the last node of the tree, or of one behind it, is outside
+        useful = self._ranking()[: self.size - 1]
+        frontier = [candidate for candidate in useful if candidate >= first][: self.top_k]
+        if not frontier:
+            return None
+        rows = [self._frontier.index(self._parents[candidate]) for candidate in frontier]
+        parents = [self._places[self._parents[candidate]] for candidate in frontier]
+        self._places.update({candidate: len(self.read_parents) + i for i, candidate in enumerate(frontier)})
+        self.read_parents += parents
+        self._frontier = frontier
+        return Frontier([self._tokens[candidate] for candidate in frontier], rows, parents)
+
+    def _ranking(self) -> list[int]:
+        """Order the candidates from the best to the worst; of equals the first found: parents precede children."""
+        return sorted(range(len(self._values)), key=lambda candidate: -self._values[candidate])
+
+    def tree(self) -> DraftTree:
+        """Return the tree of the best nodes, from the best to the worst."""
+        chosen = self._ranking()[: self.size]
+        node_of = {-1: -1, **{candidate: node for node, candidate in enumerate(chosen)}}
+        return DraftTree(
+            [self._tokens[candidate] for candidate in chosen],
+            [node_of[self._parents[candidate]] for candidate in chosen],
+        )

@@ -6,7 +6,8 @@ import logging
 import secrets
 import threading
 import time
-from collections.abc import Sequence as Ids
+from collections import deque
+from collections.abc import Sequence
 from numbers import Integral
 from typing import Any
 
@@ -14,37 +15,36 @@ import torch
 
 from draft.errors import UserError
 from draft.heads import DraftHead
-from draft.heads.checkpoint import check_fits
+from draft.heads.checkpoint import attach_head
 from draft.target import Target
 from draft.target.support import check_architecture
-from serving.engine.planner import OFF, Controller, Fixed, Plan
-from serving.engine.queue import Line
+from serving.engine.planner import BRANCHING, OFF, Controller, Fixed, Plan
 from serving.engine.request import (
     MAX_SPECULATION_LENGTH,
-    SEED_LIMIT,
     Completion,
     EngineStopped,
+    GrowingAnswer,
+    Overloaded,
     Request,
-    SamplingParams,
-    Sequence,
     Speculation,
+    SpeculationStats,
     check_speculation_length,
     special_ids,
 )
-from serving.engine.sampling import Processor
-from serving.engine.setup import Models, build_models, warm_up
-from serving.engine.step import Decoder, Row
-from serving.engine.tree import BRANCHING
+from serving.engine.sampling import SEED_LIMIT, Processor, SamplingParams
+from serving.engine.setup import build_models, warm_up
+from serving.engine.step import ActiveRequest, Decoder
 from serving.engine.verification import RULES, make_rule
 
 log = logging.getLogger(__name__)
 
+SPECULATIONS = ("auto", "chain", "tree", "off")
 # after one of these the accelerator's context is gone for good; running out of memory is not among them
 _FATAL: tuple[type[BaseException], ...] = tuple(filter(None, [getattr(torch, "AcceleratorError", None)]))
 
 
 class Engine:
-    """Decodes with a target, and a draft head when there is one; the answers are the target's own either way.
+    """Decodes with a target, and a draft head when there is one; the answers are the target's in either case.
 
     `generate` answers a list of prompts from the thread that calls it. `start` gives the engine a thread of its own,
     and then `submit` may be called from any thread.
@@ -60,7 +60,7 @@ class Engine:
         tree_size: int = 16,
         rule: str = "shared-noise",
         mode: str = "auto",
-        attention: str = "auto",
+        pack_in_place: bool = False,
         max_batch: int = 16,
         max_length: int | None = None,
         max_waiting: int = 1024,
@@ -71,19 +71,22 @@ class Engine:
         """
         speculation: `auto` chooses at every step what should give the most tokens per second, plain decoding and trees
         included; `chain` and `tree` always draft, `off` never. speculation_length: the most tokens drafted in a row,
-        or as many as the head knows positions of.
-        tree_size: the most nodes of a tree. mode: see `build_models`. max_batch: requests decoded at once. max_length:
-        the most tokens of prompt and answer together (default: what the target was made for). max_waiting,
-        max_waiting_tokens: what may wait behind those that run. prefill_chunk: prompt tokens read in one step.
-        threads: of the arithmetic on a CPU.
+        or as many as the head knows positions of. tree_size: the most nodes of a tree.
+        mode: see `build_models`. pack_in_place: the compiled mode replaces the linear layers of `target` itself, which
+        then serves nothing else; by default it packs a copy, and the caller's target keeps its weights, too.
+        max_batch: requests decoded at once. max_length: the most tokens of prompt and answer together (default: what
+        the target was made for). max_waiting, max_waiting_tokens: what may wait behind those that run. prefill_chunk:
+        prompt tokens read in one step.
+        threads: of the arithmetic on a CPU, of the whole process: `torch.set_num_threads` is called, with 1 in compiled
+        mode, whose kernels have threads of their own.
 
         Raises:
             UserError: when the head is not of the target's shape, or a value is out of range.
         """
         check_architecture(target.config, target.name)
         if head is not None:
-            check_fits(head, {}, target)
-        self.target, self.head = target, head
+            attach_head(head, {}, target)
+        self.head = head
         self.speculation = check_choice("speculation", speculation, SPECULATIONS)
         self.speculation_length = check_speculation_length(speculation_length)
         if head is not None and head.longest is not None:
@@ -97,70 +100,74 @@ class Engine:
             if value is not None:
                 check_whole(name, value)
         check_whole("tree_size", tree_size)
-        self._line = Line(max_waiting, max_waiting_tokens)
-        models = build_models(
+        self._queue = RequestQueue(max_waiting, max_waiting_tokens)
+        self.controller = make_controller(speculation, self.speculation_length, tree_size)
+        self.models = build_models(
             target,
             head if speculation != "off" else None,
             mode=mode,
-            attention=attention,
+            pack_in_place=pack_in_place,
             slots=self.max_batch,
             # drafts beyond a sequence's last token need places too, and those that the head reads but that
             # are not in its tree
             capacity=self.max_length + max(tree_size, BRANCHING * self.speculation_length, MAX_SPECULATION_LENGTH) + 1,
             threads=threads,
         )
-        self.models: Models = models
-        self.controller = make_controller(speculation, self.speculation_length, tree_size)
+        self.target = self.models.runner.target
+        self.mode = self.models.mode  # eager or compiled
         self._decoder = Decoder(
-            models.runner,
-            models.proposer,
+            self.models.runner,
+            self.models.proposer,
             self.controller,
             prefill_chunk=check_whole("prefill_chunk", prefill_chunk),
         )
         self._special_ids = special_ids(target.tokenizer, target.eos_token_ids)
-        self._rows: list[Row] = []  # touched by the thread that steps only
+        self._active: list[ActiveRequest] = []  # changed in `step` only
+        self._step_lock = threading.RLock()  # one thread steps at a time
         self._thread: threading.Thread | None = None
 
     def warm_up(self) -> None:
-        """Compile, and learn what a step costs: before the first request, not while one waits. See `warm_up`."""
+        """Compile, and measure the cost of a step: before the first request, not while one waits."""
         for tokens, seconds in warm_up(self.models).items():
             self.controller.costs.target.seed(tokens, seconds)
 
     # requests
 
-    def submit(self, prompt_ids: Ids[int], params: SamplingParams, speculation: Speculation | None = None) -> Request:
-        """Put a request at the end of the line; `async for event in engine.submit(...)` follows it.
+    def submit(
+        self, prompt_ids: Sequence[int], params: SamplingParams, speculation: Speculation | None = None
+    ) -> Request:
+        """Put a request at the end of the queue; `async for event in engine.submit(...)` follows it.
 
         Raises:
             UserError: for an empty prompt, ids outside the vocabulary, an unknown rule, or a request that cannot fit.
-            Overloaded: the line is full.
+            Overloaded: the queue is full.
             EngineStopped: the engine has ended.
         """
         return self.submit_all([prompt_ids], [params], speculation)[0]
 
     def submit_all(
-        self, prompts: Ids[Ids[int]], params: Ids[SamplingParams], speculation: Speculation | None = None
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: Sequence[SamplingParams],
+        speculation: Speculation | None = None,
     ) -> list[Request]:
-        """The same for requests that belong together: all are put into the line, or none."""
-        wishes = speculation or Speculation()
-        for prompt, own in zip(prompts, params, strict=True):
-            self._check_request(prompt, own, wishes)
-        requests = [Request(list(prompt), own, wishes) for prompt, own in zip(prompts, params, strict=True)]
-        self._line.join(requests, self._free_slots)
+        """Submit requests that belong together: all are put into the queue, or none."""
+        requests = self._requests(prompts, params, speculation or Speculation())
+        self._queue.join(requests, self._free_slots)
         return requests
 
     def check_room(self, tokens: int = 0) -> None:
-        """Raises Overloaded or EngineStopped when a request of so many tokens would be turned away now."""
-        self._line.check_room(tokens, self._free_slots)
+        """Raise Overloaded or EngineStopped when a request of so many tokens would be turned away now."""
+        self._queue.check_room(tokens, self._free_slots)
 
     @property
     def _free_slots(self) -> int:
-        return max(0, self.max_batch - len(self._rows))
+        return max(0, self.max_batch - len(self._active))
 
     def generate(
         self,
-        prompts: Ids[Ids[int]],
-        params: SamplingParams | Ids[SamplingParams],
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams | Sequence[SamplingParams],
         speculation: Speculation | None = None,
     ) -> list[Completion]:
         """Answer prompts (lists of token ids), as many at once as the engine takes; params: of all, or one each.
@@ -169,55 +176,47 @@ class Engine:
             UserError: as `submit`, before anything is generated.
             EngineStopped: the engine has ended.
         """
-        each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
-        wishes = speculation or Speculation()
-        for prompt, own in zip(prompts, each, strict=True):
-            self._check_request(prompt, own, wishes)
-        requests = [Request(list(prompt), own, wishes) for prompt, own in zip(prompts, each, strict=True)]
-        self._line.join_all(requests)
+        each = [params] * len(prompts) if isinstance(params, SamplingParams) else params
+        requests = self._requests(prompts, each, speculation or Speculation())
+        self._queue.join_all(requests)
         try:
-            if self._thread is None:
-                while any(not request.done for request in requests) and self.step():
-                    pass
+            while self._thread is None and any(not request.done for request in requests) and self.step():
+                pass
             return [request.result() for request in requests]
         finally:  # whoever interrupts this does not want the rest
             for request in requests:
                 request.cancel()
 
-    def _check_request(self, prompt_ids: Ids[int], params: SamplingParams, wishes: Speculation) -> None:
-        check_prompt(prompt_ids, self.target.vocab_size, self.max_length, params.max_new_tokens)
-        params.check_vocabulary(self.target.vocab_size)
-        if wishes.rule is not None:
-            check_choice("rule", wishes.rule, tuple(RULES))
+    def _requests(
+        self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams], speculation: Speculation
+    ) -> list[Request]:
+        for prompt, each in zip(prompts, params, strict=True):
+            check_prompt(prompt, self.target.vocab_size, self.max_length, each.max_new_tokens)
+            each.check_vocabulary(self.target.vocab_size)
+        if speculation.rule is not None:
+            check_choice("rule", speculation.rule, tuple(RULES))
+        return [Request(list(prompt), each, speculation) for prompt, each in zip(prompts, params, strict=True)]
 
     # the loop
 
     def step(self) -> bool:
-        """Let requests in, advance all that run by one step, and let those go that are done. False: nothing to do."""
-        self._admit()
-        self._dismiss()  # those that were cancelled
-        if not self._rows:
-            return bool(len(self._line))
-        try:
-            self._decoder.step(self._rows)
-        except _FATAL:
-            raise
-        except Exception as error:  # whose fault it was cannot be told: all that took part fail, the engine goes on
-            log.exception("a step failed; the %d requests in it end with an error", len(self._rows))
-            self._dismiss()  # those that were done before it failed
-            for row in list(self._rows):
-                row.request.context.run(log.error, "a step failed, and with it this request")
-                self._release(row)
-                row.request.fail(error)
-        self._dismiss()
-        return bool(self._rows or len(self._line))
+        """Admit requests, advance all that run by one step, and dismiss those that are done. False: nothing to do."""
+        with self._step_lock:
+            self._admit()
+            self._dismiss()  # those that were cancelled
+            if self._active:
+                self._advance()
+                self._dismiss()
+            elif len(self._queue) and not self.models.runner.cache.free_slots:
+                raise RuntimeError("slots were lost: no request runs, and none is free")  # the loop would spin
+            return bool(self._active or len(self._queue))
 
     def _admit(self) -> None:
-        self._line.drop_cancelled()
-        while self.models.runner.cache.free_slots and (request := self._line.next()) is not None:
+        self._queue.drop_cancelled()
+        while self.models.runner.cache.free_slots and (request := self._queue.next()) is not None:
             request.stamp(started=time.monotonic())
             try:
-                self._rows.append(self._row(request))
+                self._active.append(self._activate(request))
             except Exception as error:  # this request's misfortune, not the engine's
                 request.context.run(log.exception, "a request could not be taken up")
                 request.fail(error)
@@ -225,93 +224,106 @@ class Engine:
                 _turn_away([request])
                 raise
 
-    def _row(self, request: Request) -> Row:
-        params, wishes = request.params, request.speculation
+    def _activate(self, request: Request) -> ActiveRequest:
+        """Give a request a slot, of the target and where it drafts of the head."""
+        target, params, speculation = self.target, request.params, request.speculation
         seed = params.seed
         if seed is None and params.temperature > 0:
             seed = secrets.randbelow(SEED_LIMIT)
-        asked = self.speculation_length if wishes.num_tokens is None else wishes.num_tokens
-        proposer = self.models.proposer
-        cap = min(asked, self.speculation_length) if proposer is not None and wishes.enabled else 0
-        return Row(
-            request=request,
-            sequence=Sequence(
-                request.prompt_ids, params, self.target.tokenizer, self.target.eos_token_ids, self._special_ids
-            ),
-            processor=Processor(params, request.prompt_ids, self.target.vocab_size, self.target.eos_token_ids),
-            rule=make_rule(wishes.rule or self.rule, params, seed or 0),
-            seed=seed,
-            slot=self.models.runner.cache.acquire(),
-            cap=cap,
-            acceptance=self.controller.row(cap),
-            drafting=proposer.join() if proposer is not None and cap else None,
-        )
+        requested = self.speculation_length if speculation.num_tokens is None else speculation.num_tokens
+        proposer, cache = self.models.proposer, self.models.runner.cache
+        cap = min(requested, self.speculation_length) if proposer is not None and speculation.enabled else 0
+        answer = GrowingAnswer(request.prompt_ids, params, target.tokenizer, target.eos_token_ids, self._special_ids)
+        processor = Processor(params, request.prompt_ids, target.vocab_size, target.eos_token_ids)
+        rule = make_rule(speculation.rule or self.rule, params, seed or 0)
+        acceptance = self.controller.track(cap)
+        slot = cache.acquire()
+        try:  # nothing may fail after the last slot has been taken
+            drafting = proposer.join() if proposer is not None and cap else None
+        except BaseException:
+            cache.release(slot)
+            raise
+        return ActiveRequest(request, answer, processor, rule, seed, slot, cap, acceptance, drafting)
+
+    def _advance(self) -> None:
+        try:
+            self._decoder.step(self._active)
+        except _FATAL:
+            raise
+        except Exception as error:  # whose fault it was is not known: all that took part fail, the engine goes on
+            log.exception("a step failed; the %d requests in it end with an error", len(self._active))
+            self._dismiss()  # those that were done before it failed
+            for active in list(self._active):
+                active.request.context.run(log.error, "a step failed, and with it this request")
+                self._release(active)
+                active.request.fail(error)
 
     def _dismiss(self) -> None:
-        """Answer the requests that are done or were given up, and free their slots."""
-        for row in self._rows:
-            if row.request.cancelled and not row.finished:
-                row.sequence.cancel()
-        for row in [row for row in self._rows if row.finished]:
-            completion, tokens = row.completion(), row.sequence.release()
-            self._release(row)
-            row.request.finish(completion, tokens)
+        """Answer the requests that are done or cancelled, and free their slots."""
+        for active in self._active:
+            if active.request.cancelled and not active.finished:
+                active.answer.cancel()
+        for active in [active for active in self._active if active.finished]:
+            completion, tokens = active.completion(), active.answer.release()
+            self._release(active)
+            active.request.finish(completion, tokens)
 
-    def _release(self, row: Row) -> None:
-        """Before the answer, so that whoever has it finds the slot free; a row that fails here is told by `_run`."""
-        self.models.runner.cache.release(row.slot)
-        if row.drafting is not None and self.models.proposer is not None:
-            self.models.proposer.leave(row.drafting)
-        self._rows.remove(row)
+    def _release(self, active: ActiveRequest) -> None:
+        """Free the slots: before the answer, so that whoever has it finds them free. `_run` handles a failure."""
+        self.models.runner.cache.release(active.slot)
+        if active.drafting is not None and self.models.proposer is not None:
+            self.models.proposer.leave(active.drafting)
+        self._active.remove(active)
 
     # the thread
 
     def start(self) -> None:
-        """Give the engine a thread of its own."""
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        self._thread.start()
+        """Give the engine a thread of its own, once.
+
+        Raises:
+            UserError: it has one already.
+        """
+        with self._step_lock:  # a `generate` in another thread steps on beside it, in turn
+            if self._thread is not None:
+                raise UserError("the engine has been started already; call start once.")
+            self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+            self._thread.start()
 
     @property
     def alive(self) -> bool:
-        """Whether requests are served: the thread runs, or there is none and the caller steps."""
-        return not self._line.closed and (self._thread is None or self._thread.is_alive())
+        """True while requests are served: the thread runs, or there is none and the caller steps."""
+        return not self._queue.closed and (self._thread is None or self._thread.is_alive())
 
     def close(self, timeout: float = 10.0) -> None:
         """End after the present step; whoever still waits gets EngineStopped."""
-        left = self._line.close()
+        left = self._queue.close()
         if self._thread is not None:
             self._thread.join(timeout)
         else:
-            left += [row.request for row in self._rows]
+            left += [active.request for active in self._active]
         _turn_away(left)
 
     def _run(self) -> None:
         try:
-            while not self._line.closed:
+            while not self._queue.closed:
                 if not self.step():
-                    self._line.wait()
+                    self._queue.wait()
         except BaseException:
             log.critical("the engine's thread died; restart the server", exc_info=True)
         finally:
-            left = [*(row.request for row in self._rows), *self._line.close()]
-            self._rows = []
+            left = [*(active.request for active in self._active), *self._queue.close()]
+            self._active = []
             _turn_away(left)
 
     # figures
 
     @property
-    def mode(self) -> str:
-        """eager or compiled; on CUDA compiled from when `warm_up` has found that passes can be recorded."""
-        ragged = self.target.device.type == "cuda" and not self.models.runner.fixes_shapes
-        return "eager" if ragged else self.models.mode
-
-    @property
     def running(self) -> int:
-        return len(self._rows)
+        return len(self._active)
 
     @property
     def waiting(self) -> int:
-        return len(self._line)
+        return len(self._queue)
 
     @property
     def cache_usage(self) -> float:
@@ -320,7 +332,7 @@ class Engine:
         return cache.used_tokens / (len(cache.lengths) * cache.capacity)
 
     def stats(self) -> dict[str, Any]:
-        """What the engine is doing and how its controller decides; JSON-able."""
+        """Return the engine's and its controller's figures; JSON-able. Any thread may call it at any time."""
         return {
             "running": self.running,
             "waiting": self.waiting,
@@ -331,18 +343,105 @@ class Engine:
         }
 
 
+class RequestQueue:
+    """Requests that wait for a slot: bounded, first come first served, and safe to use from any thread."""
+
+    def __init__(self, max_requests: int, max_tokens: int | None) -> None:
+        """Bounds of those that wait behind the free slots: requests, and tokens of their prompts and answers."""
+        self.max_requests, self.max_tokens = max_requests, max_tokens
+        self.closed = False
+        self._waiting: deque[Request] = deque()
+        self._changed = threading.Condition()
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def check_room(self, tokens: int, free_slots: int, requests: int = 1) -> None:
+        """Raise Overloaded or EngineStopped when so many requests, of so many tokens, would be turned away now."""
+        if self.closed:
+            raise EngineStopped("the engine has ended")
+        waiting = [request for request in list(self._waiting) if not request.cancelled]
+        if len(waiting) + requests > self.max_requests + free_slots:
+            more = f" beyond the {free_slots} for which there is a slot" if free_slots else ""
+            came = f", {requests} more came" if requests > 1 else ""
+            raise Overloaded(
+                f"{len(waiting)} requests wait already{came}, and max_waiting is {self.max_requests}{more}"
+            )
+        queued = _tokens(waiting)
+        if self.max_tokens is not None and waiting and queued + tokens > self.max_tokens:
+            raise Overloaded(
+                f"{queued} tokens wait already, {tokens} more came, and max_waiting_tokens is {self.max_tokens}"
+            )
+
+    def join(self, requests: Sequence[Request], free_slots: int) -> None:
+        """Append all requests or none; raises as `check_room`."""
+        with self._changed:
+            self.check_room(_tokens(requests), free_slots, len(requests))
+            self._waiting.extend(requests)
+            self._changed.notify()
+
+    def join_all(self, requests: Sequence[Request]) -> None:
+        """Append requests whose number the caller answers for. Raises EngineStopped."""
+        with self._changed:
+            if self.closed:
+                raise EngineStopped("the engine has ended")
+            self._waiting.extend(requests)
+            self._changed.notify()
+
+    def next(self) -> Request | None:
+        """Take out the first request that is still wanted; those before it that are not are answered."""
+        while True:
+            with self._changed:
+                if not self._waiting:
+                    return None
+                request = self._waiting.popleft()
+            if request.cancelled:
+                _answer_cancelled(request)
+            elif request.future.set_running_or_notify_cancel():
+                return request
+
+    def drop_cancelled(self) -> None:
+        """Answer the requests that were cancelled while they waited, wherever they are in the queue."""
+        if not any(request.cancelled for request in list(self._waiting)):
+            return
+        with self._changed:
+            kept, cancelled = deque[Request](), list[Request]()
+            for request in self._waiting:  # one look at each: a client may cancel at any time
+                (cancelled if request.cancelled else kept).append(request)
+            self._waiting = kept
+        for request in cancelled:
+            _answer_cancelled(request)
+
+    def wait(self) -> None:
+        """Wait until a request joins, or the queue is closed."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting or self.closed)
+
+    def close(self) -> list[Request]:
+        """Let nobody join any more; returns those who still waited."""
+        with self._changed:
+            self.closed = True
+            left = list(self._waiting)
+            self._waiting.clear()
+            self._changed.notify_all()
+        return left
+
+
+def _tokens(requests: Sequence[Request]) -> int:
+    return sum(len(request.prompt_ids) + request.params.max_new_tokens for request in requests)
+
+
+def _answer_cancelled(request: Request) -> None:
+    request.finish(Completion(request.prompt_ids, [], [], "", "cancelled", None, SpeculationStats()))
+
+
 def _turn_away(requests: list[Request]) -> None:
     for request in requests:
         request.fail(EngineStopped("the engine has ended"))
 
 
-# What an engine can be told, and what makes no sense.
-
-
-SPECULATIONS = ("auto", "chain", "tree", "off")
-
-
 def make_controller(speculation: str, length: int, tree_size: int) -> Controller:
+    """Return the controller that chooses among the plans of this kind of speculation."""
     sizes = [size for size in sorted({8, 16, 32, tree_size}) if 0 < length < size <= tree_size]
     trees = list(dict.fromkeys(Plan.tree(length, size) for size in sizes))
     if speculation == "auto":
@@ -374,7 +473,7 @@ def check_max_length(length: int | None, target: Target) -> int:
     return length
 
 
-def check_prompt(prompt_ids: Ids[int], vocab_size: int, max_length: int, max_new_tokens: int) -> None:
+def check_prompt(prompt_ids: Sequence[int], vocab_size: int, max_length: int, max_new_tokens: int) -> None:
     if not len(prompt_ids):
         raise UserError("the prompt is empty; give at least one token.")
     if not all(isinstance(token, Integral) for token in prompt_ids):

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from enum import IntEnum
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -36,11 +35,11 @@ _SLACK = 1e-9  # far above the rounding of float64 scores: none that could win i
 
 
 class Purpose(IntEnum):
-    """What a random number is for; numbers of different purposes are independent."""
+    """The purpose of a random number; numbers of different purposes are independent."""
 
     CHOICE = 0  # which token the target chooses
     DRAFT = 1  # which token the head drafts, under the rejection rule
-    ACCEPT = 2  # whether a drafted token stands, under the rejection rule
+    ACCEPT = 2  # the acceptance of a drafted token, under the rejection rule
 
 
 def uniform(seed: int, purpose: Purpose, positions: Sequence[int], candidates: Tensor) -> Tensor:
@@ -68,90 +67,53 @@ def gumbel(seed: int, purpose: Purpose, positions: Sequence[int], candidates: Te
 
 
 def choose(log_p: Tensor, seed: int, positions: Sequence[int], purpose: Purpose = Purpose.CHOICE) -> Tensor:
-    """A token for each row, drawn from p: exactly (log_p + gumbel(seed, purpose, positions, all ids)).argmax(dim=1).
+    """Draw a token for each row from p: exactly (log_p + gumbel(seed, purpose, positions, all ids)).argmax(dim=1).
 
-    log_p: [n, vocab], -inf where a token is excluded; positions: [n] -> [n] ids.
+    log_p: [n, vocab], -inf where a token is excluded; positions: [n] -> [n] ids, of equal tokens the first.
     """
-    return top_choices(log_p, seed, positions, 1, purpose).ids[:, 0]
-
-
-class Choices(NamedTuple):
-    """Tokens with the largest log p + noise, falling: scores [n, count] in float64, ids [n, count]."""
-
-    scores: Tensor
-    ids: Tensor
-
-
-def top_choices(
-    log_p: Tensor, seed: int, positions: Sequence[int], count: int, purpose: Purpose = Purpose.CHOICE
-) -> Choices:
-    """The `count` tokens of each row with the largest log_p + gumbel(...), which are draws without replacement.
-
-    log_p: [n, vocab], -inf where a token is excluded; positions: [n]. Where fewer are left, scores end with -inf.
-    """
-    count = min(count, log_p.shape[1])
     if log_p.device.type != "cpu":  # there all of the noise costs less than finding out what is needed
         everyone = torch.arange(log_p.shape[1], device=log_p.device)
-        return Choices(*(log_p + gumbel(seed, purpose, positions, everyone)).topk(count))
-    race = _Race(log_p, _position_keys(seed, purpose, positions))
-    row, token, score = race.contenders(count)
-    return _largest_by_row(row, token, score, len(log_p), count)
+        return (log_p + gumbel(seed, purpose, positions, everyone)).argmax(dim=1)
+    row, token, score = _Race(log_p, _position_keys(seed, purpose, positions)).contenders()
+    ids = np.zeros(len(log_p), dtype=np.int64)
+    order = np.lexsort((-token, score))  # what is written last stays: the best of each row
+    ids[row[order]] = token[order]
+    return torch.from_numpy(ids)
 
 
 class _Race:
     """Finds the tokens that can have the largest scores, in numpy: on a CPU such small arrays cost torch more."""
 
     def __init__(self, log_p: Tensor, keys: list[tuple[int, int]]) -> None:
-        groups = grouped(log_p)  # [n, groups, 64]
+        missing = -log_p.shape[-1] % GROUP
+        whole = pad(log_p, (0, missing), value=-torch.inf) if missing else log_p
+        groups = whole.unflatten(-1, (-1, GROUP))  # [n, groups, 64]
         self._log_p = groups.numpy()
         shared, self._single = np.array(keys, dtype=np.uint64).T
         bits = _stream_array(shared[:, None], np.arange(groups.shape[1], dtype=np.uint64))
-        self._least, self._winner = (
-            np.log(_unit_array(bits)) * (-1 / GROUP),
-            (bits & np.uint64(GROUP - 1)).astype(np.int64),
-        )
+        self._least = np.log(_unit_array(bits)) * (-1 / GROUP)
+        self._winner = (bits & np.uint64(GROUP - 1)).astype(np.int64)
         self._ceiling = -np.log(self._least)  # [n, groups]: the largest noise in each group
         self._bounds = groups.amax(dim=-1).numpy() + self._ceiling
 
-    def contenders(self, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Rows, tokens and exact scores of a superset of the best `count` of each row, by row and token."""
-        floor = self._floor(count)
+    def contenders(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return rows, tokens and exact scores of all tokens that can have the largest score of their row."""
+        # [n, 1]: what the best of each row reaches at least; the most promising groups tell
+        pilots = min(_PILOT, self._bounds.shape[1])
+        group = np.argpartition(self._bounds, -pilots, axis=1)[:, -pilots:, None]  # [n, pilots, 1]
+        known = self._scores(np.arange(len(group))[:, None, None], group, np.arange(GROUP))
+        floor = known.reshape(len(group), -1).max(axis=1, keepdims=True) - _SLACK
         row, group = ((self._bounds >= floor) & (self._bounds > -np.inf)).nonzero()
         reach = self._log_p[row, group] + self._ceiling[row, group, None]  # [candidate groups, 64]
         index, member = ((reach >= floor[row]) & (reach > -np.inf)).nonzero()
         row, group = row[index], group[index]
         return row, group * GROUP + member, self._scores(row, group, member)
 
-    def _floor(self, count: int) -> np.ndarray:
-        """[n, 1]: what the best `count` of each row reach at least; the most promising groups tell."""
-        pilots = min(max(_PILOT, count), self._bounds.shape[1])
-        group = np.argpartition(self._bounds, -pilots, axis=1)[:, -pilots:, None]  # [n, pilots, 1]
-        row = np.arange(len(group))[:, None, None]
-        known = self._scores(row, group, np.arange(GROUP)).reshape(len(group), -1)
-        return np.partition(known, -count, axis=1)[:, -count, None] - _SLACK
-
     def _scores(self, row: np.ndarray, group: np.ndarray, member: np.ndarray) -> np.ndarray:
         tokens = (group * GROUP + member).astype(np.uint64)
         excess = -np.log(_unit_array(_stream_array(self._single[row], tokens)))
         excess *= member != self._winner[row, group]
         return self._log_p[row, group, member] - np.log(excess + self._least[row, group])
-
-
-def grouped(values: Tensor) -> Tensor:
-    """[..., vocab] -> [..., groups, GROUP], filled up with -inf."""
-    missing = -values.shape[-1] % GROUP
-    return (pad(values, (0, missing), value=-torch.inf) if missing else values).unflatten(-1, (-1, GROUP))
-
-
-def _largest_by_row(row: np.ndarray, token: np.ndarray, score: np.ndarray, rows: int, count: int) -> Choices:
-    """Of a list of candidates, sorted by row and token, the best of each row; of equals the one with the least id."""
-    held = np.bincount(row, minlength=rows)  # [rows]
-    column = np.arange(len(row)) - (held.cumsum() - held)[row]
-    scores = np.full((rows, max(count, held.max())), -np.inf)
-    ids = np.zeros(scores.shape, dtype=np.int64)
-    scores[row, column], ids[row, column] = score, token
-    best = np.argsort(-scores, axis=1, kind="stable")[:, :count]
-    return Choices(*(torch.from_numpy(np.take_along_axis(values, best, axis=1)) for values in (scores, ids)))
 
 
 def _position_keys(seed: int, purpose: Purpose, positions: Sequence[int]) -> list[tuple[int, int]]:

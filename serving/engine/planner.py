@@ -2,7 +2,7 @@
 
     rate(plan) = sum over requests of expected tokens / (pass over all their blocks + drafting)
 
-The costs come from `costs.py`, the expected tokens (1 + sum of products of acceptance rates) from `acceptance.py`; both
+The costs come from `StepCosts`, the expected tokens (1 + sum of products of acceptance rates) from `Acceptance`; both
 are measured on the steps that are run anyway, so a plan is tried when what is known of it promises more than the
 present one by MARGIN. What is not being run is looked at now and then by probes: without drafting, whether
 drafting pays by now; while drafting, what a plain step costs by now. A probe goes on while it is no slower than
@@ -12,6 +12,7 @@ the present plan, and what it lost decides how long the next one waits.
 from __future__ import annotations
 
 import math
+import threading
 from bisect import bisect_left
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
@@ -22,8 +23,7 @@ from operator import mul
 from statistics import fmean
 from typing import Any
 
-from serving.engine.tree import BRANCHING
-
+BRANCHING = 8  # children that a tree's node may have, and nodes that the head reads at a depth
 MARGIN = 1.04  # what a plan must promise over the present one, and over plain decoding, to replace it
 PATIENCE = 8  # steps between decisions about an unchanged batch
 PROBE_BUDGET = {False: 0.003, True: 0.008}  # share of the time that probes may lose beside plain decoding, and drafting
@@ -32,6 +32,47 @@ PROBE_ROWS = 4  # one request in so many drafts in a probe beside plain decoding
 PROBE_GAP = 48  # steps between two probes, however little they lose
 NEAR = 0.8  # of the present plan's rate must be promised by what is worth a probe while drafting
 CATCH_UP_STEPS = 64  # steps that share the cost of catching up when drafting begins again, in a request of so many
+
+WINDOW = 24  # measurements kept of each width: old ones must leave soon after the machine has changed
+ENOUGH = 3  # measurements of a width before it counts as known
+INITIAL_RATE = 0.7  # of a head that was never seen: high enough for it to be tried
+OVERALL_MEMORY, ROW_MEMORY = 256, 64  # verifications after which an observation weighs 1/e
+OVERALL_STRENGTH, ROW_STRENGTH = 3, 16  # verifications that the prior of an estimate is worth
+KEPT_AFTER_PAUSE = 20  # verifications that all that was known before a pause is worth
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The drafts for each request in a step: `nodes` tokens, the deepest `length` after the last known one."""
+
+    length: int = 0  # steps of the head
+    nodes: int = 0  # tokens to verify
+
+    @classmethod
+    def chain(cls, length: int) -> Plan:
+        return cls(length, length)
+
+    @classmethod
+    def tree(cls, depth: int, nodes: int) -> Plan:
+        """Return a tree of so many nodes, or of as many as find room at that depth."""
+        return cls(depth, min(nodes, BRANCHING) if depth == 1 else nodes)
+
+    @cached_property
+    def kind(self) -> str:
+        """ "off", "chain" or "tree"."""
+        return "off" if self.nodes == 0 else "chain" if self.nodes == self.length else "tree"
+
+    def capped(self, cap: int) -> Plan:
+        """This plan for a request that can use at most `cap` drafted tokens in a row."""
+        if cap >= self.length:
+            return self
+        return Plan.chain(cap) if self.kind == "chain" or cap == 0 else Plan.tree(cap, self.nodes)
+
+    def __str__(self) -> str:
+        return {"off": "off", "chain": f"chain {self.length}", "tree": f"tree {self.nodes}x{self.length}"}[self.kind]
+
+
+OFF = Plan()
 
 
 @dataclass
@@ -49,15 +90,17 @@ class _Stretch:
 
 
 class Controller:
-    """One for an engine. Call, in each step: choose, the observe methods as the parts are run, RowStats.observe.
+    """Chooses the plans of one engine.
 
-    All seconds are wall-clock.
+    Call in each step: choose, the observe methods as the parts are run, RequestAcceptance.observe. One thread
+    calls these; `stats` may be called by any. All seconds are wall-clock.
     """
 
     def __init__(self, plans: Sequence[Plan], calibration: Mapping[int, float] | None = None) -> None:
         """plans: those to choose from, besides OFF. calibration: tokens of a target pass -> seconds."""
         self.plans = [OFF, *(plan for plan in plans if plan != OFF)]
         self.plan = OFF
+        self.lock = threading.Lock()  # of all figures that `stats` reads
         self.costs = StepCosts()
         for tokens, seconds in (calibration or {}).items():
             self.costs.target.seed(tokens, seconds)
@@ -71,73 +114,78 @@ class Controller:
         self._probe_at = {False: 0.0, True: 0.0}
         self._ran: Counter[Plan] = Counter()  # the step, counted from the first, that last ran each plan
         self._wait = 0  # steps until the next decision
-        self._rows: list[RowStats] = []  # of the present step
+        self._rows: list[RequestAcceptance] = []  # of the present step
         self._emitted = 0  # by these rows before the present step
         self._step = _Stretch(OFF)
         self._probe: _Stretch | None = None
 
-    def row(self, cap: int, backlog: int = 0) -> RowStats:
-        """The tracker of a new request; see RowStats."""
-        return RowStats(self.acceptance, cap, backlog)
+    def track(self, cap: int, backlog: int = 0) -> RequestAcceptance:
+        """Return the tracker of a new request; see RequestAcceptance."""
+        return RequestAcceptance(self.acceptance, cap, backlog, self.lock)
 
-    def choose(self, rows: Sequence[RowStats]) -> Plan:
+    def choose(self, rows: Sequence[RequestAcceptance]) -> Plan:
         """The plan for this step; each request drafts `plan.capped(row.cap)`.
 
         rows: of all requests that are decoded in the step, those that draft nothing (cap 0) too: they share its pass.
         Those that a probe leaves out get a cap of 0 for this step.
         """
-        self._finish_step()
-        changed = len(rows) != len(self._rows)
-        self._rows, self._emitted = list(rows), sum(row.emitted for row in rows)
-        plan = self._next(changed) if any(row.cap > 0 for row in rows) else OFF
-        if self._probe and self.plan == OFF:
-            for row in self._left_out():
-                row.cap = 0
-        self._step = _Stretch(plan, expected=self._seconds(plan) if rows else 0.0)
-        self.chosen[plan] += 1
-        self._ran[plan] = self.chosen.total()
-        return plan
+        with self.lock:
+            self._finish_step()
+            changed = len(rows) != len(self._rows)
+            self._rows, self._emitted = list(rows), sum(row.emitted for row in rows)
+            plan = self._next(changed) if any(row.cap > 0 for row in rows) else OFF
+            if self._probe and self.plan == OFF:
+                for row in self._left_out():
+                    row.cap = 0
+            self._step = _Stretch(plan, expected=self._seconds(plan) if rows else 0.0)
+            self.chosen[plan] += 1
+            self._ran[plan] = self.chosen.total()
+            return plan
 
     def observe_target(self, tokens: int, seconds: float, *, ignore: bool = False) -> None:
         """A pass of the target over `tokens` tokens, with the sampling and bookkeeping that follow it.
 
         ignore: the pass held something else too (a chunk of a prompt), and says nothing about decoding.
         """
-        if ignore:
-            self._step.comparable = False
-        else:
-            self.costs.target.observe(tokens, seconds)
-        self._step.seconds += seconds
+        with self.lock:
+            if ignore:
+                self._step.comparable = False
+            else:
+                self.costs.target.observe(tokens, seconds)
+            self._step.seconds += seconds
 
     def observe_draft(self, drafted: Sequence[Plan], seconds: float) -> None:
         """Drafting for all requests that draft, each by its own plan, with re-reading what was accepted."""
-        steps, nodes = max(plan.length for plan in drafted), sum(plan.nodes for plan in drafted)
-        kind = "tree" if any(plan.kind == "tree" for plan in drafted) else "chain"
-        self.costs.draft[kind].observe(nodes / steps, seconds / steps)
-        self._step.seconds += seconds
+        with self.lock:
+            steps, nodes = max(plan.length for plan in drafted), sum(plan.nodes for plan in drafted)
+            kind = "tree" if any(plan.kind == "tree" for plan in drafted) else "chain"
+            self.costs.draft[kind].observe(nodes / steps, seconds / steps)
+            self._step.seconds += seconds
 
     def observe_catch_up(self, tokens: int, seconds: float) -> None:
         """The head has read `tokens` tokens, of all requests, that the target decoded without it."""
-        self.costs.catch_up.observe(tokens, seconds)
-        self._step.catch_up += seconds
+        with self.lock:
+            self.costs.catch_up.observe(tokens, seconds)
+            self._step.catch_up += seconds
 
     def stats(self) -> dict[str, Any]:
-        """What the controller believes and did, for people; JSON-able, seconds."""
-        rates, plain = self._rates, self._rates.get(OFF, 0.0)
-        return {
-            "plan": str(self.plan),
-            "expected_gain": rates[self.plan] / plain if plain and self.plan in rates else None,
-            "expected_tokens_per_second": {str(plan): rate for plan, rate in rates.items()},
-            "target_seconds": self.costs.target.table(),
-            "draft_step_seconds": {kind: curve.table() for kind, curve in self.costs.draft.items()},
-            "catch_up_seconds": self.costs.catch_up.table(),
-            "acceptance": {
-                str(plan): self.acceptance.rates(plan) for plan in self.plans if plan == self._shape(plan) != OFF
-            },
-            "steps": {str(plan): count for plan, count in self.chosen.copy().items()},
-            "switches": self.switches,
-            "probes": self.probes,
-        }
+        """Return the controller's estimates and counts; JSON-able, seconds."""
+        with self.lock:
+            rates, plain = self._rates, self._rates.get(OFF, 0.0)
+            return {
+                "plan": str(self.plan),
+                "expected_gain": rates[self.plan] / plain if plain and self.plan in rates else None,
+                "expected_tokens_per_second": {str(plan): rate for plan, rate in rates.items()},
+                "target_seconds": self.costs.target.table(),
+                "draft_step_seconds": {kind: curve.table() for kind, curve in self.costs.draft.items()},
+                "catch_up_seconds": self.costs.catch_up.table(),
+                "acceptance": {
+                    str(plan): self.acceptance.rates(plan) for plan in self.plans if plan == self._shape(plan) != OFF
+                },
+                "steps": {str(plan): count for plan, count in self.chosen.items()},
+                "switches": self.switches,
+                "probes": self.probes,
+            }
 
     def _finish_step(self) -> None:
         """Account for the step before this one."""
@@ -196,7 +244,7 @@ class Controller:
         self._probe = _Stretch(plan)
         self.probes += 1
 
-    def _left_out(self) -> list[RowStats]:
+    def _left_out(self) -> list[RequestAcceptance]:
         """The requests that draft nothing in a probe: those that the head would have most to read of."""
         able = sorted((row for row in self._rows if row.cap > 0), key=lambda row: row.backlog)
         return able[-(-len(able) // PROBE_ROWS) :]
@@ -218,7 +266,7 @@ class Controller:
         self._probe = None
 
     def _promised(self) -> dict[Plan, float]:
-        """Tokens per second of each plan whose cost can be told, for the present requests."""
+        """Estimate the tokens per second of each plan whose cost is known, for the present requests."""
         shapes = {self._shape(plan): self.acceptance.rates(self._shape(plan)) for plan in self.plans}
         expected = {shape: [row.expected(shape, rates) for row in self._rows] for shape, rates in shapes.items()}
         promised = {}
@@ -234,23 +282,23 @@ class Controller:
         return promised
 
     def _shape(self, plan: Plan) -> Plan:
-        """Whose acceptance rates hold for this plan too: the longest chain's for all chains."""
+        """Return the plan whose acceptance rates hold for this one too: the longest chain's for all chains."""
         chains = [other for other in self.plans if other.kind == "chain"]
         return max(chains, key=lambda chain: chain.length) if plan.kind == "chain" else plan
 
     def _width(self, plan: Plan) -> int:
-        """Tokens of a pass of the target."""
+        """Return the tokens of a pass of the target."""
         return sum(1 + plan.capped(row.cap).nodes for row in self._rows)
 
     def _seconds(self, plan: Plan) -> float:
-        """Of a step, catching up aside."""
+        """Estimate the seconds of a step, catching up aside."""
         width = self._width(plan)
         steps = max(plan.capped(row.cap).length for row in self._rows)
         drafting = self.costs.draft_seconds(plan.kind, steps, width - len(self._rows))
         return self.costs.target(width) + drafting
 
     def _catch_up_share(self, plan: Plan) -> float:
-        """Seconds: a step's share of what the head must read before it can draft.
+        """Estimate the seconds of a step's share of what the head must read before it can draft.
 
         A request that ends soon has fewer steps to share it.
         """
@@ -273,11 +321,27 @@ class Fixed(Controller):
         return self.plan
 
 
-# What a step costs on this machine, learned from the steps themselves. Seconds, always.
+class StepCosts:
+    """The costs of all parts of a step.
 
+    target: of a ragged pass, by its tokens. draft: of one step of the head, by its tokens, for chains and for trees.
+    catch_up: of reading what the target decoded while nothing was drafted, by its tokens.
+    """
 
-WINDOW = 24  # measurements kept of each width: old ones must leave soon after the machine has changed
-ENOUGH = 3  # measurements of a width before it counts as known
+    def __init__(self) -> None:
+        self.target = Curve()
+        self.draft = {"chain": Curve(), "tree": Curve()}
+        self.catch_up = Curve()
+
+    def draft_seconds(self, kind: str, steps: int, tokens: float) -> float:
+        """A drafting phase of `steps` steps, over `tokens` drafted tokens in all.
+
+        A tree is thought to cost what a chain of as many tokens does until one has been measured.
+        """
+        if not tokens:
+            return 0.0
+        curve = self.draft[kind] if self.draft[kind].reach else self.draft["chain"]
+        return steps * curve(tokens / steps)
 
 
 class Curve:
@@ -303,12 +367,12 @@ class Curve:
             self.observe(width, seconds)
 
     def known(self, width: float) -> bool:
-        """Whether (about) this width itself has been measured often enough."""
+        """Test that (about) this width itself has been measured often enough."""
         return len(self._samples.get(_bucket(width), ())) >= ENOUGH
 
     @property
     def reach(self) -> float:
-        """The widest pass whose cost can be told: twice the only known width, or four times the widest of several."""
+        """The widest pass whose cost is known: twice the only known width, or four times the widest of several."""
         widths = [width for width, _ in self._curve()]
         return 0.0 if not widths else widths[-1] * (4 if len(widths) > 1 else 2)
 
@@ -333,36 +397,12 @@ class Curve:
     def _curve(self) -> list[tuple[float, float]]:
         knots = self._knots
         if knots is None:
-            # copies: people read this while the engine goes on
-            every = [list(samples) for samples in list(self._samples.values())]
+            every = [list(samples) for samples in self._samples.values()]
             # what was measured once or twice may have been a slow moment, and would speak against itself for good
             enough = [samples for samples in every if len(samples) >= ENOUGH]
             chosen = enough if len(enough) > 1 else every
             knots = self._knots = _rising(sorted(_summary(samples) for samples in chosen))
         return knots
-
-
-class StepCosts:
-    """The costs of all parts of a step.
-
-    target: of a ragged pass, by its tokens. draft: of one step of the head, by its tokens, for chains and for trees.
-    catch_up: of reading what the target decoded while nothing was drafted, by its tokens.
-    """
-
-    def __init__(self) -> None:
-        self.target = Curve()
-        self.draft = {"chain": Curve(), "tree": Curve()}
-        self.catch_up = Curve()
-
-    def draft_seconds(self, kind: str, steps: int, tokens: float) -> float:
-        """A drafting phase of `steps` steps, over `tokens` drafted tokens in all.
-
-        A tree is thought to cost what a chain of as many tokens does until one has been measured.
-        """
-        if not tokens:
-            return 0.0
-        curve = self.draft[kind] if self.draft[kind].reach else self.draft["chain"]
-        return steps * curve(tokens / steps)
 
 
 def _bucket(width: float) -> int:
@@ -401,49 +441,6 @@ def _slope(knots: list[tuple[float, float]]) -> float:
     return (y1 - y0) / (x1 - x0)
 
 
-# How many drafted tokens stand: plans, and what is known of their acceptance, per request and overall.
-
-
-INITIAL_RATE = 0.7  # of a head that was never seen: high enough for it to be tried
-OVERALL_MEMORY, ROW_MEMORY = 256, 64  # verifications after which an observation weighs 1/e
-OVERALL_STRENGTH, ROW_STRENGTH = 3, 16  # verifications that the prior of an estimate is worth
-KEPT_AFTER_PAUSE = 20  # verifications that all that was known before a pause is worth
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What is drafted for each request in a step: `nodes` tokens, the deepest `length` after the last known one."""
-
-    length: int = 0  # steps of the head
-    nodes: int = 0  # tokens to verify
-
-    @classmethod
-    def chain(cls, length: int) -> Plan:
-        return cls(length, length)
-
-    @classmethod
-    def tree(cls, depth: int, nodes: int) -> Plan:
-        """Of so many nodes, or of as many as find room at that depth."""
-        return cls(depth, min(nodes, BRANCHING) if depth == 1 else nodes)
-
-    @cached_property
-    def kind(self) -> str:
-        """ "off", "chain" or "tree"."""
-        return "off" if self.nodes == 0 else "chain" if self.nodes == self.length else "tree"
-
-    def capped(self, cap: int) -> Plan:
-        """This plan for a request that can use at most `cap` drafted tokens in a row."""
-        if cap >= self.length:
-            return self
-        return Plan.chain(cap) if self.kind == "chain" or cap == 0 else Plan.tree(cap, self.nodes)
-
-    def __str__(self) -> str:
-        return {"off": "off", "chain": f"chain {self.length}", "tree": f"tree {self.nodes}x{self.length}"}[self.kind]
-
-
-OFF = Plan()
-
-
 class Acceptance:
     """Acceptance rate of each position, given that all before it were accepted: for chains, and for each size of tree.
 
@@ -456,9 +453,10 @@ class Acceptance:
         self._counts: dict[int, list[list[float]]] = {}  # nodes of the tree (0: chain) -> [accepted, tried] by position
 
     def observe(self, plan: Plan, accepted: int) -> None:
-        """One verification of `plan` let `accepted` tokens stand."""
+        """Count one verification of `plan` that accepted `accepted` tokens."""
         self._weight *= self._growth
-        counts = self._of(plan)
+        counts = self._counts.setdefault(_shape(plan), [])
+        counts.extend([0.0, 0.0] for _ in range(len(counts), plan.length))
         for position in range(min(accepted + 1, plan.length)):  # what follows a rejection was not judged
             counts[position][0] += self._weight * (position < accepted)
             counts[position][1] += self._weight
@@ -473,7 +471,7 @@ class Acceptance:
             self._scale(KEPT_AFTER_PAUSE * self._weight / most)
 
     def rates(self, plan: Plan, prior: list[float] | None = None) -> list[float]:
-        """The rate of each position of `plan`, drawn towards `prior` where little was observed.
+        """Estimate the rate of each position of `plan`, drawn towards `prior` where little was observed.
 
         Without a prior a position is thought to be as good as the one before it, and a tree as `widened` makes of
         a chain: what was never drafted, or not for long, is looked at with optimism and so gets tried.
@@ -482,41 +480,35 @@ class Acceptance:
             prior = widened(self.rates(Plan.chain(plan.length)), plan.nodes)
         strength = self._strength * self._weight
         rates: list[float] = []
-        counts = self._counts.get(_shape(plan), [])  # which people may read while the engine goes on
+        counts = self._counts.get(_shape(plan), [])
         for position in range(plan.length):
             accepted, tried = counts[position] if position < len(counts) else (0.0, 0.0)
             expected = prior[position] if prior else rates[-1] if rates else INITIAL_RATE
             rates.append((accepted + strength * expected) / (tried + strength))
         return rates
 
-    def _of(self, plan: Plan) -> list[list[float]]:
-        """The counts of the plan's shape, at least as many as it has positions."""
-        counts = self._counts.setdefault(_shape(plan), [])
-        while len(counts) < plan.length:
-            counts.append([0.0, 0.0])
-        return counts
-
     def _scale(self, factor: float) -> None:
         for counts in self._counts.values():
             counts[:] = [[accepted * factor, tried * factor] for accepted, tried in counts]
 
 
-class RowStats:
+class RequestAcceptance:
     """One request's acceptance, which begins with the overall one (see Controller.row).
 
-    cap: the drafted tokens in a row it can still use: 0 when it asked for no speculation, otherwise at most the tokens
+    cap: the drafted tokens in a row it can still use: 0 when it wants no speculation, otherwise at most the tokens
     that remain to it less one; the engine lowers it. backlog: tokens decoded that the head has not read; the engine
     adds those of a prompt that was read without the head. remaining: the most tokens it may still emit.
     """
 
-    def __init__(self, overall: Acceptance, cap: int, backlog: int = 0) -> None:
-        self.cap, self.backlog = cap, backlog
+    def __init__(self, overall: Acceptance, cap: int, backlog: int = 0, lock: threading.Lock | None = None) -> None:
+        """lock: of `overall`."""
+        self.cap, self.backlog, self._lock = cap, backlog, lock or threading.Lock()
         self.remaining = math.inf
         self._overall, self._own = overall, Acceptance(ROW_MEMORY, ROW_STRENGTH)
         self.emitted = 0  # tokens; the controller compares it before and after a step
 
     def observe(self, plan: Plan, accepted: int, *, trimmed: bool = False) -> None:
-        """After each step: what was drafted for this request (`plan.capped(cap)`, or OFF), and how many tokens stood.
+        """Count, after each step, what was drafted for this request (`plan.capped(cap)`, or OFF) and accepted.
 
         trimmed: the request ended within the block, so that the tokens after the end were not judged; such a
         verification is not learned from.
@@ -525,13 +517,14 @@ class RowStats:
         self.backlog = self.backlog + 1 if plan == OFF else 0
         if plan != OFF and not trimmed:
             self._own.observe(plan, accepted)
-            self._overall.observe(plan, accepted)
+            with self._lock:
+                self._overall.observe(plan, accepted)
 
     def forget(self) -> None:
         self._own.forget()
 
     def expected(self, plan: Plan, overall: list[float]) -> list[float]:
-        """Expected tokens of a step that drafts 0, 1, ... of the `length` positions of `plan`: 1 + sums of products.
+        """Expect the tokens of a step that drafts 0, 1, ... of the `length` positions of `plan`: 1 + sums of products.
 
         overall: the overall rates of `plan`.
         """
@@ -543,7 +536,7 @@ def _shape(plan: Plan) -> int:
 
 
 def widened(chain: list[float], nodes: int) -> list[float]:
-    """A first guess of a tree's rate at each depth: a level of several candidates misses more seldom than one does.
+    """Guess a tree's rate at each depth: a level of several candidates misses more seldom than one does.
 
     The exponent fits what EAGLE reports of chains and of trees of 25 to 60 nodes; measurements soon outweigh it.
     """

@@ -8,20 +8,16 @@ plain decoding would: with the tokens that were drafted before it.
 from __future__ import annotations
 
 import math
-import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from torch import Tensor
 
 from draft.errors import UserError
-from serving.engine.noise import Purpose, choose, gumbel, top_choices, uniform
-
-__all__ = ["Processor", "Purpose", "choose", "gumbel", "heat", "top_choices", "uniform", "warp"]
 
 _NUCLEUS_GUESS = 1024  # most nuclei are smaller, and the largest few are found faster than all are sorted
 _TIES_GUESS = 14  # logits of a bf16 model often tie at the edge of the top k
@@ -29,7 +25,7 @@ _TINY, _HUGE = 1e-30, 1e30  # beyond these, float32 would give 0 or infinity, an
 
 
 class Processor:
-    """What one request does to the target's logits, and the counts of tokens that this needs."""
+    """One request's processing of the target's logits, and the counts of tokens that this needs."""
 
     def __init__(
         self, params: SamplingParams, prompt_ids: Sequence[int], vocab_size: int, eos_ids: Iterable[int] = ()
@@ -45,7 +41,7 @@ class Processor:
         self._bias = torch.tensor(list(bias.values()), dtype=torch.float64)
         self._repetition = min(max(params.repetition_penalty, _TINY), _HUGE)
         self._penalises = (params.repetition_penalty, params.presence_penalty, params.frequency_penalty) != (1, 0, 0)
-        # whether `adjust` may ever change anything
+        # False: `adjust` never changes anything
         self.active = bool(bias) or self._penalises or (params.min_new_tokens > 0 and bool(ends))
         if self._penalises:
             self._counts = torch.zeros(vocab_size)  # in the answer
@@ -62,7 +58,7 @@ class Processor:
             self._see(token_id)
 
     def adjust(self, logits: Tensor, prefixes: Sequence[Sequence[int]]) -> Tensor:
-        """Logits with bias, penalties and bans; greedy requests take their argmax.
+        """Apply bias, penalties and bans; greedy requests take the argmax of the result.
 
         logits: [n, vocab]; prefixes: for each row the drafted ids between the emitted tokens and the row's own.
 
@@ -84,7 +80,7 @@ class Processor:
         return scores
 
     def warp(self, logits: Tensor) -> Tensor:
-        """`warp` for this request."""
+        """Apply `warp` for this request."""
         return warp(logits, self.params)
 
     def _see(self, token_id: int) -> None:
@@ -113,8 +109,8 @@ class Processor:
                 setattr(self, name, value.to(device))
 
 
-def heat(logits: Tensor, temperature: float) -> Tensor:
-    """Logits / temperature (above 0), up to a constant: [..., vocab], in at least float32.
+def apply_temperature(logits: Tensor, temperature: float) -> Tensor:
+    """Divide logits by a temperature (above 0), up to a constant: [..., vocab], in at least float32.
 
     The largest is 0, so that a tiny temperature overflows to -inf only; it is bounded below, since 1e-50 would be 0 in
     float32, while 1e-30 already decides between any two logits that differ.
@@ -130,7 +126,7 @@ def warp(logits: Tensor, params: SamplingParams) -> Tensor:
     what top-k leaves, min-p is relative to the most probable token. Tokens as probable as the last one that is kept are
     kept too, so the result does not depend on any order.
     """
-    scores = heat(logits, params.temperature)  # the largest is 0
+    scores = apply_temperature(logits, params.temperature)  # the largest is 0
     vocab = scores.shape[-1]
     top_k = params.top_k if 0 < params.top_k < vocab else 0
     if not top_k and params.top_p == 1 and params.min_p == 0:
@@ -174,52 +170,78 @@ def _largest(scores: Tensor, count: int) -> Tensor:
     return torch.from_numpy(np.sort(largest, axis=-1)[..., ::-1].copy())
 
 
-# What a request asks for, and the limits of each field.
+# Sampling parameters. The HTTP API validates its own fields with the same types.
 
 
 SEED_LIMIT = 2**63
-MAX_LOGPROBS = 20  # alternatives a token
+MAX_LOGPROBS = 20  # alternatives per token
+DEFAULT_MAX_NEW_TOKENS = 128
+
+NewTokens = Annotated[int, Field(ge=1)]
+Temperature = Annotated[float, Field(ge=0)]
+TopP = Annotated[float, Field(gt=0, le=1)]
+MinP = Annotated[float, Field(ge=0, le=1)]
+RepetitionPenalty = Annotated[float, Field(gt=0)]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+Seed = Annotated[int, Field(ge=0, lt=SEED_LIMIT)]
+Logprobs = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
+TokenId = Annotated[int, Field(ge=0)]
+Bias = Annotated[float, Field(ge=-100, le=100)]
 
 
-@dataclass(frozen=True)
-class SamplingParams:
-    """How a request is decoded; sampling.py says in which order the fields act on the logits, sequence.py when it ends.
+def sorted_pairs(bias: Any) -> Any:
+    """Return a mapping's items by key, so that equal parameters compare and hash alike."""
+    try:
+        return tuple(sorted(dict(bias).items()))
+    except (TypeError, ValueError):
+        raise ValueError("input should be a mapping of token ids to numbers") from None
+
+
+class SamplingParams(BaseModel):
+    """Sampling parameters of one request: what acts on the logits, in the order above, and when the answer ends.
 
     Raises:
-        UserError: when a value is out of its range, naming the field, the value and the limit.
+        UserError: when a value is out of its range, with the field, the value and the limit.
     """
 
-    max_new_tokens: int = 128
-    temperature: float = 0.0  # 0 is greedy, and top_p, top_k, min_p and the seed have no effect
-    top_p: float = 1.0
-    top_k: int = 0  # 0 is off
-    min_p: float = 0.0  # relative to the most probable token; 0 is off
-    seed: int | None = None  # None: the engine draws one and reports it
-    repetition_penalty: float = 1.0  # of tokens in the prompt or the answer
-    presence_penalty: float = 0.0  # of tokens in the answer
-    frequency_penalty: float = 0.0  # of tokens in the answer, for each time
-    logit_bias: Mapping[int, float] | tuple[tuple[int, float], ...] = ()  # token id -> addend; kept as sorted pairs
-    min_new_tokens: int = 0  # what would end the answer earlier is banned or, being a stop string, not looked for
-    stop: tuple[str, ...] = ()
-    stop_ids: tuple[int, ...] = ()
-    keep_stop: bool = True  # the stop string or id stays in the answer (TGI) or not (OpenAI)
-    ignore_eos: bool = False
-    logprobs: int | None = None  # None: not computed; 0: of the tokens themselves; n: and of the n most probable
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
-    def __post_init__(self) -> None:
-        for name, (kind, holds, limit) in _LIMITS.items():
-            value = getattr(self, name)
-            if not (value is None and name in _OPTIONAL) and not (_is_number(value, kind) and holds(value)):
-                raise _refusal(name, value, limit)
-        for name in ("keep_stop", "ignore_eos"):
-            if not isinstance(getattr(self, name), bool):
-                raise _refusal(name, getattr(self, name), "true or false")
+    max_new_tokens: NewTokens = DEFAULT_MAX_NEW_TOKENS
+    temperature: Temperature = Field(0.0, description="0 is greedy: top_p, top_k, min_p and the seed have no effect.")
+    top_p: TopP = 1.0
+    top_k: int = Field(0, ge=0, description="0 is off.")
+    min_p: MinP = Field(0.0, description="Relative to the most probable token; 0 is off.")
+    seed: Seed | None = Field(None, description="None: the engine draws one and reports it.")
+    repetition_penalty: RepetitionPenalty = Field(1.0, description="For tokens in the prompt or the answer.")
+    presence_penalty: Penalty = Field(0.0, description="For tokens in the answer.")
+    frequency_penalty: Penalty = Field(0.0, description="For tokens in the answer, once per occurrence.")
+    logit_bias: Annotated[tuple[tuple[TokenId, Bias], ...], BeforeValidator(sorted_pairs)] = Field(
+        (), description="A mapping of token ids to what is added to their logits; kept as sorted pairs."
+    )
+    min_new_tokens: int = Field(0, ge=0, description="Ends are banned, and stop strings ignored, until then.")
+    stop: tuple[Annotated[str, Field(min_length=1)], ...] = Field((), strict=False)
+    stop_ids: tuple[TokenId, ...] = Field((), strict=False)
+    keep_stop: bool = Field(True, description="Keep the stop string or id in the answer (TGI) or drop it (OpenAI).")
+    ignore_eos: bool = False
+    logprobs: Logprobs | None = Field(
+        None, description="None: not computed; 0: of the emitted tokens; n: also of the n most probable ones."
+    )
+
+    def __init__(self, max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS, **fields: Any) -> None:
+        given = {"max_new_tokens": max_new_tokens, **fields}
+        try:
+            super().__init__(**given)
+        except ValidationError as error:
+            problem = error.errors()[0]
+            name = str(problem["loc"][0]) if problem["loc"] else "min_new_tokens"
+            message = problem["msg"].removeprefix("Value error, ")
+            raise UserError(f"{name} = {given[name]!r:.100}: {message[:1].lower()}{message[1:]}.") from None
+
+    @model_validator(mode="after")
+    def _check_min_new_tokens(self) -> SamplingParams:
         if self.min_new_tokens > self.max_new_tokens:
-            limit = f"at most max_new_tokens, which is {self.max_new_tokens}"
-            raise _refusal("min_new_tokens", self.min_new_tokens, limit)
-        object.__setattr__(self, "stop", _each("stop", self.stop, _is_text, "a list of non-empty strings"))
-        object.__setattr__(self, "stop_ids", _each("stop_ids", self.stop_ids, _is_id, "a list of token ids"))
-        object.__setattr__(self, "logit_bias", _bias(self.logit_bias))
+            raise ValueError(f"it must be at most max_new_tokens, which is {self.max_new_tokens}")
+        return self
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """Raises UserError when stop_ids or logit_bias name a token that the target does not have."""
@@ -227,61 +249,3 @@ class SamplingParams:
             for token_id in ids:
                 if token_id >= vocab_size:
                     raise UserError(f"{name} has token id {token_id}: the target's go from 0 to {vocab_size - 1}.")
-
-
-# field -> (type, test, the limit in words)
-_LIMITS: dict[str, tuple[type, Callable[[Any], bool], str]] = {
-    "max_new_tokens": (int, lambda v: v >= 1, "a whole number of at least 1"),
-    "min_new_tokens": (int, lambda v: v >= 0, "a whole number of at least 0"),
-    "temperature": (float, lambda v: v >= 0, "a finite number of at least 0"),
-    "top_p": (float, lambda v: 0 < v <= 1, "a number above 0 and at most 1"),
-    "top_k": (int, lambda v: v >= 0, "a whole number of at least 0 (0 is off)"),
-    "min_p": (float, lambda v: 0 <= v <= 1, "a number from 0 to 1"),
-    "repetition_penalty": (float, lambda v: v > 0, "a finite number above 0"),
-    "presence_penalty": (float, lambda v: -2 <= v <= 2, "a number from -2 to 2"),
-    "frequency_penalty": (float, lambda v: -2 <= v <= 2, "a number from -2 to 2"),
-    "seed": (int, lambda v: 0 <= v < SEED_LIMIT, "a whole number from 0 to 2**63 - 1"),
-    "logprobs": (int, lambda v: 0 <= v <= MAX_LOGPROBS, f"a whole number from 0 to {MAX_LOGPROBS}"),
-}
-_OPTIONAL = ("seed", "logprobs")
-
-
-def _refusal(name: str, value: Any, limit: str) -> UserError:
-    return UserError(f"{name} = {value!r}: it must be {limit}.")
-
-
-def _is_number(value: Any, kind: type) -> bool:
-    """A finite number that is no bool; whole numbers are floats, too."""
-    if isinstance(value, bool) or not isinstance(value, int if kind is int else (int, float)):
-        return False
-    return kind is int or abs(value) <= sys.float_info.max  # of NaN, infinity and 10**400 none is
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and value != ""
-
-
-def _is_id(value: Any) -> bool:
-    return _is_number(value, int) and value >= 0
-
-
-def _each(name: str, values: Any, holds: Callable[[Any], bool], limit: str) -> tuple[Any, ...]:
-    try:
-        found = None if isinstance(values, str) else tuple(values)
-    except TypeError:
-        found = None
-    if found is None or not all(map(holds, found)):
-        raise _refusal(name, values, limit)
-    return found
-
-
-def _bias(bias: Any) -> tuple[tuple[int, float], ...]:
-    limit = "a mapping of token ids to numbers from -100 to 100"
-    try:
-        pairs = dict(bias)
-    except (TypeError, ValueError):
-        raise _refusal("logit_bias", bias, limit) from None
-    for token_id, value in pairs.items():
-        if not _is_id(token_id) or not _is_number(value, float) or not -100 <= value <= 100:
-            raise _refusal("logit_bias", {token_id: value}, limit)
-    return tuple(sorted(pairs.items()))

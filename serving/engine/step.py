@@ -9,40 +9,92 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from draft.devices import wait_for
+from draft.target import wait_for
 from serving.engine.drafting import Job, Proposer
-from serving.engine.kv_cache import Batch, Segment
+from serving.engine.kv_cache import RaggedBatch, Segment
 from serving.engine.model import TargetRunner
-from serving.engine.planner import OFF, Controller, Plan, RowStats
-from serving.engine.request import Completion, Request, Sequence, SpeculationStats
+from serving.engine.planner import OFF, Controller, Plan, RequestAcceptance
+from serving.engine.request import Completion, GrowingAnswer, Request, SpeculationStats
 from serving.engine.sampling import Processor, SamplingParams
-from serving.engine.tree import DraftTree
-from serving.engine.verification import Rule, Verdict, follow, greedy_choices
+from serving.engine.verification import DraftTree, Rule, Verdict, follow, greedy_choices
 
-_NOTHING = DraftTree.chain([])
+_NO_DRAFT = DraftTree.chain([])
+
+
+@dataclass(eq=False)
+class ActiveRequest:
+    """A request while it has a slot: being read or decoded."""
+
+    request: Request
+    answer: GrowingAnswer
+    processor: Processor
+    rule: Rule
+    seed: int | None  # None: greedy, and nothing was random
+    slot: int
+    cap: int  # the most tokens drafted at a time; 0: plain decoding
+    acceptance: RequestAcceptance
+    drafting: Any = None  # the proposer's state of this sequence; None where nothing is ever drafted
+    read: int = 0  # tokens of the prompt that the target has read
+    stats: SpeculationStats = field(default_factory=SpeculationStats)
+
+    @property
+    def params(self) -> SamplingParams:
+        return self.request.params
+
+    @property
+    def reading(self) -> bool:
+        """True while part of the prompt is still to be read."""
+        return self.read < len(self.request.prompt_ids)
+
+    @property
+    def finished(self) -> bool:
+        return self.answer.finish_reason is not None
+
+    @property
+    def draftable(self) -> int:
+        """The most tokens worth drafting now: a verification emits one token more than it accepts."""
+        return max(0, min(self.cap, self.answer.remaining - 1))
+
+    def completion(self) -> Completion:
+        answer, times = self.answer, self.request.times
+        assert answer.finish_reason is not None
+        if len(answer.tokens) != self.stats.emitted + 1:  # a stop string took some back
+            self.stats.settle(answer.tokens)
+        if times.first_token:
+            self.stats.prefill_seconds = times.first_token - times.started
+        return Completion(
+            prompt_ids=answer.prompt_ids,
+            token_ids=[token.id for token in answer.tokens],
+            tokens=answer.tokens,
+            text=answer.text,
+            finish_reason=answer.finish_reason,
+            seed=self.seed,
+            stats=self.stats,
+            stop_reason=answer.stop_reason,
+        )
 
 
 @dataclass
-class _Work:
-    """A row's part in a step."""
+class _Part:
+    """A request's part in a step."""
 
-    row: Row
+    active: ActiveRequest
     segment: Segment
     tree: DraftTree  # without nodes: plain decoding, or a part of the prompt
-    rows: range = range(0)  # where its tokens are in the batch
+    rows: range = range(0)  # its tokens' places in the batch
 
     @property
-    def decides(self) -> range:
-        """Which of its tokens' logits are wanted: the whole block, or the last token of a prompt."""
-        if not self.row.reading:
+    def deciding(self) -> range:
+        """The tokens whose logits are needed: the whole block, or the last token of a prompt."""
+        if not self.active.reading:
             return self.rows
-        whole = self.segment.past + len(self.segment.ids) == len(self.row.sequence.prompt_ids)
+        whole = self.segment.reach == len(self.active.request.prompt_ids)
         return self.rows[-1:] if whole else self.rows[:0]
 
 
 @dataclass
 class Seconds:
-    """Where the time of all steps without prompts went."""
+    """Time of all steps without prompts, by part."""
 
     head: float = 0.0  # drafting, and reading what was accepted (of the steps with prompts, too)
     target: float = 0.0  # its pass, to the logits
@@ -51,7 +103,7 @@ class Seconds:
 
 
 class Decoder:
-    """Advances any number of rows, each by what it gets of a step: part of its prompt, or one verification."""
+    """Advances any number of requests, each by its share of a step: part of its prompt, or one verification."""
 
     def __init__(
         self, runner: TargetRunner, proposer: Proposer | None, controller: Controller, *, prefill_chunk: int
@@ -60,229 +112,172 @@ class Decoder:
         self.runner, self.proposer, self.controller = runner, proposer, controller
         self.prefill_chunk = prefill_chunk
         self.seconds = Seconds()
-        self._plans: dict[Row, Plan] = {}  # of the rows that may draft, in the present step
+        self._plans: dict[ActiveRequest, Plan] = {}  # of the requests that may draft, in the present step
+        self._asynchronous = runner.target.device.type != "cpu"
 
     @torch.inference_mode()
-    def step(self, rows: list[Row]) -> None:
-        """One pass of the target; rows may be finished afterwards."""
-        decoding = [row for row in rows if not row.reading]
-        recordings = self._recordings
+    def step(self, requests: list[ActiveRequest]) -> None:
+        """Run one pass of the target; requests may be finished afterwards."""
+        decoding = [active for active in requests if not active.reading]
         trees = self._draft(decoding)
         began = time.perf_counter()
-        work = [self._block(row, tree) for row, tree in zip(decoding, trees, strict=True)]
-        work += self._chunks([row for row in rows if row.reading])
-        batch = Batch.of([part.segment for part in work], self.runner.target.device)
+        parts = [self._block(active, tree) for active, tree in zip(decoding, trees, strict=True)]
+        parts += self._chunks([active for active in requests if active.reading])
+        batch = RaggedBatch.of([part.segment for part in parts], self.runner.target.device)
         entered = time.perf_counter()
         hidden, auxiliary = self.runner.forward(batch)
-        for index, part in enumerate(work):
+        for index, part in enumerate(parts):
             part.rows = batch.rows(index)
-        logits = self._logits(work, hidden)
-        wait_for(logits.device)  # the next that is read of them would wait, too
+        logits = self._logits(parts, hidden)
+        self._wait()  # the next that is read of them would wait, too
         read = time.perf_counter()
-        verdicts = self._verdicts(work, logits)
+        verdicts = self._verify(parts, logits)
         decided = time.perf_counter()
-        for part, (verdict, logits) in zip(work, verdicts, strict=True):
+        for part, (verdict, logits) in zip(parts, verdicts, strict=True):
             self._advance(part, verdict, logits, auxiliary)
         seconds = time.perf_counter() - began
-        if len(decoding) == len(work):
+        if len(decoding) == len(parts):
             self.seconds.target += read - entered
             self.seconds.sampling += decided - read
             self.seconds.other += seconds - (decided - entered)
-        for row in decoding:
-            row.stats.decode_seconds += seconds
-        special = len(decoding) < len(work) or self._recordings > recordings
-        self.controller.observe_target(batch.ids.shape[1], seconds, ignore=special)
+        for active in decoding:
+            active.stats.decode_seconds += seconds
+        self.controller.observe_target(batch.ids.shape[1], seconds, ignore=len(decoding) < len(parts))
 
-    def _draft(self, rows: list[Row]) -> list[DraftTree]:
-        """A tree for each row; most often all of one shape, which the controller chooses."""
-        for row in rows:
-            row.acceptance.cap = row.draftable if row.drafting is not None else 0
-            row.acceptance.remaining = row.sequence.remaining
-        plan = self.controller.choose([row.acceptance for row in rows])
-        self._plans = {row: plan.capped(row.acceptance.cap) for row in rows}
+    def _wait(self) -> None:
+        """Wait for the device, so that the clock may be read."""
+        if self._asynchronous:
+            wait_for(self.runner.target.device)
+
+    def _draft(self, requests: list[ActiveRequest]) -> list[DraftTree]:
+        """Draft a tree for each request; most often all of one shape, which the controller chooses."""
+        for active in requests:
+            active.acceptance.cap = active.draftable if active.drafting is not None else 0
+            active.acceptance.remaining = active.answer.remaining
+        plan = self.controller.choose([active.acceptance for active in requests])
+        self._plans = {active: plan.capped(active.acceptance.cap) for active in requests}
         jobs = {
-            row: Job(row.drafting, own.length, own.nodes if own.kind == "tree" else 0, row.rule)
-            for row, own in self._plans.items()
-            if own != OFF
+            active: Job(active.drafting, capped.length, capped.nodes if capped.kind == "tree" else 0, active.rule)
+            for active, capped in self._plans.items()
+            if capped != OFF
         }
         if not jobs or self.proposer is None:
-            return [_NOTHING] * len(rows)
-        began, recordings = time.perf_counter(), self._recordings
-        late = [row.drafting for row in jobs if row.acceptance.backlog]
+            return [_NO_DRAFT] * len(requests)
+        began = time.perf_counter()
+        late = [active.drafting for active in jobs if active.acceptance.backlog]
         if late:
             tokens = self.proposer.catch_up(late)
-            wait_for(self.runner.target.device)
+            self._wait()
             self.controller.observe_catch_up(tokens, time.perf_counter() - began)
         caught_up = time.perf_counter()
         trees = dict(zip(jobs, self.proposer.propose(list(jobs.values())), strict=True))
         drafted = time.perf_counter()
-        if self._recordings == recordings:
-            self.controller.observe_draft([self._plans[row] for row in jobs], drafted - caught_up)
+        self.controller.observe_draft([self._plans[active] for active in jobs], drafted - caught_up)
         self.seconds.head += drafted - began
-        for row in jobs:
-            row.stats.decode_seconds += drafted - began
-        return [trees.get(row, _NOTHING) for row in rows]
+        for active in jobs:
+            active.stats.decode_seconds += drafted - began
+        return [trees.get(active, _NO_DRAFT) for active in requests]
 
-    @property
-    def _recordings(self) -> int:
-        return self.runner.recordings + (self.proposer.recordings if self.proposer else 0)
-
-    def _block(self, row: Row, tree: DraftTree) -> _Work:
-        """The last token, which the target has not read, and the drafts after it."""
-        past = self.runner.cache.lengths[row.slot]
+    def _block(self, active: ActiveRequest, tree: DraftTree) -> _Part:
+        """Lay out the last token, which the target has not read, and the drafts after it."""
+        past = self.runner.cache.lengths[active.slot]
         parents = None if tree.is_chain else [-1, *(parent + 1 for parent in tree.parents)]
-        return _Work(row, Segment(row.slot, past, past, [row.sequence.last_id, *tree.tokens], parents), tree)
+        return _Part(active, Segment(active.slot, past, past, [active.answer.last_id, *tree.tokens], parents), tree)
 
-    def _chunks(self, rows: list[Row]) -> list[_Work]:
-        """The next parts of prompts, first come first served."""
-        room, work = self.prefill_chunk, []
-        for row in rows:
-            ids = row.sequence.prompt_ids[row.read : row.read + room]
+    def _chunks(self, requests: list[ActiveRequest]) -> list[_Part]:
+        """Take the next parts of prompts, first come first served."""
+        room, parts = self.prefill_chunk, []
+        for active in requests:
+            ids = active.request.prompt_ids[active.read : active.read + room]
             if not ids:
                 break
             room -= len(ids)
-            work.append(_Work(row, Segment(row.slot, row.read, row.read, ids), _NOTHING))
-        return work
+            parts.append(_Part(active, Segment(active.slot, active.read, active.read, ids), _NO_DRAFT))
+        return parts
 
-    def _logits(self, work: list[_Work], hidden: Tensor) -> Tensor:
-        """[wanted, vocab], part after part, of the tokens that decide something."""
-        wanted = [index for part in work for index in part.decides]
-        if not wanted:
+    def _logits(self, parts: list[_Part], hidden: Tensor) -> Tensor:
+        """Return [deciding, vocab], part after part, of the tokens that decide something."""
+        deciding = [index for part in parts for index in part.deciding]
+        if not deciding:
             return hidden[:0]
-        return self.runner.logits(hidden if len(wanted) == len(hidden) else hidden[wanted])
+        return self.runner.logits(hidden if len(deciding) == len(hidden) else hidden[deciding])
 
-    def _verdicts(self, work: list[_Work], logits: Tensor) -> list[tuple[Verdict | None, Tensor]]:
-        """What the target says, with the logits [n+1, vocab] it says it by; None where a prompt goes on."""
-        greedy = [part.row.params.temperature == 0 and not part.row.processor.active for part in work]
+    def _verify(self, parts: list[_Part], logits: Tensor) -> list[tuple[Verdict | None, Tensor]]:
+        """Decide for each part, with its logits [n+1, vocab]; None where a prompt goes on."""
+        greedy = [part.active.params.temperature == 0 and not part.active.processor.active for part in parts]
         choices = greedy_choices(logits) if any(greedy) and len(logits) else []
         verdicts: list[tuple[Verdict | None, Tensor]] = []
         start = 0
-        for part, is_greedy in zip(work, greedy, strict=True):
-            own = slice(start, start + len(part.decides))
-            start = own.stop
-            if own.start == own.stop:
-                verdicts.append((None, logits[own]))
+        for part, is_greedy in zip(parts, greedy, strict=True):
+            rows = slice(start, start + len(part.deciding))
+            start = rows.stop
+            verdict: Verdict | None = None
+            if rows.start == rows.stop:
+                pass
             elif is_greedy:
-                verdicts.append((follow(part.tree, choices[own].__getitem__), logits[own]))
+                verdict = follow(part.tree, choices[rows].__getitem__)
             else:
-                row = part.row
-                verdict = row.rule.verify(logits[own], part.tree, row.sequence.length, row.processor)
-                verdicts.append((verdict, logits[own]))
+                active = part.active
+                verdict = active.rule.verify(logits[rows], part.tree, active.answer.length, active.processor)
+            verdicts.append((verdict, logits[rows]))
         return verdicts
 
-    def _advance(self, part: _Work, verdict: Verdict | None, logits: Tensor, auxiliary: Tensor | None) -> None:
-        """Emit, keep what stands in the cache, and tell the proposer."""
-        row, count = part.row, len(part.segment.ids)
-        if row.reading:
-            row.read += count
-            known = row.sequence.prompt_ids[row.read - count + 1 : row.read + 1]
-            emitted = self._emit(row, part.tree, verdict, logits) if verdict else []
-            row.acceptance.backlog += count
+    def _advance(self, part: _Part, verdict: Verdict | None, logits: Tensor, auxiliary: Tensor | None) -> None:
+        """Emit, keep what was accepted in the cache, and let the proposer observe."""
+        active, count = part.active, len(part.segment.ids)
+        if active.reading:
+            active.read += count
+            known = active.request.prompt_ids[active.read - count + 1 : active.read + 1]
+            emitted = self._emit(active, part.tree, verdict, logits) if verdict else []
+            active.acceptance.backlog += count
             following, kept = [*known, *emitted], list(part.rows)
         else:
             assert verdict is not None
-            following = self._emit(row, part.tree, verdict, logits)
+            following = self._emit(active, part.tree, verdict, logits)
             entries = [0, *(node + 1 for node in verdict.path)][: len(following)]
-            self.runner.cache.keep(row.slot, part.segment.base, entries)
+            self.runner.cache.keep(active.slot, part.segment.base, entries)
             kept = [part.rows.start + entry for entry in entries]
             accepted = min(len(verdict.path), len(following))
-            row.stats.count(part.tree.depth, len(part.tree), accepted, len(following))
-            trimmed = row.finished and len(following) <= len(verdict.path)
-            row.acceptance.observe(self._plans[row], accepted, trimmed=trimmed)
-        if row.drafting is not None and auxiliary is not None and not row.finished:
+            active.stats.count(part.tree.depth, len(part.tree), accepted, len(following))
+            trimmed = active.finished and len(following) <= len(verdict.path)
+            active.acceptance.observe(self._plans[active], accepted, trimmed=trimmed)
+        if active.drafting is not None and auxiliary is not None and not active.finished:
             assert self.proposer is not None
-            self.proposer.observe(row.drafting, following, _taken(auxiliary, kept))
+            self.proposer.observe(active.drafting, following, _copied(auxiliary, kept))
 
-    def _emit(self, row: Row, tree: DraftTree, verdict: Verdict, logits: Tensor) -> list[int]:
-        """Append what stands until the sequence ends; returns the ids."""
-        sequence = row.sequence
+    def _emit(self, active: ActiveRequest, tree: DraftTree, verdict: Verdict, logits: Tensor) -> list[int]:
+        """Append the accepted tokens and the target's own until the answer ends; returns their ids."""
+        answer = active.answer
         ids = [*(tree.tokens[node] for node in verdict.path), verdict.bonus]
-        nodes = [0, *(node + 1 for node in verdict.path)]  # the logits' row that each of them comes from
+        rows = [0, *(node + 1 for node in verdict.path)]  # of the logits, that each of them comes from
         emitted = []
         for place, token in enumerate(ids):
-            logprob, top = _logprobs(logits[nodes[place]], token, row.params.logprobs)
+            logprob, top = _logprobs(logits[rows[place]], token, active.params.logprobs)
             accepted_position = place if place < len(verdict.path) else None
-            rejected = next(iter(tree.children[nodes[place]]), None) if accepted_position is None else None
-            sequence.append(token, logprob, top, accepted_position, rejected, tree.depth)
-            row.processor.append(token)
+            rejected = next(iter(tree.children[rows[place]]), None) if accepted_position is None else None
+            answer.append(token, logprob, top, accepted_position, rejected, tree.depth)
+            active.processor.append(token)
             emitted.append(token)
-            if sequence.finish_reason is not None:
+            if answer.finish_reason is not None:
                 break
-        if not row.request.times.first_token:
-            row.request.stamp(first_token=time.monotonic())
-        if sequence.finish_reason is None:  # otherwise the last tokens come with the completion
-            row.request.release(sequence.release())
+        if not active.request.times.first_token:
+            active.request.stamp(first_token=time.monotonic())
+        if answer.finish_reason is None:  # otherwise the last tokens come with the completion
+            active.request.release(answer.release())
         return emitted
 
 
-def _taken(states: Tensor, rows: list[int]) -> Tensor:
-    """A copy of these rows, which rise: states that wait for the head must not keep those of other sequences."""
+def _copied(states: Tensor, rows: list[int]) -> Tensor:
+    """Copy these rows, which rise: states that wait for the head must not keep those of other sequences."""
     first, count = rows[0], len(rows)
     # an index costs several times what a slice does, for every sequence in every step
     return states[first : first + count].clone() if rows[-1] - first == count - 1 else states[rows]
 
 
 def _logprobs(logits: Tensor, token: int, count: int | None) -> tuple[float | None, list[tuple[int, float]] | None]:
-    """The target's own log-probability of a token, before any warping, and those of the `count` likeliest."""
+    """Return the target's log-probability of a token, before any warping, and those of the `count` likeliest."""
     if count is None:
         return None, None
     log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(dim=-1)
     top = log_p.topk(min(count, len(log_p)))
     return float(log_p[token]), list(zip(top.indices.tolist(), top.values.tolist(), strict=True))
-
-
-# A request while it has a slot: what the engine knows of it between steps.
-
-
-@dataclass(eq=False)
-class Row:
-    """One sequence being read or decoded."""
-
-    request: Request
-    sequence: Sequence
-    processor: Processor
-    rule: Rule
-    seed: int | None  # None: greedy, and nothing was random
-    slot: int
-    cap: int  # the most tokens drafted at a time; 0: plain decoding
-    acceptance: RowStats
-    drafting: Any = None  # the proposer's state of this sequence; None where nothing is ever drafted
-    read: int = 0  # tokens of the prompt that the target has read
-    stats: SpeculationStats = field(default_factory=SpeculationStats)
-
-    @property
-    def params(self) -> SamplingParams:
-        return self.sequence.params
-
-    @property
-    def reading(self) -> bool:
-        """Whether part of the prompt is still to be read."""
-        return self.read < len(self.sequence.prompt_ids)
-
-    @property
-    def finished(self) -> bool:
-        return self.sequence.finish_reason is not None
-
-    @property
-    def draftable(self) -> int:
-        """The most tokens worth drafting now: a verification emits one token more than stand."""
-        return max(0, min(self.cap, self.sequence.remaining - 1))
-
-    def completion(self) -> Completion:
-        sequence = self.sequence
-        assert sequence.finish_reason is not None
-        if len(sequence.tokens) != self.stats.emitted + 1:  # a stop string took some back
-            self.stats.settle(sequence.tokens)
-        times = self.request.times
-        if times.first_token:
-            self.stats.prefill_seconds = times.first_token - times.started
-        return Completion(
-            prompt_ids=sequence.prompt_ids,
-            token_ids=[token.id for token in sequence.tokens],
-            tokens=sequence.tokens,
-            text=sequence.text,
-            finish_reason=sequence.finish_reason,
-            seed=self.seed,
-            stats=self.stats,
-            stop_reason=sequence.stop_reason,
-        )

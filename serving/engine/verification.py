@@ -1,23 +1,23 @@
-"""Which drafted tokens stand: rules that reproduce the target's own distribution p exactly, whatever is drafted.
+"""Verification of drafted tokens: rules that reproduce the target's own distribution p exactly, whatever is drafted.
 
 `position` is that of the first token to be decided. A node of depth d is at position + d - 1, and what the target
-says after it is about position + d. p at a row is the target's law there: adjusted for the drafted tokens on the
+gives after it is for position + d. p at a row is the target's law there: adjusted for the drafted tokens on the
 row's path, then warped.
 
 *Shared noise* (Daliri et al., arXiv 2408.07978). The target's choice at a position is argmax(log p + g), with g
-keyed by (seed, position, token). Nodes stand while they equal it, so the text is that of plain decoding with the
+keyed by (seed, position, token). Nodes are accepted while they equal it, so the text is that of plain decoding with the
 same seed, and drafts may depend on g in any way. Greedy is g = 0.
 
-*Rejection*. Chains are drawn from q and stand with min(1, p/q); the first token that falls is replaced by a draw
+*Rejection*. Chains are drawn from q and accepted with min(1, p/q); the first token to be rejected is replaced by a draw
 from norm(max(0, p - q)) (Leviathan et al. 2211.17192, Chen et al. 2302.01318). Candidates in trees are a function
-of the prefix, so q = 1: child x of a row stands with p(x); where it falls, p(x) becomes 0 and the rest is
+of the prefix, so q = 1: child x of a row is accepted with p(x); where it is rejected, p(x) becomes 0 and the rest is
 renormalised for the next child, and after the last one the rest gives the token (EAGLE, arXiv 2401.15077). In all,
-some child stands with the children's probability under p.
+some child is accepted with the children's probability under p.
 
-Why numbers keyed by position serve rejection, too. A verification that looks at the ACCEPT (does a draft stand) or
-CHOICE (what replaces it, or the bonus token) numbers of a position does so because all before it stood, and
+Why numbers keyed by position serve rejection, too. A verification that looks at the ACCEPT (is a draft accepted) or
+CHOICE (what replaces it, or the bonus token) numbers of a position does so because all before it was accepted, and
 therefore emits that position's token: each is looked at in one verification only, as chain or as tree. The DRAFT
-numbers of a position serve again when a chain falls before it. But whether x_i stands depends on numbers of
+numbers of a position serve again when a chain is rejected before it. But the acceptance of x_i depends on numbers of
 positions up to i, so what was drafted behind the first rejection decided nothing, and given all that was emitted
 its numbers are as good as new. The three purposes are independent, and so are siblings, whose numbers are keyed by
 their tokens, too. This asks of the engine: how many tokens are drafted, as chain or as tree, may depend on what was
@@ -26,47 +26,119 @@ emitted and accepted and how long it took, but not on a drafted token that is th
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from serving.engine.noise import Purpose, choose, gumbel, uniform
-from serving.engine.sampling import Processor, SamplingParams, heat
-from serving.engine.tree import DraftTree
+from serving.engine.sampling import Processor, SamplingParams, apply_temperature
 
-Law = Callable[
-    [int], Tensor
-]  # row of a verification -> log p [vocab]; computed when asked for: warping a row is not free
+# row of a verification -> log p [vocab]; computed on demand: warping a row is not free
+Law = Callable[[int], Tensor]
+
+
+@dataclass(frozen=True)
+class DraftTree:
+    """Drafted tokens, each after another one of them or after the last known token. A chain is a tree; so is nothing.
+
+    A verification forwards the rows [last known token, *tokens]: row 0 is the root, and row i + 1 is node i.
+
+    Raises:
+        ValueError: a parent does not precede its child, two children of one node are the same token, or q does not fit.
+    """
+
+    tokens: list[int] = field(default_factory=list)  # n target ids, parents before children
+    parents: list[int] = field(default_factory=list)  # a node, or -1: the last known token
+    # [n, vocab] what each token was drawn from, over the target's vocabulary: chains under the rejection rule only
+    q: Tensor | None = field(default=None, compare=False)
+
+    def __post_init__(self) -> None:
+        if len(self.parents) != len(self.tokens):
+            raise ValueError(f"{len(self.tokens)} tokens have {len(self.parents)} parents")
+        if not all(-1 <= parent < node for node, parent in enumerate(self.parents)):
+            raise ValueError(f"a parent must precede its child: {self.parents}")
+        if len(set(zip(self.parents, self.tokens, strict=True))) < len(self.tokens):
+            raise ValueError("two children of one node are the same token")
+        if self.q is not None and not (self.is_chain and len(self.q) == len(self.tokens)):
+            raise ValueError("only a chain has distributions that it was drawn from, one for each token")
+
+    @classmethod
+    def chain(cls, tokens: Sequence[int], q: Tensor | None = None) -> DraftTree:
+        """Return a tree of each token after the one before it."""
+        return cls(list(tokens), list(range(-1, len(tokens) - 1)), q)
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def is_chain(self) -> bool:
+        return self.parents == list(range(-1, len(self.tokens) - 1))
+
+    @property
+    def depths(self) -> list[int]:
+        """Tokens from the last known one to each node: 1 for children of the root."""
+        depths: list[int] = []
+        for parent in self.parents:
+            depths.append(1 if parent < 0 else depths[parent] + 1)
+        return depths
+
+    @property
+    def depth(self) -> int:
+        """Depth of the deepest node; 0 without nodes."""
+        return max(self.depths, default=0)
+
+    @cached_property
+    def children(self) -> list[dict[int, int]]:
+        """Children of each row, in their order: token -> node."""
+        children: list[dict[int, int]] = [{} for _ in range(len(self.tokens) + 1)]
+        for node, (token, parent) in enumerate(zip(self.tokens, self.parents, strict=True)):
+            children[parent + 1][token] = node
+        return children
+
+    def path(self, node: int) -> list[int]:
+        """Return the nodes from a child of the root to this one; -1, the root: none."""
+        path: list[int] = []
+        while node >= 0:
+            path.append(node)
+            node = self.parents[node]
+        return path[::-1]
+
+    def prefix(self, row: int) -> list[int]:
+        """Return the drafted tokens that a row follows and ends with; none for row 0."""
+        return [self.tokens[node] for node in self.path(row - 1)]
 
 
 class Verdict(NamedTuple):
-    """What a verification emits: the tokens of `path`, then `bonus`."""
+    """The result of a verification: the tokens of `path`, then `bonus`."""
 
     path: list[int]  # accepted nodes, from a child of the root on
     bonus: int  # the target's own token
 
 
-class Dice(Protocol):
+class Sampler(Protocol):
     """The random decisions of the rejection rule."""
 
-    def stands(self, probability: float, position: int, candidate: int) -> bool:
-        """True with this probability."""
+    def accepts(self, probability: float, position: int, candidate: int) -> bool:
+        """Return True with this probability."""
         ...
 
     def draw(self, log_p: Tensor, position: int) -> int:
-        """A token from log_p [vocab]."""
+        """Draw a token from log_p [vocab]."""
         ...
 
 
-class SeededDice:
+class SeededSampler:
     """Decisions that depend on (seed, position, purpose, candidate)."""
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
 
-    def stands(self, probability: float, position: int, candidate: int) -> bool:
+    def accepts(self, probability: float, position: int, candidate: int) -> bool:
         return uniform(self.seed, Purpose.ACCEPT, [position], torch.tensor([candidate])).item() < probability
 
     def draw(self, log_p: Tensor, position: int) -> int:
@@ -74,7 +146,7 @@ class SeededDice:
 
 
 def follow(tree: DraftTree, choice: Callable[[int], int]) -> Verdict:
-    """The longest path of the tree that equals the target's choices; choice: row -> token, asked on that path only."""
+    """The longest path of the tree that equals the target's choices; choice: row -> token, called on that path only."""
     path: list[int] = []
     row = 0
     while (token := choice(row)) in tree.children[row]:
@@ -83,73 +155,72 @@ def follow(tree: DraftTree, choice: Callable[[int], int]) -> Verdict:
     return Verdict(path, token)
 
 
-def verify_shared_noise(choices: Sequence[int], tree: DraftTree) -> Verdict:
-    """The shared-noise rule where the target's choices at all rows are known; greedy rows share one argmax."""
-    return follow(tree, choices.__getitem__)
-
-
 def greedy_choices(logits: Tensor) -> list[int]:
-    """The greedy choice of each row: [N, vocab], adjusted where a request asks for it -> N ids."""
+    """The greedy choice of each row: [N, vocab], adjusted where a request needs it -> N ids."""
     return logits.max(dim=-1).indices.tolist()  # `argmax` takes four times as long on a CPU in bfloat16
 
 
-def draft_stands(p: Tensor, q: Tensor, token: int) -> float:
-    """min(1, p(x) / q(x)), the probability that x, drawn from q, stands; p, q: [vocab]."""
+def draft_acceptance(p: Tensor, q: Tensor, token: int) -> float:
+    """min(1, p(x) / q(x)), the probability that x, drawn from q, is accepted; p, q: [vocab]."""
     drawn = float(q[token])
     return min(1.0, float(p[token]) / drawn) if drawn > 0 else 0.0
 
 
 def residual(p: Tensor, q: Tensor) -> Tensor:
-    """norm(max(0, p - q)) [vocab], what replaces a rejected draft; p where, by rounding, nothing is left."""
+    """norm(max(0, p - q)) [vocab], the law of what replaces a rejected draft; p where, by rounding, nothing is left."""
     left = (p - q).clamp(min=0.0)
     total = left.sum()
     return left / total if total > 0 else p
 
 
-def candidate_stands(left: Tensor, token: int) -> float:
-    """The probability that the deterministic candidate x stands: p(x) renormalised over what is left of p [vocab]."""
+def candidate_acceptance(left: Tensor, token: int) -> float:
+    """The probability that the deterministic candidate x is accepted: p(x) renormalised over the rest of p [vocab]."""
     return float(left[token] / left.sum())
 
 
 def without(left: Tensor, token: int) -> Tensor:
-    """What is left of p [vocab], not normalised, once this token has fallen."""
+    """Return the rest of p [vocab], not normalised, once this token has been rejected."""
     return left.index_fill(0, torch.tensor([token], device=left.device), 0.0)
 
 
-def verify_chain(tree: DraftTree, law: Law, position: int, dice: Dice) -> Verdict:
+def verify_chain(tree: DraftTree, law: Law, position: int, sampler: Sampler) -> Verdict:
     """The rejection rule for a chain whose tokens were drawn from tree.q."""
     assert tree.q is not None
     for node, token in enumerate(tree.tokens):
         p = law(node).exp()  # [vocab]
         q = tree.q[node].to(p.dtype)
-        if not dice.stands(draft_stands(p, q, token), position + node, token):
-            return Verdict(list(range(node)), dice.draw(residual(p, q).log(), position + node))
-    return Verdict(list(range(len(tree))), dice.draw(law(len(tree)), position + len(tree)))
+        if not sampler.accepts(draft_acceptance(p, q, token), position + node, token):
+            return Verdict(list(range(node)), sampler.draw(residual(p, q).log(), position + node))
+    return Verdict(list(range(len(tree))), sampler.draw(law(len(tree)), position + len(tree)))
 
 
-def verify_candidates(tree: DraftTree, law: Law, position: int, dice: Dice) -> Verdict:
+def verify_candidates(tree: DraftTree, law: Law, position: int, sampler: Sampler) -> Verdict:
     """The rejection rule for a tree, or a chain, whose tokens are deterministic given what precedes them."""
     path: list[int] = []
     row = 0
     while tree.children[row]:
         left = law(row).exp()  # [vocab]
         for token, node in tree.children[row].items():
-            if dice.stands(candidate_stands(left, token), position, token):
+            if sampler.accepts(candidate_acceptance(left, token), position, token):
                 path.append(node)
                 break
             left = without(left, token)
         else:
-            return Verdict(path, dice.draw((left / left.sum()).log(), position))
+            return Verdict(path, sampler.draw((left / left.sum()).log(), position))
         position, row = position + 1, path[-1] + 1
-    return Verdict(path, dice.draw(law(row), position))
+    return Verdict(path, sampler.draw(law(row), position))
 
 
-class Rule(Protocol):
-    """How one request's tokens are drafted and verified.
+class Rule(ABC):
+    """The drafting and verification of one request's tokens.
 
     The head drafts at the request's temperature; truncation and penalties are left to the target, without loss.
     """
 
+    def __init__(self, params: SamplingParams, seed: int) -> None:
+        self.temperature, self.seed = params.temperature, seed
+
+    @abstractmethod
     def draft(self, logits: Tensor, vocabulary: Tensor, positions: Sequence[int]) -> tuple[Tensor, Tensor | None]:
         """Draft the tokens at these m positions, each a chain's next one. Never waits for the device.
 
@@ -158,45 +229,38 @@ class Rule(Protocol):
         Returns:
             target ids [m], and the distributions [m, draft_vocab] they were drawn from where verification needs them.
         """
-        ...
 
+    @abstractmethod
     def candidate_scores(self, logits: Tensor, vocabulary: Tensor, positions: Sequence[int]) -> Tensor:
-        """What a `TreeGrower` wants: log-probabilities [m, draft_vocab] that tokens at m positions will stand."""
-        ...
+        """Return log-probabilities [m, draft_vocab] that tokens at m positions will be accepted, for a `TreeGrower`."""
 
+    @abstractmethod
     def verify(self, logits: Tensor, tree: DraftTree, position: int, processor: Processor) -> Verdict:
         """Decide on the tokens from `position` on; logits: [n+1, vocab] of the target at the rows of the tree."""
-        ...
 
 
-class Greedy:
+class Greedy(Rule):
     """Temperature 0: the shared-noise rule without noise."""
-
-    def __init__(self, params: SamplingParams, seed: int) -> None:
-        pass
 
     def draft(self, logits: Tensor, vocabulary: Tensor, positions: Sequence[int]) -> tuple[Tensor, Tensor | None]:
         return vocabulary[logits.max(dim=-1).indices], None
 
     def candidate_scores(self, logits: Tensor, vocabulary: Tensor, positions: Sequence[int]) -> Tensor:
-        return heat(logits, 1.0).log_softmax(dim=-1)
+        return apply_temperature(logits, 1.0).log_softmax(dim=-1)
 
     def verify(self, logits: Tensor, tree: DraftTree, position: int, processor: Processor) -> Verdict:
         prefixes = [tree.prefix(row) for row in range(len(tree) + 1)]
-        return verify_shared_noise(greedy_choices(processor.adjust(logits, prefixes)), tree)
+        return follow(tree, greedy_choices(processor.adjust(logits, prefixes)).__getitem__)
 
 
-class SharedNoise:
+class SharedNoise(Rule):
     """The target chooses argmax(log p + g), the head guesses with the same g: the text depends on the seed only."""
-
-    def __init__(self, params: SamplingParams, seed: int) -> None:
-        self.temperature, self.seed = params.temperature, seed
 
     def _noisy(self, logits: Tensor, vocabulary: Tensor, positions: Sequence[int]) -> Tensor:
         """log q + g [m, draft_vocab], up to a constant a row. Nodes of a frontier share a position, and so noise."""
         distinct = sorted(set(positions))
         noise = gumbel(self.seed, Purpose.CHOICE, distinct, vocabulary)
-        scores = heat(logits, self.temperature)
+        scores = apply_temperature(logits, self.temperature)
         return scores + noise[[distinct.index(position) for position in positions]].to(scores.dtype)
 
     def draft(self, logits: Tensor, vocabulary: Tensor, positions: Sequence[int]) -> tuple[Tensor, Tensor | None]:
@@ -215,27 +279,24 @@ class SharedNoise:
         return self._noisy(logits, vocabulary, positions).log_softmax(dim=-1)
 
     def verify(self, logits: Tensor, tree: DraftTree, position: int, processor: Processor) -> Verdict:
-        law, dice, depths = target_law(logits, tree, processor), SeededDice(self.seed), [0, *tree.depths]
-        return follow(tree, lambda row: dice.draw(law(row), position + depths[row]))
+        law, sampler, depths = target_law(logits, tree, processor), SeededSampler(self.seed), [0, *tree.depths]
+        return follow(tree, lambda row: sampler.draw(law(row), position + depths[row]))
 
 
-class Rejection:
-    """Chains, drawn from q, stand with min(1, p/q); a tree's candidates with p. Without drafts it is shared noise."""
-
-    def __init__(self, params: SamplingParams, seed: int) -> None:
-        self.temperature, self.seed = params.temperature, seed
+class Rejection(Rule):
+    """Chains, drawn from q, are accepted with min(1, p/q), a tree's candidates with p. Without drafts: shared noise."""
 
     def draft(self, logits: Tensor, vocabulary: Tensor, positions: Sequence[int]) -> tuple[Tensor, Tensor | None]:
-        log_q = heat(logits, self.temperature).log_softmax(dim=-1)
+        log_q = apply_temperature(logits, self.temperature).log_softmax(dim=-1)
         return vocabulary[choose(log_q, self.seed, positions, Purpose.DRAFT)], log_q.exp()
 
     def candidate_scores(self, logits: Tensor, vocabulary: Tensor, positions: Sequence[int]) -> Tensor:
         """log q: deterministic, as verification requires of a tree."""
-        return heat(logits, self.temperature).log_softmax(dim=-1)
+        return apply_temperature(logits, self.temperature).log_softmax(dim=-1)
 
     def verify(self, logits: Tensor, tree: DraftTree, position: int, processor: Processor) -> Verdict:
         decide = verify_candidates if tree.q is None else verify_chain
-        return decide(tree, target_law(logits, tree, processor), position, SeededDice(self.seed))
+        return decide(tree, target_law(logits, tree, processor), position, SeededSampler(self.seed))
 
 
 def target_law(logits: Tensor, tree: DraftTree, processor: Processor) -> Law:
@@ -247,7 +308,7 @@ def target_law(logits: Tensor, tree: DraftTree, processor: Processor) -> Law:
     return log_p
 
 
-RULES: dict[str, type[SharedNoise] | type[Rejection]] = {"shared-noise": SharedNoise, "rejection": Rejection}
+RULES: dict[str, type[Rule]] = {"shared-noise": SharedNoise, "rejection": Rejection}
 
 
 def make_rule(name: str, params: SamplingParams, seed: int) -> Rule:

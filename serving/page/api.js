@@ -1,24 +1,24 @@
-// What the page asks of the server: the public API, and its refusals in words.
+// The page's requests to the public API, and the errors in words.
 
 const KEY = "draftsmith-key"; // in sessionStorage: gone with the tab
 
 /** A request that has no answer, or not a whole one; its message is for people. */
-class Refusal extends Error {
+class RequestError extends Error {
   constructor(message, status = 0) {
     super(message);
     this.status = status; // of HTTP; 0: there was none
   }
 }
 
-// status -> what happened; the server's own sentence follows where it says more
+// status -> the event; the server's message follows where it says more
 const IN_WORDS = {
   400: "The server could not read the request",
-  401: "This server asks for an API key, and took none or another one. Enter it under “API key”",
+  401: "This server needs an API key, and got none or a wrong one. Enter it under “API key”",
   408: "The request took too long to arrive",
   413: "The prompt is larger than the server takes",
   422: "The server refused the request",
   424: "The server failed at this request",
-  429: "The server is busy: its line of waiting requests is full. Try again in a moment",
+  429: "The server is busy: its queue of requests is full. Try again in a moment",
   500: "The server failed at this request",
   502: "The server behind the proxy does not answer",
   503: "The server takes no requests now",
@@ -30,9 +30,9 @@ const TYPES = { validation: 422, overloaded: 429, generation: 424, incomplete_ge
 const NO_CONNECTION = "No connection to the server. It may have been stopped, or the network is down.";
 const CUT_OFF = "The connection was lost in the middle of the answer.";
 
-function inWords(status, told) {
+function inWords(status, message) {
   const words = IN_WORDS[status] ?? `The server answered with status ${status}`;
-  return new Refusal(told && !SAYS_IT_ALL.has(status) ? `${words}: ${told}` : `${words}.`, status);
+  return new RequestError(message && !SAYS_IT_ALL.has(status) ? `${words}: ${message}` : `${words}.`, status);
 }
 
 function storedKey() {
@@ -52,29 +52,29 @@ function storeKey(key) {
 }
 
 /** One request; paths are relative, so that the page also works under a prefix of a reverse proxy. */
-async function ask(path, key, options = {}) {
-  if (!/^[\x21-\x7e]*$/.test(key)) throw new Refusal("The API key has characters that no key has.", 401);
+async function request(path, key, options = {}) {
+  if (!/^[\x21-\x7e]*$/.test(key)) throw new RequestError("The API key has characters that no key has.", 401);
   const headers = { ...(key && { authorization: `Bearer ${key}` }), ...options.headers };
   let answer;
   try {
     answer = await fetch(path, { ...options, headers, cache: "no-store", credentials: "same-origin" });
   } catch (error) {
     if (error.name === "AbortError") throw error;
-    throw new Refusal(NO_CONNECTION);
+    throw new RequestError(NO_CONNECTION);
   }
   if (answer.ok) return answer;
-  let told = "";
+  let message = "";
   try {
     const { error } = await answer.json();
-    told = typeof error === "string" ? error : error?.message ?? "";
+    message = typeof error === "string" ? error : error?.message ?? "";
   } catch {
     // a proxy's page: the status has to do
   }
-  throw inWords(answer.status, told);
+  throw inWords(answer.status, message);
 }
 
 async function serverInfo(key) {
-  return (await ask("info", key)).json();
+  return (await request("info", key)).json();
 }
 
 /**
@@ -83,7 +83,7 @@ async function serverInfo(key) {
  */
 async function* generate({ inputs, parameters, seed }, key, signal) {
   const sent = JSON.stringify(parameters).slice(0, -1) + (seed ? `,"seed":${BigInt(seed)}}` : "}");
-  const answer = await ask("generate_stream", key, {
+  const answer = await request("generate_stream", key, {
     method: "POST",
     headers: { "content-type": "application/json" },
     body: `{"inputs":${JSON.stringify(inputs)},"parameters":${sent}}`,
@@ -98,10 +98,10 @@ async function* generate({ inputs, parameters, seed }, key, signal) {
       yield events;
     }
   } catch (error) {
-    if (error.name === "AbortError" || error instanceof Refusal) throw error;
-    throw new Refusal(CUT_OFF);
+    if (error.name === "AbortError" || error instanceof RequestError) throw error;
+    throw new RequestError(CUT_OFF);
   }
-  if (!last?.details) throw new Refusal(CUT_OFF);
+  if (!last?.details) throw new RequestError(CUT_OFF);
 }
 
 /** Server-sent events whose data is JSON. */

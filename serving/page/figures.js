@@ -7,9 +7,9 @@ class Figures {
     this.count = this.together = 0; // tokens; those that came with the first
     this.verifications = this.emitted = this.accepted = 0; // the prefill's token is in none of them
     this.drafted = []; // at each position, how often a token was drafted
-    this.stood = []; // at each position, how often it was accepted
+    this.acceptedAt = []; // at each position, how often it was accepted
     this.inside = false; // the last token was a draft, so the next one belongs to the same verification
-    this.final = null; // the server's own figures
+    this.final = null; // the server's figures
   }
 
   /** Events that came together. */
@@ -31,16 +31,16 @@ class Figures {
     this.inside = source === "draft";
     if (!this.inside) return;
     this.accepted += 1;
-    this.stood[position - 1] = (this.stood[position - 1] ?? 0) + 1;
+    this.acceptedAt[position - 1] = (this.acceptedAt[position - 1] ?? 0) + 1;
   }
 
-  /** Tokens emitted / verifications, the target's own included; null before the first. */
+  /** Tokens emitted / verifications, the bonus token included; null before the first. */
   get acceptanceLength() {
     if (this.final) return this.final.acceptance_length;
     return this.verifications ? this.emitted / this.verifications : null;
   }
 
-  /** Accepted tokens, at the end of how many: a tree drafts several for one position, which events don't count. */
+  /** Accepted tokens, and at the end the drafted ones: a tree drafts several per position, which events don't count. */
   get drafts() {
     if (!this.verifications) return "–";
     return this.final ? `${this.final.accepted} of ${this.final.drafted}` : `${this.accepted}`;
@@ -49,10 +49,10 @@ class Figures {
   /** Accepted / drafted at each draft position; null where nothing was drafted. */
   get perPosition() {
     if (this.final) return this.final.acceptance_per_position;
-    return this.drafted.map((drafted, place) => (drafted ? (this.stood[place] ?? 0) / drafted : null));
+    return this.drafted.map((drafted, place) => (drafted ? (this.acceptedAt[place] ?? 0) / drafted : null));
   }
 
-  /** Tokens a second after the first ones, whose time is that of the prompt; null while there are no others. */
+  /** Tokens per second after the first ones, whose time is that of the prompt; null while there are no others. */
   get speed() {
     return this.last > this.first ? (1000 * (this.count - this.together)) / (this.last - this.first) : null;
   }

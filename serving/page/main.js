@@ -1,10 +1,10 @@
-// The form, and what its buttons do.
+// The form and its buttons.
 
 const SHOW_EVERY = 60; // milliseconds: painting each token would take time from a server on the same machine
 
 const $ = (id) => document.getElementById(id);
 const prompt = $("prompt");
-let info = null; // what /info said
+let info = null; // the answer of /info
 let running = null; // the AbortController of what runs
 let again = 0; // the timer of the next try to connect
 
@@ -44,7 +44,7 @@ function showServer() {
   $("served").textContent = [model_id, head ? `head ${head.name}` : "no draft head", `${dtype} on ${device}`].join(" · ");
   const why = head ? "runs with speculation off" : "has no draft head";
   const away = head ? "--speculation auto" : "--head";
-  const missing = `This server ${why}, so every token is the target's own, and there is nothing to compare. `;
+  const missing = `This server ${why}, so the target supplies every token, and there is nothing to compare. `;
   say($("notice"), drafts() ? "" : `${missing}Start it with ${away} to see speculation.`);
   $("max_new_tokens").max = limits.max_new_tokens;
   $("num_tokens").max = length;
@@ -70,8 +70,8 @@ function number(id) {
   return $(id).value === "" ? undefined : Number($(id).value);
 }
 
-/** What the form says, as `generate` takes it. */
-function wanted() {
+/** The form's values, as `generate` takes them. */
+function formValues() {
   const parameters = { chat: document.querySelector("[value=chat]").checked };
   for (const name of ["max_new_tokens", "temperature", "top_p", "top_k"]) parameters[name] = number(name);
   const stop = $("stop_strings").value.split("\n").filter(Boolean);
@@ -84,7 +84,7 @@ function wanted() {
   return { inputs: prompt.value, parameters, seed: $("seed").value || drawn };
 }
 
-/** Ask once and show it as it comes. Returns what there is to say and compare of the whole answer. */
+/** Send one request and show the answer as it comes. Returns the facts about the whole answer. */
 async function follow(request, card, signal) {
   const plain = request.parameters.speculative.enabled === false || !drafts();
   const figures = new Figures(performance.now());
@@ -133,7 +133,7 @@ function setRunning(controller) {
   if (!busy && focused === $("stop")) $("run").focus();
 }
 
-/** Check the form, make room for so many answers, run `work`, and say how it ended. */
+/** Check the form, make a card per title, run `work`, and report its end. */
 async function perform(titles, work) {
   if (running) return;
   if (!$("form").reportValidity()) return;
@@ -163,17 +163,17 @@ async function perform(titles, work) {
 function runOnce() {
   return perform(["Answer"], async ([card], signal) => {
     $("progress").textContent = "Answering …";
-    const { details, figures } = await follow(wanted(), card, signal);
+    const { details, figures } = await follow(formValues(), card, signal);
     const { enabled, drafted, verifications } = details.speculative;
     const idle = info?.speculation === "auto" && enabled && verifications && !drafted;
     const about = idle ? " Nothing was drafted: the server found plain decoding to be faster." : "";
-    return `Done: ${plural(details.generated_tokens, "token")}, ${digits(figures.speed, 1)} a second.${about}`;
+    return `Done: ${plural(details.generated_tokens, "token")}, ${digits(figures.speed, 1)} per second.${about}`;
   });
 }
 
 function compare() {
   return perform(["With speculation", "Speculation off"], async ([first, second], signal) => {
-    const request = wanted();
+    const request = formValues();
     request.parameters.speculative.enabled = true;
     $("progress").textContent = "Answering with speculation, 1 of 2 …";
     second.phase = "waiting for the first";
@@ -192,12 +192,12 @@ function showVerdict(on, off) {
   $("verdict").hidden = false;
   part("ratio", ratio === null ? "–" : `${ratio.toFixed(2)} ×`);
   const how = ratio > 1.02 ? "is faster" : ratio < 0.98 ? "is slower" : "makes no difference";
-  const speeds = `${digits(on.speed, 1)} tokens a second with it, ${digits(off.speed, 1)} without.`;
-  part("words", ratio === null ? "Too short to tell a speed." : `Speculation ${how} here: ${speeds}`);
+  const speeds = `${digits(on.speed, 1)} tokens per second with it, ${digits(off.speed, 1)} without.`;
+  part("words", ratio === null ? "Too short to measure a speed." : `Speculation ${how} here: ${speeds}`);
   part("identity", identity(on, off));
 }
 
-/** Whether the texts are the same, and if not, why that may be. */
+/** State that the texts are the same, or a reason why they differ. */
 function identity(on, off) {
   if (on.text === off.text) return "The two texts are identical.";
   const place = on.ids.findIndex((id, index) => id !== off.ids[index]);
@@ -205,7 +205,7 @@ function identity(on, off) {
   const sampled = on.details.seed !== null;
   if (sampled && on.details.speculative.rule === "rejection")
     return `${from}under the rejection rule a seed gives another text with speculation, of the same distribution.`;
-  return `${from}passes of different widths round differently${info ? ` in ${info.dtype}` : ""}, and a near tie fell the other way.`;
+  return `${from}passes of different widths round differently${info ? ` in ${info.dtype}` : ""}, and a near tie was decided the other way.`;
 }
 
 // events

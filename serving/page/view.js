@@ -1,8 +1,8 @@
-// What is shown of an answer: its tokens, what is known of each, and its figures.
+// The view of an answer: its tokens, the facts about each, and its figures.
 
 const LEVELS = 5; // shades of draft positions; those further on share the last
 const GLYPHS = { "\n": "↵", "\t": "⇥", " ": "␣" };
-const FIRST = "The prompt's own pass gave this token.";
+const FIRST = "The target supplied it with the pass over the prompt.";
 const ENDS = { length: "cut at the limit", eos_token: "ended by the model", stop_sequence: "ended by a stop string" };
 
 function make(name, className = "", text = "") {
@@ -23,11 +23,11 @@ function kindOf({ source, rejected }) {
   return source === "draft" ? "draft" : rejected ? "instead" : "target";
 }
 
-/** What there is to say of a token, a sentence a line. */
+/** The facts about a token, one sentence per line. */
 function describe({ index, token }) {
   const { source, position, rejected } = token.origin;
   const lines = [source === "draft" ? `Drafted at position ${position}, and accepted.` : "Supplied by the target."];
-  if (rejected) lines.push(`The head had drafted ${quoted(rejected)}, which was rejected.`);
+  if (rejected) lines.push(`The draft head had proposed ${quoted(rejected)}, which was rejected.`);
   else if (index === 1) lines.push(FIRST);
   else if (source === "target") lines.push("Nothing had been drafted in its place.");
   if (token.logprob !== null) lines.push(`Probability ${probability(Math.exp(token.logprob))}.`);
@@ -88,7 +88,7 @@ class Card {
     this.text += events.map(({ token }) => (token.special ? "" : token.text)).join("");
   }
 
-  /** plain: speculation is off, so that there is nothing to say of drafts. */
+  /** plain: speculation is off, and there are no figures of drafts. */
   show(figures, plain) {
     const shown = {
       speed: digits(figures.speed, 1),
@@ -130,7 +130,7 @@ class Card {
   }
 }
 
-/** What the colours mean, for drafts of up to so many tokens. */
+/** Explain the colours, for this speculation length. */
 function showLegend(legend, length) {
   const items = [["target", ["abc"], "from the target"]];
   if (length > 0) {

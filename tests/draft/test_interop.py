@@ -14,16 +14,15 @@ from benchmarks.interop.cases import CASES, random_head
 from draft.heads.checkpoint import load_head, save_head
 from draft.interop.eagle3 import EAGLE3_FORMATS
 from draft.interop.exporting import export_head
-from draft.interop.formats import NAMES as FORMATS
 from draft.interop.importing import import_head
 
+FORMATS = tuple(EAGLE3_FORMATS)
 TABLE = Path(cases.__file__).parent / "table.json"
 NAMES = "eagle_aux_hidden_state_layer_ids"
 # (format, option) -> why it can't be
 REFUSED = {
     ("plain", "norm_before_residual"): "SGLang has no norm_before_residual",
     ("sglang", "norm_before_residual"): "SGLang has no norm_before_residual",
-    **{("medusa", case): "it is for Medusa heads; use --format plain or vllm or sglang" for case in CASES},
 }
 
 
@@ -66,7 +65,7 @@ def test_the_bundled_head_can_be_exported(tmp_path):
         assert (exported.folder / "model.safetensors").is_file()
 
 
-@pytest.mark.parametrize("format", FORMATS[:-1])
+@pytest.mark.parametrize("format", FORMATS)
 def test_the_command_lines_name_target_head_and_length(world, tmp_path, format):
     folder, target = world
     out = tmp_path / "it's here"
@@ -93,8 +92,8 @@ def test_the_command_lines_name_target_head_and_length(world, tmp_path, format):
     ("option", "served", "words"),
     [
         ("default", True, ""),
-        ("EAGLE-3.1", False, "llama.cpp: its converter knows no fc_norm; it drafts on from"),
-        ("five layers", False, "its converter knows no fc_norm; it reads three auxiliary layers, so there is no"),
+        ("EAGLE-3.1", False, "llama.cpp has no fc_norm and no norm_output, so there is no command for it"),
+        ("five layers", False, "llama.cpp has no fc_norm and no auxiliary layers other than three, so"),
         ("three other layers", True, ""),
         ("norm_before_fc", True, ""),
         ("shared LM head", True, ""),
@@ -103,16 +102,8 @@ def test_the_command_lines_name_target_head_and_length(world, tmp_path, format):
 def test_llama_cpp_is_named_for_heads_that_it_can_serve(world, tmp_path, option, served, words):
     exported = export_head(world[0] / option, "plain", tmp_path / "out")
     assert ("llama.cpp (conversion)" in exported.commands) == served
-    notes = " ".join(note for note in exported.notes if note.startswith("llama.cpp:"))
+    notes = " ".join(note for note in exported.notes if note.startswith("llama.cpp"))
     assert words in notes and bool(words) == bool(notes)
-
-
-def test_what_was_not_run_in_llama_cpp_is_named(world):
-    config = json.loads((world[0] / "default" / "config.json").read_text())
-    limits = EAGLE3_FORMATS["plain"].limits["llama.cpp (conversion)"]
-    assert limits(config) == ([], [])
-    lacking, untried = limits({**config, "rope_scaling": {"rope_type": "yarn", "factor": 2.0}})
-    assert not lacking and untried == ["a scaled rotary embedding: not verified with it, only read in its source"]
 
 
 def test_a_full_vocabulary_has_no_token_map_and_a_shared_lm_head_nothing_of_its_size(world):
@@ -165,7 +156,7 @@ def test_an_unknown_format_and_an_unnamed_target_are_refused(world, tmp_path):
     folder, target = world
     refused(
         tmp_path / "out",
-        "choose one of plain, vllm, sglang, speculators, medusa",
+        "choose one of plain, vllm, sglang, speculators\\.",
         export_head,
         folder / "default",
         "onnx",
@@ -173,3 +164,13 @@ def test_an_unknown_format_and_an_unnamed_target_are_refused(world, tmp_path):
     save_head(random_head(target), tmp_path / "head", dtype=torch.float32, about={})
     refused(tmp_path / "out", "pass --target", export_head, tmp_path / "head", "plain")
     export_head(tmp_path / "head", "plain", tmp_path / "out", target=target.name)
+
+
+def test_a_head_of_an_adapted_target_says_so(world, tmp_path):
+    folder, target = world
+    about = {"target": target.name, "target_adapter": "runs/tuned"}
+    save_head(random_head(target), tmp_path / "head", dtype=torch.float32, about=about)
+    exported = export_head(tmp_path / "head", "plain", tmp_path / "out")
+    assert (
+        set(exported.commands) == {"vLLM", "SGLang", "llama.cpp (conversion)"} and "'runs/tuned'" in exported.notes[-1]
+    )

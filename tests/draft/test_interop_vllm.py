@@ -36,7 +36,9 @@ def test_what_vllm_loaded_is_what_is_written(exports, name):
     assert {key: list(value.shape) for key, value in tensors.items()} == written["tensors"]
     config = (folder / name / "config.json").read_text()
     assert json.loads(config.replace(str(folder), "FOLDER")) == written["config"]
-    assert commands[name].replace(str(folder), "FOLDER") == written["command"]
+    # vLLM 0.32 loaded Medusa heads too; later ones don't
+    command = "" if "Medusa" in name else written["command"]
+    assert commands[name].replace(str(folder), "FOLDER") == command
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -1,4 +1,4 @@
-"""What the tests of draft-serve share."""
+"""Folders that the tests of draft-serve share."""
 
 from __future__ import annotations
 

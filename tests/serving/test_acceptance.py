@@ -1,4 +1,4 @@
-"""What is known of how many drafted tokens stand: overall, of one request, and of shapes that were not tried."""
+"""Estimates of the acceptance of drafted tokens: overall, of one request, and of shapes that were not tried."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from operator import mul
 
 import pytest
 
-from serving.engine.planner import INITIAL_RATE, Acceptance, Plan, RowStats
+from serving.engine.planner import INITIAL_RATE, Acceptance, Plan, RequestAcceptance
 
 
 def test_longer_chains_are_looked_at_again_when_deeper_positions_have_improved():
@@ -22,10 +22,10 @@ def test_longer_chains_are_looked_at_again_when_deeper_positions_have_improved()
 
 def test_a_new_request_begins_with_the_overall_rates_and_leaves_them_as_it_shows_its_own():
     overall = Acceptance(memory=256, strength=3)
-    plan, other = Plan.chain(3), RowStats(overall, cap=8)
+    plan, other = Plan.chain(3), RequestAcceptance(overall, cap=8)
     for _ in range(200):
         other.observe(plan, 3)
-    row = RowStats(overall, cap=8)
+    row = RequestAcceptance(overall, cap=8)
     rates = overall.rates(plan)
     assert row.expected(plan, rates) == pytest.approx(list(accumulate(accumulate(rates, mul), initial=1.0)))
     for _ in range(60):
@@ -42,7 +42,7 @@ def test_rates_are_conditional_on_what_came_before():
 
 def test_a_verification_cut_short_by_the_end_of_the_request_teaches_nothing():
     overall = Acceptance(memory=256, strength=3)
-    row = RowStats(overall, cap=8)
+    row = RequestAcceptance(overall, cap=8)
     row.observe(Plan.chain(4), 1, trimmed=True)
     assert overall.rates(Plan.chain(4)) == pytest.approx([INITIAL_RATE] * 4) and row.emitted == 2
 

@@ -1,4 +1,4 @@
-"""Drawn at random: greedy and sampled requests of all lengths, ends and wishes, together in one batch."""
+"""Drawn at random: greedy and sampled requests of all lengths, ends and options, together in one batch."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ def greedy_cases(draw: st.DrawFn, family: str, chunk: int) -> Case:
             "keep_stop": draw(st.booleans()),
         }
     return Case.greedy(
-        text, length, params(count, **fields), speculation=draw(wishes()), arrives=draw(st.integers(0, 8))
+        text, length, params(count, **fields), speculation=draw(options()), arrives=draw(st.integers(0, 8))
     )
 
 
-def wishes() -> st.SearchStrategy[Speculation]:
+def options() -> st.SearchStrategy[Speculation]:
     tokens = st.none() | st.integers(0, 8)
     return st.builds(Speculation, st.sampled_from([True, True, True, False]), tokens, st.just(None))
 
@@ -50,7 +50,7 @@ def wishes() -> st.SearchStrategy[Speculation]:
 def sampled_cases(draw: st.DrawFn, family: str, chunk: int) -> Case:
     short = [index for index, prompt in enumerate(PROMPTS) if len(prompt) <= LONGEST.get(chunk, CONTEXT)]
     processing, prompt = draw(st.sampled_from(list(PROCESSING))), draw(st.sampled_from(short))
-    return sampled_case(family, processing, prompt, speculation=draw(wishes()), arrives=draw(st.integers(0, 8)))
+    return sampled_case(family, processing, prompt, speculation=draw(options()), arrives=draw(st.integers(0, 8)))
 
 
 @pytest.mark.parametrize("family", ALL)

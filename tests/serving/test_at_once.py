@@ -1,4 +1,4 @@
-"""What a head that knows all positions at once proposes: against its own passes, and against enumeration."""
+"""Proposals of a head that knows all positions at once: against its own passes, and against enumeration."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from torch import Tensor
 
 from serving.engine import Engine, SamplingParams
 from serving.engine.drafting import AtOnceProposer, AtOnceState, Job
-from serving.engine.formulas import sdpa
-from serving.engine.kv_cache import slot_attention_by
+from serving.engine.kv_cache import torch_attention
 from serving.engine.setup import make_proposer
 from serving.engine.verification import make_rule
 
@@ -26,8 +25,8 @@ GREEDY = make_rule("shared-noise", SamplingParams(), 0)
 
 
 def proposer_of() -> AtOnceProposer:
-    places = {"slots": 1, "capacity": CONTEXT, "kernel": slot_attention_by(sdpa)}
-    proposer = make_proposer(TARGET, HEAD, LAYERS, places)
+    places = {"slots": 1, "capacity": CONTEXT, "kernel": torch_attention}
+    proposer = make_proposer(TARGET, HEAD, LAYERS, **places)
     assert isinstance(proposer, AtOnceProposer)
     return proposer
 

@@ -7,13 +7,11 @@ import random
 
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from draft.errors import UserError
-from serving.engine.formulas import FORMULAS, Formula, choose_formula, explicit, flash, flex, sdpa
-from serving.engine.kv_cache import Batch, LayerShape, Segment, Sight, SlotCache, SlotLayer, View, slot_attention_by
+from serving.engine.kv_cache import LayerShape, RaggedBatch, Segment, SlotCache, SlotLayer, View, torch_attention
 
 CPU = torch.device("cpu")
 
@@ -63,7 +61,6 @@ def test_layers_have_their_own_shapes_and_memory() -> None:
         values.fill_(10 + index)
     assert [keys.unique().tolist() for keys, _ in cache.layers] == [[0], [1], [2], [3]]
     assert [values.unique().tolist() for _, values in cache.layers] == [[10], [11], [12], [13]]
-    assert shapes[1].bytes_per_token == 12 * 8
 
 
 def test_a_chain_is_kept_where_it_lies_and_a_path_is_moved_together() -> None:
@@ -99,7 +96,7 @@ def test_any_path_is_kept(entries: list[int], base: int) -> None:
 
 def test_a_ragged_batch_by_hand() -> None:
     tree = Segment(slot=4, base=7, past=9, ids=[30, 31, 32], parents=[-1, 0, 0, 1, 3])
-    batch = Batch.of([Segment(2, 5, 5, [10, 11]), tree, Segment(0, 0, 0, [20])], CPU)
+    batch = RaggedBatch.of([Segment(2, 5, 5, [10, 11]), tree, Segment(0, 0, 0, [20])], CPU)
     assert batch.ids.tolist() == [[10, 11, 30, 31, 32, 20]]
     assert batch.positions.tolist() == [[5, 6, 8, 9, 10, 0]]
     assert batch.table.tolist() == [[2, 5, 5, 0, 2], [4, 7, 9, 2, 3], [0, 0, 0, 5, 1]]
@@ -115,7 +112,7 @@ def test_a_ragged_batch_by_hand() -> None:
 
 
 def test_chains_need_no_mask_and_ids_may_be_on_the_device_already() -> None:
-    batch = Batch.of([Segment(0, 3, 4, [0]), Segment(1, 5, 5, [0])], CPU, torch.tensor([8, 9]))
+    batch = RaggedBatch.of([Segment(0, 3, 4, [0]), Segment(1, 5, 5, [0])], CPU, torch.tensor([8, 9]))
     assert batch.mask.numel() == 0 and batch.ids.tolist() == [[8, 9]] and batch.positions.tolist() == [[4, 5]]
 
 
@@ -153,23 +150,17 @@ def seen(segment: Segment, index: int, window: int) -> list[int]:
 
 
 @given(
-    formula=st.sampled_from([explicit, sdpa]),
     seed=st.integers(0, 10_000),
     groups=st.sampled_from([1, 3]),
     window=st.sampled_from([0, 0, 1, 4, 100]),
     softcap=st.sampled_from([0.0, 2.0]),
 )
-@example(formula=flex, seed=0, groups=3, window=4, softcap=2.0)  # without its compiler it is slow
-@example(formula=flex, seed=3, groups=1, window=0, softcap=0.0)
 @settings(max_examples=50)
-@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-def test_attention_is_what_it_is_by_definition(
-    formula: Formula, seed: int, groups: int, window: int, softcap: float
-) -> None:
+def test_attention_is_what_it_is_by_definition(seed: int, groups: int, window: int, softcap: float) -> None:
     rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
-    kv_heads, width, value_width, slots, scale = 2, 4, 4 if formula is flex else 6, 4, 0.37
+    kv_heads, width, value_width, slots, scale = 2, 4, 6, 4, 0.37
     segments = random_segments(rng, slots)
-    batch = Batch.of(segments, CPU)
+    batch = RaggedBatch.of(segments, CPU)
     count = batch.ids.shape[1]
 
     def noise(*sizes: int) -> Tensor:
@@ -183,7 +174,7 @@ def test_attention_is_what_it_is_by_definition(
     if 0 < window < 32:
         view.masks = {window: view.mask}
     view.show(batch)
-    layer = SlotLayer(keys, values, view, slot_attention_by(formula))
+    layer = SlotLayer(keys, values, view, torch_attention)
     mixed = layer.kernel(query, key, value, layer, scale, window, softcap)
     assert mixed.shape == (1, count, kv_heads * groups, value_width)
     row = 0
@@ -206,44 +197,8 @@ def test_attention_is_what_it_is_by_definition(
 def test_stale_entries_are_never_looked_at() -> None:
     keys = torch.full((1, 1, 8, 4), math.nan, dtype=torch.float64)
     view, values = View.empty(), keys.clone()
-    layer = SlotLayer(keys, values, view, slot_attention_by(sdpa))
+    layer = SlotLayer(keys, values, view, torch_attention)
     for segment in (Segment(0, 0, 0, [1, 2, 3]), Segment(0, 2, 2, [4, 5, 6], [-1, 0, 0])):
-        view.show(Batch.of([segment], CPU))
+        view.show(RaggedBatch.of([segment], CPU))
         new = torch.ones(1, 1, 3, 4, dtype=torch.float64)
         assert layer.kernel(new, new, new, layer, 1.0, 0, 0.0).isfinite().all()
-
-
-@pytest.mark.parametrize(
-    ("name", "dtype", "words"),
-    [
-        ("magic", torch.float32, ["'magic'", "auto, eager, sdpa, flex, flash_attention_2"]),
-        ("flash_attention_2", torch.float32, ["flash_attention_2", "CUDA", "cpu", "use auto or sdpa"]),
-        ("flex", torch.float32, ["flex", "cpu", "use auto or sdpa"]),
-    ],
-)
-def test_an_impossible_attention_is_refused_with_the_reason(name: str, dtype: torch.dtype, words: list[str]) -> None:
-    with pytest.raises(UserError) as error:
-        choose_formula(name, CPU, dtype)
-    assert all(word in str(error.value) for word in words)
-
-
-def test_what_a_gpu_would_refuse() -> None:
-    with pytest.raises(UserError, match="float16 or bfloat16.*float32"):
-        choose_formula("flash_attention_2", torch.device("cuda"), torch.float32)
-    assert choose_formula("flex", torch.device("cuda"), torch.float32) is flex
-    assert choose_formula("auto", torch.device("cuda"), torch.float32) is sdpa
-
-
-def test_flash_attention_leaves_a_float32_head_to_sdpa() -> None:
-    query, keys = torch.randn(1, 2, 3, 4), torch.randn(1, 2, 5, 4)
-    sight = Sight((torch.arange(5) <= torch.arange(2, 5)[:, None])[None, None], is_chain=True, window=0)
-    torch.testing.assert_close(flash(query, keys, keys, sight, 0.5, 0.0), sdpa(query, keys, keys, sight, 0.5, 0.0))
-
-
-def test_names_lead_to_formulas() -> None:
-    assert choose_formula("auto", CPU, torch.float64) is sdpa
-    assert {name: choose_formula(name, CPU, torch.float64) for name in ("eager", "sdpa")} == {
-        "eager": explicit,
-        "sdpa": sdpa,
-    }
-    assert set(FORMULAS) == {"eager", "sdpa", "flex", "flash_attention_2"}

@@ -34,16 +34,16 @@ def test_the_cache_after_rollbacks_is_that_of_a_fresh_pass(family: str, mode: st
     for case in cases:
         submit(engine, case)
     engine.step()
-    while min(len(row.sequence.tokens) for row in engine._rows) < 8:
+    while min(len(row.answer.tokens) for row in engine._active) < 8:
         engine.step()
     cache = engine.models.runner.cache
-    for row in engine._rows:
-        ids = (row.sequence.prompt_ids + [token.id for token in row.sequence.tokens])[:-1]
+    for row in engine._active:
+        ids = (row.answer.prompt_ids + [token.id for token in row.answer.tokens])[:-1]
         assert cache.lengths[row.slot] == len(ids)
         for (keys, values), (fresh_keys, fresh_values) in zip(cache.layers, fresh(engine.target, ids), strict=True):
             torch.testing.assert_close(keys[row.slot, :, : len(ids)], fresh_keys, rtol=1e-12, atol=1e-12)
             torch.testing.assert_close(values[row.slot, :, : len(ids)], fresh_values, rtol=1e-12, atol=1e-12)
-    assert engine._rows and all(row.stats.accepted for row in engine._rows)
+    assert engine._active and all(row.stats.accepted for row in engine._active)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2, windows of 5 in half of the layers, bounded scores"])
@@ -58,12 +58,12 @@ def test_the_head_catches_up_on_all_that_it_missed(family: str) -> None:
         engine.submit(prompt, params(40, temperature=1.5, seed=4))
     looked, pauses = 0, 0
     while engine.step():
-        for row in engine._rows:
+        for row in engine._active:
             state = row.drafting
             assert isinstance(state, HeadState) and state.slot is not None
             pauses += state.backlog > 2
             read = engine.models.proposer.runner.cache.lengths[state.slot]  # type: ignore[union-attr]
-            known = row.sequence.prompt_ids[: row.read + 1] + [token.id for token in row.sequence.tokens]
+            known = row.answer.prompt_ids[: row.read + 1] + [token.id for token in row.answer.tokens]
             assert read + state.backlog == (row.read if row.reading else len(known) - 1)
             if read and looked < 60:
                 looked += 1

@@ -63,11 +63,11 @@ def test_a_calibration_makes_exploring_cheap():
 
 def test_requests_that_want_no_drafts_are_decoded_plainly_beside_those_that_do():
     controller = Controller(CHAINS, {1: 0.02, 8: 0.021, 64: 0.025})
-    rows = [controller.row(cap) for cap in (0, 1, 8)]
+    rows = [controller.track(cap) for cap in (0, 1, 8)]
     plan = controller.choose(rows)
     assert plan.length > 1
     assert [plan.capped(row.cap).nodes for row in rows] == [0, 1, plan.length]
-    assert controller.choose([controller.row(0)]) == OFF
+    assert controller.choose([controller.track(0)]) == OFF
     assert controller.choose([]) == OFF
 
 
@@ -232,11 +232,11 @@ def test_catching_up_counts_against_drafting_again():
         controller = Controller([Plan.chain(1)], {1: 0.02, 2: 0.02})
         for tokens in (10, 1000):
             controller.observe_catch_up(tokens, tokens * 0.002)
-        assert controller.choose([controller.row(cap=8, backlog=backlog)]) == plan
+        assert controller.choose([controller.track(cap=8, backlog=backlog)]) == plan
 
 
 def test_backlog_counts_plain_tokens_until_the_head_reads_them():
-    row = Controller(CHAINS).row(cap=8, backlog=5)
+    row = Controller(CHAINS).track(cap=8, backlog=5)
     row.observe(OFF, 0)
     row.observe(OFF, 0)
     assert row.backlog == 7

@@ -29,7 +29,7 @@ def test_interpolates_between_measured_widths_and_goes_on_with_the_last_slope():
 
 def test_below_the_narrowest_width_a_pass_costs_at_least_its_share():
     assert curve_of({8: 8.0, 16: 15.0})(4) == pytest.approx(4.5)
-    assert curve_of({8: 8.0, 16: 24.0})(4) == pytest.approx(4.0)  # the line would say 0
+    assert curve_of({8: 8.0, 16: 24.0})(4) == pytest.approx(4.0)  # the queue would say 0
 
 
 def test_slow_steps_of_a_busy_machine_do_not_count():

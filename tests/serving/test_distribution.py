@@ -25,15 +25,16 @@ from torch import Tensor
 from toy_decoding import Model, Text, decode, drafted_chain, drafted_tree
 
 from serving.engine import verification
-from serving.engine.sampling import Processor, Purpose, SamplingParams
-from serving.engine.tree import DraftTree
+from serving.engine.noise import Purpose
+from serving.engine.sampling import Processor, SamplingParams
 from serving.engine.verification import (
     RULES,
+    DraftTree,
     Rejection,
     Rule,
-    SeededDice,
+    SeededSampler,
     SharedNoise,
-    draft_stands,
+    draft_acceptance,
     make_rule,
     residual,
 )
@@ -92,7 +93,7 @@ def test_enumeration_notices_broken_chains(monkeypatch: pytest.MonkeyPatch) -> N
     assert distance(withheld) > 1e-3, "drafts that are withheld for what they are"
     broken = {
         "residual": lambda p, q: p,
-        "draft_stands": lambda p, q, token: float(p[token]),
+        "draft_acceptance": lambda p, q, token: float(p[token]),
     }
     for name, function in broken.items():
         with monkeypatch.context() as patch:
@@ -110,10 +111,10 @@ def test_enumeration_notices_broken_trees(monkeypatch: pytest.MonkeyPatch) -> No
     assert distance() < 1e-12
     assert distance(SamplingParams(temperature=1.0)) > 1e-3, "p that is not warped"
     broken = {
-        "no renormalisation": ("candidate_stands", lambda left, token: float(left[token])),
+        "no renormalisation": ("candidate_acceptance", lambda left, token: float(left[token])),
         "what fell stays possible": ("without", lambda left, token: left),
         "candidates judged as if drawn from a q": (
-            "candidate_stands",
+            "candidate_acceptance",
             lambda left, token: min(1.0, float(left[token] / left.sum()) / 0.5),
         ),
     }
@@ -123,13 +124,13 @@ def test_enumeration_notices_broken_trees(monkeypatch: pytest.MonkeyPatch) -> No
             assert distance() > 1e-3, reason
 
 
-# how much stands
+# how much is accepted
 
 
 def test_chains_stand_with_one_minus_the_distance_of_p_and_q() -> None:
     p, q = (Model(seed, 5)(()).softmax(dim=0) for seed in (7, 8))
-    stands = sum(q[x].item() * draft_stands(p, q, x) for x in range(5))
-    assert stands == pytest.approx(1 - (p - q).abs().sum().item() / 2, abs=1e-12)
+    accepted = sum(q[x].item() * draft_acceptance(p, q, x) for x in range(5))
+    assert accepted == pytest.approx(1 - (p - q).abs().sum().item() / 2, abs=1e-12)
     assert residual(p, q).sum().item() == pytest.approx(1, abs=1e-12)
     assert residual(p, p).equal(p)
 
@@ -139,12 +140,12 @@ def test_shared_noise_makes_drafts_stand_as_often_as_it_can() -> None:
     target, head, params, seeds = Model(7, 5), Model(8, 5), SamplingParams(temperature=1.0), 600
     p, q = (model(()).softmax(dim=0) for model in (target, head))
     expected = sum(1 / torch.maximum(p / p[i], q / q[i]).sum().item() for i in range(5))
-    stood = 0
+    accepted = 0
     for seed in range(seeds):
         rule = SharedNoise(params, seed)
         chain = drafted_chain(rule, head, torch.arange(5), (), 1)
-        stood += len(rule.verify(target(())[None].repeat(2, 1), chain, 0, Processor(params, [], 5)).path)
-    assert abs(stood - seeds * expected) < 4 * math.sqrt(seeds * expected * (1 - expected))
+        accepted += len(rule.verify(target(())[None].repeat(2, 1), chain, 0, Processor(params, [], 5)).path)
+    assert abs(accepted - seeds * expected) < 4 * math.sqrt(seeds * expected * (1 - expected))
 
 
 # by drawing, with the real random numbers
@@ -168,7 +169,7 @@ def deviations(samples: list[Text], expected: Law) -> float:
 
 
 def deviation(rule_of_seed: Callable[[int], Rule], params: SamplingParams, shape: str, seeds: int) -> list[float]:
-    """Of the first two tokens from their law; then, as controls, from laws that are off."""
+    """Deviation of the first two tokens from their law; then, as controls, from laws that are off."""
 
     def text(rule: Rule) -> Text:
         def plan(tokens: Text) -> DraftTree:
@@ -226,10 +227,10 @@ def test_what_replaces_a_draft_does_not_depend_on_it(monkeypatch: pytest.MonkeyP
 def test_decisions_differ_in_each_of_their_keys(changing: str) -> None:
     key = {"seed": 1, "position": 2, "candidate": 3}
     keys = [{**key, changing: value} for value in range(200)]
-    stood = [SeededDice(k["seed"]).stands(0.3, k["position"], k["candidate"]) for k in keys]
-    assert 30 < sum(stood) < 90
-    again = [SeededDice(k["seed"]).stands(0.3, k["position"], k["candidate"]) for k in keys]
-    assert stood == again
+    accepted = [SeededSampler(k["seed"]).accepts(0.3, k["position"], k["candidate"]) for k in keys]
+    assert 30 < sum(accepted) < 90
+    again = [SeededSampler(k["seed"]).accepts(0.3, k["position"], k["candidate"]) for k in keys]
+    assert accepted == again
     if changing != "candidate":
-        drawn = [SeededDice(k["seed"]).draw(torch.tensor([0.3, 0.7]).log(), k["position"]) for k in keys]
+        drawn = [SeededSampler(k["seed"]).draw(torch.tensor([0.3, 0.7]).log(), k["position"]) for k in keys]
         assert 110 < sum(drawn) < 170

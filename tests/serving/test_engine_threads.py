@@ -1,9 +1,10 @@
-"""The engine's thread and its clients': failures, streams, and that nobody waits for ever."""
+"""The engine's thread and its clients': failures, streams, and nobody who waits for ever."""
 
 from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,8 +24,9 @@ from serving.engine import (
     Speculation,
     Token,
 )
-from serving.engine.queue import Line
-from serving.engine.step import Row
+from serving.engine.engine import RequestQueue
+from serving.engine.planner import Curve
+from serving.engine.step import ActiveRequest
 
 
 @pytest.fixture
@@ -87,9 +89,12 @@ def test_a_dead_thread_leaves_nobody_waiting(threaded: Engine, monkeypatch: pyte
 
 @pytest.mark.parametrize("where", ["completion", "release", "step"])
 def test_a_request_whose_end_goes_wrong_does_not_hang(monkeypatch: pytest.MonkeyPatch, where: str) -> None:
-    """The thread dies of it, and tells all of those whom it had; step: its slot cannot be freed after a failed one."""
+    """The thread dies of it, and all that it had end; step: its slot cannot be freed after a failed one."""
     engine = Engine(TARGET, max_batch=3)
-    monkeypatch.setattr(*(Row, "completion") if where == "completion" else (engine.models.runner.cache, "release"), bad)
+    at_the_end = where == "completion"
+    monkeypatch.setattr(
+        ActiveRequest if at_the_end else engine.models.runner.cache, where if at_the_end else "release", bad
+    )
     if where == "step":
         monkeypatch.setattr(engine._decoder, "step", bad)
     requests = [engine.submit([50 + index], params(2)) for index in range(3)]
@@ -103,18 +108,18 @@ def bad(*_: Any) -> Any:
     raise RuntimeError("out of luck")
 
 
-def test_a_thread_that_dies_while_it_takes_a_request_up_tells_it(
+def test_a_thread_that_dies_while_it_takes_a_request_up_ends_it(
     threaded: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def die(_request: Request) -> Any:
         raise SystemExit
 
-    monkeypatch.setattr(threaded, "_row", die)
+    monkeypatch.setattr(threaded, "_activate", die)
     with pytest.raises(EngineStopped):
         threaded.submit([50], params()).result(timeout=60)
 
 
-# the line
+# the queue
 
 
 class Undecided(Request):
@@ -129,8 +134,8 @@ class Undecided(Request):
 
 
 @pytest.mark.parametrize("looks", range(6))
-def test_whoever_is_cancelled_while_the_line_is_sorted_is_answered(looks: int) -> None:
-    line = Line(10, None)
+def test_whoever_is_cancelled_while_the_queue_is_sorted_is_answered(looks: int) -> None:
+    line = RequestQueue(10, None)
     given_up, undecided = (kind([50], params(), Speculation()) for kind in (Request, Undecided))
     line.join([given_up, undecided], 0)
     given_up.cancel()
@@ -247,14 +252,14 @@ def test_a_stream_raises_what_ended_its_request(threaded: Engine, monkeypatch: p
 
 def test_a_request_that_cannot_be_taken_up_fails_alone(tiny_target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = Engine(tiny_target, mode="eager", max_batch=1)
-    inner = engine._row
+    inner = engine._activate
 
     def row(request: Request) -> Any:
         if request.prompt_ids == [7]:
             raise RuntimeError("no such luck")
         return inner(request)
 
-    monkeypatch.setattr(engine, "_row", row)
+    monkeypatch.setattr(engine, "_activate", row)
     params = SamplingParams(max_new_tokens=2, ignore_eos=True)
     bad, good = engine.submit([7], params), engine.submit([8], params)
     while engine.step():
@@ -262,3 +267,86 @@ def test_a_request_that_cannot_be_taken_up_fails_alone(tiny_target: Target, monk
     with pytest.raises(RuntimeError, match="no such luck"):
         bad.result(0)
     assert len(good.result(0).token_ids) == 2
+
+
+def test_a_request_that_fails_when_it_joins_the_head_gives_its_slot_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(TARGET, HEAD, max_batch=1, **CHAIN)
+    monkeypatch.setattr(engine.models.proposer, "join", bad)
+    request = engine.submit([50], params(2))
+    assert not engine.step()
+    with pytest.raises(RuntimeError, match="out of luck"):
+        request.result(0)
+    assert engine.models.runner.cache.free_slots == 1
+    monkeypatch.undo()
+    assert len(engine.generate([[50]], params(2))[0].token_ids) == 2
+
+
+def test_an_engine_that_has_lost_its_slots_ends_instead_of_spinning() -> None:
+    engine = Engine(TARGET, max_batch=1)
+    engine.models.runner.cache.acquire()
+    engine.start()
+    with pytest.raises(EngineStopped):
+        engine.submit([50], params(2)).result(timeout=60)
+    assert not engine.alive
+
+
+def test_an_engine_is_started_once(threaded: Engine) -> None:
+    with pytest.raises(UserError, match="started already"):
+        threaded.start()
+    assert len(threaded.submit([50], params()).result(timeout=60).token_ids) == 8
+
+
+def test_one_thread_steps_at_a_time_when_generate_and_start_meet(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(TARGET, max_batch=2)
+    inner, stepping, together = engine._decoder.step, threading.Lock(), list[bool]()
+
+    def step(requests: Any) -> None:
+        alone = stepping.acquire(blocking=False)
+        together.append(not alone)
+        if len(together) == 3:
+            started.set()
+        time.sleep(0.002)
+        inner(requests)
+        if alone:
+            stepping.release()
+
+    started = threading.Event()
+    monkeypatch.setattr(engine._decoder, "step", step)
+    answers: list[Completion] = []
+    caller = threading.Thread(target=lambda: answers.extend(engine.generate([[50], [51]], params(40))))
+    caller.start()
+    assert started.wait(60)
+    engine.start()
+    other = engine.submit([52], params(40)).result(timeout=60)
+    caller.join(60)
+    engine.close()
+    assert not any(together)
+    alone = Engine(TARGET, max_batch=1).generate([[50], [51], [52]], params(40))
+    assert [c.token_ids for c in [*answers, other]] == [c.token_ids for c in alone]
+
+
+def test_what_follows_the_end_may_look_at_the_request() -> None:
+    """A callback of the future runs in the engine's thread: under a lock it would wait for itself."""
+    engine = Engine(TARGET)
+    request, events = engine.submit([50], params(3)), list[Token | Completion]()
+    request.future.add_done_callback(lambda _: events.extend(asyncio.run(collected(request))))
+    stepper = threading.Thread(target=finish, args=(engine,), daemon=True)
+    stepper.start()
+    stepper.join(60)
+    assert not stepper.is_alive() and len(events) == 4
+
+
+def test_figures_are_of_one_moment(threaded: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The thread that steps changes no figure of the controller while somebody reads them."""
+    controller, inner, changed = threaded.controller, Curve.table, list[bool]()
+
+    def table(curve: Curve) -> dict[str, float]:
+        if not changed:
+            writer = threading.Thread(target=lambda: controller.observe_target(99, 1.0))
+            writer.start()
+            writer.join(0.1)
+            changed.append(not writer.is_alive())
+        return inner(curve)
+
+    monkeypatch.setattr(Curve, "table", table)
+    assert "99" not in threaded.stats()["speculation"]["target_seconds"] and changed == [False]

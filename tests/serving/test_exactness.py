@@ -1,4 +1,4 @@
-"""What comes out is the target's own, whatever is drafted: against transformers, in float64, for several families.
+"""The answers are the target's own, whatever is drafted: against transformers, in float64, for several families.
 
 Most tests draft with an oracle that knows the continuation and errs at random places (tests/oracle.py), so that blocks
 are accepted in part, in whole and not at all. The law of sampled answers is in test_sampled_answers.py.

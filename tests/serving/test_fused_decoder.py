@@ -16,11 +16,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from cpu_kernels import load_kernels
 from cpu_kernels.ops import weight_memory
+from draft.files import cache_folder
 from draft.heads.layers import RMSNorm
 from draft.target import Target
 from serving.engine import Engine, SamplingParams, Speculation
-from serving.engine.fused import in_one_call
-from serving.engine.kv_cache import Batch, Segment
+from serving.engine.fused import fuse_head, fuse_target, in_one_call
+from serving.engine.kv_cache import RaggedBatch, Segment
 from serving.engine.model import TargetRunner
 from serving.engine.setup import Models, build_models
 
@@ -88,7 +89,7 @@ def make(family: str, dtype: torch.dtype = torch.float32) -> Target:
 
 
 def compiled(target: Target, head: Any = None) -> Models:
-    return build_models(target, head, mode="compiled", attention="auto", slots=4, capacity=64, threads=1)
+    return build_models(target, head, mode="compiled", pack_in_place=True, slots=4, capacity=64, threads=1)
 
 
 def ids(count: int, seed: int) -> list[int]:
@@ -106,7 +107,7 @@ def passes(runner: TargetRunner) -> Tensor:
     ]
     outputs = []
     for segments in steps:
-        hidden, states = runner.forward(Batch.of(segments, runner.target.device))
+        hidden, states = runner.forward(RaggedBatch.of(segments, runner.target.device))
         assert states is not None
         outputs.append(torch.cat([hidden, states], dim=-1))
     for slot in slots:
@@ -124,7 +125,7 @@ def test_a_pass_in_one_call_is_the_layers_one_by_one(family: str, dtype: torch.d
     target = make(family, dtype)
     runner = compiled(target, make_tiny_head(target)).runner
     expected = passes(runner)
-    assert runner.fuse_layers()
+    assert fuse_target(runner)
     assert relative(passes(runner), expected) < tolerance
 
 
@@ -132,22 +133,22 @@ def test_a_pass_in_one_call_is_the_layers_one_by_one(family: str, dtype: torch.d
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_other_decoders_keep_their_own_code(family: str, dtype: torch.dtype) -> None:
     runner = compiled(make(family, dtype)).runner
-    assert not runner.fuse_layers()
+    assert not fuse_target(runner)
     assert runner.fused is None
 
 
 @torch.inference_mode()
 def test_the_bits_of_a_row_do_not_depend_on_its_batch() -> None:
     runner = compiled(make("qwen3", torch.bfloat16)).runner
-    assert runner.fuse_layers()
+    assert fuse_target(runner)
     rows = [ids(1, seed) for seed in range(20)]
     slot, alone = runner.cache.acquire(), []
     for place, row in enumerate(rows):
-        alone.append(runner.forward(Batch.of([Segment(slot, place, place, row)], runner.target.device))[0])
+        alone.append(runner.forward(RaggedBatch.of([Segment(slot, place, place, row)], runner.target.device))[0])
     runner.cache.release(slot)
     other, slot = runner.cache.acquire(), runner.cache.acquire()
     segments = [Segment(other, 0, 0, ids(3, 99)), Segment(slot, 0, 0, [token for row in rows for token in row])]
-    together, _ = runner.forward(Batch.of(segments, runner.target.device))
+    together, _ = runner.forward(RaggedBatch.of(segments, runner.target.device))
     assert torch.equal(together[3:], torch.cat(alone))
 
 
@@ -156,7 +157,7 @@ def test_layers_share_the_memory_of_projections_that_are_joined() -> None:
     target = make("llama")
     runner = compiled(target).runner
     before = sum(buffer.nbytes for buffer in target.model.buffers())
-    assert runner.fuse_layers() and runner.fused is not None
+    assert fuse_target(runner) and runner.fused is not None
     attention = target.decoder.layers[0].self_attn  # type: ignore[index]
     joined = runner.fused.weights[2]
     assert attention.k_proj.packed.data_ptr() == joined[len(attention.q_proj.packed) :].data_ptr()
@@ -167,13 +168,13 @@ def test_layers_share_the_memory_of_projections_that_are_joined() -> None:
         assert 0 <= following.data_ptr() - one.data_ptr() - one.nbytes < 64
     # and another engine of this target reads the same
     other = compiled(target).runner
-    assert other.fuse_layers() and other.fused is not None
+    assert fuse_target(other) and other.fused is not None
     for one, again in zip(runner.fused.weights, other.fused.weights, strict=True):
         assert torch.equal(one, again) and (one.dim() != 3 or one.data_ptr() == again.data_ptr())
 
 
 def test_memory_for_weights_is_whole_pages_of_its_own() -> None:
-    load_kernels()
+    load_kernels(cache_folder())
     for size in (100, 2**21 - 1, 2**21, 5 * 2**21 + 64):
         memory = weight_memory(size)
         assert memory.nbytes == size and (size < 2**21 or memory.data_ptr() % 2**21 == 0)
@@ -183,7 +184,7 @@ def test_memory_for_weights_is_whole_pages_of_its_own() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_norm_in_one_call(dtype: torch.dtype) -> None:
-    load_kernels()
+    load_kernels(cache_folder())
     norm = RMSNorm(50, 1e-3).to(dtype)
     norm.weight.data.normal_(generator=torch.Generator().manual_seed(1))
     x = torch.randn(2, 3, 50, generator=torch.Generator().manual_seed(2)).to(dtype) * 0.1
@@ -219,12 +220,12 @@ def test_the_layer_of_a_head_in_one_call(options: dict[str, bool]) -> None:
     hidden = torch.randn(9, 64)
     outputs = []
     for fused in (False, True):
-        assert not fused or runner.fuse_layer()
+        assert not fused or fuse_head(runner)
         slot = runner.cache.acquire()
-        first = runner.forward(Batch.of([Segment(slot, 0, 0, ids(5, 1))], target.device), hidden[:5])
+        first = runner.forward(RaggedBatch.of([Segment(slot, 0, 0, ids(5, 1))], target.device), hidden[:5])
         runner.cache.extend(slot, 5)
         tree = Segment(slot, 5, 5, ids(4, 2), [-1, 0, 0, 1])
-        outputs.append(torch.cat([first, runner.forward(Batch.of([tree], target.device), hidden[5:])]))
+        outputs.append(torch.cat([first, runner.forward(RaggedBatch.of([tree], target.device), hidden[5:])]))
         runner.cache.release(slot)
     assert relative(outputs[1].double(), outputs[0].double()) < 1e-5
 
@@ -233,7 +234,7 @@ def test_a_head_with_another_residual_keeps_its_own_code() -> None:
     target = make("llama")
     head = make_tiny_head(target)
     head = type(head)(replace(head.config, norm_before_residual=True)).to(target.dtype).eval()
-    assert not compiled(target, head).proposer.runner.fuse_layer()  # type: ignore[union-attr]
+    assert not fuse_head(compiled(target, head).proposer.runner)  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("family", ["qwen3", "gemma2"])  # in one call, and compiled layer by layer
@@ -252,6 +253,7 @@ def test_texts_with_and_without_drafts_are_the_same_in_bfloat16(family: str) -> 
 @pytest.mark.parametrize("family", ["llama", "mistral, a window wider than trees are deep", "gemma2"])
 def test_compiled_and_eager_engines_give_the_same_float32_tokens(family: str) -> None:
     """With trees beside parts of prompts, some longer than a window; but for a tie that a rounding decides."""
+    torch._dynamo.reset()  # it compiles a layer so many times in a process, and no more
     target, params = make(family, torch.float32), SamplingParams(24, ignore_eos=True, logprobs=2)
     prompts = [ids(5, 1), ids(200, 2), ids(9, 3), ids(120, 4)]
     answers, head = {}, make_tiny_head(target)
@@ -283,3 +285,23 @@ def test_an_engine_that_is_gone_leaves_nothing_on_its_target() -> None:
     del engine
     gc.collect()
     assert cache() is None
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_the_callers_target_is_packed_where_the_caller_says_so(in_place: bool) -> None:
+    target = make("llama", torch.bfloat16)
+    head, plain = make_tiny_head(target), target.model
+    before = {name: parameter.clone() for name, parameter in plain.named_parameters()}
+    engine = Engine(target, head, mode="compiled", speculation="chain", threads=1, pack_in_place=in_place)
+    engine.warm_up()
+    assert (engine.target is target) == in_place
+    linears = [module for module in plain.modules() if type(module) is nn.Linear]
+    assert bool(linears) != in_place
+    if not in_place:
+        assert all(torch.equal(parameter, before[name]) for name, parameter in plain.named_parameters())
+        assert engine.target.embedding.weight is target.embedding.weight  # what is not packed is shared
+        again = Engine(target, head, mode="compiled", speculation="chain", threads=1, pack_in_place=True)
+        again.warm_up()
+        params = SamplingParams(12, ignore_eos=True)
+        first, second = (each.generate([ids(9, 4)], params)[0] for each in (engine, again))
+        assert first.token_ids == second.token_ids and first.stats.drafted > 0

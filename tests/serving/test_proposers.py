@@ -1,4 +1,4 @@
-"""What a head proposes is what training-time test taught it: against passes from scratch, in float64."""
+"""The proposals of a head are those that training-time test taught it: against passes from scratch, in float64."""
 
 from __future__ import annotations
 
@@ -11,14 +11,12 @@ from conftest import make_tiny_head
 from tiny_targets import CONTEXT, texts_of, tiny
 from torch import Tensor
 
-from serving.engine import Engine, SamplingParams
+from serving.engine import Engine, SamplingParams, drafting
 from serving.engine.drafting import HeadProposer, HeadState, Job
-from serving.engine.formulas import sdpa
-from serving.engine.kv_cache import slot_attention_by
+from serving.engine.kv_cache import torch_attention
 from serving.engine.model import HeadRunner
 from serving.engine.sampling import Processor
-from serving.engine.tree import DraftTree
-from serving.engine.verification import Rule, Verdict, make_rule
+from serving.engine.verification import DraftTree, Rule, Verdict, make_rule
 
 TARGET = tiny("llama")
 TEXT = texts_of(TARGET)[0]
@@ -35,9 +33,9 @@ def head(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setitem(globals(), "STATES", states[0].detach())
 
 
-def proposer_of(capacity: int = CONTEXT, slots: int = 3, **options: Any) -> HeadProposer:
-    runner = HeadRunner(TARGET, HEAD, slots=slots, capacity=capacity, kernel=slot_attention_by(sdpa))
-    return HeadProposer(runner, HEAD.auxiliary_layers(TARGET), **options)
+def proposer_of() -> HeadProposer:
+    runner = HeadRunner(TARGET, HEAD, slots=3, capacity=CONTEXT, kernel=torch_attention)
+    return HeadProposer(runner, HEAD.auxiliary_layers(TARGET))
 
 
 def observe(proposer: HeadProposer, state: HeadState, start: int, end: int) -> None:
@@ -60,7 +58,7 @@ def logits_after(read: int, drafted: Sequence[int]) -> Tensor:
 
 
 class Recorder:
-    """A rule that keeps the logits it is shown, and drafts and scores as it is told."""
+    """A rule that keeps the logits it is shown, and drafts and scores as given."""
 
     def __init__(self, tokens: Sequence[int] = (), scores: Rule = GREEDY) -> None:
         self.tokens, self.scores = list(tokens), scores
@@ -136,8 +134,9 @@ def test_proposing_leaves_no_trace() -> None:
 
 @pytest.mark.parametrize("limit", [1, 3, 7, 512])
 @torch.inference_mode()
-def test_catching_up_in_parts_is_catching_up_at_once(limit: int) -> None:
-    proposer = proposer_of(read_limit=limit)
+def test_catching_up_in_parts_is_catching_up_at_once(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(drafting, "READ_LIMIT", limit)
+    proposer = proposer_of()
     states = [proposer.join() for _ in range(3)]
     for state, ends in zip(states, ([10], [3, 4, 5, 11], []), strict=True):
         start = 0

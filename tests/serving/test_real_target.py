@@ -17,7 +17,7 @@ def first_difference(one: list[int], other: list[int]) -> int | None:
 
 
 def near_tie(target: Target, ids: list[int], one: int, other: int) -> bool:
-    """Whether rounding may decide between two next tokens, both of them among the first."""
+    """Test that rounding may decide between two next tokens, both of them among the first."""
     logits = target.logits(target.forward(torch.tensor([ids])).last_hidden[0, -1:]).float()[0]
     rounding = ROUNDINGS * torch.finfo(torch.bfloat16).eps * float(logits.abs().max())
     return float(logits.max() - min(logits[one], logits[other])) <= rounding

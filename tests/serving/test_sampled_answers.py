@@ -93,7 +93,7 @@ def exact_law(fields: dict[str, Any]) -> Law:
 def draw(
     rule: str, shape: str, fields: dict[str, Any], samples: int = SAMPLES, architecture: str = "eagle3"
 ) -> tuple[Counter[tuple[int, ...]], int]:
-    """How often each answer came, and how many drafted tokens are in them."""
+    """Draw answers; returns their counts, and the number of drafted tokens in them."""
     target, head = small(architecture)
     engine = Engine(target, head, rule=rule, max_batch=128, prefill_chunk=256, **SHAPES[shape])
     each = [SamplingParams(LENGTH, ignore_eos=True, seed=seed, **fields) for seed in range(samples)]
@@ -143,7 +143,7 @@ def always(p: Tensor, q: Tensor, token: int) -> float:
 
 
 BROKEN = {
-    "every draft stands": ("chain", "draft_stands", always),
+    "every draft is accepted": ("chain", "draft_acceptance", always),
     "siblings are not renormalised": ("tree", "without", lambda left, token: left),
 }
 

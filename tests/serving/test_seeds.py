@@ -34,15 +34,15 @@ def test_plain_answers_are_the_argmax_of_log_p_and_noise(processing: str) -> Non
     target = tiny("llama")
     for prompt in range(len(PROMPTS)):
         plain = plainly("llama", processing, prompt)
-        wishes = params(14, seed=plain.seed or 2**40, **PROCESSING[processing])
+        options = params(14, seed=plain.seed or 2**40, **PROCESSING[processing])
         with torch.inference_mode():
             logits = target.model(torch.tensor([plain.prompt_ids + plain.token_ids])).logits[
                 0, len(plain.prompt_ids) - 1 :
             ]
-        processor = Processor(wishes, plain.prompt_ids, target.vocab_size, target.eos_token_ids)
+        processor = Processor(options, plain.prompt_ids, target.vocab_size, target.eos_token_ids)
         for place, token in enumerate(plain.tokens):
             scores = processor.adjust(logits[place : place + 1], [[]])
-            if wishes.temperature > 0:
+            if options.temperature > 0:
                 position = len(plain.prompt_ids) + place
                 assert token.id == choose(processor.warp(scores), plain.seed or 0, [position]).item()
             else:
@@ -78,9 +78,9 @@ def test_a_seed_gives_the_same_answer_whatever_is_drafted(family: str, mode: str
 def test_a_drawn_seed_is_reported_and_repeats_the_answer() -> None:
     engine = Engine(tiny("llama"), make_tiny_head(tiny("llama")), speculation="chain")
     for rule in ("shared-noise", "rejection"):
-        wishes = params(10, temperature=1.5)
-        first, second = engine.generate([[50]] * 2, wishes, Speculation(rule=rule))
+        options = params(10, temperature=1.5)
+        first, second = engine.generate([[50]] * 2, options, Speculation(rule=rule))
         assert first.seed is not None and second.seed is not None and first.seed != second.seed
         assert first.token_ids != second.token_ids
-        again = engine.generate([[60], [50]], replace(wishes, seed=first.seed), Speculation(rule=rule))[1]
+        again = engine.generate([[60], [50]], replace(options, seed=first.seed), Speculation(rule=rule))[1]
         assert again.token_ids == first.token_ids

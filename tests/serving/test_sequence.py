@@ -1,4 +1,4 @@
-"""Where an answer ends, what of it is kept, and what is handed out when, against an oracle that sees all at once."""
+"""The end of an answer, the part of it that is kept, and its release, against an oracle that sees all at once."""
 
 from dataclasses import dataclass
 from unittest.mock import patch
@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AddedToken
 
-from serving.engine.request import Sequence, SpeculationStats, Token, special_ids
+from serving.engine.request import GrowingAnswer, SpeculationStats, Token, special_ids
 from serving.engine.sampling import SamplingParams
 
 BYTES, TOKENIZER = byte_tokenizer(), byte_tokenizer()
@@ -28,11 +28,11 @@ PIECE_IDS = TOKENIZER.convert_tokens_to_ids(PIECES)
 TOKEN_IDS = [*PIECE_IDS, *encode("aabEND é日!"), 1]
 
 
-def sequence(params: SamplingParams, prompt: str = "x") -> Sequence:
-    return Sequence(encode(prompt), params, TOKENIZER, frozenset([EOS]), SPECIAL)
+def sequence(params: SamplingParams, prompt: str = "x") -> GrowingAnswer:
+    return GrowingAnswer(encode(prompt), params, TOKENIZER, frozenset([EOS]), SPECIAL)
 
 
-def feed(state: Sequence, ids: list[int]) -> list[Token]:
+def feed(state: GrowingAnswer, ids: list[int]) -> list[Token]:
     """Append until the sequence ends; what was released after each token."""
     released = []
     for index, token_id in enumerate(ids):
@@ -49,7 +49,7 @@ def texts(tokens: list[Token]) -> list[str]:
 
 @dataclass
 class Ending:
-    """How an answer ends: of the tokens that were read, the first `count` are kept."""
+    """The end of an answer: of the tokens that were read, the first `count` are kept."""
 
     text: str
     count: int
@@ -258,7 +258,9 @@ def test_special_tokens_that_are_only_added_are_not_in_the_text() -> None:
     tokenizer = byte_tokenizer()
     tokenizer.add_tokens([AddedToken("<|tool|>", special=True)])
     assert 259 not in tokenizer.all_special_ids and 259 in special_ids(tokenizer, frozenset())
-    state = Sequence([5], SamplingParams(max_new_tokens=9), tokenizer, frozenset(), special_ids(tokenizer, frozenset()))
+    state = GrowingAnswer(
+        [5], SamplingParams(max_new_tokens=9), tokenizer, frozenset(), special_ids(tokenizer, frozenset())
+    )
     feed(state, [*encode("a"), 259, *encode("b")])
     assert state.text == "ab" == tokenizer.decode([*encode("a"), 259, *encode("b")], skip_special_tokens=True)
 

@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from serving.engine.drafting import Frontier, TreeGrower
 from serving.engine.kv_cache import Segment
-from serving.engine.tree import DraftTree, Frontier, TreeGrower
+from serving.engine.verification import DraftTree
 
 #   root - 5 - 7 - 5
 #        \   \ 8
@@ -60,7 +61,7 @@ def test_a_row_sees_the_root_its_ancestors_and_itself(parents: list[int], base: 
     count = data.draw(st.integers(1, len(parents) + 1))
     cached = len(parents) + 1 - count
     segment = Segment(0, base, base + cached, [7] * count, [-1, *(parent + 1 for parent in parents)])
-    seen = segment.visible()
+    seen = segment.visible().tolist()
     assert len(seen) == count
     for row, sees in enumerate(seen, cached):
         assert {place for place, is_seen in enumerate(sees) if is_seen} == {

@@ -1,4 +1,4 @@
-"""The rules on chains and trees: what stands, what must not matter, and that shared noise gives plain decoding's text.
+"""The rules on chains and trees: what is accepted, what must not matter, and the text of shared noise.
 
 That the laws are exact is the subject of test_distribution.py.
 """
@@ -14,19 +14,20 @@ from hypothesis import strategies as st
 from torch import Tensor
 from toy_decoding import Model, Text, decode, drafted_chain, drafted_tree, new_processor, nothing, rows_of
 
-from serving.engine.sampling import SamplingParams, choose
-from serving.engine.tree import DraftTree
+from serving.engine.noise import choose
+from serving.engine.sampling import SamplingParams
 from serving.engine.verification import (
     RULES,
+    DraftTree,
     Greedy,
     Rejection,
     Rule,
     SharedNoise,
     Verdict,
-    draft_stands,
+    draft_acceptance,
+    follow,
     greedy_choices,
     make_rule,
-    verify_shared_noise,
 )
 
 VOCAB = 7
@@ -86,8 +87,8 @@ def plan_of(rule: Rule, head: Model, seed: int) -> Callable[[Text], DraftTree]:
 @given(
     tree=st.integers(0, 10**6).map(random_tree), choices=st.lists(st.integers(0, VOCAB - 1), min_size=10, max_size=10)
 )
-def test_the_longest_path_that_equals_the_choices_stands(tree: DraftTree, choices: list[int]) -> None:
-    verdict = verify_shared_noise(choices, tree)
+def test_the_longest_path_that_equals_the_choices_is_accepted(tree: DraftTree, choices: list[int]) -> None:
+    verdict = follow(tree, choices.__getitem__)
 
     def chosen(node: int) -> bool:
         return all(choices[tree.parents[n] + 1] == tree.tokens[n] for n in tree.path(node))
@@ -188,12 +189,16 @@ def test_temperature_zero_is_greedy_under_both_rules() -> None:
         assert isinstance(make_rule(name, SamplingParams(temperature=0.0), 0), Greedy)
 
 
-def test_rounding_makes_no_impossible_draft_stand() -> None:
+def test_rounding_makes_no_impossible_draft_acceptable() -> None:
     p, q = torch.tensor([0.0, 1.0]), torch.tensor([0.0, 1.0])
-    assert draft_stands(p, q, 0) == 0.0 and draft_stands(p, q, 1) == 1.0 and draft_stands(q, p.flip(0), 1) == 0.0
+    assert (
+        draft_acceptance(p, q, 0) == 0.0
+        and draft_acceptance(p, q, 1) == 1.0
+        and draft_acceptance(q, p.flip(0), 1) == 0.0
+    )
 
 
-def test_a_candidate_that_is_certain_but_for_rounding_stands() -> None:
+def test_a_candidate_that_is_certain_but_for_rounding_is_accepted() -> None:
     params, tree = SamplingParams(temperature=1.0), DraftTree([1, 0], [-1, -1])
     logits = torch.tensor([[-200.0, 50.0, -200.0]]).repeat(3, 1)
     for seed in range(20):

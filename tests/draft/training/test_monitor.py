@@ -1,4 +1,4 @@
-"""What a run shows and leaves behind."""
+"""Progress, metrics and pictures of a run."""
 
 import json
 import subprocess
@@ -85,7 +85,7 @@ def test_a_resumed_run_repeats_no_step(tmp_path):
         again.log(4, {"loss": 0.5, "beta": 0.1}, tokens=10)
     lines = read_lines(tmp_path / "metrics.jsonl")
     assert [line["step"] for line in lines] == [0, 1, 2, 3, 4] and lines[-1]["loss"] == 0.5
-    draw(tmp_path)
+    draw(tmp_path, console)
     with Monitor(tmp_path / "nowhere", 10, 0, console, silent=True) as silent:
         silent.log(1, {"loss": 1.0})
 

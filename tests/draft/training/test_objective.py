@@ -8,7 +8,7 @@ from torch.nn.functional import smooth_l1_loss
 from draft.data.examples import Batch
 from draft.heads.base import Features
 from draft.training.batches import FeatureSource
-from draft.training.loss import LOSSES, Objective, loss_sum
+from draft.training.loss import LOSSES, HeadLoss, Objective
 
 
 def make_batch(lengths=(14, 9)):
@@ -38,7 +38,7 @@ def test_loss_equals_a_loop_over_positions(tiny_target, architecture, loss):
     weight = 7.0 if architecture == "eagle" else 0.0
     objective = Objective(loss, draft_steps=3, step_decay=0.8, feature_weight=weight)
     with torch.no_grad():
-        total, agreement = loss_sum(tiny_head, tiny_target, batch, features, objective)
+        total, agreement = HeadLoss(tiny_head, tiny_target, objective)(batch, features)
         expected, hits = 0.0, torch.zeros(3, 2)
         full = tiny_target.logits(features.last_hidden)
         steps = tiny_head.unroll(features.embeds, features.auxiliary, 3, attention_mask=batch.attention_mask)

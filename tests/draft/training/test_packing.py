@@ -8,7 +8,7 @@ from draft.data.dataset import Row
 from draft.data.examples import batches, collate, packed_batches
 from draft.heads.registry import ARCHITECTURES
 from draft.training.batches import FeatureSource
-from draft.training.loss import LOSSES, Objective, loss_sum
+from draft.training.loss import LOSSES, HeadLoss, Objective
 
 
 def make_rows(lengths, seed=5):
@@ -30,7 +30,7 @@ def loss_and_gradients(target, rows, capacity, loss, remember=False, architectur
     features = source.get(batch, list(range(len(rows))))
     weight = ARCHITECTURES[architecture].feature_weight or 0.0
     objective = Objective(loss, draft_steps=head.longest or 4, step_decay=0.8, feature_weight=weight)
-    total, hits = loss_sum(head, target, batch, features, objective)
+    total, hits = HeadLoss(head, target, objective)(batch, features)
     total.backward()
     return total.detach(), hits, [parameter.grad for parameter in head.parameters()], batch
 

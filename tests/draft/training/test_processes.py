@@ -45,7 +45,7 @@ def test_torchrun_with_ddp(world, tmp_path):
 
 
 def test_accelerate_launch_with_fsdp2(world, tmp_path):
-    """What the launcher says of accumulation divides no loss: ours is divided by the positions of all batches."""
+    """The launcher's accumulation divides no loss: ours is divided by the positions of all batches."""
     launcher = "accelerate.commands.launch --num_machines 1 --num_processes 2 --main_process_ip 127.0.0.1 "
     launcher += "--main_process_port 0 --use_fsdp --fsdp_version 2 --fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP "
     launcher += "--gradient_accumulation_steps 4 --mixed_precision no --dynamo_backend no"

@@ -1,22 +1,20 @@
 """Whole runs on a tiny target: pretrain, adapt by each method, interrupt, resume, merge."""
 
 import json
-import os
 import shutil
-import signal
 
 import pytest
 import torch
-from conftest import make_tiny_target, save_tiny_target
+from conftest import make_tiny_target
 from rich.console import Console
+from training_runs import make_world
 
-from draft.data.prepare import prepare
+from draft.data.dataset import open_dataset, write_dataset
 from draft.errors import UserError
 from draft.heads.checkpoint import load_head
 from draft.training.config import resolve
 from draft.training.merge import merge_run
 from draft.training.model import learning_rate_at, parameter_groups
-from draft.training.run import Interrupted, latest_snapshot
 from draft.training.trainer import Trainer
 
 QUIET = Console(quiet=True)
@@ -25,14 +23,7 @@ QUIET = Console(quiet=True)
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """A tiny target on disk, data that it wrote, and a head pretrained on them for a few steps."""
-    root = tmp_path_factory.mktemp("world")
-    save_tiny_target(root / "target")
-    prompts = root / "prompts.jsonl"
-    prompts.write_text("".join(json.dumps({"prompt": f"number {n} and {n * 7 % 11}"}) + "\n" for n in range(24)))
-    from draft.target import load_target
-
-    target = load_target(str(root / "target"), "float32")
-    prepare(target, root / "data", prompts=[prompts], max_new_tokens=24, held_out_share=0.25, progress=False)
+    root = make_world(tmp_path_factory.mktemp("world"))
     run(root, "pretrain", "pretrained", draft_vocab_size=180, max_steps=12, save_every=5)
     run(root, "pretrain", "pretrained-eagle", architecture="eagle", max_steps=12, save_every=5)
     few = {"architecture": "medusa", "head_options": ["num_heads=3"], "draft_steps": None}
@@ -101,8 +92,9 @@ def test_adapting_and_merging(world, architecture, method, tmp_path):
     assert about["method"] == method
     if method != "full":
         assert merged.layers == changed and merged.rounding < 1e-6
-        assert not head.own_lm_heads or all(
-            torch.equal(head.own_lm_heads[name].weight, lm_head.weight) for name, lm_head in base.own_lm_heads.items()
+        assert not head.lm_head_modules or all(
+            torch.equal(head.lm_head_modules[name].weight, lm_head.weight)
+            for name, lm_head in base.lm_head_modules.items()
         )
 
 
@@ -121,7 +113,7 @@ def test_a_merged_head_computes_what_the_adapter_computed(world, tmp_path, archi
     auxiliary = torch.randn(1, 6, 32 * len(merged.auxiliary_layers(target)), dtype=torch.float64)
     logits = []
     for head in (merged, base.eval()):
-        head.borrow(target)
+        head.use_target_lm_head(target)
         with torch.no_grad():
             steps = enumerate(head.unroll(embeds, auxiliary, 3))
             logits.append(torch.stack([head.logits(hidden, step) for step, hidden in steps]))
@@ -170,15 +162,15 @@ def test_an_interrupted_run_ends_with_the_same_weights(world, mode, method, arch
     class Interrupted(Exception):
         pass
 
-    original = Trainer._optimise
+    original = Trainer.step
 
-    def stop(trainer, *arguments):
-        if trainer.step == 5:
+    def stop(trainer):
+        if trainer.done == 5:
             raise Interrupted
-        return original(trainer, *arguments)
+        return original(trainer)
 
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
-        patch.setattr(Trainer, "_optimise", stop)
+        patch.setattr(Trainer, "step", stop)
         run(world, mode, kinds[1], **settings)
     run(world, mode, kinds[1], **settings)
     heads = [load_head(merge_run(world / kind, world / f"{kind}-head").head)[0].state_dict() for kind in kinds]
@@ -214,14 +206,14 @@ def test_a_new_head_has_the_options_that_were_asked_for(world, name):
     for option in NEW_HEADS[name]:
         key, value = option.split("=")
         assert json.dumps(getattr(head.config, key)) == value
-    assert bool(head.own_lm_heads) == (architecture != "eagle" and "shared_lm_head=true" not in NEW_HEADS[name])
+    assert bool(head.lm_head_modules) == (architecture != "eagle" and "shared_lm_head=true" not in NEW_HEADS[name])
 
 
 def test_settings_that_an_architecture_has_no_use_for_are_refused(world):
     for flags, words in (
         ({"architecture": "medusa", "head_options": ["num_heads=2"]}, "draft_steps = 3: the head drafts 2 tokens"),
         ({"draft_vocab_size": 100_000}, "100000 tokens exceeds the target's 259; choose a smaller"),
-        ({"feature_weight": 1.0}, "eagle3 does not guess the target's states"),
+        ({"feature_weight": 1.0}, "eagle3 does not predict the target's states"),
         ({"mode": "adapt", "architecture": "eagle"}, "is of architecture eagle3, not eagle"),
         ({"mode": "adapt", "head": str(world / "pretrained-eagle" / "head"), "method": "full",
           "rebuild_vocabulary": True}, "rebuild_vocabulary: a head of architecture eagle"),
@@ -296,32 +288,12 @@ def test_a_base_head_that_changed_is_not_merged_into(world, tmp_path):
         merge_run(tmp_path / "run", tmp_path / "base")
 
 
-def test_ctrl_c_saves_and_other_data_are_then_refused(world, tmp_path, monkeypatch):
-    """An interrupted run goes on from where it was, but not over other data in the same folder."""
-    target = make_tiny_target(dtype=torch.float32)
-    flags = {"target": str(world / "target"), "dtype": "float32", "draft_vocab_size": 180, "max_steps": 4}
-    flags |= {"eval_every": 0, "data": [str(tmp_path / "data")]}
-
-    def trainer(word):
-        shutil.rmtree(tmp_path / "data", ignore_errors=True)
-        prompts = tmp_path / "prompts.jsonl"
-        prompts.write_text("".join(json.dumps({"prompt": f"{word} {n}"}) + "\n" for n in range(8)))
-        prepare(target, tmp_path / "data", prompts=[prompts], max_new_tokens=8, progress=False)
-        return Trainer(resolve("pretrain", str(tmp_path / "run"), flags=flags), QUIET)
-
-    original = Trainer._optimise
-
-    def stop(self, *arguments):
-        if self.step == 2:
-            os.kill(os.getpid(), signal.SIGINT)
-        return original(self, *arguments)
-
-    with monkeypatch.context() as patch, pytest.raises(Interrupted, match="after step 3"):
-        patch.setattr(Trainer, "_optimise", stop)
-        trainer("one").train()
-    assert latest_snapshot(tmp_path / "run" / "checkpoints").name == "step-0000003"
+def test_a_run_does_not_go_on_over_other_data(world, tmp_path):
+    dataset = open_dataset(world / "data")
+    held_out, train = dataset.rows("held-out"), dataset.rows("train")
+    settings = {"data": [str(tmp_path)], "draft_vocab_size": 180, "max_steps": 2}
+    write_dataset(tmp_path, train + held_out, dataset.manifest)
+    run(world, "pretrain", "other-data", **settings)
+    write_dataset(tmp_path, train[1:] + held_out, dataset.manifest)
     with pytest.raises(UserError, match="have changed"):
-        trainer("two").train()
-    again = trainer("one")
-    again.train()
-    assert again.step == 4 and [line["step"] for line in metrics(tmp_path / "run") if "loss" in line] == [1, 2, 3, 4]
+        run(world, "pretrain", "other-data", **settings)

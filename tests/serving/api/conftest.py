@@ -1,4 +1,4 @@
-"""What the tests of the HTTP service share."""
+"""Fixtures of the HTTP service's tests."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ def client(tiny_target: Target, tiny_head: Eagle3Head) -> Iterator[TestClient]:
 
 @pytest.fixture
 def make_gated(tiny_target: Target, tiny_head: Eagle3Head) -> Callable[..., GatedEngine]:
-    """Makes an engine of one slot that takes no step before its gate is opened."""
+    """Return a maker of engines of one slot, which take no step before their gate is opened."""
     return partial(GatedEngine, tiny_target, tiny_head, speculation="chain", max_batch=1)
 
 
 @pytest.fixture
 def gated(make_gated: Callable[..., GatedEngine]) -> GatedEngine:
-    """One with a line of two."""
+    """An engine with a queue of two."""
     return make_gated(max_waiting=2)

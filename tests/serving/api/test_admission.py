@@ -199,7 +199,7 @@ def test_what_the_engine_logs_of_a_request_has_its_id(gated, monkeypatch) -> Non
         assert client.post("/generate", **ids).status_code == 424
         assert [line["request_id"] for line in log.lines if "this request" in line["message"]] == ["trace-42"]
         log.lines.clear()
-        monkeypatch.setattr(gated, "_row", lambda request: 1 / 0)
+        monkeypatch.setattr(gated, "_activate", lambda request: 1 / 0)
         assert client.post("/generate", **ids).status_code == 424
     assert [(line["request_id"], line["level"]) for line in log.lines] == [("trace-42", "error")]
     assert "ZeroDivisionError" in log.lines[0]["exception"]

@@ -35,33 +35,28 @@ def test_an_answer_s_message_is_taken_with_all_that_is_null_or_empty_in_it(clien
     assert follow_up({"role": "assistant", "content": None}) == follow_up(nothing) == follow_up({"role": "assistant"})
 
 
-REFUSED_CHATS = [
+REFUSED_CHATS: list[tuple[dict[str, Any], str]] = [
     ({"messages": []}, "messages"),
-    ({"messages": [{"role": "wizard", "content": "a"}]}, "role"),
-    ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, "content"),
-    ({"messages": [{"role": "user"}]}, "content"),
-    ({"messages": [{"role": "user", "content": None}]}, "content"),
-    ({"messages": [{"role": "user", "content": ""}]}, "content"),
-    ({"messages": [{"role": "user", "content": [{"type": "text", "text": ""}]}]}, "content"),
-    ({"messages": [{"role": "system", "content": None}, *MESSAGES]}, "messages.0"),
-    ({"messages": [*MESSAGES, ANSWERED | {"tool_calls": [{"id": "a"}]}, *MESSAGES]}, "tool_calls"),
-    ({"messages": [*MESSAGES, ANSWERED | {"refusal": "no"}, *MESSAGES]}, "refusal"),
-    ({"messages": [*MESSAGES, ANSWERED | {"reasoning": "so"}, *MESSAGES]}, "reasoning"),
-    ({"messages": [{"role": "tool", "content": "4", "tool_call_id": "call_1"}]}, "tool_call_id"),
-    ({"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}] * 1025}]}, "1024"),
-    ({"top_logprobs": 2}, "logprobs"),
-    ({"logprobs": True, "top_logprobs": 1_000_000_000}, "20"),
-    ({"max_tokens": 3, "max_completion_tokens": 4}, "max_completion_tokens"),
+    ({"messages": [{"role": "wizard", "content": "a"}]}, "messages.0.role"),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, "messages"),
+    ({"messages": [{"role": "user"}]}, "messages.0.content"),
+    ({"messages": [{"role": "user", "content": ""}]}, "messages.0.content"),
+    ({"messages": [*MESSAGES, ANSWERED | {"tool_calls": [{"id": "a"}]}, *MESSAGES]}, "messages.1.tool_calls"),
+    ({"messages": [{"role": "user", "content": "z" * 600}]}, "messages"),
+    ({"top_logprobs": 2}, "top_logprobs"),
+    ({"max_tokens": 3, "max_completion_tokens": 4}, "max_tokens"),
     ({"max_completion_tokens": 10**6}, "max_completion_tokens"),
     ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
-    ({"messages": [{"role": "user", "content": "z" * 600}]}, "512"),
+    ({"stream_options": {"include_usage": True}}, "stream_options"),
 ]
 
 
-@pytest.mark.parametrize(("body", "told"), REFUSED_CHATS, ids=lambda value: str(value)[:40])
-def test_a_bad_chat_is_400(client, body, told) -> None:
+@pytest.mark.parametrize(("body", "param"), REFUSED_CHATS, ids=lambda value: str(value)[:40])
+def test_a_bad_chat_is_400_with_its_param(client, body, param) -> None:
     answer = client.post("/v1/chat/completions", json={"messages": MESSAGES, **body})
-    assert answer.status_code == 400 and told in answer.json()["error"]["message"], answer.text
+    error = answer.json()["error"]
+    assert answer.status_code == 400 and error["param"].startswith(param), answer.text
+    assert f"`{param.rsplit('.')[-1]}" in error["message"] or f"`{param}" in error["message"]
 
 
 @pytest.mark.parametrize(
@@ -69,8 +64,6 @@ def test_a_bad_chat_is_400(client, body, told) -> None:
     [
         "{{ raise_exception('roles of /home/someone must alternate') }}",
         "{{ messages[0]['content'] + 1 }}",  # a TypeError
-        "{{ messages[0]['content'] | int // 0 }}",
-        "{{ messages['/home/someone'].text.more }}",
         "{{ {}.pop('someone') }}",  # a KeyError
     ],
 )
@@ -79,20 +72,3 @@ def test_a_template_that_refuses_is_400_without_its_words(client, tiny_target, m
     answer = client.post("/v1/chat/completions", json={"messages": MESSAGES})
     assert answer.status_code == 400 and answer.json()["error"]["param"] == "messages"
     assert "someone" not in answer.text
-
-
-@pytest.mark.parametrize(
-    ("extra", "param"),
-    [
-        ({"tools": [{"type": "function"}]}, "tools"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
-        ({"top_logprobs": 2}, "top_logprobs"),
-        ({"stream_options": {"include_usage": True}}, "stream_options"),
-        ({"max_tokens": 2, "max_completion_tokens": 2}, "max_tokens"),
-        ({"messages": [*MESSAGES, {"role": "assistant", "tool_calls": [1]}]}, "messages.1.tool_calls"),
-    ],
-    ids=str,
-)
-def test_what_the_whole_body_is_refused_for_is_named_as_the_param(client, extra, param) -> None:
-    error = client.post("/v1/chat/completions", json={"messages": MESSAGES, **extra}).json()["error"]
-    assert error["param"] == param and f"`{param.rsplit('.')[-1]}`" in error["message"]

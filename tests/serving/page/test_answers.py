@@ -16,7 +16,7 @@ SAMPLED = {"temperature": 1.0, "seed": 7, "max_new_tokens": 24}
 
 @pytest.fixture
 def told(url, engine) -> dict[str, Any]:
-    """What the API says of the same request."""
+    """The API's answer to the same request."""
     import httpx
 
     engine.gate.set()
@@ -173,7 +173,7 @@ def test_the_comparison_runs_both_with_one_seed(page) -> None:
     assert any(token["kind"] == "draft" for token in on) and {token["kind"] for token in off} == {"target"}
     assert page.text(".identity") == "The two texts are identical."
     speeds = [float(page.figure("speed", card)) for card in (0, 1)]
-    assert f"{speeds[0]:.1f} tokens a second with it, {speeds[1]:.1f} without" in page.text(".words")
+    assert f"{speeds[0]:.1f} tokens per second with it, {speeds[1]:.1f} without" in page.text(".words")
     assert float(page.text(".ratio").split()[0]) == pytest.approx(speeds[0] / speeds[1], rel=0.02)
     assert page.figure("tau", 1) == "1.00"
 

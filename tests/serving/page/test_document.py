@@ -15,7 +15,7 @@ from serving.api.app import create_app
 
 @pytest.fixture(scope="module")
 def answer():
-    """Of a server that is still loading, and has a key: the page holds no data."""
+    """The page of a server that is still loading, and has a key: it holds no data."""
     with TestClient(create_app(None, api_key="secret")) as client:
         assert client.get("/info").status_code == 401
         head = client.head("/")

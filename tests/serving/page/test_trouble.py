@@ -1,4 +1,4 @@
-"""What the page says when a request is refused, fails or is lost, and how it asks for a key."""
+"""Messages of the page when a request is refused, fails or is lost, and the need for a key."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_the_key_is_asked_for_and_forgotten_with_the_tab(open_page, tiny_target)
         page = open_page(url)
         assert page.text("#state") == "Key needed" and "API key" in page.text("#error")
         assert page.script("return document.activeElement.id") == "key"
-        assert "asks for an API key" in run(page, key="wrong")
+        assert "needs an API key" in run(page, key="wrong")
         page.fill(key="ключ")
         page.press("\ue004")
         assert "characters that no key has" in page.text("#error")

@@ -7,8 +7,8 @@ from draft.data.examples import Batch
 from draft.heads.initial import Ridge
 from draft.training.batches import FeatureSource
 from draft.training.config import ModelSettings
-from draft.training.loss import Objective, loss_sum
-from draft.training.model import blank_head, initialise
+from draft.training.loss import HeadLoss, Objective
+from draft.training.model import blank_head
 
 
 def test_ridge_recovers_a_linear_map():
@@ -30,10 +30,10 @@ def test_a_solved_head_starts_better_than_a_random_one():
     batch = Batch(input_ids=ids, attention_mask=mask.long(), loss_mask=mask)
     features = FeatureSource(target, remember=False).get(batch, list(range(12)))
     solved = blank_head(target, torch.arange(200), ModelSettings())
-    initialise(solved, target, [(features, mask)], seed=0)
+    solved.initialise(target, [(features, mask)], seed=0)
     random = make_tiny_head(target)
     objective = Objective("kl", draft_steps=1, step_decay=1.0)
     with torch.no_grad():
-        losses = [loss_sum(head, target, batch, features, objective) for head in (solved, random)]
+        losses = [HeadLoss(head, target, objective)(batch, features) for head in (solved, random)]
     assert losses[0][0] < 0.7 * losses[1][0]
     assert losses[0][1][0, 0] > losses[1][1][0, 0]

@@ -19,8 +19,7 @@ from draft.heads.registry import ARCHITECTURES
 from draft.target import Target
 from serving.engine import Engine, SamplingParams
 from serving.engine.drafting import Job
-from serving.engine.formulas import sdpa
-from serving.engine.kv_cache import slot_attention_by
+from serving.engine.kv_cache import torch_attention
 from serving.engine.setup import make_proposer
 
 PROMPT = [3, 1]
@@ -95,8 +94,8 @@ class Oracle:
         ids = torch.tensor([[*PROMPT, *text]])
         layers, rule = self.head.auxiliary_layers(self.target), Forced(drafts)
         auxiliary = self.target.forward(ids, layers=layers).auxiliary
-        places = {"slots": 1, "capacity": 32, "kernel": slot_attention_by(sdpa)}
-        proposer = make_proposer(self.target, self.head, layers, places)
+        places = {"slots": 1, "capacity": 32, "kernel": torch_attention}
+        proposer = make_proposer(self.target, self.head, layers, **places)
         state = proposer.join()
         proposer.observe(state, ids[0, 1:].tolist(), auxiliary[0, :-1])
         proposer.propose([Job(state, len(drafts), 0, rule)])
@@ -165,7 +164,7 @@ def test_the_terms_by_brute_force(architecture, monkeypatch):
     monkeypatch.setattr("draft.evaluation.sampled._POSITIONS_PER_CHUNK", 7)
     target = make_tiny_target()
     head = make_tiny_head(target, architecture=architecture)
-    for lm_head in head.own_lm_heads.values():
+    for lm_head in head.lm_head_modules.values():
         lm_head.weight.data[2] *= 3  # EOS: a share that would be missed
     generator = torch.Generator().manual_seed(0)
     rows = [row([5, 6], torch.randint(3, 259, (n,), generator=generator).tolist()) for n in (9, 12)]

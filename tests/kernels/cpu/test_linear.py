@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cpu_kernels import PackedLinear, pack, pack_linears, packed_linear
-from cpu_kernels import ops as linear
+from cpu_kernels.ops import PackedLinear, pack, pack_linears, packed_linear
 
 
 @settings(max_examples=150)
@@ -85,9 +84,8 @@ def test_pack_linears_replaces_all_and_leaves_a_tied_embedding():
     ids = torch.arange(1, 12)[None]
     with torch.inference_mode():
         expected = model(ids).logits
-        linears = sum(type(m) is nn.Linear for m in model.modules())
         assert model.lm_head.weight is model.get_input_embeddings().weight
-        assert pack_linears(model, FLOAT) == linears == 8 * 7 + 1
+        pack_linears(model, FLOAT)
         assert not any(type(m) is nn.Linear for m in model.modules())
         assert isinstance(model.get_input_embeddings().weight, nn.Parameter)
         torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-4)
@@ -95,10 +93,9 @@ def test_pack_linears_replaces_all_and_leaves_a_tied_embedding():
 
 @pytest.mark.parametrize("native", [False, True])
 def test_long_prompts_take_the_native_product_where_there_is_one(native, monkeypatch):
-    monkeypatch.setattr(linear, "fastest_cpu_dtype", lambda: HALF if native else FLOAT)
     plain = nn.Linear(30, 20).to(HALF)
     plain.requires_grad_(False)
-    layer = PackedLinear.from_linear(plain, HALF)
+    layer = PackedLinear(plain, HALF, keep_plain=native)
     assert (layer.weight is not None) == native and not layer.state_dict()
     called = []
     original = functional.linear

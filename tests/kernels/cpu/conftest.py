@@ -1,0 +1,17 @@
+"""The kernels, compiled, for all of their tests."""
+
+from __future__ import annotations
+
+import pytest
+
+from cpu_kernels import load_kernels, set_threads
+from cpu_kernels.ops import threads
+from draft.files import cache_folder
+
+
+@pytest.fixture(autouse=True)
+def _kernels():
+    load_kernels(cache_folder())
+    before = threads()
+    yield
+    set_threads(before)
