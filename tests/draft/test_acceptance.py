@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_tiny_head, make_tiny_target
+from written_data import responses
 
 from draft.data.dataset import Row
-from draft.data.responses import generate_responses
 from draft.errors import UserError
 from draft.evaluation.replay import Acceptance, ReplayResult, Span, generations, replay, replay_acceptance_length, walk
 from draft.heads import Eagle3Head
@@ -45,8 +45,7 @@ TRAINED = {"eagle3": (5e-3, 50), "eagle": (2e-2, 60), "medusa": (5e-3, 50)}
 def head(target, request):
     """A head that is often right and often wrong: trained for a moment on the greedy text below."""
     head = make_tiny_head(target, draft_vocab_size=240, architecture=request.param).train()
-    responses = dict(generate_responses(target, PROMPTS, max_new_tokens=24))
-    texts = [torch.tensor(prompt + responses[i]) for i, prompt in enumerate(PROMPTS)]
+    texts = [torch.tensor([*prompt, *ids]) for prompt, ids in zip(PROMPTS, responses(target, PROMPTS, 24), strict=True)]
     ids = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True)
     with torch.no_grad():
         output = target.forward(ids, layers=head.auxiliary_layers(target))

@@ -12,10 +12,10 @@ import pytest
 import torch
 from conftest import make_tiny_head
 from rich.console import Console
+from written_data import responses
 
 import draft.evaluation.compare
 from draft.data.dataset import Row, conversation_id, open_dataset, write_dataset
-from draft.data.responses import generate_responses
 from draft.errors import UserError
 from draft.evaluation.compare import Contender, compare, general_rows, row_ids
 from draft.evaluation.replay import replay
@@ -31,11 +31,10 @@ def rows(tiny_target):
     generator = torch.Generator().manual_seed(5)
     prompts = [torch.randint(3, 259, (4,), generator=generator).tolist() for _ in range(ROWS)]
     made = []
-    for heat in (0.0, 1.0):
-        for index, response in generate_responses(tiny_target, prompts, max_new_tokens=10, temperature=heat):
-            prompt = prompts[index]
-            mask = [False] * len(prompt) + [True] * len(response)
-            made.append(Row(conversation_id(prompt), [*prompt, *response], mask, len(prompt), heat, 1.0, "test"))
+    for temperature in (0.0, 1.0):
+        for prompt, ids in zip(prompts, responses(tiny_target, prompts, 10, temperature), strict=True):
+            mask = [False] * len(prompt) + [True] * len(ids)
+            made.append(Row(conversation_id(prompt), [*prompt, *ids], mask, len(prompt), temperature, 1.0, "test"))
     return made
 
 

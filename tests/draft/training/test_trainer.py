@@ -9,8 +9,8 @@ import pytest
 import torch
 from conftest import make_tiny_target, save_tiny_target
 from rich.console import Console
+from written_data import prepared
 
-from draft.data.prepare import prepare
 from draft.errors import UserError
 from draft.heads.checkpoint import load_head
 from draft.training.config import resolve
@@ -32,7 +32,7 @@ def world(tmp_path_factory):
     from draft.target import load_target
 
     target = load_target(str(root / "target"), "float32")
-    prepare(target, root / "data", prompts=[prompts], max_new_tokens=24, held_out_share=0.25, progress=False)
+    prepared(target, root / "data", prompts=[prompts], max_new_tokens=24, held_out_share=0.25)
     run(root, "pretrain", "pretrained", draft_vocab_size=180, max_steps=12, save_every=5)
     run(root, "pretrain", "pretrained-eagle", architecture="eagle", max_steps=12, save_every=5)
     few = {"architecture": "medusa", "head_options": ["num_heads=3"], "draft_steps": None}
@@ -306,7 +306,7 @@ def test_ctrl_c_saves_and_other_data_are_then_refused(world, tmp_path, monkeypat
         shutil.rmtree(tmp_path / "data", ignore_errors=True)
         prompts = tmp_path / "prompts.jsonl"
         prompts.write_text("".join(json.dumps({"prompt": f"{word} {n}"}) + "\n" for n in range(8)))
-        prepare(target, tmp_path / "data", prompts=[prompts], max_new_tokens=8, progress=False)
+        prepared(target, tmp_path / "data", prompts=[prompts], max_new_tokens=8)
         return Trainer(resolve("pretrain", str(tmp_path / "run"), flags=flags), QUIET)
 
     original = Trainer._optimise
