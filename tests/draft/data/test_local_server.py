@@ -52,8 +52,8 @@ def ended(server: psutil.Process) -> bool:
 
 SLOW = (  # it stops after the first stored responses, as if the rest took long
     "import time, draft.data.dataset as d\nd._ROWS_PER_PART = 4\nflush = d.Parts.flush\n"
-    "def slow(self, stage):\n    flush(self, stage)\n    time.sleep(600 if self.begun and not d.over else 0)\n"
-    "d.over = False\nd.Parts.flush = slow"
+    "def slow(self, stage):\n    flush(self, stage)\n    d.Parts.flush = flush\n    time.sleep(600)\n"
+    "d.Parts.flush = slow"
 )
 
 
