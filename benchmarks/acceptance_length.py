@@ -31,7 +31,7 @@ from benchmarks import cli, output, prompt_sets, provenance
 from benchmarks.acceptance_report import Variant
 from benchmarks.prompt_sets import Prompt
 from draft.errors import UserError
-from draft.heads.checkpoint import check_fits, load_head
+from draft.heads.checkpoint import attach_head, load_head
 from draft.target import Target, load_target
 from serving.engine import Completion, Engine, SamplingParams, Speculation
 from serving.engine.setup import MODES
@@ -206,7 +206,7 @@ def load_heads(heads: Sequence[str], target: Target) -> dict[str, Any]:
     loaded = {}
     for name, folder in zip(head_names(heads), heads, strict=True):
         head, about = load_head(folder, dtype=target.dtype, device=target.device)
-        check_fits(head, about, target)
+        attach_head(head, about, target)
         loaded[name] = head
     return loaded
 

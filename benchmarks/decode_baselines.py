@@ -19,9 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from draft.devices import wait_for
 from draft.errors import UserError
-from draft.target import Target
+from draft.target import Target, wait_for
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from benchmarks.decode_steps import read_bandwidth, step_costs, weight_bytes
 from benchmarks.decode_surroundings import busy_share, second_start
 from draft.errors import UserError
 from draft.heads import DraftHead
-from draft.heads.checkpoint import check_fits, load_head
+from draft.heads.checkpoint import attach_head, load_head
 from draft.target import Target, load_target
 from serving.engine import Engine, SamplingParams, Speculation
 from serving.engine.setup import MODES
@@ -226,7 +226,7 @@ def benchmark(arguments: Namespace, command: Sequence[str]) -> int:
     chosen = prompt_sets.load_prompts(arguments.prompts)
     target = load_target(arguments.target, arguments.dtype, adapter=arguments.target_adapter)
     head, about = load_head(arguments.head, dtype=target.dtype, device=target.device)
-    check_fits(head, about, target)
+    attach_head(head, about, target)
     threads = arguments.threads or provenance.cores()
     others = baselines(arguments, target.dtype, threads)
     engines = Engines(target, head, arguments)

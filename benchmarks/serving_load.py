@@ -26,7 +26,7 @@ from benchmarks.load_plan import HTTP_CONCURRENCY, MODES, Plan, Rates
 from benchmarks.load_runs import Bench, compare_http, endure, sweep
 from benchmarks.processes import Cores, EngineProcess, bind, bound
 from draft.errors import UserError
-from draft.heads.checkpoint import check_fits, load_head
+from draft.heads.checkpoint import attach_head, load_head
 from draft.launcher import draft_serve
 from draft.target import Target, load_target
 from serving.engine.setup import MODES as ENGINE_MODES
@@ -96,7 +96,7 @@ def benchmark(arguments: Namespace, command: Sequence[str]) -> int:
     cores = Cores.split()
     target = load_target(arguments.target, decoding_dtype(arguments.dtype, arguments.mode))
     head, about = load_head(arguments.head, dtype=target.dtype, device=target.device)
-    check_fits(head, about, target)
+    attach_head(head, about, target)
     results: dict[str, Any] = {
         "benchmark": MODULE,
         **provenance.provenance(MODULE, command, target),

@@ -21,7 +21,7 @@ from benchmarks import training_report as report
 from benchmarks.training_steps import PARTS, Product, Step, make_rows, spread_lengths, timed
 from draft.data.examples import Batch, batches, collate, packed_batches
 from draft.heads import DraftHead
-from draft.heads.checkpoint import check_fits, load_head
+from draft.heads.checkpoint import attach_head, load_head
 from draft.target import DTYPES, Target, load_target
 from draft.training.allocator import keep_freed_memory
 from draft.training.config import RunSettings, resolve
@@ -48,7 +48,7 @@ def settings_of(name: str, arguments: Namespace) -> RunSettings:
 def make_steps(target: Target, arguments: Namespace) -> dict[str, Step]:
     """Each method over weights of its own, as a run has them: full training's are wider where the target's are half."""
     base, about = load_head(arguments.head, device=target.device)
-    check_fits(base, about, target)
+    attach_head(base, about, target)
     steps = {}
     for name in METHODS:
         head: DraftHead = base

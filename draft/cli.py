@@ -159,8 +159,8 @@ def prepare(
     from draft.data.generate import EndpointSettings, LocalServer, check_local
     from draft.data.prepare import parse_shard
     from draft.data.prepare import prepare as run
-    from draft.devices import device_of_process
     from draft.target import load_target
+    from draft.target.devices import device_of_process
 
     if more and not prompts:
         raise UserError(f"{more[0]!r} belongs to no option; give files of prompts as --prompts {' '.join(more)}.")

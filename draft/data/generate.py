@@ -25,11 +25,11 @@ from openai import APIConnectionError, APIStatusError, AsyncOpenAI, DefaultAsync
 
 from draft.data.dataset import Response, hashed
 from draft.data.examples import Message, end_of_turn, tokenise
-from draft.devices import resolve_device, resolve_dtype
 from draft.errors import UserError
 from draft.launcher import draft_serve
 from draft.target import Target
 from draft.target.bundled import BUNDLED_TARGET
+from draft.target.devices import resolve_device, resolve_dtype
 
 log = logging.getLogger(__name__)
 
