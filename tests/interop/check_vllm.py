@@ -1,6 +1,6 @@
 """vLLM loads our exports by the command that `export` printed, and drafts our tokens. Imports nothing of ours.
 
-    python benchmarks/interop/check_vllm.py FOLDER TABLE
+    python tests/interop/check_vllm.py FOLDER TABLE
 
 FOLDER is what `prepare` wrote; TABLE the JSON file that gets the names, shapes and keys which were loaded. Exit status
 1: some head was not loaded whole, or not read as its config.json says, or drafted other tokens.

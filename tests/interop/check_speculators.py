@@ -1,6 +1,6 @@
 """The `speculators` package loads our exports, and its forward pass gives our logits. Imports nothing of ours.
 
-    python benchmarks/interop/check_speculators.py FOLDER TABLE
+    python tests/interop/check_speculators.py FOLDER TABLE
 
 FOLDER is what `prepare` wrote; TABLE the JSON file that gets the names, shapes and keys which were loaded. Exit status
 1: some head was not loaded whole, or computed otherwise.

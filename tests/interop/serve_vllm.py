@@ -1,6 +1,6 @@
 """The printed `vllm serve` lines, run as a user would: a chat over HTTP, then /metrics. Imports nothing of ours.
 
-    python benchmarks/interop/serve_vllm.py FOLDER
+    python tests/interop/serve_vllm.py FOLDER
 
 FOLDER is what `compare_engines prepare` and `run_vllm` wrote. To each line is added what a test on a CPU needs, and no
 more; FOLDER/serve-FORMAT.log has what vLLM said. Exit status 1: no answer, or another than the engine's own text in

@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.interop.compare_engines import count
+from interop.compare_engines import count
 
 # drafts accepted after each known token
 LEADING = [2, 0, 0, 1, 3, 3, 3]
