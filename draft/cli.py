@@ -29,6 +29,7 @@ app = typer.Typer(
 )
 console = plain_console()
 SECONDS_FOR_PROCESS_0 = 5
+TRAIN_EXTRA = ("datasets", "matplotlib", "tensorboardX")  # packages that only draft-train needs
 
 
 def main() -> None:
@@ -63,6 +64,8 @@ def _run() -> None:
         app()
     except Exception as error:
         mistake = str(error) if isinstance(error, UserError) else file_trouble(error)
+        if isinstance(error, ModuleNotFoundError) and error.name in TRAIN_EXTRA:
+            mistake = f"{error.name} is not installed; run: pip install 'draftsmith[train]'"
         if mistake is not None:
             if int(os.environ.get("RANK", 0)):
                 # process 0 says most mistakes too; it ends with them, and the launcher then ends this one
