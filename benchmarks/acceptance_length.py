@@ -57,9 +57,7 @@ DECIDING_LENGTH = 5  # the speculation length of the table by category, where it
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark with command-line arguments; returns the exit status."""
-    command = list(sys.argv[1:] if arguments is None else arguments)
-    parsed = parse(command)
-    return shared.run_program(lambda: benchmark(parsed, command))
+    return shared.run_program(parse, benchmark, arguments)
 
 
 def parse(arguments: Sequence[str]) -> Namespace:

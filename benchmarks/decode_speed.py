@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import httpx
+import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -68,9 +69,7 @@ SERVER_SECONDS = 600  # for a server of --vs to start
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark with command-line arguments; returns the exit status."""
-    command = list(sys.argv[1:] if arguments is None else arguments)
-    parsed = parse(command)
-    return shared.run_program(lambda: benchmark(parsed, command))
+    return shared.run_program(parse, benchmark, arguments)
 
 
 def parse(arguments: Sequence[str]) -> Namespace:
@@ -608,19 +607,11 @@ def predict(results: dict[str, Any]) -> dict[str, Any] | None:
         if kind != "chain" or row["batch"] != 1 or row["temperature"] != 0 or not row["acceptance_length"]:
             continue
         k = int(length)
-        seconds = interpolate(widths, k + 1) + k * steps["draft"] + steps["re-read"]
+        seconds = float(np.interp(k + 1, list(widths), list(widths.values()))) + k * steps["draft"] + steps["re-read"]
         rate = row["acceptance_length"] / seconds
         if rate > best["tokens_per_second"]:
             best = {"name": row["name"], "tokens_per_second": rate, "over_plain": rate * widths[1]}
     return best
-
-
-def interpolate(points: dict[int, float], at: int) -> float:
-    """Interpolate linearly between the measured widths."""
-    below = max(width for width in points if width <= at)
-    above = min((width for width in points if width >= at), default=below)
-    share = (at - below) / (above - below) if above > below else 0.0
-    return points[below] + share * (points[above] - points[below])
 
 
 def judge(results: dict[str, Any]) -> list[dict[str, Any]]:

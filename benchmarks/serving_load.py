@@ -14,7 +14,6 @@ import asyncio
 import itertools
 import json
 import math
-import multiprocessing
 import os
 import random
 import statistics
@@ -25,7 +24,6 @@ from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
 from pathlib import Path
 from time import perf_counter
 from typing import Any, NamedTuple
@@ -42,6 +40,8 @@ from draft.errors import UserError
 from draft.evaluation.tau import acceptance_length
 from draft.launcher import Server, draft_serve
 from draft.target import Target, load_target
+from serving.cli import load_engine
+from serving.engine import Engine, SamplingParams, Speculation
 from serving.engine.setup import MODES as ENGINE_MODES
 from serving.engine.setup import decoding_dtype
 
@@ -62,7 +62,6 @@ LOOP_SECONDS = (60.0, 50, 40, 32, 26, 21, 17, 14, 12, 10, 8, 7, 6, 5, 4, 3, 2)  
 ENDURANCE_TOKENS = 16
 ENDURANCE_PROMPT = 24  # characters
 TIMEOUT = 600.0  # seconds for one answer
-END_SECONDS = 60  # for a process to end
 
 # bars
 AUTOMATIC_OVER_BETTER = 0.97
@@ -74,9 +73,7 @@ MEMORY_GROWTH = 1.05
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark with command-line arguments; returns the exit status."""
-    command = list(sys.argv[1:] if arguments is None else arguments)
-    parsed = parse(command)
-    return shared.run_program(lambda: benchmark(parsed, command))
+    return shared.run_program(parse, benchmark, arguments)
 
 
 def parse(arguments: Sequence[str]) -> Namespace:
@@ -157,8 +154,11 @@ def measure(
         bind(server.process, cores.io)
     engine = None
     if arguments.check:
-        everything = {**options, "warm_up": True, "speculation": "chain"}
-        engine = stack.enter_context(EngineProcess(everything, cores))
+        everything: dict[str, Any] = {**options, "warm_up": True, "speculation": "chain"}
+        with bound(cores.engine):  # the engine's threads inherit the cores
+            engine = load_engine(**everything)
+            stack.callback(engine.close)
+            engine.start()
     bench = Bench(arguments, prompts, servers)
     plan = Plan(
         tuple(sorted(set(arguments.concurrency))),
@@ -215,26 +215,28 @@ class Bench:
     def chats(self, count: int, first: int = 0) -> list[str]:
         return list(itertools.islice(itertools.cycle(self.prompts), first, first + count))
 
-    def asks(self, mode: str, count: int, first: int = 0) -> list[Ask]:
+    def chat_requests(self, mode: str, count: int, first: int = 0) -> list[Request]:
         speculative = {"off": {"enabled": False}, "on": {"num_tokens": self.num_tokens}, "automatic": {}}[mode]
         settings = {"temperature": 0, "ignore_eos": True, "stream": True, "stream_options": {"include_usage": True}}
         settings |= {"max_completion_tokens": self.arguments.max_new_tokens, "speculative": speculative}
         return [
-            Ask("/v1/chat/completions", {"messages": [{"role": "user", "content": chat}], **settings})
+            Request("/v1/chat/completions", {"messages": [{"role": "user", "content": chat}], **settings})
             for chat in self.chats(count, first)
         ]
 
-    def endurance_asks(self, count: int) -> list[Ask]:
+    def short_requests(self, count: int) -> list[Request]:
         """Return short requests, every other one streamed."""
         settings: dict[str, Any] = {"temperature": 0, "ignore_eos": True, "max_tokens": ENDURANCE_TOKENS}
         streamed = {"stream": True, "stream_options": {"include_usage": True}}
         return [
-            Ask("/v1/completions", {"prompt": chat[:ENDURANCE_PROMPT], **settings, **(streamed if place % 2 else {})})
+            Request(
+                "/v1/completions", {"prompt": chat[:ENDURANCE_PROMPT], **settings, **(streamed if place % 2 else {})}
+            )
             for place, chat in enumerate(self.chats(count))
         ]
 
     def closed(self, mode: str, concurrency: int, count: int, first: int = 0) -> Load:
-        return closed_loop(self.servers[mode].url, self.asks(mode, count, first), concurrency)
+        return closed_loop(self.servers[mode].url, self.chat_requests(mode, count, first), concurrency)
 
     def calibrate(self) -> Rates:
         """Measure requests per second briefly; also chooses the chain that is fastest for a request alone."""
@@ -248,7 +250,7 @@ class Bench:
         measured = {("on", 1): speeds[self.num_tokens], ("off", 1): self.closed("off", 1, 2).requests_per_second}
         for mode in ("off", "on"):
             measured[mode, highest] = self.closed(mode, highest, highest).requests_per_second
-        short = closed_loop(self.servers["off"].url, self.endurance_asks(3 * highest), highest)
+        short = closed_loop(self.servers["off"].url, self.short_requests(3 * highest), highest)
         rates = Rates(highest, measured, short.requests_per_second)
         if not all([*measured.values(), rates.endurance]):
             failed = next(trace.error for trace in [*short.traces, *self.closed("off", 1, 1).traces] if trace.error)
@@ -281,8 +283,8 @@ def sweep(
             load.requests_per_second for load in off
         )
         for mode in MODES:
-            asks, seed = bench.asks(mode, requests[concurrency]), bench.arguments.seed
-            load = poisson(bench.servers[mode].url, asks, arriving[concurrency], seed)
+            chats = bench.chat_requests(mode, requests[concurrency])
+            load = poisson(bench.servers[mode].url, chats, arriving[concurrency], bench.arguments.seed)
             samples[Key("poisson", concurrency, mode)].append(load)
             step()
     return samples, arriving
@@ -291,9 +293,9 @@ def sweep(
 def endure(bench: Bench, count: int, step: Callable[[], None]) -> dict[str, Any]:
     """Send many short requests to a server in its default mode; note its memory after a tenth of them and after all."""
     server, early = bench.servers["automatic"], count // 10
-    asks, concurrency = bench.endurance_asks(count), max(bench.arguments.concurrency)
+    requests, concurrency = bench.short_requests(count), max(bench.arguments.concurrency)
     memory, loads = [], []
-    for part in (asks[:early], asks[early:]):
+    for part in (requests[:early], requests[early:]):
         loads.append(closed_loop(server.url, part, concurrency))
         memory.append(server.memory())
         step()
@@ -312,15 +314,18 @@ def endure(bench: Bench, count: int, step: Callable[[], None]) -> dict[str, Any]
     }
 
 
-def compare_http(
-    bench: Bench, engine: EngineProcess, count: int, repeats: int, step: Callable[[], None]
-) -> dict[str, Any]:
+def compare_http(bench: Bench, engine: Engine, count: int, repeats: int, step: Callable[[], None]) -> dict[str, Any]:
     """Time the same requests over HTTP and by the engine alone, in turns, without speculation: its plans may differ."""
+    params = SamplingParams(max_new_tokens=bench.arguments.max_new_tokens, ignore_eos=True)
     with_http, alone = [], []
     for repeat in range(repeats + 1):  # the first one warms up
         load = bench.closed("off", HTTP_CONCURRENCY, count, first=repeat * count)
-        chats = bench.chats(count, repeat * count)
-        tokens, seconds = engine.closed_loop(chats, bench.arguments.max_new_tokens, HTTP_CONCURRENCY)
+        prompts = [shared.chat_ids(engine.target, chat) for chat in bench.chats(count, repeat * count)]
+        began = perf_counter()
+        with ThreadPoolExecutor(HTTP_CONCURRENCY) as pool:
+            answers = pool.map(lambda ids: engine.submit(ids, params, Speculation(enabled=False)).result(), prompts)
+            tokens = sum(len(answer.token_ids) for answer in answers)
+        seconds = perf_counter() - began
         if repeat:
             with_http.append(load.rate)
             alone.append(tokens / seconds)
@@ -397,7 +402,7 @@ class Rates:
 
 
 @dataclass(frozen=True)
-class Ask:
+class Request:
     """One POST request."""
 
     path: str
@@ -456,15 +461,15 @@ class Load:
         return len(self.good) / self.seconds
 
 
-def closed_loop(url: str, asks: Sequence[Ask], concurrency: int) -> Load:
+def closed_loop(url: str, requests: Sequence[Request], concurrency: int) -> Load:
     """Run so many clients, each of which sends its next request when the last one is answered."""
 
     async def run(client: httpx.AsyncClient) -> list[Trace]:
-        left, traces = iter(asks), list[Trace]()
+        left, traces = iter(requests), list[Trace]()
 
         async def work() -> None:
-            for ask in left:
-                traces.append(await send(client, ask))
+            for request in left:
+                traces.append(await send(client, request))
 
         await asyncio.gather(*(work() for _ in range(concurrency)))
         return traces
@@ -472,15 +477,15 @@ def closed_loop(url: str, asks: Sequence[Ask], concurrency: int) -> Load:
     return _load(url, run)
 
 
-def poisson(url: str, asks: Sequence[Ask], per_second: float, seed: int) -> Load:
+def poisson(url: str, requests: Sequence[Request], per_second: float, seed: int) -> Load:
     """Send requests with exponential gaps between them, however many are being answered."""
     gaps = random.Random(seed)
 
     async def run(client: httpx.AsyncClient) -> list[Trace]:
         due, tasks = perf_counter(), []
-        for ask in asks:
+        for request in requests:
             await asyncio.sleep(max(0.0, due - perf_counter()))
-            tasks.append(asyncio.ensure_future(send(client, ask)))
+            tasks.append(asyncio.ensure_future(send(client, request)))
             due += gaps.expovariate(per_second)
         return list(await asyncio.gather(*tasks))
 
@@ -498,22 +503,22 @@ def _load(url: str, conversation: Callable[[httpx.AsyncClient], Coroutine[Any, A
     return asyncio.run(run())
 
 
-async def send(client: httpx.AsyncClient, ask: Ask) -> Trace:
+async def send(client: httpx.AsyncClient, request: Request) -> Trace:
     """Send one request; whatever is wrong with its answer is in the trace."""
     trace = Trace(perf_counter())
     try:
-        async with client.stream("POST", ask.path, json=ask.body) as response:
+        async with client.stream("POST", request.path, json=request.body) as response:
             if response.status_code != 200:
                 trace.error = f"status {response.status_code}"
-            elif ask.body.get("stream"):
+            elif request.body.get("stream"):
                 await _note_stream(trace, response)
             else:
                 _note_usage(trace, json.loads(await response.aread()))
     except (httpx.HTTPError, ValueError, LookupError) as error:
         trace.error = f"{type(error).__name__}: {error}"
     trace.ended = trace.ended or perf_counter()
-    if trace.error is None and trace.tokens != ask.tokens:
-        trace.error = f"{trace.tokens} tokens instead of {ask.tokens}"
+    if trace.error is None and trace.tokens != request.tokens:
+        trace.error = f"{trace.tokens} tokens instead of {request.tokens}"
     return trace
 
 
@@ -544,7 +549,7 @@ def _note_usage(trace: Trace, answer: dict[str, Any]) -> None:
     trace.accepted, trace.steps = figures["num_accepted_draft_tokens"], figures["num_spec_steps"]
 
 
-# ---- cores, and an engine without HTTP ----
+# ---- cores ----
 
 CAN_BIND = hasattr(os, "sched_setaffinity")
 
@@ -588,68 +593,6 @@ def bound(cores: Sequence[int]) -> Iterator[None]:
         yield
     finally:
         bind(0, tuple(before))
-
-
-class EngineProcess:
-    """The same engine as a server's, in a process without HTTP."""
-
-    def __init__(self, options: dict[str, Any], cores: Cores) -> None:
-        """options: of `load_engine`. Raises UserError when it cannot be loaded."""
-        context = multiprocessing.get_context("spawn")  # a fork would inherit torch's threads
-        self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=_run_engine, args=(theirs, options, cores), daemon=True)
-        self._process.start()
-        theirs.close()
-        self._receive()
-
-    def closed_loop(self, chats: Sequence[str], new_tokens: int, concurrency: int) -> tuple[int, float]:
-        """Answer each chat of one turn greedily without speculation; return the tokens generated, and the seconds."""
-        self._connection.send((chats, new_tokens, concurrency))
-        return self._receive()
-
-    def _receive(self) -> Any:
-        try:
-            answer = self._connection.recv()
-        except EOFError:
-            raise UserError("the engine's process ended; its message is above.") from None
-        if isinstance(answer, UserError):
-            raise answer
-        return answer
-
-    def __enter__(self) -> EngineProcess:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._connection.close()  # which ends its loop
-        self._process.join(END_SECONDS)
-        self._process.kill()
-
-
-def _run_engine(connection: Connection, options: dict[str, Any], cores: Cores) -> None:
-    from serving.cli import load_engine
-    from serving.engine import SamplingParams, Speculation
-
-    bind(0, cores.engine)
-    try:
-        engine = load_engine(**options)
-    except UserError as error:
-        connection.send(error)
-        return
-    engine.start()
-    bind(0, cores.io)
-    connection.send("ready")
-    while True:
-        try:
-            chats, new_tokens, concurrency = connection.recv()
-        except EOFError:
-            return
-        prompts = [shared.chat_ids(engine.target, chat) for chat in chats]
-        params, speculation = SamplingParams(max_new_tokens=new_tokens, ignore_eos=True), Speculation(enabled=False)
-        began = perf_counter()
-        with ThreadPoolExecutor(concurrency) as pool:
-            answers = pool.map(lambda prompt: engine.submit(prompt, params, speculation).result(), prompts)  # noqa: B023
-            tokens = sum(len(answer.token_ids) for answer in answers)
-        connection.send((tokens, perf_counter() - began))
 
 
 # ---- figures ----

@@ -20,14 +20,7 @@ from typing import Any, NoReturn
 
 import torch
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from draft.data.records import records
@@ -116,10 +109,19 @@ def real(low: float, high: float) -> Callable[[str], float]:
     return parse
 
 
-def run_program(body: Callable[[], int]) -> int:
-    """Return the body's exit status; 2 after a user's mistake or a file error, in one sentence; 130 after Ctrl-C."""
+def run_program(
+    parse: Callable[[Sequence[str]], argparse.Namespace],
+    benchmark: Callable[[argparse.Namespace, Sequence[str]], int],
+    arguments: Sequence[str] | None,
+) -> int:
+    """Run a benchmark with command-line arguments and return its exit status.
+
+    That is 2 after a user's mistake or a file error, which is printed in one sentence, and 130 after Ctrl-C.
+    """
+    command = list(sys.argv[1:] if arguments is None else arguments)
+    parsed = parse(command)
     try:
-        return body()
+        return benchmark(parsed, command)
     except KeyboardInterrupt:
         return 130
     except Exception as error:

@@ -12,18 +12,7 @@ from typing import Any
 import pytest
 
 from benchmarks import kernels
-from benchmarks.kernels import (
-    COMPILED,
-    CONTENDERS,
-    EAGER,
-    KERNELS,
-    LINEAR,
-    SHAPES,
-    Work,
-    geometric_mean,
-    judge,
-    work,
-)
+from benchmarks.kernels import COMPILED, CONTENDERS, EAGER, KERNELS, LINEAR, SHAPES, Work, geometric_mean, judge, work
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -80,11 +69,7 @@ def test_the_bars() -> None:
     ],
 )
 def test_a_mistake_is_one_sentence(
-    arguments: list[str],
-    word: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    arguments: list[str], word: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     try:

@@ -7,7 +7,7 @@ import pytest
 from conftest import make_tiny_head, save_tiny_target
 
 from benchmarks import serving_load
-from benchmarks.serving_load import Ask, Cores, Key, Load, Plan, Rates, Trace, closed_loop, poisson
+from benchmarks.serving_load import Cores, Key, Load, Plan, Rates, Request, Trace, closed_loop, poisson
 from draft.errors import UserError
 from draft.heads.checkpoint import save_head
 from draft.launcher import draft_serve
@@ -107,8 +107,10 @@ def test_cores_are_split_in_halves(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_goes_wrong_is_told_by_the_trace() -> None:
-    asks = [Ask("/v1/completions", {"prompt": "a", "max_tokens": 2, "stream": streamed}) for streamed in (True, False)]
-    for load in (closed_loop("http://127.0.0.1:9", asks, 2), poisson("http://127.0.0.1:9", asks, 1000.0, 0)):
+    requests = [
+        Request("/v1/completions", {"prompt": "a", "max_tokens": 2, "stream": streamed}) for streamed in (True, False)
+    ]
+    for load in (closed_loop("http://127.0.0.1:9", requests, 2), poisson("http://127.0.0.1:9", requests, 1000.0, 0)):
         assert len(load.traces) == 2 and load.rate == 0
         assert all(each.error and each.error.startswith("ConnectError") for each in load.traces)
 

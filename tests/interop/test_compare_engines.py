@@ -1,4 +1,4 @@
-"""How many verifications a text took: by what an engine says of its last ones, with the counts that follow from it."""
+"""Number of verifications of a text: from the counts of the last ones, as each engine counts them."""
 
 import pytest
 
