@@ -32,11 +32,10 @@ from transformers.utils.logging import disable_progress_bar
 
 from benchmarks import shared
 from benchmarks.shared import at_least, at_most, spread
-from draft.devices import wait_for
 from draft.errors import UserError
 from draft.heads import DraftHead
 from draft.launcher import draft_serve
-from draft.target import Target, load_target
+from draft.target import Target, load_target, wait_for
 from serving.engine import Engine, SamplingParams, Speculation
 from serving.engine.drafting import HeadProposer
 from serving.engine.kv_cache import Batch, Segment

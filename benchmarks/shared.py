@@ -28,7 +28,7 @@ from draft.errors import UserError, file_trouble
 from draft.evaluation.tau import Interval
 from draft.files import provenance as file_provenance
 from draft.heads import DraftHead
-from draft.heads.checkpoint import PRETRAINED, check_fits, load_head
+from draft.heads.checkpoint import PRETRAINED, attach_head, load_head
 from draft.target import Target
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -243,7 +243,7 @@ def nothing_fits(target: Target, new_tokens: int) -> UserError:
 def load_fitting_head(folder: str, target: Target) -> DraftHead:
     """Load a head in the target's dtype; UserError when it was made for another target."""
     head, about = load_head(folder, dtype=target.dtype, device=target.device)
-    check_fits(head, about, target)
+    attach_head(head, about, target)
     return head
 
 

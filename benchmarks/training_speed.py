@@ -28,10 +28,9 @@ from benchmarks.shared import Bar, at_least, at_most, spread
 from draft.afa import set_annealing_step
 from draft.data.dataset import Row
 from draft.data.examples import Batch, batches, collate, packed_batches
-from draft.devices import wait_for
 from draft.heads import DraftHead
 from draft.heads.base import Features
-from draft.target import DTYPES, Target, load_target
+from draft.target import DTYPES, Target, load_target, wait_for
 from draft.training.batches import FeatureSource
 from draft.training.config import RunSettings, resolve
 from draft.training.loss import HeadLoss

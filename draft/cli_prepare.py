@@ -69,8 +69,7 @@ def prepare(
     from draft.data.generate import EndpointSettings
     from draft.data.prepare import prepare as run
     from draft.data.shards import missing_shards, parse_shard
-    from draft.devices import device_of_process
-    from draft.target import load_target
+    from draft.target import device_of_process, load_target
 
     if more and not prompts:
         raise UserError(f"{more[0]!r} belongs to no option; give files of prompts as --prompts {' '.join(more)}.")

@@ -1,4 +1,4 @@
-"""The one exception that a user is meant to read, and what the operating system says put in its words."""
+"""The one exception that a user is meant to read, the operating system's errors in its words, and its console."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import errno
 
 from rich.console import Console
 
-# what a wrong path or a disk gives, and no fault of the program; None: of a library that keeps the number to itself
-FILE_TROUBLE = {
-    None, errno.EACCES, errno.EDQUOT, errno.EEXIST, errno.EFBIG, errno.EINVAL, errno.EIO, errno.EISDIR, errno.ELOOP,
+# given by a wrong path or a disk: no fault of the program
+FILE_ERRORS = {
+    errno.EACCES, errno.EDQUOT, errno.EEXIST, errno.EFBIG, errno.EINVAL, errno.EIO, errno.EISDIR, errno.ELOOP,
     errno.ENAMETOOLONG, errno.ENOENT, errno.ENOSPC, errno.ENOTDIR, errno.ENOTEMPTY, errno.EPERM, errno.EROFS,
 }  # fmt: skip
 
 
 class UserError(Exception):
-    """A mistake of the user's, told in one sentence: what is wrong, which value, and the way out.
+    """A mistake of the user's in one sentence: what is wrong, which value, and what to do.
 
     Command lines print the sentence and exit with status 2; nothing is half-written when it is raised.
     """
@@ -26,7 +26,8 @@ def file_trouble(error: Exception) -> str | None:
 
     if isinstance(error, SafetensorError):
         what, reason = "a safetensors file", str(error)
-    elif isinstance(error, OSError) and error.errno in FILE_TROUBLE:
+    # pyarrow keeps the number to itself; network errors, which are OSErrors too, are of classes of their own
+    elif isinstance(error, OSError) and (error.errno in FILE_ERRORS or (type(error) is OSError and not error.errno)):
         what = repr(str(error.filename)) if error.filename else "a file"
         reason = error.strerror or str(error) or type(error).__name__
     else:
@@ -35,9 +36,6 @@ def file_trouble(error: Exception) -> str | None:
         f"{what} could not be read or written ({' '.join(reason.split())}); see to the path, its permissions and the "
         "room on its disk, and repeat the command."
     )
-
-
-# The console of the command lines.
 
 
 def plain_console() -> Console:

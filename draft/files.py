@@ -1,7 +1,8 @@
-"""Atomic files and folders, JSON, and the cache folder."""
+"""Atomic files and folders, JSON, hashes, the cache folder and the provenance of a run."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shlex
@@ -21,30 +22,61 @@ from draft.errors import UserError
 def atomic_folder(folder: Path, files: frozenset[str]) -> Iterator[Path]:
     """A temporary folder that takes the place of `folder` when the block ends well, and vanishes when it doesn't.
 
+    The folder that is replaced is kept as `.NAME.old` until the new one is in its place, and comes back when that
+    fails. A process that is killed in between leaves it there; the next call, or `finish_folders`, brings it back.
+
     Raises:
         UserError: when `folder` exists and holds anything but `files`: only what this wrote before is replaced.
     """
+    _finish(folder)
     if folder.exists():
         others = sorted({path.name for path in folder.iterdir()} - files) if folder.is_dir() else [folder.name]
         if others:
             raise UserError(f"{str(folder)!r} holds something else ({others[0]}); choose another folder to write to.")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.new-", dir=folder.parent))
     temporary.chmod(0o755)
     try:
         yield temporary
         for path in (*temporary.iterdir(), temporary):  # a rename may reach the disk before the data does
             sync(path)
-        if folder.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
-            os.replace(folder, old / "folder")
+        try:
+            if folder.exists():
+                os.replace(folder, _saved(folder))
             os.replace(temporary, folder)
-            shutil.rmtree(old)
-        else:
-            os.replace(temporary, folder)
-        sync(folder.parent)
+            sync(folder.parent)
+        finally:
+            _finish(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def finish_folders(parent: Path, pattern: str) -> None:
+    """Complete what killed processes left of the folders in `parent` whose names match `pattern`.
+
+    A folder that was moved aside and not replaced comes back; half-written new ones are removed.
+    """
+    for saved in parent.glob(f".{pattern}.old"):
+        _finish(parent / saved.name.removeprefix(".").removesuffix(".old"))
+    for left in parent.glob(f".{pattern}.new-*"):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def _saved(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.old")
+
+
+def _finish(folder: Path) -> None:
+    """Bring the saved folder back where nothing is in its place; remove it where the new one is."""
+    saved = _saved(folder)
+    if not saved.is_dir():
+        return
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        os.replace(saved, folder)
+    else:  # under another name first: half of it must not come back when this process is killed
+        discarded = Path(tempfile.mkdtemp(prefix=f".{folder.name}.new-", dir=folder.parent))
+        os.replace(saved, discarded)
+        shutil.rmtree(discarded, ignore_errors=True)
 
 
 def sync(path: Path) -> None:
@@ -84,8 +116,18 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
+def file_sha256(*paths: Path) -> str:
+    """The hash of the files' bytes, one file after the other; OSError where one is missing."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
 def cache_folder() -> Path:
-    """Where unpacked models are kept: $DRAFTSMITH_CACHE, default ~/.cache/draftsmith."""
+    """The folder of unpacked models: $DRAFTSMITH_CACHE, default ~/.cache/draftsmith."""
     return Path(os.environ.get("DRAFTSMITH_CACHE") or Path.home() / ".cache" / "draftsmith").expanduser()
 
 
@@ -97,12 +139,12 @@ def provenance() -> dict[str, str]:
 def _commit() -> str:
     """Empty where this file is in no repository: an installed copy may lie in somebody else's."""
     file = Path(__file__)
-    told = ""
+    output = ""
     for words in (f"ls-files --error-unmatch {file.name}", "describe --always --dirty --abbrev=40 --exclude=*"):
         try:
-            told = subprocess.run(
+            output = subprocess.run(
                 ["git", *words.split()], cwd=file.parent, capture_output=True, text=True, check=True
             ).stdout
         except (OSError, subprocess.CalledProcessError):  # no git on this machine, or not its file
             return ""
-    return told.strip()
+    return output.strip()

@@ -200,7 +200,7 @@ def load_engine(
     import torch
     from transformers.utils.logging import disable_progress_bar
 
-    from draft.heads.checkpoint import check_fits, load_head
+    from draft.heads.checkpoint import attach_head, load_head
     from draft.target import load_target
     from serving.engine import Engine
     from serving.engine.setup import decoding_dtype
@@ -213,7 +213,7 @@ def load_engine(
     draft_head = None
     if head is not None:
         draft_head, about = load_head(head, dtype=loaded.dtype, device=loaded.device)
-        check_fits(draft_head, about, loaded)
+        attach_head(draft_head, about, loaded)
     engine = Engine(loaded, draft_head, threads=threads, **options)
     if warm_up:
         engine.warm_up()

@@ -1,4 +1,4 @@
-"""Compiles the kernels for chips that are not here, as `launch` would call them, and reads what became of them."""
+"""Compiles the kernels for chips that are not here, as they would be launched, and reads what they need."""
 
 from __future__ import annotations
 

@@ -127,10 +127,10 @@ def make_tiny_head(
         for parameter in head.parameters():
             if parameter.dim() > 1:
                 parameter.normal_(std=0.2)
-        for step, lm_head in enumerate(head.own_lm_heads.values()):
+        for step, lm_head in enumerate(head.lm_head_modules.values()):
             lm_head.weight.copy_(target.lm_head.weight[:size] * (1 + step / 10))  # no two are the same
     head.set_vocabulary(torch.arange(size))
-    head.borrow(target)
+    head.use_target_lm_head(target)
     return head.to(target.dtype).eval()
 
 

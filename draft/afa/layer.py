@@ -1,7 +1,7 @@
 """The AFA-LoRA configuration, and the layer that PEFT puts in the place of an nn.Linear.
 
-`draft.afa` is the door to all of it. This stands on an interface of PEFT's that PEFT calls private (LoRA
-variants, custom modules, `LoraModel._create_and_replace`), hence the pin `peft>=0.21.2,<0.22`.
+PEFT has no public way to do this: LoRA variants, `_register_custom_module` and `LoraModel._create_and_replace`, which
+importing this module wraps, are its own affairs. Hence the bounds `peft>=0.21.2,<0.22` in pyproject.toml.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from peft import LoraConfig
 from peft.tuners import lora
 from peft.tuners.lora.layer import VARIANT_KWARG_KEYS, LoraVariant
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -25,12 +26,13 @@ from afa_kernels import (
     canonical_placement,
     fall_back,
 )
-from draft.afa.schedule import beta_at, zero_step
+from draft.afa.schedule import Annealing, beta_at
 from draft.errors import UserError
 
 # Initialisations with B = 0 (or none), so that the adapter starts as no change whatever beta is. The others
 # (pissa, olora, corda...) take B A out of the base weight, which only a linear adapter gives back.
 INITIALISATIONS = (True, False, "gaussian", "eva")
+FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 NOT_SUPPORTED = ("lora_bias", "fan_in_fan_out", "target_parameters", "use_qalora")
 
 
@@ -56,7 +58,7 @@ class AfaLoraConfig(LoraConfig):
 
     # A LoRA variant is found by a truthy field with this tag; the activation's name is always truthy.
     activation: str = field(default="silu", metadata={"help": "silu, gelu, relu, tanh", "is_lora_variant": True})
-    placement: str = field(default="A-s-B", metadata={"help": "Where the activation stands"})
+    placement: str = field(default="A-s-B", metadata={"help": "Place of the activation"})
     schedule: str = field(default="linear", metadata={"help": "linear, cosine, exponential"})
     decay_ratio: float = field(default=0.3, metadata={"help": "Share of the steps after which beta is 0"})
     beta: float = field(default=1.0, metadata={"help": "Weight of the non-linear branch"})
@@ -71,15 +73,6 @@ class AfaLoraConfig(LoraConfig):
             self.placement = canonical_placement(self.placement)
         except ValueError as error:
             raise UserError(str(error)) from None
-        self._refuse_other_options()
-        beta_at(self.step, self.total_steps or 1, self.decay_ratio, self.schedule)  # checks the values
-        if not 0 <= self.beta <= 1:
-            raise UserError(f"beta is {self.beta}: choose a number from 0 to 1")
-        if self.total_steps:
-            self.anneal(self.step, self.total_steps)
-        self._register_custom_module({nn.Linear: AfaLinear})
-
-    def _refuse_other_options(self) -> None:
         variants = [f.name for f in dataclasses.fields(LoraConfig) if f.metadata.get("is_lora_variant")]
         for name in (*variants, *NOT_SUPPORTED):
             if getattr(self, name):
@@ -89,14 +82,20 @@ class AfaLoraConfig(LoraConfig):
                 f"init_lora_weights={self.init_lora_weights!r} changes the base weight, which only a linear "
                 "adapter gives back: choose True, 'gaussian', 'eva' or False for AFA-LoRA"
             )
+        beta_at(self.step, self.total_steps or 1, self.decay_ratio, self.schedule)  # checks the values
+        if not 0 <= self.beta <= 1:
+            raise UserError(f"beta is {self.beta}: choose a number from 0 to 1")
+        if self.total_steps:
+            self.anneal(self.step, self.total_steps)
+        self._register_custom_module({nn.Linear: AfaLinear})
 
     def anneal(self, step: int, total_steps: int) -> None:
-        """Sets step, total_steps and the beta that follows. Layers that exist: see `set_annealing_step`."""
+        """Set step, total_steps and the beta that follows. Layers that exist: see `set_annealing_step`."""
         self.beta = beta_at(step, total_steps, self.decay_ratio, self.schedule)
         self.step, self.total_steps = step, total_steps
 
     def to_dict(self) -> dict[str, Any]:
-        """What adapter_config.json holds: at beta = 0 LoraConfig's keys only, as an ordinary LoRA adapter.
+        """The content of adapter_config.json: at beta = 0 LoraConfig's keys only, as an ordinary LoRA adapter.
 
         At beta > 0 everything, under peft_type AFA_LORA, a name that plain PEFT doesn't know, so that it
         fails instead of using the adapter as a linear one.
@@ -108,50 +107,8 @@ class AfaLoraConfig(LoraConfig):
         return {key: value for key, value in everything.items() if key in plain}
 
 
-class AfaVariant(LoraVariant):
-    """One adapter's annealing state in one layer, and the steps in which PEFT asks a LoRA variant.
-
-    beta is a tensor, so that a captured graph sees it change, but no buffer: PEFT saves buffers, and
-    `.to(bfloat16)` would round it.
-    """
-
-    def __init__(self, config: AfaLoraConfig) -> None:
-        self.config = config
-        self.is_linear = config.beta == 0
-        # An explicit device: the model may be under construction on another default one (meta).
-        self._beta = torch.tensor(config.beta, dtype=torch.float64, device="cpu")  # []
-
-    def refresh(self) -> None:
-        """Takes beta over from the config."""
-        self.is_linear = self.config.beta == 0
-        self._beta.fill_(self.config.beta)
-
-    def beta_on(self, device: torch.device) -> Tensor:
-        """beta as a 0-dim tensor on `device`."""
-        beta = self._beta  # a local name: replicas of nn.DataParallel share this object
-        if beta.device != device:
-            dtype = torch.float32 if device.type == "mps" else torch.float64
-            # A tensor made in inference mode could not take part in training later.
-            with torch.inference_mode(False):
-                beta = self._beta = beta.to(device=device, dtype=dtype)
-        return beta
-
-    def refuse_unless_linear(self, adapter_name: str) -> None:
-        """Raises UserError while beta is above 0, naming the step at which it would be 0."""
-        config = self.config
-        if config.beta == 0:
-            return
-        if config.total_steps:
-            way_out = (
-                f"at step {config.step} of {config.total_steps}; train on to step "
-                f"{zero_step(config.total_steps, config.decay_ratio)}, where beta reaches 0"
-            )
-        else:
-            way_out = "and no number of steps is set, so it never reaches 0: train it with AnnealingCallback"
-        raise UserError(
-            f"adapter {adapter_name!r} is not a matrix yet and can be neither merged nor converted: "
-            f"its beta is {config.beta:.4g} {way_out}"
-        )
+class AfaVariant(Annealing, LoraVariant):
+    """One adapter's annealing state in one layer, with the steps at which PEFT calls a LoRA variant."""
 
     @staticmethod
     def init(module: Any, adapter_name: str, **kwargs: Any) -> None:
@@ -199,8 +156,13 @@ class AfaLinear(lora.Linear):
         mixed_batch = kwargs.get("adapter_names") is not None
         if self.disable_adapters or self.merged or mixed_batch or not all_annealed:
             return super().forward(x, *args, **kwargs)
-        if len(active) == 1 and self._can_fuse(active[0], x):
-            return self._fused(active[0], x)
+        if len(active) == 1:
+            try:
+                fused = self._fused(active[0], x)
+            except KernelsError as error:  # AFA_KERNELS requests the impossible
+                raise UserError(str(error)) from None
+            if fused is not None:
+                return fused
         for key in (*VARIANT_KWARG_KEYS, "adapter_names"):  # meant for adapters, not for the base layer
             kwargs.pop(key, None)
         result = cast(nn.Linear, self.base_layer)(x, *args, **kwargs)
@@ -208,35 +170,27 @@ class AfaLinear(lora.Linear):
             result = result + self.afa_delta(name, x)
         return result
 
-    def _can_fuse(self, name: str, x: Tensor) -> bool:
-        if self.annealed[name].config.placement != "A-s-B" or not is_bare(self.base_layer):
-            return False
+    def _fused(self, name: str, x: Tensor) -> Tensor | None:
+        """Base layer and adapter in one; None for a layer that has to be computed in two."""
+        variant, base = self.annealed[name], cast(nn.Linear, self.base_layer)
+        if variant.config.placement != "A-s-B" or not is_bare(base):
+            return None
         dropout = self.lora_dropout[name]
         if self.training and not isinstance(dropout, nn.Identity):
-            try:
-                fall_back(f"LoRA dropout is {cast(nn.Dropout, dropout).p:g}, and they have none", x.device.type)
-            except KernelsError as error:
-                raise UserError(str(error)) from None
-            return False
-        return True
-
-    def _fused(self, name: str, x: Tensor) -> Tensor:
-        variant, base = self.annealed[name], cast(nn.Linear, self.base_layer)
-        try:
-            return afa_lora_linear(
-                x,
-                base.weight,
-                base.bias,
-                *lora_weights(self, name),
-                beta=variant.beta_on(x.device),
-                scaling=self.scaling[name],
-                activation=variant.config.activation,
-            )
-        except KernelsError as error:  # AFA_KERNELS asks for what can't be
-            raise UserError(str(error)) from None
+            fall_back(f"LoRA dropout is {cast(nn.Dropout, dropout).p:g}, and they have none", x.device.type)
+            return None
+        return afa_lora_linear(
+            x,
+            base.weight,
+            base.bias,
+            *lora_weights(self, name),
+            beta=variant.beta_on(x.device),
+            scaling=self.scaling[name],
+            activation=variant.config.activation,
+        )
 
     def afa_delta(self, name: str, x: Tensor) -> Tensor:  # [..., in] -> [..., out]
-        """What AFA adapter `name` adds to the base output, in x's dtype."""
+        """The output of AFA adapter `name`, which is added to the base layer's, in x's dtype."""
         variant = self.annealed[name]
         weight_a, weight_b = lora_weights(self, name)
         x = self.lora_dropout[name](x)
@@ -261,7 +215,7 @@ class AfaLinear(lora.Linear):
 
 
 def is_bare(layer: nn.Module) -> bool:
-    """Whether calling `layer` does nothing but its product, so that a fused one may take its place.
+    """True for a layer whose call does nothing but its product, so that a fused one may take its place.
 
     Hooks (offloading, profiling, capture of hidden states) and a replaced forward want to see the call.
     """
@@ -289,3 +243,54 @@ def delta_float64(layer: lora.Linear, name: str) -> Tensor:  # [out, in]
     """scaling * B A of adapter `name`, in float64."""
     weight_a, weight_b = lora_weights(layer, name)
     return layer.scaling[name] * (as_float64(weight_b) @ as_float64(weight_a))
+
+
+def check_plain_linear(layer: nn.Module, name: str) -> None:
+    """Refuse, naming layer and type, all but an nn.Linear with ordinary float weights."""
+    weight = getattr(layer, "weight", None)
+    ordinary = isinstance(weight, Tensor) and type(weight.data) is Tensor and weight.dtype in FLOAT_DTYPES
+    if type(layer) is nn.Linear and ordinary:
+        return
+    kind = f"{type(layer).__module__}.{type(layer).__qualname__}"
+    if isinstance(weight, Tensor) and not ordinary:
+        kind += f" with a weight of {type(weight.data).__name__} {weight.dtype}"
+    raise UserError(
+        f"AFA-LoRA adapts plain nn.Linear layers only, and {name!r} is {kind}: take it out of target_modules"
+    )
+
+
+_peft_create_and_replace = lora.LoraModel._create_and_replace
+
+
+def _create_and_replace(
+    self: lora.LoraModel,
+    lora_config: LoraConfig,
+    adapter_name: str,
+    target: nn.Module,
+    target_name: str,
+    parent: nn.Module,
+    current_key: str,
+    *,
+    parameter_name: str | None = None,
+) -> None:
+    """PEFT's step for one target, after two things that it has no hook for on existing LoRA layers.
+
+    A target that AFA-LoRA can't adapt is refused by name (some quantised layers would silently make it a
+    plain adapter), and a layer that a plain LoRA adapter made earlier becomes an AfaLinear, which it equals
+    for that adapter.
+    """
+    if isinstance(lora_config, AfaLoraConfig):
+        if parameter_name is not None:
+            raise UserError(
+                f"AFA-LoRA adapts plain nn.Linear layers only, and {parameter_name!r} of {current_key!r} is "
+                f"a bare parameter of {type(target).__qualname__} (fused experts): take it out of the targets"
+            )
+        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        check_plain_linear(base, current_key)
+        if type(target) is lora.Linear:
+            target.__class__ = AfaLinear
+    where = (target, target_name, parent, current_key)
+    _peft_create_and_replace(self, lora_config, adapter_name, *where, parameter_name=parameter_name)
+
+
+lora.LoraModel._create_and_replace = _create_and_replace  # type: ignore[method-assign]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,8 @@ from draft.errors import UserError
 from draft.evaluation.replay import TOKENS_PER_BATCH, Acceptance, ReplayResult, replay
 from draft.evaluation.sampled import is_sampled, sampled_acceptance
 from draft.evaluation.tau import Interval, bootstrap_gain, bootstrap_ratio
-from draft.heads import DraftHead
-from draft.heads.checkpoint import check_fits
+from draft.evaluation.trained_rows import row_ids, trained_row_ids
+from draft.heads import DraftHead, attach_head
 from draft.target import Target
 
 DECIDING_LENGTH = 5
@@ -45,7 +45,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Measurement:
-    """What was measured on one set of rows."""
+    """The measurements on one set of rows."""
 
     greedy: Pair  # replay; its results are ReplayResults
     sampled: Pair | None  # the estimate at temperature 1; None: no row was sampled without truncation
@@ -62,23 +62,21 @@ class Comparison:
 
     target_name: str
     target_fingerprint: str
-    abouts: Mapping[str, Mapping[str, Any]]  # of BASELINE and CANDIDATE
-    names: Mapping[str, str]
+    contenders: Mapping[str, Contender]  # BASELINE and CANDIDATE
     deciding_length: int
     domain: Measurement
     general: Measurement | None
 
     @property
     def ship(self) -> bool:
-        """Whether the candidate's greedy gain is certain on the domain, and its loss on general traffic is bounded.
+        """True when the candidate's greedy gain is certain on the domain, and its loss on general traffic is bounded.
 
         Never on fewer conversations than an interval can be trusted from.
         """
         if any(measurement.greedy.conversations < LEAST_CONVERSATIONS for measurement in self.measurements.values()):
             return False
-        if not self.gain(self.domain).low > 0:  # NaN is not above 0 either
-            return False
-        return self.general is None or self.gain(self.general).low > -GENERAL_TOLERANCE
+        lost = self.general is not None and not self.gain(self.general).low > -GENERAL_TOLERANCE
+        return self.gain(self.domain).low > 0 and not lost  # NaN is above nothing
 
     @property
     def verdict(self) -> str:
@@ -96,14 +94,14 @@ class Comparison:
 
     @property
     def warnings(self) -> list[str]:
-        """What a reader must know before trusting the verdict."""
+        """Notes that a reader needs before trusting the verdict."""
         notes = [
             f"{name}: only {measurement.greedy.conversations} greedy conversations; intervals from fewer than "
             f"{FEW_CONVERSATIONS} are too narrow to be trusted."
             for name, measurement in self.measurements.items()
             if measurement.greedy.conversations < FEW_CONVERSATIONS
         ]
-        if "trained_rows" not in self.abouts[CANDIDATE]:
+        if trained_row_ids(self.contenders[CANDIDATE].about) is None:
             notes.append(
                 "the candidate does not record which rows it was trained on: that they are others is not checked."
             )
@@ -139,45 +137,37 @@ def compare(
         )
     contenders = {BASELINE: baseline, CANDIDATE: candidate}
     for contender in contenders.values():
-        check_fits(contender.head, dict(contender.about), target)
+        attach_head(contender.head, contender.about, target)
     sets = {"domain": list(domain_rows)} | ({} if general_rows is None else {"general": list(general_rows)})
     for name, rows in sets.items():
         for which, contender in contenders.items():
-            refuse_trained_rows(contender.about, rows, name, which)
+            seen = row_ids(rows) & (trained_row_ids(contender.about) or set())
+            if seen:
+                raise UserError(
+                    f"{len(seen)} of the {len(rows)} {name} rows are among those that the {which} was trained on; "
+                    "compare on the held-out split of the data that it was trained with, or prepare data of other "
+                    "prompts."
+                )
     heads = {name: contender.head for name, contender in contenders.items()}
-    measured = {
-        name: _measure(target, heads, rows, max_steps, resamples, tokens_per_batch, name if progress else None)
-        for name, rows in sets.items()
-    }
+
+    def measure(method: Callable[..., Mapping[str, Acceptance]], name: str, kind: str) -> Pair:
+        label = f"{name}, {kind}" if progress else None
+        results = method(target, heads, sets[name], max_steps, tokens_per_batch=tokens_per_batch, progress=label)
+        return _pair(results, resamples)
+
+    measured = {}
+    for name, rows in sets.items():
+        greedy = measure(replay, name, "greedy")
+        sampled = measure(sampled_acceptance, name, "temperature 1") if any(map(is_sampled, rows)) else None
+        measured[name] = Measurement(greedy, sampled)
     return Comparison(
         target_name=target.name,
         target_fingerprint=target.fingerprint,
-        abouts={name: contender.about for name, contender in contenders.items()},
-        names={name: contender.name for name, contender in contenders.items()},
+        contenders=contenders,
         deciding_length=deciding_length,
         domain=measured["domain"],
         general=measured.get("general"),
     )
-
-
-def _measure(
-    target: Target,
-    heads: Mapping[str, DraftHead],
-    rows: Sequence[Row],
-    max_steps: int,
-    resamples: int,
-    tokens_per_batch: int,
-    label: str | None,
-) -> Measurement:
-    greedy = replay(
-        target, heads, rows, max_steps, tokens_per_batch=tokens_per_batch, progress=label and f"{label}, greedy"
-    )
-    if not any(is_sampled(row) for row in rows):
-        return Measurement(_pair(greedy, resamples), None)
-    sampled = sampled_acceptance(
-        target, heads, rows, max_steps, tokens_per_batch=tokens_per_batch, progress=label and f"{label}, temperature 1"
-    )
-    return Measurement(_pair(greedy, resamples), _pair(sampled, resamples))
 
 
 def _pair(results: Mapping[str, Acceptance], resamples: int) -> Pair:
@@ -190,25 +180,6 @@ def _pair(results: Mapping[str, Acceptance], resamples: int) -> Pair:
         for base, new in zip(units[BASELINE], units[CANDIDATE], strict=True)
     ]
     return Pair(len(units[BASELINE][0]), results, taus, gains)
-
-
-def row_ids(rows: Iterable[Row]) -> list[str]:
-    """What a trainer records as `trained_rows` in a head's draftsmith.json: the start of each row's id, sorted.
-
-    A row's id is a hash of its prompt, so that a conversation is known again in another data set too.
-    """
-    return sorted({row.id[:12] for row in rows})
-
-
-def refuse_trained_rows(about: Mapping[str, Any], rows: Sequence[Row], name: str, which: str) -> None:
-    """Raise a UserError when the head that `about` describes, BASELINE or CANDIDATE, was trained on any of the rows."""
-    trained = set(about.get("trained_rows") or ())
-    seen = trained.intersection(row_ids(rows))
-    if seen:
-        raise UserError(
-            f"{len(seen)} of the {len(rows)} {name} rows are among those that the {which} was trained on; compare on "
-            "the held-out split of the data that it was trained with, or prepare data of other prompts."
-        )
 
 
 def general_rows(target: Target) -> list[Row] | None:

@@ -37,7 +37,7 @@ class Span:
 
 @dataclass(frozen=True)
 class Acceptance:
-    """What decoding the rows at speculation lengths 1..max_steps takes; column K-1 is for K."""
+    """Costs of decoding the rows at speculation lengths 1..max_steps; column K-1 is for K."""
 
     row_ids: list[str]
     emitted: np.ndarray  # [rows, max_steps] tokens given by verifications, the bonus token included
@@ -104,7 +104,7 @@ def replay(
 
     Args:
         heads: by any name; the results have the same names.
-        progress: what to write beside a progress bar; None shows none.
+        progress: the text beside a progress bar; None shows none.
 
     Raises:
         UserError: when no row was written greedily with something to verify.
@@ -179,7 +179,7 @@ def generations(row: Row, eos_token_ids: frozenset[int]) -> list[Span]:
 def walk(leading: Sequence[int], span: Span, length: int) -> Iterator[tuple[int, int, int]]:
     """Walk a greedy response as the engine does; yields (drafted, accepted, emitted) of each verification.
 
-    leading[i]: how many of the tokens after i + 1 are drafted right in a row, from the target's states up to i.
+    leading[i]: number of tokens after i + 1 that are drafted right in a row, from the target's states up to i.
     """
     last = span.start  # the last emitted token: given, but not yet read by the target
     while (remaining := span.end - 1 - last) > 0:
@@ -228,7 +228,7 @@ def drafted_states(target: Target, head: DraftHead, ids: Tensor, output: TargetO
 def _leading_hits(
     target: Target, head: DraftHead, ids: Tensor, output: TargetOutput, wanted: Tensor, steps: int
 ) -> Tensor:
-    """[batch, tokens]: of the `steps` greedy drafts from each wanted entry, how many are right before the first miss.
+    """[batch, tokens]: number of the `steps` greedy drafts from each wanted entry that are right before the first miss.
 
     The recorded tokens are fed to the head in the place of its own drafts: up to the first miss they are the same.
     """

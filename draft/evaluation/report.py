@@ -14,6 +14,7 @@ from rich.table import Table
 from draft.errors import plain_console
 from draft.evaluation.compare import BASELINE, CANDIDATE, GENERAL_TOLERANCE, Comparison, Measurement, Pair
 from draft.evaluation.tau import Interval
+from draft.evaluation.trained_rows import KEY, trained_row_ids
 from draft.files import write_json
 
 _COLUMNS = ["baseline τ", "candidate τ", "gain"]
@@ -50,7 +51,7 @@ def print_report(comparison: Comparison, console: Console | None = None) -> None
 
 
 def summary(comparison: Comparison) -> str:
-    """The verdict with the numbers that it stands on, in one line."""
+    """The verdict with the numbers that it follows from, in one line."""
     k = comparison.deciding_length
     parts = []
     for name, measurement in comparison.measurements.items():
@@ -62,10 +63,12 @@ def summary(comparison: Comparison) -> str:
 
 def to_json(comparison: Comparison) -> dict[str, Any]:
     """Everything that was measured, ready for `json.dumps`; unknown numbers are null."""
-    heads = {
-        name: {"name": public(comparison.names[name]), "about": public(_without_rows(comparison.abouts[name]))}
-        for name in (BASELINE, CANDIDATE)
-    }
+    heads = {}
+    for name, contender in comparison.contenders.items():
+        about = {key: value for key, value in contender.about.items() if key != KEY}
+        rows = trained_row_ids(contender.about)
+        about |= {} if rows is None else {KEY: len(rows)}
+        heads[name] = {"name": public(contender.name), "about": public(about)}
     measured = comparison.measurements
     return {
         "verdict": comparison.verdict,
@@ -116,11 +119,6 @@ def _numbers(values: list[float]) -> list[float | None]:
     return [None if math.isnan(value) else value for value in values]
 
 
-def _without_rows(about: Mapping[str, Any]) -> dict[str, Any]:
-    kept = {key: value for key, value in about.items() if key != "trained_rows"}
-    return kept | ({"trained_rows": len(about["trained_rows"])} if "trained_rows" in about else {})
-
-
 def public(value: Any) -> Any:
     """The same value with every absolute path in its strings cut to its last part."""
     if isinstance(value, Mapping):
@@ -140,7 +138,7 @@ def to_markdown(comparison: Comparison) -> str:
         *(f"- Note: {warning}" for warning in comparison.warnings),
         "",
         f"Target {public(comparison.target_name)} ({comparison.target_fingerprint}). "
-        + ", ".join(f"{name.capitalize()}: {public(comparison.names[name])}" for name in (BASELINE, CANDIDATE))
+        + ", ".join(f"{name.capitalize()}: {public(head.name)}" for name, head in comparison.contenders.items())
         + f". {_METHOD}",
         "",
     ]
@@ -213,15 +211,5 @@ def _curve(panel: Any, taus: list[Interval], label: str, colour: str, line: str)
     values = [tau.value for tau in taus]
     below = [max(0.0, tau.value - tau.low) for tau in taus]  # rounding may leave -1e-16, which matplotlib refuses
     above = [max(0.0, tau.high - tau.value) for tau in taus]
-    lengths = range(1, len(taus) + 1)
-    panel.errorbar(
-        lengths,
-        values,
-        yerr=[below, above],
-        label=label,
-        color=colour,
-        linestyle=line,
-        marker="o",
-        markersize=3,
-        capsize=2,
-    )
+    style = {"label": label, "color": colour, "linestyle": line, "marker": "o", "markersize": 3, "capsize": 2}
+    panel.errorbar(range(1, len(taus) + 1), values, yerr=[below, above], **style)

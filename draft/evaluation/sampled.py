@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ _POSITIONS_PER_CHUNK = 512  # positions whose probabilities over the whole vocab
 
 
 def is_sampled(row: Row) -> bool:
-    """Whether a row was sampled from the target's own distribution, nothing cut off, and has something to verify."""
+    """True for a row that was sampled from the target's whole distribution and has something to verify."""
     return row.temperature == 1 and row.top_p == 1 and row.trained > 1 and not row.retokenised
 
 
@@ -47,8 +47,8 @@ def sampled_acceptance(
         τ_K = 1 + Σ_{k<K} E[ Π_{j<k} min(1, q_j(x_j) / p_j(x_j)) · Σ_v min(p_k(v), q_k(v)) ]
 
     The expectation is over the places where decoding starts a block, not evenly over all positions: blocks leap
-    over easy text, so that an even average would be too high. Given the text, the recorded token stands as a draft with
-    probability min(1, q/p), which gives each position its probability of starting a block. As in the engine,
+    over easy text, so that an even average would be too high. Given the text, the recorded token is accepted as a draft
+    with probability min(1, q/p), which gives each position its probability of starting a block. As in the engine,
     drafting stops short of a length limit, and an accepted EOS brings no bonus token (v leaves it out).
 
     Returns:
@@ -73,10 +73,10 @@ def sampled_acceptance(
                 ratios, overlaps = rejection_terms(target, head, ids, output, wanted, max_steps)
                 longest = ratios.shape[-1]  # a head may have fewer draft steps
                 survival = torch.cat([torch.ones_like(ratios[..., :1]), ratios.cumprod(dim=-1)], dim=-1).tolist()
-                for index, stands, overlap in zip(indices, survival, overlaps.tolist(), strict=True):
+                for index, alive, overlap in zip(indices, survival, overlaps.tolist(), strict=True):
                     for span in spans[index]:
                         for column in range(max_steps):
-                            more = expected_walk(stands, overlap, span, min(column + 1, longest))
+                            more = expected_walk(alive, overlap, span, min(column + 1, longest))
                             emitted[name][index, column] += more[0]
                             verifications[name][index, column] += more[1]
     row_ids = [row.id for row in sampled]
@@ -86,7 +86,7 @@ def sampled_acceptance(
 def rejection_terms(
     target: Target, head: DraftHead, ids: Tensor, output: TargetOutput, wanted: Tensor, steps: int
 ) -> tuple[Tensor, Tensor]:
-    """What the rejection rule does with draft step k after entry i, where the drafts before it are the recorded tokens.
+    """The rejection rule's terms at draft step k after entry i, where the drafts before it are the recorded tokens.
 
     wanted: [batch, tokens] bool, the entries i that drafting may start from.
 
@@ -103,7 +103,8 @@ def rejection_terms(
     draft_ids = torch.full((head.config.vocab_size,), -1, device=ids.device)
     draft_ids[head.vocabulary] = torch.arange(len(head.vocabulary), device=ids.device)
     is_eos = torch.isin(head.vocabulary, torch.tensor(sorted(target.eos_token_ids), device=ids.device))
-    for batch, entries in _chunks(wanted):
+    for chunk in wanted.nonzero().split(_POSITIONS_PER_CHUNK):
+        batch, entries = chunk.unbind(1)  # [chunk] each
         scores = target.logits(output.last_hidden[batch, entries + 1])  # [chunk, vocab]: at k, of entry i = entries - k
         log_p = scores.to(torch.promote_types(scores.dtype, torch.float32)).log_softmax(dim=-1)
         token = ids[batch, entries + 2]
@@ -121,19 +122,13 @@ def rejection_terms(
     return ratios, overlaps
 
 
-def _chunks(wanted: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    places = wanted.nonzero()  # [wanted, 2]
-    for chunk in places.split(_POSITIONS_PER_CHUNK):
-        yield chunk[:, 0], chunk[:, 1]
-
-
 def expected_walk(
     survival: Sequence[Sequence[float]], overlaps: Sequence[Sequence[float]], span: Span, length: int
 ) -> tuple[float, float]:
     """Expected (emitted tokens, verifications) of decoding one response, over the rejection rule's coins.
 
-    survival[i][k]: probability that the first k recorded tokens after i + 1 stand as drafts; overlaps[i][k]: the
-    probability that draft k stands, whatever it is, unless it is EOS.
+    survival[i][k]: probability that the first k recorded tokens after i + 1 are accepted as drafts; overlaps[i][k]:
+    the probability that draft k is accepted, whatever it is, unless it is EOS.
     """
     total = span.end - 1 - span.start
     begins = [1.0] + [0.0] * (total + length)  # probability that a block starts after `offset` emitted tokens
@@ -141,10 +136,10 @@ def expected_walk(
     for offset in range(total):
         entry, remaining = span.start - 1 + offset, total - offset
         drafted = min(length, remaining if span.ended_by_eos else remaining - 1)
-        stands = survival[entry]
-        gain = sum(stands[step] * overlaps[entry][step] for step in range(drafted))
+        alive = survival[entry]
+        gain = sum(alive[step] * overlaps[entry][step] for step in range(drafted))
         emitted += begins[offset] * (1 + gain)
         for accepted in range(drafted):
-            begins[offset + accepted + 1] += begins[offset] * (stands[accepted] - stands[accepted + 1])
-        begins[offset + drafted + 1] += begins[offset] * stands[drafted]
+            begins[offset + accepted + 1] += begins[offset] * (alive[accepted] - alive[accepted + 1])
+        begins[offset + drafted + 1] += begins[offset] * alive[drafted]
     return emitted, sum(begins[:total])

@@ -29,9 +29,9 @@ class Interval:
         return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
-@lru_cache(maxsize=4)  # a report asks for the same resamples of the same units many times
+@lru_cache(maxsize=4)  # a report needs the same resamples of the same units many times
 def _counts(units: int, resamples: int, seed: int) -> np.ndarray:
-    """How often each unit is drawn, with replacement: [resamples, units]."""
+    """Number of times that each unit is drawn, with replacement: [resamples, units]."""
     rng = np.random.default_rng(seed)
     return rng.multinomial(units, np.full(units, 1 / units), size=resamples).astype(np.float64)
 

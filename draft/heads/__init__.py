@@ -1,6 +1,7 @@
-"""Draft heads, one file an architecture; what is done with each of them is in `draft.heads.registry`."""
+"""Draft heads, one file an architecture; `draft.heads.registry` names them all."""
 
 from draft.heads.base import DraftHead, StepwiseHead
+from draft.heads.checkpoint import attach_head, load_head, save_head
 from draft.heads.eagle import EagleConfig, EagleHead
 from draft.heads.eagle3 import Eagle3Config, Eagle3Head
 from draft.heads.medusa import MedusaConfig, MedusaHead
@@ -14,4 +15,7 @@ __all__ = [
     "MedusaConfig",
     "MedusaHead",
     "StepwiseHead",
+    "attach_head",
+    "load_head",
+    "save_head",
 ]

@@ -1,4 +1,4 @@
-"""What trainer, replay and engine know of a draft head, whatever its architecture."""
+"""The interface of a draft head, for trainer, replay and engine, whatever its architecture."""
 
 from __future__ import annotations
 
@@ -49,21 +49,21 @@ class Features:
     last_hidden: Tensor  # [batch, tokens, hidden], after the final norm
 
 
-class Lender:
-    """A target that lends its LM head; copies of a head, however deep, borrow from the same one."""
+@dataclass(frozen=True)
+class SharedTarget:
+    """A target whose LM head is used; copies of a head, however deep, use the same one."""
 
-    def __init__(self, target: Target) -> None:
-        self.target = target
+    target: Target
 
-    def __deepcopy__(self, memo: object) -> Lender:
+    def __deepcopy__(self, memo: object) -> SharedTarget:
         return self
 
 
 class DraftHead(nn.Module, ABC):
-    """A network that guesses tokens from the target's states.
+    """A network that predicts tokens from the target's states.
 
-    At position i it has the target's states of token i (those of `auxiliary_layers`), and its draft step k guesses
-    token i + 2 + k, over a vocabulary of its own: `d2t` holds offsets, so that draft id j is target id j + d2t[j], and
+    At position i it has the target's states of token i (those of `auxiliary_layers`), and its draft step k predicts
+    token i + 2 + k, over the draft vocabulary: `d2t` holds offsets, so that draft id j is target id j + d2t[j], and
     `t2d` marks the target ids that it has. Neither is saved where that vocabulary is the target's.
     """
 
@@ -83,7 +83,7 @@ class DraftHead(nn.Module, ABC):
     def __init__(self, config: HeadConfig) -> None:
         super().__init__()
         self.config: Any = config
-        self.lender: Lender | None = None
+        self._shared: SharedTarget | None = None
         full = config.full_vocabulary
         d2t, t2d = torch.zeros(config.draft_vocab_size, dtype=torch.int64), torch.full((config.vocab_size,), full)
         self.register_buffer("d2t", d2t, persistent=not full)
@@ -118,7 +118,7 @@ class DraftHead(nn.Module, ABC):
 
     @abstractmethod
     def fuse(self, auxiliary: Tensor) -> Tensor:
-        """The target's states [..., layers * hidden] -> what the first draft step reads, [..., hidden]."""
+        """The target's states [..., layers * hidden] -> the input of the first draft step, [..., hidden]."""
 
     @abstractmethod
     def logits(self, hidden: Tensor, step: int = 0) -> Tensor:
@@ -155,21 +155,21 @@ class DraftHead(nn.Module, ABC):
         """Names of the linear layers that an adapter is put on by default."""
 
     @property
-    def own_lm_heads(self) -> dict[str, nn.Linear]:
-        """Its LM heads by the names of their modules, each over the draft vocabulary; none where it borrows."""
+    def lm_head_modules(self) -> dict[str, nn.Linear]:
+        """Its LM heads by the names of their modules, each over the draft vocabulary; none: the target's."""
         return {}
 
-    def borrow(self, target: Target) -> None:
-        """Use the target's LM head, where the head has none of its own."""
-        if not self.own_lm_heads:
-            self.lender = Lender(target)
+    def use_target_lm_head(self, target: Target) -> None:
+        """Compute logits with the target's LM head, where the head has none."""
+        if not self.lm_head_modules:
+            self._shared = SharedTarget(target)
 
     @property
-    def lending(self) -> Target:
+    def shared_target(self) -> Target:
         """The target whose LM head it uses."""
-        if self.lender is None:
-            raise UserError("the head has no LM head of its own; give it the target's with `head.borrow(target)`.")
-        return self.lender.target
+        if self._shared is None:
+            raise UserError("the head has no LM head; give it the target's with `head.use_target_lm_head(target)`.")
+        return self._shared.target
 
     def set_vocabulary(self, target_ids: Tensor) -> None:
         """Choose the draft vocabulary: sorted target ids [draft_vocab]."""
@@ -199,7 +199,7 @@ class StepwiseHead(DraftHead):
     @property
     @abstractmethod
     def attention(self) -> Attention:
-        """Of its decoder layer."""
+        """The attention of its decoder layer."""
 
     @abstractmethod
     def mix(self, embeds: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
@@ -207,15 +207,9 @@ class StepwiseHead(DraftHead):
 
     @abstractmethod
     def finish(self, residual: Tensor, attended: Tensor) -> Tensor:
-        """What follows attention: [batch, tokens, hidden], as `forward` returns it."""
+        """The rest of the layer after attention: [batch, tokens, hidden], as `forward` returns it."""
 
-    def forward(
-        self,
-        embeds: Tensor,
-        hidden: Tensor,
-        position_ids: Tensor,
-        attend: Attend = attend_causally,
-    ) -> Tensor:
+    def forward(self, embeds: Tensor, hidden: Tensor, position_ids: Tensor, attend: Attend = attend_causally) -> Tensor:
         """One pass of the decoder layer.
 
         embeds, hidden: [batch, tokens, hidden]; hidden is `fuse`d target states, or this method's own output in later
@@ -238,27 +232,19 @@ class StepwiseHead(DraftHead):
         position_ids: Tensor | None = None,
     ) -> Iterator[Tensor]:
         batch, tokens, _ = embeds.shape
-        attention = self.attention
-        groups = self.config.num_attention_heads // self.config.num_key_value_heads
-        positions = (
-            torch.arange(tokens, device=embeds.device).expand(batch, -1) if position_ids is None else position_ids
-        )
+        attention, groups = self.attention, self.config.num_attention_heads // self.config.num_key_value_heads
+        if position_ids is None:
+            position_ids = torch.arange(tokens, device=embeds.device).expand(batch, -1)
         attend = TrainingAttention(tokens, attention_mask, embeds.device)
 
         hidden = self.fuse(auxiliary)
-        base: tuple[Tensor, Tensor] | None = None
-        own: list[tuple[Tensor, Tensor]] = []  # keys and values of steps 1.., each [batch, heads, tokens, head_dim]
+        cache: list[tuple[Tensor, Tensor]] = []  # keys and values of steps 0.., each [batch, heads, tokens, head_dim]
         for step in range(steps):
             embeds = shift_left(embeds)
             x, residual = self.mix(embeds, hidden)
-            q, k, v = attention.project(x, self.rope(positions + step, hidden.dtype))
-            k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-            if base is None:
-                base = k, v
-            else:
-                own.append((k, v))
-            mixed = attend(q, base, own)
-            hidden = self.finish(residual, attention.merge(mixed))
+            q, k, v = attention.project(x, self.rope(position_ids + step, hidden.dtype))
+            cache.append((k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)))
+            hidden = self.finish(residual, attention.merge(attend(q, cache[0], cache[1:])))
             yield hidden
 
     @property

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from draft.errors import UserError
-from draft.files import atomic_folder, read_json, write_json
+from draft.files import atomic_folder, file_sha256, read_json, write_json
 from draft.heads.base import DraftHead
 from draft.heads.registry import ARCHITECTURES
-from draft.target import DTYPES
+from draft.target import DTYPES, Target
 
 PRETRAINED = Path(__file__).parents[1] / "pretrained"
-
 HEAD_FILES = frozenset({"config.json", "model.safetensors", "draftsmith.json"})
 
 
@@ -33,7 +32,7 @@ def save_head(head: DraftHead, folder: str | Path, *, dtype: torch.dtype, about:
 
 
 def write_head(head: DraftHead, folder: Path, *, dtype: torch.dtype, about: dict[str, Any]) -> None:
-    """`save_head` into an existing folder: for those who check the files before they take their place."""
+    """`save_head` into an existing folder: for a caller that checks the files before they take their place."""
     tensors = {
         name: (value.to(dtype) if value.is_floating_point() else value).detach().cpu().contiguous()
         for name, value in head.state_dict().items()
@@ -63,16 +62,20 @@ def load_head(
         known = ", ".join(each.stored_as for each in ARCHITECTURES.values())
         raise UserError(f"head {str(folder)!r}: architecture {name} is not one of {known}.")
     head = kind(kind.config_class.from_dict(config_values))
-    fill(head, _read_tensors(folder / "model.safetensors"), str(folder))
+    path = _weights(folder)
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{str(path)!r} is not a whole safetensors file ({error}); write or copy it again.") from error
+    fill(head, tensors, str(folder))
     stored = DTYPES.get(config_values.get("torch_dtype") or config_values.get("dtype") or "float32", torch.float32)
     about = folder / "draftsmith.json"
     return head.to(device=device, dtype=dtype or stored).eval(), read_json(about) if about.is_file() else {}
 
 
 def head_sha256(folder: str | Path) -> str:
-    """Identifies a head's weights: the first half of its safetensors file's sha256."""
-    path = _find(folder) / "model.safetensors"
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:32] if path.is_file() else "missing"
+    """Identify a head's weights by the first half of their file's sha256; UserError where they are missing."""
+    return file_sha256(_weights(_find(folder)))[:32]
 
 
 def _find(folder: str | Path) -> Path:
@@ -87,13 +90,11 @@ def _find(folder: str | Path) -> Path:
     return Path(folder)
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
+def _weights(folder: Path) -> Path:
+    path = folder / "model.safetensors"
     if not path.is_file():
         raise UserError(f"{str(path)!r} is missing; a head's weights must be one safetensors file of that name.")
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{str(path)!r} is not a whole safetensors file ({error}); write or copy it again.") from error
+    return path
 
 
 def fill(head: DraftHead, tensors: dict[str, Tensor], name: str) -> None:
@@ -146,8 +147,12 @@ def _with_token_map(head: DraftHead, tensors: dict[str, Tensor], name: str) -> d
     return tensors
 
 
-def check_fits(head: DraftHead, about: dict[str, Any], target: Any) -> None:
-    """Refuse a head that was made for another target, naming both values; lend the target's LM head to one without."""
+def attach_head(head: DraftHead, about: Mapping[str, Any], target: Target) -> None:
+    """Let a head draft for `target`: one without an LM head uses the target's from here on.
+
+    Raises:
+        UserError: for a head that was made for another target, naming both values.
+    """
     for what, ours, theirs in (
         ("hidden size", head.config.hidden_size, target.hidden_size),
         ("vocabulary", head.config.vocab_size, target.vocab_size),
@@ -157,7 +162,6 @@ def check_fits(head: DraftHead, about: dict[str, Any], target: Any) -> None:
                 f"the head's {what} is {ours} and the target's is {theirs}; use a head made for this target."
             )
     head.auxiliary_layers(target)  # refuses layers that the target hasn't
-    head.borrow(target)
     made_for = about.get("target_fingerprint")
     # under an adapter, the head of the target that it was trained on is the one to begin with
     if made_for and made_for not in (target.fingerprint, target.base_fingerprint):
@@ -165,3 +169,4 @@ def check_fits(head: DraftHead, about: dict[str, Any], target: Any) -> None:
             f"the head was made for target {made_for} and this target is {target.fingerprint}; adapt it to this "
             "target with `draft-train adapt --other-target`, or use the target that it was made for."
         )
+    head.use_target_lm_head(target)

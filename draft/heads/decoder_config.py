@@ -77,38 +77,30 @@ def read_sizes(values: dict[str, Any]) -> dict[str, Any]:
         raise UserError("head config: layer_types has sliding_attention; use a head with full attention.")
     values = dict(values)
     heads = values.get("num_attention_heads", 1)
-    values["num_key_value_heads"] = values.get("num_key_value_heads") or heads
+    groups = values["num_key_value_heads"] = values.get("num_key_value_heads") or heads
     for name in ("num_attention_heads", "num_key_value_heads", "hidden_size"):
-        _check_count(name, values.get(name, 1))
+        check_count(name, values.get(name, 1))
     values["head_dim"] = values.get("head_dim") or values.get("hidden_size", 0) // heads
-    if heads % values["num_key_value_heads"]:
+    if heads % groups:
         raise UserError(
-            f"head config: {heads} attention heads can't share {values['num_key_value_heads']} key-value heads evenly; "
+            f"head config: {heads} attention heads can't share {groups} key-value heads evenly; "
             "correct the one that is wrong."
         )
-    values["rope_parameters"] = _read_rope(values)
-    return values
-
-
-def _read_rope(values: dict[str, Any]) -> dict[str, Any]:
-    """Today's spelling of the rotary embedding, whichever the file has."""
     rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
     if not isinstance(rope, dict):
         raise UserError(f"head config: the rotary embedding is {rope!r}; it must be an object with a rope_type.")
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    kept = {key: value for key, value in rope.items() if key != "type"}
-    theta = rope.get("rope_theta") or values.get("rope_theta") or 10000.0
-    return {**kept, "rope_type": kind, "rope_theta": theta}
+    values["rope_parameters"] = {
+        **{key: value for key, value in rope.items() if key != "type"},
+        "rope_type": rope.get("rope_type") or rope.get("type") or "default",
+        "rope_theta": rope.get("rope_theta") or values.get("rope_theta") or 10000.0,
+    }
+    return values
 
 
-def _check_count(name: str, value: Any) -> None:
+def check_count(name: str, value: Any) -> None:
+    """Refuse what is no whole number above 0."""
     if type(value) is not int or value < 1:
         raise UserError(f"head config: {name} = {value!r}; it must be a whole number of at least 1.")
-
-
-def _check_positive(name: str, value: Any) -> None:
-    if type(value) not in (int, float) or not 0 < value <= sys.float_info.max:
-        raise UserError(f"head config: {name} = {value!r}; it must be a finite number above 0.")
 
 
 def fields_of(kind: type, values: dict[str, Any], name: str) -> dict[str, Any]:
@@ -122,9 +114,11 @@ def fields_of(kind: type, values: dict[str, Any], name: str) -> dict[str, Any]:
         raise UserError(f"head config: the keys {', '.join(missing)} are missing; this is not a whole {name} config.")
     for f in fields(kind):
         if f.type == "int" and f.name in values:
-            _check_count(f.name, values[f.name])
+            check_count(f.name, values[f.name])
         if f.type == "float" and f.name in values:
-            _check_positive(f.name, values[f.name])
+            value = values[f.name]
+            if type(value) not in (int, float) or not 0 < value <= sys.float_info.max:
+                raise UserError(f"head config: {f.name} = {value!r}; it must be a finite number above 0.")
     return {f.name: values[f.name] for f in fields(kind) if f.name in values}
 
 
@@ -150,7 +144,7 @@ def decoder_json(architecture: str, values: dict[str, Any], dtype: torch.dtype) 
 
 
 def check_fixed(values: dict[str, Any], fixed: dict[str, tuple[Any, ...]], where: str = "") -> None:
-    """Raises UserError when one of the `fixed` keys has a value that means something else than what is built here."""
+    """Refuse a value of the `fixed` keys that means something else than what is built here."""
     for key, allowed in fixed.items():
         if key in values and values[key] not in allowed:
             raise UserError(

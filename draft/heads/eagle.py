@@ -4,7 +4,7 @@
     hidden     = fused + attention(fused);  hidden = hidden + mlp(post_attention_layernorm(hidden))
     logits     = the target's LM head on hidden, predicting token t+2
 
-`hidden` is a guess of the target's last hidden state at token t+1, and the next draft step reads it in that place,
+`hidden` predicts the target's last hidden state at token t+1, and the next draft step reads it in that place,
 with the embedding of the token that was just drafted. The layer has no norm of its input. (SafeAILab's
 `eagle/model/cnets1.py`, vLLM's `llama_eagle.py`.)
 """
@@ -114,20 +114,20 @@ class EagleHead(StepwiseHead):
         return hidden + self.layer.mlp(self.layer.post_attention_layernorm(hidden))
 
     def logits(self, hidden: Tensor, step: int = 0) -> Tensor:
-        target = self.lending
+        target = self.shared_target
         return target.logits(hidden.to(target.dtype)).to(hidden.dtype)
 
     @torch.no_grad()
     def initialise(self, target: Target, batches: Iterable[tuple[Features, Tensor]], seed: int) -> None:
         """Set the weights in place; see `draft.heads.initial`."""
         generator = torch.Generator().manual_seed(seed)
-        fc = Ridge()
+        batches, fc = list(batches), Ridge()
+        if not batches:
+            return
         for features, mask in batches:
             following = mask[:, 1:]  # token t+1 exists
             embeds, states = features.embeds[:, 1:][following], features.last_hidden[:, :-1][following]
             fc.add(torch.cat([embeds, states], dim=-1).float(), features.last_hidden[:, 1:][following].float())
-        if fc.xx is None:
-            return
         self.fc.weight.copy_(fc.solve())
         layer = self.layer
         layer.self_attn.o_proj.weight.normal_(std=SILENT, generator=generator)

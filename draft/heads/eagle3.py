@@ -40,9 +40,6 @@ from draft.heads.initial import (
 from draft.heads.layers import MLP, Attention, RMSNorm
 from draft.target import Target
 
-# Shapes and options of an EAGLE-3 head, under the keys of the config.json that vLLM and SGLang load.
-
-
 LAYER_IDS = "eagle_aux_hidden_state_layer_ids"
 # options that change the arithmetic, and are built here
 OPTIONS = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
@@ -59,7 +56,10 @@ _FIXED_EAGLE: dict[str, tuple[Any, ...]] = {
 
 @dataclass(kw_only=True)
 class Eagle3Config(DecoderConfig):
-    """See the module; `auxiliary_layers` counts layers that have run, as `Target` does (vLLM's convention)."""
+    """Shapes and options (see the module), under the keys of the config.json that vLLM and SGLang load.
+
+    `auxiliary_layers` counts layers that have run, as `Target` does (vLLM's convention).
+    """
 
     draft_vocab_size: int
     norm_before_residual: bool = False  # the residual stream starts from the normed hidden state
@@ -136,17 +136,14 @@ class Eagle3Config(DecoderConfig):
             **decoder_json("LlamaForCausalLMEagle3", values, dtype),
             "norm_before_residual": self.norm_before_residual,
             **{option: True for option in OPTIONS[1:] if options[option]},
-            **({} if layers is None else layer_id_keys(layers)),
+            **({} if layers is None else _layer_id_keys(layers)),
         }
 
 
-def layer_id_keys(layers: list[int]) -> dict[str, Any]:
+def _layer_id_keys(layers: list[int]) -> dict[str, Any]:
     """config.json's keys for other auxiliary layers than the default, each reader's in its own convention."""
-    return {
-        "num_aux_hidden_states": len(layers),
-        LAYER_IDS: list(layers),
-        "eagle_config": {LAYER_IDS: [layer - 1 for layer in layers], "use_aux_hidden_state": True},
-    }
+    nested = {LAYER_IDS: [layer - 1 for layer in layers], "use_aux_hidden_state": True}
+    return {"num_aux_hidden_states": len(layers), LAYER_IDS: list(layers), "eagle_config": nested}
 
 
 def read_layer_ids(values: dict[str, Any]) -> list[int] | None:
@@ -157,34 +154,29 @@ def read_layer_ids(values: dict[str, Any]) -> list[int] | None:
     """
     top = values.get(LAYER_IDS)
     nested = (values.get("eagle_config") or {}).get(LAYER_IDS)
-    if not top:
-        if not nested:
-            return None
+    if not top and nested:
+        as_vllm, as_sglang = (",".join(str(layer + shift) for layer in nested) for shift in (0, 1))
         raise UserError(
             f"head config: eagle_config.{LAYER_IDS} = {nested} is read by vLLM as the states entering these layers, "
             "and by SGLang as those leaving them; use `draft-train import --auxiliary-layers` with the layers that the "
-            f"head was trained on: {_listed(nested)} as vLLM reads it, {_listed([i + 1 for i in nested])} as SGLang."
+            f"head was trained on: {as_vllm} as vLLM reads it, {as_sglang} as SGLang."
         )
-    if nested and nested not in (top, [layer - 1 for layer in top]):
+    if top and nested and nested not in (top, [layer - 1 for layer in top]):
         raise UserError(
             f"head config: {LAYER_IDS} = {top} and eagle_config's = {nested} name different layers in every "
             "convention; correct the one that is wrong."
         )
-    return list(top)
+    return list(top) if top else None
 
 
 def check_layers(layers: list[int], num_layers: int) -> None:
-    """Raises UserError unless `layers` rise and lie within 0..num_layers: engines sort them, and drop doubles."""
+    """Refuse `layers` that don't rise or lie outside of 0..num_layers: engines sort them, and drop doubles."""
     rising = all(before < after for before, after in zip(layers, layers[1:], strict=False))
     if not layers or not rising or layers[0] < 0 or layers[-1] > num_layers:
         raise UserError(
             f"the head's auxiliary layers are {list(layers)} and the target has {num_layers} layers; they must rise, "
             f"from 0 at the lowest to {num_layers} at the highest."
         )
-
-
-def _listed(layers: list[int]) -> str:
-    return ",".join(str(layer) for layer in layers)
 
 
 class Midlayer(nn.Module):
@@ -199,17 +191,6 @@ class Midlayer(nn.Module):
         self.mlp = MLP(config)
         self.norm_before_residual = config.norm_before_residual
 
-    def mix(self, embeds: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """embeds, hidden: [batch, tokens, hidden] -> attention's input [batch, tokens, 2 * hidden], the residual."""
-        normed = self.hidden_norm(hidden)
-        x = torch.cat([self.input_layernorm(embeds), normed], dim=-1)
-        return x, normed if self.norm_before_residual else hidden
-
-    def finish(self, residual: Tensor, attended: Tensor) -> Tensor:
-        """Both residual additions around attention's output: [batch, tokens, hidden]."""
-        hidden = residual + attended
-        return hidden + self.mlp(self.post_attention_layernorm(hidden))
-
 
 class Eagle3Head(StepwiseHead):
     """An EAGLE-3 head; its state dict has the names of the plain checkpoint format."""
@@ -218,14 +199,7 @@ class Eagle3Head(StepwiseHead):
     stored_as = "LlamaForCausalLMEagle3"
     config_class = Eagle3Config
     reduced_vocabulary = True
-    options = (
-        "norm_before_residual",
-        "norm_before_fc",
-        "fc_norm",
-        "norm_output",
-        "shared_lm_head",
-        "auxiliary_layers",
-    )
+    options = (*OPTIONS, "shared_lm_head", "auxiliary_layers")
     tensor_renames = (("layers.0.", "midlayer."),)  # some trainers' name for the same layer; engines take both
 
     config: Eagle3Config
@@ -241,7 +215,7 @@ class Eagle3Head(StepwiseHead):
         self.lm_head = None if config.shared_lm_head else nn.Linear(size, config.draft_vocab_size, bias=False)
 
     @property
-    def own_lm_heads(self) -> dict[str, nn.Linear]:
+    def lm_head_modules(self) -> dict[str, nn.Linear]:
         return {} if self.lm_head is None else {"lm_head": self.lm_head}
 
     @property
@@ -252,7 +226,7 @@ class Eagle3Head(StepwiseHead):
         return self.config.layers(target)
 
     def normed(self, auxiliary: Tensor) -> Tensor:
-        """What `fc` reads of auxiliary hidden states: [batch, tokens, layers * hidden], same shape."""
+        """The auxiliary hidden states as `fc` reads them: [batch, tokens, layers * hidden], same shape."""
         if self.input_norm is not None:
             auxiliary = self.input_norm(auxiliary)
         if self.fc_norm is not None:
@@ -265,11 +239,14 @@ class Eagle3Head(StepwiseHead):
         return self.fc(self.normed(auxiliary))
 
     def mix(self, embeds: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        return self.midlayer.mix(embeds, hidden)
+        normed = self.midlayer.hidden_norm(hidden)
+        x = torch.cat([self.midlayer.input_layernorm(embeds), normed], dim=-1)  # [batch, tokens, 2 * hidden]
+        return x, normed if self.midlayer.norm_before_residual else hidden
 
     def finish(self, residual: Tensor, attended: Tensor) -> Tensor:
         """[batch, tokens, hidden], before the final norm but for norm_output."""
-        hidden = self.midlayer.finish(residual, attended)
+        hidden = residual + attended
+        hidden = hidden + self.midlayer.mlp(self.midlayer.post_attention_layernorm(hidden))
         return self.norm(hidden) if self.config.norm_output else hidden
 
     def logits(self, hidden: Tensor, step: int = 0) -> Tensor:
@@ -277,7 +254,7 @@ class Eagle3Head(StepwiseHead):
             hidden = self.norm(hidden)
         if self.lm_head is not None:
             return self.lm_head(hidden)
-        target = self.lending
+        target = self.shared_target
         return target.lm_head(hidden.to(target.dtype)).to(hidden.dtype)
 
     @torch.no_grad()
@@ -301,7 +278,7 @@ class Eagle3Head(StepwiseHead):
         for features, mask in batches:
             following = mask[:, 1:]  # token t+1 exists
             hidden = self.fuse(features.auxiliary[:, :-1][following].to(dtype))
-            x, residual = layer.mix(features.embeds[:, 1:][following].to(dtype), hidden)
+            x, residual = self.mix(features.embeds[:, 1:][following].to(dtype), hidden)
             mix.add(x, normed_states(target, features.last_hidden[:, 1:][following]) - widened(residual))
         split_product(mix.solve(), attention.v_proj, attention.o_proj, attention.head_dim)
 
@@ -327,10 +304,10 @@ class Eagle3Head(StepwiseHead):
         following = mask[:, 1:]  # token t+1 exists
         student = widened(self.logits(hidden[:, :-1][following]))
         teacher = widened(target.logits(features.last_hidden[:, 1:][following], self.vocabulary.to(target.device)))
-        return min(SCALES, key=lambda scale: float(_kl(scale * student, teacher).mean()))
+        log_p = teacher.log_softmax(-1)
 
+        def divergence(scale: float) -> float:
+            log_q = (scale * student).log_softmax(-1)
+            return float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
 
-def _kl(student: Tensor, teacher: Tensor) -> Tensor:
-    """KL(teacher || student) of logits [..., vocab]: [...]."""
-    log_p, log_q = teacher.log_softmax(-1), student.log_softmax(-1)
-    return (log_p.exp() * (log_p - log_q)).sum(-1)
+        return min(SCALES, key=divergence)

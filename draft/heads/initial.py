@@ -10,7 +10,7 @@ weights:
 which has rank at most heads * head_dim and so splits into the two matrices by a singular value decomposition.
 Queries and keys start as the same random projection of the embedding: every position then attends mostly to itself,
 as the regression assumes. The MLP starts from the target's last layer with an almost silent output; the LM head and the
-norm are the target's, the norm scaled so that a guess is no sharper than it should be.
+norm are the target's, the norm scaled so that a prediction is no sharper than it should be.
 
 EAGLE-1, with h_t the last hidden state after the final norm: fc is the regression of h_{t+1} on cat(embedding of t+1,
 h_t), and attention and MLP start almost silent.
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from draft.heads.layers import MLP, RMSNorm
 from draft.target import Target
 
+_NORMS_BEFORE_MLP = ("pre_feedforward_layernorm", "post_attention_layernorm")  # Gemma has both
 _RIDGE = 1e-3  # of the mean diagonal of X^T X
 SCALES = [step / 20 for step in range(1, 25)]
 SILENT = 0.002  # standard deviation of an output matrix that hardly says anything yet
@@ -37,17 +38,16 @@ class Ridge:
     """Least squares with a ridge, from sums over batches: W minimises |X W - Y|² + λ|W|²."""
 
     def __init__(self) -> None:
-        self.xx: Tensor | None = None
-        self.xy: Tensor | None = None
+        self.xx: Tensor | float = 0.0
+        self.xy: Tensor | float = 0.0
 
     def add(self, x: Tensor, y: Tensor) -> None:
         """x: [rows, inputs], y: [rows, outputs]."""
-        xx, xy = (x.T @ x).double(), (x.T @ y).double()
-        self.xx, self.xy = (xx, xy) if self.xx is None or self.xy is None else (self.xx + xx, self.xy + xy)
+        self.xx, self.xy = self.xx + (x.T @ x).double(), self.xy + (x.T @ y).double()
 
     def solve(self) -> Tensor:
-        """W transposed as nn.Linear has it: [outputs, inputs], float64."""
-        if self.xx is None or self.xy is None:
+        """W transposed as nn.Linear has it: [outputs, inputs], float64; ValueError when no data was added."""
+        if not isinstance(self.xx, Tensor):
             raise ValueError("no data was added")
         eye = torch.eye(len(self.xx), dtype=torch.float64, device=self.xx.device)
         return torch.linalg.solve(self.xx + _RIDGE * self.xx.diagonal().mean() * eye, self.xy).T
@@ -65,7 +65,7 @@ def widened(x: Tensor) -> Tensor:
 
 
 def norm_weight(norm: nn.Module, size: int) -> Tensor:
-    """What an RMSNorm multiplies by, [size]: Gemma's is one more than its weight."""
+    """The factors of an RMSNorm, [size]: Gemma's are one more than its weight."""
     weight = next(norm.parameters())
     return norm(torch.ones(1, size, dtype=weight.dtype, device=weight.device))[0].detach()
 
@@ -99,9 +99,6 @@ def start_mlp(mlp: MLP, norm: RMSNorm, target: Target, generator: torch.Generato
         else:
             ours.weight.normal_(std=ours.in_features**-0.5, generator=generator)
     mlp.down_proj.weight.normal_(std=SILENT, generator=generator)
-
-
-_NORMS_BEFORE_MLP = ("pre_feedforward_layernorm", "post_attention_layernorm")  # Gemma has both
 
 
 def _gate_and_up(layer: nn.Module) -> tuple[Tensor | None, Tensor | None]:

@@ -12,7 +12,7 @@ from draft.heads.decoder_config import DecoderConfig
 
 
 class Attend(Protocol):
-    """How queries find their keys and values: where a head decodes, an engine's cache keeps those of the past."""
+    """The attention of queries to keys and values; in decoding, an engine's cache keeps those of the past."""
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """query [batch, heads, new, d], key, value [batch, kv_heads, new, d] -> [batch, new, heads, d]."""
@@ -73,9 +73,6 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
-
-
-# Rotary position embeddings of a head, as Llama has them.
 
 
 class Rotary(nn.Module):

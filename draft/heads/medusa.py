@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from draft.errors import UserError
 from draft.heads.base import DraftHead, Features
-from draft.heads.decoder_config import fields_of
+from draft.heads.decoder_config import check_count, fields_of
 from draft.heads.initial import Ridge
 from draft.target import Target
 
@@ -38,9 +38,7 @@ class MedusaConfig:
 
     def __post_init__(self) -> None:
         for name in ("num_heads", "num_layers"):
-            value = getattr(self, name)
-            if type(value) is not int or value < 1:
-                raise UserError(f"head config: {name} = {value!r}; a Medusa head needs at least 1.")
+            check_count(name, getattr(self, name))
         if self.shared_lm_head and not self.full_vocabulary:
             raise UserError(
                 f"head config: the LM head is the target's, over {self.vocab_size} tokens, and the draft vocabulary "
@@ -118,7 +116,7 @@ class MedusaHead(DraftHead):
         return self.config.num_heads
 
     @property
-    def own_lm_heads(self) -> dict[str, nn.Linear]:
+    def lm_head_modules(self) -> dict[str, nn.Linear]:
         return {f"lm_heads.{index}": lm_head for index, lm_head in enumerate(self.lm_heads)}  # type: ignore[misc]
 
     def beyond(self, steps: int) -> list[nn.Module]:
@@ -137,7 +135,7 @@ class MedusaHead(DraftHead):
     def logits(self, hidden: Tensor, step: int = 0) -> Tensor:
         if self.lm_heads:
             return self.lm_heads[step](hidden)
-        target = self.lending
+        target = self.shared_target
         return target.logits(hidden.to(target.dtype)).to(hidden.dtype)
 
     def unroll(self, embeds: Tensor, auxiliary: Tensor, steps: int, **_: Any) -> Iterator[Tensor]:

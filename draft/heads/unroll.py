@@ -8,7 +8,8 @@ Position i reads the target's auxiliary hidden states of token x[i]. How the ind
     k        x[i+1+k]       own output of step k-1 at i     i + k             x[i+2+k]    i+1+k
 
 Decoding from position i has the true states of all positions up to i in its cache, and then its own drafts. So
-at step k a query attends to the step-0 keys of positions <= i, and to its own keys of steps 1..k: a diagonal.
+at step k a query attends to the step-0 keys of positions <= i, and to the keys of its position of steps 1..k: a
+diagonal.
 """
 
 from __future__ import annotations
@@ -22,23 +23,6 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 
-
-def shift_left(x: Tensor, by: int = 1) -> Tensor:
-    """x[:, by:] with zeros at the end, same shape: entry i becomes entry i + by of before."""
-    return torch.cat([x[:, by:], torch.zeros_like(x[:, :by])], dim=1)
-
-
-# Attention of training-time test: to the keys of draft step 0 causally, to a position's own keys of later steps.
-#
-#     scores of entry i at step k = [ q_i · base key j, j <= i | q_i · own key i of step 1 | ... | own key i of step k ]
-#
-# Three ways to compute it, which agree:
-#
-#     dense       the scores as they stand above, for short texts
-#     in chunks   so many queries at a time, against the keys up to the last of them; recomputed in the backward pass
-#     flex        FlexAttention over [base keys | keys of step 1 | ...] with a block mask, on CUDA: no scores in memory
-
-
 DENSE_TOKENS = 1024  # longer texts are attended to in chunks
 CHUNK = 512
 FLEX_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -48,8 +32,22 @@ BLOCK = 128  # of FlexAttention
 KeysValues = tuple[Tensor, Tensor]  # each [batch, heads, tokens, head_dim]
 
 
+def shift_left(x: Tensor, by: int = 1) -> Tensor:
+    """x[:, by:] with zeros at the end, same shape: entry i becomes entry i + by of before."""
+    return torch.cat([x[:, by:], torch.zeros_like(x[:, :by])], dim=1)
+
+
 class TrainingAttention:
-    """The attention of one batch, at all of its draft steps.
+    """The attention of one batch, at all of its draft steps: to step 0 causally, to later steps by position.
+
+        scores of entry i at step k = [ q_i · key j of step 0, j <= i | q_i · key i of step 1 | ... | of step k ]
+
+    Three ways to compute it, which agree:
+
+        dense       the scores as above, for short texts
+        in chunks   so many queries at a time, against the keys up to the last; recomputed in the backward pass
+        flex        FlexAttention over [keys of step 0 | keys of step 1 | ...] with a block mask, on CUDA: no scores in
+                    memory
 
     segments: [batch, tokens], the number of the conversation that each token belongs to (padding is one of its own, so
     that its queries see something and the softmax gives no NaN); None: one a row.
@@ -99,7 +97,7 @@ class TrainingAttention:
         return -(-self.tokens // BLOCK)
 
     def _block_mask(self, rows: int, steps: int) -> Any:
-        """Which keys of `flex` are seen, where `steps` draft steps came after step 0.
+        """The keys that a query of `flex` sees, where `steps` draft steps came after step 0.
 
         The blocks are found without looking at single keys, which would take as much memory as the scores.
         """
@@ -135,7 +133,7 @@ class TrainingAttention:
 
 
 def _attend(query: Tensor, base: KeysValues, own: Sequence[KeysValues], allowed: Tensor) -> Tensor:
-    """Softmax over base keys and own keys together, see above."""
+    """Softmax over the keys of step 0 and of later steps together, see `TrainingAttention`."""
     query = query * query.shape[-1] ** -0.5
     scores = (query @ base[0].transpose(-1, -2)).masked_fill(~allowed, -torch.inf)  # [batch, heads, queries, keys]
     if not own:

@@ -8,7 +8,7 @@ from typing import Any
 
 from draft.errors import UserError
 from draft.heads import DraftHead, Eagle3Head, EagleHead, MedusaHead
-from draft.heads.checkpoint import check_fits, fill, save_head
+from draft.heads.checkpoint import attach_head, fill, save_head
 from draft.interop.eagle import EAGLE_SOURCES
 from draft.interop.eagle3 import EAGLE3_SOURCES
 from draft.interop.medusa import MEDUSA_SOURCES
@@ -50,7 +50,7 @@ def import_head(
     dtype = one_dtype(found)
     head.to(dtype)
     fill(head, found.tensors, str(source))
-    check_fits(head, {}, target)
+    attach_head(head, {}, target)
     about = {**found.about, **_made_for(found, target), "imported_as": kind.name}
     save_head(head, out, dtype=dtype, about=about)
     return Imported(Path(out), kind.name, found.notes)

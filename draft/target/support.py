@@ -1,4 +1,4 @@
-"""Which models can be a target, told from their configuration, before gigabytes of weights are read."""
+"""Checks of a target by its configuration, before gigabytes of weights are read."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ _RECURRENT = ("state_size", "mamba_d_state", "ssm_state_size", "lru_width")
 _RECURRENT_KINDS = ("rwkv", "xlstm")
 # models whose layers make the attention mask over again, out of the values of the tokens
 _OWN_MASKS = ("doge",)
+# rotary embeddings that treat all tokens and layers alike
+_HEAD_ROPES = ("default", "linear", "llama3", "yarn")
 
 
 def check_config(name: str, config: Any) -> None:
@@ -22,8 +24,7 @@ def check_config(name: str, config: Any) -> None:
         UserError: for an encoder-decoder, a model that is no language model, a state-space model, attention to later
             tokens, and quantised weights.
     """
-    reason = _why_not(config)
-    if reason:
+    if reason := _why_not(config):
         raise UserError(f"target {name!r}: {reason}.")
 
 
@@ -33,8 +34,16 @@ def _why_not(config: Any) -> str | None:
     text, kind = config.get_text_config(), config.model_type
     if getattr(config, "is_encoder_decoder", False):
         return f"{kind} is an encoder-decoder; use a decoder-only model such as Llama, Qwen or Gemma"
-    if getattr(config, "quantization_config", None):
-        return _quantised(config.quantization_config)
+    if quantisation := getattr(config, "quantization_config", None):
+        values = quantisation if isinstance(quantisation, dict) else quantisation.to_dict()
+        method = values.get("quant_method") or "an unknown method"
+        if method == "bitsandbytes":
+            method += ", 4 bits" if values.get("load_in_4bit") else ", 8 bits"
+        return (
+            f"its weights are quantised ({method}), and heads are trained and served beside plain ones; use the "
+            "checkpoint that it was quantised from (of quantised files only GGUF is taken, and dequantised while it is "
+            "read)"
+        )
     if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         if text is not config:
             return (
@@ -42,7 +51,7 @@ def _why_not(config: Any) -> str | None:
                 f"save its text part ({text.model_type}) as a model of its own, and use that"
             )
         return f"{kind} is no causal language model that transformers knows; use one such as Llama, Qwen or Gemma"
-    # where some of the layers attend, whoever runs them says which of the others it cannot
+    # where some of the layers attend, the code that runs them refuses those of the others that it cannot run
     kinds = set(getattr(text, "layer_types", None) or ()) - {"linear_attention"}
     attends = any("attention" in layer for layer in kinds)
     if kind in _RECURRENT_KINDS or (not attends and any(getattr(text, key, None) for key in _RECURRENT)):
@@ -58,17 +67,6 @@ def _why_not(config: Any) -> str | None:
     if getattr(text, "use_bidirectional_attention", None):
         return f"{kind} attends to later tokens too (use_bidirectional_attention), so it cannot write text"
     return None
-
-
-def _quantised(quantisation: Any) -> str:
-    values = quantisation if isinstance(quantisation, dict) else quantisation.to_dict()
-    kind = values.get("quant_method") or "an unknown method"
-    if kind == "bitsandbytes":
-        kind += ", 4 bits" if values.get("load_in_4bit") else ", 8 bits"
-    return (
-        f"its weights are quantised ({kind}), and heads are trained and served beside plain ones; use the checkpoint "
-        "that it was quantised from (of quantised files only GGUF is taken, and dequantised while it is read)"
-    )
 
 
 def rope_limit(config: Any) -> tuple[str, int] | None:
@@ -104,9 +102,6 @@ def head_rope(config: Any) -> dict[str, Any]:
     return {"rope_theta": parameters.get("rope_theta", 10000.0), "rope_type": "default"}
 
 
-_HEAD_ROPES = ("default", "linear", "llama3", "yarn")
-
-
 def check_room(name: str, config: Any, dtype: Any, device: Any) -> None:
     """Refuse a target whose weights are larger than the device that they are to be on.
 
@@ -122,17 +117,14 @@ def check_room(name: str, config: Any, dtype: Any, device: Any) -> None:
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
-    except Exception:  # whoever loads it will say why
+    except Exception:  # loading it will give the reason
         return
+    if device.type not in ("cpu", "cuda"):
+        return
+    free = psutil.virtual_memory().available if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
     if not isinstance(dtype, torch.dtype):
         dtype = config.dtype or torch.float32
     wanted = sum(weight.numel() for weight in model.parameters()) * dtype.itemsize
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-    elif device.type == "cpu":
-        free = psutil.virtual_memory().available
-    else:
-        return
     if wanted > free:
         raise UserError(
             f"target {name!r} has {wanted / 2**30:.1f} GiB of weights in {str(dtype).removeprefix('torch.')} and "

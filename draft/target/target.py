@@ -1,4 +1,4 @@
-"""The target: the model whose output a draft head guesses and the engine reproduces."""
+"""The target: the model whose output a draft head predicts and the engine reproduces."""
 
 from __future__ import annotations
 
@@ -16,41 +16,92 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from draft.devices import DTYPES, fastest_cpu_dtype, resolve_device, resolve_dtype
 from draft.errors import UserError
 from draft.target.adapter import Adapter, merge_adapter, read_adapter, warn_of_other_template
 from draft.target.bundled import BUNDLED_TARGET, bundled_target_folder, dequantise_options
+from draft.target.devices import resolve_device, resolve_dtype
 from draft.target.support import check_config, check_room, rope_limit
 
 log = logging.getLogger(__name__)
 
-__all__ = [
-    "DTYPES",
-    "Target",
-    "TargetOutput",
-    "capture_hidden_states",
-    "fastest_cpu_dtype",
-    "load_target",
-    "load_tokenizer",
-    "render_chat",
-]
+
+def load_target(
+    name: str, dtype: str | torch.dtype = "auto", device: str = "auto", adapter: str | Path | None = None
+) -> Target:
+    """Load a target: a hub id, a folder, a `.gguf` file, or `smollm2`, the bundled default.
+
+    dtype "auto" takes the checkpoint's own on an accelerator and the faster of bfloat16 and float32 on a CPU.
+    adapter: folder of a PEFT LoRA adapter, which is merged into the weights in memory.
+
+    Raises:
+        UserError: when it cannot be found, is of an architecture that heads cannot be attached to, is quantised or
+            larger than the device, or when the adapter is not one for it.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    place = resolve_device(device)
+    wanted = resolve_dtype(dtype, place)
+    tokenizer = load_tokenizer(name)
+    source, options = locate(name)
+    try:
+        config = AutoConfig.from_pretrained(source, **options)
+    except Exception as error:  # a damaged file raises whatever its reader does
+        raise UserError(why_not_loaded(name, error)) from error
+    if config.get_text_config() is not config:
+        log.info("target %r is a model of text and other media: its text part is used", name)
+    if not options:  # a GGUF file's layers are known once it is read, and are dequantised
+        check_config(name, config)
+        check_room(name, config, wanted, place)
+    found = read_adapter(adapter) if adapter is not None else None
+    if found is not None:
+        warn_of_other_template(found, tokenizer)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=wanted, **options, **dequantise_options(options))
+        model.to(place)  # type: ignore[arg-type]
+    except Exception as error:
+        raise UserError(why_not_loaded(name, error)) from error
+    target = Target(name, model, tokenizer, config.dtype)
+    if target.rope_limit:
+        log.info("%s", target.limit_reason)
+    if found is not None:
+        model, merged = merge_adapter(target.model, found, target.title, target.fingerprint)
+        target = Target(name, model, tokenizer, target.stored_dtype, merged)
+    return target
 
 
-@dataclass(frozen=True)
-class TargetOutput:
-    """What one forward pass of the target gives."""
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer of a target, without its weights; names and errors as in `load_target`."""
+    from transformers import AutoTokenizer
 
-    last_hidden: Tensor  # [batch, tokens, hidden], after the final norm: what the LM head reads
-    auxiliary: Tensor | None  # [batch, tokens, layers * hidden], residual stream entering the chosen layers
-    layers: tuple[int, ...] = ()  # the chosen layers
+    source, options = locate(name)
+    try:
+        return AutoTokenizer.from_pretrained(source, **options)
+    except Exception as error:
+        raise UserError(why_not_loaded(name, error)) from error
 
-    def states_of(self, layers: Sequence[int]) -> Tensor:
-        """`auxiliary` of some of the chosen layers only: [batch, tokens, len(layers) * hidden]."""
-        assert self.auxiliary is not None
-        if tuple(layers) == self.layers:
-            return self.auxiliary
-        states = dict(zip(self.layers, self.auxiliary.chunk(len(self.layers), dim=-1), strict=True))
-        return torch.cat([states[layer] for layer in layers], dim=-1)
+
+def locate(name: str) -> tuple[str, dict[str, str]]:
+    """The arguments of `from_pretrained` for a target's name."""
+    if name == BUNDLED_TARGET:
+        return str(bundled_target_folder()), {}
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise UserError(f"target {name!r}: no such file; give the path of an existing .gguf file.")
+        return str(path.parent), {"gguf_file": path.name}
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise UserError(f"target {name!r}: the folder has no config.json; give a folder that save_pretrained wrote.")
+    return str(path) if path.is_dir() else name, {}
+
+
+def why_not_loaded(name: str, error: Exception) -> str:
+    reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+    if isinstance(error, OSError) and not Path(name).expanduser().exists():
+        return (
+            f"target {name!r} is neither a folder here nor reachable on the hub ({reason}); on a machine with "
+            f"network run `hf download {name}`, or pass a local folder, a .gguf file or `{BUNDLED_TARGET}`."
+        )
+    return f"target {name!r} could not be loaded ({reason}); pass a causal language model that transformers supports."
 
 
 class Target:
@@ -97,6 +148,7 @@ class Target:
         self.logit_scale /= getattr(self.config, "logits_scaling", None) or 1.0
         self.embedding: nn.Embedding = model.get_input_embeddings()
         self.lm_head: nn.Linear = model.get_output_embeddings()
+        self._rows: tuple[Tensor, Tensor] | None = None  # a vocabulary, and the LM head's rows of it
 
     @property
     def base_fingerprint(self) -> str:
@@ -194,33 +246,25 @@ class Target:
 
     @property
     def limit_reason(self) -> str:
-        """Why texts may have `max_length` tokens at most."""
-        why = (
-            f", since its {self.rope_limit[0]} rotary embedding gives other states beyond for all tokens of a batch"
-            if self.rope_limit
-            else ""
-        )
-        return f"the context of target {self.title} is {self.max_length} tokens{why}"
+        """The sentence that gives the limit of texts, `max_length`, and its cause."""
+        context = f"the context of target {self.title} is {self.max_length} tokens"
+        if not self.rope_limit:
+            return context
+        kind = self.rope_limit[0]
+        return f"{context}, since its {kind} rotary embedding gives other states beyond for all tokens of a batch"
 
     def logits(self, last_hidden: Tensor, vocabulary: Tensor | None = None) -> Tensor:
         """Logits [..., vocab] of normalised hidden states [..., hidden]; only the rows `vocabulary` when given."""
         if vocabulary is None:
             scores = self.lm_head(last_hidden)
         else:
+            if self._rows is None or self._rows[0] is not vocabulary:  # a head reads the same ones at every batch
+                self._rows = vocabulary, self.lm_head.weight[vocabulary].contiguous()
             bias = self.lm_head.bias
-            scores = nn.functional.linear(
-                last_hidden, self._lm_head_rows(vocabulary), None if bias is None else bias[vocabulary]
-            )
+            scores = nn.functional.linear(last_hidden, self._rows[1], None if bias is None else bias[vocabulary])
         scores = scores * self.logit_scale
         cap = getattr(self.config, "final_logit_softcapping", None)
         return scores if cap is None else torch.tanh(scores / cap) * cap
-
-    def _lm_head_rows(self, vocabulary: Tensor) -> Tensor:
-        """The LM head's rows [len(vocabulary), hidden]; kept, since a head asks for the same ones at every batch."""
-        cached = getattr(self, "_rows", None)
-        if cached is None or cached[0] is not vocabulary:
-            self._rows = cached = (vocabulary, self.lm_head.weight[vocabulary].contiguous())
-        return cached[1]
 
     def encode_chat(self, messages: list[dict[str, str]], *, add_generation_prompt: bool) -> list[int]:
         """Token ids of a conversation under the target's chat template."""
@@ -260,87 +304,28 @@ class Target:
         return digest.hexdigest()[:16]
 
 
+@dataclass(frozen=True)
+class TargetOutput:
+    """The result of one forward pass of the target."""
+
+    last_hidden: Tensor  # [batch, tokens, hidden], after the final norm: what the LM head reads
+    auxiliary: Tensor | None  # [batch, tokens, layers * hidden], residual stream entering the chosen layers
+    layers: tuple[int, ...] = ()  # the chosen layers
+
+    def states_of(self, layers: Sequence[int]) -> Tensor:
+        """`auxiliary` of some of the chosen layers only: [batch, tokens, len(layers) * hidden]."""
+        assert self.auxiliary is not None
+        if tuple(layers) == self.layers:
+            return self.auxiliary
+        states = dict(zip(self.layers, self.auxiliary.chunk(len(self.layers), dim=-1), strict=True))
+        return torch.cat([states[layer] for layer in layers], dim=-1)
+
+
 def render_chat(tokenizer: Any, messages: list[dict[str, str]], *, add_generation_prompt: bool) -> str:
     """A conversation as text under the tokenizer's chat template."""
     if not tokenizer.chat_template:
         raise UserError("the target's tokenizer has no chat template; save one as chat_template.jinja beside it.")
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
-
-
-def load_tokenizer(name: str) -> Any:
-    """The tokenizer of a target, without its weights; names and errors as in `load_target`."""
-    from transformers import AutoTokenizer
-
-    source, options = locate(name)
-    try:
-        return AutoTokenizer.from_pretrained(source, **options)
-    except Exception as error:
-        raise UserError(why_not_loaded(name, error)) from error
-
-
-def load_target(
-    name: str, dtype: str | torch.dtype = "auto", device: str = "auto", adapter: str | Path | None = None
-) -> Target:
-    """Load a target: a hub id, a folder, a `.gguf` file, or `smollm2`, the bundled default.
-
-    dtype "auto" takes the checkpoint's own on an accelerator and the faster of bfloat16 and float32 on a CPU.
-    adapter: folder of a PEFT LoRA adapter, which is merged into the weights in memory.
-
-    Raises:
-        UserError: when it cannot be found, is of an architecture that heads cannot be attached to, is quantised or
-            larger than the device, or when the adapter is not one for it.
-    """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    place = resolve_device(device)
-    wanted = resolve_dtype(dtype, place)
-    tokenizer = load_tokenizer(name)
-    source, options = locate(name)
-    try:
-        config = AutoConfig.from_pretrained(source, **options)
-    except Exception as error:  # a damaged file raises whatever its reader does
-        raise UserError(why_not_loaded(name, error)) from error
-    if config.get_text_config() is not config:
-        log.info("target %r is a model of text and other media: its text part is used", name)
-    if not options:  # a GGUF file's layers are known once it is read, and are dequantised
-        check_config(name, config)
-        check_room(name, config, wanted, place)
-    found = read_adapter(adapter) if adapter is not None else None
-    if found is not None:
-        warn_of_other_template(found, tokenizer)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=wanted, **options, **dequantise_options(options))
-        model.to(place)  # type: ignore[arg-type]
-    except Exception as error:
-        raise UserError(why_not_loaded(name, error)) from error
-    target = Target(name, model, tokenizer, config.dtype)
-    if target.rope_limit:
-        log.info("%s", target.limit_reason)
-    return target if found is None else _adapted(target, found)
-
-
-def _adapted(target: Target, adapter: Adapter) -> Target:
-    model, merged = merge_adapter(target.model, adapter, target.title, target.fingerprint)
-    return Target(target.name, model, target.tokenizer, target.stored_dtype, merged)
-
-
-# What a pass changes in a target's model while it runs: how it attends, and what is seen of its layers.
-
-
-@contextmanager
-def attending_by(target: Target, implementation: str) -> Iterator[None]:
-    """Let the decoder attend by a function that is registered with transformers, while the block runs.
-
-    No other pass of the same target begins meanwhile, in whatever thread.
-    """
-    config = target.decoder.config
-    with target.lock:
-        before = config._attn_implementation
-        config._attn_implementation = implementation
-        try:
-            yield
-        finally:
-            config._attn_implementation = before
 
 
 @contextmanager
@@ -369,28 +354,17 @@ def capture_hidden_states(decoder: nn.Module, layers: Sequence[int], into: dict[
             handle.remove()
 
 
-# Where the files of a target are, and why they could not be loaded.
+@contextmanager
+def attending_by(target: Target, implementation: str) -> Iterator[None]:
+    """Let the decoder attend by a function that is registered with transformers, while the block runs.
 
-
-def locate(name: str) -> tuple[str, dict[str, str]]:
-    """What `from_pretrained` should read for a target's name."""
-    if name == BUNDLED_TARGET:
-        return str(bundled_target_folder()), {}
-    path = Path(name).expanduser()
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise UserError(f"target {name!r}: no such file; give the path of an existing .gguf file.")
-        return str(path.parent), {"gguf_file": path.name}
-    if path.is_dir() and not (path / "config.json").is_file():
-        raise UserError(f"target {name!r}: the folder has no config.json; give a folder that save_pretrained wrote.")
-    return str(path) if path.is_dir() else name, {}
-
-
-def why_not_loaded(name: str, error: Exception) -> str:
-    reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-    if isinstance(error, OSError) and not Path(name).expanduser().exists():
-        return (
-            f"target {name!r} is neither a folder here nor reachable on the hub ({reason}); on a machine with "
-            f"network run `hf download {name}`, or pass a local folder, a .gguf file or `{BUNDLED_TARGET}`."
-        )
-    return f"target {name!r} could not be loaded ({reason}); pass a causal language model that transformers supports."
+    No other pass of the same target begins meanwhile, in whatever thread.
+    """
+    config = target.decoder.config
+    with target.lock:
+        before = config._attn_implementation
+        config._attn_implementation = implementation
+        try:
+            yield
+        finally:
+            config._attn_implementation = before

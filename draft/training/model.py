@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from draft.afa import AfaLoraConfig, add_adapter
 from draft.data.dataset import Row, coverage, draft_vocabulary
 from draft.errors import UserError
-from draft.evaluation.compare import row_ids
+from draft.evaluation.trained_rows import record_trained_rows
 from draft.files import provenance
 from draft.heads import DraftHead
 from draft.heads.base import Features
-from draft.heads.checkpoint import check_fits, head_sha256, load_head
+from draft.heads.checkpoint import attach_head, head_sha256, load_head
 from draft.heads.registry import ARCHITECTURES
 from draft.target import Target
 from draft.training.config import DRAFT_STEPS, DRAFT_VOCABULARY, AdapterSettings, ModelSettings, RunSettings
@@ -67,7 +67,7 @@ def about_run(settings: RunSettings, target: Target, rows: list[Row], base: dict
         "base_head_sha256": settings.model.head and head_sha256(settings.model.head),
         "tokens": sum(len(row.ids) for row in rows),
         "trained_tokens": sum(sum(row.mask) for row in rows),
-        "trained_rows": sorted({*row_ids(rows), *base.get("trained_rows", [])}),
+        "trained_rows": record_trained_rows(rows, base),
         **provenance(),
     }
 
@@ -83,7 +83,7 @@ def blank_head(target: Target, vocabulary: Tensor, model: ModelSettings) -> Draf
     architecture = ARCHITECTURES[model.new_architecture]
     head = architecture(architecture.config_class.for_target(target, len(vocabulary), **model.options()))
     head.set_vocabulary(vocabulary.cpu())
-    head.borrow(target)
+    head.use_target_lm_head(target)
     return head.to(target.device, master_dtype(target))
 
 
@@ -111,7 +111,7 @@ def load_base_head(settings: RunSettings, target: Target) -> tuple[DraftHead, di
         raise UserError(
             f"the head {settings.model.head!r} is of architecture {found}, not {wanted}; leave the flag out."
         )
-    check_fits(head, {} if settings.model.other_target else about, target)
+    attach_head(head, {} if settings.model.other_target else about, target)
     return head.to(target.dtype if settings.method != "full" else master_dtype(target)), about
 
 
@@ -131,13 +131,13 @@ def with_vocabulary(head: DraftHead, target: Target, vocabulary: Tensor) -> Draf
     vocabulary = vocabulary.to(head.device)
     result = type(head)(replace(head.config, draft_vocab_size=len(vocabulary), shared_lm_head=False))
     result.to(head.device, head.dtype).set_vocabulary(vocabulary)
-    lm_heads = {f"{name}.weight" for name in result.own_lm_heads}
+    lm_heads = {f"{name}.weight" for name in result.lm_head_modules}
     weights = {name: value for name, value in head.state_dict().items() if name not in {*lm_heads, "d2t", "t2d"}}
     result.load_state_dict(weights, strict=False)
-    for name, lm_head in result.own_lm_heads.items():
+    for name, lm_head in result.lm_head_modules.items():
         rows = target.lm_head.weight.detach().to(lm_head.weight, copy=True)  # [vocab, hidden]
-        if name in head.own_lm_heads:
-            rows[head.vocabulary] = head.own_lm_heads[name].weight.detach()
+        if name in head.lm_head_modules:
+            rows[head.vocabulary] = head.lm_head_modules[name].weight.detach()
         with torch.no_grad():
             lm_head.weight.copy_(rows[vocabulary])
     return result

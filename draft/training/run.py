@@ -29,7 +29,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from draft.errors import UserError
-from draft.files import atomic_folder, provenance, write_json
+from draft.files import atomic_folder, finish_folders, provenance, write_json
 from draft.training.config import LEFT_TO_THE_HEAD, SECTIONS, RunSettings, to_yaml
 from draft.training.distributed import part_of, whole
 
@@ -108,11 +108,11 @@ class RunFolder:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"--out {str(self.folder)!r} cannot be made ({error.strerror}); choose another.") from error
+        finish_folders(self.checkpoints, f"{_PREFIX}*")
+        for name in RESULTS:
+            finish_folders(self.folder, name)
         if self.starts_again:
             self._discard()
-        discard_unfinished(self.checkpoints)
-        for left in (path for name in RESULTS for path in self.folder.glob(f".{name}-*")):
-            shutil.rmtree(left, ignore_errors=True)  # a killed process was writing it
         config = self.folder / ".config.yaml.tmp"
         config.write_text(to_yaml(self.settings))
         config.replace(self.folder / "config.yaml")
@@ -206,12 +206,6 @@ def write_snapshot(folder: Path, tensors: dict[str, Tensor], progress: dict[str,
         raise UserError(f"the checkpoint {name} in {str(folder)!r} could not be written ({error}); {kept}.") from error
     for old in sorted(folder.glob(f"{_PREFIX}*"))[:-keep]:
         shutil.rmtree(old)
-
-
-def discard_unfinished(folder: Path) -> None:
-    """Remove what a killed process left behind of a checkpoint that it was writing."""
-    for left in folder.glob(f".{_PREFIX}*"):
-        shutil.rmtree(left, ignore_errors=True)
 
 
 def latest_snapshot(folder: Path) -> Path | None:

@@ -24,7 +24,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class Placement(NamedTuple):
-    """Where phi stands in the chain x -> A -> B."""
+    """The places of phi in the chain x -> A -> B."""
 
     before_a: bool
     between: bool
@@ -73,7 +73,7 @@ def annealed_lora(
 
     A and B may be of another dtype (fp32 beside bf16 activations is the normal case): they are cast to x's
     for the products, never x to theirs; the casts are differentiable, so the gradients arrive in the dtypes
-    of A and B. The scaling stands outside of every activation. Raises ValueError for an unknown placement or
+    of A and B. The scaling is outside of every activation. Raises ValueError for an unknown placement or
     activation.
     """
     where = PLACEMENTS[canonical_placement(placement)]

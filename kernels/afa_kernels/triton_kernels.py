@@ -6,7 +6,8 @@
     outer_kernel   dA = dz^T x and dB = s * dy^T phi(z)        read x, and dy, once
 
 The matrices of width r (z, h, dz) are small beside those of width in and out, so only the latter count as
-traffic; README.md in the folder above has the sums. `launch.py` chooses blocks and calls these.
+traffic; README.md in the folder above has the sums. The functions at the end launch them: `down`, `dz`, `product`
+and `outer` take tensors of any strides, and let `tuning` choose the blocks.
 
 Dots take operands of x's dtype (the caller casts A and B, and gives h and dz that dtype) and accumulate in fp32;
 z, phi and every scaling are fp32.
@@ -18,8 +19,21 @@ Numbers of tokens are not specialised, so that a batch of another size is no new
 
 from __future__ import annotations
 
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+from torch.nn import functional as F
+
+from afa_kernels import tuning
+from afa_kernels.tuning import Blocks, Candidate
+
+GROUP_TOKENS = 8  # row blocks that share columns of the frozen weight in L2
 
 
 @triton.jit
@@ -265,3 +279,144 @@ def outer_kernel(
     out_ptrs = out_ptr + split.to(tl.int64) * stride_os + cols[:, None] * stride_on + ranks[None, :] * stride_or
     mask = (cols < columns)[:, None] & (ranks < rank)[None, :]
     tl.store(out_ptrs, _cast(acc * scaling, out_ptr.dtype.element_ty, INTERPRETED), mask=mask)
+
+
+# ---- launches: strides, grids and options ----
+
+# True where the kernels above are Triton's interpreter's, which takes CPU tensors: TRITON_INTERPRET=1 at import.
+INTERPRETED = not isinstance(down_kernel, triton.JITFunction)
+
+
+def operand_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of everything that a dot takes beside x: x's own, since tensor cores mix none.
+
+    fp32 when interpreting, where `_dot` casts up anyway.
+    """
+    return torch.float32 if INTERPRETED else x.dtype
+
+
+def down(x: Tensor, a: Tensor, beta: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    """z = x A^T in fp32, and h = phi(z) as an operand of dots; [tokens, rank] each."""
+    (tokens, width), rank = x.shape, a.shape[0]
+    z = x.new_empty(tokens, rank, dtype=torch.float32)
+    h = x.new_empty(tokens, rank, dtype=operand_dtype(x))
+    sizes = (tokens, width, rank, *x.stride(), *a.stride())
+    _launch_thin("down", down_kernel, x, rank, activation, x, a, beta, z, h, *sizes)
+    return z, h
+
+
+def dz(dy: Tensor, b: Tensor, z: Tensor, beta: Tensor, scaling: float, activation: str) -> Tensor:
+    """The gradient at z, scaling * (dy B) * phi'(z), as an operand of dots, [tokens, rank]."""
+    (tokens, width), rank = dy.shape, b.shape[1]
+    out = dy.new_empty(tokens, rank, dtype=operand_dtype(dy))
+    sizes = (tokens, width, rank, scaling, *dy.stride(), *b.stride())
+    _launch_thin("dz", dz_kernel, dy, rank, activation, dy, b, z, beta, out, *sizes)
+    return out
+
+
+def _launch_thin(name: str, kernel: Any, p: Tensor, rank: int, activation: str, *arguments: Any) -> None:
+    """Launch a kernel that reads rows of p [tokens, width] once and makes `rank` columns of them."""
+    tokens, width = p.shape
+
+    def run(blocks: Blocks) -> None:
+        _launch(
+            kernel, (triton.cdiv(tokens, blocks.tokens),), blocks, *arguments, BLOCK_T=blocks.tokens,
+            BLOCK_K=blocks.k, BLOCK_R=tuning.rank_block(rank, 256), EVEN_K=width % blocks.k == 0,
+            ACTIVATION=activation,
+        )  # fmt: skip
+
+    if tokens:
+        candidates = [tuning.INTERPRETED["thin"]] if INTERPRETED else tuning.thin_blocks(p.element_size(), rank)
+        run(_fastest(name, (p.dtype, *tuning.shape_class(tokens, 0, width, rank), p.stride(1) == 1), candidates, run))
+
+
+class Way(NamedTuple):
+    """One way to a large product, and the blocks of its Triton kernel.
+
+    "fused" is one Triton kernel, which writes everything once; "update" is cuBLAS for the frozen product, then the
+    rank-r term added in place, which reads and writes the result once more but may win where cuBLAS is far ahead.
+    """
+
+    variant: str
+    blocks: Blocks
+
+
+def product(p: Tensor, v: Tensor, bias: Tensor | None, h: Tensor, f: Tensor, scaling: float) -> Tensor:
+    """p v + bias + scaling * h f: p [tokens, width], v [width, columns], h [tokens, rank], f [rank, columns]."""
+    (tokens, width), columns, rank = p.shape, v.shape[1], h.shape[1]
+    bias = None if bias is None else bias.contiguous()
+
+    def run(way: Way) -> Tensor:
+        blocks, in_place = way.blocks, way.variant == "update"
+        # v.t() is the frozen weight, or its transpose: cuBLAS takes both as they lie
+        out = F.linear(p, v.t(), bias) if in_place else p.new_empty(tokens, columns)
+        grid = (triton.cdiv(tokens, blocks.tokens) * triton.cdiv(columns, blocks.columns),)
+        _launch(
+            linear_kernel, grid, blocks, p, v, bias, h, f, out, tokens, columns, width, rank, scaling,
+            *p.stride(), *v.stride(), *f.stride(), BLOCK_T=blocks.tokens, BLOCK_N=blocks.columns, BLOCK_K=blocks.k,
+            BLOCK_R=tuning.rank_block(rank, 64), GROUP_T=GROUP_TOKENS, EVEN_K=width % blocks.k == 0,
+            HAS_BIAS=bias is not None, IN_PLACE=in_place,
+        )  # fmt: skip
+        return out
+
+    if not tokens:
+        return p.new_empty(0, columns)
+    only = tuning.wanted_variant()
+    tables = {"fused": tuning.LINEAR, "update": tuning.UPDATE}
+    ways = [Way(name, b) for name in tables if only in (None, name) for b in _blocks(tables[name], "linear", p)]
+    key = (p.dtype, only, *tuning.shape_class(tokens, columns, width, rank), p.stride(1) == 1, v.stride(0) == 1)
+    return run(_fastest("product", key, ways, run))
+
+
+def outer(p: Tensor, q: Tensor, beta: Tensor, scaling: float, activation: str, *, into: Tensor) -> None:
+    """into [columns, rank] (any strides) = scaling * p^T phi(q): p [tokens, columns], q [tokens, rank]."""
+    (tokens, columns), rank = p.shape, q.shape[1]
+
+    def run(blocks: Blocks) -> None:
+        splits, share = _splits(tokens, columns, blocks, p.device)
+        partial = into if splits == 1 else p.new_empty(splits, columns, rank, dtype=torch.float32)
+        strides = (0, *into.stride()) if splits == 1 else partial.stride()
+        block_r = tuning.rank_block(rank, 128)
+        grid = (triton.cdiv(columns, blocks.columns), splits, triton.cdiv(rank, block_r))
+        _launch(
+            outer_kernel, grid, blocks, p, q, beta, partial, tokens, columns, rank, scaling, share,
+            *p.stride(), *strides, ACTIVATION=activation, BLOCK_T=blocks.tokens, BLOCK_N=blocks.columns,
+            BLOCK_R=block_r,
+        )  # fmt: skip
+        if splits > 1:
+            into.copy_(partial.sum(0))
+
+    if not tokens:
+        into.zero_()
+        return
+    key = (p.dtype, activation == "identity", *tuning.shape_class(tokens, columns, 0, rank), p.stride(1) == 1)
+    run(_fastest("outer", key, _blocks(tuning.OUTER, "outer", p), run))
+
+
+def _splits(tokens: int, columns: int, blocks: Blocks, device: torch.device) -> tuple[int, int]:
+    """The parts that the sum over tokens is cut into, and tokens a part: enough programs for every processor."""
+    wanted = math.ceil(4 * _processors(device) / triton.cdiv(columns, blocks.columns))
+    share = triton.cdiv(triton.cdiv(tokens, min(wanted, 64)), blocks.tokens) * blocks.tokens
+    return triton.cdiv(tokens, share), share
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def _blocks(table: dict[int, tuple[Blocks, ...]], interpreted: str, p: Tensor) -> list[Blocks]:
+    """The table's blocks for p's dtype that p's device can hold."""
+    if INTERPRETED:
+        return [tuning.INTERPRETED[interpreted]]
+    major, minor = torch.cuda.get_device_capability(p.device) if p.device.type == "cuda" else (8, 0)
+    return [blocks for blocks in table[p.element_size()] if blocks.arch <= 10 * major + minor]
+
+
+def _fastest(name: str, key: tuple, candidates: list[Candidate], run: Callable[[Candidate], object]) -> Candidate:
+    return candidates[0] if INTERPRETED else tuning.choose(name, key, candidates, run)
+
+
+def _launch(kernel: Any, grid: tuple[int, ...], blocks: Blocks, *arguments: Any, **options: Any) -> None:
+    compiler = {} if INTERPRETED else {"num_warps": blocks.warps, "num_stages": blocks.stages}
+    kernel[grid](*arguments, **options, INTERPRETED=INTERPRETED, **compiler)

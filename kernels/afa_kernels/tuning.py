@@ -1,4 +1,4 @@
-"""Which blocks, and which way to the large product, are the fastest here: measured once, then remembered.
+"""The fastest blocks, and the fastest way to the large product, on this device: measured once, then remembered.
 
 A choice is made per kernel, device, dtypes and shape class (see `shape_class`). It is kept in the process and in
 a file, under a name that holds the device, the versions of Triton and torch, and a hash of the sources, so that
@@ -28,7 +28,7 @@ CACHE_VARIABLE = "AFA_KERNELS_CACHE"
 
 
 class Blocks(NamedTuple):
-    """How a kernel is cut up: rows (tokens) and columns of a block, step of the summed axis, warps, stages."""
+    """The division of a kernel's work: rows (tokens) and columns of a block, step of the summed axis, warps, stages."""
 
     tokens: int
     columns: int
@@ -103,7 +103,6 @@ def shape_class(tokens: int, columns: int, width: int, rank: int) -> tuple[int, 
 
 Candidate = TypeVar("Candidate", bound=tuple)
 
-_chosen: dict[str, list] = {}
 _only: list[str] = []  # the last one counts: see `only`
 
 
@@ -123,7 +122,7 @@ def only(variant: str) -> Iterator[None]:
 
 
 def wanted_variant() -> str | None:
-    """The variant that `only` asks for at present; None where the measurement decides."""
+    """The variant that `only` requests at present; None where the measurement decides."""
     return _only[-1] if _only else None
 
 
@@ -139,15 +138,13 @@ def choose(
     if len(candidates) == 1 or not _can_measure():
         return candidates[0]
     device = torch.cuda.current_device()
-    label = f"{device} {name} {' '.join(map(str, key))}"
-    known = _chosen.get(label) or _remembered(device).get(label.partition(" ")[2])
+    label = f"{name} {' '.join(map(str, key))}"
+    known = _remembered(device).get(label)
     for candidate in candidates:
         if known == list(map(_plain, candidate)):
-            _chosen[label] = known
             return candidate
     best = _measure(label, candidates, run)
-    _chosen[label] = list(map(_plain, best))
-    _remember(device, label.partition(" ")[2], _chosen[label])
+    _remember(device, label, list(map(_plain, best)))
     return best
 
 
@@ -156,7 +153,7 @@ def _can_measure() -> bool:
 
 
 def _plain(value: object) -> object:
-    """As JSON gives it back."""
+    """The value as JSON gives it back."""
     return list(value) if isinstance(value, tuple) else value
 
 
@@ -211,7 +208,7 @@ def _remembered(device: int) -> dict[str, list]:
 
 
 def _remember(device: int, label: str, value: list) -> None:
-    """Adds one choice to the file, atomically. A folder that can't be written costs the next process its time."""
+    """Add one choice to the file, atomically. A folder that can't be written costs the next process its time."""
     path = _cache_file(device)
     _remembered(device)[label] = value
     try:

@@ -14,7 +14,7 @@ import torch
 
 from draft.errors import UserError
 from draft.heads import DraftHead
-from draft.heads.checkpoint import check_fits
+from draft.heads.checkpoint import attach_head
 from draft.target import Target
 from draft.target.support import check_architecture
 from serving.engine.planner import OFF, Controller, Fixed, Plan
@@ -82,7 +82,7 @@ class Engine:
         """
         check_architecture(target.config, target.name)
         if head is not None:
-            check_fits(head, {}, target)
+            attach_head(head, {}, target)
         self.target, self.head = target, head
         self.speculation = check_choice("speculation", speculation, SPECULATIONS)
         self.speculation_length = check_speculation_length(speculation_length)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from draft.devices import wait_for
+from draft.target import wait_for
 from serving.engine.drafting import Job, Proposer
 from serving.engine.kv_cache import Batch, Segment
 from serving.engine.model import TargetRunner

@@ -8,7 +8,7 @@ import torch
 from conftest import save_tiny_target
 
 from draft.cli import main
-from draft.heads.checkpoint import check_fits, load_head
+from draft.heads.checkpoint import attach_head, load_head
 from draft.target import load_target
 from serving.engine import Engine, SamplingParams
 
@@ -56,7 +56,7 @@ def test_heads_of_other_architectures_go_the_whole_path(run, folder, architectur
     test_the_whole_path(run, folder, architecture)
     target = load_target(str(folder / "target"), "float64")
     head, about = load_head(folder / f"{architecture}-head", dtype=torch.float64)
-    check_fits(head, about, target)
+    attach_head(head, about, target)
     prompts, wishes = [[5, 9, 200], [70, 71, 72, 73]], SamplingParams(30, ignore_eos=True)
     plain = [answer.token_ids for answer in Engine(target, speculation="off").generate(prompts, wishes)]
     for speculation in ("chain", "tree"):

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from draft.cli import main
 from draft.errors import UserError
-from draft.heads.checkpoint import check_fits, load_head
+from draft.heads.checkpoint import attach_head, load_head
 from draft.interop.exporting import export_head
 from draft.interop.importing import import_head
 
@@ -87,7 +87,7 @@ def test_an_export_stays_a_head_for_its_target(foreign):
     head, about = load_head(foreign.out)
     assert {key: about[key] for key in stale} == stale
     with pytest.raises(UserError, match="made for target feed"):
-        check_fits(head, about, foreign.target)
+        attach_head(head, about, foreign.target)
     foreign.out = foreign.out.with_name("other")
     stale["target_fingerprint"] = foreign.target.fingerprint
     (foreign.folder / "draftsmith.json").write_text(json.dumps(stale))

@@ -65,5 +65,5 @@ def random_head(
     ids = torch.arange(target.vocab_size)
     gap = target.vocab_size - draft_vocab_size
     head.set_vocabulary(torch.cat([ids[:40], ids[40 + gap :]]))
-    head.borrow(target)
+    head.use_target_lm_head(target)
     return head.eval()

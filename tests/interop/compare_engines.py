@@ -23,7 +23,7 @@ from benchmarks.shared import load_prompts
 from draft.evaluation.replay import drafted_states
 from draft.evaluation.tau import acceptance_length
 from draft.heads import DraftHead
-from draft.heads.checkpoint import check_fits, load_head
+from draft.heads.checkpoint import attach_head, load_head
 from draft.heads.unroll import shift_left
 from draft.interop.checks import target_shape
 from draft.interop.exporting import export_head
@@ -74,7 +74,7 @@ def judge(folder: Path, target: Target) -> int:
     """Walk an engine's texts as it did, with our head; print both acceptance lengths."""
     job, theirs = (json.loads((folder / name).read_text()) for name in ("prompts.json", "result.json"))
     head, about = load_head(HEAD, dtype=torch.float32)
-    check_fits(head, about, target)
+    attach_head(head, about, target)
     emitted = verifications = same = 0
     for prompt, text, beyond in zip(job["prompts"], theirs["texts"], theirs["beyond"], strict=True):
         choice, leading = walk(target, head, prompt, text + beyond, job["speculation_length"], theirs["forbidden"])

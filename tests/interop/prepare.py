@@ -18,7 +18,7 @@ from torch import Tensor
 
 from draft.evaluation.replay import drafted_states
 from draft.heads import DraftHead
-from draft.heads.checkpoint import check_fits, load_head, save_head
+from draft.heads.checkpoint import attach_head, load_head, save_head
 from draft.interop.exporting import export_head
 from draft.target import Target, load_target
 from interop.cases import CASES, OTHERS, VLLM_HEAD_DIM, random_head, tiny_target
@@ -40,7 +40,7 @@ def write_logits(folder: Path, case: str, head: str | Path, target: Target) -> N
     """Export a head, and unroll it over random tokens."""
     export_head(head, "speculators", folder / "speculators" / case)
     loaded, about = load_head(head, dtype=torch.float32)
-    check_fits(loaded, about, target)
+    attach_head(loaded, about, target)
     generator = torch.Generator().manual_seed(len(case))
     ids = torch.randint(3, target.vocab_size, (1, TOKENS), generator=generator)
     with torch.no_grad():

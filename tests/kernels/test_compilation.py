@@ -40,7 +40,7 @@ else:
         first_kernels,
     )
 
-    from afa_kernels import autograd, launch, triton_kernels, tuning
+    from afa_kernels import ops, triton_kernels, tuning
 
     SUBSET = [(90, kernel) for kernel in first_kernels("bf16")]
     SUBSET += [(90, Kernel("dz", "bf16", tuning.THIN[2][1], activation=name)) for name in ("gelu", "relu", "tanh")]
@@ -104,7 +104,7 @@ else:
     def train(beta: torch.Tensor, tokens: int = 32, scaling: float = 2.0, activation: str = "silu") -> None:
         x, weight, dy = torch.ones(tokens, 64), torch.ones(48, 64), torch.ones(tokens, 48)
         a, b = torch.ones(16, 64, requires_grad=True), torch.ones(48, 16, requires_grad=True)
-        y = autograd.AfaLoraLinear.apply(x.requires_grad_(), weight, None, a, b, beta, scaling, activation)
+        y = ops.AfaLoraLinear.apply(x.requires_grad_(), weight, None, a, b, beta, scaling, activation)
         y.backward(dy)
 
     @pytest.mark.parametrize("variant", ["fused", "update"])
@@ -123,4 +123,4 @@ else:
             assert len(compilations) == len(first) + 3
 
     def test_launches_take_the_first_blocks_without_a_card() -> None:
-        assert launch._blocks(tuning.LINEAR, "linear", torch.ones(1)) == list(tuning.LINEAR[4])
+        assert triton_kernels._blocks(tuning.LINEAR, "linear", torch.ones(1)) == list(tuning.LINEAR[4])

@@ -12,7 +12,7 @@ from draft.data.examples import collate
 from draft.errors import UserError
 from draft.evaluation.replay import drafted_states, target_passes
 from draft.heads import Eagle3Config
-from draft.heads.checkpoint import check_fits, load_head, save_head
+from draft.heads.checkpoint import attach_head, load_head, save_head
 from draft.training.batches import FeatureSource
 from draft.training.model import with_vocabulary
 
@@ -103,28 +103,28 @@ def test_training_reads_the_heads_own_layers(tiny_target, remember):
         torch.testing.assert_close(features.last_hidden, expected.last_hidden)
 
 
-def test_a_borrowed_lm_head_is_the_targets_also_in_a_copy(tiny_target, tmp_path):
+def test_a_shared_lm_head_is_the_targets_also_in_a_copy(tiny_target, tmp_path):
     head = random_head(tiny_target, draft_vocab_size=259, shared_lm_head=True)
     save_head(head, tmp_path / "head", dtype=torch.float64, about={})
     loaded, _ = load_head(tmp_path / "head")
     hidden = torch.randn(2, 32, dtype=torch.float64)
-    with pytest.raises(UserError, match="borrow"):
+    with pytest.raises(UserError, match="use_target_lm_head"):
         loaded.logits(hidden)
-    check_fits(loaded, {}, tiny_target)
-    for borrower in (loaded, copy.deepcopy(loaded)):
-        assert borrower.lender.target is tiny_target
-        torch.testing.assert_close(borrower.logits(hidden), tiny_target.lm_head(loaded.norm(hidden)))
+    attach_head(loaded, {}, tiny_target)
+    for each in (loaded, copy.deepcopy(loaded)):
+        assert each.shared_target is tiny_target
+        torch.testing.assert_close(each.logits(hidden), tiny_target.lm_head(loaded.norm(hidden)))
     assert not any(parameter is tiny_target.lm_head.weight for parameter in loaded.parameters())
 
 
-def test_a_new_vocabulary_gives_a_borrower_an_lm_head_of_its_own(tiny_target):
+def test_a_new_vocabulary_gives_a_head_that_shares_an_lm_head_one(tiny_target):
     head = random_head(tiny_target, draft_vocab_size=259, shared_lm_head=True)
     ids = torch.arange(10, 60)
     rebuilt = with_vocabulary(head, tiny_target, ids)
     assert torch.equal(rebuilt.lm_head.weight, tiny_target.lm_head.weight[ids])
 
 
-def test_a_reduced_vocabulary_cannot_borrow(tiny_target):
+def test_a_reduced_vocabulary_needs_an_lm_head(tiny_target):
     with pytest.raises(UserError, match="over 259 tokens, and draft_vocab_size is 200"):
         Eagle3Config.for_target(tiny_target, 200, shared_lm_head=True)
 

@@ -71,10 +71,10 @@ def test_resume_and_start_again(world, tmp_path):
     run = Run(command(world, "pretrain", out, "--max-steps", "4", "--no-resume")).succeed()
     assert list(logged(out)) == [1, 2, 3, 4] and (out / "mine.txt").read_text() == "mine"
     # what a killed process left while it wrote the result
-    (out / ".head-left").mkdir()
+    (out / ".head.new-left").mkdir()
     # what the weights don't depend on may change
     run = Run(command(world, "pretrain", out, "--max-steps", "4", "--save-every", "1", "--log-with", "none")).succeed()
-    assert "Continuing" in run.output() and not (out / ".head-left").exists()
+    assert "Continuing" in run.output() and not (out / ".head.new-left").exists()
 
 
 def test_starting_again_discards_nothing_until_all_else_is_in_order(world, tmp_path):

@@ -101,8 +101,9 @@ def test_adapting_and_merging(world, architecture, method, tmp_path):
     assert about["method"] == method
     if method != "full":
         assert merged.layers == changed and merged.rounding < 1e-6
-        assert not head.own_lm_heads or all(
-            torch.equal(head.own_lm_heads[name].weight, lm_head.weight) for name, lm_head in base.own_lm_heads.items()
+        assert not head.lm_head_modules or all(
+            torch.equal(head.lm_head_modules[name].weight, lm_head.weight)
+            for name, lm_head in base.lm_head_modules.items()
         )
 
 
@@ -121,7 +122,7 @@ def test_a_merged_head_computes_what_the_adapter_computed(world, tmp_path, archi
     auxiliary = torch.randn(1, 6, 32 * len(merged.auxiliary_layers(target)), dtype=torch.float64)
     logits = []
     for head in (merged, base.eval()):
-        head.borrow(target)
+        head.use_target_lm_head(target)
         with torch.no_grad():
             steps = enumerate(head.unroll(embeds, auxiliary, 3))
             logits.append(torch.stack([head.logits(hidden, step) for step, hidden in steps]))
@@ -214,7 +215,7 @@ def test_a_new_head_has_the_options_that_were_asked_for(world, name):
     for option in NEW_HEADS[name]:
         key, value = option.split("=")
         assert json.dumps(getattr(head.config, key)) == value
-    assert bool(head.own_lm_heads) == (architecture != "eagle" and "shared_lm_head=true" not in NEW_HEADS[name])
+    assert bool(head.lm_head_modules) == (architecture != "eagle" and "shared_lm_head=true" not in NEW_HEADS[name])
 
 
 def test_settings_that_an_architecture_has_no_use_for_are_refused(world):

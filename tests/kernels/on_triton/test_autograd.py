@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from afa_kernels import KernelsError, afa_lora_linear, dispatch, fall_back, launch, reference, tuning
+from afa_kernels import KernelsError, afa_lora_linear, fall_back, ops, reference, triton_kernels, tuning
 
 
 class Layer(nn.Module):
@@ -79,7 +79,7 @@ def test_compiling_with_a_dynamic_number_of_tokens() -> None:
 
 
 def test_the_operators_keep_torchs_contract() -> None:
-    from afa_kernels.autograd import backward_op, forward_op
+    from afa_kernels.ops import backward_op, forward_op
 
     case = make_case(5, 7, 3, 2)
     tensors = (case.x, case.weight, case.bias, case.lora_a, case.lora_b, case.beta)
@@ -155,16 +155,30 @@ def test_beta_gets_no_gradient_and_a_new_value_counts() -> None:
 # ---- what takes the reference path, and says so ----
 
 
-def refused(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, word: str, **replaced: Tensor) -> None:
-    """With AFA_KERNELS=triton an error says why; by itself the reference runs, and the log says so once."""
+SHAPES = {"x": (4, 5), "weight": (6, 5), "bias": (6,)}
+
+
+@pytest.mark.parametrize(
+    ("word", "replaced"),
+    [
+        ("rank 257 is above 256", {"lora_a": torch.ones(257, 5), "lora_b": torch.ones(6, 257)}),
+        ("torch.float64 is not one of", {name: torch.ones(shape).double() for name, shape in SHAPES.items()}),
+        ("weight or bias wants a gradient", {"weight": torch.ones(6, 5, requires_grad=True)}),
+    ],
+)
+def test_a_layer_that_the_kernels_do_not_cover(
+    word: str, replaced: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With AFA_KERNELS=triton an error gives the reason; by itself the reference runs, and the log says so once."""
     case = make_case(4, 5, 6, 3)
-    tensors = {k: getattr(case, k) for k in ("x", "weight", "bias", "lora_a", "lora_b")} | replaced
+    tensors = {k: getattr(case, k) for k in ("x", "weight", "bias", "lora_a", "lora_b")}
+    tensors |= {k: t.detach().to(DEVICE).requires_grad_(t.requires_grad) for k, t in replaced.items()}
     options = {"beta": case.beta, "scaling": 1.1, "activation": "gelu"}
     with pytest.raises(KernelsError, match=word):
         afa_lora_linear(**tensors, **options)
     monkeypatch.setenv("AFA_KERNELS", "auto")
-    monkeypatch.setattr(launch, "forward", lambda *a: pytest.fail("the kernels ran"))
-    dispatch._say_once.cache_clear()
+    monkeypatch.setattr(triton_kernels, "down", lambda *a: pytest.fail("the kernels ran"))
+    ops._log_once.cache_clear()
     with caplog.at_level(logging.WARNING, logger="afa_kernels"):
         for _ in range(3):
             y = afa_lora_linear(**tensors, **options)
@@ -172,27 +186,11 @@ def refused(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, w
     assert [word in record.message for record in caplog.records] == [True]
 
 
-def test_a_large_rank(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    a, b = torch.ones(257, 5, device=DEVICE), torch.ones(6, 257, device=DEVICE)
-    refused(monkeypatch, caplog, "rank 257 is above 256", lora_a=a, lora_b=b)
-
-
-def test_another_dtype(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    tensors = {"x": torch.ones(4, 5), "weight": torch.ones(6, 5), "bias": torch.ones(6)}
-    doubles = {k: t.to(DEVICE, torch.float64) for k, t in tensors.items()}
-    refused(monkeypatch, caplog, "torch.float64 is not one of", **doubles)
-
-
-def test_a_weight_that_is_trained(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    weight = torch.ones(6, 5, device=DEVICE, requires_grad=True)
-    refused(monkeypatch, caplog, "weight or bias wants a gradient", weight=weight)
-
-
 def test_dropout_is_said_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(KernelsError, match="LoRA dropout"):
         fall_back("LoRA dropout is 0.1", DEVICE)
     monkeypatch.setenv("AFA_KERNELS", "auto")
-    dispatch._say_once.cache_clear()
+    ops._log_once.cache_clear()
     for _ in range(2):
         fall_back("LoRA dropout is 0.1", DEVICE)
     assert [record.levelname for record in caplog.records] == ["WARNING"]
@@ -201,7 +199,7 @@ def test_dropout_is_said_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.Lo
 def test_the_reference_can_be_forced(monkeypatch: pytest.MonkeyPatch) -> None:
     case = make_case(4, 5, 6, 3)
     assert same(run(case), run(case))
-    monkeypatch.setattr(launch, "forward", lambda *a: pytest.fail("the kernels ran"))
+    monkeypatch.setattr(triton_kernels, "down", lambda *a: pytest.fail("the kernels ran"))
     monkeypatch.setenv("AFA_KERNELS", "reference")
     assert same(run(case), run(case, reference.afa_lora_linear))
 

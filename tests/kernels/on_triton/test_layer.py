@@ -10,7 +10,7 @@ import torch
 from kernel_cases import DEVICE, limit, relative_error
 from torch import Tensor, nn
 
-from afa_kernels import dispatch, launch
+from afa_kernels import ops, triton_kernels
 from draft.afa import AfaLoraConfig, add_adapter, set_annealing_step
 from draft.errors import UserError
 
@@ -56,8 +56,8 @@ def trained(model: nn.Module, x: Tensor) -> list[Tensor]:
 def compare(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     """compare(model, x): how often the kernels ran; both ways gave the same."""
     calls: list[int] = []
-    forward = launch.forward
-    monkeypatch.setattr(launch, "forward", lambda *args: calls.append(1) or forward(*args))
+    down = triton_kernels.down
+    monkeypatch.setattr(triton_kernels, "down", lambda *args: calls.append(1) or down(*args))
 
     def compare(model: nn.Module, x: Tensor = X) -> int:
         calls.clear()
@@ -110,7 +110,7 @@ def test_disabled_and_merged_adapters_are_not(compare: Callable[..., int], monke
     model = adapted(beta=0.0)
     assert compare(model) == 1
     calls: list[int] = []
-    monkeypatch.setattr(launch, "forward", lambda *args: calls.append(1))
+    monkeypatch.setattr(triton_kernels, "down", lambda *args: calls.append(1))
     monkeypatch.setenv("AFA_KERNELS", "auto")
     with torch.no_grad():
         base = model.get_base_model().fc.base_layer(X)
@@ -127,9 +127,9 @@ def test_dropout_takes_pytorch_and_says_so_once(
     model = adapted(lora_dropout=0.25)
     assert compare(model.eval()) == 1
     model.train()
-    dispatch._say_once.cache_clear()
+    ops._log_once.cache_clear()
     monkeypatch.setenv("AFA_KERNELS", "auto")
-    monkeypatch.setattr(launch, "forward", lambda *args: pytest.fail("the kernels ran"))
+    monkeypatch.setattr(triton_kernels, "down", lambda *args: pytest.fail("the kernels ran"))
     with caplog.at_level(logging.WARNING, logger="afa_kernels"):
         model(X), model(X)
     assert len(caplog.records) == 1 and "LoRA dropout is 0.25" in caplog.text

@@ -22,7 +22,7 @@ from kernel_cases import (
 )
 from torch import Tensor
 
-from afa_kernels import ACTIVATIONS, afa_lora_linear, launch, reference, tuning
+from afa_kernels import ACTIVATIONS, afa_lora_linear, ops, reference, triton_kernels, tuning
 
 # On a card, and where the frozen product is rounded before the LoRA term is added, the terms of a single number
 # may cancel; the norm of a few dozen can't.
@@ -74,9 +74,9 @@ def test_the_blocks_of_a_card(dtypes: str, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_sums_over_tokens_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "_processors", lambda device: 3)
+    monkeypatch.setattr(triton_kernels, "_processors", lambda device: 3)
     monkeypatch.setitem(tuning.INTERPRETED, "outer", tuning.Blocks(16, 32, 0, 1, 1))
-    splits, share = launch._splits(90, 40, tuning.INTERPRETED["outer"], torch.device(DEVICE))
+    splits, share = triton_kernels._splits(90, 40, tuning.INTERPRETED["outer"], torch.device(DEVICE))
     assert splits > 2 and (splits - 1) * share < 90 <= splits * share
     assert_exact(make_case(90, 40, 20, 6))
     assert_exact(make_case(90, 40, 20, 6, dtypes="bf16"))
@@ -142,7 +142,7 @@ def test_nan_and_infinity_pass_as_in_the_reference(activation: str, beta: float)
 
 @pytest.mark.parametrize("variant", ["fused", "update"])
 def test_every_output_element_is_written_and_nothing_else(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "_processors", lambda device: 2)
+    monkeypatch.setattr(triton_kernels, "_processors", lambda device: 2)
     case = make_case(41, 35, 67, 5)
     expected = exact(case)
     made = guard_new_empty(monkeypatch)
@@ -173,9 +173,10 @@ def test_beta_zero_is_bitwise_the_kernels_without_an_activation(dtypes: str, act
     case = make_case(33, 36, 34, 6, dtypes=dtypes, beta=0.0)
     case.x[0] = 0
     x, weight, bias = case.x, case.weight, case.bias
-    a, b = (t.to(launch.operand_dtype(x)) for t in (case.lora_a, case.lora_b))
+    a, b = (t.to(triton_kernels.operand_dtype(x)) for t in (case.lora_a, case.lora_b))
     results = []
     for name in (activation, "identity"):
-        y, z = launch.forward(x, weight, bias, a, b, case.beta, 1.3, name)
-        results.append((y, z, *launch.backward(case.dy, x, weight, a, b, z, case.beta, 1.3, name)))
+        y, z = ops.forward_op(x, weight, bias, a, b, case.beta, 1.3, name)
+        dtypes = [True] * 3, torch.float32, torch.float32
+        results.append((y, z, *ops.backward_op(case.dy, x, weight, a, b, z, case.beta, 1.3, name, *dtypes)))
     assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))

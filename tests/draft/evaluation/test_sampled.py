@@ -165,7 +165,7 @@ def test_the_terms_by_brute_force(architecture, monkeypatch):
     monkeypatch.setattr("draft.evaluation.sampled._POSITIONS_PER_CHUNK", 7)
     target = make_tiny_target()
     head = make_tiny_head(target, architecture=architecture)
-    for lm_head in head.own_lm_heads.values():
+    for lm_head in head.lm_head_modules.values():
         lm_head.weight.data[2] *= 3  # EOS: a share that would be missed
     generator = torch.Generator().manual_seed(0)
     rows = [row([5, 6], torch.randint(3, 259, (n,), generator=generator).tolist()) for n in (9, 12)]

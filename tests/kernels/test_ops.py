@@ -1,4 +1,4 @@
-"""Which implementation is asked for, what can't be, and how the fastest is remembered; no kernel runs here."""
+"""The choice of an implementation, and the memory of the fastest blocks; no kernel runs here."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 import torch
 from kernel_cases import INTERPRETING, make_case
 
-from afa_kernels import KernelsError, afa_lora_linear, dispatch, reference
+from afa_kernels import KernelsError, afa_lora_linear, ops, reference
 
 pytestmark = pytest.mark.skipif(INTERPRETING or torch.cuda.is_available(), reason="about machines without kernels")
 
@@ -30,7 +30,7 @@ def test_a_cpu_takes_pytorch_without_a_word(
     if choice is not None:
         monkeypatch.setenv("AFA_KERNELS", choice)
     assert torch.equal(afa_lora_linear(**arguments()), reference.afa_lora_linear(**arguments()))
-    dispatch.fall_back("LoRA dropout is 0.1", "cpu")
+    ops.fall_back("LoRA dropout is 0.1", "cpu")
     assert not caplog.records
 
 
@@ -45,7 +45,7 @@ def test_an_impossible_force_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(KernelsError, match="x is on 'cpu' and not on a CUDA device, and TRITON_INTERPRET is not 1"):
         afa_lora_linear(**arguments())
     with pytest.raises(KernelsError, match="dropout"):
-        dispatch.fall_back("LoRA dropout is 0.1", "cpu")
+        ops.fall_back("LoRA dropout is 0.1", "cpu")
     monkeypatch.setenv("AFA_KERNELS", "cuda")
     with pytest.raises(KernelsError, match="AFA_KERNELS is 'cuda': set it to one of auto, reference, triton"):
         afa_lora_linear(**arguments())
@@ -54,7 +54,7 @@ def test_an_impossible_force_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_interpreting_must_be_chosen_first(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
     monkeypatch.setenv("AFA_KERNELS", "triton")
-    assert dispatch._no_triton("cuda") is None
+    assert ops._no_triton("cuda") is None
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(KernelsError, match="Triton was imported before TRITON_INTERPRET=1"):
         afa_lora_linear(**arguments())
@@ -85,15 +85,12 @@ else: raise SystemExit(1)
     [
         ({"beta": 0.5}, TypeError, "beta is 0.5: give a 0-dim tensor"),
         ({"beta": torch.ones(1)}, ValueError, "0-dim tensor on cpu"),
-        ({"beta": torch.tensor(1.0, device="meta")}, ValueError, "on meta"),
         ({"activation": "swish"}, ValueError, "'swish'.*silu"),
         ({"x": torch.ones(3, 6)}, ValueError, r"x \(3, 6\)"),
         ({"x": torch.tensor(1.0)}, ValueError, "at least one dimension"),
         ({"lora_a": torch.ones(2, 4)}, ValueError, r"lora_a \(2, 4\)"),
-        ({"lora_b": torch.ones(4, 3)}, ValueError, r"lora_b \(4, 3\)"),
         ({"lora_b": torch.ones(5, 2)}, ValueError, r"lora_b \(5, 2\)"),
         ({"bias": torch.ones(5)}, ValueError, r"bias \(5,\)"),
-        ({"lora_a": torch.ones(10)}, ValueError, "need two"),
         ({"weight": torch.ones(4, 5, device="meta")}, ValueError, "x is on cpu"),
     ],
 )
@@ -132,20 +129,17 @@ def test_the_fastest_is_measured_once_and_remembered(tmp_path: Path, monkeypatch
     monkeypatch.setattr(tuning, "_can_measure", lambda: True)
     for restart in (False, False, True):
         if restart:
-            tuning._chosen.clear()
             tuning._remembered.cache_clear()
         assert choose() == 3
     assert runs == [1, 2, 3] and "bfloat16 0" in file.read_text()
     assert choose(key=1) == 3 and len(runs) == 6
     file.write_text("{")  # a damaged file is measured again
-    tuning._chosen.clear()
     tuning._remembered.cache_clear()
     assert choose() == 3 and len(runs) == 9
     took.clear()
     candidates[:] = [candidates[1], candidates[1]]
     with pytest.raises(RuntimeError, match="AFA_KERNELS=reference"):
         choose(key=2)
-    tuning._chosen.clear()
     tuning._remembered.cache_clear()
 
 

@@ -8,14 +8,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_tiny_head, make_tiny_target
+from trained_heads import responses_of, train_briefly
 
 from draft.data.dataset import Row
-from draft.data.responses import generate_responses
 from draft.errors import UserError
 from draft.evaluation.replay import Acceptance, ReplayResult, Span, generations, replay, replay_acceptance_length, walk
 from draft.heads import Eagle3Head
-from draft.heads.registry import ARCHITECTURES
-from draft.heads.unroll import shift_left
 from serving.engine import Engine, SamplingParams, Speculation
 
 EOS = frozenset({23, 83})  # bytes that the tiny target's greedy text does contain, in the place of its <|im_end|>
@@ -44,23 +42,12 @@ TRAINED = {"eagle3": (5e-3, 50), "eagle": (2e-2, 60), "medusa": (5e-3, 50)}
 @pytest.fixture(scope="module", params=TRAINED)
 def head(target, request):
     """A head that is often right and often wrong: trained for a moment on the greedy text below."""
-    head = make_tiny_head(target, draft_vocab_size=240, architecture=request.param).train()
-    responses = dict(generate_responses(target, PROMPTS, max_new_tokens=24))
-    texts = [torch.tensor(prompt + responses[i]) for i, prompt in enumerate(PROMPTS)]
+    head = make_tiny_head(target, draft_vocab_size=240, architecture=request.param)
+    responses = responses_of(target, PROMPTS, max_new_tokens=24)
+    texts = [torch.tensor(prompt + response) for prompt, response in zip(PROMPTS, responses, strict=True)]
     ids = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True)
-    with torch.no_grad():
-        output = target.forward(ids, layers=head.auxiliary_layers(target))
-        embeds, teacher = target.embedding(ids), target.logits(output.last_hidden, head.vocabulary).softmax(-1)
     rate, steps = TRAINED[request.param]
-    optimiser = torch.optim.AdamW(head.parameters(), lr=rate)
-    for _ in range(steps):
-        loss = torch.zeros((), dtype=torch.float64)
-        for step, hidden in enumerate(ARCHITECTURES[request.param].unroll(head, embeds, output.auxiliary, 3)):
-            loss = loss - (shift_left(teacher, 1 + step) * head.logits(hidden, step).log_softmax(-1)).sum(-1).mean()
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-    return head.eval()
+    return train_briefly(head, target, ids, draft_steps=3, rate=rate, steps=steps)
 
 
 @pytest.fixture(scope="module")

@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import math
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from conftest import make_tiny_head
 from rich.console import Console
+from trained_heads import responses_of, train_briefly
 
 import draft.evaluation.compare
 from draft.data.dataset import Row, conversation_id, open_dataset, write_dataset
-from draft.data.responses import generate_responses
 from draft.errors import UserError
-from draft.evaluation.compare import Contender, compare, general_rows, row_ids
+from draft.evaluation.compare import Contender, compare, general_rows
 from draft.evaluation.replay import replay
-from draft.evaluation.report import print_report, public, summary, to_json, write_report
+from draft.evaluation.report import print_report, public, summary, write_report
 from draft.evaluation.tau import Interval, bootstrap_gain
-from draft.heads.unroll import shift_left
+from draft.evaluation.trained_rows import record_trained_rows, row_ids, trained_row_ids
+from draft.files import read_json
+from draft.heads.checkpoint import PRETRAINED
 
 ROWS = 24
 
@@ -31,32 +33,19 @@ def rows(tiny_target):
     generator = torch.Generator().manual_seed(5)
     prompts = [torch.randint(3, 259, (4,), generator=generator).tolist() for _ in range(ROWS)]
     made = []
-    for heat in (0.0, 1.0):
-        for index, response in generate_responses(tiny_target, prompts, max_new_tokens=10, temperature=heat):
-            prompt = prompts[index]
+    for temperature in (0.0, 1.0):
+        responses = responses_of(tiny_target, prompts, 10, temperature)
+        for prompt, response in zip(prompts, responses, strict=True):
             mask = [False] * len(prompt) + [True] * len(response)
-            made.append(Row(conversation_id(prompt), [*prompt, *response], mask, len(prompt), heat, 1.0, "test"))
+            made.append(Row(conversation_id(prompt), [*prompt, *response], mask, len(prompt), temperature, 1.0, "test"))
     return made
 
 
 @pytest.fixture(scope="module")
 def better(tiny_target, tiny_head, rows):
     """The tiny head after some steps on the rows' own text."""
-    head = make_tiny_head(tiny_target).train()
     ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row.ids) for row in rows], batch_first=True)
-    with torch.no_grad():
-        output = tiny_target.forward(ids, layers=tiny_target.default_auxiliary_layers)
-        embeds = tiny_target.embedding(ids)
-        teacher = tiny_target.logits(output.last_hidden, head.vocabulary).softmax(-1)
-    optimiser = torch.optim.AdamW(head.parameters(), lr=5e-3)
-    for _ in range(25):
-        loss = torch.zeros((), dtype=torch.float64)
-        for step, hidden in enumerate(head.unroll(embeds, output.auxiliary, 2)):
-            loss = loss - (shift_left(teacher, 1 + step) * head.logits(hidden).log_softmax(-1)).sum(-1).mean()
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-    return head.eval()
+    return train_briefly(make_tiny_head(tiny_target), tiny_target, ids, draft_steps=2, rate=5e-3, steps=25)
 
 
 def contender(name, head, **about):
@@ -93,25 +82,10 @@ def test_numbers_are_those_of_replay(tiny_target, tiny_head, better, rows, compa
 def test_a_better_head_ships_and_a_worse_one_does_not(tiny_target, tiny_head, better, rows, comparison):
     assert comparison.gain(comparison.domain).low > 0
     assert comparison.ship and comparison.verdict == "ship"
-    back = compare(
-        tiny_target,
-        contender("new", better),
-        contender("base", tiny_head),
-        rows,
-        max_steps=2,
-        deciding_length=2,
-        resamples=200,
-    )
+    options = {"max_steps": 2, "deciding_length": 2, "resamples": 200}
+    back = compare(tiny_target, contender("new", better), contender("base", tiny_head), rows, **options)
     assert not back.ship and back.verdict == "don't ship"
-    same = compare(
-        tiny_target,
-        contender("new", better),
-        contender("copy", better),
-        rows,
-        max_steps=2,
-        deciding_length=2,
-        resamples=200,
-    )
+    same = compare(tiny_target, contender("new", better), contender("copy", better), rows, **options)
     assert same.gain(same.domain) == Interval(0, 0, 0)
     assert not same.ship
 
@@ -139,9 +113,11 @@ def test_the_gate(comparison, domain_low, general_low, ship):
     assert replace(comparison, domain=measurement(domain_low), general=general).ship is ship
 
 
-def test_rows_that_either_head_was_trained_on_are_refused(tiny_target, tiny_head, rows):
+@pytest.mark.parametrize("listed", [False, True], ids=["packed", "an older file's list"])
+def test_rows_that_either_head_was_trained_on_are_refused(tiny_target, tiny_head, rows, listed):
+    record = sorted(row_ids(rows[:3])) if listed else record_trained_rows(rows[:3], {})
     base = contender("base", tiny_head)
-    trained = contender("new", tiny_head, trained_rows=row_ids(rows[:3]))
+    trained = contender("new", tiny_head, trained_rows=record)
     with pytest.raises(
         UserError, match=f"3 of the {ROWS} domain rows .*the candidate was.* held-out split .* other prompts"
     ):
@@ -158,15 +134,27 @@ def test_rows_that_either_head_was_trained_on_are_refused(tiny_target, tiny_head
 
 
 def test_the_bundled_head_was_not_trained_on_the_general_rows_that_ship():
-    package = Path(draft.evaluation.compare.__file__).parent
-    trained = json.loads((package / "pretrained/smollm2-eagle3/draftsmith.json").read_text())["trained_rows"]
+    trained = trained_row_ids(read_json(PRETRAINED / "smollm2-eagle3" / "draftsmith.json"))
     shipped = row_ids(open_dataset(draft.evaluation.compare.GENERAL_ROWS).rows("held-out"))
-    assert trained and shipped and not set(trained) & set(shipped)
+    assert len(trained) == 3460 and shipped and not trained & shipped
 
 
-def test_row_ids(rows):
-    assert row_ids(rows) == sorted({row.id[:12] for row in rows})
-    assert all(len(id) == 12 for id in row_ids(rows)) and len(row_ids(rows)) == ROWS
+def test_the_record_of_trained_rows_is_compact_and_exact(rows):
+    names = [f"{number:064x}" for number in range(0, 2**62, 2**62 // 997)]
+    ids = {hashlib.sha256(name.encode()).hexdigest()[:16] for name in names}
+    record = record_trained_rows([replace(rows[0], id=id) for id in ids], {})
+    assert len(json.dumps(record)) < 8 * len(ids) + 80
+    assert trained_row_ids({"trained_rows": record}) == {id[:12] for id in ids}
+    # the rows of the base head are kept, whether it has the list of older files or a record
+    old = {"trained_rows": ["0011351f8585"]}
+    for base in (old, {"trained_rows": record_trained_rows([], old)}):
+        assert trained_row_ids({"trained_rows": record_trained_rows(rows, base)}) == row_ids(rows) | {"0011351f8585"}
+    assert trained_row_ids({}) is None and trained_row_ids({"trained_rows": []}) == set()
+    for damage in ({"format": "bloom"}, {"ids": "%"}, {"ids": record["ids"][8:]}, {"count": None}):
+        with pytest.raises(UserError, match="trained_rows in the head's draftsmith.json"):
+            trained_row_ids({"trained_rows": {**record, **damage}})
+    with pytest.raises(UserError, match="trained_rows"):
+        trained_row_ids({"trained_rows": "all"})
 
 
 def test_mistakes_are_told(tiny_target, tiny_head, rows):
@@ -181,14 +169,8 @@ def test_mistakes_are_told(tiny_target, tiny_head, rows):
 
 def test_warnings(tiny_target, tiny_head, rows, comparison):
     assert comparison.warnings == [w for w in comparison.warnings if w.startswith("general: only 12 greedy")]
-    few = compare(
-        tiny_target,
-        Contender("a", tiny_head, {}),
-        Contender("b", tiny_head, {}),
-        rows[:3],
-        max_steps=1,
-        deciding_length=1,
-    )
+    first, second = (Contender(name, tiny_head, {}) for name in "ab")
+    few = compare(tiny_target, first, second, rows[:3], max_steps=1, deciding_length=1)
     assert [w.split()[0] for w in few.warnings] == ["domain:", "the", "general"]
     assert "only 3 greedy conversations" in few.warnings[0]
 
@@ -236,12 +218,8 @@ def test_the_table(comparison):
     console = Console(file=io.StringIO(), width=110)
     print_report(comparison, console)
     shown = console.file.getvalue()
-    for title in (
-        "Domain, greedy, 24 conv",
-        "Domain, temperature 1",
-        "General, greedy, 12 conv",
-        "Verdict at K = 5: ship",
-    ):
+    titles = "Domain, greedy, 24 conv", "Domain, temperature 1", "General, greedy, 12 conv", "Verdict at K = 5: ship"
+    for title in titles:
         assert title in shown
     assert "General, temperature 1" not in shown
     assert str(comparison.domain.greedy.taus["candidate"][4]) in shown
@@ -273,7 +251,3 @@ def test_general_rows(tiny_target, rows, tmp_path, monkeypatch):
     assert general_rows(tiny_target) == held_out
     write_dataset(tmp_path / "general", held_out, {**manifest, "target_fingerprint": "another"})
     assert general_rows(tiny_target) is None
-
-
-def test_to_json_needs_no_files(comparison):
-    assert json.loads(json.dumps(to_json(comparison)))["summary"] == summary(comparison)

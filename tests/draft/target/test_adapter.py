@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from draft.data.dataset import open_dataset
 from draft.data.prepare import prepare
 from draft.errors import UserError
 from draft.evaluation.replay import replay
+from draft.files import file_sha256
 from draft.heads.checkpoint import load_head, save_head
 from draft.interop.importing import import_head
 from draft.target import load_target
@@ -59,14 +61,11 @@ def test_an_imported_head_names_the_adapter(world: Path, tmp_path: Path) -> None
     assert about["target_adapter"] == str(world / "tuned") and about["target_fingerprint"] == target.fingerprint
 
 
-def digests(folder: Path) -> dict[str, str]:
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
-
-
 @pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"use_dora": True}, {"modules_to_save": ["lm_head"]}])
 def test_the_output_is_that_of_peft_merged(world: Path, tmp_path: Path, options: dict[str, Any]) -> None:
     adapter = save_adapter(tmp_path / "adapter", **options)
-    before = digests(world / "target")
+    files = sorted((world / "target").iterdir())
+    before = file_sha256(*files)
     target = load_target(str(world / "target"), "float64", adapter=adapter)
     base = load_target(str(world / "target"), "float64")
     kept = PeftModel.from_pretrained(base.model, adapter).eval()
@@ -75,7 +74,7 @@ def test_the_output_is_that_of_peft_merged(world: Path, tmp_path: Path, options:
     assert torch.equal(logits, kept.merge_and_unload()(IDS).logits)
     plain = load_target(str(world / "target"), "float64")
     assert not torch.allclose(logits, plain.logits(plain.forward(IDS).last_hidden))
-    assert digests(world / "target") == before
+    assert file_sha256(*files) == before
     assert not [name for name, _ in target.model.named_modules() if "lora" in name]
 
 
@@ -129,65 +128,42 @@ def test_a_head_is_adapted_to_the_fine_tuned_target_and_served_with_it(world: Pa
             open_dataset(tmp_path / "data").check_target(reader)
 
 
-def _no_folder(folder: Path) -> None:
-    pass
+def change_config(**values: Any) -> Callable[[Path], object]:
+    def change(folder: Path) -> None:
+        file = folder / "adapter_config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+
+    return change
 
 
-def _other_kind(folder: Path) -> None:
-    config = json.loads((folder / "adapter_config.json").read_text())
-    (folder / "adapter_config.json").write_text(json.dumps({**config, "peft_type": "PREFIX_TUNING"}))
+def change_tensors(change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> Callable[[Path], object]:
+    def write(folder: Path) -> None:
+        file = folder / "adapter_model.safetensors"
+        save_file({name: value.clone() for name, value in change(load_file(file)).items()}, file)
 
-
-def _other_shapes(folder: Path) -> None:
-    tensors = load_file(folder / "adapter_model.safetensors")
-    save_file({name: torch.zeros(*value.shape[:-1], value.shape[-1] + 1) for name, value in tensors.items()},
-              folder / "adapter_model.safetensors")  # fmt: skip
-
-
-def _fewer_tensors(folder: Path) -> None:
-    tensors = load_file(folder / "adapter_model.safetensors")
-    save_file(dict(list(tensors.items())[2:]), folder / "adapter_model.safetensors")
-
-
-def _more_layers(folder: Path) -> None:
-    tensors = load_file(folder / "adapter_model.safetensors")
-    more = {name.replace(".layers.7.", ".layers.17."): value.clone() for name, value in tensors.items()}
-    save_file({**tensors, **more}, folder / "adapter_model.safetensors")
-
-
-def _other_names(folder: Path) -> None:
-    config = json.loads((folder / "adapter_config.json").read_text())
-    (folder / "adapter_config.json").write_text(json.dumps({**config, "target_modules": ["Wqkv"]}))
-
-
-def _damaged(folder: Path) -> None:
-    file = folder / "adapter_model.safetensors"
-    file.write_bytes(file.read_bytes()[:-100])
-
-
-def _no_json(folder: Path) -> None:
-    (folder / "adapter_config.json").write_text("{")
+    return write
 
 
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (_no_folder, "no adapter_config.json"),
-        (_other_kind, "PREFIX_TUNING.*only LORA"),
-        (_other_shapes, "does not fit target.*size mismatch"),
-        (_fewer_tensors, "does not fit target.*missing"),
-        (_more_layers, "does not fit target.*layers.17"),
-        (_other_names, "does not fit target.*Wqkv"),
-        (_damaged, "does not fit target|not a whole"),
-        (_no_json, "is not PEFT's"),
+        (shutil.rmtree, "no adapter_config.json"),
+        (change_config(peft_type="PREFIX_TUNING"), "PREFIX_TUNING.*only LORA"),
+        (change_tensors(lambda t: {name: value[..., :-1] for name, value in t.items()}), "does not fit.*size mismatch"),
+        (change_tensors(lambda t: dict(list(t.items())[2:])), "does not fit target.*missing"),
+        (
+            change_tensors(lambda t: t | {name.replace(".7.", ".17."): value for name, value in t.items()}),
+            "does not fit target.*layers.17",
+        ),
+        (change_config(target_modules=["Wqkv"]), "does not fit target.*Wqkv"),
+        (lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"damaged"), "does not fit target"),
+        (lambda folder: (folder / "adapter_config.json").write_text("{"), "is not PEFT's"),
     ],
 )
-def test_what_is_no_adapter_of_this_target_is_one_sentence(
-    world: Path, tmp_path: Path, damage: Any, words: str
+def test_an_adapter_that_is_not_of_this_target_is_refused_in_one_sentence(
+    world: Path, tmp_path: Path, damage: Callable[[Path], object], words: str
 ) -> None:
-    if damage is not _no_folder:
-        save_adapter(tmp_path / "adapter")
-        damage(tmp_path / "adapter")
+    damage(save_adapter(tmp_path / "adapter"))
     with pytest.raises(UserError, match=words) as error:
         load_target(str(world / "target"), "float32", adapter=tmp_path / "adapter")
     assert "\n" not in str(error.value)

@@ -41,13 +41,13 @@ def delta(x: Tensor, a: Tensor, b: Tensor, beta: float, activation: str, placeme
     return x
 
 
-def expected_fc(model: PeftModel, names: dict[str, tuple[float, str, str]], x: Tensor = X) -> Tensor:
-    """fc's output for adapters of scaling 6/4: {adapter: (beta, activation, placement)}."""
+def expected_fc(model: PeftModel, names: dict[str, tuple[float, str, str]], scaling: float = 6 / 4) -> Tensor:
+    """fc's output for adapters {name: (beta, activation, placement)}."""
     fc = model.get_base_model().fc
-    out = x @ fc.base_layer.weight.T + fc.base_layer.bias
+    out = X @ fc.base_layer.weight.T + fc.base_layer.bias
     for name, (beta, activation, placement) in names.items():
         a, b = fc.lora_A[name].weight, fc.lora_B[name].weight
-        out = out + 1.5 * delta(x, a, b, beta, activation, placement)
+        out = out + scaling * delta(X, a, b, beta, activation, placement)
     return out
 
 
@@ -109,9 +109,11 @@ def test_config_follows_step_and_total() -> None:
 @pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("activation", SIGMA)
 @pytest.mark.parametrize("placement", PLACEMENTS)
-def test_layer_is_the_formula(placement: str, activation: str, beta: float) -> None:
-    model = adapted(placement=placement, activation=activation, beta=beta)
-    close(model.get_base_model().fc(X), expected_fc(model, {"default": (beta, activation, placement)}))
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_layer_is_the_formula(use_rslora: bool, placement: str, activation: str, beta: float) -> None:
+    model = adapted(placement=placement, activation=activation, beta=beta, use_rslora=use_rslora)
+    scaling = 6 / math.sqrt(4) if use_rslora else 6 / 4
+    close(model.get_base_model().fc(X), expected_fc(model, {"default": (beta, activation, placement)}, scaling))
 
 
 def test_beta_follows_the_step_in_every_layer() -> None:
@@ -169,14 +171,6 @@ def test_dropout_acts_in_training_only() -> None:
     base = X @ fc.base_layer.weight.T + fc.base_layer.bias
     a, b = fc.lora_A["default"].weight, fc.lora_B["default"].weight
     close(fc(X), base + 1.5 * delta(dropped, a, b, 0.4, "silu", "A-s-B"))
-
-
-def test_rslora_scaling() -> None:
-    model = adapted(beta=0.4, use_rslora=True)
-    fc = model.get_base_model().fc
-    base = X @ fc.base_layer.weight.T + fc.base_layer.bias
-    a, b = fc.lora_A["default"].weight, fc.lora_B["default"].weight
-    close(fc(X), base + 6 / math.sqrt(4) * delta(X, a, b, 0.4, "silu", "A-s-B"))
 
 
 def test_disabled_adapter_is_the_base() -> None:
@@ -251,6 +245,12 @@ class QuantisedLinear(nn.Linear):
     """A subclass, as quantisation libraries make them."""
 
 
+def quantised_weight() -> nn.Linear:
+    odd = nn.Linear(6, 6)
+    odd.weight = nn.Parameter(torch.zeros(6, 6, dtype=torch.int8), requires_grad=False)
+    return odd
+
+
 @pytest.mark.parametrize("existing", [False, True])
 @pytest.mark.parametrize(
     ("layer", "word"),
@@ -258,6 +258,7 @@ class QuantisedLinear(nn.Linear):
         (nn.Embedding(9, 6), "Embedding"),
         (nn.Conv1d(6, 6, 1), "Conv1d"),
         (QuantisedLinear(6, 6), "QuantisedLinear"),
+        (quantised_weight(), "int8"),
     ],
 )
 def test_layers_that_are_not_plain_linear_are_named(layer: nn.Module, word: str, existing: bool) -> None:
@@ -267,13 +268,6 @@ def test_layers_that_are_not_plain_linear_are_named(layer: nn.Module, word: str,
         model = get_peft_model(model, LoraConfig(target_modules=["odd"]))
     with pytest.raises(UserError, match=f"'odd' is .*{word}"):
         model.add_adapter("afa", config) if isinstance(model, PeftModel) else get_peft_model(model, config)
-
-
-def test_quantised_weight_in_a_plain_linear_is_named() -> None:
-    odd = nn.Linear(6, 6)
-    odd.weight = nn.Parameter(torch.zeros(6, 6, dtype=torch.int8), requires_grad=False)
-    with pytest.raises(UserError, match="'odd' is .*int8"):
-        add_adapter(nn.ModuleDict({"odd": odd}), AfaLoraConfig(target_modules=["odd"]))
 
 
 def test_target_that_names_no_layer() -> None:

@@ -1,4 +1,4 @@
-"""The target: what it captures, how it is found, how it is told apart."""
+"""The target: captured states, loading, and its fingerprint."""
 
 import json
 
@@ -75,24 +75,22 @@ def test_auto_is_a_dtype_of_this_machine():
 
 
 @pytest.mark.parametrize(
-    ("name", "words"),
-    [("missing.gguf", "no such file"), ("someone/nothing-here", "hf download someone/nothing-here")],
+    ("name", "dtype", "words"),
+    [
+        ("missing.gguf", "auto", "no such file"),
+        ("someone/nothing-here", "auto", "hf download someone/nothing-here"),
+        (".", "auto", r"config\.json"),
+        (".", "float17", "float17"),
+    ],
 )
-def test_a_target_that_is_not_there(name, words, monkeypatch, tmp_path):
+def test_a_target_that_is_not_there(name, dtype, words, monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=words):
-        load_target(name)
+        load_target(name, dtype)
 
 
-def test_an_empty_folder_and_an_unknown_dtype(tmp_path, saved):
-    with pytest.raises(UserError, match=r"config\.json"):
-        load_target(str(tmp_path))
-    with pytest.raises(UserError, match="float17"):
-        load_target(str(saved), "float17")
-
-
-def test_an_encoder_is_refused_by_name(tmp_path, tiny_target):
+def test_a_model_without_rms_norm_is_refused_by_name(tmp_path, tiny_target):
     from transformers import GPT2Config, GPT2LMHeadModel
 
     model = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=259))
@@ -104,7 +102,7 @@ def test_an_encoder_is_refused_by_name(tmp_path, tiny_target):
 
 def test_the_unpacked_tokenizer_has_the_class_that_transformers_4_knows(tmp_path, tiny_target):
     tiny_target.tokenizer.save_pretrained(tmp_path)
-    bundled._name_known_to_all(tmp_path / "tokenizer_config.json")
+    bundled.name_tokenizer_for_transformers_4(tmp_path / "tokenizer_config.json")
     settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
     assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert AutoTokenizer.from_pretrained(tmp_path).get_vocab() == tiny_target.tokenizer.get_vocab()

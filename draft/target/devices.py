@@ -1,4 +1,4 @@
-"""What a model is computed on, and in which dtype."""
+"""The device that a model is computed on, and the dtype."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def resolve_device(device: str) -> torch.device:
 
 
 def wait_for(device: torch.device) -> None:
-    """Until the device has done what it was asked, so that a clock may be read."""
+    """Wait until the device has done its work, so that a clock may be read."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
