@@ -145,7 +145,7 @@ class Case:
 
     prompt: list[int]
     params: SamplingParams
-    expected: list[int]  # what unlimited decoding would give: at least as many tokens as are asked for
+    expected: list[int]  # what unlimited decoding would give: at least as many tokens as are requested
     auxiliary: Tensor | None = field(default=None, repr=False)
     log_p: Tensor | None = field(default=None, repr=False)  # [tokens, vocab] of the expected tokens
     speculation: Speculation = Speculation()

@@ -6,6 +6,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -105,14 +106,13 @@ def test_a_request_that_cannot_be_taken_up_fails_alone(monkeypatch: pytest.Monke
     """Its slot is free again, also where it was the head that could not take it up."""
     engine = Engine(TARGET, HEAD, max_batch=1, **CHAIN)
     first, second = engine.submit([50], params(2)), engine.submit([51], params(2))
-    with monkeypatch.context() as patch:
-        patch.setattr(*((engine, "_activate") if where == "_activate" else (engine.models.proposer, "join")), bad)
-        engine.step()
+    owner: Any = engine if where == "_activate" else engine.models.proposer
+    inner, calls = getattr(owner, where), iter([bad])
+    monkeypatch.setattr(owner, where, lambda *arguments: next(calls, inner)(*arguments))
+    finish(engine)
     with pytest.raises(RuntimeError, match="out of luck"):
         first.result(0)
-    assert engine.models.runner.cache.free_slots == 1
-    finish(engine)
-    assert second.done and len(engine.generate([[50]], params(2))[0].token_ids) == 2
+    assert len(second.result(0).token_ids) == 2 and engine.models.runner.cache.free_slots == 1
 
 
 def test_an_engine_that_has_lost_its_slots_ends_instead_of_spinning() -> None:
@@ -134,7 +134,7 @@ def test_closing_turns_everyone_away() -> None:
     requests.append(unstarted.submit([50], params()))
     unstarted.close()
     refused = [lambda: engine.submit([50], params()), lambda: engine.generate([[50]], params()), engine.check_room]
-    for attempt in (*(request.result for request in requests), *refused):
+    for attempt in (*(partial(request.result, 10) for request in requests), *refused):
         with pytest.raises(EngineStopped):
             attempt()
     assert not engine.alive
