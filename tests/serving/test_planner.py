@@ -246,9 +246,10 @@ def test_rates_are_conditional_on_what_came_before():
     for step in range(4000):
         acceptance.observe(plan, (0, 1, 3, 3)[step % 4])
     assert acceptance.rates(plan) == pytest.approx([3 / 4, 2 / 3, 1.0], abs=0.01)
-    row = RequestAcceptance(Acceptance(memory=256, strength=3), cap=8)
+    overall = Acceptance(memory=256, strength=3)
+    row = RequestAcceptance(overall, cap=8)
     row.observe(plan, 1, trimmed=True)  # cut short by the end of a request: teaches nothing
-    assert row.overall.rates(plan) == pytest.approx([INITIAL_RATE] * 3) and row.emitted == 2
+    assert overall.rates(plan) == pytest.approx([INITIAL_RATE] * 3) and row.emitted == 2
 
 
 @pytest.mark.parametrize(
