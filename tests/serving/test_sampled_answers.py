@@ -87,27 +87,21 @@ def draw(
 
 
 # rejection without drafts is shared noise without drafts
-COMBINATIONS = [("shared-noise", "off"), *itertools.product(("shared-noise", "rejection"), ("chain", "tree"))]
+DRAFTED = list(itertools.product(("shared-noise", "rejection"), ("chain", "tree")))
+CASES = [(*pair, "eagle3", name) for pair in [("shared-noise", "off"), *DRAFTED] for name in PROCESSING]
+CASES += [("rejection", shape, head, "plain") for shape in ("chain", "tree") for head in ("eagle", "medusa")]
 
 
-@pytest.mark.parametrize("processing", PROCESSING)
-@pytest.mark.parametrize(("rule", "shape"), COMBINATIONS)
-def test_sampled_answers_follow_the_law_of_the_target(rule: str, shape: str, processing: str) -> None:
+@pytest.mark.parametrize(("rule", "shape", "architecture", "processing"), CASES)
+def test_sampled_answers_follow_the_law_of_the_target(
+    rule: str, shape: str, architecture: str, processing: str
+) -> None:
     law = exact_law(PROCESSING[processing])
-    seen, accepted = draw(rule, shape, PROCESSING[processing])
+    seen, accepted = draw(rule, shape, PROCESSING[processing], architecture=architecture)
     assert deviations_of(seen, law) < 5
     assert (accepted > SAMPLES / 20) == (shape != "off")  # speculation took part
     # what a wrong law would look like: another temperature
-    other = exact_law({**PROCESSING[processing], "temperature": 0.6})
-    assert deviations_of(seen, other) > 5
-
-
-@pytest.mark.parametrize("architecture", ["eagle", "medusa"])
-@pytest.mark.parametrize("shape", ["chain", "tree"])
-def test_answers_follow_the_law_whatever_drafts(shape: str, architecture: str) -> None:
-    seen, accepted = draw("rejection", shape, PROCESSING["plain"], architecture=architecture)
-    assert deviations_of(seen, exact_law(PROCESSING["plain"])) < 5
-    assert accepted > SAMPLES / 20
+    assert deviations_of(seen, exact_law({**PROCESSING[processing], "temperature": 0.6})) > 5
 
 
 BROKEN = {
