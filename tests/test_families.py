@@ -232,11 +232,9 @@ def test_engines_and_replay_share_a_target_from_several_threads() -> None:
 # products of a CPU depend on the number of rows
 TOLERANCE = 1e-5
 EAGER_EXPERTS = {**EXPERTS, "experts_implementation": "eager"}
-LATENT = {
-    **dict.fromkeys(("head_dim", "qk_nope_head_dim", "qk_rope_head_dim", "num_key_value_heads", "n_routed_experts"), 4),
-    **dict.fromkeys(("n_shared_experts", "n_group", "topk_group"), 1),
-    **{"q_lora_rank": 8, "kv_lora_rank": 8, "v_head_dim": 6, "first_k_dense_replace": 2},
-}
+LATENT = {"head_dim": 4, "q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 4, "qk_rope_head_dim": 4,
+          "v_head_dim": 6, "num_key_value_heads": 4, "n_routed_experts": 4, "n_shared_experts": 1, "n_group": 1,
+          "topk_group": 1, "first_k_dense_replace": 2}  # fmt: skip
 # name -> model type and what it adds to the common small shape
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama, llama3 rope": ("llama", {"rope_parameters": LLAMA3_ROPE}),

@@ -27,13 +27,9 @@ from serving.engine.kv_cache import RaggedBatch, Segment
 from serving.engine.model import TargetRunner
 from serving.engine.setup import Models, build_models
 
-WIDTHS: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 6, "head_dim": 16} | {
-    "max_position_embeddings": 256
-}
-# from some position on
-SCALED_QUERIES = {"rope_type": "default", "rope_theta": 1e4, "llama_4_scaling_beta": 0.5} | {
-    "original_max_position_embeddings": 32
-}
+WIDTHS = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 6, "head_dim": 16}
+SCALED_QUERIES = {"rope_type": "default", "rope_theta": 1e4, "llama_4_scaling_beta": 0.5,
+                  "original_max_position_embeddings": 32}  # fmt: skip
 FUSED: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "llama, biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
@@ -52,7 +48,7 @@ OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
     "granite": ("granite", {"residual_multiplier": 0.7, "attention_multiplier": 0.3}),  # other arithmetic
     "granite, slightly": ("granite", {"residual_multiplier": 0.95, "attention_multiplier": 0.25}),
     "smollm3": ("smollm3", {"no_rope_layer_interval": 2}),
-    "ministral3": ("ministral3", {"rope_parameters": SCALED_QUERIES}),
+    "ministral3": ("ministral3", {"rope_parameters": SCALED_QUERIES}),  # from some position on
     "llama, gelu": ("llama", {"hidden_act": "gelu"}),
     "llama, odd width": ("llama", {"intermediate_size": 90}),
 }
@@ -61,7 +57,7 @@ FAMILIES = {**FUSED, **OTHERS}
 
 def make(family: str, dtype: torch.dtype = torch.float32) -> Target:
     kind, own = FAMILIES[family]
-    model = model_of(kind, seed=3, **{**WIDTHS, **own})
+    model = model_of(kind, seed=3, **{"max_position_embeddings": 256, **WIDTHS, **own})
     with torch.no_grad():  # norms and biases that do nothing would hide their absence
         for name, parameter in model.named_parameters():
             if parameter.dim() == 1:

@@ -25,9 +25,8 @@ from serving.engine.sampling import Processor
 VOCAB, LENGTH, PROMPT = 5, 3, [1, 2]
 SAMPLES = int(os.environ.get("EXACTNESS_SAMPLES", 500))
 
-PENALISED = {"temperature": 0.9, "repetition_penalty": 1.4, "presence_penalty": 0.5, "frequency_penalty": 0.7} | {
-    "logit_bias": {3: 1.0, 0: -0.5}
-}
+PENALISED = {"temperature": 0.9, "repetition_penalty": 1.4, "presence_penalty": 0.5, "frequency_penalty": 0.7,
+             "logit_bias": {3: 1.0, 0: -0.5}}  # fmt: skip
 PROCESSING: dict[str, dict[str, Any]] = {
     "plain": {"temperature": 1.0},
     "truncated": {"temperature": 1.4, "top_k": 4, "top_p": 0.95, "min_p": 0.03},
