@@ -20,7 +20,7 @@ from draft.errors import UserError
 from draft.target.adapter import Adapter, merge_adapter, read_adapter, warn_of_other_template
 from draft.target.bundled import BUNDLED_TARGET, bundled_target_folder, dequantise_options
 from draft.target.devices import resolve_device, resolve_dtype
-from draft.target.support import check_config, check_room, rope_limit
+from draft.target.support import check_config, check_model, decoder_of, rope_limit
 
 log = logging.getLogger(__name__)
 
@@ -43,23 +43,19 @@ def load_target(
     wanted = resolve_dtype(dtype, place)
     tokenizer = load_tokenizer(name)
     source, options = locate(name)
-    try:
+    with _loading(name):
         config = AutoConfig.from_pretrained(source, **options)
-    except Exception as error:  # a damaged file raises whatever its reader does
-        raise UserError(why_not_loaded(name, error)) from error
     if config.get_text_config() is not config:
         log.info("target %r is a model of text and other media: its text part is used", name)
     if not options:  # a GGUF file's layers are known once it is read, and are dequantised
         check_config(name, config)
-        check_room(name, config, wanted, place)
+        check_model(name, config, wanted, place)
     found = read_adapter(adapter) if adapter is not None else None
     if found is not None:
         warn_of_other_template(found, tokenizer)
-    try:
+    with _loading(name):
         model = AutoModelForCausalLM.from_pretrained(source, dtype=wanted, **options, **dequantise_options(options))
         model.to(place)  # type: ignore[arg-type]
-    except Exception as error:
-        raise UserError(why_not_loaded(name, error)) from error
     target = Target(name, model, tokenizer, config.dtype)
     if target.rope_limit:
         log.info("%s", target.limit_reason)
@@ -74,10 +70,8 @@ def load_tokenizer(name: str) -> Any:
     from transformers import AutoTokenizer
 
     source, options = locate(name)
-    try:
+    with _loading(name):
         return AutoTokenizer.from_pretrained(source, **options)
-    except Exception as error:
-        raise UserError(why_not_loaded(name, error)) from error
 
 
 def locate(name: str) -> tuple[str, dict[str, str]]:
@@ -94,14 +88,21 @@ def locate(name: str) -> tuple[str, dict[str, str]]:
     return str(path) if path.is_dir() else name, {}
 
 
-def why_not_loaded(name: str, error: Exception) -> str:
-    reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-    if isinstance(error, OSError) and not Path(name).expanduser().exists():
-        return (
-            f"target {name!r} is neither a folder here nor reachable on the hub ({reason}); on a machine with "
-            f"network run `hf download {name}`, or pass a local folder, a .gguf file or `{BUNDLED_TARGET}`."
-        )
-    return f"target {name!r} could not be loaded ({reason}); pass a causal language model that transformers supports."
+@contextmanager
+def _loading(name: str) -> Iterator[None]:
+    """Turn what transformers raises about the target's files, which may be anything, into a UserError."""
+    try:
+        yield
+    except Exception as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
+        if isinstance(error, OSError) and not Path(name).expanduser().exists():
+            raise UserError(
+                f"target {name!r} is neither a folder here nor reachable on the hub ({reason}); on a machine with "
+                f"network run `hf download {name}`, or pass a local folder, a .gguf file or `{BUNDLED_TARGET}`."
+            ) from error
+        raise UserError(
+            f"target {name!r} could not be loaded ({reason}); pass a causal language model that transformers supports."
+        ) from error
 
 
 class Target:
@@ -128,17 +129,7 @@ class Target:
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.config = model.config.get_text_config()
-        decoder = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
-        if not (isinstance(getattr(decoder, "layers", None), nn.ModuleList) and hasattr(decoder, "norm")):
-            raise UserError(
-                f"target {name!r}: architecture {type(model).__name__} has no list of decoder layers with a final "
-                "norm; use a decoder-only model such as Llama, Qwen or Mistral."
-            )
-        self.decoder = decoder
-        if not hasattr(self.config, "rms_norm_eps"):
-            raise UserError(
-                f"target {name!r}: {type(model).__name__} has no RMSNorm, which an EAGLE-3 head needs; use another."
-            )
+        self.decoder = decoder_of(name, model)
         if getattr(self.config, "attn_logit_softcapping", None) and self.config._attn_implementation == "sdpa":
             model.set_attn_implementation("eager")  # sdpa cannot bound scores
         if model.dtype == torch.float64 and hasattr(model, "set_experts_implementation"):
@@ -149,6 +140,15 @@ class Target:
         self.embedding: nn.Embedding = model.get_input_embeddings()
         self.lm_head: nn.Linear = model.get_output_embeddings()
         self._rows: tuple[Tensor, Tensor] | None = None  # a vocabulary, and the LM head's rows of it
+        self.hidden_size: int = self.config.hidden_size
+        self.vocab_size = self.lm_head.out_features
+        self.num_layers = len(self.decoder.layers)
+        self.output_layer = self.num_layers + 1  # the id of the last hidden states, after the final norm
+        # tokens of context as its configuration says, and those that it can be used with here: fewer where its rotary
+        # embedding changes on the way
+        self.stated_length = int(getattr(self.config, "max_position_embeddings", 2048))
+        self.rope_limit = rope_limit(self.config)
+        self.max_length = min(self.stated_length, self.rope_limit[1]) if self.rope_limit else self.stated_length
 
     @property
     def base_fingerprint(self) -> str:
@@ -162,38 +162,6 @@ class Target:
     @property
     def dtype(self) -> torch.dtype:
         return self.embedding.weight.dtype
-
-    @property
-    def hidden_size(self) -> int:
-        return self.config.hidden_size
-
-    @property
-    def vocab_size(self) -> int:
-        return self.lm_head.out_features
-
-    @property
-    def num_layers(self) -> int:
-        return len(self.decoder.layers)
-
-    @property
-    def output_layer(self) -> int:
-        """The id of the last hidden states, after the final norm."""
-        return self.num_layers + 1
-
-    @property
-    def stated_length(self) -> int:
-        """Tokens of context as its configuration says."""
-        return int(getattr(self.config, "max_position_embeddings", 2048))
-
-    @property
-    def max_length(self) -> int:
-        """Tokens of context that it can be used with here: fewer where its rotary embedding changes on the way."""
-        return min(self.stated_length, self.rope_limit[1]) if self.rope_limit else self.stated_length
-
-    @cached_property
-    def rope_limit(self) -> tuple[str, int] | None:
-        """See `draft.target.support.rope_limit`."""
-        return rope_limit(self.config)
 
     @property
     def title(self) -> str:
