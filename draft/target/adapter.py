@@ -67,7 +67,7 @@ def warn_of_other_template(adapter: Adapter, tokenizer: Any) -> None:
         )
 
 
-def merge_adapter(model: Any, adapter: Adapter, target: str, fingerprint: str) -> tuple[Any, Adapter]:
+def merge_into_target(model: Any, adapter: Adapter, target: str, fingerprint: str) -> tuple[Any, Adapter]:
     """Merge `adapter` into `model`, in place; the target's files stay as they are.
 
     target, fingerprint: of the model without it. The adapter that is returned knows the fingerprint with it.

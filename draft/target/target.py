@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from draft.errors import UserError
-from draft.target.adapter import Adapter, merge_adapter, read_adapter, warn_of_other_template
+from draft.target.adapter import Adapter, merge_into_target, read_adapter, warn_of_other_template
 from draft.target.bundled import BUNDLED_TARGET, bundled_target_folder, dequantise_options
 from draft.target.devices import resolve_device, resolve_dtype
 from draft.target.support import check_config, check_model, decoder_of, rope_limit
@@ -60,7 +60,7 @@ def load_target(
     if target.rope_limit:
         log.info("%s", target.limit_reason)
     if found is not None:
-        model, merged = merge_adapter(target.model, found, target.title, target.fingerprint)
+        model, merged = merge_into_target(target.model, found, target.title, target.fingerprint)
         target = Target(name, model, tokenizer, target.stored_dtype, merged)
     return target
 
@@ -114,18 +114,14 @@ class Target:
     """
 
     def __init__(
-        self,
-        name: str,
-        model: Any,
-        tokenizer: Any,
-        stored_dtype: torch.dtype | None = None,
-        adapter: Adapter | None = None,
+        self, name: str, model: Any, tokenizer: Any, dtype: torch.dtype | None = None, adapter: Adapter | None = None
     ) -> None:
-        """adapter: what was merged into the model, which is otherwise the one called `name`."""
+        """dtype: of the checkpoint; adapter: merged into the model, which is otherwise the one called `name`."""
         self.name, self.adapter = name, adapter
+        self.title = repr(name) + (f" with adapter {adapter.name!r}" if adapter else "")  # for messages
         self.lock = threading.RLock()  # of the model: a pass changes how it attends, and hooks its layers
         # the dtype of the checkpoint, in which heads for it are saved too; `dtype` is that of computing
-        self.stored_dtype = stored_dtype or model.dtype
+        self.stored_dtype = dtype or model.dtype
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.config = model.config.get_text_config()
@@ -142,7 +138,8 @@ class Target:
         self._rows: tuple[Tensor, Tensor] | None = None  # a vocabulary, and the LM head's rows of it
         self.hidden_size: int = self.config.hidden_size
         self.vocab_size = self.lm_head.out_features
-        self.num_layers = len(self.decoder.layers)
+        self.num_layers = n = len(self.decoder.layers)
+        self.default_auxiliary_layers = (2, n // 2, n - 3)  # as vLLM and SGLang choose them
         self.output_layer = self.num_layers + 1  # the id of the last hidden states, after the final norm
         # tokens of context as its configuration says, and those that it can be used with here: fewer where its rotary
         # embedding changes on the way
@@ -163,17 +160,6 @@ class Target:
     def dtype(self) -> torch.dtype:
         return self.embedding.weight.dtype
 
-    @property
-    def title(self) -> str:
-        """Its name, for messages."""
-        return repr(self.name) + (f" with adapter {self.adapter.name!r}" if self.adapter else "")
-
-    @property
-    def default_auxiliary_layers(self) -> tuple[int, int, int]:
-        """Layers 2, n/2 and n-3, as vLLM and SGLang choose them."""
-        n = self.num_layers
-        return 2, n // 2, n - 3
-
     @cached_property
     def eos_token_ids(self) -> frozenset[int]:
         generation = getattr(self.model, "generation_config", None)
@@ -182,18 +168,10 @@ class Target:
             ids.update(value if isinstance(value, (list, tuple)) else [] if value is None else [value])
         return frozenset(ids)
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        *,
-        layers: Sequence[int] | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Any = None,
-    ) -> TargetOutput:
+    def forward(self, input_ids: Tensor, *, layers: Sequence[int] = (), **options: Any) -> TargetOutput:
         """One forward pass without the LM head (see `logits`), capturing the residual stream at `layers`.
 
-        input_ids, position_ids: [batch, tokens]; attention_mask as transformers takes it.
+        input_ids: [batch, tokens]; options: attention_mask, position_ids, past_key_values as transformers takes them.
 
         Raises:
             UserError: for more tokens than the rotary embedding of such a target treats alike.
@@ -201,16 +179,11 @@ class Target:
         if self.rope_limit and input_ids.shape[1] > self.max_length:
             raise UserError(f"{input_ids.shape[1]} tokens: {self.limit_reason}; leave longer texts out.")
         captured: dict[int, Tensor] = {}
-        with self.lock, capture_hidden_states(self.decoder, layers or (), captured):
-            output = self.decoder(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                past_key_values=past_key_values,
-                use_cache=past_key_values is not None,
-            )
+        use_cache = options.get("past_key_values") is not None
+        with self.lock, capture_hidden_states(self.decoder, layers, captured):
+            output = self.decoder(input_ids=input_ids, use_cache=use_cache, **options)
         auxiliary = torch.cat([captured[layer] for layer in layers], dim=-1) if layers else None
-        return TargetOutput(output.last_hidden_state, auxiliary, tuple(layers or ()))
+        return TargetOutput(output.last_hidden_state, auxiliary, tuple(layers))
 
     @property
     def limit_reason(self) -> str:
