@@ -3,9 +3,9 @@
 import pytest
 import torch
 from conftest import make_tiny_head
+from interop.cases import random_head
 from torch.nn.functional import rms_norm, silu
 
-from benchmarks.interop.cases import random_head
 from draft.errors import UserError
 from draft.heads import MedusaConfig
 

@@ -1,4 +1,4 @@
-"""Responses from a live draft-serve of the same tiny target: exact rows, marked rows, trouble, and interruptions."""
+"""Responses from a live server of the same tiny target: exact rows, marked rows, failures, and interruptions."""
 
 from __future__ import annotations
 
@@ -18,10 +18,12 @@ from typing import Any
 import httpx
 import pyarrow.parquet as pq
 import pytest
+from conftest import make_writing_target
 from fastapi import FastAPI, Request, Response
 from http_testing import live
+from openai import _base_client
+from written_data import responses, served
 
-from draft.data import generate as endpoint_delays
 from draft.data import generate as module
 from draft.data.dataset import Dataset
 from draft.data.generate import Endpoint, EndpointError, EndpointSettings
@@ -29,8 +31,6 @@ from draft.data.prepare import prepare
 from draft.errors import UserError
 from draft.evaluation.replay import replay
 from draft.target import Target, load_target
-from serving.api.app import create_app
-from serving.engine import Engine
 
 SHAPE = {"max_new_tokens": 10, "progress": False, "held_out_share": 0.25, "max_length": 200}
 KEY = "a-key"
@@ -38,15 +38,14 @@ KEY = "a-key"
 
 @pytest.fixture(scope="module")
 def server(folder: Path) -> Iterator[str]:
-    engine = Engine(load_target(str(folder), "float32"), mode="eager", max_batch=8)
-    with live(create_app(engine, api_key=KEY, strict_model_name=True)) as address:
-        yield address
+    with served(load_target(str(folder), "float32"), api_key=KEY, strict_model_name=True) as settings:
+        yield settings.url
 
 
 @pytest.fixture(autouse=True)
 def key(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    monkeypatch.setattr(endpoint_delays, "_FIRST_DELAY", 0.02)
+    monkeypatch.setattr(_base_client, "MAX_RETRY_DELAY", 0.05)
 
 
 def write_questions(folder: Path, count: int = 12) -> Path:
@@ -107,20 +106,21 @@ def problem(status: int, text: str = "no", **headers: str) -> Response:
     return Response(json.dumps({"error": {"message": text}}), status, headers, "application/json")
 
 
-def test_exact_rows_are_those_of_this_process(target: Target, server: str, tmp_path: Path) -> None:
-    """Greedy ones token for token, over several turns; sampled ones differ, and are of the same distribution."""
+def test_exact_rows_are_those_of_the_target(target: Target, server: str, tmp_path: Path) -> None:
+    """Greedy ones token for token; the others, and later turns, depend neither on concurrency nor on order."""
     questions = write_questions(tmp_path)
-    local = contents(prepare(target, tmp_path / "local", prompts=[questions], **SHAPE))
+    alone = prepare(
+        target, tmp_path / "alone", prompts=[questions], **SHAPE, server=EndpointSettings(server, concurrency=1)
+    )
     with proxy(server) as (address, seen):
         data = prepare(target, tmp_path / "remote", prompts=[questions], **SHAPE,
-                       endpoint=EndpointSettings(address, concurrency=3))  # fmt: skip
+                       server=EndpointSettings(address, concurrency=3))  # fmt: skip
     remote = contents(data)
-    assert len(remote) == len(local) == 12 and not any(row.retokenised for row in remote)
-    assert [(row.id, row.temperature, row.split) for row in remote] == [(r.id, r.temperature, r.split) for r in local]
-    greedy = [(row, other) for row, other in zip(local, remote, strict=True) if row.temperature == 0]
-    assert len(greedy) == 6 and all(row == other for row, other in greedy)
-    sampled = [(row.ids, other.ids) for row, other in zip(local, remote, strict=True) if row.temperature == 1]
-    assert any(ids != others for ids, others in sampled)
+    assert remote == contents(alone) and len(remote) == 12 and not any(row.retokenised for row in remote)
+    greedy = [row for row in remote if row.temperature == 0]
+    assert len(greedy) == 6
+    for row, ids in zip(greedy, responses(target, [row.ids[: row.prompt_length] for row in greedy], 10), strict=True):
+        assert row.ids[row.prompt_length :][: len(ids)] == ids
     assert seen.most == 3
     asked = seen.bodies[1:]  # the first one asked whether the server knows this way
     assert all(isinstance(body["prompt"][0], int) and body["return_token_ids"] for body in asked)
@@ -140,7 +140,7 @@ def test_rows_of_text_are_tokenised_again_and_kept_out_of_tau(target: Target, se
     questions = write_questions(tmp_path)
     with proxy(server, only_chat) as (address, seen):
         data = prepare(target, tmp_path / "data", prompts=[questions], **SHAPE,
-                       endpoint=EndpointSettings(f"{address}/v1/chat/completions"))  # fmt: skip
+                       server=EndpointSettings(f"{address}/v1/chat/completions"))  # fmt: skip
     rows = contents(data)
     assert all(row.retokenised for row in rows) and {row.temperature for row in rows} == {0.0, 1.0}
     assert data is not None and data.manifest["counts"]["train"]["retokenised_rows"] == 9
@@ -164,7 +164,7 @@ def test_a_conversation_ends_before_a_later_turn_that_is_refused(target: Target,
 
     with proxy(server, refuse) as (address, _):
         data = prepare(target, tmp_path / "data", prompts=[write_questions(tmp_path)], greedy_share=1.0, **SHAPE,
-                       endpoint=EndpointSettings(address))  # fmt: skip
+                       server=EndpointSettings(address))  # fmt: skip
     assert data is not None and data.manifest["counts"]["cut_short"] >= 1
     turns = {}
     for row in contents(data):
@@ -185,7 +185,7 @@ def test_what_is_wrong_with_all_later_turns_ends_it(
 
     with proxy(server, refuse) as (address, _), pytest.raises(UserError, match=said):
         prepare(target, tmp_path / "data", prompts=[write_questions(tmp_path, 16)], **SHAPE,
-                endpoint=EndpointSettings(address, concurrency=1))  # fmt: skip
+                server=EndpointSettings(address, concurrency=1))  # fmt: skip
 
 
 def test_a_server_that_is_overloaded_now_and_then(target: Target, server: str, tmp_path: Path) -> None:
@@ -196,8 +196,11 @@ def test_a_server_that_is_overloaded_now_and_then(target: Target, server: str, t
     questions = write_questions(tmp_path)
     with proxy(server, trouble) as (address, seen):
         data = prepare(target, tmp_path / "data", prompts=[questions], **SHAPE, greedy_share=1.0,
-                       endpoint=EndpointSettings(address, concurrency=4, retries=30))  # fmt: skip
-    expected = contents(prepare(target, tmp_path / "local", prompts=[questions], **SHAPE, greedy_share=1.0))
+                       server=EndpointSettings(address, concurrency=4, retries=30))  # fmt: skip
+    alone = prepare(
+        target, tmp_path / "alone", prompts=[questions], **SHAPE, greedy_share=1.0, server=EndpointSettings(server)
+    )
+    expected = contents(alone)
     assert contents(data) == expected and seen.count > 18
     with proxy(server, lambda count, _: problem(429, **{"retry-after": "0.4"}) if count == 1 else None) as (
         address,
@@ -217,10 +220,10 @@ def test_a_server_that_fails_at_token_ids_is_asked_for_text(target: Target, serv
         endpoint = Endpoint(EndpointSettings(address), target, 0)
         assert endpoint._dialect.path == "chat/completions" and seen.count < 10
         endpoint.close()
-    for served in (3, 12):
-        with proxy(server, lambda count, _, served=served: problem(503) if count < served else None) as (address, seen):
+    for first in (3, 12):
+        with proxy(server, lambda count, _, first=first: problem(503) if count < first else None) as (address, seen):
             endpoint = Endpoint(EndpointSettings(address), target, 0)
-            assert endpoint._dialect == module._DIALECTS[0] and seen.count >= served
+            assert endpoint._dialect == module._DIALECTS[0] and seen.count >= first
             endpoint.close()
     with proxy(server, lambda count, _: problem(503)) as (address, _), pytest.raises(
         EndpointError, match="gives no answer to a first request .503"
@@ -245,7 +248,7 @@ def test_what_ends_it_is_one_sentence(target: Target, server: str, tmp_path: Pat
 
     def run(url: str, **options: Any) -> None:
         prepare(target, tmp_path / "data", prompts=[questions], **SHAPE,
-                endpoint=EndpointSettings(url, **{"retries": 1, **options}))  # fmt: skip
+                server=EndpointSettings(url, **{"retries": 1, **options}))  # fmt: skip
 
     with pytest.raises(EndpointError, match="http://127.0.0.1:9 gives no answer"):
         run("http://127.0.0.1:9")
@@ -282,7 +285,25 @@ def test_what_ends_it_is_one_sentence(target: Target, server: str, tmp_path: Pat
     ):  # fmt: skip
         Endpoint(EndpointSettings(address), target, 0)
     with pytest.raises(UserError, match="--keep-responses writes none"):
-        prepare(target, tmp_path / "kept", prompts=[questions], keep_responses=True, endpoint=EndpointSettings(server))
+        prepare(target, tmp_path / "kept", prompts=[questions], keep_responses=True, server=EndpointSettings(server))
+
+
+def test_self_prompts_of_a_server_that_returns_only_text(server: str, tmp_path: Path) -> None:
+    """It continues the text of a user turn; one that completes chats only cannot, and says so."""
+    words = make_writing_target()
+
+    def only_text(_: int, body: Any) -> Response | None:
+        refused = {"top_k", "return_token_ids"} & set(body or {})
+        return problem(400, "unknown field") if refused else None
+
+    def run(trouble: Any, out: str) -> Dataset | None:
+        with served(words) as behind, proxy(behind.url, trouble) as (address, _):
+            return prepare(words, tmp_path / out, num_prompts=3, **SHAPE, server=EndpointSettings(address))
+
+    rows = contents(run(only_text, "data"))
+    assert len(rows) == 3 and {row.source for row in rows} == {"self-prompted"}
+    with pytest.raises(EndpointError, match="continues no text outside a chat .400: unknown field.*--prompts FILE"):
+        run(only_chat, "none")
 
 
 def test_kill_and_go_on(target: Target, folder: Path, server: str, tmp_path: Path) -> None:
@@ -306,19 +327,22 @@ def test_kill_and_go_on(target: Target, folder: Path, server: str, tmp_path: Pat
             assert slow.wait(120)
             time.sleep(0.5)
             with pytest.raises(UserError, match="being written by another process"):
-                prepare(target, out, prompts=[questions], greedy_share=1.0, endpoint=EndpointSettings(address), **SHAPE)
+                prepare(target, out, prompts=[questions], greedy_share=1.0, server=EndpointSettings(address), **SHAPE)
         finally:
             os.kill(process.pid, signal.SIGKILL)
             process.wait()
     with proxy(server) as (address, seen):
-        data = prepare(target, out, prompts=[questions], greedy_share=1.0, endpoint=EndpointSettings(address), **SHAPE)
+        data = prepare(target, out, prompts=[questions], greedy_share=1.0, server=EndpointSettings(address), **SHAPE)
     assert seen.count <= 36 - 18 + 1  # what was stored before was not asked again
-    expected = contents(prepare(target, tmp_path / "local", prompts=[questions], greedy_share=1.0, **SHAPE))
-    assert contents(data) == expected
+    alone = prepare(
+        target, tmp_path / "alone", prompts=[questions], greedy_share=1.0, server=EndpointSettings(server), **SHAPE
+    )
+    assert contents(data) == contents(alone)
 
 
-def test_data_sets_from_before_rows_had_the_mark(target: Target, tmp_path: Path) -> None:
-    data = prepare(target, tmp_path / "data", prompts=[write_questions(tmp_path)], **SHAPE)
+def test_data_sets_from_before_rows_had_the_mark(target: Target, server: str, tmp_path: Path) -> None:
+    settings = EndpointSettings(server)
+    data = prepare(target, tmp_path / "data", prompts=[write_questions(tmp_path)], server=settings, **SHAPE)
     assert data is not None
     rows = data.rows("train")
     table = pq.read_table(tmp_path / "data" / "train.parquet")
