@@ -77,9 +77,9 @@ class DecoderConfig(HeadConfig):
     rms_norm_eps: Annotated[float, Field(gt=0, allow_inf_nan=False)]
     rope_parameters: dict[str, Any]
     max_position_embeddings: PositiveInt  # the target's
-    bos_token_id: int | None = None
+    bos_token_id: int | list[int] | None = None
     eos_token_id: int | list[int] | None = None
-    pad_token_id: int | None = None
+    pad_token_id: int | list[int] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
