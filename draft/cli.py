@@ -352,7 +352,7 @@ def compare(
         Contender(path, *load_head(path, dtype=loaded.dtype, device=loaded.device)) for path in (baseline, candidate)
     )
     comparison = run(loaded, old, new, dataset.rows("held-out"), rows, progress=True)
-    write_report(comparison, out)
+    write_report(comparison, out, console)
     print_report(comparison, console)
     if not comparison.ship:
         raise typer.Exit(1)

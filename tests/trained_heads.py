@@ -7,8 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from draft.data.dataset import Row
 from draft.heads.unroll import shift_left
 from draft.target import Target
+
+
+def make_row(
+    prompt: list[int], response: list[int], temperature: float = 0.0, top_p: float = 1.0, id: str = "row"
+) -> Row:
+    mask = [False] * len(prompt) + [True] * len(response)
+    return Row(id, [*prompt, *response], mask, len(prompt), temperature, top_p, "test")
 
 
 def responses_of(

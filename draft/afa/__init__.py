@@ -10,9 +10,8 @@ and after every optimiser step instead of the callback. `PeftModel.save_pretrain
 beta = 0 and one that only `load_afa_adapter` opens at beta > 0.
 """
 
-from draft.afa.adapter import add_adapter, load_afa_adapter, merge_adapter
-from draft.afa.layer import AfaLinear, AfaLoraConfig
-from draft.afa.schedule import AnnealingCallback, beta_at, set_annealing_step
+from draft.afa.adapter import AnnealingCallback, add_adapter, load_afa_adapter, merge_adapter
+from draft.afa.layer import AfaLinear, AfaLoraConfig, beta_at, set_annealing_step
 
 __all__ = [
     "AfaLinear",

@@ -1,8 +1,7 @@
-"""AFA-LoRA adapters on a module, off it again as plain weights, and out of a file."""
+"""AFA-LoRA adapters on a module, off it again as plain weights, out of a file, and under transformers.Trainer."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,19 +10,22 @@ from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dic
 from peft.tuners import lora
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
+from transformers import TrainerCallback
 
 from draft.afa.layer import (
     AfaLoraConfig,
     AfaVariant,
     active_present,
+    annealed_adapters,
     as_float64,
     delta_float64,
     lora_weights,
+    set_annealing_step,
+    zero_step,
 )
 from draft.errors import UserError
+from draft.files import read_json, read_tensors
 
 CONFIG_CLASSES: dict[str, type[LoraConfig]] = {"AFA_LORA": AfaLoraConfig, "LORA": LoraConfig}
 
@@ -105,18 +107,13 @@ def _check_mergeable(base: nn.Module, layers: dict[str, BaseTunerLayer]) -> None
         if len(tied) > 1:
             raise UserError(f"{' and '.join(tied)} are one tied weight: untie them before merging")
         for adapter in active_present(layer):
-            _check_adapter(layer, name, adapter)
-
-
-def _check_adapter(layer: lora.Linear, name: str, adapter: str) -> None:
-    variant = layer.lora_variant.get(adapter)
-    if isinstance(variant, AfaVariant):
-        variant.refuse_unless_linear(adapter)
-    elif variant or layer.lora_bias[adapter]:
-        raise UserError(f"adapter {adapter!r} of {name!r} is no plain LoRA adapter: merge it with PEFT")
-    for weight in lora_weights(layer, adapter):
-        if not torch.isfinite(weight).all():
-            raise UserError(f"adapter {adapter!r} of {name!r} holds NaN or infinity: train it with a lower rate")
+            variant = layer.lora_variant.get(adapter)
+            if isinstance(variant, AfaVariant):
+                variant.refuse_unless_linear(adapter)
+            elif variant or layer.lora_bias[adapter]:
+                raise UserError(f"adapter {adapter!r} of {name!r} is no plain LoRA adapter: merge it with PEFT")
+            if not all(torch.isfinite(weight).all() for weight in lora_weights(layer, adapter)):
+                raise UserError(f"adapter {adapter!r} of {name!r} holds NaN or infinity: train it with a lower rate")
 
 
 def load_afa_adapter(
@@ -129,12 +126,17 @@ def load_afa_adapter(
     adapter, and missing, unexpected or misshapen tensors.
     """
     folder = Path(path)
-    config = _read_config(folder / "adapter_config.json")
-    config.inference_mode = not is_trainable
+    values = read_json(folder / "adapter_config.json")
+    kind = values.get("peft_type")
+    if kind not in CONFIG_CLASSES:
+        known = " or ".join(CONFIG_CLASSES)
+        raise UserError(f"the adapter in {folder} is of type {kind!r}: give an adapter of type {known}")
     try:
-        tensors = load_file(folder / "adapter_model.safetensors")
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{folder / 'adapter_model.safetensors'} can't be read ({error}): save it again") from error
+        config = CONFIG_CLASSES[kind](**values)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{folder} was written by another version ({error}): save it again with this one") from error
+    config.inference_mode = not is_trainable
+    tensors = read_tensors(folder / "adapter_model.safetensors")
     peft_model = add_adapter(model, config, adapter_name)
     try:
         result: Any = set_peft_model_state_dict(peft_model, tensors, adapter_name=adapter_name)
@@ -147,15 +149,40 @@ def load_afa_adapter(
     return peft_model
 
 
-def _read_config(path: Path) -> LoraConfig:
-    try:
-        values = json.loads(path.read_text())
-        config_class = CONFIG_CLASSES[values.get("peft_type")]
-        return config_class(**values)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} can't be read ({error}): give the folder of a saved adapter") from error
-    except KeyError:
-        kinds = " or ".join(CONFIG_CLASSES)
-        raise UserError(f"{path} is of type {values.get('peft_type')!r}: give an adapter of type {kinds}") from None
-    except TypeError as error:
-        raise UserError(f"{path} was written by another version ({error}): save it again with this one") from error
+class AnnealingCallback(TrainerCallback):
+    """Keeps beta of the active AFA-LoRA adapters in step with transformers.Trainer (and TRL's trainers).
+
+    beta is computed from `state.global_step` and `state.max_steps`, which count optimiser steps: gradient
+    accumulation and a resumed run need nothing more. With `load_best_model_at_end` the run ends in a
+    UserError if the best checkpoint was saved at beta > 0: its weights belong to a non-linear adapter and
+    can't be used at beta = 0. The refusal comes before the checkpoint is loaded, so the model keeps the
+    weights of the last step.
+    """
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        model = kwargs["model"]
+        names = {name for layer, name, _ in annealed_adapters(model) if name in layer.active_adapters}
+        if not names:
+            raise UserError("AnnealingCallback found no active AFA-LoRA adapter: add one with an AfaLoraConfig first")
+        for name in names:
+            set_annealing_step(model, state.global_step, state.max_steps, name)
+
+    # One more optimiser step (not micro-batch) is done: the same computation with the new number.
+    on_step_end = on_train_begin
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if "train_runtime" in kwargs.get("logs", {}):  # the last entry before the best checkpoint is loaded
+            self.on_train_end(args, state, control)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not args.load_best_model_at_end or state.best_model_checkpoint is None:
+            return
+        for path in Path(state.best_model_checkpoint).rglob("adapter_config.json"):
+            config = read_json(path)
+            if config.get("peft_type") == "AFA_LORA":
+                first = zero_step(config["total_steps"], config["decay_ratio"])
+                raise UserError(
+                    f"load_best_model_at_end would load {state.best_model_checkpoint}, saved at step "
+                    f"{config['step']} with beta {config['beta']:.4g}, a non-linear adapter: turn it off, or "
+                    f"evaluate from step {first} on only"
+                )

@@ -1,4 +1,6 @@
-"""The AFA-LoRA configuration, and the layer that PEFT puts in the place of an nn.Linear.
+"""AFA-LoRA's annealing schedule and configuration, and the layer that PEFT puts in the place of an nn.Linear.
+
+beta, the weight of the adapter's non-linear branch, falls from 1 to 0 during training.
 
 PEFT has no public way to do this: LoRA variants, `_register_custom_module` and `LoraModel._create_and_replace`, which
 importing this module wraps, are its own affairs. Hence the bounds `peft>=0.21.2,<0.22` in pyproject.toml.
@@ -7,6 +9,8 @@ importing this module wraps, are its own affairs. Hence the bounds `peft>=0.21.2
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -18,16 +22,41 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from afa_kernels import (
-    ACTIVATIONS,
-    KernelsError,
-    afa_lora_linear,
-    annealed_lora,
-    canonical_placement,
-    fall_back,
-)
-from draft.afa.schedule import Annealing, beta_at
+from afa_kernels import ACTIVATIONS, KernelsError, afa_lora_linear, annealed_lora, canonical_placement, fall_back
 from draft.errors import UserError
+
+EXPONENT = 5.0  # the exponential schedule falls by e^-5 before it is rescaled to reach 0
+
+# beta as a function of t = step / (decay_ratio * total_steps) in [0, 1): 1 at t = 0, 0 at t = 1
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "linear": lambda t: 1.0 - t,
+    "cosine": lambda t: 0.5 * (1.0 + math.cos(math.pi * t)),
+    "exponential": lambda t: (math.exp(-EXPONENT * t) - math.exp(-EXPONENT)) / -math.expm1(-EXPONENT),
+}
+
+
+def beta_at(step: int, total_steps: int, decay_ratio: float = 0.3, schedule: str = "linear") -> float:
+    """beta after `step` of `total_steps` optimiser steps: 1 at first, exactly 0 after decay_ratio of them.
+
+    Linear after AFA-LoRA (arXiv 2512.22455): max(0, 1 - step / (decay_ratio * total_steps)). Raises UserError
+    for an unknown schedule, a decay_ratio outside (0, 1], a total below 1 or a negative step.
+    """
+    if schedule not in SCHEDULES:
+        raise UserError(f"unknown schedule {schedule!r}: choose one of {', '.join(SCHEDULES)}")
+    if not 0 < decay_ratio <= 1:
+        raise UserError(f"decay_ratio is {decay_ratio}: choose a number above 0 and up to 1")
+    if total_steps < 1 or step < 0:
+        raise UserError(f"step {step} of {total_steps} is no optimiser step: count from 0 to a total of at least 1")
+    if step >= zero_step(total_steps, decay_ratio):
+        return 0.0
+    return SCHEDULES[schedule](step / (decay_ratio * total_steps))
+
+
+def zero_step(total_steps: int, decay_ratio: float) -> int:
+    """The first optimiser step after which beta is exactly 0."""
+    # 0.07 * 100 is 7.000000000000001 in binary: the slack keeps such a product from costing one step more
+    return max(1, math.ceil(decay_ratio * total_steps - 1e-9))
+
 
 # Initialisations with B = 0 (or none), so that the adapter starts as no change whatever beta is. The others
 # (pissa, olora, corda...) take B A out of the base weight, which only a linear adapter gives back.
@@ -56,14 +85,14 @@ class AfaLoraConfig(LoraConfig):
     (other LoRA variants such as DoRA, lora_bias, initialisations that change the base weight).
     """
 
-    # A LoRA variant is found by a truthy field with this tag; the activation's name is always truthy.
-    activation: str = field(default="silu", metadata={"help": "silu, gelu, relu, tanh", "is_lora_variant": True})
-    placement: str = field(default="A-s-B", metadata={"help": "Place of the activation"})
-    schedule: str = field(default="linear", metadata={"help": "linear, cosine, exponential"})
-    decay_ratio: float = field(default=0.3, metadata={"help": "Share of the steps after which beta is 0"})
-    beta: float = field(default=1.0, metadata={"help": "Weight of the non-linear branch"})
-    step: int = field(default=0, metadata={"help": "Optimiser steps done"})
-    total_steps: int = field(default=0, metadata={"help": "Optimiser steps in all; 0: not known yet"})
+    # PEFT finds a LoRA variant by a truthy field with this tag; the activation's name is always truthy.
+    activation: str = field(default="silu", metadata={"is_lora_variant": True})
+    placement: str = "A-s-B"
+    schedule: str = "linear"
+    decay_ratio: float = 0.3
+    beta: float = 1.0
+    step: int = 0
+    total_steps: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -107,8 +136,72 @@ class AfaLoraConfig(LoraConfig):
         return {key: value for key, value in everything.items() if key in plain}
 
 
-class AfaVariant(Annealing, LoraVariant):
-    """One adapter's annealing state in one layer, with the steps at which PEFT calls a LoRA variant."""
+def set_annealing_step(model: nn.Module, step: int, total_steps: int, adapter_name: str | None = None) -> float:
+    """Set beta after `step` of `total_steps` optimiser steps in every AFA layer and config of `model`.
+
+    `adapter_name` limits it to one adapter; otherwise all AFA adapters follow, active or not. Returns the new
+    beta (the largest, where adapters differ in schedule). Raises UserError when there is no such adapter, or
+    for a step or total that `beta_at` refuses.
+    """
+    states = [state for _, name, state in annealed_adapters(model) if adapter_name in (None, name)]
+    if not states:
+        named = "" if adapter_name is None else f" named {adapter_name!r}"
+        raise UserError(f"{type(model).__name__} has no AFA-LoRA adapter{named}: add one with an AfaLoraConfig")
+    for state in states:
+        state.config.anneal(step, total_steps)  # the layers share the config: harmless to repeat
+        state.refresh()
+    return max(state.config.beta for state in states)
+
+
+def annealed_adapters(model: nn.Module) -> Iterator[tuple[Any, str, AfaVariant]]:
+    """Yield (layer, adapter's name, state); PEFT keeps the state of a variant in `lora_variant`."""
+    for layer in model.modules():
+        for name, state in getattr(layer, "lora_variant", {}).items():
+            if isinstance(state, AfaVariant):
+                yield layer, name, state
+
+
+class AfaVariant(LoraVariant):
+    """One adapter's annealing state in one layer, with the steps at which PEFT calls a LoRA variant.
+
+    beta is a tensor, so that a captured graph sees it change, but no buffer: PEFT saves buffers, and
+    `.to(bfloat16)` would round it.
+    """
+
+    def __init__(self, config: AfaLoraConfig) -> None:
+        self.config = config  # shared by all layers of the adapter
+        self.is_linear = config.beta == 0
+        # An explicit device: the model may be under construction on another default one (meta).
+        self._beta = torch.tensor(config.beta, dtype=torch.float64, device="cpu")  # []
+
+    def refresh(self) -> None:
+        """Take beta over from the config."""
+        self.is_linear = self.config.beta == 0
+        self._beta.fill_(self.config.beta)
+
+    def beta_on(self, device: torch.device) -> Tensor:
+        """beta as a 0-dim tensor on `device`."""
+        beta = self._beta  # a local name: replicas of nn.DataParallel share this object
+        if beta.device != device:
+            dtype = torch.float32 if device.type == "mps" else torch.float64
+            # A tensor made in inference mode could not take part in training later.
+            with torch.inference_mode(False):
+                beta = self._beta = beta.to(device=device, dtype=dtype)
+        return beta
+
+    def refuse_unless_linear(self, adapter_name: str) -> None:
+        """Raise UserError while beta is above 0, naming the step at which it would be 0."""
+        config = self.config
+        if config.beta == 0:
+            return
+        way_out = "and no number of steps is set, so it never reaches 0: train it with AnnealingCallback"
+        if config.total_steps:
+            last = zero_step(config.total_steps, config.decay_ratio)
+            way_out = f"at step {config.step} of {config.total_steps}; train on to step {last}, where beta reaches 0"
+        raise UserError(
+            f"adapter {adapter_name!r} is not a matrix yet and can be neither merged nor converted: "
+            f"its beta is {config.beta:.4g} {way_out}"
+        )
 
     @staticmethod
     def init(module: Any, adapter_name: str, **kwargs: Any) -> None:
@@ -179,15 +272,13 @@ class AfaLinear(lora.Linear):
         if self.training and not isinstance(dropout, nn.Identity):
             fall_back(f"LoRA dropout is {cast(nn.Dropout, dropout).p:g}, and they have none", x.device.type)
             return None
-        return afa_lora_linear(
-            x,
-            base.weight,
-            base.bias,
-            *lora_weights(self, name),
-            beta=variant.beta_on(x.device),
-            scaling=self.scaling[name],
-            activation=variant.config.activation,
-        )
+        weights = lora_weights(self, name)
+        return afa_lora_linear(x, base.weight, base.bias, *weights, **self._arithmetic(name, x.device))
+
+    def _arithmetic(self, name: str, device: torch.device) -> dict[str, Any]:
+        variant = self.annealed[name]
+        activation = variant.config.activation
+        return {"beta": variant.beta_on(device), "scaling": self.scaling[name], "activation": activation}
 
     def afa_delta(self, name: str, x: Tensor) -> Tensor:  # [..., in] -> [..., out]
         """The output of AFA adapter `name`, which is added to the base layer's, in x's dtype."""
@@ -196,15 +287,8 @@ class AfaLinear(lora.Linear):
         x = self.lora_dropout[name](x)
         if variant.is_linear:  # no activation left: the same products as a plain adapter
             return self.scaling[name] * F.linear(F.linear(x, weight_a.to(x.dtype)), weight_b.to(x.dtype))
-        return annealed_lora(
-            x,
-            weight_a,
-            weight_b,
-            beta=variant.beta_on(x.device),
-            scaling=self.scaling[name],
-            activation=variant.config.activation,
-            placement=variant.config.placement,
-        )
+        placement = variant.config.placement
+        return annealed_lora(x, weight_a, weight_b, placement=placement, **self._arithmetic(name, x.device))
 
     def get_delta_weight(self, adapter: str) -> Tensor:  # [out, in]
         """The matrix that the adapter is at beta = 0, in B's dtype; UserError while beta is above 0."""
@@ -263,15 +347,7 @@ _peft_create_and_replace = lora.LoraModel._create_and_replace
 
 
 def _create_and_replace(
-    self: lora.LoraModel,
-    lora_config: LoraConfig,
-    adapter_name: str,
-    target: nn.Module,
-    target_name: str,
-    parent: nn.Module,
-    current_key: str,
-    *,
-    parameter_name: str | None = None,
+    self: Any, config: LoraConfig, adapter_name: str, target: Any, *place: Any, current_key: str, **options: Any
 ) -> None:
     """PEFT's step for one target, after two things that it has no hook for on existing LoRA layers.
 
@@ -279,18 +355,16 @@ def _create_and_replace(
     plain adapter), and a layer that a plain LoRA adapter made earlier becomes an AfaLinear, which it equals
     for that adapter.
     """
-    if isinstance(lora_config, AfaLoraConfig):
-        if parameter_name is not None:
+    if isinstance(config, AfaLoraConfig):
+        if parameter_name := options.get("parameter_name"):
             raise UserError(
                 f"AFA-LoRA adapts plain nn.Linear layers only, and {parameter_name!r} of {current_key!r} is "
                 f"a bare parameter of {type(target).__qualname__} (fused experts): take it out of the targets"
             )
-        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        check_plain_linear(base, current_key)
+        check_plain_linear(target.get_base_layer() if isinstance(target, BaseTunerLayer) else target, current_key)
         if type(target) is lora.Linear:
             target.__class__ = AfaLinear
-    where = (target, target_name, parent, current_key)
-    _peft_create_and_replace(self, lora_config, adapter_name, *where, parameter_name=parameter_name)
+    _peft_create_and_replace(self, config, adapter_name, target, *place, current_key=current_key, **options)  # type: ignore[misc]
 
 
-lora.LoraModel._create_and_replace = _create_and_replace  # type: ignore[method-assign]
+lora.LoraModel._create_and_replace = _create_and_replace  # type: ignore[method-assign,assignment]

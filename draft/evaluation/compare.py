@@ -9,7 +9,7 @@ from typing import Any
 
 from draft.data.dataset import Row, open_dataset
 from draft.errors import UserError
-from draft.evaluation.replay import TOKENS_PER_BATCH, Acceptance, ReplayResult, replay
+from draft.evaluation.replay import Acceptance, ReplayResult, replay
 from draft.evaluation.sampled import is_sampled, sampled_acceptance
 from draft.evaluation.tau import Interval, bootstrap_gain, bootstrap_ratio
 from draft.evaluation.trained_rows import row_ids, trained_row_ids
@@ -64,8 +64,7 @@ class Comparison:
     target_fingerprint: str
     contenders: Mapping[str, Contender]  # BASELINE and CANDIDATE
     deciding_length: int
-    domain: Measurement
-    general: Measurement | None
+    measurements: Mapping[str, Measurement]  # "domain" and, unless it was left out, "general"
 
     @property
     def ship(self) -> bool:
@@ -75,8 +74,8 @@ class Comparison:
         """
         if any(measurement.greedy.conversations < LEAST_CONVERSATIONS for measurement in self.measurements.values()):
             return False
-        lost = self.general is not None and not self.gain(self.general).low > -GENERAL_TOLERANCE
-        return self.gain(self.domain).low > 0 and not lost  # NaN is above nothing
+        gains = {name: self.gain(measurement).low for name, measurement in self.measurements.items()}
+        return gains["domain"] > 0 and gains.get("general", 0.0) > -GENERAL_TOLERANCE  # NaN is above nothing
 
     @property
     def verdict(self) -> str:
@@ -85,12 +84,6 @@ class Comparison:
     def gain(self, measurement: Measurement) -> Interval:
         """The relative greedy gain at the deciding speculation length."""
         return measurement.greedy.gains[self.deciding_length - 1]
-
-    @property
-    def measurements(self) -> dict[str, Measurement]:
-        """By name, those that were made."""
-        made = {"domain": self.domain, "general": self.general}
-        return {name: measurement for name, measurement in made.items() if measurement is not None}
 
     @property
     def warnings(self) -> list[str]:
@@ -105,7 +98,7 @@ class Comparison:
             notes.append(
                 "the candidate does not record which rows it was trained on: that they are others is not checked."
             )
-        if self.general is None:
+        if "general" not in self.measurements:
             notes.append("general traffic was not measured: the verdict is on the domain alone.")
         return notes
 
@@ -120,7 +113,6 @@ def compare(
     deciding_length: int = DECIDING_LENGTH,
     max_steps: int = 8,
     resamples: int = 10_000,
-    tokens_per_batch: int = TOKENS_PER_BATCH,
     progress: bool = False,
 ) -> Comparison:
     """Compare two heads on held-out rows of the domain and, unless None, of general traffic.
@@ -152,7 +144,7 @@ def compare(
 
     def measure(method: Callable[..., Mapping[str, Acceptance]], name: str, kind: str) -> Pair:
         label = f"{name}, {kind}" if progress else None
-        results = method(target, heads, sets[name], max_steps, tokens_per_batch=tokens_per_batch, progress=label)
+        results = method(target, heads, sets[name], max_steps, progress=label)
         return _pair(results, resamples)
 
     measured = {}
@@ -165,18 +157,17 @@ def compare(
         target_fingerprint=target.fingerprint,
         contenders=contenders,
         deciding_length=deciding_length,
-        domain=measured["domain"],
-        general=measured.get("general"),
+        measurements=measured,
     )
 
 
 def _pair(results: Mapping[str, Acceptance], resamples: int) -> Pair:
     columns = range(1, results[BASELINE].emitted.shape[1] + 1)
     units = {name: [result.units(length) for length in columns] for name, result in results.items()}
-    taus = {name: [bootstrap_ratio(*u.T.tolist(), resamples=resamples) for u in each] for name, each in units.items()}
+    taus = {name: [bootstrap_ratio(*u.T, resamples=resamples) for u in each] for name, each in units.items()}
     gains = [
         # both have the same conversations in the same order: whether there is something to verify depends on the text
-        bootstrap_gain(base.tolist(), new.tolist(), resamples=resamples)
+        bootstrap_gain(base, new, resamples=resamples)
         for base, new in zip(units[BASELINE], units[CANDIDATE], strict=True)
     ]
     return Pair(len(units[BASELINE][0]), results, taus, gains)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import numpy as np
 import torch
@@ -64,6 +65,20 @@ class ReplayResult(Acceptance):
 
     blocks: np.ndarray  # [max_steps (K - 1), drafted, accepted] verifications
 
+    @classmethod
+    def empty(cls, row_ids: list[str], max_steps: int) -> ReplayResult:
+        emitted, verifications = np.zeros((2, len(row_ids), max_steps), dtype=np.int64)
+        return cls(row_ids, emitted, verifications, np.zeros((max_steps, max_steps + 1, max_steps + 1), dtype=np.int64))
+
+    def add(self, row: int, leading: Sequence[int], spans: Sequence[Span], longest: int | None) -> None:
+        """Count the responses of a row, in place; leading: see `walk`; longest: see `DraftHead`."""
+        for span in spans:
+            for column in range(len(self.blocks)):
+                for drafted, accepted, emitted in walk(leading, span, min(column + 1, longest or column + 1)):
+                    self.blocks[column, drafted, accepted] += 1
+                    self.emitted[row, column] += emitted
+                    self.verifications[row, column] += 1
+
     def drafted(self, length: int) -> list[int]:
         """Verifications in which each draft position was filled, as the engine counts them."""
         return [int(self.blocks[length - 1, position:].sum()) for position in range(1, length + 1)]
@@ -116,35 +131,15 @@ def replay(
             "greedy replay needs responses of two tokens or more that the target wrote at temperature 0 as these very "
             "tokens, and there are none in these rows; run `draft-train prepare` with a share of greedy responses."
         )
-    tallies = {name: _Tally(len(greedy), max_steps, head.longest) for name, head in heads.items()}
+    results = {name: ReplayResult.empty([row.id for row in greedy], max_steps) for name in heads}
     with torch.no_grad():
         for indices, ids, output in target_passes(target, greedy, tokens_per_batch, progress, heads.values()):
             wanted = response_positions([spans[index] for index in indices], ids)
             for name, head in heads.items():
                 leading = _leading_hits(target, head, ids, output, wanted, max_steps).tolist()
                 for index, hits in zip(indices, leading, strict=True):
-                    tallies[name].add(index, hits, spans[index])
-    row_ids = [row.id for row in greedy]
-    return {name: ReplayResult(row_ids, t.emitted, t.verifications, t.blocks) for name, t in tallies.items()}
-
-
-class _Tally:
-    """Counts of one head, see ReplayResult."""
-
-    def __init__(self, rows: int, max_steps: int, longest: int | None) -> None:
-        """longest: the most tokens that the head drafts in a row."""
-        self.longest = max_steps if longest is None else longest
-        self.emitted = np.zeros((rows, max_steps), dtype=np.int64)
-        self.verifications = np.zeros_like(self.emitted)
-        self.blocks = np.zeros((max_steps, max_steps + 1, max_steps + 1), dtype=np.int64)
-
-    def add(self, row: int, leading: Sequence[int], spans: Sequence[Span]) -> None:
-        for span in spans:
-            for column in range(len(self.blocks)):
-                for drafted, accepted, emitted in walk(leading, span, min(column + 1, self.longest)):
-                    self.blocks[column, drafted, accepted] += 1
-                    self.emitted[row, column] += emitted
-                    self.verifications[row, column] += 1
+                    results[name].add(index, hits, spans[index], head.longest)
+    return results
 
 
 def replay_acceptance_length(target: Target, head: DraftHead, rows: Iterable[Row], length: int) -> float:
@@ -163,16 +158,12 @@ def replay_acceptance_length(target: Target, head: DraftHead, rows: Iterable[Row
 def generations(row: Row, eos_token_ids: frozenset[int]) -> list[Span]:
     """The responses in a row: runs of assistant tokens from `prompt_length` on, each cut after its first EOS."""
     spans: list[Span] = []
-    position, total = max(row.prompt_length, 1), len(row.ids)
-    while position < total:
-        if not row.mask[position]:
-            position += 1
-            continue
-        start = position
-        while position < total and row.mask[position]:
-            position += 1
-        eos = next((at for at in range(start, position) if int(row.ids[at]) in eos_token_ids), None)
-        spans.append(Span(start, position if eos is None else eos + 1, eos is not None))
+    places = range(max(row.prompt_length, 1), len(row.ids))
+    for trained, group in groupby(places, key=lambda place: bool(row.mask[place])):
+        if trained:
+            response = list(group)
+            eos = next((place for place in response if int(row.ids[place]) in eos_token_ids), None)
+            spans.append(Span(response[0], (response[-1] if eos is None else eos) + 1, eos is not None))
     return spans
 
 

@@ -64,8 +64,8 @@ def sampled_acceptance(
             "and there are none in these rows; run `draft-train prepare` with a share of sampled responses."
         )
     spans = [generations(row, target.eos_token_ids) for row in sampled]
-    emitted = {name: np.zeros((len(sampled), max_steps)) for name in heads}
-    verifications = {name: np.zeros((len(sampled), max_steps)) for name in heads}
+    row_ids = [row.id for row in sampled]
+    results = {name: Acceptance(row_ids, *np.zeros((2, len(sampled), max_steps))) for name in heads}
     with torch.no_grad():
         for indices, ids, output in target_passes(target, sampled, tokens_per_batch, progress, heads.values()):
             wanted = response_positions([spans[index] for index in indices], ids)
@@ -76,11 +76,10 @@ def sampled_acceptance(
                 for index, alive, overlap in zip(indices, survival, overlaps.tolist(), strict=True):
                     for span in spans[index]:
                         for column in range(max_steps):
-                            more = expected_walk(alive, overlap, span, min(column + 1, longest))
-                            emitted[name][index, column] += more[0]
-                            verifications[name][index, column] += more[1]
-    row_ids = [row.id for row in sampled]
-    return {name: Acceptance(row_ids, emitted[name], verifications[name]) for name in heads}
+                            emitted, verifications = expected_walk(alive, overlap, span, min(column + 1, longest))
+                            results[name].emitted[index, column] += emitted
+                            results[name].verifications[index, column] += verifications
+    return results
 
 
 def rejection_terms(
@@ -95,9 +94,8 @@ def rejection_terms(
         (fewer steps where the head has fewer);
         meaningful where the recorded token i + 2 + k belongs to the same response as i.
     """
-    hidden = torch.stack(
-        list(drafted_states(target, head, ids, output, steps)), dim=2
-    )  # [batch, tokens, steps, hidden]
+    states = list(drafted_states(target, head, ids, output, steps))
+    hidden = torch.stack(states, dim=2)  # [batch, tokens, steps, hidden]
     ratios = torch.zeros(hidden.shape[:3], dtype=torch.float64, device=ids.device)
     overlaps = torch.zeros_like(ratios)
     draft_ids = torch.full((head.config.vocab_size,), -1, device=ids.device)

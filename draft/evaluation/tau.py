@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 
 def acceptance_length(emitted: int, verifications: int) -> float:
@@ -36,13 +36,8 @@ def _counts(units: int, resamples: int, seed: int) -> np.ndarray:
     return rng.multinomial(units, np.full(units, 1 / units), size=resamples).astype(np.float64)
 
 
-def _resampled_sums(values: np.ndarray, resamples: int, seed: int) -> np.ndarray:
-    """Sums over units drawn with replacement: values [units, columns] -> [resamples, columns]."""
-    return _counts(len(values), resamples, seed) @ values
-
-
 def bootstrap_ratio(
-    numerators: Sequence[float], denominators: Sequence[float], *, resamples: int = 10_000, seed: int = 0
+    numerators: ArrayLike, denominators: ArrayLike, *, resamples: int = 10_000, seed: int = 0
 ) -> Interval:
     """sum(numerators) / sum(denominators), resampling the units (prompts, conversations) with replacement.
 
@@ -51,25 +46,19 @@ def bootstrap_ratio(
     values = np.array([numerators, denominators], dtype=np.float64).T  # [units, 2]
     if not len(values) or not values[:, 1].sum():
         return Interval(float("nan"), float("nan"), float("nan"))
-    sums = _resampled_sums(values, resamples, seed)
+    sums = _counts(len(values), resamples, seed) @ values  # [resamples, columns]
     low, high = np.nanpercentile(sums[:, 0] / np.maximum(sums[:, 1], 1e-300), [2.5, 97.5])
     total = values.sum(axis=0)
     return Interval(float(total[0] / total[1]), float(low), float(high))
 
 
-def bootstrap_gain(
-    baseline: Sequence[tuple[float, float]],
-    candidate: Sequence[tuple[float, float]],
-    *,
-    resamples: int = 10_000,
-    seed: int = 0,
-) -> Interval:
+def bootstrap_gain(baseline: ArrayLike, candidate: ArrayLike, *, resamples: int = 10_000, seed: int = 0) -> Interval:
     """Relative gain of the candidate's ratio over the baseline's, paired: both get the same units in each resample.
 
-    baseline, candidate: (numerator, denominator) of each unit, in the same order.
+    baseline, candidate: [units, 2], (numerator, denominator) of each unit, in the same order.
     """
     values = np.concatenate([np.array(baseline, dtype=np.float64), np.array(candidate, dtype=np.float64)], axis=1)
-    sums = _resampled_sums(values, resamples, seed)
+    sums = _counts(len(values), resamples, seed) @ values  # [resamples, columns]
 
     def gain(s: np.ndarray) -> np.ndarray:  # [..., 4] -> [...]
         return (s[..., 2] / s[..., 3]) / (s[..., 0] / s[..., 1]) - 1

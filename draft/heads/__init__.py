@@ -2,7 +2,7 @@
 
 from draft.heads.base import DraftHead, StepwiseHead
 from draft.heads.checkpoint import attach_head, load_head, save_head
-from draft.heads.eagle import EagleConfig, EagleHead
+from draft.heads.eagle import EagleHead
 from draft.heads.eagle3 import Eagle3Config, Eagle3Head
 from draft.heads.medusa import MedusaConfig, MedusaHead
 
@@ -10,7 +10,6 @@ __all__ = [
     "DraftHead",
     "Eagle3Config",
     "Eagle3Head",
-    "EagleConfig",
     "EagleHead",
     "MedusaConfig",
     "MedusaHead",

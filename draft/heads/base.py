@@ -5,39 +5,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from draft.errors import UserError
-from draft.heads.decoder_config import DecoderConfig
+from draft.heads.config import DecoderConfig, HeadConfig
 from draft.heads.layers import Attend, Attention, Rotary, attend_causally
-from draft.heads.unroll import TrainingAttention, shift_left
+from draft.heads.unroll import attend_unrolled, shift_left
 from draft.target import Target
-
-# the decoder layer's matrices: the LM head is most of the weights and has the target's rows already, and fc reads raw
-# residual streams, whose outliers make an adapter on it unstable at rates that suit the others
-_DECODER_LAYER = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-
-class HeadConfig(Protocol):
-    """The common part of every architecture's configuration."""
-
-    hidden_size: int
-    vocab_size: int  # the target's
-
-    @property
-    def draft_vocab_size(self) -> int: ...
-
-    @property
-    def full_vocabulary(self) -> bool:
-        """The draft vocabulary is the target's: engines then refuse a token map."""
-        ...
-
-    def as_json(self, dtype: torch.dtype) -> dict[str, Any]:
-        """The whole config.json of a head whose tensors are in `dtype`."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -75,6 +52,8 @@ class DraftHead(nn.Module, ABC):
     tensor_renames: ClassVar[tuple[tuple[str, str], ...]] = ()  # (part of a tensor's name in some files, ours)
     # weight of the regression to the target's states in its loss; None: it does not predict them
     feature_weight: ClassVar[float | None] = None
+    longest: int | None = None  # the most tokens that it can draft in a row; None: any number
+    adapter_targets: tuple[str, ...]  # names of the linear layers that an adapter is put on by default
 
     d2t: Tensor
     t2d: Tensor
@@ -98,11 +77,6 @@ class DraftHead(nn.Module, ABC):
     @property
     def device(self) -> torch.device:
         return self.anchor.device
-
-    @property
-    def longest(self) -> int | None:
-        """The most tokens that it can draft in a row; None: any number."""
-        return None
 
     def beyond(self, steps: int) -> Sequence[nn.Module]:
         """The modules that no draft step before `steps` computes with: so many steps don't train them."""
@@ -150,11 +124,6 @@ class DraftHead(nn.Module, ABC):
         """
 
     @property
-    @abstractmethod
-    def adapter_targets(self) -> tuple[str, ...]:
-        """Names of the linear layers that an adapter is put on by default."""
-
-    @property
     def lm_head_modules(self) -> dict[str, nn.Linear]:
         """Its LM heads by the names of their modules, each over the draft vocabulary; none: the target's."""
         return {}
@@ -189,6 +158,10 @@ class StepwiseHead(DraftHead):
 
     Step k at position i reads a state (`fuse`d target states, then its own output) and the embedding of token i+1+k.
     """
+
+    # the decoder layer's matrices: the LM head is most of the weights and has the target's rows already, and fc reads
+    # raw residual streams, whose outliers make an adapter on it unstable at rates that suit the others
+    adapter_targets = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
     config: DecoderConfig
 
@@ -235,7 +208,6 @@ class StepwiseHead(DraftHead):
         attention, groups = self.attention, self.config.num_attention_heads // self.config.num_key_value_heads
         if position_ids is None:
             position_ids = torch.arange(tokens, device=embeds.device).expand(batch, -1)
-        attend = TrainingAttention(tokens, attention_mask, embeds.device)
 
         hidden = self.fuse(auxiliary)
         cache: list[tuple[Tensor, Tensor]] = []  # keys and values of steps 0.., each [batch, heads, tokens, head_dim]
@@ -244,9 +216,5 @@ class StepwiseHead(DraftHead):
             x, residual = self.mix(embeds, hidden)
             q, k, v = attention.project(x, self.rope(position_ids + step, hidden.dtype))
             cache.append((k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)))
-            hidden = self.finish(residual, attention.merge(attend(q, cache[0], cache[1:])))
+            hidden = self.finish(residual, attention.merge(attend_unrolled(q, cache[0], cache[1:], attention_mask)))
             yield hidden
-
-    @property
-    def adapter_targets(self) -> tuple[str, ...]:
-        return _DECODER_LAYER

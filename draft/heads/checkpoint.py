@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from draft.errors import UserError
-from draft.files import atomic_folder, file_sha256, read_json, write_json
+from draft.files import atomic_folder, file_sha256, read_json, read_tensors, write_json
 from draft.heads.base import DraftHead
 from draft.heads.registry import ARCHITECTURES
 from draft.target import DTYPES, Target
@@ -62,12 +61,7 @@ def load_head(
         known = ", ".join(each.stored_as for each in ARCHITECTURES.values())
         raise UserError(f"head {str(folder)!r}: architecture {name} is not one of {known}.")
     head = kind(kind.config_class.from_dict(config_values))
-    path = _weights(folder)
-    try:
-        tensors = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{str(path)!r} is not a whole safetensors file ({error}); write or copy it again.") from error
-    fill(head, tensors, str(folder))
+    fill(head, read_tensors(folder / "model.safetensors"), str(folder))
     stored = DTYPES.get(config_values.get("torch_dtype") or config_values.get("dtype") or "float32", torch.float32)
     about = folder / "draftsmith.json"
     return head.to(device=device, dtype=dtype or stored).eval(), read_json(about) if about.is_file() else {}
@@ -75,7 +69,10 @@ def load_head(
 
 def head_sha256(folder: str | Path) -> str:
     """Identify a head's weights by the first half of their file's sha256; UserError where they are missing."""
-    return file_sha256(_weights(_find(folder)))[:32]
+    path = _find(folder) / "model.safetensors"
+    if not path.is_file():
+        raise UserError(f"{str(path)!r} is missing; weights must be one safetensors file of that name.")
+    return file_sha256(path)[:32]
 
 
 def _find(folder: str | Path) -> Path:
@@ -88,13 +85,6 @@ def _find(folder: str | Path) -> Path:
             f"or one of: {shipped}."
         )
     return Path(folder)
-
-
-def _weights(folder: Path) -> Path:
-    path = folder / "model.safetensors"
-    if not path.is_file():
-        raise UserError(f"{str(path)!r} is missing; a head's weights must be one safetensors file of that name.")
-    return path
 
 
 def fill(head: DraftHead, tensors: dict[str, Tensor], name: str) -> None:

@@ -12,20 +12,21 @@ with the embedding of the token that was just drafted. The layer has no norm of 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict
+from typing import Any, cast
 
 import torch
+from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from draft.heads.base import Features, StepwiseHead
-from draft.heads.decoder_config import DecoderConfig, decoder_json, fields_of, read_sizes, sizes_like
+from draft.heads.config import STRICT, DecoderConfig, decoder_json, read_sizes, sizes_like
 from draft.heads.initial import SILENT, Ridge, start_mlp
 from draft.heads.layers import MLP, Attention, RMSNorm
 from draft.target import Target
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, config=STRICT)
 class EagleConfig(DecoderConfig):
     """Shapes and options, under the keys of vLLM's config.json."""
 
@@ -33,18 +34,14 @@ class EagleConfig(DecoderConfig):
     qkv_bias: bool = False  # of queries, keys and values, as in heads for Qwen2
 
     @property
-    def draft_vocab_size(self) -> int:
+    def draft_vocab_size(self) -> int:  # type: ignore[override]
         """The LM head is the target's, and so is the vocabulary."""
         return self.vocab_size
-
-    @property
-    def full_vocabulary(self) -> bool:
-        return True
 
     @classmethod
     def for_target(cls, target: Target, draft_vocab_size: int, **options: Any) -> EagleConfig:
         """A head of the target's own width, over its whole vocabulary; options: fields of this class."""
-        return cls(**sizes_like(target), **options)
+        return cls.checked(**sizes_like(target), **options)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> EagleConfig:
@@ -52,7 +49,7 @@ class EagleConfig(DecoderConfig):
         values = read_sizes(values)
         values["fc_bias"] = bool(values.get("eagle_fc_bias"))
         values["qkv_bias"] = bool(values.get("qkv_bias"))
-        return cls(**fields_of(cls, values, "EAGLE-1"))
+        return cls.of_known(values)
 
     def as_json(self, dtype: torch.dtype) -> dict[str, Any]:
         # not `bias`, SafeAILab's word for fc's: vLLM and SGLang take it for attention's
@@ -90,9 +87,7 @@ class EagleHead(StepwiseHead):
 
     @property
     def layer(self) -> EagleLayer:
-        layer = self.layers[0]
-        assert isinstance(layer, EagleLayer)
-        return layer
+        return cast(EagleLayer, self.layers[0])
 
     @property
     def attention(self) -> Attention:

@@ -18,15 +18,17 @@ just drafted. Options of the configuration change that:
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import torch
+from pydantic import PositiveInt
+from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from draft.errors import UserError
 from draft.heads.base import Features, StepwiseHead
-from draft.heads.decoder_config import DecoderConfig, check_fixed, decoder_json, fields_of, read_sizes, sizes_like
+from draft.heads.config import STRICT, DecoderConfig, check_fixed, decoder_json, read_sizes, sizes_like
 from draft.heads.initial import (
     SCALES,
     SELF_ATTENTION_STD,
@@ -54,32 +56,20 @@ _FIXED_EAGLE: dict[str, tuple[Any, ...]] = {
 }
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, config=STRICT)
 class Eagle3Config(DecoderConfig):
     """Shapes and options (see the module), under the keys of the config.json that vLLM and SGLang load.
 
     `auxiliary_layers` counts layers that have run, as `Target` does (vLLM's convention).
     """
 
-    draft_vocab_size: int
+    draft_vocab_size: PositiveInt
     norm_before_residual: bool = False  # the residual stream starts from the normed hidden state
     norm_before_fc: bool = False  # one norm over all auxiliary states together
     fc_norm: bool = False  # one norm for each auxiliary state
     norm_output: bool = False  # the next draft step reads the state after the final norm
     shared_lm_head: bool = False  # the target's; draft_vocab_size is null in the file
     auxiliary_layers: list[int] | None = None  # None: the target's default layers
-
-    def __post_init__(self) -> None:
-        if self.shared_lm_head and self.draft_vocab_size != self.vocab_size:
-            raise UserError(
-                f"head config: the LM head is the target's, over {self.vocab_size} tokens, and draft_vocab_size is "
-                f"{self.draft_vocab_size}; a reduced vocabulary needs an LM head of its own."
-            )
-
-    @property
-    def full_vocabulary(self) -> bool:
-        """The draft vocabulary is the target's: engines then refuse a token map."""
-        return self.draft_vocab_size == self.vocab_size
 
     @property
     def num_auxiliary(self) -> int:
@@ -105,7 +95,7 @@ class Eagle3Config(DecoderConfig):
     @classmethod
     def for_target(cls, target: Target, draft_vocab_size: int, **options: Any) -> Eagle3Config:
         """A head of the target's own width; options: fields of this class."""
-        config = cls(**sizes_like(target), draft_vocab_size=draft_vocab_size, **options)
+        config = cls.checked(**sizes_like(target), draft_vocab_size=draft_vocab_size, **options)
         config.layers(target)  # refuses a target that has too few
         return config
 
@@ -119,7 +109,7 @@ class Eagle3Config(DecoderConfig):
         values["draft_vocab_size"] = values.get("draft_vocab_size") or values.get("vocab_size")
         values.update({option: bool(values.get(option)) for option in OPTIONS})
         values["auxiliary_layers"] = read_layer_ids(values)
-        return cls(**fields_of(cls, values, "EAGLE-3"))
+        return cls.of_known(values)
 
     def as_json(self, dtype: torch.dtype) -> dict[str, Any]:
         """The whole config.json.
@@ -132,18 +122,15 @@ class Eagle3Config(DecoderConfig):
         options = {option: values.pop(option) for option in OPTIONS}
         if shared:
             values["draft_vocab_size"] = None
-        return {
+        written = {
             **decoder_json("LlamaForCausalLMEagle3", values, dtype),
             "norm_before_residual": self.norm_before_residual,
             **{option: True for option in OPTIONS[1:] if options[option]},
-            **({} if layers is None else _layer_id_keys(layers)),
         }
-
-
-def _layer_id_keys(layers: list[int]) -> dict[str, Any]:
-    """config.json's keys for other auxiliary layers than the default, each reader's in its own convention."""
-    nested = {LAYER_IDS: [layer - 1 for layer in layers], "use_aux_hidden_state": True}
-    return {"num_aux_hidden_states": len(layers), LAYER_IDS: list(layers), "eagle_config": nested}
+        if layers is not None:
+            nested = {LAYER_IDS: [layer - 1 for layer in layers], "use_aux_hidden_state": True}
+            written |= {"num_aux_hidden_states": len(layers), LAYER_IDS: list(layers), "eagle_config": nested}
+        return written
 
 
 def read_layer_ids(values: dict[str, Any]) -> list[int] | None:

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from draft.errors import UserError
-from draft.heads.decoder_config import DecoderConfig
+from draft.heads.config import DecoderConfig
 
-
-class Attend(Protocol):
-    """The attention of queries to keys and values; in decoding, an engine's cache keeps those of the past."""
-
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """query [batch, heads, new, d], key, value [batch, kv_heads, new, d] -> [batch, new, heads, d]."""
-        ...
+# The attention of query [batch, heads, new, d] to key and value [batch, kv_heads, new, d]: [batch, new, heads, d]. In
+# decoding, an engine's cache keeps those of the past.
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def attend_causally(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -50,7 +47,8 @@ class Attention(nn.Module):
 
     def project(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """x [batch, tokens, inputs] -> rotated queries, rotated keys, values: [batch, heads, tokens, head_dim]."""
-        q, k, v = (self._split(projection(x)) for projection in (self.q_proj, self.k_proj, self.v_proj))
+        projected = (projection(x) for projection in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (each.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for each in projected)
         return rotate(q, rotation), rotate(k, rotation), v
 
     def merge(self, mixed: Tensor) -> Tensor:
@@ -59,9 +57,6 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
         return self.o_proj(attend(*self.project(x, rotation)).flatten(2))
-
-    def _split(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
 
 class MLP(nn.Module):
@@ -108,7 +103,18 @@ def _inverse_frequencies(parameters: dict[str, Any], head_dim: int, max_position
         UserError: for a type that transformers doesn't know, or a value that is missing or makes no sense.
     """
     try:
-        inverse, scaling = _computed(parameters, head_dim, max_positions)
+        if parameters.get("rope_type", "default") == "default":
+            exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+            inverse, scaling = 1.0 / parameters.get("rope_theta", 10000.0) ** exponents, 1.0
+        else:
+            from transformers import LlamaConfig
+            from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+            config = LlamaConfig(
+                head_dim=head_dim, hidden_size=head_dim, num_attention_heads=1, max_position_embeddings=max_positions,
+                rope_parameters=dict(parameters),
+            )  # fmt: skip
+            inverse, scaling = ROPE_INIT_FUNCTIONS[parameters["rope_type"]](config, torch.device("cpu"))
     except (KeyError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
         raise UserError(
             f"head config: the rotary embedding {parameters} is of an unknown rope_type or lacks a value "
@@ -119,20 +125,6 @@ def _inverse_frequencies(parameters: dict[str, Any], head_dim: int, max_position
             f"head config: the rotary embedding {parameters} gives no {head_dim} / 2 finite frequencies; correct it."
         )
     return inverse, scaling
-
-
-def _computed(parameters: dict[str, Any], head_dim: int, max_positions: int) -> tuple[Tensor, float]:
-    if parameters.get("rope_type", "default") == "default":
-        exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
-        return 1.0 / parameters.get("rope_theta", 10000.0) ** exponents, 1.0
-    from transformers import LlamaConfig
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
-    config = LlamaConfig(
-        head_dim=head_dim, hidden_size=head_dim, num_attention_heads=1, max_position_embeddings=max_positions,
-        rope_parameters=dict(parameters),
-    )  # fmt: skip
-    return ROPE_INIT_FUNCTIONS[parameters["rope_type"]](config, torch.device("cpu"))
 
 
 def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:

@@ -12,60 +12,46 @@ No position sees what was drafted at another one, so that all of them are known 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import torch
+from pydantic import PositiveInt
+from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from draft.errors import UserError
 from draft.heads.base import DraftHead, Features
-from draft.heads.decoder_config import check_count, fields_of
+from draft.heads.config import STRICT, HeadConfig, check_fixed
 from draft.heads.initial import Ridge
 from draft.target import Target
 
 
-@dataclass(kw_only=True)
-class MedusaConfig:
+@dataclass(kw_only=True, config=STRICT)
+class MedusaConfig(HeadConfig):
     """Shapes and options; config.json has them under vLLM's keys."""
 
-    hidden_size: int
-    vocab_size: int  # the target's
-    draft_vocab_size: int
-    num_heads: int = 5  # positions that are drafted
-    num_layers: int = 1  # of each block
+    hidden_size: PositiveInt
+    vocab_size: PositiveInt  # the target's
+    draft_vocab_size: PositiveInt
+    num_heads: PositiveInt = 5  # positions that are drafted
+    num_layers: PositiveInt = 1  # of each block
     shared_lm_head: bool = False  # the target's, for all positions
-
-    def __post_init__(self) -> None:
-        for name in ("num_heads", "num_layers"):
-            check_count(name, getattr(self, name))
-        if self.shared_lm_head and not self.full_vocabulary:
-            raise UserError(
-                f"head config: the LM head is the target's, over {self.vocab_size} tokens, and the draft vocabulary "
-                f"has {self.draft_vocab_size}; a reduced vocabulary needs LM heads of its own."
-            )
-
-    @property
-    def full_vocabulary(self) -> bool:
-        return self.draft_vocab_size == self.vocab_size
 
     @classmethod
     def for_target(cls, target: Target, draft_vocab_size: int, **options: Any) -> MedusaConfig:
         """A head of the target's own width; options: fields of this class."""
-        return cls(
-            hidden_size=target.hidden_size, vocab_size=target.vocab_size, draft_vocab_size=draft_vocab_size, **options
-        )
+        sizes = {"hidden_size": target.hidden_size, "vocab_size": target.vocab_size}
+        return cls.checked(**sizes, draft_vocab_size=draft_vocab_size, **options)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> MedusaConfig:
         """Read a config.json with vLLM's keys."""
-        if values.get("logit_scale", 1.0) != 1.0:
-            raise UserError(f"head config: logit_scale = {values['logit_scale']} is not supported; only 1.0 is.")
+        check_fixed(values, {"logit_scale": (1.0,)})
         values = dict(values)
         values["num_layers"] = values.get("num_hidden_layers", 1)
         values["draft_vocab_size"] = values.get("truncated_vocab_size") or values.get("vocab_size")
         values["shared_lm_head"] = bool(values.get("original_lm_head"))
-        return cls(**fields_of(cls, values, "Medusa"))
+        return cls.of_known(values)
 
     def as_json(self, dtype: torch.dtype) -> dict[str, Any]:
         values = asdict(self)
@@ -110,10 +96,10 @@ class MedusaHead(DraftHead):
         self.blocks = nn.ModuleList([ResidualBlock(size, config.num_layers) for _ in range(count)])
         own = 0 if config.shared_lm_head else count
         self.lm_heads = nn.ModuleList([nn.Linear(size, config.draft_vocab_size, bias=False) for _ in range(own)])
-
-    @property
-    def longest(self) -> int:
-        return self.config.num_heads
+        self.longest = count
+        self.adapter_targets = tuple(
+            f"blocks.{block}.layers.{layer}" for block in range(count) for layer in range(config.num_layers)
+        )
 
     @property
     def lm_head_modules(self) -> dict[str, nn.Linear]:
@@ -141,16 +127,8 @@ class MedusaHead(DraftHead):
     def unroll(self, embeds: Tensor, auxiliary: Tensor, steps: int, **_: Any) -> Iterator[Tensor]:
         """Yield the states of as many steps as the head has positions; embeddings and the mask make no difference."""
         hidden = self.fuse(auxiliary)
-        for step in range(min(steps, self.longest)):
+        for step in range(min(steps, self.config.num_heads)):
             yield self(hidden, step)
-
-    @property
-    def adapter_targets(self) -> tuple[str, ...]:
-        return tuple(
-            f"blocks.{block}.layers.{layer}"
-            for block in range(self.config.num_heads)
-            for layer in range(self.config.num_layers)
-        )
 
     @torch.no_grad()
     def initialise(self, target: Target, batches: Iterable[tuple[Features, Tensor]], seed: int) -> None:

@@ -14,20 +14,14 @@ diagonal.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import lru_cache
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 
 DENSE_TOKENS = 1024  # longer texts are attended to in chunks
 CHUNK = 512
-FLEX_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-FLEX_LEAST_HEAD_DIM = 16
-BLOCK = 128  # of FlexAttention
 
 KeysValues = tuple[Tensor, Tensor]  # each [batch, heads, tokens, head_dim]
 
@@ -37,103 +31,49 @@ def shift_left(x: Tensor, by: int = 1) -> Tensor:
     return torch.cat([x[:, by:], torch.zeros_like(x[:, :by])], dim=1)
 
 
-class TrainingAttention:
-    """The attention of one batch, at all of its draft steps: to step 0 causally, to later steps by position.
+def attend_unrolled(
+    query: Tensor, base: KeysValues, own: Sequence[KeysValues], segments: Tensor | None, chunk: int | None = None
+) -> Tensor:
+    """The attention of one draft step: to step 0 causally, to later steps by position.
 
         scores of entry i at step k = [ q_i · key j of step 0, j <= i | q_i · key i of step 1 | ... | of step k ]
 
-    Three ways to compute it, which agree:
+    Long texts take `chunk` queries at a time, against the keys up to the last, and recompute the scores in the backward
+    pass, so that what is kept grows with the tokens and not with their square.
 
-        dense       the scores as above, for short texts
-        in chunks   so many queries at a time, against the keys up to the last; recomputed in the backward pass
-        flex        FlexAttention over [keys of step 0 | keys of step 1 | ...] with a block mask, on CUDA: no scores in
-                    memory
-
+    query: [batch, heads, tokens, head_dim]; base, own: keys and values of step 0, and of steps 1..k.
     segments: [batch, tokens], the number of the conversation that each token belongs to (padding is one of its own, so
     that its queries see something and the softmax gives no NaN); None: one a row.
+    chunk: None chooses by the length.
+
+    Returns:
+        [batch, heads, tokens, head_dim].
     """
+    tokens = query.shape[2]
+    chunk = chunk or (tokens if tokens <= DENSE_TOKENS else CHUNK)
+    if chunk >= tokens:
+        return _attend(query, base, own, _allowed(segments, 0, tokens, query.device))
+    parts = []
+    for start in range(0, tokens, chunk):
+        end = min(start + chunk, tokens)
+        keys = base[0][:, :, :end], base[1][:, :, :end]
+        here = [(key[:, :, start:end], value[:, :, start:end]) for key, value in own]
+        allowed = _allowed(segments, start, end, query.device)
+        parts.append(checkpoint(_attend, query[:, :, start:end], keys, here, allowed, use_reentrant=False))
+    return torch.cat(parts, dim=2)
 
-    def __init__(self, tokens: int, segments: Tensor | None, device: torch.device) -> None:
-        self.tokens, self.segments, self.device = tokens, segments, device
-        self._block_masks: dict[int, Any] = {}
 
-    def __call__(self, query: Tensor, base: KeysValues, own: Sequence[KeysValues]) -> Tensor:
-        """Queries [batch, heads, tokens, head_dim], keys and values of step 0 and of steps 1..k -> as the queries."""
-        if self.device.type == "cuda" and query.dtype in FLEX_DTYPES and query.shape[-1] >= FLEX_LEAST_HEAD_DIM:
-            return self.flex(query, base, own, _compiled_flex_attention())
-        return self.dense(query, base, own) if self.tokens <= DENSE_TOKENS else self.in_chunks(query, base, own)
-
-    def dense(self, query: Tensor, base: KeysValues, own: Sequence[KeysValues]) -> Tensor:
-        return _attend(query, base, own, self._allowed(0, self.tokens))
-
-    def in_chunks(self, query: Tensor, base: KeysValues, own: Sequence[KeysValues], size: int = CHUNK) -> Tensor:
-        parts = []
-        for start in range(0, self.tokens, size):
-            end = min(start + size, self.tokens)
-            keys = base[0][:, :, :end], base[1][:, :, :end]
-            here = [(key[:, :, start:end], value[:, :, start:end]) for key, value in own]
-            allowed = self._allowed(start, end)
-            parts.append(checkpoint(_attend, query[:, :, start:end], keys, here, allowed, use_reentrant=False))
-        return torch.cat(parts, dim=2)
-
-    def _allowed(self, start: int, end: int) -> Tensor:
-        """[batch or 1, 1, end - start, end] bool: the base keys that queries start..end-1 see."""
-        columns = torch.arange(end, device=self.device)
-        allowed = (columns <= columns[start:, None])[None]
-        if self.segments is not None:
-            allowed = allowed & (self.segments[:, start:end, None] == self.segments[:, None, :end])
-        return allowed[:, None]
-
-    def flex(
-        self, query: Tensor, base: KeysValues, own: Sequence[KeysValues], flex_attention: Callable[..., Tensor]
-    ) -> Tensor:
-        padding = (0, 0, 0, self._blocks * BLOCK - self.tokens)  # so that each step's keys begin with a block
-        keys, values = (torch.cat([pad(step[part], padding) for step in (base, *own)], dim=2) for part in (0, 1))
-        mixed = flex_attention(pad(query, padding), keys, values, block_mask=self._block_mask(len(query), len(own)))
-        return mixed[:, :, : self.tokens]
-
-    @property
-    def _blocks(self) -> int:
-        return -(-self.tokens // BLOCK)
-
-    def _block_mask(self, rows: int, steps: int) -> Any:
-        """The keys that a query of `flex` sees, where `steps` draft steps came after step 0.
-
-        The blocks are found without looking at single keys, which would take as much memory as the scores.
-        """
-        if steps in self._block_masks:
-            return self._block_masks[steps]
-        from torch.nn.attention.flex_attention import BlockMask
-
-        count = self._blocks
-        # padding ends every row: as the last segment it keeps the numbers of a row in order
-        segments = torch.ones(rows, self.tokens, dtype=torch.int64, device=self.device)
-        if self.segments is not None:
-            segments = self.segments.masked_fill(self.segments == 0, self.tokens + 1)
-        segments = pad(segments, (0, count * BLOCK - self.tokens), value=self.tokens + 1)  # [rows, blocks * BLOCK]
-        last, first = (segments.unflatten(1, (count, BLOCK))[:, :, place] for place in (-1, 0))  # [rows, blocks]
-        block = torch.arange(count, device=self.device)
-        causal = (block <= block[:, None]) & (last[:, None, :] >= first[:, :, None])  # [rows, blocks, blocks]
-        own = (block == block[:, None]).expand_as(causal)
-        needed = torch.cat([causal, *[own] * steps], dim=-1)[:, None]  # [rows, 1, blocks, blocks * (1 + steps)]
-        length = torch.tensor(count * BLOCK, device=self.device)  # a number would be compiled in
-
-        def seen(row: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-            together = segments[row, query] == segments[row, key % length]
-            return ((key < length) & (key <= query) & together) | ((key >= length) & (key % length == query))
-
-        self._block_masks[steps] = BlockMask.from_kv_blocks(
-            needed.sum(-1, dtype=torch.int32),
-            needed.to(torch.int32).argsort(dim=-1, descending=True, stable=True).to(torch.int32),
-            BLOCK_SIZE=BLOCK,
-            mask_mod=seen,
-            seq_lengths=(count * BLOCK, count * BLOCK * (1 + steps)),
-        )
-        return self._block_masks[steps]
+def _allowed(segments: Tensor | None, start: int, end: int, device: torch.device) -> Tensor:
+    """[batch or 1, 1, end - start, end] bool: the base keys that queries start..end-1 see."""
+    columns = torch.arange(end, device=device)
+    allowed = (columns <= columns[start:, None])[None]
+    if segments is not None:
+        allowed = allowed & (segments[:, start:end, None] == segments[:, None, :end])
+    return allowed[:, None]
 
 
 def _attend(query: Tensor, base: KeysValues, own: Sequence[KeysValues], allowed: Tensor) -> Tensor:
-    """Softmax over the keys of step 0 and of later steps together, see `TrainingAttention`."""
+    """Softmax over the keys of step 0 and of later steps together, see `attend_unrolled`."""
     query = query * query.shape[-1] ** -0.5
     scores = (query @ base[0].transpose(-1, -2)).masked_fill(~allowed, -torch.inf)  # [batch, heads, queries, keys]
     if not own:
@@ -145,11 +85,3 @@ def _attend(query: Tensor, base: KeysValues, own: Sequence[KeysValues], allowed:
     for index, (_, value) in enumerate(own):
         mixed = mixed + weights[..., keys + index, None] * value
     return mixed
-
-
-@lru_cache
-def _compiled_flex_attention() -> Callable[..., Tensor]:
-    """Uncompiled, FlexAttention would build the scores that it is there to avoid."""
-    from torch.nn.attention.flex_attention import flex_attention
-
-    return torch.compile(flex_attention, dynamic=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import warnings
 from dataclasses import dataclass, replace
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from draft.errors import UserError
-from draft.files import file_sha256
+from draft.files import file_sha256, read_json
 
 log = logging.getLogger(__name__)
 
@@ -41,10 +40,7 @@ def read_adapter(folder: str | Path) -> Adapter:
             raise UserError(
                 f"target adapter {name!r}: no {file} there; give the folder that PEFT's save_pretrained wrote."
             )
-    try:
-        kind = json.loads((path / _CONFIG).read_text())["peft_type"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"target adapter {name!r}: its {_CONFIG} is not PEFT's ({error!r}); save it again.") from error
+    kind = read_json(path / _CONFIG).get("peft_type")
     if kind != "LORA":
         raise UserError(
             f"target adapter {name!r} is of the kind {kind}, and only LORA can be merged; merge it yourself and give "
@@ -71,7 +67,7 @@ def warn_of_other_template(adapter: Adapter, tokenizer: Any) -> None:
         )
 
 
-def merge_adapter(model: Any, adapter: Adapter, target: str, fingerprint: str) -> tuple[Any, Adapter]:
+def merge_into_target(model: Any, adapter: Adapter, target: str, fingerprint: str) -> tuple[Any, Adapter]:
     """Merge `adapter` into `model`, in place; the target's files stay as they are.
 
     target, fingerprint: of the model without it. The adapter that is returned knows the fingerprint with it.

@@ -1,16 +1,15 @@
-"""Checks of a target by its configuration, before gigabytes of weights are read."""
+"""Checks of a target by its configuration and its modules, before gigabytes of weights are read."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import psutil
+import torch
+from torch import nn
+
 from draft.errors import UserError
 
-# keys of configurations all of whose layers, or an unnamed part of them, keep a recurrent state
-_RECURRENT = ("state_size", "mamba_d_state", "ssm_state_size", "lru_width")
-_RECURRENT_KINDS = ("rwkv", "xlstm")
-# models whose layers make the attention mask over again, out of the values of the tokens
-_OWN_MASKS = ("doge",)
 # rotary embeddings that treat all tokens and layers alike
 _HEAD_ROPES = ("default", "linear", "llama3", "yarn")
 
@@ -21,52 +20,92 @@ def check_config(name: str, config: Any) -> None:
     config: the model's transformers configuration, with that of the text part inside where there is one.
 
     Raises:
-        UserError: for an encoder-decoder, a model that is no language model, a state-space model, attention to later
-            tokens, and quantised weights.
+        UserError: for an encoder-decoder, a model that is no language model, attention to later tokens or chosen by
+            the tokens' values, and quantised weights.
     """
-    if reason := _why_not(config):
-        raise UserError(f"target {name!r}: {reason}.")
-
-
-def _why_not(config: Any) -> str | None:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    text, kind = config.get_text_config(), config.model_type
+    text, kind, reason = config.get_text_config(), config.model_type, None
     if getattr(config, "is_encoder_decoder", False):
-        return f"{kind} is an encoder-decoder; use a decoder-only model such as Llama, Qwen or Gemma"
-    if quantisation := getattr(config, "quantization_config", None):
+        reason = f"{kind} is an encoder-decoder; use a decoder-only model such as Llama, Qwen or Gemma"
+    elif quantisation := getattr(config, "quantization_config", None):
         values = quantisation if isinstance(quantisation, dict) else quantisation.to_dict()
-        method = values.get("quant_method") or "an unknown method"
-        if method == "bitsandbytes":
-            method += ", 4 bits" if values.get("load_in_4bit") else ", 8 bits"
-        return (
-            f"its weights are quantised ({method}), and heads are trained and served beside plain ones; use the "
-            "checkpoint that it was quantised from (of quantised files only GGUF is taken, and dequantised while it is "
-            "read)"
+        reason = (
+            f"its weights are quantised ({values.get('quant_method') or 'an unknown method'}), and heads are trained "
+            "and served beside plain ones; use the checkpoint that it was quantised from (of quantised files only GGUF "
+            "is taken, and dequantised while it is read)"
         )
-    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        if text is not config:
-            return (
-                f"{kind} is a model of text and other media, which transformers does not load as a language model; "
-                f"save its text part ({text.model_type}) as a model of its own, and use that"
-            )
-        return f"{kind} is no causal language model that transformers knows; use one such as Llama, Qwen or Gemma"
-    # where some of the layers attend, the code that runs them refuses those of the others that it cannot run
-    kinds = set(getattr(text, "layer_types", None) or ()) - {"linear_attention"}
-    attends = any("attention" in layer for layer in kinds)
-    if kind in _RECURRENT_KINDS or (not attends and any(getattr(text, key, None) for key in _RECURRENT)):
-        return (
-            f"{kind} is a state-space or recurrent model, whose state cannot be taken back when a draft is rejected; "
-            "use a model whose layers all attend"
+    elif kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and text is not config:
+        reason = (
+            f"{kind} is a model of text and other media, which transformers does not load as a language model; "
+            f"save its text part ({text.model_type}) as a model of its own, and use that"
         )
-    if kind in _OWN_MASKS:
-        return (
+    elif kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        reason = f"{kind} is no causal language model that transformers knows; use one such as Llama, Qwen or Gemma"
+    elif kind == "doge":
+        reason = (
             f"{kind} chooses by the values of the tokens which of them a head sees, and its masks don't fit rows of "
             "different lengths in one batch; use a model with plain attention such as Llama, Qwen or Gemma"
         )
-    if getattr(text, "use_bidirectional_attention", None):
-        return f"{kind} attends to later tokens too (use_bidirectional_attention), so it cannot write text"
-    return None
+    elif getattr(text, "use_bidirectional_attention", None):
+        reason = f"{kind} attends to later tokens too (use_bidirectional_attention), so it cannot write text"
+    if reason is not None:
+        raise UserError(f"target {name!r}: {reason}.")
+
+
+def check_model(name: str, config: Any, dtype: torch.dtype | str, device: torch.device) -> None:
+    """Refuse a target of other modules than heads need, or with weights larger than the device that they are to be on.
+
+    dtype: that of loading, "auto" for the checkpoint's own.
+
+    Raises:
+        UserError: naming the architecture, or both sizes.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except Exception:  # loading it will give the reason
+        return
+    decoder_of(name, model)
+    if device.type not in ("cpu", "cuda"):
+        return
+    free = psutil.virtual_memory().available if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
+    if not isinstance(dtype, torch.dtype):
+        dtype = config.dtype or torch.float32
+    needed = sum(weight.numel() for weight in model.parameters()) * dtype.itemsize
+    if needed > free:
+        raise UserError(
+            f"target {name!r} has {needed / 2**30:.1f} GiB of weights in {str(dtype).removeprefix('torch.')} and "
+            f"{free / 2**30:.1f} GiB are free on {device}; a target spread over several devices is not supported: "
+            "choose a narrower --dtype, a smaller target, or a larger device."
+        )
+
+
+def decoder_of(name: str, model: Any) -> Any:
+    """The decoder of a causal language model, with its `layers` and its final `norm`; UserError for other shapes."""
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
+    if not (isinstance(getattr(decoder, "layers", None), nn.ModuleList) and hasattr(decoder, "norm")):
+        raise UserError(
+            f"target {name!r}: architecture {type(model).__name__} has no list of decoder layers with a final "
+            "norm; use a decoder-only model such as Llama, Qwen or Mistral."
+        )
+    if not hasattr(model.config.get_text_config(), "rms_norm_eps"):
+        raise UserError(
+            f"target {name!r}: {type(model).__name__} has no RMSNorm, which an EAGLE-3 head needs; use another."
+        )
+    return decoder
+
+
+def check_architecture(config: Any, name: str) -> None:
+    """Raise UserError for a target whose layers are of a kind that there is no cache for."""
+    unknown = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if unknown:
+        raise UserError(
+            f"target {name!r} has layers of kind {min(unknown)}, for which there is no cache; use a target "
+            "whose layers are all full_attention or sliding_attention."
+        )
 
 
 def rope_limit(config: Any) -> tuple[str, int] | None:
@@ -100,45 +139,3 @@ def head_rope(config: Any) -> dict[str, Any]:
     if parameters.get("rope_type", "default") in _HEAD_ROPES:
         return {"rope_theta": 10000.0, "rope_type": "default", **parameters}
     return {"rope_theta": parameters.get("rope_theta", 10000.0), "rope_type": "default"}
-
-
-def check_room(name: str, config: Any, dtype: Any, device: Any) -> None:
-    """Refuse a target whose weights are larger than the device that they are to be on.
-
-    dtype: that of loading, "auto" for the checkpoint's own.
-
-    Raises:
-        UserError: naming both sizes.
-    """
-    import psutil
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-    except Exception:  # loading it will give the reason
-        return
-    if device.type not in ("cpu", "cuda"):
-        return
-    free = psutil.virtual_memory().available if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
-    if not isinstance(dtype, torch.dtype):
-        dtype = config.dtype or torch.float32
-    wanted = sum(weight.numel() for weight in model.parameters()) * dtype.itemsize
-    if wanted > free:
-        raise UserError(
-            f"target {name!r} has {wanted / 2**30:.1f} GiB of weights in {str(dtype).removeprefix('torch.')} and "
-            f"{free / 2**30:.1f} GiB are free on {device}; a target spread over several devices is not supported: "
-            "choose a narrower --dtype, a smaller target, or a larger device."
-        )
-
-
-def check_architecture(config: Any, name: str) -> None:
-    """Raise UserError for a target whose layers are of a kind that there is no cache for."""
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    unknown = sorted(kinds - {"full_attention", "sliding_attention"})
-    if unknown:
-        raise UserError(
-            f"target {name!r} has layers of kind {unknown[0]}, for which there is no cache; use a target "
-            "whose layers are all full_attention or sliding_attention."
-        )

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from draft.errors import UserError
-from draft.target.adapter import Adapter, merge_adapter, read_adapter, warn_of_other_template
+from draft.target.adapter import Adapter, merge_into_target, read_adapter, warn_of_other_template
 from draft.target.bundled import BUNDLED_TARGET, bundled_target_folder, dequantise_options
 from draft.target.devices import resolve_device, resolve_dtype
-from draft.target.support import check_config, check_room, rope_limit
+from draft.target.support import check_config, check_model, decoder_of, rope_limit
 
 log = logging.getLogger(__name__)
 
@@ -43,28 +43,24 @@ def load_target(
     wanted = resolve_dtype(dtype, place)
     tokenizer = load_tokenizer(name)
     source, options = locate(name)
-    try:
+    with _loading(name):
         config = AutoConfig.from_pretrained(source, **options)
-    except Exception as error:  # a damaged file raises whatever its reader does
-        raise UserError(why_not_loaded(name, error)) from error
     if config.get_text_config() is not config:
         log.info("target %r is a model of text and other media: its text part is used", name)
     if not options:  # a GGUF file's layers are known once it is read, and are dequantised
         check_config(name, config)
-        check_room(name, config, wanted, place)
+        check_model(name, config, wanted, place)
     found = read_adapter(adapter) if adapter is not None else None
     if found is not None:
         warn_of_other_template(found, tokenizer)
-    try:
+    with _loading(name):
         model = AutoModelForCausalLM.from_pretrained(source, dtype=wanted, **options, **dequantise_options(options))
         model.to(place)  # type: ignore[arg-type]
-    except Exception as error:
-        raise UserError(why_not_loaded(name, error)) from error
     target = Target(name, model, tokenizer, config.dtype)
     if target.rope_limit:
         log.info("%s", target.limit_reason)
     if found is not None:
-        model, merged = merge_adapter(target.model, found, target.title, target.fingerprint)
+        model, merged = merge_into_target(target.model, found, target.title, target.fingerprint)
         target = Target(name, model, tokenizer, target.stored_dtype, merged)
     return target
 
@@ -74,10 +70,8 @@ def load_tokenizer(name: str) -> Any:
     from transformers import AutoTokenizer
 
     source, options = locate(name)
-    try:
+    with _loading(name):
         return AutoTokenizer.from_pretrained(source, **options)
-    except Exception as error:
-        raise UserError(why_not_loaded(name, error)) from error
 
 
 def locate(name: str) -> tuple[str, dict[str, str]]:
@@ -94,14 +88,21 @@ def locate(name: str) -> tuple[str, dict[str, str]]:
     return str(path) if path.is_dir() else name, {}
 
 
-def why_not_loaded(name: str, error: Exception) -> str:
-    reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-    if isinstance(error, OSError) and not Path(name).expanduser().exists():
-        return (
-            f"target {name!r} is neither a folder here nor reachable on the hub ({reason}); on a machine with "
-            f"network run `hf download {name}`, or pass a local folder, a .gguf file or `{BUNDLED_TARGET}`."
-        )
-    return f"target {name!r} could not be loaded ({reason}); pass a causal language model that transformers supports."
+@contextmanager
+def _loading(name: str) -> Iterator[None]:
+    """Turn what transformers raises about the target's files, which may be anything, into a UserError."""
+    try:
+        yield
+    except Exception as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
+        if isinstance(error, OSError) and not Path(name).expanduser().exists():
+            raise UserError(
+                f"target {name!r} is neither a folder here nor reachable on the hub ({reason}); on a machine with "
+                f"network run `hf download {name}`, or pass a local folder, a .gguf file or `{BUNDLED_TARGET}`."
+            ) from error
+        raise UserError(
+            f"target {name!r} could not be loaded ({reason}); pass a causal language model that transformers supports."
+        ) from error
 
 
 class Target:
@@ -113,32 +114,18 @@ class Target:
     """
 
     def __init__(
-        self,
-        name: str,
-        model: Any,
-        tokenizer: Any,
-        stored_dtype: torch.dtype | None = None,
-        adapter: Adapter | None = None,
+        self, name: str, model: Any, tokenizer: Any, dtype: torch.dtype | None = None, adapter: Adapter | None = None
     ) -> None:
-        """adapter: what was merged into the model, which is otherwise the one called `name`."""
+        """dtype: of the checkpoint; adapter: merged into the model, which is otherwise the one called `name`."""
         self.name, self.adapter = name, adapter
+        self.title = repr(name) + (f" with adapter {adapter.name!r}" if adapter else "")  # for messages
         self.lock = threading.RLock()  # of the model: a pass changes how it attends, and hooks its layers
         # the dtype of the checkpoint, in which heads for it are saved too; `dtype` is that of computing
-        self.stored_dtype = stored_dtype or model.dtype
+        self.stored_dtype = dtype or model.dtype
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.config = model.config.get_text_config()
-        decoder = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
-        if not (isinstance(getattr(decoder, "layers", None), nn.ModuleList) and hasattr(decoder, "norm")):
-            raise UserError(
-                f"target {name!r}: architecture {type(model).__name__} has no list of decoder layers with a final "
-                "norm; use a decoder-only model such as Llama, Qwen or Mistral."
-            )
-        self.decoder = decoder
-        if not hasattr(self.config, "rms_norm_eps"):
-            raise UserError(
-                f"target {name!r}: {type(model).__name__} has no RMSNorm, which an EAGLE-3 head needs; use another."
-            )
+        self.decoder = decoder_of(name, model)
         if getattr(self.config, "attn_logit_softcapping", None) and self.config._attn_implementation == "sdpa":
             model.set_attn_implementation("eager")  # sdpa cannot bound scores
         if model.dtype == torch.float64 and hasattr(model, "set_experts_implementation"):
@@ -149,6 +136,16 @@ class Target:
         self.embedding: nn.Embedding = model.get_input_embeddings()
         self.lm_head: nn.Linear = model.get_output_embeddings()
         self._rows: tuple[Tensor, Tensor] | None = None  # a vocabulary, and the LM head's rows of it
+        self.hidden_size: int = self.config.hidden_size
+        self.vocab_size = self.lm_head.out_features
+        self.num_layers = n = len(self.decoder.layers)
+        self.default_auxiliary_layers = (2, n // 2, n - 3)  # as vLLM and SGLang choose them
+        self.output_layer = self.num_layers + 1  # the id of the last hidden states, after the final norm
+        # tokens of context as its configuration says, and those that it can be used with here: fewer where its rotary
+        # embedding changes on the way
+        self.stated_length = int(getattr(self.config, "max_position_embeddings", 2048))
+        self.rope_limit = rope_limit(self.config)
+        self.max_length = min(self.stated_length, self.rope_limit[1]) if self.rope_limit else self.stated_length
 
     @property
     def base_fingerprint(self) -> str:
@@ -163,49 +160,6 @@ class Target:
     def dtype(self) -> torch.dtype:
         return self.embedding.weight.dtype
 
-    @property
-    def hidden_size(self) -> int:
-        return self.config.hidden_size
-
-    @property
-    def vocab_size(self) -> int:
-        return self.lm_head.out_features
-
-    @property
-    def num_layers(self) -> int:
-        return len(self.decoder.layers)
-
-    @property
-    def output_layer(self) -> int:
-        """The id of the last hidden states, after the final norm."""
-        return self.num_layers + 1
-
-    @property
-    def stated_length(self) -> int:
-        """Tokens of context as its configuration says."""
-        return int(getattr(self.config, "max_position_embeddings", 2048))
-
-    @property
-    def max_length(self) -> int:
-        """Tokens of context that it can be used with here: fewer where its rotary embedding changes on the way."""
-        return min(self.stated_length, self.rope_limit[1]) if self.rope_limit else self.stated_length
-
-    @cached_property
-    def rope_limit(self) -> tuple[str, int] | None:
-        """See `draft.target.support.rope_limit`."""
-        return rope_limit(self.config)
-
-    @property
-    def title(self) -> str:
-        """Its name, for messages."""
-        return repr(self.name) + (f" with adapter {self.adapter.name!r}" if self.adapter else "")
-
-    @property
-    def default_auxiliary_layers(self) -> tuple[int, int, int]:
-        """Layers 2, n/2 and n-3, as vLLM and SGLang choose them."""
-        n = self.num_layers
-        return 2, n // 2, n - 3
-
     @cached_property
     def eos_token_ids(self) -> frozenset[int]:
         generation = getattr(self.model, "generation_config", None)
@@ -214,18 +168,10 @@ class Target:
             ids.update(value if isinstance(value, (list, tuple)) else [] if value is None else [value])
         return frozenset(ids)
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        *,
-        layers: Sequence[int] | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Any = None,
-    ) -> TargetOutput:
+    def forward(self, input_ids: Tensor, *, layers: Sequence[int] = (), **options: Any) -> TargetOutput:
         """One forward pass without the LM head (see `logits`), capturing the residual stream at `layers`.
 
-        input_ids, position_ids: [batch, tokens]; attention_mask as transformers takes it.
+        input_ids: [batch, tokens]; options: attention_mask, position_ids, past_key_values as transformers takes them.
 
         Raises:
             UserError: for more tokens than the rotary embedding of such a target treats alike.
@@ -233,16 +179,11 @@ class Target:
         if self.rope_limit and input_ids.shape[1] > self.max_length:
             raise UserError(f"{input_ids.shape[1]} tokens: {self.limit_reason}; leave longer texts out.")
         captured: dict[int, Tensor] = {}
-        with self.lock, capture_hidden_states(self.decoder, layers or (), captured):
-            output = self.decoder(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                past_key_values=past_key_values,
-                use_cache=past_key_values is not None,
-            )
+        use_cache = options.get("past_key_values") is not None
+        with self.lock, capture_hidden_states(self.decoder, layers, captured):
+            output = self.decoder(input_ids=input_ids, use_cache=use_cache, **options)
         auxiliary = torch.cat([captured[layer] for layer in layers], dim=-1) if layers else None
-        return TargetOutput(output.last_hidden_state, auxiliary, tuple(layers or ()))
+        return TargetOutput(output.last_hidden_state, auxiliary, tuple(layers))
 
     @property
     def limit_reason(self) -> str:

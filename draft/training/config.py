@@ -23,7 +23,7 @@ from pydantic import (
 )
 
 from afa_kernels import ACTIVATIONS, canonical_placement
-from draft.afa.schedule import SCHEDULES
+from draft.afa.layer import SCHEDULES
 from draft.errors import UserError
 from draft.heads.registry import ARCHITECTURES, DEFAULT
 from draft.training.loss import LOSSES

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from draft.errors import UserError
+from draft.evaluation.report import new_figure
 
 PROJECT = "draftsmith"
 # tracker -> packages, any of which it needs; a name to install
@@ -157,15 +158,10 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
 
 def draw(folder: Path, console: Console) -> None:
     """Draw training.png out of metrics.jsonl, where matplotlib is installed."""
-    if find_spec("matplotlib") is None:
-        console.print("training.png is not drawn: matplotlib is missing; `pip install draftsmith[train]` adds it.")
+    figure = new_figure("training.png", (12, 3.2), console)
+    if figure is None:
         return
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     lines = read_lines(folder / "metrics.jsonl")
-    figure = Figure(figsize=(12, 3.2), layout="constrained")
-    FigureCanvasAgg(figure)
     titles = {"loss": "loss", "beta": "β, weight of the non-linear branch", "tau": "τ, replay on held-out rows"}
     for panel, (name, title) in zip(figure.subplots(1, 3), titles.items(), strict=True):
         points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]

@@ -14,6 +14,7 @@ import functools
 import importlib
 import logging
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -58,17 +59,16 @@ def afa_lora_linear(
     """
     _check(x, weight, bias, lora_a, lora_b, beta, activation)
     beta, device_type = beta.detach(), x.device.type
-    if _may_take_triton(device_type):  # on a CPU nothing more is looked at
-        tensors = (x, weight) if bias is None else (x, weight, bias)
-        casts = torch.is_autocast_enabled(device_type) and x.dtype != torch.float64
-        dtypes = tuple(torch.get_autocast_dtype(device_type) if casts else t.dtype for t in tensors)
-        trains_base = torch.is_grad_enabled() and any(t.requires_grad for t in tensors[1:])
-        if _covers(dtypes, (lora_a.dtype, lora_b.dtype), lora_a.shape[0], trains_base, device_type):
-            x, weight, *rest = (t.to(dtype) for t, dtype in zip(tensors, dtypes, strict=True))
-            bias = rest[0] if rest else None
-            flat = x.reshape(-1, x.shape[-1])  # [tokens, in]
-            y = AfaLoraLinear.apply(flat, weight, bias, lora_a, lora_b, beta, float(scaling), activation)
-            return y.reshape(*x.shape[:-1], weight.shape[0])
+    tensors = (x, weight) if bias is None else (x, weight, bias)
+    casts = torch.is_autocast_enabled(device_type) and x.dtype != torch.float64
+    dtypes = tuple(torch.get_autocast_dtype(device_type) if casts else t.dtype for t in tensors)
+    trains_base = torch.is_grad_enabled() and any(t.requires_grad for t in tensors[1:])
+    if _takes_triton(dtypes, (lora_a.dtype, lora_b.dtype), lora_a.shape[0], trains_base, device_type):
+        x, weight, *rest = (t.to(dtype) for t, dtype in zip(tensors, dtypes, strict=True))
+        bias = rest[0] if rest else None
+        flat = x.reshape(-1, x.shape[-1])  # [tokens, in]
+        y = AfaLoraLinear.apply(flat, weight, bias, lora_a, lora_b, beta, float(scaling), activation)
+        return y.reshape(*x.shape[:-1], weight.shape[0])
     return reference.afa_lora_linear(x, weight, bias, lora_a, lora_b, beta=beta, scaling=scaling, activation=activation)
 
 
@@ -98,27 +98,19 @@ def _check(
 
 
 @torch.compiler.assume_constant_result
-def _may_take_triton(device_type: str) -> bool:
-    """True where AFA_KERNELS and the device leave the choice to the layer."""
-    choice = _choice()
-    if choice == "reference":
-        return False
-    reason = _no_triton(device_type)
-    if reason is not None and choice == "triton":
-        raise _impossible(reason)
-    return reason is None
-
-
-@torch.compiler.assume_constant_result
-def _covers(
-    dtypes: tuple[torch.dtype, ...],
-    lora_dtypes: tuple[torch.dtype, ...],
-    rank: int,
-    trains_base: bool,
-    device_type: str,
+def _takes_triton(
+    dtypes: Sequence[torch.dtype], lora_dtypes: Sequence[torch.dtype], rank: int, trains_base: bool, device_type: str
 ) -> bool:
-    """True where the kernels can compute this layer; else the log, or a KernelsError, gives the reason."""
-    reason = None
+    """True where AFA_KERNELS and the device leave the choice to the layer, and the kernels can compute it.
+
+    Where only the layer is in the way, the log gives the reason; a KernelsError does where AFA_KERNELS=triton.
+    """
+    choice = _choice()
+    reason = None if choice == "reference" else _no_triton(device_type)
+    if choice == "triton" and reason is not None:
+        raise _impossible(reason)
+    if choice == "reference" or reason is not None:
+        return False
     if rank > MAX_RANK:
         reason = f"rank {rank} is above {MAX_RANK}"
     elif unknown := [dtype for dtype in (*dtypes, *lora_dtypes) if dtype not in DTYPES]:

@@ -9,7 +9,6 @@ each placement is the plain product B A x at beta = 0.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,25 +22,12 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-class Placement(NamedTuple):
-    """The places of phi in the chain x -> A -> B."""
-
-    before_a: bool
-    between: bool
-    after_b: bool
-
-
-PLACEMENTS: dict[str, Placement] = {
-    "A-s-B": Placement(before_a=False, between=True, after_b=False),
-    "s-A-B": Placement(before_a=True, between=False, after_b=False),
-    "s-A-B-s": Placement(before_a=True, between=False, after_b=True),
-    "s-A-s-B": Placement(before_a=True, between=True, after_b=False),
-    "s-A-s-B-s": Placement(before_a=True, between=True, after_b=True),
-}
+# s is phi; the stages of the adapter's share in the order in which they are applied
+PLACEMENTS = ("A-s-B", "s-A-B", "s-A-B-s", "s-A-s-B", "s-A-s-B-s")
 
 
 def canonical_placement(name: str) -> str:
-    """The placement's key in PLACEMENTS; the glyph σ may stand for s. ValueError for an unknown one."""
+    """The placement's name in PLACEMENTS; the glyph σ may stand for s. ValueError for an unknown one."""
     key = name.replace("σ", "s")
     if key not in PLACEMENTS:
         raise ValueError(f"unknown placement {name!r}: choose one of {', '.join(PLACEMENTS)}")
@@ -76,14 +62,12 @@ def annealed_lora(
     of A and B. The scaling is outside of every activation. Raises ValueError for an unknown placement or
     activation.
     """
-    where = PLACEMENTS[canonical_placement(placement)]
-    h = annealed_activation(x, beta, activation) if where.before_a else x
-    h = F.linear(h, lora_a.to(x.dtype))  # [..., r]
-    if where.between:
-        h = annealed_activation(h, beta, activation)
-    h = F.linear(h, lora_b.to(x.dtype))  # [..., out]
-    if where.after_b:
-        h = annealed_activation(h, beta, activation)
+    h = x
+    for stage in canonical_placement(placement).split("-"):
+        if stage == "s":
+            h = annealed_activation(h, beta, activation)
+        else:
+            h = F.linear(h, (lora_a if stage == "A" else lora_b).to(x.dtype))  # [..., r], then [..., out]
     return scaling * h
 
 

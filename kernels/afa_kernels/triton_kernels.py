@@ -22,7 +22,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from afa_kernels import tuning
-from afa_kernels.tuning import Blocks, Candidate
+from afa_kernels.tuning import Blocks
 
 GROUP_TOKENS = 8  # row blocks that share columns of the frozen weight in L2
 
@@ -330,42 +330,29 @@ def _launch_thin(name: str, kernel: Any, p: Tensor, rank: int, activation: str, 
         run(_fastest(name, (p.dtype, *tuning.shape_class(tokens, 0, width, rank), p.stride(1) == 1), candidates, run))
 
 
-class Way(NamedTuple):
-    """One way to a large product, and the blocks of its Triton kernel.
-
-    "fused" is one Triton kernel, which writes everything once; "update" is cuBLAS for the frozen product, then the
-    rank-r term added in place, which reads and writes the result once more but may win where cuBLAS is far ahead.
-    """
-
-    variant: str
-    blocks: Blocks
-
-
 def product(p: Tensor, v: Tensor, bias: Tensor | None, h: Tensor, f: Tensor, scaling: float) -> Tensor:
     """p v + bias + scaling * h f: p [tokens, width], v [width, columns], h [tokens, rank], f [rank, columns]."""
     (tokens, width), columns, rank = p.shape, v.shape[1], h.shape[1]
     bias = None if bias is None else bias.contiguous()
 
-    def run(way: Way) -> Tensor:
-        blocks, in_place = way.blocks, way.variant == "update"
+    def run(blocks: Blocks) -> Tensor:
         # v.t() is the frozen weight, or its transpose: cuBLAS takes both as they lie
-        out = F.linear(p, v.t(), bias) if in_place else p.new_empty(tokens, columns)
+        out = F.linear(p, v.t(), bias) if blocks.in_place else p.new_empty(tokens, columns)
         grid = (triton.cdiv(tokens, blocks.tokens) * triton.cdiv(columns, blocks.columns),)
         _launch(
             linear_kernel, grid, blocks, p, v, bias, h, f, out, tokens, columns, width, rank, scaling,
             *p.stride(), *v.stride(), *f.stride(), BLOCK_T=blocks.tokens, BLOCK_N=blocks.columns, BLOCK_K=blocks.k,
             BLOCK_R=tuning.rank_block(rank, 64), GROUP_T=GROUP_TOKENS, EVEN_K=width % blocks.k == 0,
-            HAS_BIAS=bias is not None, IN_PLACE=in_place,
+            HAS_BIAS=bias is not None, IN_PLACE=blocks.in_place,
         )  # fmt: skip
         return out
 
     if not tokens:
         return p.new_empty(0, columns)
-    only = tuning.wanted_variant()
-    tables = {"fused": tuning.LINEAR, "update": tuning.UPDATE}
-    ways = [Way(name, b) for name in tables if only in (None, name) for b in _blocks(tables[name], "linear", p)]
-    key = (p.dtype, only, *tuning.shape_class(tokens, columns, width, rank), p.stride(1) == 1, v.stride(0) == 1)
-    return run(_fastest("product", key, ways, run))
+    variants = tuning.product_variants()
+    candidates = [b for name in variants for b in _blocks(tuning.PRODUCTS[name], "linear", p)]
+    key = (p.dtype, *variants, *tuning.shape_class(tokens, columns, width, rank), p.stride(1) == 1, v.stride(0) == 1)
+    return run(_fastest("product", key, candidates, run))
 
 
 def outer(p: Tensor, q: Tensor, beta: Tensor, scaling: float, activation: str, *, into: Tensor) -> None:
@@ -408,12 +395,12 @@ def _processors(device: torch.device) -> int:
 def _blocks(table: dict[int, tuple[Blocks, ...]], interpreted: str, p: Tensor) -> list[Blocks]:
     """The table's blocks for p's dtype that p's device can hold."""
     if INTERPRETED:
-        return [tuning.INTERPRETED[interpreted]]
+        return [tuning.INTERPRETED[interpreted]._replace(in_place=table is tuning.UPDATE)]
     major, minor = torch.cuda.get_device_capability(p.device) if p.device.type == "cuda" else (8, 0)
     return [blocks for blocks in table[p.element_size()] if blocks.arch <= 10 * major + minor]
 
 
-def _fastest(name: str, key: tuple, candidates: list[Candidate], run: Callable[[Candidate], object]) -> Candidate:
+def _fastest(name: str, key: tuple, candidates: list[Blocks], run: Callable[[Blocks], object]) -> Blocks:
     return candidates[0] if INTERPRETED else tuning.choose(name, key, candidates, run)
 
 

@@ -1,4 +1,4 @@
-"""The fastest blocks, and the fastest way to the large product, on this device: measured once, then remembered.
+"""The fastest blocks of each kernel on this device: measured once, then remembered.
 
 A choice is made per kernel, device, dtypes and shape class (see `shape_class`). It is kept in the process and in
 a file, under a name that holds the device, the versions of Triton and torch, and a hash of the sources, so that
@@ -16,7 +16,7 @@ import os
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 import triton
@@ -36,6 +36,9 @@ class Blocks(NamedTuple):
     warps: int
     stages: int
     arch: int = 80  # the oldest compute capability whose shared memory it fits
+    # of the large product: torch (cuBLAS) computes the frozen part, and the kernel adds the rank-r term in place. That
+    # reads and writes the result once more, but may win where cuBLAS is far ahead.
+    in_place: bool = False
 
 
 # Thin products (width x rank): `columns` is the whole rank, so the tables leave it 0.
@@ -64,9 +67,13 @@ LINEAR = {
     4: (Blocks(64, 64, 16, 8, 3), Blocks(128, 64, 16, 8, 3), Blocks(32, 64, 32, 4, 3)),
 }
 UPDATE = {  # the same kernel without its long sum: traffic only
-    2: (Blocks(64, 128, 64, 4, 1), Blocks(128, 128, 64, 8, 1), Blocks(32, 256, 64, 8, 1)),
-    4: (Blocks(32, 64, 16, 4, 1), Blocks(64, 64, 16, 8, 1)),
+    size: tuple(Blocks(*blocks, in_place=True) for blocks in table)
+    for size, table in {
+        2: ((64, 128, 64, 4, 1), (128, 128, 64, 8, 1), (32, 256, 64, 8, 1)),
+        4: ((32, 64, 16, 4, 1), (64, 64, 16, 8, 1)),
+    }.items()
 }
+PRODUCTS = {"fused": LINEAR, "update": UPDATE}  # the ways to the large product
 OUTER = {
     2: (Blocks(64, 64, 0, 4, 3), Blocks(64, 128, 0, 8, 3), Blocks(128, 64, 0, 8, 2), Blocks(32, 128, 0, 8, 4)),
     4: (Blocks(16, 64, 0, 8, 3), Blocks(16, 32, 0, 4, 3)),
@@ -101,8 +108,6 @@ def shape_class(tokens: int, columns: int, width: int, rank: int) -> tuple[int, 
     return triton.next_power_of_2(tokens), columns, width, rank_block(rank, 256)
 
 
-Candidate = TypeVar("Candidate", bound=tuple)
-
 _only: list[str] = []  # the last one counts: see `only`
 
 
@@ -112,8 +117,8 @@ def only(variant: str) -> Iterator[None]:
 
     For benchmarks and tests. Raises ValueError for another name.
     """
-    if variant not in ("fused", "update"):
-        raise ValueError(f"unknown variant {variant!r}: choose fused or update")
+    if variant not in PRODUCTS:
+        raise ValueError(f"unknown variant {variant!r}: choose {' or '.join(PRODUCTS)}")
     _only.append(variant)
     try:
         yield
@@ -121,14 +126,12 @@ def only(variant: str) -> Iterator[None]:
         _only.pop()
 
 
-def wanted_variant() -> str | None:
-    """The variant that `only` requests at present; None where the measurement decides."""
-    return _only[-1] if _only else None
+def product_variants() -> tuple[str, ...]:
+    """The variants that the measurement may choose from at present: see `only`."""
+    return (_only[-1],) if _only else tuple(PRODUCTS)
 
 
-def choose(
-    name: str, key: Sequence[object], candidates: Sequence[Candidate], run: Callable[[Candidate], object]
-) -> Candidate:
+def choose(name: str, key: Sequence[object], candidates: Sequence[Blocks], run: Callable[[Blocks], object]) -> Blocks:
     """The fastest of `candidates` on the current CUDA device, by timing `run(candidate)` the first time.
 
     The first candidate is taken unmeasured on the CPU (interpreted), and while a CUDA graph is captured, where
@@ -140,11 +143,10 @@ def choose(
     device = torch.cuda.current_device()
     label = f"{name} {' '.join(map(str, key))}"
     known = _remembered(device).get(label)
-    for candidate in candidates:
-        if known == list(map(_plain, candidate)):
-            return candidate
+    if known is not None and known in map(list, candidates):
+        return Blocks(*known)
     best = _measure(label, candidates, run)
-    _remember(device, label, list(map(_plain, best)))
+    _remember(device, label, best)
     return best
 
 
@@ -152,23 +154,18 @@ def _can_measure() -> bool:
     return torch.cuda.is_available() and not torch.cuda.is_current_stream_capturing()
 
 
-def _plain(value: object) -> object:
-    """The value as JSON gives it back."""
-    return list(value) if isinstance(value, tuple) else value
-
-
-def _measure(label: str, candidates: Sequence[Candidate], run: Callable[[Candidate], object]) -> Candidate:
-    times: dict[int, float] = {}
-    for index, candidate in enumerate(candidates):
+def _measure(label: str, candidates: Sequence[Blocks], run: Callable[[Blocks], object]) -> Blocks:
+    times: dict[Blocks, float] = {}
+    for candidate in candidates:
         try:
-            times[index] = _milliseconds(functools.partial(run, candidate))
+            times[candidate] = _milliseconds(functools.partial(run, candidate))
         except triton.OutOfResources as error:
             logger.debug("afa_kernels: %s: %s is left out (%s)", label, candidate, error)
     if not times:
         raise RuntimeError(f"afa_kernels: no configuration of {label} runs on this device; set AFA_KERNELS=reference")
     best = min(times, key=times.__getitem__)
-    logger.debug("afa_kernels: %s: %s takes %.4f ms of %s", label, candidates[best], times[best], times)
-    return candidates[best]
+    logger.debug("afa_kernels: %s: %s takes %.4f ms of %s", label, best, times[best], times)
+    return best
 
 
 def _milliseconds(run: Callable[[], object]) -> float:
@@ -207,10 +204,10 @@ def _remembered(device: int) -> dict[str, list]:
         return {}
 
 
-def _remember(device: int, label: str, value: list) -> None:
+def _remember(device: int, label: str, best: Blocks) -> None:
     """Add one choice to the file, atomically. A folder that can't be written costs the next process its time."""
     path = _cache_file(device)
-    _remembered(device)[label] = value
+    _remembered(device)[label] = list(best)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{os.getpid()}")

@@ -149,5 +149,5 @@ def test_shape_classes() -> None:
     with pytest.raises(ValueError, match="'cublas'"), tuning.only("cublas"):
         pass
     with tuning.only("update"), tuning.only("fused"):
-        assert tuning.wanted_variant() == "fused"
-    assert tuning.wanted_variant() is None
+        assert tuning.product_variants() == ("fused",)
+    assert tuning.product_variants() == ("fused", "update")

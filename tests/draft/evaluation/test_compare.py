@@ -6,16 +6,17 @@ import hashlib
 import io
 import json
 import math
+import sys
 from dataclasses import replace
 
 import pytest
 import torch
 from conftest import make_tiny_head
 from rich.console import Console
-from trained_heads import responses_of, train_briefly
+from trained_heads import make_row, responses_of, train_briefly
 
 import draft.evaluation.compare
-from draft.data.dataset import Row, conversation_id, open_dataset, write_dataset
+from draft.data.dataset import conversation_id, open_dataset, write_dataset
 from draft.errors import UserError
 from draft.evaluation.compare import Contender, compare, general_rows
 from draft.evaluation.replay import replay
@@ -36,8 +37,7 @@ def rows(tiny_target):
     for temperature in (0.0, 1.0):
         responses = responses_of(tiny_target, prompts, 10, temperature)
         for prompt, response in zip(prompts, responses, strict=True):
-            mask = [False] * len(prompt) + [True] * len(response)
-            made.append(Row(conversation_id(prompt), [*prompt, *response], mask, len(prompt), temperature, 1.0, "test"))
+            made.append(make_row(prompt, response, temperature, id=conversation_id(prompt)))
     return made
 
 
@@ -67,26 +67,26 @@ def test_numbers_are_those_of_replay(tiny_target, tiny_head, better, rows, compa
     }
     for length in (1, 3, 5):
         for name, result in alone.items():
-            assert comparison.domain.greedy.taus[name][length - 1].value == result.tau(length)
-            assert (comparison.domain.replay(name).blocks == result.blocks).all()
+            assert comparison.measurements["domain"].greedy.taus[name][length - 1].value == result.tau(length)
+            assert (comparison.measurements["domain"].replay(name).blocks == result.blocks).all()
         gain = bootstrap_gain(
             *(alone[name].units(length).tolist() for name in ("baseline", "candidate")), resamples=500
         )
-        assert comparison.domain.greedy.gains[length - 1] == gain
-    assert comparison.domain.greedy.conversations == ROWS
-    assert comparison.domain.sampled.conversations == ROWS
-    assert comparison.general.greedy.conversations == ROWS // 2
-    assert comparison.general.sampled is None  # the first rows are the greedy ones
+        assert comparison.measurements["domain"].greedy.gains[length - 1] == gain
+    assert comparison.measurements["domain"].greedy.conversations == ROWS
+    assert comparison.measurements["domain"].sampled.conversations == ROWS
+    assert comparison.measurements["general"].greedy.conversations == ROWS // 2
+    assert comparison.measurements["general"].sampled is None  # the first rows are the greedy ones
 
 
 def test_a_better_head_ships_and_a_worse_one_does_not(tiny_target, tiny_head, better, rows, comparison):
-    assert comparison.gain(comparison.domain).low > 0
+    assert comparison.gain(comparison.measurements["domain"]).low > 0
     assert comparison.ship and comparison.verdict == "ship"
     options = {"max_steps": 2, "deciding_length": 2, "resamples": 200}
     back = compare(tiny_target, contender("new", better), contender("base", tiny_head), rows, **options)
     assert not back.ship and back.verdict == "don't ship"
     same = compare(tiny_target, contender("new", better), contender("copy", better), rows, **options)
-    assert same.gain(same.domain) == Interval(0, 0, 0)
+    assert same.gain(same.measurements["domain"]) == Interval(0, 0, 0)
     assert not same.ship
 
 
@@ -107,10 +107,13 @@ def test_a_better_head_ships_and_a_worse_one_does_not(tiny_target, tiny_head, be
 def test_the_gate(comparison, domain_low, general_low, ship):
     def measurement(low):
         gains = [Interval(9.0, 9.0, 9.0)] * 4 + [Interval(0.5, low, 0.9)]  # only the deciding length counts
-        return replace(comparison.domain, greedy=replace(comparison.domain.greedy, gains=gains))
+        return replace(
+            comparison.measurements["domain"], greedy=replace(comparison.measurements["domain"].greedy, gains=gains)
+        )
 
-    general = None if general_low is None else measurement(general_low)
-    assert replace(comparison, domain=measurement(domain_low), general=general).ship is ship
+    lows = {"domain": domain_low, "general": general_low}
+    measurements = {name: measurement(low) for name, low in lows.items() if low is not None}
+    assert replace(comparison, measurements=measurements).ship is ship
 
 
 @pytest.mark.parametrize("listed", [False, True], ids=["packed", "an older file's list"])
@@ -176,7 +179,7 @@ def test_warnings(tiny_target, tiny_head, rows, comparison):
 
 
 def test_the_report(comparison, tiny_target, tmp_path):
-    write_report(comparison, tmp_path / "out")
+    write_report(comparison, tmp_path / "out", Console(quiet=True))
     files = {path.name for path in (tmp_path / "out").iterdir()}
     assert files == {"comparison.json", "comparison.md", "comparison.png"}
     text = (tmp_path / "out" / "comparison.json").read_text()
@@ -188,13 +191,13 @@ def test_the_report(comparison, tiny_target, tmp_path):
         "about": {"trained_rows": 2, "command": "draft-train merge run --out x/new"},
     }
     fifth = values["domain"]["greedy"]["speculation_lengths"][4]
-    replayed = comparison.domain.replay("candidate")
+    replayed = comparison.measurements["domain"].replay("candidate")
     assert fifth["speculation_length"] == 5
     assert fifth["candidate"]["acceptance_length"]["value"] == replayed.tau(5)
     assert fifth["candidate"]["acceptance_per_position"] == replayed.acceptance_per_position(5)
     assert fifth["candidate"]["conditional_acceptance_per_position"][0] == replayed.acceptance_per_position(5)[0]
     assert fifth["candidate"]["emitted"] / fifth["candidate"]["verifications"] == replayed.tau(5)
-    assert fifth["gain"]["low"] == comparison.gain(comparison.domain).low
+    assert fifth["gain"]["low"] == comparison.gain(comparison.measurements["domain"]).low
     assert values["domain"]["temperature_1"]["conversations"] == ROWS
     assert values["general"]["temperature_1"] is None
     markdown = (tmp_path / "out" / "comparison.md").read_text()
@@ -204,11 +207,25 @@ def test_the_report(comparison, tiny_target, tmp_path):
     assert (tmp_path / "out" / "comparison.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_missing_matplotlib_costs_the_picture_only(comparison, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    console = Console(file=io.StringIO(), width=200)
+    write_report(comparison, tmp_path, console)
+    assert {path.name for path in tmp_path.iterdir()} == {"comparison.json", "comparison.md"}
+    assert "comparison.png is not drawn" in console.file.getvalue()
+    assert "pip install 'draftsmith[train]'" in console.file.getvalue()
+
+
 def test_unknown_numbers_are_null(comparison, tmp_path):
-    blocks = comparison.domain.replay("candidate").blocks * 0
-    empty = {name: replace(result, blocks=blocks) for name, result in comparison.domain.greedy.results.items()}
-    domain = replace(comparison.domain, greedy=replace(comparison.domain.greedy, results=empty))
-    write_report(replace(comparison, domain=domain, general=None), tmp_path)
+    blocks = comparison.measurements["domain"].replay("candidate").blocks * 0
+    empty = {
+        name: replace(result, blocks=blocks)
+        for name, result in comparison.measurements["domain"].greedy.results.items()
+    }
+    domain = replace(
+        comparison.measurements["domain"], greedy=replace(comparison.measurements["domain"].greedy, results=empty)
+    )
+    write_report(replace(comparison, measurements={"domain": domain}), tmp_path, Console(quiet=True))
     values = json.loads((tmp_path / "comparison.json").read_text(), parse_constant=pytest.fail)
     assert values["general"] is None
     assert values["domain"]["greedy"]["speculation_lengths"][0]["baseline"]["acceptance_per_position"] == [None]
@@ -222,7 +239,7 @@ def test_the_table(comparison):
     for title in titles:
         assert title in shown
     assert "General, temperature 1" not in shown
-    assert str(comparison.domain.greedy.taus["candidate"][4]) in shown
+    assert str(comparison.measurements["domain"].greedy.taus["candidate"][4]) in shown
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_tiny_head, make_tiny_target
-from trained_heads import responses_of, train_briefly
+from trained_heads import make_row, responses_of, train_briefly
 
-from draft.data.dataset import Row
 from draft.errors import UserError
 from draft.evaluation.replay import Acceptance, ReplayResult, Span, generations, replay, replay_acceptance_length, walk
 from draft.heads import Eagle3Head
@@ -21,11 +20,6 @@ PROMPTS = [[5, 9, 200], [70, 71, 72, 73, 74, 75, 76], [33, 250, 12, 99, 180], [1
 # (prompt, tokens at most, whether EOS is ignored): the prefill alone, a single verification, longer ones, two with EOS
 REQUESTS = [(0, 1, True), (1, 2, True), (2, 15, True), (3, 20, True), (0, 40, False), (1, 40, False)]
 MAX_STEPS = 8
-
-
-def row(prompt, response, temperature=0.0, top_p=1.0, id="row"):
-    mask = [False] * len(prompt) + [True] * len(response)
-    return Row(id, [*prompt, *response], mask, len(prompt), temperature, top_p, "test")
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +64,7 @@ def completions(target, head):
 
 @pytest.fixture(scope="module")
 def rows(completions):
-    return [row(c.prompt_ids, c.token_ids, id=str(i)) for i, c in enumerate(completions[1])]
+    return [make_row(c.prompt_ids, c.token_ids, id=str(i)) for i, c in enumerate(completions[1])]
 
 
 @pytest.mark.parametrize("length", range(1, MAX_STEPS + 1))
@@ -106,7 +100,7 @@ def test_each_response_of_a_conversation_is_a_generation_of_its_own(target, head
     engine = Engine(target, head, speculation="chain", speculation_length=3)
     (second,) = engine.generate([prompt], SamplingParams(12, ignore_eos=True))
     mask = [False] * len(first.prompt_ids) + [True] * 15 + [False] * 3 + [True] * 12
-    both = replace(row(first.prompt_ids, []), ids=[*prompt, *second.token_ids], mask=mask)
+    both = replace(make_row(first.prompt_ids, []), ids=[*prompt, *second.token_ids], mask=mask)
     result = replay(target, {"head": head}, [both], 3)["head"]
     assert result.emitted[0].tolist() == [14 + 11] * 3
     assert result.verifications[0, 2] == completions[3][2].stats.verifications + second.stats.verifications
@@ -156,10 +150,10 @@ def test_walk_by_hand():
 def test_generations():
     eos = frozenset({2})
     conversation = replace(
-        row([9, 9], []), ids=[9, 9, 5, 6, 2, 8, 8, 5, 2, 8, 7], mask=[c == "x" for c in "..xxx..xxxx"]
+        make_row([9, 9], []), ids=[9, 9, 5, 6, 2, 8, 8, 5, 2, 8, 7], mask=[c == "x" for c in "..xxx..xxxx"]
     )
     assert generations(conversation, eos) == [Span(2, 5, True), Span(7, 9, True)]
-    assert generations(row([9], [5, 6]), eos) == [Span(1, 3, False)]
+    assert generations(make_row([9], [5, 6]), eos) == [Span(1, 3, False)]
     earlier = replace(conversation, prompt_length=7)  # responses inside the prompt are not the target's
     assert generations(earlier, eos) == [Span(7, 9, True)]
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import itertools
-from functools import cache
+from functools import cache, partial
 
 import numpy as np
 import pytest
 import torch
 from conftest import byte_tokenizer, make_tiny_head, make_tiny_target
+from trained_heads import make_row
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from draft.data.dataset import Row
 from draft.errors import UserError
 from draft.evaluation.replay import target_passes
 from draft.evaluation.sampled import rejection_terms, sampled_acceptance
@@ -27,9 +27,7 @@ NEW_TOKENS = 4
 MAX_STEPS = 2
 
 
-def row(prompt, response, temperature=1.0, top_p=1.0, id="row"):
-    mask = [False] * len(prompt) + [True] * len(response)
-    return Row(id, [*prompt, *response], mask, len(prompt), temperature, top_p, "test")
+row = partial(make_row, temperature=1.0)
 
 
 def make_four_token_target(eos):
@@ -208,7 +206,7 @@ def test_the_estimate_agrees_with_the_engine(architecture, length):
 def test_only_rows_from_the_whole_distribution_count():
     target = make_four_token_target({2})
     heads = {"head": make_three_token_head(target)}
-    others = [row(PROMPT, [1, 0, 1], *kind) for kind in [(0.0, 1.0), (0.7, 1.0), (1.0, 0.9), (None, None)]]
+    others = [make_row(PROMPT, [1, 0, 1], *kind) for kind in [(0.0, 1.0), (0.7, 1.0), (1.0, 0.9), (None, None)]]
     others.append(row(PROMPT, [1]))  # nothing to verify
     good = [row(PROMPT, [1, 0, 1], id="good"), row(PROMPT, [0, 0, 1, 3], id="also")]
     result = sampled_acceptance(target, heads, [*others, *good], 2)["head"]

@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from torch.nn.attention.flex_attention import flex_attention
 
-from draft.heads.unroll import CHUNK, DENSE_TOKENS, TrainingAttention
+from draft.heads.unroll import CHUNK, DENSE_TOKENS, attend_unrolled
 
 BATCH, HEADS, DIM = 2, 2, 16
 
@@ -39,37 +38,25 @@ def by_hand(query, steps, segments):
     return mixed
 
 
+@pytest.mark.parametrize("chunk", [None, 64])
 @pytest.mark.parametrize("steps", [1, 3])
 @pytest.mark.parametrize("kind", [None, "padded", "packed"])
-def test_all_ways_agree(kind, steps):
-    tokens = 150  # more than a block of FlexAttention
+def test_dense_and_chunked_attention_are_the_formula(kind, steps, chunk):
     generator = torch.Generator().manual_seed(1)
-    drawn = [random_step(tokens, generator) for _ in range(steps)]
+    drawn = [random_step(150, generator) for _ in range(steps)]
     query, (base, *own) = drawn[-1][0], [(key, value) for _, key, value in drawn]
-    segments = segments_of(tokens, kind)
-    expected = by_hand(query, [base, *own], segments)
-    attention = TrainingAttention(tokens, segments, query.device)
-    ways = {
-        "dense": attention.dense(query, base, own),
-        "chunks": attention.in_chunks(query, base, own, size=64),
-        "flex": attention.flex(query, base, own, flex_attention),
-        "chosen": attention(query, base, own),
-    }
-    for name, mixed in ways.items():
-        # FlexAttention keeps its sums in float32 where it isn't compiled
-        close = {"atol": 1e-5, "rtol": 0} if name == "flex" else {"atol": 1e-12, "rtol": 0}
-        torch.testing.assert_close(mixed, expected, **close, msg=lambda text, name=name: f"{name}: {text}")
+    segments = segments_of(150, kind)
+    mixed = attend_unrolled(query, base, own, segments, chunk)
+    torch.testing.assert_close(mixed, by_hand(query, [base, *own], segments), atol=1e-12, rtol=0)
 
 
 def test_chunks_have_the_same_gradients():
-    generator = torch.Generator().manual_seed(2)
     gradients = []
-    for way in ("dense", "in_chunks"):
-        generator.manual_seed(2)
+    for chunk in (None, 40):
+        generator = torch.Generator().manual_seed(2)
         drawn = [tensor.requires_grad_() for step in range(2) for tensor in random_step(150, generator)]
-        attention = TrainingAttention(150, segments_of(150, "packed"), drawn[0].device)
-        size = {"size": 40} if way == "in_chunks" else {}
-        mixed = getattr(attention, way)(drawn[3], (drawn[1], drawn[2]), [(drawn[4], drawn[5])], **size)
+        segments = segments_of(150, "packed")
+        mixed = attend_unrolled(drawn[3], (drawn[1], drawn[2]), [(drawn[4], drawn[5])], segments, chunk)
         mixed.square().sum().backward()
         gradients.append([tensor.grad for tensor in drawn if tensor.grad is not None])
     for ours, theirs in zip(*gradients, strict=True):
@@ -87,5 +74,5 @@ def test_long_texts_keep_no_scores():
 
     drawn = [torch.randn(1, 1, tokens, DIM, requires_grad=True) for _ in range(3)]
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        TrainingAttention(tokens, None, drawn[0].device)(drawn[0], (drawn[1], drawn[2]), []).sum().backward()
+        attend_unrolled(drawn[0], (drawn[1], drawn[2]), [], None).sum().backward()
     assert saved and max(saved) < tokens * CHUNK * 1.01 < tokens**2 / 2

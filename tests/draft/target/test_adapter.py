@@ -157,7 +157,7 @@ def change_tensors(change: Callable[[dict[str, torch.Tensor]], dict[str, torch.T
         ),
         (change_config(target_modules=["Wqkv"]), "does not fit target.*Wqkv"),
         (lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"damaged"), "does not fit target"),
-        (lambda folder: (folder / "adapter_config.json").write_text("{"), "is not PEFT's"),
+        (lambda folder: (folder / "adapter_config.json").write_text("{"), "is not readable JSON"),
     ],
 )
 def test_an_adapter_that_is_not_of_this_target_is_refused_in_one_sentence(

@@ -1,17 +1,21 @@
-"""Sizes of a head's decoder layer, under the keys of a Llama config.json, which engines read."""
+"""Configurations of heads, under the keys of the config.json files that engines read."""
 
 from __future__ import annotations
 
-import sys
-from dataclasses import MISSING, dataclass, fields
-from typing import Any
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import fields
+from typing import Annotated, Any, Self
 
 import torch
+from pydantic import ConfigDict, Field, PositiveInt, ValidationError
+from pydantic.dataclasses import dataclass
 
 from draft.errors import UserError
 from draft.target import Target
 from draft.target.support import head_rope
 
+STRICT = ConfigDict(strict=True, extra="forbid")  # of the pydantic dataclasses below and in the heads' files
 # keys that change the arithmetic and are not built here: the only values that mean what is, absent ones aside
 _FIXED: dict[str, tuple[Any, ...]] = {
     "attention_bias": (False, None),
@@ -23,22 +27,67 @@ _FIXED: dict[str, tuple[Any, ...]] = {
 }
 
 
-@dataclass(kw_only=True)
-class DecoderConfig:
-    """The part of the configuration that heads of one decoder layer share."""
+class HeadConfig:
+    """The common part of every architecture's configuration, which is a pydantic dataclass."""
 
     hidden_size: int
-    intermediate_size: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
     vocab_size: int  # the target's
-    rms_norm_eps: float
+    draft_vocab_size: int
+
+    def __post_init__(self) -> None:
+        if getattr(self, "shared_lm_head", False) and not self.full_vocabulary:
+            raise UserError(
+                f"head config: the LM head is the target's, over {self.vocab_size} tokens, and draft_vocab_size is "
+                f"{self.draft_vocab_size}; a reduced vocabulary needs an LM head of its own."
+            )
+
+    @property
+    def full_vocabulary(self) -> bool:
+        """The draft vocabulary is the target's: engines then refuse a token map."""
+        return self.draft_vocab_size == self.vocab_size
+
+    @classmethod
+    def checked(cls, **values: Any) -> Self:
+        """The configuration of these fields; UserError for missing and impossible ones."""
+        try:
+            return cls(**values)
+        except ValidationError as error:
+            first = min(error.errors(), key=lambda problem: problem["type"] == "missing")
+            key = first["loc"][0]
+            if first["type"] == "missing":
+                raise UserError(f"head config: the key {key} is missing; this is not a whole config.json.") from None
+            raise UserError(f"head config: {key} = {first['input']!r}: {first['msg']}; correct it.") from None
+
+    @classmethod
+    def of_known(cls, values: Mapping[str, Any]) -> Self:
+        """The configuration of those of the `values` that are its fields; raises as `checked`."""
+        return cls.checked(**{f.name: values[f.name] for f in fields(cls) if f.name in values})  # type: ignore[arg-type]
+
+
+@dataclass(kw_only=True, config=STRICT)
+class DecoderConfig(HeadConfig):
+    """The part of the configuration that heads of one decoder layer share."""
+
+    hidden_size: PositiveInt
+    intermediate_size: PositiveInt
+    num_attention_heads: PositiveInt
+    num_key_value_heads: PositiveInt
+    head_dim: PositiveInt
+    vocab_size: PositiveInt  # the target's
+    rms_norm_eps: Annotated[float, Field(gt=0, allow_inf_nan=False)]
     rope_parameters: dict[str, Any]
-    max_position_embeddings: int  # the target's
-    bos_token_id: int | None = None
+    max_position_embeddings: PositiveInt  # the target's
+    bos_token_id: int | list[int] | None = None
     eos_token_id: int | list[int] | None = None
-    pad_token_id: int | None = None
+    pad_token_id: int | list[int] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise UserError(
+                f"head config: {self.num_attention_heads} attention heads can't share {self.num_key_value_heads} "
+                "key-value heads evenly; correct the one that is wrong."
+            )
 
 
 def sizes_like(target: Target) -> dict[str, Any]:
@@ -77,15 +126,9 @@ def read_sizes(values: dict[str, Any]) -> dict[str, Any]:
         raise UserError("head config: layer_types has sliding_attention; use a head with full attention.")
     values = dict(values)
     heads = values.get("num_attention_heads", 1)
-    groups = values["num_key_value_heads"] = values.get("num_key_value_heads") or heads
-    for name in ("num_attention_heads", "num_key_value_heads", "hidden_size"):
-        check_count(name, values.get(name, 1))
-    values["head_dim"] = values.get("head_dim") or values.get("hidden_size", 0) // heads
-    if heads % groups:
-        raise UserError(
-            f"head config: {heads} attention heads can't share {groups} key-value heads evenly; "
-            "correct the one that is wrong."
-        )
+    values["num_key_value_heads"] = values.get("num_key_value_heads") or heads
+    with suppress(KeyError, TypeError, ZeroDivisionError):  # `HeadConfig.checked` refuses the value
+        values["head_dim"] = values.get("head_dim") or values["hidden_size"] // heads
     rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
     if not isinstance(rope, dict):
         raise UserError(f"head config: the rotary embedding is {rope!r}; it must be an object with a rope_type.")
@@ -95,31 +138,6 @@ def read_sizes(values: dict[str, Any]) -> dict[str, Any]:
         "rope_theta": rope.get("rope_theta") or values.get("rope_theta") or 10000.0,
     }
     return values
-
-
-def check_count(name: str, value: Any) -> None:
-    """Refuse what is no whole number above 0."""
-    if type(value) is not int or value < 1:
-        raise UserError(f"head config: {name} = {value!r}; it must be a whole number of at least 1.")
-
-
-def fields_of(kind: type, values: dict[str, Any], name: str) -> dict[str, Any]:
-    """The arguments of the dataclass `kind` among `values`; `name`: of the architecture, for the error.
-
-    Raises:
-        UserError: when some that have no default are missing, or a number is none that can be.
-    """
-    missing = [f.name for f in fields(kind) if f.default is MISSING and values.get(f.name) is None]
-    if missing:
-        raise UserError(f"head config: the keys {', '.join(missing)} are missing; this is not a whole {name} config.")
-    for f in fields(kind):
-        if f.type == "int" and f.name in values:
-            check_count(f.name, values[f.name])
-        if f.type == "float" and f.name in values:
-            value = values[f.name]
-            if type(value) not in (int, float) or not 0 < value <= sys.float_info.max:
-                raise UserError(f"head config: {f.name} = {value!r}; it must be a finite number above 0.")
-    return {f.name: values[f.name] for f in fields(kind) if f.name in values}
 
 
 def decoder_json(architecture: str, values: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:

@@ -1,0 +1,138 @@
+"""Each architecture against its formula, written out from its paper, in float64."""
+
+import pytest
+import torch
+from conftest import make_tiny_head
+from interop.cases import random_head
+from torch.nn.functional import rms_norm, silu
+
+from draft.errors import UserError
+from draft.heads import MedusaConfig
+
+IDS = torch.randint(3, 259, (1, 12), generator=torch.Generator().manual_seed(4))
+
+
+def attended(head, x):
+    """The output of the layer's attention for its input [tokens, width]."""
+    rotation = head.rope(torch.arange(len(x))[None], x.dtype)
+    q, k, v = (part[0] for part in head.attention.project(x[None], rotation))  # [heads, tokens, head_dim]
+    scores = q @ k.transpose(-1, -2) / head.config.head_dim**0.5
+    scores = scores.masked_fill(torch.ones(len(x), len(x)).triu(1).bool(), -torch.inf)
+    return (scores.softmax(-1) @ v).transpose(0, 1).flatten(1) @ head.attention.o_proj.weight.T
+
+
+def normed(head, module, x):
+    return rms_norm(x, x.shape[-1:], None, head.config.rms_norm_eps) * module.weight
+
+
+def eagle_by_hand(head, target):
+    """(logits [tokens - 1, vocab], states) of the first draft step, from the paper and SafeAILab's code."""
+    layer, states = head.layers[0], target.model.model(IDS).last_hidden_state[0]
+    fused = torch.cat([target.embedding(IDS[0, 1:]), states[:-1]], -1) @ head.fc.weight.T
+    if head.config.fc_bias:
+        fused = fused + head.fc.bias
+    hidden = fused + attended(head, fused)
+    hidden = hidden + layer.mlp(normed(head, layer.post_attention_layernorm, hidden))
+    return hidden @ target.lm_head.weight.T, hidden
+
+
+def eagle3_by_hand(head, target):
+    """(logits [tokens - 1, draft_vocab], states that are fed back), from the options' definitions."""
+    config, layer = head.config, head.midlayer
+    captured = target.forward(IDS, layers=range(target.num_layers + 1)).auxiliary[0].chunk(target.num_layers + 1, -1)
+    states = [captured[index] for index in config.auxiliary_layers or (2, 4, 5)]
+    if config.norm_before_fc:
+        states = normed(head, head.input_norm, torch.cat(states, -1)).chunk(len(states), -1)
+    if config.fc_norm:
+        states = [normed(head, head.fc_norm[index], state) for index, state in enumerate(states)]
+    fused = torch.cat(states, -1)[:-1] @ head.fc.weight.T
+    inner = normed(head, layer.hidden_norm, fused)
+    x = torch.cat([normed(head, layer.input_layernorm, target.embedding(IDS[0, 1:])), inner], -1)
+    hidden = (inner if config.norm_before_residual else fused) + attended(head, x)
+    hidden = hidden + layer.mlp(normed(head, layer.post_attention_layernorm, hidden))
+    lm_head = target.lm_head if config.shared_lm_head else head.lm_head
+    last = normed(head, head.norm, hidden)
+    return last @ lm_head.weight.T, last if config.norm_output else hidden
+
+
+def random_eagle(target, **options):
+    head = make_tiny_head(target, architecture="eagle", **options)
+    for parameter in head.parameters():
+        if parameter.dim() == 1:  # norms and biases
+            parameter.data.add_(0.3 * torch.randn_like(parameter))
+    return head
+
+
+EAGLE3_OPTIONS = [
+    {},
+    {"norm_before_residual": True},
+    {"norm_before_fc": True},
+    {"fc_norm": True},
+    {"norm_before_fc": True, "fc_norm": True},
+    {"norm_output": True},
+    {"auxiliary_layers": [0, 3, 7, 8]},
+    {"draft_vocab_size": 259},
+    {"draft_vocab_size": 259, "shared_lm_head": True},
+]
+
+
+@pytest.mark.parametrize(
+    ("make", "by_hand", "options"),
+    [
+        *((random_head, eagle3_by_hand, options) for options in EAGLE3_OPTIONS),
+        *((random_eagle, eagle_by_hand, options) for options in ({}, {"fc_bias": True, "qkv_bias": True})),
+    ],
+    ids=lambda value: ", ".join(value) or "default" if isinstance(value, dict) else value.__name__,
+)
+def test_the_first_step_is_the_formula(tiny_target, make, by_hand, options):
+    head = make(tiny_target, **options)
+    with torch.no_grad():
+        logits, fed_back = by_hand(head, tiny_target)
+        auxiliary = tiny_target.forward(IDS, layers=head.auxiliary_layers(tiny_target)).auxiliary
+        first = next(head.unroll(tiny_target.embedding(IDS), auxiliary, 1))[0, :-1]
+        torch.testing.assert_close(first, fed_back)
+        torch.testing.assert_close(head.logits(first), logits)
+        alone = head(tiny_target.embedding(IDS[:, 1:]), head.fuse(auxiliary[:, :-1]), torch.arange(11)[None])[0]
+        torch.testing.assert_close(alone, first)
+    assert (head.attention.q_proj.bias is not None) == (head.fc.bias is not None) == ("fc_bias" in options)
+
+
+def test_eagle_reads_the_state_after_the_final_norm(tiny_target):
+    output = tiny_target.forward(IDS, layers=[8, tiny_target.output_layer])
+    before, after = output.auxiliary.chunk(2, dim=-1)
+    assert torch.equal(after, output.last_hidden) and not torch.allclose(before, after)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"num_layers": 3, "num_heads": 2}, {"draft_vocab_size": 259, "shared_lm_head": True}],
+    ids=["plain", "blocks of three layers", "the target's LM head"],
+)
+def test_each_position_of_medusa_is_the_formula(tiny_target, options):
+    head = make_tiny_head(tiny_target, architecture="medusa", **options)
+    with torch.no_grad():
+        states = tiny_target.model.model(IDS).last_hidden_state
+        auxiliary = tiny_target.forward(IDS, layers=head.auxiliary_layers(tiny_target)).auxiliary
+        steps = list(head.unroll(tiny_target.embedding(IDS), auxiliary, 99, attention_mask=None))
+        assert len(steps) == head.config.num_heads == options.get("num_heads", 5)
+        for step, hidden in enumerate(steps):
+            x = states
+            for layer in head.blocks[step].layers:
+                x = x + silu(x @ layer.weight.T + layer.bias)
+            torch.testing.assert_close(hidden, x)
+            lm_head = tiny_target.lm_head if head.config.shared_lm_head else head.lm_heads[step]
+            torch.testing.assert_close(head.logits(hidden, step), x @ lm_head.weight.T)
+    assert len(list(head.unroll(None, auxiliary, 1))) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"num_heads": 0}, "num_heads = 0"),
+        ({"num_layers": True}, "num_layers = True"),
+        ({"shared_lm_head": True}, "over 259 tokens, and draft_vocab_size is 200"),
+    ],
+)
+def test_impossible_shapes_are_refused(tiny_target, options, words):
+    with pytest.raises(UserError, match=words):
+        MedusaConfig.for_target(tiny_target, 200, **options)
