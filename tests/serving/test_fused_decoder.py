@@ -186,8 +186,12 @@ def test_the_layer_of_a_head_in_one_call(options: dict[str, bool]) -> None:
         outputs.append(torch.cat([first, runner.forward(RaggedBatch.of([tree], target.device), hidden[5:])]))
         runner.cache.release(slot)
     assert relative(outputs[1], outputs[0].double()) < 1e-5
-    other = compiled(target, head_of(target, norm_before_residual=True)).proposer.runner  # type: ignore[union-attr]
-    assert not fuse_head(other)
+
+
+@torch.inference_mode()
+def test_a_head_with_another_residual_keeps_its_own_code() -> None:
+    target = make("llama")
+    assert not fuse_head(compiled(target, head_of(target, norm_before_residual=True)).proposer.runner)  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ controller itself sees noisy times, slow outliers and random acceptance.
 from __future__ import annotations
 
 import json
+import random
 
 import pytest
 from simulation import (
@@ -267,3 +268,12 @@ def test_widths_that_were_never_run_have_a_cost(points: dict[float, float], expe
         for outlier in (1, 1, 1, 5, 1):
             curve.observe(width, outlier * seconds)
     assert {width: curve(width) for width in expected} == pytest.approx(expected)
+
+
+def test_noise_never_makes_a_wider_pass_cheaper():
+    rng, curve = random.Random(1), Curve()
+    for _ in range(10):
+        for width in range(1, 200, 3):
+            curve.observe(width, 20 + 0.01 * width + rng.gauss(0, 2))
+    costs = [curve(width) for width in range(1, 400)]
+    assert costs == sorted(costs) and costs[100] == pytest.approx(21, rel=0.03)
