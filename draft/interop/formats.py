@@ -243,7 +243,7 @@ def problems(format: Format, config: dict[str, Any], tensors: dict[str, Tensor],
 
 
 def command_lines(format: Format, head: Any, out: Path, target: TargetShape, length: int) -> dict[str, str]:
-    """How each engine is started with the head in the folder `out`; length: drafted tokens."""
+    """Engine -> the command that starts it with the head in the folder `out`; length: drafted tokens."""
     speculative = {"method": head.architecture, "model": str(out), "num_speculative_tokens": length}
     values = {
         "target": target.path,

@@ -80,9 +80,8 @@ class Processes:
 
     def spread(self, module: nn.Module) -> None:
         """Give every process the weights and buffers of process 0."""
-        if self.count > 1:
-            for tensor in (*module.parameters(), *module.buffers()):
-                broadcast(tensor.data)
+        for tensor in (*module.parameters(), *module.buffers()):
+            broadcast(tensor.data)
 
     def wrap(self, module: nn.Module, optimizer: torch.optim.Optimizer, *, idle: bool) -> tuple[nn.Module, Any]:
         """The module whose forward is called for training, and the optimiser over its weights.

@@ -53,9 +53,7 @@ class HiddenStateCache:
             "layers": list(layers),
             "dtype": str(target.dtype).removeprefix("torch."),
             "data": hashlib.sha256(json.dumps([row.ids for row in rows]).encode()).hexdigest()[:32],
-            "rows": len(rows),
             "tokens": sum(self.tokens),
-            "shards": len(self.shards),
         }
 
     def fill(self, compute: Callable[[list[int]], dict[int, Tensor]], processes: Processes, console: Console) -> None:

@@ -135,8 +135,6 @@ class Trainer:
         self.parameters = list(trained_parameters(self.saver).values())
         self.rates = [learning_rate_at(step, self.total_steps, settings) for step in range(self.total_steps)]
         self.autocast = autocast(self.target, settings)
-        models = (self.saver, self.copy) if settings.method == "afa-lora" else ()
-        self.annealed = [model for model in models if model is not None]
         self.signals: list[int] = []
         self.stopping = False
 
@@ -244,8 +242,9 @@ class Trainer:
 
     def _anneal(self) -> float | None:
         beta = None
-        for model in self.annealed:
-            beta = set_annealing_step(model, self.done, self.total_steps)
+        for model in (self.saver, self.copy):
+            if model is not None and self.settings.method == "afa-lora":
+                beta = set_annealing_step(model, self.done, self.total_steps)
         return beta
 
     def _whole(self) -> tuple[Any, Any]:

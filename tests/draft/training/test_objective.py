@@ -49,7 +49,7 @@ def test_loss_equals_a_loop_over_positions(tiny_target, architecture, loss):
                         at = full[row, i + 1 + k]
                         teacher = at[tiny_head.vocabulary]
                         mass = teacher.logsumexp(-1) - at.logsumexp(-1)
-                        value = LOSSES[loss].function(logits[row, i][None], teacher[None], mass[None])
+                        value = LOSSES[loss](logits[row, i][None], teacher[None], mass[None])
                         there = features.last_hidden[row, i + 1 + k]
                         value = value + weight * smooth_l1_loss(hidden[row, i], there)
                         expected += 0.8**k * value.item()
