@@ -88,6 +88,8 @@ class HiddenStateCache:
                     f"--cache-hidden-states {str(self.folder)!r} holds those of another run ({key} is "
                     f"{before.get(key)} there and {value} here); choose another folder, or delete it."
                 )
+        for left in self.folder.glob(".shard-*"):  # of killed runs: only this one writes here now
+            left.unlink()
         missing = [shard for shard in range(len(self.shards)) if not self._path(shard).is_file()]
         if not missing:
             console.print(f"Reading the target's hidden states from {self.folder}.")

@@ -5,10 +5,10 @@ import shlex
 
 import pytest
 import torch
+from interop.cases import random_head
 from interop_heads import HEADS, files, make_world, refused
 from safetensors.torch import load_file
 
-from benchmarks.interop.cases import random_head
 from draft.heads.checkpoint import load_head, save_head
 from draft.interop.exporting import export_head
 from draft.interop.importing import import_head

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from interop import cases
+from interop.cases import CASES, OTHERS, random_head, tiny_target
+from interop.prepare import export_for_vllm
 from safetensors.torch import load_file
 
-from benchmarks.interop import cases
-from benchmarks.interop.cases import CASES, OTHERS, random_head, tiny_target
-from benchmarks.interop.prepare import export_for_vllm
 from draft.errors import UserError
 from draft.heads.checkpoint import save_head
 from draft.interop.exporting import export_head
