@@ -59,7 +59,7 @@ def export_head(
         raise UserError(f"head {str(head)!r} does not say which target it was made for; pass --target.")
     shape, out = target_shape(name), Path(out)
     config, tensors = loaded.config.as_json(loaded.dtype), how.tensors(loaded, shape)
-    found = list(dict.fromkeys(problems(how, config, tensors, shape)))
+    found = list(problems(how, config, tensors, shape))
     if found:
         raise UserError(f"head {str(head)!r} can't be exported as {format}: {'; '.join(found)}.")
     with atomic_folder(out, HEAD_FILES) as temporary:

@@ -143,12 +143,10 @@ def draw(folder: Path, console: Console) -> None:
     if find_spec("matplotlib") is None:
         console.print("training.png is not drawn: matplotlib is missing; `pip install draftsmith[train]` adds it.")
         return
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     lines = read_lines(folder / "metrics.jsonl")
     figure = Figure(figsize=(12, 3.2), layout="constrained")
-    FigureCanvasAgg(figure)
     titles = {"loss": "loss", "beta": "β, weight of the non-linear branch", "tau": "τ, replay on held-out rows"}
     for panel, (name, title) in zip(figure.subplots(1, 3), titles.items(), strict=True):
         points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
