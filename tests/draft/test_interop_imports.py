@@ -298,11 +298,9 @@ def test_the_commands_say_what_they_did(world, tmp_path, monkeypatch, capsys):
 
     def call(*words):
         monkeypatch.setattr(sys, "argv", ["draft-train", *map(str, words)])
-        try:
+        with pytest.raises(SystemExit) as stop:
             main()
-        except SystemExit as stop:
-            return stop.code or 0, "".join(capsys.readouterr())
-        return 0, "".join(capsys.readouterr())
+        return stop.value.code or 0, "".join(capsys.readouterr())
 
     out, back = tmp_path / "out", tmp_path / "back"
     status, shown = call("export", folder / "three other layers", "--format", "sglang", "--out", out)

@@ -52,7 +52,7 @@ def logged(folder, name="loss"):
     return {line["step"]: line[name] for line in lines if name in line}
 
 
-@pytest.mark.parametrize(("name", "share"), [("eagle3", 0.9), ("eagle", 0.99), ("medusa", 0.99)])
+@pytest.mark.parametrize(("name", "share"), [("eagle3", 0.95), ("eagle", 0.99), ("medusa", 1.0)])
 def test_pretraining_lowers_the_loss_and_leaves_a_whole_run(world, name, share):
     folder = world / name
     losses = list(logged(folder).values())
@@ -182,7 +182,7 @@ def test_a_new_head_has_the_requested_options(world, tmp_path, architecture, opt
         ("pretrain", {"architecture": "medusa", "head_options": ["num_heads=2"]}, "draft_steps = 3: the head drafts 2"),
         ("pretrain", {"draft_vocab_size": 100_000}, "100000 tokens exceeds the target's 259; choose a smaller"),
         ("pretrain", {"feature_weight": 1.0}, "eagle3 does not predict the target's states"),
-        ("adapt", {"architecture": "eagle"}, "has architecture eagle3, not eagle"),
+        ("adapt", {"architecture": "eagle"}, "is of architecture eagle3, not eagle"),
         ("adapt", {"method": "lora", "rebuild_vocabulary": True}, "rebuild_vocabulary needs method full"),
         ("adapt", {"head": "{world}/eagle/head", "method": "full", "rebuild_vocabulary": True}, "eagle heads have the"),
         ("pretrain", {"name": "eagle3", "draft_vocab_size": 100}, "holds a run with other settings"),
