@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal
 import typer
 from pydantic import BaseModel
 
+from draft import demo
 from draft.data.settings import EndpointSettings, LocalServer, Settings
 from draft.errors import UserError, file_trouble, plain_console
 from draft.training.config import SECTIONS, resolve
@@ -30,6 +31,7 @@ app = typer.Typer(
 )
 console = plain_console()
 SECONDS_FOR_PROCESS_0 = 5
+TRAIN_EXTRA = ("datasets", "matplotlib", "tensorboardX")  # packages that only draft-train needs
 
 Target = Annotated[str, typer.Option(help="Target: hub id, folder, .gguf file, or smollm2 (bundled).")]
 TargetAdapter = Annotated[
@@ -67,6 +69,8 @@ def _run() -> None:
         app()
     except Exception as error:
         mistake = str(error) if isinstance(error, UserError) else file_trouble(error)
+        if isinstance(error, ModuleNotFoundError) and error.name in TRAIN_EXTRA:
+            mistake = f"{error.name} is not installed; run: pip install 'draftsmith[train]'"
         if mistake is not None:
             if int(os.environ.get("RANK", 0)):
                 # process 0 says most mistakes too; it ends with them, and the launcher then ends this one
@@ -376,6 +380,8 @@ def import_(
         console.print(f"  {note[0].upper()}{note[1:]}", soft_wrap=True)
     console.print(f"Wrote {imported.head}.", soft_wrap=True)
 
+
+app.command(epilog=demo.EPILOG)(demo.demo)
 
 if __name__ == "__main__":
     main()

@@ -1,6 +1,6 @@
 """vLLM loads our exports by the command that `export` printed, and drafts our tokens. Imports nothing of ours.
 
-    python benchmarks/interop/check_vllm.py FOLDER TABLE
+    python tests/interop/check_vllm.py FOLDER TABLE
 
 FOLDER is what `prepare` wrote; TABLE the JSON file that gets the names, shapes and keys which were loaded. Exit status
 1: some head was not loaded whole, or not read as its config.json says, or drafted other tokens.
@@ -9,7 +9,6 @@ FOLDER is what `prepare` wrote; TABLE the JSON file that gets the names, shapes 
 from __future__ import annotations
 
 import json
-import re
 import shlex
 import sys
 from collections.abc import Callable, Iterable
@@ -18,6 +17,7 @@ from typing import Any
 
 import torch
 import vllm
+from foreign import write_table
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from vllm import LLM, SamplingParams
@@ -35,7 +35,7 @@ FLAGS: dict[str, Callable[[Any], bool]] = {
 }
 # keys in whose place its configuration has something of vLLM's own
 REPLACED = {"architectures", "model_type", "torch_dtype"}
-# what of a file no engine needs: vLLM goes by d2t, and Medusa's rows are already those of the target's vocabulary
+# tensors that no engine needs: vLLM goes by d2t, and Medusa's rows are already those of the target's vocabulary
 OURS = {"Eagle3LlamaForCausalLM": {"t2d"}, "Medusa": {"d2t", "t2d"}}
 
 
@@ -50,15 +50,12 @@ def main(folder: Path, table: Path) -> int:
         print(f"{'FAIL' if problems else 'ok  '} {name:34} {'; '.join(problems)}", flush=True)
         rows[name] = row
     if not failed:
-        written = json.loads(table.read_text()) if table.is_file() else {}
-        written["vllm"] = {"version": vllm.__version__, "cases": rows}
-        text = re.sub(r"\[[^][{}]*\]", lambda found: " ".join(found[0].split()), json.dumps(written, indent=1))
-        table.write_text(text + "\n")
+        write_table(table, "vllm", vllm.__version__, rows)
     return int(failed)
 
 
 class Record:
-    """What a draft model took from its file: each tensor is looked for in the parameters right after the loading."""
+    """Tensors that a draft model took from its file: each is looked for in the parameters right after the loading."""
 
     def __init__(self) -> None:
         self.file: dict[str, Tensor] = {}
@@ -78,7 +75,7 @@ class Record:
 
 
 def places(file: dict[str, Tensor], parameters: dict[str, Tensor]) -> tuple[set[str], list[str]]:
-    """(tensors that are rows of some parameter, parameters with other rows than those and a padding of zeros)."""
+    """Return (tensors that are rows of a parameter, parameters with other rows than those and zeros)."""
     taken, lacking = set[str](), []
     for name, parameter in parameters.items():
         filled = torch.zeros(len(parameter), dtype=torch.bool)
@@ -93,13 +90,13 @@ def places(file: dict[str, Tensor], parameters: dict[str, Tensor]) -> tuple[set[
 
 
 def starts(tensor: Tensor, parameter: Tensor) -> list[int]:
-    """The rows of a parameter at which all of a tensor stands."""
+    """Return the rows of a parameter at which all of a tensor begins."""
     rows = range(len(parameter) - len(tensor) + 1)
     return [row for row in rows if torch.equal(parameter[row : row + len(tensor)], tensor.to(parameter.dtype))]
 
 
 def check(command: str, folder: Path, name: str, record: Record) -> tuple[dict[str, Any], list[str]]:
-    """(what vLLM made of an export, what is wrong with it)."""
+    """Return (a row of the table, the problems)."""
     llm = start(command)
     runner = llm.collective_rpc(lambda worker: worker.model_runner)[0]
     model, speculative = runner.drafter.model, llm.llm_engine.vllm_config.speculative_config
@@ -128,7 +125,7 @@ def check(command: str, folder: Path, name: str, record: Record) -> tuple[dict[s
 
 
 def start(command: str) -> LLM:
-    """What `vllm serve MODEL [--speculative-config JSON]` loads, in this process."""
+    """Load in this process what `vllm serve MODEL [--speculative-config JSON]` loads."""
     model, *rest = shlex.split(command)[2:]
     options: dict[str, Any] = {"speculative_config": json.loads(rest[1])} if rest else {}
     return LLM(
@@ -146,7 +143,7 @@ def start(command: str) -> LLM:
 
 
 def shared(runner: Any, name: str) -> bool:
-    """Whether a parameter of the draft model is the target's own."""
+    """Return True when a parameter of the draft model is one of the target's."""
     place = name.rpartition(".")[0]
     try:
         module = runner.drafter.model.get_submodule(place)
@@ -156,7 +153,7 @@ def shared(runner: Any, name: str) -> bool:
 
 
 def compare(llm: LLM, drafter: Any, case: dict[str, Tensor]) -> list[str]:
-    """Decode, and walk the text as vLLM did: its drafts after each verification are ours."""
+    """Decode, and walk the text as vLLM did: its drafts after each verification have to be ours."""
     theirs: list[list[int]] = []
     propose = drafter.propose
 

@@ -1,8 +1,8 @@
 """The acceptance length that vLLM or llama.cpp reaches with our exported head, beside our replay's on the same texts.
 
-    python -m benchmarks.interop.compare_engines prepare FOLDER [--limit N]
+    python -m interop.compare_engines prepare FOLDER [--limit N]
     (run_vllm.py FOLDER and serve_vllm.py FOLDER in vLLM's environment, or run_llama_cpp.py FOLDER in llama.cpp's)
-    python -m benchmarks.interop.compare_engines judge FOLDER
+    python -m interop.compare_engines judge FOLDER
 
 Both count alike. With vLLM a text's last verification counts all that it accepted, though fewer tokens were wanted;
 llama.cpp drafts no more than are wanted, and nothing for a last token alone.
@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.prompt_sets import load_prompts
+from benchmarks.shared import load_prompts
 from draft.evaluation.replay import drafted_states
 from draft.evaluation.tau import acceptance_length
 from draft.heads import DraftHead

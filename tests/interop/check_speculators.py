@@ -1,6 +1,6 @@
 """The `speculators` package loads our exports, and its forward pass gives our logits. Imports nothing of ours.
 
-    python benchmarks/interop/check_speculators.py FOLDER TABLE
+    python tests/interop/check_speculators.py FOLDER TABLE
 
 FOLDER is what `prepare` wrote; TABLE the JSON file that gets the names, shapes and keys which were loaded. Exit status
 1: some head was not loaded whole, or computed otherwise.
@@ -9,7 +9,6 @@ FOLDER is what `prepare` wrote; TABLE the JSON file that gets the names, shapes 
 from __future__ import annotations
 
 import json
-import re
 import sys
 import warnings
 from importlib.metadata import version
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from foreign import write_table
 from safetensors.torch import load_file
 from speculators.models.eagle3 import Eagle3DraftModel, Eagle3SpeculatorConfig
 from torch import Tensor
@@ -39,15 +39,12 @@ def main(folder: Path, table: Path) -> int:
         rows[export.name] = {key: row[key] for key in ("tensors", "config", "keys", "layer_keys")}
     if not failed:
         del rows["bundled"]  # the tests have the tiny ones
-        written = json.loads(table.read_text()) if table.is_file() else {}
-        written["speculators"] = {"version": version("speculators"), "cases": rows}
-        text = re.sub(r"\[[^][{}]*\]", lambda found: " ".join(found[0].split()), json.dumps(written, indent=1))
-        table.write_text(text + "\n")
+        write_table(table, "speculators", version("speculators"), rows)
     return int(failed)
 
 
 def check(export: Path, case: dict[str, Tensor]) -> tuple[dict[str, Any], float]:
-    """What the package made of an export, and the largest difference of logits relative to the largest logit."""
+    """Return the loaded export, and the largest difference of logits relative to the largest logit."""
     config = Eagle3SpeculatorConfig.from_pretrained(export)
     config.transformer_layer_config._attn_implementation = "eager"  # of those it has, the one for a CPU
     model = Eagle3DraftModel.from_pretrained(export, config=config, dtype=torch.float32).eval()
@@ -68,7 +65,7 @@ def check(export: Path, case: dict[str, Tensor]) -> tuple[dict[str, Any], float]
 
 
 def difference(model: Eagle3DraftModel, case: dict[str, Tensor]) -> float:
-    """Its input i is our entry i: the state of token i, beside token i + 1."""
+    """Compare the logits; its input i is our entry i: the state of token i, beside token i + 1."""
     ids, theirs = case["ids"], list[Tensor]()
     model.lm_head.register_forward_hook(lambda module, args, output: theirs.append(output))
     steps = sum(name.startswith("logits.") for name in case)

@@ -1,7 +1,7 @@
 #!/bin/sh
 # Our exports against the real packages: speculators computes our logits; vLLM drafts our tokens and serves by the lines
 # that `export` printed; vLLM and llama.cpp reach our replay's acceptance length.
-#   PY=.venv/bin/python sh benchmarks/interop/run.sh FOLDER [speculators|vllm|llama_cpp]
+#   PY=.venv/bin/python sh tests/interop/run.sh FOLDER [speculators|vllm|llama_cpp]
 # FOLDER keeps the virtual environments (6 GB) and what was written; without a second word all run. Without network
 # but for the package index; llama.cpp needs a C++ compiler. On two CPU cores: a minute for speculators, about a quarter
 # of an hour for vLLM, and half an hour for llama.cpp, a third of which is compiling.
@@ -12,6 +12,12 @@ HERE=$(dirname "$0")
 mkdir -p "$FOLDER"
 FOLDER=$(cd "$FOLDER" && pwd)
 export HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1
+
+ours() {
+  program=$1
+  shift
+  PYTHONPATH="$HERE/..${PYTHONPATH:+:$PYTHONPATH}" "$PY" -m "interop.$program" "$@"
+}
 
 speculators() {
   venv="$FOLDER/venv-speculators"
@@ -25,7 +31,7 @@ speculators() {
     touch "$venv/installed"
   fi
   rm -rf "$FOLDER/exports"
-  "$PY" -m benchmarks.interop.prepare "$FOLDER/exports" speculators
+  ours prepare "$FOLDER/exports" speculators
   "$venv/bin/python" "$HERE/check_speculators.py" "$FOLDER/exports" "$HERE/table.json" 2> "$FOLDER/speculators.log" ||
     { tail -n 20 "$FOLDER/speculators.log"; exit 1; }
 }
@@ -58,14 +64,14 @@ END
   printf 'Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n' > "$alias/METADATA"
   export VLLM_CPU_KVCACHE_SPACE="${VLLM_CPU_KVCACHE_SPACE:-1}" KMP_BLOCKTIME=0
   rm -rf "$FOLDER/vllm-exports"
-  "$PY" -m benchmarks.interop.prepare "$FOLDER/vllm-exports" vllm
+  ours prepare "$FOLDER/vllm-exports" vllm
   VLLM_LOGGING_LEVEL=ERROR VLLM_ENABLE_V1_MULTIPROCESSING=0 "$venv/bin/python" \
     "$HERE/check_vllm.py" "$FOLDER/vllm-exports" "$HERE/table.json" 2> "$FOLDER/vllm.log" ||
     { tail -n 20 "$FOLDER/vllm.log"; exit 1; }
-  "$PY" -m benchmarks.interop.compare_engines prepare "$FOLDER/vllm"
+  ours compare_engines prepare "$FOLDER/vllm"
   VLLM_ENABLE_V1_MULTIPROCESSING=0 "$venv/bin/python" "$HERE/run_vllm.py" "$FOLDER/vllm"
   "$venv/bin/python" "$HERE/serve_vllm.py" "$FOLDER/vllm"
-  "$PY" -m benchmarks.interop.compare_engines judge "$FOLDER/vllm"
+  ours compare_engines judge "$FOLDER/vllm"
 }
 
 llama_cpp() {
@@ -88,10 +94,10 @@ llama_cpp() {
     PATH="$venv/bin:$PATH" cmake --build "$build" --target llama-server -j 2; } > "$FOLDER/llama_cpp.log" 2>&1 ||
     { tail -n 20 "$FOLDER/llama_cpp.log"; exit 1; }
   # a third of the prompts: a server compiled in a hurry decodes slowly
-  "$PY" -m benchmarks.interop.compare_engines prepare "$FOLDER/llama_cpp" --limit 32
+  ours compare_engines prepare "$FOLDER/llama_cpp" --limit 32
   "$PY" -m draft.cli export smollm2-eagle3 --format plain --out "$FOLDER/llama_cpp/exported" > "$FOLDER/llama_cpp/export.txt"
   "$venv/bin/python" "$HERE/run_llama_cpp.py" "$FOLDER/llama_cpp" "$package/llama.cpp" "$build/bin/llama-server"
-  "$PY" -m benchmarks.interop.compare_engines judge "$FOLDER/llama_cpp"
+  ours compare_engines judge "$FOLDER/llama_cpp"
 }
 
 for check in ${2:-speculators vllm llama_cpp}; do "$check"; done

@@ -1,6 +1,6 @@
 """Write what the other engines are to load, and what we make of the same input.
 
-    python -m benchmarks.interop.prepare FOLDER speculators|vllm
+    python -m interop.prepare FOLDER speculators|vllm
 
 FOLDER/target is a tiny target; FOLDER/FORMAT/CASE an export. FOLDER/CASE.safetensors has, for speculators, inputs and
 our logits; for vLLM, a prompt, the target's greedy text and our drafts, and FOLDER/commands.json the printed commands.
@@ -16,12 +16,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from benchmarks.interop.cases import CASES, OTHERS, VLLM_HEAD_DIM, random_head, tiny_target
 from draft.evaluation.replay import drafted_states
 from draft.heads import DraftHead
 from draft.heads.checkpoint import attach_head, load_head, save_head
 from draft.interop.exporting import export_head
 from draft.target import Target, load_target
+from interop.cases import CASES, OTHERS, VLLM_HEAD_DIM, random_head, tiny_target
 
 STEPS, TOKENS = 3, 24
 

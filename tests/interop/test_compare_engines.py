@@ -1,8 +1,8 @@
-"""How many verifications a text took: by what an engine says of its last ones, with the counts that follow from it."""
+"""Number of verifications of a text: from the counts of the last ones, as each engine counts them."""
 
 import pytest
 
-from benchmarks.interop.compare_engines import count
+from interop.compare_engines import count
 
 # drafts accepted after each known token
 LEADING = [2, 0, 0, 1, 3, 3, 3]
