@@ -119,6 +119,16 @@ def _given(settings: type[BaseModel], flags: dict[str, Any]) -> dict[str, Any]:
 # The commands, in the order of the work.
 
 
+Shard = Annotated[
+    str | None,
+    typer.Option(
+        help="Answer one part of the conversations, 0/4 the first of four, each by a process of its own with the "
+        "same arguments and --out, at once or one after the other; torchrun and `accelerate launch` set it.",
+        show_default=False,
+    ),
+]
+
+
 @app.command(
     epilog=_examples(
         "draft-train prepare --target smollm2 --out data/general --num-prompts 500",
@@ -144,14 +154,7 @@ def prepare(
         list[str] | None, typer.Argument(metavar="[FILE]...", help="Further files: --prompts A B.", show_default=False)
     ] = None,
     column: Annotated[str | None, typer.Option(help="Column that holds the prompt or conversation.")] = None,
-    shard: Annotated[
-        str | None,
-        typer.Option(
-            help="Answer one part of the conversations, 0/4 the first of four, each by a process of its own with the "
-            "same arguments and --out, at once or one after the other; torchrun and `accelerate launch` set it.",
-            show_default=False,
-        ),
-    ] = None,
+    shard: Shard = None,
     **flags: Any,
 ) -> None:
     """Let the target write its own training data."""
@@ -164,6 +167,7 @@ def prepare(
 
     if more and not prompts:
         raise UserError(f"{more[0]!r} belongs to no option; give files of prompts as --prompts {' '.join(more)}.")
+    settings = Settings.checked(_given(Settings, flags)).model_dump(exclude_unset=True)
     part = parse_shard(shard)
     server: EndpointSettings | LocalServer
     if flags["endpoint"] is not None:
@@ -176,7 +180,7 @@ def prepare(
     files = [*prompts, *(more or ())] if prompts else None
     try:
         identity = load_target(target, "bfloat16", "cpu", target_adapter)  # and tokenizer: the server computes
-        dataset = run(identity, out, prompts=files, column=column, shard=part, server=server, **_given(Settings, flags))
+        dataset = run(identity, out, prompts=files, column=column, shard=part, server=server, **settings)
     except KeyboardInterrupt:
         console.print(f"Interrupted; the same command goes on with {out}.", soft_wrap=True)
         raise typer.Exit(128 + signal.SIGINT) from None

@@ -161,6 +161,7 @@ def test_help_has_an_example(run, command):
         (("merge", "nowhere", "--out", "o"), "nowhere"),
         (("pretrain", "--data", "d", "--out", "o", "--architecture", "hydra"), "eagle3, eagle, medusa"),
         (("prepare", "--out", "x", "--prompts", "absent.jsonl", *COMMON), "absent.jsonl"),
+        (("prepare", "--out", "x", "--greedy-share", "2", *COMMON), "--greedy-share is 2.0"),
         (("prepare", "--out", "x", "a.jsonl", "b.jsonl", *COMMON), "--prompts a.jsonl b.jsonl"),
     ],
 )
