@@ -55,7 +55,7 @@ def write_questions(folder: Path, count: int = 12) -> Path:
 
 
 def at(address: str, **options: Any) -> EndpointSettings:
-    return at(address, **options)
+    return EndpointSettings(endpoint=address, **options)
 
 
 @pytest.fixture
