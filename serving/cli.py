@@ -58,13 +58,13 @@ def serve(
         Rule, typer.Option(help="Rule that accepts drafted tokens when sampling; both are lossless.")
     ] = "shared-noise",
     mode: Annotated[
-        Mode, typer.Option(help="Execution of the models: compiled steps, or eager ones, which need no warm-up.")
+        Mode, typer.Option(help="Execution of the models: with compiled kernels on a CPU, or as they are.")
     ] = "auto",
     dtype: Annotated[
         str, typer.Option(help="Number format of the weights: auto, bfloat16, float16, float32 or float64.")
     ] = "auto",
     threads: Annotated[int | None, typer.Option(min=1, help="Number of CPU threads that compute.")] = None,
-    warm_up: Annotated[bool, typer.Option(help="Compile, and time steps, before the first request.")] = True,
+    warm_up: Annotated[bool, typer.Option(help="Time steps before the first request.")] = True,
     max_batch: Annotated[int, typer.Option(min=1, help="Maximum number of requests decoded at once.")] = 16,
     max_length: Annotated[
         int | None,

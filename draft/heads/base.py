@@ -117,7 +117,7 @@ class DraftHead(nn.Module, ABC):
         """
 
     @abstractmethod
-    def fuse(self, auxiliary: Tensor) -> Tensor:
+    def combine(self, auxiliary: Tensor) -> Tensor:
         """The target's states [..., layers * hidden] -> the input of the first draft step, [..., hidden]."""
 
     @abstractmethod
@@ -187,7 +187,7 @@ class DraftHead(nn.Module, ABC):
 class StepwiseHead(DraftHead):
     """A head of one decoder layer that drafts token by token, each step reading the one before: EAGLE and its kin.
 
-    Step k at position i reads a state (`fuse`d target states, then its own output) and the embedding of token i+1+k.
+    Step k at position i reads a state (`combine`d target states, then its own output) and the embedding of token i+1+k.
     """
 
     config: DecoderConfig
@@ -212,8 +212,8 @@ class StepwiseHead(DraftHead):
     def forward(self, embeds: Tensor, hidden: Tensor, position_ids: Tensor, attend: Attend = attend_causally) -> Tensor:
         """One pass of the decoder layer.
 
-        embeds, hidden: [batch, tokens, hidden]; hidden is `fuse`d target states, or this method's own output in later
-        draft steps. position_ids: [batch, tokens], the position of the token whose state `hidden` is (the
+        embeds, hidden: [batch, tokens, hidden]; hidden is `combine`d target states, or this method's own output in
+        later draft steps. position_ids: [batch, tokens], the position of the token whose state `hidden` is (the
         embedding is of the token after it).
 
         Returns:
@@ -237,7 +237,7 @@ class StepwiseHead(DraftHead):
             position_ids = torch.arange(tokens, device=embeds.device).expand(batch, -1)
         attend = TrainingAttention(tokens, attention_mask, embeds.device)
 
-        hidden = self.fuse(auxiliary)
+        hidden = self.combine(auxiliary)
         cache: list[tuple[Tensor, Tensor]] = []  # keys and values of steps 0.., each [batch, heads, tokens, head_dim]
         for step in range(steps):
             embeds = shift_left(embeds)

@@ -143,7 +143,7 @@ class HeadProposer:
         """Reduce the states that wait to [backlog, hidden] for each sequence, reading the weights once for all."""
         if not waiting:
             return {}
-        reduced = self.runner.fuse(torch.cat([states for state in waiting for states in state.auxiliary]))
+        reduced = self.runner.combine(torch.cat([states for state in waiting for states in state.auxiliary]))
         parts = reduced.split([state.backlog for state in waiting])
         return {id(state): part for state, part in zip(waiting, parts, strict=True)}
 
@@ -254,7 +254,9 @@ class AtOnceProposer:
 
     def propose(self, jobs: Sequence[Job]) -> list[DraftTree]:
         self.catch_up([job.state for job in jobs])
-        hidden = self.head.fuse(torch.cat([job.state.auxiliary for job in jobs]).to(self.head.dtype))  # [jobs, hidden]
+        hidden = self.head.combine(
+            torch.cat([job.state.auxiliary for job in jobs]).to(self.head.dtype)
+        )  # [jobs, hidden]
         steps = range(max(job.length for job in jobs))
         logits = torch.stack([self.head.logits(self.head(hidden, step), step) for step in steps], dim=1)
         draft = {False: self._chain, True: self._tree}

@@ -32,7 +32,7 @@ from serving.engine.request import (
     special_ids,
 )
 from serving.engine.sampling import SEED_LIMIT, Processor, SamplingParams
-from serving.engine.setup import build_models, warm_up
+from serving.engine.setup import build_models, pass_seconds
 from serving.engine.step import ActiveRequest, Decoder
 from serving.engine.verification import RULES, make_rule
 
@@ -127,8 +127,8 @@ class Engine:
         self._thread: threading.Thread | None = None
 
     def warm_up(self) -> None:
-        """Compile, and measure the cost of a step: before the first request, not while one waits."""
-        for tokens, seconds in warm_up(self.models).items():
+        """Measure the cost of a step: before the first request, not while one waits."""
+        for tokens, seconds in pass_seconds(self.models.runner).items():
             self.controller.costs.target.seed(tokens, seconds)
 
     # requests

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo.decorators import mark_unbacked
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
@@ -146,7 +145,7 @@ class RaggedBatch:
     ids: Tensor  # [1, N]
     positions: Tensor  # [1, N]
     table: Tensor  # [segments, 5] int64 on the CPU: slot, base, past, start, count
-    mask: Tensor  # [N, W] bool: the places from its segment's base on that a token sees; [0, 2] when all are chains
+    mask: Tensor  # [N, W] bool: the places from its segment's base on that a token sees; [0, 0] when all are chains
     starts: list[int] = field(default_factory=list)
 
     @classmethod
@@ -158,7 +157,7 @@ class RaggedBatch:
             table.append((segment.slot, segment.base, segment.past, len(ids), len(segment.ids)))
             ids.extend(segment.ids)
             positions.extend(segment.base + depth for depth in segment.depths[segment.past - segment.base :])
-        mask = torch.empty(0, 2, dtype=torch.bool)  # 2: a width like any other to a compiler
+        mask = torch.empty(0, 0, dtype=torch.bool)
         if any(segment.parents is not None for segment in segments):
             mask = torch.zeros(len(ids), max(segment.reach - segment.base for segment in segments), dtype=torch.bool)
             for start, segment in zip(starts, segments, strict=True):
@@ -214,23 +213,18 @@ class View:
     batch: RaggedBatch
     positions: Tensor  # [N]
     table: Tensor  # [segments, 5]
-    mask: Tensor  # [N, W], or [0, 2] where all are chains
+    mask: Tensor  # [N, W], or [0, 0] where all are chains
     masks: dict[int, Tensor]  # window -> the same with only the places within it
-    compiled: bool = False  # torch.compile reads it, and must not build again for other numbers of segments
 
     @classmethod
     def empty(cls) -> View:
         nothing = torch.empty(0, dtype=torch.int64)
-        return cls(RaggedBatch.of([], torch.device("cpu")), nothing, nothing.view(0, 5), nothing.view(0, 2).bool(), {})
+        return cls(RaggedBatch.of([], torch.device("cpu")), nothing, nothing.view(0, 5), nothing.view(0, 0).bool(), {})
 
     def show(self, batch: RaggedBatch) -> None:
         self.batch, self.positions, self.table, self.mask = batch, batch.positions[0], batch.table, batch.mask
         for window in self.masks:
             self.masks[window] = batch.mask_within(window)
-        if self.compiled:
-            mark_unbacked(self.table, 0)
-            for mask in (self.mask, *self.masks.values()):
-                mark_unbacked(mask, [0, 1])
 
 
 def attend(

@@ -20,7 +20,7 @@ from draft.files import cache_folder
 from draft.heads.layers import RMSNorm
 from draft.target import Target
 from serving.engine import Engine, SamplingParams, Speculation
-from serving.engine.fused import fuse_head, fuse_target, in_one_call
+from serving.engine.fused import in_one_call
 from serving.engine.kv_cache import RaggedBatch, Segment
 from serving.engine.model import TargetRunner
 from serving.engine.setup import Models, build_models
@@ -124,8 +124,10 @@ def relative(got: Tensor, expected: Tensor) -> float:
 def test_a_pass_in_one_call_is_the_layers_one_by_one(family: str, dtype: torch.dtype, tolerance: float) -> None:
     target = make(family, dtype)
     runner = compiled(target, make_tiny_head(target)).runner
+    fused, runner.fused = runner.fused, None
     expected = passes(runner)
-    assert fuse_target(runner)
+    runner.fused = fused
+    assert fused is not None
     assert relative(passes(runner), expected) < tolerance
 
 
@@ -133,14 +135,13 @@ def test_a_pass_in_one_call_is_the_layers_one_by_one(family: str, dtype: torch.d
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_other_decoders_keep_their_own_code(family: str, dtype: torch.dtype) -> None:
     runner = compiled(make(family, dtype)).runner
-    assert not fuse_target(runner)
     assert runner.fused is None
 
 
 @torch.inference_mode()
 def test_the_bits_of_a_row_do_not_depend_on_its_batch() -> None:
     runner = compiled(make("qwen3", torch.bfloat16)).runner
-    assert fuse_target(runner)
+    assert runner.fused is not None
     rows = [ids(1, seed) for seed in range(20)]
     slot, alone = runner.cache.acquire(), []
     for place, row in enumerate(rows):
@@ -156,19 +157,17 @@ def test_the_bits_of_a_row_do_not_depend_on_its_batch() -> None:
 def test_layers_share_the_memory_of_projections_that_are_joined() -> None:
     target = make("llama")
     runner = compiled(target).runner
-    before = sum(buffer.nbytes for buffer in target.model.buffers())
-    assert fuse_target(runner) and runner.fused is not None
+    assert runner.fused is not None
     attention = target.decoder.layers[0].self_attn  # type: ignore[index]
     joined = runner.fused.weights[2]
     assert attention.k_proj.packed.data_ptr() == joined[len(attention.q_proj.packed) :].data_ptr()
-    assert sum(buffer.nbytes for buffer in target.model.buffers()) == before
     # one memory for all layers, one weight after the other
     places = [tensor for tensor in runner.fused.weights if tensor.dim() == 3]
     for one, following in itertools.pairwise(places):
         assert 0 <= following.data_ptr() - one.data_ptr() - one.nbytes < 64
     # and another engine of this target reads the same
     other = compiled(target).runner
-    assert fuse_target(other) and other.fused is not None
+    assert other.fused is not None
     for one, again in zip(runner.fused.weights, other.fused.weights, strict=True):
         assert torch.equal(one, again) and (one.dim() != 3 or one.data_ptr() == again.data_ptr())
 
@@ -219,8 +218,9 @@ def test_the_layer_of_a_head_in_one_call(options: dict[str, bool]) -> None:
     runner = compiled(target, head).proposer.runner  # type: ignore[union-attr]
     hidden = torch.randn(9, 64)
     outputs = []
-    for fused in (False, True):
-        assert not fused or fuse_head(runner)
+    layer = runner.fused
+    assert layer is not None
+    for runner.fused in (None, layer):
         slot = runner.cache.acquire()
         first = runner.forward(RaggedBatch.of([Segment(slot, 0, 0, ids(5, 1))], target.device), hidden[:5])
         runner.cache.extend(slot, 5)
@@ -234,10 +234,10 @@ def test_a_head_with_another_residual_keeps_its_own_code() -> None:
     target = make("llama")
     head = make_tiny_head(target)
     head = type(head)(replace(head.config, norm_before_residual=True)).to(target.dtype).eval()
-    assert not fuse_head(compiled(target, head).proposer.runner)  # type: ignore[union-attr]
+    assert compiled(target, head).proposer.runner.fused is None  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize("family", ["qwen3", "gemma2"])  # in one call, and compiled layer by layer
+@pytest.mark.parametrize("family", ["qwen3", "gemma2"])  # in one call, and layer by layer
 def test_texts_with_and_without_drafts_are_the_same_in_bfloat16(family: str) -> None:
     target = make(family, torch.bfloat16)
     engine = Engine(target, make_tiny_head(target), mode="compiled", speculation="tree", tree_size=6, threads=1)
@@ -253,7 +253,6 @@ def test_texts_with_and_without_drafts_are_the_same_in_bfloat16(family: str) -> 
 @pytest.mark.parametrize("family", ["llama", "mistral, a window wider than trees are deep", "gemma2"])
 def test_compiled_and_eager_engines_give_the_same_float32_tokens(family: str) -> None:
     """With trees beside parts of prompts, some longer than a window; but for a tie that a rounding decides."""
-    torch._dynamo.reset()  # it compiles a layer so many times in a process, and no more
     target, params = make(family, torch.float32), SamplingParams(24, ignore_eos=True, logprobs=2)
     prompts = [ids(5, 1), ids(200, 2), ids(9, 3), ids(120, 4)]
     answers, head = {}, make_tiny_head(target)

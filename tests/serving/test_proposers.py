@@ -46,7 +46,7 @@ def observe(proposer: HeadProposer, state: HeadState, start: int, end: int) -> N
 @torch.inference_mode()
 def logits_after(read: int, drafted: Sequence[int]) -> Tensor:
     """[draft_vocab]: the head's after `read` tokens of the text and some drafts, from scratch, a token at a time."""
-    hidden = HEAD.fuse(STATES[None, :read])
+    hidden = HEAD.combine(STATES[None, :read])
     ids = TEXT.tokens[1 : read + 1]
     for token in [*drafted, None]:
         embeds = TARGET.embedding(torch.tensor([ids]))

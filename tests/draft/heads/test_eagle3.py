@@ -70,7 +70,7 @@ def test_an_option_does_what_its_definition_says(tiny_target, options):
         first = next(head.unroll(tiny_target.embedding(IDS), auxiliary, 1))[0, :-1]
         torch.testing.assert_close(first, fed_back)
         torch.testing.assert_close(head.logits(first), logits)
-        alone = head(tiny_target.embedding(IDS[:, 1:]), head.fuse(auxiliary[:, :-1]), torch.arange(11)[None])[0]
+        alone = head(tiny_target.embedding(IDS[:, 1:]), head.combine(auxiliary[:, :-1]), torch.arange(11)[None])[0]
         torch.testing.assert_close(alone, first)
 
 
