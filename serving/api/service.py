@@ -16,7 +16,7 @@ from serving.api.metrics import PREFIX, Metrics
 from serving.api.openai_schemas import MAX_CHOICES
 from serving.api.schemas import Speculative
 from serving.engine import Engine, Speculation
-from serving.engine.request import special_ids
+from serving.engine.answer import special_ids
 
 GENERATING = {"/", "/generate", "/generate_stream", "/v1/completions", "/v1/chat/completions"}
 _LAST_EVENTS_SECONDS = 5.0  # for clients to take the last events when the server ends

@@ -37,7 +37,7 @@ class LayerParts:
 
     @property
     def linears(self) -> tuple[str, ...]:
-        return (*self.qkv, *self.gate_up, self.o, self.down)
+        return (*self.qkv, self.o, *self.gate_up, self.down)
 
 
 HEAD_LAYOUT = LayerParts(input_norm="hidden_norm", embed_norm="input_layernorm")

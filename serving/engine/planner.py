@@ -13,28 +13,25 @@ from __future__ import annotations
 
 import math
 import threading
-from bisect import bisect_left
-from collections import Counter, deque
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 from operator import mul
-from statistics import fmean
 from typing import Any
+
+from serving.engine.costs import ENOUGH, StepCosts
 
 BRANCHING = 8  # children that a tree's node may have, and nodes that the head reads at a depth
 MARGIN = 1.04  # what a plan must promise over the present one, and over plain decoding, to replace it
 PATIENCE = 8  # steps between decisions about an unchanged batch
-PROBE_BUDGET = {False: 0.003, True: 0.008}  # share of the time that probes may lose beside plain decoding, and drafting
+PROBE_BUDGET = 0.005  # share of the time that probes may lose
 PROBE_STEPS = 3, 16  # a probe's fewest and most steps
 PROBE_ROWS = 4  # one request in so many drafts in a probe beside plain decoding: the head must catch up on each
 PROBE_GAP = 48  # steps between two probes, however little they lose
-NEAR = 0.8  # of the present plan's rate must be promised by what is worth a probe while drafting
 CATCH_UP_STEPS = 64  # steps that share the cost of catching up when drafting begins again, in a request of so many
 
-WINDOW = 24  # measurements kept of each width: old ones must leave soon after the machine has changed
-ENOUGH = 3  # measurements of a width before it counts as known
 INITIAL_RATE = 0.7  # of a head that was never seen: high enough for it to be tried
 OVERALL_MEMORY, ROW_MEMORY = 256, 64  # verifications after which an observation weighs 1/e
 OVERALL_STRENGTH, ROW_STRENGTH = 3, 16  # verifications that the prior of an estimate is worth
@@ -68,6 +65,11 @@ class Plan:
             return self
         return Plan.chain(cap) if self.kind == "chain" or cap == 0 else Plan.tree(cap, self.nodes)
 
+    @property
+    def tree_nodes(self) -> int:
+        """Nodes of the tree; 0: a chain."""
+        return self.nodes if self.kind == "tree" else 0
+
     def __str__(self) -> str:
         return {"off": "off", "chain": f"chain {self.length}", "tree": f"tree {self.nodes}x{self.length}"}[self.kind]
 
@@ -96,14 +98,12 @@ class Controller:
     calls these; `stats` may be called by any. All seconds are wall-clock.
     """
 
-    def __init__(self, plans: Sequence[Plan], calibration: Mapping[int, float] | None = None) -> None:
-        """plans: those to choose from, besides OFF. calibration: tokens of a target pass -> seconds."""
+    def __init__(self, plans: Sequence[Plan]) -> None:
+        """plans: those to choose from, besides OFF."""
         self.plans = [OFF, *(plan for plan in plans if plan != OFF)]
         self.plan = OFF
         self.lock = threading.Lock()  # of all figures that `stats` reads
         self.costs = StepCosts()
-        for tokens, seconds in (calibration or {}).items():
-            self.costs.target.seed(tokens, seconds)
         self.acceptance = Acceptance(OVERALL_MEMORY, OVERALL_STRENGTH)
         self.switches = self.probes = 0
         self.chosen: Counter[Plan] = Counter()
@@ -112,7 +112,6 @@ class Controller:
         # come and go, and the switches they bring, put off no further and let begin no sooner
         self._clocks = {False: 0.0, True: 0.0}
         self._probe_at = {False: 0.0, True: 0.0}
-        self._ran: Counter[Plan] = Counter()  # the step, counted from the first, that last ran each plan
         self._wait = 0  # steps until the next decision
         self._rows: list[RequestAcceptance] = []  # of the present step
         self._emitted = 0  # by these rows before the present step
@@ -121,7 +120,7 @@ class Controller:
 
     def track(self, cap: int, backlog: int = 0) -> RequestAcceptance:
         """Return the tracker of a new request; see RequestAcceptance."""
-        return RequestAcceptance(self.acceptance, cap, backlog, self.lock)
+        return RequestAcceptance(self.acceptance, cap, backlog)
 
     def choose(self, rows: Sequence[RequestAcceptance]) -> Plan:
         """The plan for this step; each request drafts `plan.capped(row.cap)`.
@@ -130,16 +129,17 @@ class Controller:
         Those that a probe leaves out get a cap of 0 for this step.
         """
         with self.lock:
-            self._finish_step()
+            self._account()
             changed = len(rows) != len(self._rows)
             self._rows, self._emitted = list(rows), sum(row.emitted for row in rows)
             plan = self._next(changed) if any(row.cap > 0 for row in rows) else OFF
             if self._probe and self.plan == OFF:
-                for row in self._left_out():
+                # the others draft nothing: those that the head would have most to read of
+                able = sorted((row for row in rows if row.cap > 0), key=lambda row: row.backlog)
+                for row in able[math.ceil(len(able) / PROBE_ROWS) :]:
                     row.cap = 0
             self._step = _Stretch(plan, expected=self._seconds(plan) if rows else 0.0)
             self.chosen[plan] += 1
-            self._ran[plan] = self.chosen.total()
             return plan
 
     def observe_target(self, tokens: int, seconds: float, *, ignore: bool = False) -> None:
@@ -187,7 +187,7 @@ class Controller:
                 "probes": self.probes,
             }
 
-    def _finish_step(self) -> None:
+    def _account(self) -> None:
         """Account for the step before this one."""
         step, probe = self._step, self._probe
         self._clocks[self.plan != OFF] += step.seconds + step.catch_up
@@ -211,7 +211,8 @@ class Controller:
             return self.plan
         self._decide()
         drafting = self.plan != OFF
-        if self._clocks[drafting] >= self._probe_at[drafting]:
+        known = self.costs.target.known(self._width(self.plan))
+        if known and self._clocks[drafting] >= self._probe_at[drafting] and len(self._rates) > 1:
             self._begin_probe()
         return self._probe.plan if self._probe else self.plan
 
@@ -222,32 +223,20 @@ class Controller:
         safe = max((plan for plan in (OFF, self.plan) if plan in rates), key=lambda plan: rates[plan])
         plan = best if rates[best] > MARGIN * rates[safe] else safe
         drafting = plan != OFF
-        if not self._probe_at[drafting] or OFF != self.plan != plan != OFF:
+        if not self._probe_at[drafting]:
             self._probe_at[drafting] = self._clocks[drafting] + PROBE_GAP * self._seconds(plan)
         self.switches += plan != self.plan
         self.plan = plan
         self._wait = PATIENCE if self.costs.target.known(self._width(plan)) else ENOUGH
 
     def _begin_probe(self) -> None:
-        """Without drafting, try what promises most; while drafting, what rested longest: OFF, or what comes near."""
-        rates, present = self._rates, self._rates[self.plan]
-        if not self.costs.target.known(self._width(self.plan)) or len(rates) == 1:
-            return
+        """While drafting, try a plain step; otherwise what promises most."""
+        plan = OFF
         if self.plan == OFF:
-            plan = max((plan for plan in rates if plan != OFF), key=lambda plan: rates[plan])
+            plan = max((plan for plan in self._rates if plan != OFF), key=lambda plan: self._rates[plan])
             self.acceptance.forget()
-            for row in self._rows:
-                row.forget()
-        else:
-            near = [plan for plan in rates if plan not in (OFF, self.plan) and rates[plan] >= NEAR * present]
-            plan = min([OFF, *near], key=lambda plan: self._ran[plan])
         self._probe = _Stretch(plan)
         self.probes += 1
-
-    def _left_out(self) -> list[RequestAcceptance]:
-        """The requests that draft nothing in a probe: those that the head would have most to read of."""
-        able = sorted((row for row in self._rows if row.cap > 0), key=lambda row: row.backlog)
-        return able[-(-len(able) // PROBE_ROWS) :]
 
     def _keeps_up(self, probe: _Stretch) -> bool:
         fewest, most = PROBE_STEPS
@@ -261,7 +250,7 @@ class Controller:
         # by the model: a step that something else slowed down must not put off the next probe for long
         lost = probe.expected + probe.catch_up - probe.tokens / self._rates[self.plan]
         drafting = self.plan != OFF
-        wait = max(lost / PROBE_BUDGET[drafting], PROBE_GAP * self._seconds(self.plan))
+        wait = max(lost / PROBE_BUDGET, PROBE_GAP * self._seconds(self.plan))
         self._probe_at[drafting] = self._clocks[drafting] + wait
         self._probe = None
 
@@ -321,154 +310,31 @@ class Fixed(Controller):
         return self.plan
 
 
-class StepCosts:
-    """The costs of all parts of a step.
-
-    target: of a ragged pass, by its tokens. draft: of one step of the head, by its tokens, for chains and for trees.
-    catch_up: of reading what the target decoded while nothing was drafted, by its tokens.
-    """
-
-    def __init__(self) -> None:
-        self.target = Curve()
-        self.draft = {"chain": Curve(), "tree": Curve()}
-        self.catch_up = Curve()
-
-    def draft_seconds(self, kind: str, steps: int, tokens: float) -> float:
-        """A drafting phase of `steps` steps, over `tokens` drafted tokens in all.
-
-        A tree is thought to cost what a chain of as many tokens does until one has been measured.
-        """
-        if not tokens:
-            return 0.0
-        curve = self.draft[kind] if self.draft[kind].reach else self.draft["chain"]
-        return steps * curve(tokens / steps)
-
-
-class Curve:
-    """Seconds as a function of a width (tokens in a pass), between and beyond the widths that were measured.
-
-    Each width's figure is the mean of the middle half of its latest measurements, so single steps that another process
-    slowed down do not count. A wider pass never costs less, so noise that says so is averaged away; between the
-    widths the curve is a straight line, and beyond them it goes on with the slope of its last doubling.
-    """
-
-    def __init__(self) -> None:
-        self._samples: dict[int, deque[tuple[float, float]]] = {}  # bucket -> (width, seconds)
-        self._knots: list[tuple[float, float]] | None = None  # (width, seconds), both rising; None: to be made
-
-    def observe(self, width: float, seconds: float) -> None:
-        """One measurement. width: above 0."""
-        self._samples.setdefault(_bucket(width), deque(maxlen=WINDOW)).append((width, seconds))
-        self._knots = None
-
-    def seed(self, width: float, seconds: float) -> None:
-        """A figure from a calibration, as good as ENOUGH measurements."""
-        for _ in range(ENOUGH):
-            self.observe(width, seconds)
-
-    def known(self, width: float) -> bool:
-        """Test that (about) this width itself has been measured often enough."""
-        return len(self._samples.get(_bucket(width), ())) >= ENOUGH
-
-    @property
-    def reach(self) -> float:
-        """The widest pass whose cost is known: twice the only known width, or four times the widest of several."""
-        widths = [width for width, _ in self._curve()]
-        return 0.0 if not widths else widths[-1] * (4 if len(widths) > 1 else 2)
-
-    def __call__(self, width: float) -> float:
-        """Seconds at this width; 0 while nothing has been measured at all."""
-        knots = self._curve()
-        if not knots:
-            return 0.0
-        (low, low_seconds), (high, high_seconds) = knots[0], knots[-1]
-        if width >= high:
-            return high_seconds + (width - high) * _slope(knots)
-        if width <= low:  # a smaller pass costs at least its share
-            return max(low_seconds - (low - width) * _slope(knots[::-1]), low_seconds * width / low)
-        right = bisect_left(knots, (width, 0.0))
-        (x0, y0), (x1, y1) = knots[right - 1], knots[right]
-        return y0 + (y1 - y0) * (width - x0) / (x1 - x0)
-
-    def table(self) -> dict[str, float]:
-        """Width -> seconds, for people."""
-        return {f"{width:.4g}": seconds for width, seconds in self._curve()}
-
-    def _curve(self) -> list[tuple[float, float]]:
-        knots = self._knots
-        if knots is None:
-            every = [list(samples) for samples in self._samples.values()]
-            # what was measured once or twice may have been a slow moment, and would speak against itself for good
-            enough = [samples for samples in every if len(samples) >= ENOUGH]
-            chosen = enough if len(enough) > 1 else every
-            knots = self._knots = _rising(sorted(_summary(samples) for samples in chosen))
-        return knots
-
-
-def _bucket(width: float) -> int:
-    """Each width below 16 by itself, wider ones eight to a doubling."""
-    whole = max(1, round(width))
-    octave = max(0, whole.bit_length() - 4)
-    return octave * 16 + (whole >> octave)
-
-
-def _summary(samples: list[tuple[float, float]]) -> tuple[float, float, int]:
-    """(width, seconds, count): the mean width, and the mean of the middle half (of few: their median)."""
-    ordered = sorted(seconds for _, seconds in samples)
-    count = len(ordered)
-    cut = min((count - 1) // 2, max(ENOUGH, count // 4))
-    return fmean(width for width, _ in samples), fmean(ordered[cut : count - cut]), count
-
-
-def _rising(points: list[tuple[float, float, int]]) -> list[tuple[float, float]]:
-    """The closest rising curve (pool adjacent violators, weighted by the measurements behind each point)."""
-    pools: list[tuple[float, int, list[float]]] = []  # seconds, weight, widths
-    for width, seconds, weight in points:
-        pools.append((seconds, weight, [width]))
-        while len(pools) > 1 and pools[-2][0] > pools[-1][0]:
-            (left, left_weight, before), (right, right_weight, after) = pools[-2:]
-            total = left_weight + right_weight
-            pools[-2:] = [((left * left_weight + right * right_weight) / total, total, before + after)]
-    return [(width, seconds) for seconds, _, widths in pools for width in widths]
-
-
-def _slope(knots: list[tuple[float, float]]) -> float:
-    """Seconds per token at the last knot, over at least a doubling: closer points would give noise."""
-    *others, (x1, y1) = knots
-    if not others:
-        return 0.0
-    x0, y0 = next((knot for knot in reversed(others) if max(knot[0], x1) >= 2 * min(knot[0], x1)), others[0])
-    return (y1 - y0) / (x1 - x0)
-
-
 class Acceptance:
     """Acceptance rate of each position, given that all before it were accepted: for chains, and for each size of tree.
 
-    Rates are exponentially weighted means. Instead of fading the old, each observation weighs more than the last.
+    Rates are exponentially weighted means.
     """
 
     def __init__(self, memory: int, strength: int) -> None:
-        self._growth, self._strength = 1 + 1 / memory, strength
-        self._weight = 1.0  # of one verification now
+        """memory: verifications after which an observation weighs 1/e; strength: those that a prior is worth."""
+        self._fading, self._strength = memory / (memory + 1), strength
         self._counts: dict[int, list[list[float]]] = {}  # nodes of the tree (0: chain) -> [accepted, tried] by position
 
     def observe(self, plan: Plan, accepted: int) -> None:
         """Count one verification of `plan` that accepted `accepted` tokens."""
-        self._weight *= self._growth
-        counts = self._counts.setdefault(_shape(plan), [])
+        self._scale(self._fading)
+        counts = self._counts.setdefault(plan.tree_nodes, [])
         counts.extend([0.0, 0.0] for _ in range(len(counts), plan.length))
         for position in range(min(accepted + 1, plan.length)):  # what follows a rejection was not judged
-            counts[position][0] += self._weight * (position < accepted)
-            counts[position][1] += self._weight
-        if self._weight > 1e6:
-            self._scale(1 / self._weight)
-            self._weight = 1.0
+            counts[position][0] += position < accepted
+            counts[position][1] += 1
 
     def forget(self) -> None:
         """After a pause: keep the estimates, but let few new observations outweigh them."""
         most = max((tried for counts in self._counts.values() for _, tried in counts), default=0.0)
-        if most > KEPT_AFTER_PAUSE * self._weight:
-            self._scale(KEPT_AFTER_PAUSE * self._weight / most)
+        if most > KEPT_AFTER_PAUSE:
+            self._scale(KEPT_AFTER_PAUSE / most)
 
     def rates(self, plan: Plan, prior: list[float] | None = None) -> list[float]:
         """Estimate the rate of each position of `plan`, drawn towards `prior` where little was observed.
@@ -478,13 +344,12 @@ class Acceptance:
         """
         if prior is None and plan.kind == "tree":
             prior = widened(self.rates(Plan.chain(plan.length)), plan.nodes)
-        strength = self._strength * self._weight
         rates: list[float] = []
-        counts = self._counts.get(_shape(plan), [])
+        counts = self._counts.get(plan.tree_nodes, [])
         for position in range(plan.length):
             accepted, tried = counts[position] if position < len(counts) else (0.0, 0.0)
             expected = prior[position] if prior else rates[-1] if rates else INITIAL_RATE
-            rates.append((accepted + strength * expected) / (tried + strength))
+            rates.append((accepted + self._strength * expected) / (tried + self._strength))
         return rates
 
     def _scale(self, factor: float) -> None:
@@ -493,16 +358,15 @@ class Acceptance:
 
 
 class RequestAcceptance:
-    """One request's acceptance, which begins with the overall one (see Controller.row).
+    """One request's acceptance, which begins with the overall one (see Controller.track).
 
     cap: the drafted tokens in a row it can still use: 0 when it wants no speculation, otherwise at most the tokens
     that remain to it less one; the engine lowers it. backlog: tokens decoded that the head has not read; the engine
     adds those of a prompt that was read without the head. remaining: the most tokens it may still emit.
     """
 
-    def __init__(self, overall: Acceptance, cap: int, backlog: int = 0, lock: threading.Lock | None = None) -> None:
-        """lock: of `overall`."""
-        self.cap, self.backlog, self._lock = cap, backlog, lock or threading.Lock()
+    def __init__(self, overall: Acceptance, cap: int, backlog: int = 0) -> None:
+        self.cap, self.backlog = cap, backlog
         self.remaining = math.inf
         self._overall, self._own = overall, Acceptance(ROW_MEMORY, ROW_STRENGTH)
         self.emitted = 0  # tokens; the controller compares it before and after a step
@@ -517,11 +381,7 @@ class RequestAcceptance:
         self.backlog = self.backlog + 1 if plan == OFF else 0
         if plan != OFF and not trimmed:
             self._own.observe(plan, accepted)
-            with self._lock:
-                self._overall.observe(plan, accepted)
-
-    def forget(self) -> None:
-        self._own.forget()
+            self._overall.observe(plan, accepted)
 
     def expected(self, plan: Plan, overall: list[float]) -> list[float]:
         """Expect the tokens of a step that drafts 0, 1, ... of the `length` positions of `plan`: 1 + sums of products.
@@ -529,10 +389,6 @@ class RequestAcceptance:
         overall: the overall rates of `plan`.
         """
         return list(accumulate(accumulate(self._own.rates(plan, overall), mul), initial=1.0))
-
-
-def _shape(plan: Plan) -> int:
-    return plan.nodes if plan.kind == "tree" else 0
 
 
 def widened(chain: list[float], nodes: int) -> list[float]:

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from draft.target import wait_for
+from serving.engine.answer import GrowingAnswer
 from serving.engine.drafting import Job, Proposer
 from serving.engine.kv_cache import RaggedBatch, Segment
 from serving.engine.model import TargetRunner
 from serving.engine.planner import OFF, Controller, Plan, RequestAcceptance
-from serving.engine.request import Completion, GrowingAnswer, Request, SpeculationStats
+from serving.engine.request import Completion, Request, SpeculationStats
 from serving.engine.sampling import Processor, SamplingParams
 from serving.engine.verification import DraftTree, Rule, Verdict, follow, greedy_choices
 
@@ -128,7 +129,10 @@ class Decoder:
         hidden, auxiliary = self.runner.forward(batch)
         for index, part in enumerate(parts):
             part.rows = batch.rows(index)
-        logits = self._logits(parts, hidden)
+        deciding = [index for part in parts for index in part.deciding]
+        logits = hidden[:0]  # [deciding, vocab]
+        if deciding:
+            logits = self.runner.logits(hidden if len(deciding) == len(hidden) else hidden[deciding])
         self._wait()  # the next that is read of them would wait, too
         read = time.perf_counter()
         verdicts = self._verify(parts, logits)
@@ -157,7 +161,7 @@ class Decoder:
         plan = self.controller.choose([active.acceptance for active in requests])
         self._plans = {active: plan.capped(active.acceptance.cap) for active in requests}
         jobs = {
-            active: Job(active.drafting, capped.length, capped.nodes if capped.kind == "tree" else 0, active.rule)
+            active: Job(active.drafting, capped.length, capped.tree_nodes, active.rule)
             for active, capped in self._plans.items()
             if capped != OFF
         }
@@ -168,7 +172,8 @@ class Decoder:
         if late:
             tokens = self.proposer.catch_up(late)
             self._wait()
-            self.controller.observe_catch_up(tokens, time.perf_counter() - began)
+            if tokens:
+                self.controller.observe_catch_up(tokens, time.perf_counter() - began)
         caught_up = time.perf_counter()
         trees = dict(zip(jobs, self.proposer.propose(list(jobs.values())), strict=True))
         drafted = time.perf_counter()
@@ -194,13 +199,6 @@ class Decoder:
             room -= len(ids)
             parts.append(_Part(active, Segment(active.slot, active.read, active.read, ids), _NO_DRAFT))
         return parts
-
-    def _logits(self, parts: list[_Part], hidden: Tensor) -> Tensor:
-        """Return [deciding, vocab], part after part, of the tokens that decide something."""
-        deciding = [index for part in parts for index in part.deciding]
-        if not deciding:
-            return hidden[:0]
-        return self.runner.logits(hidden if len(deciding) == len(hidden) else hidden[deciding])
 
     def _verify(self, parts: list[_Part], logits: Tensor) -> list[tuple[Verdict | None, Tensor]]:
         """Decide for each part, with its logits [n+1, vocab]; None where a prompt goes on."""
@@ -261,7 +259,7 @@ class Decoder:
             if answer.finish_reason is not None:
                 break
         if not active.request.times.first_token:
-            active.request.stamp(first_token=time.monotonic())
+            active.request.times.first_token = time.monotonic()
         if answer.finish_reason is None:  # otherwise the last tokens come with the completion
             active.request.release(answer.release())
         return emitted

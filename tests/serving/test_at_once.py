@@ -108,7 +108,6 @@ def test_nothing_but_the_last_state_is_kept() -> None:
     for start, end in ((0, 50), (50, 51)):
         observe(proposer, state, start, end)
         assert state.auxiliary is not None and state.auxiliary.untyped_storage().nbytes() == 32 * 8
-    assert proposer.catch_up([state]) == 51 and proposer.catch_up([state]) == 0
 
 
 def test_no_more_is_asked_than_the_head_has_positions_for() -> None:

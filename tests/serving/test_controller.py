@@ -25,6 +25,14 @@ from simulation import (
 
 from serving.engine.planner import OFF, Controller, Fixed, Plan
 
+
+def calibrated(plans: list[Plan], seconds: dict[int, float]) -> Controller:
+    controller = Controller(plans)
+    for tokens, of_a_pass in seconds.items():
+        controller.costs.target.seed(tokens, of_a_pass)
+    return controller
+
+
 # what it converges to
 
 
@@ -57,12 +65,12 @@ def test_drafts_at_once_where_verifying_is_nearly_free_and_tau_is_two():
 def test_a_calibration_makes_exploring_cheap():
     machine = Machine(**COMPUTE_BOUND)
     calibration = {width: machine.target(width) for width in (1, 2, 4, 8, 16, 32)}
-    simulation = Simulation(Controller(CHAINS, calibration), machine)
+    simulation = Simulation(calibrated(CHAINS, calibration), machine)
     assert all(step.plan == OFF for step in simulation.steps(40))
 
 
 def test_requests_that_want_no_drafts_are_decoded_plainly_beside_those_that_do():
-    controller = Controller(CHAINS, {1: 0.02, 8: 0.021, 64: 0.025})
+    controller = calibrated(CHAINS, {1: 0.02, 8: 0.021, 64: 0.025})
     rows = [controller.track(cap) for cap in (0, 1, 8)]
     plan = controller.choose(rows)
     assert plan.length > 1
@@ -229,7 +237,7 @@ def test_requests_that_come_and_go_do_not_make_it_lose_to_plain(batch: int, toke
 
 def test_catching_up_counts_against_drafting_again():
     for backlog, plan in ((0, Plan.chain(1)), (10, Plan.chain(1)), (1000, OFF)):
-        controller = Controller([Plan.chain(1)], {1: 0.02, 2: 0.02})
+        controller = calibrated([Plan.chain(1)], {1: 0.02, 2: 0.02})
         for tokens in (10, 1000):
             controller.observe_catch_up(tokens, tokens * 0.002)
         assert controller.choose([controller.track(cap=8, backlog=backlog)]) == plan

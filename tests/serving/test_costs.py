@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from serving.engine.planner import WINDOW, Curve, StepCosts
+from serving.engine.costs import WINDOW, Curve, StepCosts
 
 
 def curve_of(points: dict[float, float], repeats: int = 5) -> Curve:

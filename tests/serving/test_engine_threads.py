@@ -24,8 +24,8 @@ from serving.engine import (
     Speculation,
     Token,
 )
-from serving.engine.engine import RequestQueue
-from serving.engine.planner import Curve
+from serving.engine.costs import Curve
+from serving.engine.request import RequestQueue
 from serving.engine.step import ActiveRequest
 
 

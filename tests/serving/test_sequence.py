@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AddedToken
 
-from serving.engine.request import GrowingAnswer, SpeculationStats, Token, special_ids
+from serving.engine.answer import GrowingAnswer, special_ids
+from serving.engine.request import SpeculationStats, Token
 from serving.engine.sampling import SamplingParams
 
 BYTES, TOKENIZER = byte_tokenizer(), byte_tokenizer()
