@@ -223,30 +223,24 @@ class AtOnceProposer:
         )  # [jobs, hidden]
         steps = range(max(job.length for job in jobs))
         logits = torch.stack([self.head.logits(self.head(hidden, step), step) for step in steps], dim=1)
-        draft = {False: self._chain, True: self._tree}
-        return [draft[bool(job.nodes)](job, own[: job.length]) for job, own in zip(jobs, logits, strict=True)]
+        return [self._draft(job, own[: job.length]) for job, own in zip(jobs, logits, strict=True)]
 
-    def _chain(self, job: Job, logits: Tensor) -> DraftTree:
+    def _draft(self, job: Job, logits: Tensor) -> DraftTree:
         """logits: [length, draft_vocab]."""
-        tokens, q = job.rule.draft(logits, self.vocabulary, self._positions(job))
-        vocab_size = self.head.config.vocab_size
-        return DraftTree.chain(tokens.tolist(), None if q is None else spread(q, self.vocabulary, vocab_size))
-
-    def _tree(self, job: Job, logits: Tensor) -> DraftTree:
-        """logits: [depth, draft_vocab]."""
-        scores = job.rule.candidate_scores(logits, self.vocabulary, self._positions(job))
+        # of the tokens that are drafted: the token after the last one read is known
+        positions = [job.state.read + 1 + step for step in range(job.length)]
+        if not job.nodes:
+            tokens, q = job.rule.draft(logits, self.vocabulary, positions)
+            vocab_size = self.head.config.vocab_size
+            return DraftTree.chain(tokens.tolist(), None if q is None else spread(q, self.vocabulary, vocab_size))
         grower = TreeGrower(BRANCHING, job.length, job.nodes)
         nodes = 1  # of the frontier; at first the last token known
-        for at_depth in scores:
-            frontier = grower.grow(at_depth.expand(nodes, -1), self.vocabulary)
+        for scores in job.rule.candidate_scores(logits, self.vocabulary, positions):
+            frontier = grower.grow(scores.expand(nodes, -1), self.vocabulary)
             if frontier is None:
                 break
             nodes = len(frontier.tokens)
         return grower.tree()
-
-    def _positions(self, job: Job) -> list[int]:
-        """Positions of the tokens that are drafted: the token after the last one read is known."""
-        return [job.state.read + 1 + step for step in range(job.length)]
 
 
 Proposer = HeadProposer | AtOnceProposer

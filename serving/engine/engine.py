@@ -236,12 +236,8 @@ class Engine:
         processor = Processor(params, request.prompt_ids, target.vocab_size, target.eos_token_ids)
         rule = make_rule(speculation.rule or self.rule, params, seed or 0)
         acceptance = self.controller.track(cap)
-        slot = cache.acquire()
-        try:  # nothing may fail after the last slot has been taken
-            drafting = proposer.join() if proposer is not None and cap else None
-        except BaseException:
-            cache.release(slot)
-            raise
+        drafting = proposer.join() if proposer is not None and cap else None
+        slot = cache.acquire()  # one is free: nothing fails after the head's slot has been taken
         return ActiveRequest(request, answer, processor, rule, seed, slot, cap, acceptance, drafting)
 
     def _advance(self) -> None:
@@ -337,7 +333,7 @@ class Engine:
             "waiting": self.waiting,
             "cache_usage": self.cache_usage,
             "mode": self.mode,
-            "seconds": vars(self._decoder.seconds).copy(),
+            "seconds": self._decoder.seconds.copy(),
             "speculation": self.controller.stats(),
         }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -211,20 +211,22 @@ class View:
     """The batch that a model is reading; one object for all layers of a model, filled anew for each pass."""
 
     batch: RaggedBatch
-    positions: Tensor  # [N]
-    table: Tensor  # [segments, 5]
-    mask: Tensor  # [N, W], or [0, 0] where all are chains
-    masks: dict[int, Tensor]  # window -> the same with only the places within it
+    windows: dict[int, Tensor]  # window -> the batch's mask with only the places within it
 
     @classmethod
-    def empty(cls) -> View:
-        nothing = torch.empty(0, dtype=torch.int64)
-        return cls(RaggedBatch.of([], torch.device("cpu")), nothing, nothing.view(0, 5), nothing.view(0, 0).bool(), {})
+    def empty(cls, windows: Iterable[int] = ()) -> View:
+        """windows: those of the model's layers that have one."""
+        batch = RaggedBatch.of([], torch.device("cpu"))
+        return cls(batch, dict.fromkeys(windows, batch.mask))
 
     def show(self, batch: RaggedBatch) -> None:
-        self.batch, self.positions, self.table, self.mask = batch, batch.positions[0], batch.table, batch.mask
-        for window in self.masks:
-            self.masks[window] = batch.mask_within(window)
+        self.batch = batch
+        for window in self.windows:
+            self.windows[window] = batch.mask_within(window)
+
+    def mask(self, window: int) -> Tensor:
+        """Return the mask [N, W] of layers with this window (0: none), or [0, 0] where all are chains."""
+        return self.windows.get(window, self.batch.mask)
 
 
 def attend(
@@ -324,12 +326,12 @@ def _visible(segment: Segment, view: View, rows: slice, window: int) -> Tensor |
     """Return [tokens, reach] bool: the keys that each token of a segment sees; None: all."""
     if segment.parents is None and len(segment.ids) == 1 and not 0 < window < segment.reach:
         return None
-    positions = view.positions[rows]
+    positions = view.batch.positions[0, rows]
     places = torch.arange(segment.reach, device=positions.device)
     if segment.parents is None:
         visible = places <= positions[:, None]
         return visible & (places > positions[:, None] - window) if window else visible
-    block = view.masks.get(window, view.mask)[rows, : segment.reach - segment.base]
+    block = view.mask(window)[rows, : segment.reach - segment.base]
     visible = torch.cat([block.new_ones(len(block), segment.base), block], dim=1)
     if window:  # the block's mask has the window in it
         visible &= (places >= segment.base) | (places > positions[:, None] - window)

@@ -41,10 +41,9 @@ class TargetRunner:
             UserError: when the architecture does not take our attention in each of its layers.
         """
         self.target, self.layers = target, layers
-        self.view = View.empty()
         probe = _find_attention(target)
         # a part of a prompt, beside a tree, may be longer than any window
-        self.view.masks = {scoring.window: self.view.mask for scoring in probe.scoring if scoring.window > 0}
+        self.view = View.empty(scoring.window for scoring in probe.scoring if scoring.window > 0)
         self.scoring = probe.scoring
         self.cache = SlotCache(list(probe.found.values()), slots, capacity)
         self.attached = {
@@ -74,11 +73,10 @@ class TargetRunner:
 
     def run_fused(self, fused: FusedDecoder, batch: RaggedBatch, captured: Sequence[int]) -> Tensor:
         """Run all layers in one call -> [1 + captured, N, hidden] float32, before the final norm."""
-        decoder, view = self.target.decoder, self.view
-        embeds = decoder.embed_tokens(batch.ids)
-        rotation = decoder.rotary_emb(embeds, position_ids=batch.positions)
-        masks = [view.masks.get(window, view.mask) for window in fused.windows]
-        return fused.run(embeds, _NOTHING, rotation, self.cache.layers, view.positions, view.table, masks, captured)
+        embeds = self.target.decoder.embed_tokens(batch.ids)
+        rotation = self.target.decoder.rotary_emb(embeds, position_ids=batch.positions)
+        shown, masks = self.view.batch, [self.view.mask(window) for window in fused.windows]
+        return fused.run(embeds, _NOTHING, rotation, self.cache.layers, shown.positions, shown.table, masks, captured)
 
     def run_layers(
         self, given: dict[str, Tensor], positions: Tensor, layers: Sequence[int]
@@ -117,24 +115,25 @@ class HeadRunner:
 
     def forward(self, batch: RaggedBatch, hidden: Tensor) -> Tensor:
         """One pass: hidden [N, hidden], `combine`d states or this method's own output -> [N, hidden]."""
-        view = self.view
-        view.show(batch)
+        self.view.show(batch)
         embeds = self.embedding(batch.ids).to(self.dtype)  # [1, N, hidden]
         if self.fused is None:
-            return self.head(embeds, hidden[None], batch.positions, self._attend)[0]
+            layer = self.layer
+
+            def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+                return layer.kernel(query, key, value, layer, query.shape[-1] ** -0.5, 0, 0.0)
+
+            return self.head(embeds, hidden[None], batch.positions, attend)[0]
         cos, sin = self.angles
-        rotation = cos[None, None, view.positions], sin[None, None, view.positions]
-        slots, masks = self.cache.layers, [view.mask]
-        output = self.fused.run(hidden[None], embeds, rotation, slots, view.positions, view.table, masks)[0]
+        rotation = cos[None, batch.positions], sin[None, batch.positions]
+        slots, masks = self.cache.layers, [batch.mask]
+        output = self.fused.run(hidden[None], embeds, rotation, slots, batch.positions, batch.table, masks)[0]
         output = output.to(hidden.dtype)  # [N, hidden]
         return self.norm(output) if self.norm is not None else output
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[n, hidden] -> [n, draft_vocab]."""
         return self.head.logits(hidden)
-
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return self.layer.kernel(query, key, value, self.layer, query.shape[-1] ** -0.5, 0, 0.0)
 
 
 def _find_attention(target: Target) -> Probe:

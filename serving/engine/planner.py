@@ -129,7 +129,16 @@ class Controller:
         Those that a probe leaves out get a cap of 0 for this step.
         """
         with self.lock:
-            self._account()
+            step, probe = self._step, self._probe  # the step before this one
+            self._clocks[self.plan != OFF] += step.seconds + step.catch_up
+            if probe and step.plan == probe.plan:
+                probe.run += 1
+                probe.catch_up += step.catch_up
+                if step.comparable:
+                    probe.steps += 1
+                    probe.tokens += sum(row.emitted for row in self._rows) - self._emitted
+                    probe.seconds += step.seconds
+                    probe.expected += step.expected
             changed = len(rows) != len(self._rows)
             self._rows, self._emitted = list(rows), sum(row.emitted for row in rows)
             plan = self._next(changed) if any(row.cap > 0 for row in rows) else OFF
@@ -187,56 +196,30 @@ class Controller:
                 "probes": self.probes,
             }
 
-    def _account(self) -> None:
-        """Account for the step before this one."""
-        step, probe = self._step, self._probe
-        self._clocks[self.plan != OFF] += step.seconds + step.catch_up
-        if probe and step.plan == probe.plan:
-            probe.run += 1
-            probe.catch_up += step.catch_up
-            if step.comparable:
-                probe.steps += 1
-                probe.tokens += sum(row.emitted for row in self._rows) - self._emitted
-                probe.seconds += step.seconds
-                probe.expected += step.expected
-
     def _next(self, changed: bool) -> Plan:
         """Go on with a probe or the plan, or decide anew. changed: there are more requests or fewer."""
         self._wait -= 1
         if self._probe and not changed and self._keeps_up(self._probe):
             return self._probe.plan
         if self._probe:
-            self._end_probe(self._probe)
+            # let the next one wait until what this one lost is PROBE_BUDGET of the time; by the model: a step that
+            # something else slowed down must not put it off for long
+            lost = self._probe.expected + self._probe.catch_up - self._probe.tokens / self._rates[self.plan]
+            self._set_probe(self.plan, lost / PROBE_BUDGET)
+            self._probe = None
         elif self._wait > 0 and not changed:
             return self.plan
         self._decide()
         drafting = self.plan != OFF
         known = self.costs.target.known(self._width(self.plan))
         if known and self._clocks[drafting] >= self._probe_at[drafting] and len(self._rates) > 1:
-            self._begin_probe()
+            if not drafting:
+                self.acceptance.forget()
+            others = [plan for plan in self._rates if plan != OFF]
+            # while drafting, try a plain step; otherwise what promises most
+            self._probe = _Stretch(OFF if drafting else max(others, key=lambda plan: self._rates[plan]))
+            self.probes += 1
         return self._probe.plan if self._probe else self.plan
-
-    def _decide(self) -> None:
-        """Choose the plan."""
-        self._rates = rates = self._promised()
-        best = max(rates, key=lambda plan: rates[plan])
-        safe = max((plan for plan in (OFF, self.plan) if plan in rates), key=lambda plan: rates[plan])
-        plan = best if rates[best] > MARGIN * rates[safe] else safe
-        drafting = plan != OFF
-        if not self._probe_at[drafting]:
-            self._probe_at[drafting] = self._clocks[drafting] + PROBE_GAP * self._seconds(plan)
-        self.switches += plan != self.plan
-        self.plan = plan
-        self._wait = PATIENCE if self.costs.target.known(self._width(plan)) else ENOUGH
-
-    def _begin_probe(self) -> None:
-        """While drafting, try a plain step; otherwise what promises most."""
-        plan = OFF
-        if self.plan == OFF:
-            plan = max((plan for plan in self._rates if plan != OFF), key=lambda plan: self._rates[plan])
-            self.acceptance.forget()
-        self._probe = _Stretch(plan)
-        self.probes += 1
 
     def _keeps_up(self, probe: _Stretch) -> bool:
         fewest, most = PROBE_STEPS
@@ -245,14 +228,22 @@ class Controller:
         slower = probe.tokens < self._rates[self.plan] * probe.seconds
         return probe.run < most and (probe.steps < fewest or not slower)
 
-    def _end_probe(self, probe: _Stretch) -> None:
-        """Let the next probe wait until what this one lost is PROBE_BUDGET of the time."""
-        # by the model: a step that something else slowed down must not put off the next probe for long
-        lost = probe.expected + probe.catch_up - probe.tokens / self._rates[self.plan]
-        drafting = self.plan != OFF
-        wait = max(lost / PROBE_BUDGET, PROBE_GAP * self._seconds(self.plan))
-        self._probe_at[drafting] = self._clocks[drafting] + wait
-        self._probe = None
+    def _set_probe(self, plan: Plan, wait: float = 0.0) -> None:
+        """Let the next probe beside this plan, or others that draft if it does, wait for so many seconds or more."""
+        drafting = plan != OFF
+        self._probe_at[drafting] = self._clocks[drafting] + max(wait, PROBE_GAP * self._seconds(plan))
+
+    def _decide(self) -> None:
+        """Choose the plan."""
+        self._rates = rates = self._promised()
+        best = max(rates, key=lambda plan: rates[plan])
+        safe = max((plan for plan in (OFF, self.plan) if plan in rates), key=lambda plan: rates[plan])
+        plan = best if rates[best] > MARGIN * rates[safe] else safe
+        if not self._probe_at[plan != OFF]:
+            self._set_probe(plan)
+        self.switches += plan != self.plan
+        self.plan = plan
+        self._wait = PATIENCE if self.costs.target.known(self._width(plan)) else ENOUGH
 
     def _promised(self) -> dict[Plan, float]:
         """Estimate the tokens per second of each plan whose cost is known, for the present requests."""

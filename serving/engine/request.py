@@ -122,7 +122,11 @@ class Request:
         self.future.add_done_callback(lambda _: wake())
         try:
             while True:
-                tokens, done = self._take()
+                with self._lock:
+                    done = self.done
+                    tokens, self._released = self._released, []
+                    if done:  # nobody sees the last tokens without the completion
+                        tokens, self._last = tokens + self._last, []
                 if done and (self.future.exception() is None or not tokens):
                     yield tokens, self.future.result()
                     return
@@ -135,15 +139,6 @@ class Request:
         finally:
             self._listener = None
             self.cancel()
-
-    def _take(self) -> tuple[list[Token], bool]:
-        """Return the tokens that have come, and True when they are the last."""
-        with self._lock:
-            done = self.done
-            tokens, self._released = self._released, []
-            if done:  # nobody sees the last tokens without the completion
-                tokens, self._last = tokens + self._last, []
-            return tokens, done
 
     # the engine's side
 

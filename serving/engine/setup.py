@@ -102,11 +102,10 @@ def packed_attention(
     query: Tensor, key: Tensor, value: Tensor, layer: SlotLayer, scale: float, window: int, softcap: float
 ) -> Tensor:
     """Attend by the C++ kernel; arguments as of `torch_attention`."""
-    view, dtype = layer.view, layer.keys.dtype
-    mask = view.masks.get(window, view.mask)
-    query_, key_, value_ = query.to(dtype), key.to(dtype), value.to(dtype)
+    batch, mask = layer.view.batch, layer.view.mask(window)
+    query_, key_, value_ = (tensor.to(layer.keys.dtype) for tensor in (query, key, value))
     return slot_attention(
-        query_, key_, value_, layer.keys, layer.values, view.positions, view.table, mask, scale, window, softcap
+        query_, key_, value_, layer.keys, layer.values, batch.positions[0], batch.table, mask, scale, window, softcap
     ).to(query.dtype)
 
 

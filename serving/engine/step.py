@@ -63,16 +63,9 @@ class ActiveRequest:
             self.stats.settle(answer.tokens)
         if times.first_token:
             self.stats.prefill_seconds = times.first_token - times.started
-        return Completion(
-            prompt_ids=answer.prompt_ids,
-            token_ids=[token.id for token in answer.tokens],
-            tokens=answer.tokens,
-            text=answer.text,
-            finish_reason=answer.finish_reason,
-            seed=self.seed,
-            stats=self.stats,
-            stop_reason=answer.stop_reason,
-        )
+        ids = [token.id for token in answer.tokens]
+        end, stop = answer.finish_reason, answer.stop_reason
+        return Completion(answer.prompt_ids, ids, answer.tokens, answer.text, end, self.seed, self.stats, stop)
 
 
 @dataclass
@@ -93,16 +86,6 @@ class _Part:
         return self.rows[-1:] if whole else self.rows[:0]
 
 
-@dataclass
-class Seconds:
-    """Time of all steps without prompts, by part."""
-
-    head: float = 0.0  # drafting, and reading what was accepted (of the steps with prompts, too)
-    target: float = 0.0  # its pass, to the logits
-    sampling: float = 0.0  # verification
-    other: float = 0.0  # batches, text, bookkeeping
-
-
 class Decoder:
     """Advances any number of requests, each by its share of a step: part of its prompt, or one verification."""
 
@@ -112,7 +95,9 @@ class Decoder:
         """prefill_chunk: the most prompt tokens in one step, so that a long prompt does not stall those that stream."""
         self.runner, self.proposer, self.controller = runner, proposer, controller
         self.prefill_chunk = prefill_chunk
-        self.seconds = Seconds()
+        # of all steps without prompts: head: drafting, and reading what was accepted (of the steps with prompts, too);
+        # target: its pass, to the logits; sampling: verification; other: batches, text, bookkeeping
+        self.seconds = {"head": 0.0, "target": 0.0, "sampling": 0.0, "other": 0.0}
         self._plans: dict[ActiveRequest, Plan] = {}  # of the requests that may draft, in the present step
         self._asynchronous = runner.target.device.type != "cpu"
 
@@ -122,7 +107,12 @@ class Decoder:
         decoding = [active for active in requests if not active.reading]
         trees = self._draft(decoding)
         began = time.perf_counter()
-        parts = [self._block(active, tree) for active, tree in zip(decoding, trees, strict=True)]
+        parts = []
+        for active, tree in zip(decoding, trees, strict=True):  # the last token, not read yet, and the drafts after it
+            past = self.runner.cache.lengths[active.slot]
+            parents = None if tree.is_chain else [-1, *(parent + 1 for parent in tree.parents)]
+            segment = Segment(active.slot, past, past, [active.answer.last_id, *tree.tokens], parents)
+            parts.append(_Part(active, segment, tree))
         parts += self._chunks([active for active in requests if active.reading])
         batch = RaggedBatch.of([part.segment for part in parts], self.runner.target.device)
         entered = time.perf_counter()
@@ -141,9 +131,9 @@ class Decoder:
             self._advance(part, verdict, logits, auxiliary)
         seconds = time.perf_counter() - began
         if len(decoding) == len(parts):
-            self.seconds.target += read - entered
-            self.seconds.sampling += decided - read
-            self.seconds.other += seconds - (decided - entered)
+            self.seconds["target"] += read - entered
+            self.seconds["sampling"] += decided - read
+            self.seconds["other"] += seconds - (decided - entered)
         for active in decoding:
             active.stats.decode_seconds += seconds
         self.controller.observe_target(batch.ids.shape[1], seconds, ignore=len(decoding) < len(parts))
@@ -178,16 +168,10 @@ class Decoder:
         trees = dict(zip(jobs, self.proposer.propose(list(jobs.values())), strict=True))
         drafted = time.perf_counter()
         self.controller.observe_draft([self._plans[active] for active in jobs], drafted - caught_up)
-        self.seconds.head += drafted - began
+        self.seconds["head"] += drafted - began
         for active in jobs:
             active.stats.decode_seconds += drafted - began
         return [trees.get(active, _NO_DRAFT) for active in requests]
-
-    def _block(self, active: ActiveRequest, tree: DraftTree) -> _Part:
-        """Lay out the last token, which the target has not read, and the drafts after it."""
-        past = self.runner.cache.lengths[active.slot]
-        parents = None if tree.is_chain else [-1, *(parent + 1 for parent in tree.parents)]
-        return _Part(active, Segment(active.slot, past, past, [active.answer.last_id, *tree.tokens], parents), tree)
 
     def _chunks(self, requests: list[ActiveRequest]) -> list[_Part]:
         """Take the next parts of prompts, first come first served."""
@@ -207,17 +191,13 @@ class Decoder:
         verdicts: list[tuple[Verdict | None, Tensor]] = []
         start = 0
         for part, is_greedy in zip(parts, greedy, strict=True):
-            rows = slice(start, start + len(part.deciding))
-            start = rows.stop
-            verdict: Verdict | None = None
-            if rows.start == rows.stop:
-                pass
-            elif is_greedy:
+            active, rows, verdict = part.active, slice(start, start + len(part.deciding)), None
+            if part.deciding and is_greedy:
                 verdict = follow(part.tree, choices[rows].__getitem__)
-            else:
-                active = part.active
+            elif part.deciding:
                 verdict = active.rule.verify(logits[rows], part.tree, active.answer.length, active.processor)
             verdicts.append((verdict, logits[rows]))
+            start = rows.stop
         return verdicts
 
     def _advance(self, part: _Part, verdict: Verdict | None, logits: Tensor, auxiliary: Tensor | None) -> None:
@@ -241,7 +221,11 @@ class Decoder:
             active.acceptance.observe(self._plans[active], accepted, trimmed=trimmed)
         if active.drafting is not None and auxiliary is not None and not active.finished:
             assert self.proposer is not None
-            self.proposer.observe(active.drafting, following, _copied(auxiliary, kept))
+            # a copy: states that wait for the head must not keep those of other sequences. And an index costs several
+            # times what a slice does, for every sequence in every step
+            together = kept == list(range(kept[0], kept[-1] + 1))
+            states = auxiliary[kept[0] : kept[-1] + 1].clone() if together else auxiliary[kept]
+            self.proposer.observe(active.drafting, following, states)
 
     def _emit(self, active: ActiveRequest, tree: DraftTree, verdict: Verdict, logits: Tensor) -> list[int]:
         """Append the accepted tokens and the target's own until the answer ends; returns their ids."""
@@ -263,13 +247,6 @@ class Decoder:
         if answer.finish_reason is None:  # otherwise the last tokens come with the completion
             active.request.release(answer.release())
         return emitted
-
-
-def _copied(states: Tensor, rows: list[int]) -> Tensor:
-    """Copy these rows, which rise: states that wait for the head must not keep those of other sequences."""
-    first, count = rows[0], len(rows)
-    # an index costs several times what a slice does, for every sequence in every step
-    return states[first : first + count].clone() if rows[-1] - first == count - 1 else states[rows]
 
 
 def _logprobs(logits: Tensor, token: int, count: int | None) -> tuple[float | None, list[tuple[int, float]] | None]:
