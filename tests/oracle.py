@@ -20,9 +20,10 @@ from torch import Tensor
 
 from draft.target import Target
 from serving.engine import Completion, Engine, Request, SamplingParams, Speculation
+from serving.engine.acceptance import OFF, Plan, RequestAcceptance
 from serving.engine.answer import GrowingAnswer, special_ids
 from serving.engine.drafting import Job, Proposer
-from serving.engine.planner import OFF, Controller, Plan, RequestAcceptance
+from serving.engine.planner import Controller
 from serving.engine.verification import DraftTree
 
 

@@ -9,7 +9,8 @@ from functools import cache
 from itertools import accumulate
 from operator import mul
 
-from serving.engine.planner import OFF, Controller, Plan, RequestAcceptance, widened
+from serving.engine.acceptance import OFF, Plan, RequestAcceptance, widened
+from serving.engine.planner import Controller
 
 CHAINS = [Plan.chain(length) for length in range(1, 7)]
 TREES = [Plan(4, 8), Plan(5, 16)]

@@ -87,11 +87,6 @@ def threads() -> int:
     return torch.ops.draftsmith.get_threads()
 
 
-def panel_width() -> int:
-    """Return the number of output features that a packed weight keeps together."""
-    return torch.ops.draftsmith.panel_width()
-
-
 @dataclass(frozen=True)
 class FusedDecoder:
     """Decoder layers of the Llama family in one call; activations and the residual stream are float32."""

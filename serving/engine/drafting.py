@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from draft.heads import MedusaHead
+from serving.engine.acceptance import BRANCHING
 from serving.engine.kv_cache import RaggedBatch, Segment
 from serving.engine.model import HeadRunner
-from serving.engine.planner import BRANCHING
 from serving.engine.verification import DraftTree, Rule
 
 READ_LIMIT = 512  # the most tokens that a head reads in one pass

@@ -17,8 +17,9 @@ from draft.heads import DraftHead
 from draft.heads.checkpoint import attach_head
 from draft.target import Target
 from draft.target.support import check_architecture
+from serving.engine.acceptance import BRANCHING
 from serving.engine.answer import GrowingAnswer, special_ids
-from serving.engine.planner import BRANCHING, OFF, Controller, Fixed, Plan
+from serving.engine.planner import make_controller
 from serving.engine.request import (
     MAX_SPECULATION_LENGTH,
     Completion,
@@ -341,19 +342,6 @@ class Engine:
 def _turn_away(requests: list[Request]) -> None:
     for request in requests:
         request.fail(EngineStopped("the engine has ended"))
-
-
-def make_controller(speculation: str, length: int, tree_size: int) -> Controller:
-    """Return the controller that chooses among the plans of this kind of speculation."""
-    sizes = [size for size in sorted({8, 16, 32, tree_size}) if 0 < length < size <= tree_size]
-    trees = list(dict.fromkeys(Plan.tree(length, size) for size in sizes))
-    if speculation == "auto":
-        return Controller([*(Plan.chain(k) for k in range(1, length + 1)), *trees])
-    if speculation == "tree" and length and not trees:
-        raise UserError(
-            f"tree_size = {tree_size}: a tree has more nodes than its depth, {length}; choose a larger one."
-        )
-    return Fixed({"off": OFF, "chain": Plan.chain(length), "tree": trees[-1] if trees else OFF}[speculation])
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cpu_kernels.ops import NATIVE_ROWS, FusedDecoder, OneCallNorm, PackedLinear, panel_width, weight_memory
+from cpu_kernels.ops import NATIVE_ROWS, FusedDecoder, OneCallNorm, PackedLinear, weight_memory
 from serving.engine.kv_cache import RaggedBatch, Segment
 from serving.engine.model import HeadRunner, TargetRunner
 
@@ -104,7 +104,7 @@ def _has_parts(layer: nn.Module, layout: LayerParts) -> bool:
 
     def fits(name: str, part: nn.Module) -> bool:
         if name in layout.linears:
-            return isinstance(part, PackedLinear) and part.out_features % panel_width() == 0
+            return isinstance(part, PackedLinear) and part.out_features % torch.ops.draftsmith.panel_width() == 0
         if name in required or name in (layout.q_norm, layout.k_norm):
             return _epsilon(part) is not None
         return isinstance(part, nn.SiLU) or type(part).__name__ == "SiLUActivation"

@@ -272,14 +272,13 @@ class Probe:
     """Attached to every module for one pass, it finds those that attend, and the shape of their keys and values."""
 
     def __init__(self) -> None:
-        self.found: dict[nn.Module, LayerShape] = {}
-        self.scoring: list[Scoring] = []  # in the same order
+        self.found: dict[nn.Module, tuple[LayerShape, Scoring]] = {}
         self.again = 0  # calls of modules that had attended before
 
     def record(self, module: nn.Module, key: Tensor, value: Tensor, scoring: Scoring) -> None:
         self.again += module in self.found
-        self.found[module] = LayerShape(key.shape[1], key.shape[3], value.shape[3], key.dtype, key.device)
-        self.scoring.append(scoring)
+        shape = LayerShape(key.shape[1], key.shape[3], value.shape[3], key.dtype, key.device)
+        self.found[module] = shape, scoring
 
 
 def torch_attention(

@@ -42,10 +42,10 @@ class TargetRunner:
         """
         self.target, self.layers = target, layers
         probe = _find_attention(target)
+        self.scoring = [scoring for _, scoring in probe.found.values()]
         # a part of a prompt, beside a tree, may be longer than any window
-        self.view = View.empty(scoring.window for scoring in probe.scoring if scoring.window > 0)
-        self.scoring = probe.scoring
-        self.cache = SlotCache(list(probe.found.values()), slots, capacity)
+        self.view = View.empty(scoring.window for scoring in self.scoring if scoring.window > 0)
+        self.cache = SlotCache([shape for shape, _ in probe.found.values()], slots, capacity)
         self.attached = {
             module: SlotLayer(keys, values, self.view, kernel)
             for module, (keys, values) in zip(probe.found, self.cache.layers, strict=True)

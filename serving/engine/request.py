@@ -205,15 +205,31 @@ class SpeculationStats:
     emits one token.
     """
 
-    verifications: int = 0
     drafted: int = 0
-    accepted: int = 0
     emitted: int = 0  # by verifications: the bonus token included, the one that the prefill gave excluded
-    drafted_per_position: list[int] = field(default_factory=list)  # index: draft position
-    accepted_per_position: list[int] = field(default_factory=list)
     steps: list[tuple[int, int]] = field(default_factory=list)  # of each verification: drafted in a row, accepted
     prefill_seconds: float = 0.0  # the prompt through the target, up to the first token
     decode_seconds: float = 0.0  # the steps that follow; the head reads the prompt in the first of them that drafts
+
+    @property
+    def verifications(self) -> int:
+        return len(self.steps)
+
+    @property
+    def accepted(self) -> int:
+        return sum(accepted for _, accepted in self.steps)
+
+    @property
+    def drafted_per_position(self) -> list[int]:
+        """Verifications that drafted a token at each draft position."""
+        deepest = max((depth for depth, _ in self.steps), default=0)
+        return [sum(depth > position for depth, _ in self.steps) for position in range(deepest)]
+
+    @property
+    def accepted_per_position(self) -> list[int]:
+        """Verifications that accepted a token at each draft position; as long as `drafted_per_position`."""
+        deepest = max((depth for depth, _ in self.steps), default=0)
+        return [sum(accepted > position for _, accepted in self.steps) for position in range(deepest)]
 
     @property
     def acceptance_length(self) -> float:
@@ -222,23 +238,13 @@ class SpeculationStats:
 
     def count(self, depth: int, drafted: int, accepted: int, emitted: int) -> None:
         """Add one verification: of `drafted` tokens, up to `depth` in a row, with the tokens accepted and emitted."""
-        self.verifications += 1
         self.steps.append((depth, accepted))
         self.drafted += drafted
-        self.accepted += accepted
         self.emitted += emitted
-        for counts, until in ((self.drafted_per_position, depth), (self.accepted_per_position, accepted)):
-            counts.extend([0] * (depth - len(counts)))
-            for position in range(until):
-                counts[position] += 1
 
-    def settle(self, tokens: list[Token]) -> None:
-        """Count again the answer's `tokens`, after a stop string took back some of those that had been emitted."""
-        verified = tokens[1:]  # the first is the prefill's
-        positions = [token.accepted_position for token in verified if token.accepted_position is not None]
-        self.emitted, self.accepted = len(verified), len(positions)
-        self.accepted_per_position = [positions.count(p) for p in range(len(self.drafted_per_position))]
-        left = len(verified)
+    def settle(self, emitted: int) -> None:
+        """Leave so many emitted tokens, after a stop string took back the others."""
+        self.emitted = left = emitted
         for index, (depth, accepted) in enumerate(self.steps):
             self.steps[index] = (depth, min(accepted, left))
             left = max(0, left - accepted - 1)

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from draft.target import wait_for
+from serving.engine.acceptance import OFF, Plan, RequestAcceptance
 from serving.engine.answer import GrowingAnswer
 from serving.engine.drafting import Job, Proposer
 from serving.engine.kv_cache import RaggedBatch, Segment
 from serving.engine.model import TargetRunner
-from serving.engine.planner import OFF, Controller, Plan, RequestAcceptance
+from serving.engine.planner import Controller
 from serving.engine.request import Completion, Request, SpeculationStats
 from serving.engine.sampling import Processor, SamplingParams
 from serving.engine.verification import DraftTree, Rule, Verdict, follow, greedy_choices
@@ -60,7 +61,7 @@ class ActiveRequest:
         answer, times = self.answer, self.request.times
         assert answer.finish_reason is not None
         if len(answer.tokens) != self.stats.emitted + 1:  # a stop string took some back
-            self.stats.settle(answer.tokens)
+            self.stats.settle(max(0, len(answer.tokens) - 1))  # the first is the prefill's
         if times.first_token:
             self.stats.prefill_seconds = times.first_token - times.started
         ids = [token.id for token in answer.tokens]
@@ -99,7 +100,6 @@ class Decoder:
         # target: its pass, to the logits; sampling: verification; other: batches, text, bookkeeping
         self.seconds = {"head": 0.0, "target": 0.0, "sampling": 0.0, "other": 0.0}
         self._plans: dict[ActiveRequest, Plan] = {}  # of the requests that may draft, in the present step
-        self._asynchronous = runner.target.device.type != "cpu"
 
     @torch.inference_mode()
     def step(self, requests: list[ActiveRequest]) -> None:
@@ -123,7 +123,7 @@ class Decoder:
         logits = hidden[:0]  # [deciding, vocab]
         if deciding:
             logits = self.runner.logits(hidden if len(deciding) == len(hidden) else hidden[deciding])
-        self._wait()  # the next that is read of them would wait, too
+        wait_for(self.runner.target.device)  # the next that is read of them would wait, too
         read = time.perf_counter()
         verdicts = self._verify(parts, logits)
         decided = time.perf_counter()
@@ -137,11 +137,6 @@ class Decoder:
         for active in decoding:
             active.stats.decode_seconds += seconds
         self.controller.observe_target(batch.ids.shape[1], seconds, ignore=len(decoding) < len(parts))
-
-    def _wait(self) -> None:
-        """Wait for the device, so that the clock may be read."""
-        if self._asynchronous:
-            wait_for(self.runner.target.device)
 
     def _draft(self, requests: list[ActiveRequest]) -> list[DraftTree]:
         """Draft a tree for each request; most often all of one shape, which the controller chooses."""
@@ -161,7 +156,7 @@ class Decoder:
         late = [active.drafting for active in jobs if active.acceptance.backlog]
         if late:
             tokens = self.proposer.catch_up(late)
-            self._wait()
+            wait_for(self.runner.target.device)
             if tokens:
                 self.controller.observe_catch_up(tokens, time.perf_counter() - began)
         caught_up = time.perf_counter()

@@ -7,7 +7,7 @@ from operator import mul
 
 import pytest
 
-from serving.engine.planner import INITIAL_RATE, Acceptance, Plan, RequestAcceptance
+from serving.engine.acceptance import INITIAL_RATE, Acceptance, Plan, RequestAcceptance
 
 
 def test_longer_chains_are_looked_at_again_when_deeper_positions_have_improved():

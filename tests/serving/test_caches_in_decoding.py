@@ -11,9 +11,9 @@ from tiny_targets import CONTEXT, texts_of, tiny
 
 from draft.target import Target
 from serving.engine import Engine, SamplingParams
+from serving.engine.acceptance import Plan
 from serving.engine.drafting import HeadProposer, HeadState
 from serving.engine.model import HeadRunner
-from serving.engine.planner import Plan
 
 
 @torch.inference_mode()

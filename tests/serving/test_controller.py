@@ -23,7 +23,8 @@ from simulation import (
     speed,
 )
 
-from serving.engine.planner import OFF, Controller, Fixed, Plan
+from serving.engine.acceptance import OFF, Plan
+from serving.engine.planner import Controller, Fixed
 
 
 def calibrated(plans: list[Plan], seconds: dict[int, float]) -> Controller:
