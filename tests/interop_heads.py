@@ -7,9 +7,9 @@ import json
 import pytest
 import torch
 from conftest import save_tiny_target
+from interop.cases import random_head
 from safetensors.torch import load_file, save_file
 
-from benchmarks.interop.cases import random_head
 from draft.errors import UserError
 from draft.heads.checkpoint import load_head, save_head
 from draft.interop.exporting import export_head

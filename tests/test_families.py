@@ -16,10 +16,9 @@ import torch
 from conftest import byte_tokenizer, make_tiny_head, make_tiny_target
 from families import CONTEXT, FAMILIES, LONGROPE, PHI, SHORT_ROPE, SMALL, save_family, save_model
 from rich.console import Console
+from written_data import prepared
 
 from draft.data.dataset import Row
-from draft.data.prepare import prepare
-from draft.data.responses import generate_responses
 from draft.errors import UserError
 from draft.evaluation.replay import replay
 from draft.heads.checkpoint import load_head
@@ -60,8 +59,8 @@ def test_from_a_folder_to_served_answers(family: str, tmp_path: Path) -> None:
     target = load_target(folder, "float64")
     questions = tmp_path / "questions.jsonl"
     questions.write_text("".join(json.dumps({"prompt": f"number {n}" * (1 + n % 2)}) + "\n" for n in range(4)))
-    data = prepare(target, tmp_path / "data", prompts=[questions], max_new_tokens=NEW, held_out_share=0.5,
-                   greedy_share=1.0, max_length=CONTEXT, progress=False)  # fmt: skip
+    data = prepared(target, tmp_path / "data", prompts=[questions], max_new_tokens=NEW, held_out_share=0.5,
+                    greedy_share=1.0, max_length=CONTEXT)  # fmt: skip
     rows = data.rows("train") + data.rows("held-out")
     prompts = [row.ids[: row.prompt_length] for row in rows]
     written = answers(target, prompts)
@@ -102,7 +101,6 @@ def test_longrope_never_mixes_its_two_tables(phi: Target) -> None:
         assert engine.max_length == SHORT_ROPE
         got = [completion.token_ids for completion in engine.generate(prompts, SamplingParams(10, ignore_eos=True))]
         assert [ids[: len(e)] for ids, e in zip(got, expected, strict=True)] == expected
-    assert [ids for _, ids in sorted(generate_responses(phi, prompts, max_new_tokens=10))] == expected
     # the danger is real: one row beyond the limit changes the states of another
     alone = phi.decoder(torch.tensor([prompts[0]])).last_hidden_state[0]
     beyond = torch.zeros(2, SHORT_ROPE + 1, dtype=torch.int64)
@@ -116,8 +114,6 @@ def test_what_would_cross_the_limit_is_refused_by_name(phi: Target, tmp_path: Pa
     row = Row("long", [5] * (SHORT_ROPE + 1), [False] * 40 + [True] * 25, 40, 0.0, 1.0, "test")
     with pytest.raises(UserError, match="longrope"):
         replay(phi, {"head": make_tiny_head(phi)}, [row], 3)
-    with pytest.raises(UserError, match="no room"):
-        next(generate_responses(phi, [[5] * SHORT_ROPE], max_new_tokens=4))
     dynamic = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
     llama = load_target(str(save_model(tmp_path, "llama", rope_parameters=dynamic)), "float64")
     with pytest.raises(UserError, match="dynamic"):
@@ -144,7 +140,6 @@ def test_the_text_part_of_a_model_of_images_is_used(tmp_path: Path) -> None:
     expected = answers(target, prompts)
     engine = Engine(target, make_tiny_head(target), speculation="tree", tree_size=8, speculation_length=3)
     assert [completion.token_ids for completion in engine.generate(prompts, SamplingParams(NEW))] == expected
-    assert [ids for _, ids in sorted(generate_responses(target, prompts, max_new_tokens=NEW))] == expected
 
 
 @pytest.mark.parametrize(

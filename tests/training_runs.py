@@ -17,8 +17,7 @@ from typing import Any
 import torch
 from conftest import save_tiny_target
 from safetensors.torch import load_file
-
-from draft.data.prepare import prepare
+from written_data import prepared
 
 ROOT = Path(__file__).parents[1]
 CONTEXT = multiprocessing.get_context("forkserver")  # a server that has imported everything forks fresh processes
@@ -30,7 +29,7 @@ def make_world(root: Path, rows: int = 24) -> Path:
     target = save_tiny_target(root / "target")
     prompts = root / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": f"number {n} and {n * 7 % 11}"}) + "\n" for n in range(rows)))
-    prepare(target, root / "data", prompts=[prompts], max_new_tokens=24, held_out_share=0.25, progress=False)
+    prepared(target, root / "data", prompts=[prompts], max_new_tokens=24, held_out_share=0.25)
     return root
 
 

@@ -4,7 +4,11 @@ manifest.json       written last: a folder without it is unfinished
 train.parquet       one row a conversation, see `Row`
 held-out.parquet    the same; no prompt of it is in train.parquet
 tokenizer/          the target's, so that the rows can be read without loading the target
-plan.json, parts/   the resolved arguments and the responses so far (see shards.py); parts/ goes when all is finished
+plan.json           the resolved arguments, while it is unfinished and afterwards
+parts/              the responses so far, until all is finished: those of a process without --shard, and
+parts/shard-1-of-4/     those of a process with --shard 1/4,
+parts/shard-1-of-4.done empty, when that process has them all,
+parts/*.lock            held while a process works; the system releases it when the process ends, however it does
 """
 
 from __future__ import annotations
@@ -13,7 +17,6 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
@@ -26,8 +29,8 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from draft.data.shards import Shard, missing_shards
 from draft.errors import UserError
+from draft.files import read_json, write_json
 from draft.target import Target
 
 VERSION = 1
@@ -155,8 +158,9 @@ def open_dataset(folder: str | Path) -> Dataset:
     if not path.is_file():
         if (folder / "plan.json").is_file():
             missing = missing_shards(folder, read_json(folder / "plan.json").get("shards"))
+            shards = f" (missing: shard {', '.join(map(str, missing))})" if missing else ""
             raise UserError(
-                f"data set {str(folder)!r} is unfinished{_told(missing)}; repeat the `draft-train prepare` that began "
+                f"data set {str(folder)!r} is unfinished{shards}; repeat the `draft-train prepare` that began "
                 f"it{f' with --shard {missing[0]}' if missing else ''} to continue."
             )
         raise UserError(f"{str(folder)!r} holds no data set; write one with `draft-train prepare --out {folder}`.")
@@ -172,28 +176,47 @@ def open_dataset(folder: str | Path) -> Dataset:
     return Dataset(folder, manifest)
 
 
-def _told(missing: list[Shard]) -> str:
-    return f" (missing: shard {', '.join(map(str, missing))})" if missing else ""
-
-
-def _foreign(path: Path) -> bool:
-    """Whether a file is none of those that another process may be writing at this moment."""
-    return not path.name.startswith("plan.json") and path.name != "parts"
-
-
 def write_dataset(folder: Path, rows: list[Row], manifest: dict[str, Any]) -> Dataset:
     """Write the rows of both splits and then the manifest, which makes the data set valid."""
     for split in SPLITS:
         chosen = [asdict(row) for row in rows if row.split == split]
         for record in chosen:
             record["input_ids"], record["loss_mask"] = record.pop("ids"), record.pop("mask")
-        write_parquet(folder / f"{split}.parquet", pa.Table.from_pylist(chosen, schema=_SCHEMA))
+        _write_parquet(folder / f"{split}.parquet", pa.Table.from_pylist(chosen, schema=_SCHEMA))
     write_json(folder / "manifest.json", {"version": VERSION, **manifest})
     return open_dataset(folder)
 
 
+# The state of an unfinished data set.
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One of `count` parts of the conversations, which a process of its own answers; index counts from 0."""
+
+    index: int
+    count: int
+
+    def __str__(self) -> str:
+        return f"{self.index}/{self.count}"
+
+    @property
+    def name(self) -> str:
+        return f"shard-{self.index}-of-{self.count}"
+
+    def holds(self, index: int) -> bool:
+        """True for the indices of the conversations in this shard."""
+        return index % self.count == self.index
+
+
+def missing_shards(folder: Path, count: int | None) -> list[Shard]:
+    """The shards of an unfinished data set that are not done; none where it is not written in shards."""
+    shards = [Shard(index, count) for index in range(count)] if count else []
+    return [shard for shard in shards if not (folder / "parts" / f"{shard.name}.done").is_file()]
+
+
 class Plan:
-    """What a data set is made of: the same call continues it, and another call is refused."""
+    """The arguments of a data set: the same call continues it, and another call is refused."""
 
     def __init__(self, folder: Path, arguments: dict[str, Any]) -> None:
         self.folder = folder
@@ -204,23 +227,13 @@ class Plan:
         return (self.folder / "manifest.json").is_file()
 
     def begin(self) -> None:
-        """Write the plan, or check that it is the one that the folder was begun with."""
+        """Write the plan, or refuse to go on with one of other arguments."""
         path = self.folder / "plan.json"
         if not path.is_file():
             if self.folder.exists() and (not self.folder.is_dir() or any(map(_foreign, self.folder.iterdir()))):
                 raise UserError(f"{str(self.folder)!r} exists and is no data set; choose another --out, or delete it.")
-            self.folder.mkdir(parents=True, exist_ok=True)
-            create_json(path, self.arguments)
-        self._compare(read_json(path))
-
-    def abandon(self) -> None:
-        """Take back what was begun: the arguments can come to nothing."""
-        (self.folder / "plan.json").unlink(missing_ok=True)
-        shutil.rmtree(self.folder / "parts", ignore_errors=True)
-        with suppress(OSError):  # something else is in it
-            self.folder.rmdir()
-
-    def _compare(self, before: dict[str, Any]) -> None:
+            write_json(path, self.arguments, replace=False)
+        before = read_json(path)
         for name in sorted({*before, *self.arguments}):
             old, new = before.get(name), self.arguments.get(name)
             if old != new:
@@ -229,10 +242,22 @@ class Plan:
                     "choose another --out, or delete the folder to start again."
                 )
 
+    def abandon(self) -> None:
+        """Remove what was begun: the arguments can come to nothing."""
+        (self.folder / "plan.json").unlink(missing_ok=True)
+        shutil.rmtree(self.folder / "parts", ignore_errors=True)
+        with suppress(OSError):  # something else is in it
+            self.folder.rmdir()
+
+
+def _foreign(path: Path) -> bool:
+    """True for what no other process that begins the same data set may be writing at this moment."""
+    return not path.name.startswith(("plan.json", ".plan.json")) and path.name != "parts"
+
 
 @dataclass(frozen=True)
 class Response:
-    """What the target said to one prompt."""
+    """The target's answer to one prompt."""
 
     ids: list[int]
     retokenised: bool = False  # see `Row`
@@ -241,15 +266,15 @@ class Response:
 class Parts:
     """Responses written so far, by stage and index; each file appears whole or not at all."""
 
-    def __init__(self, folder: Path, own: str = "") -> None:
-        """own: the subfolder of this process, which reads those of all."""
-        self.folder, self.own = folder, folder / own
+    def __init__(self, folder: Path, subfolder: str = "") -> None:
+        """subfolder: of this process, which writes there and reads those of all."""
+        self.folder, self.written = folder, folder / subfolder
         self._waiting: list[dict[str, Any]] = []
         self._stored = time.monotonic()
 
     @property
     def begun(self) -> bool:
-        """Whether any response is stored."""
+        """True once any response is stored."""
         return any(self.folder.rglob("*.parquet"))
 
     def load(self, stage: str) -> dict[int, Response]:
@@ -267,60 +292,26 @@ class Parts:
 
     def flush(self, stage: str) -> None:
         if self._waiting:
-            self.own.mkdir(parents=True, exist_ok=True)
-            number = len(list(self.own.glob(f"{stage}.*.parquet")))
+            self.written.mkdir(parents=True, exist_ok=True)
+            number = len(list(self.written.glob(f"{stage}.*.parquet")))
             table = pa.Table.from_pylist(self._waiting, schema=_PART_SCHEMA)
-            write_parquet(self.own / f"{stage}.{number:06d}.parquet", table)
+            _write_parquet(self.written / f"{stage}.{number:06d}.parquet", table)
             self._waiting = []
         self._stored = time.monotonic()
 
 
-def write_parquet(path: Path, table: pa.Table) -> None:
+def _write_parquet(path: Path, table: pa.Table) -> None:
     """Write through a temporary name and a rename."""
     temporary = path.with_name(path.name + ".tmp")
     pq.write_table(table, temporary, compression="zstd")
     os.replace(temporary, path)
 
 
-def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Write through a temporary name and a rename."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n")
-    os.replace(temporary, path)
-
-
-def create_json(path: Path, values: dict[str, Any]) -> None:
-    """As `write_json`, but what another process has written in the meantime stays."""
-    number, name = tempfile.mkstemp(prefix=path.name, suffix=".tmp", dir=path.parent)
-    with os.fdopen(number, "w") as file:
-        file.write(json.dumps(values, indent=2, ensure_ascii=False) + "\n")
-    Path(name).chmod(0o644)
-    try:
-        os.link(name, path)
-    except FileExistsError:
-        pass
-    except OSError:  # a file system without links
-        os.replace(name, path)
-    finally:
-        Path(name).unlink(missing_ok=True)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A file's keys and values; UserError when it can't be read, or holds something else."""
-    try:
-        values = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{str(path)!r} is not readable JSON ({error}); prepare the data again.") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{str(path)!r} is damaged: a {type(values).__name__} for keys and values; prepare it again.")
-    return values
-
-
 # The reduced vocabulary of a draft head: the tokens that the target writes most often.
 
 
 def token_counts(rows: Sequence[Row], vocab_size: int) -> Tensor:
-    """How often each token is trained on: [vocab_size] int64."""
+    """Number of times that each token is trained on: [vocab_size] int64."""
     trained = [token for row in rows for token, wanted in zip(row.ids, row.mask, strict=True) if wanted]
     return torch.bincount(torch.tensor(trained, dtype=torch.int64), minlength=vocab_size)
 

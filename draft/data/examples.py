@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -120,7 +120,7 @@ def encode_kept(target: Target, messages: list[Message]) -> tuple[list[int], lis
 
 
 def _spoken(target: Target, ids: list[int]) -> list[bool]:
-    """Of a rendered response, the target writes all up to its end-of-turn token: the template adds what follows."""
+    """True for a rendered response up to its end-of-turn token, which the target writes: the template adds the rest."""
     end = next((place for place, token in enumerate(ids) if token in target.eos_token_ids), len(ids))
     return [place <= end for place in range(len(ids))]
 
@@ -155,21 +155,17 @@ def batches(rows: Sequence[Row], tokens_per_batch: int, seed: int, epoch: int) -
 
     A row longer than that makes a batch of its own. The order depends on the seed and the epoch only.
     """
-    order = list(range(len(rows)))
-    shuffle = random.Random(hashed(seed, "batches", epoch)).shuffle
-    shuffle(order)
-    mean = max(1, sum(len(row.ids) for row in rows) // max(1, len(rows)))
-    together = _BATCHES_SORTED_TOGETHER * max(1, tokens_per_batch // mean)
+    pick = random.Random(hashed(seed, "batches", epoch))
     result: list[list[int]] = []
-    for start in range(0, len(order), together):
+    for together in _sorted_together(rows, tokens_per_batch, pick):
         batch: list[int] = []
-        for index in sorted(order[start : start + together], key=lambda index: len(rows[index].ids)):
+        for index in sorted(together, key=lambda index: len(rows[index].ids)):
             if batch and (len(batch) + 1) * len(rows[index].ids) > tokens_per_batch:
                 result.append(batch)
                 batch = []
             batch.append(index)
         result.append(batch)
-    shuffle(result)
+    pick.shuffle(result)
     return result
 
 
@@ -179,17 +175,13 @@ def packed_batches(rows: Sequence[Row], tokens_per_batch: int, capacity: int, se
     First fit by falling length, among so many rows as `batches` sorts together. capacity: tokens of a packed row, at
     least the longest conversation's. The order depends on the seed and the epoch only.
     """
-    order = list(range(len(rows)))
-    shuffle = random.Random(hashed(seed, "packed", epoch)).shuffle
-    shuffle(order)
-    mean = max(1, sum(len(row.ids) for row in rows) // max(1, len(rows)))
-    together = _BATCHES_SORTED_TOGETHER * max(1, tokens_per_batch // mean)
+    pick = random.Random(hashed(seed, "packed", epoch))
     count = max(1, tokens_per_batch // capacity)
     result: list[list[int]] = []
-    for start in range(0, len(order), together):
+    for together in _sorted_together(rows, tokens_per_batch, pick):
         bins: list[list[int]] = []
         room: list[int] = []
-        for index in sorted(order[start : start + together], key=lambda index: -len(rows[index].ids)):
+        for index in sorted(together, key=lambda index: -len(rows[index].ids)):
             length = len(rows[index].ids)
             place = next((place for place, left in enumerate(room) if left >= length), len(bins))
             if place == len(bins):
@@ -200,8 +192,17 @@ def packed_batches(rows: Sequence[Row], tokens_per_batch: int, capacity: int, se
         # in the order in which they were opened: filling rows one after the other then gives the same bins again
         for first in range(0, len(bins), count):
             result.append([index for packed in bins[first : first + count] for index in packed])
-    shuffle(result)
+    pick.shuffle(result)
     return result
+
+
+def _sorted_together(rows: Sequence[Row], tokens_per_batch: int, pick: random.Random) -> Iterator[list[int]]:
+    """Indices of rows in random order, in groups that make some batches each."""
+    order = list(range(len(rows)))
+    pick.shuffle(order)
+    mean = max(1, sum(len(row.ids) for row in rows) // max(1, len(rows)))
+    size = _BATCHES_SORTED_TOGETHER * max(1, tokens_per_batch // mean)
+    return (order[start : start + size] for start in range(0, len(order), size))
 
 
 def collate(rows: Sequence[Row], capacity: int | None = None) -> Batch:
@@ -222,7 +223,7 @@ def collate(rows: Sequence[Row], capacity: int | None = None) -> Batch:
 
 
 def _places(lengths: Sequence[int], capacity: int | None) -> tuple[tuple[int, int, int], ...]:
-    """Where each conversation lies, see `Batch.places`; a row is filled until the next one has no room in it."""
+    """The place of each conversation, see `Batch.places`; a row is filled until the next one has no room in it."""
     places: list[tuple[int, int, int]] = []
     line, start = 0, 0
     for length in lengths:

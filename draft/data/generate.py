@@ -1,49 +1,58 @@
-"""Responses from an OpenAI-compatible server that serves the target: vLLM, SGLang, our own draft-serve, or another.
+"""Responses from an OpenAI-compatible server of the target: draft-serve, vLLM, SGLang, llama.cpp or another.
 
-Where the server completes prompts of token ids and tells the ids it wrote (vLLM's `return_token_ids`), a row is the
-target's own text token for token, as if this process had written it. Elsewhere the server gets messages and answers
-with text, which is tokenised again: such rows are marked, and kept out of every τ. What no check can tell is whether a
-server that gives only text serves the very target that was named, under its chat template and without parameters of its
-own: that is for whoever starts it to see to.
+Where the server completes prompts of token ids and returns the ids that it wrote (vLLM's `return_token_ids`), a row is
+the target's own text token for token. Elsewhere the server receives messages and returns text, which is tokenised
+again: such rows are marked, and kept out of every τ. No check can tell that a server which returns only text serves
+the target that was named, under its chat template and without parameters of its own: whoever starts it is responsible.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import os
-import random
 import re
-import threading
-import time
+from asyncio import Semaphore
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import as_completed
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from email.utils import parsedate_to_datetime
 from typing import Any
+from urllib.parse import urlsplit
 
-import httpx
+from anyio.from_thread import start_blocking_portal
+from openai import APIConnectionError, APIStatusError, AsyncOpenAI, DefaultAsyncHttpxClient, Omit, Timeout
 
 from draft.data.dataset import Response, hashed
 from draft.data.examples import Message, end_of_turn, tokenise
 from draft.errors import UserError
+from draft.launcher import draft_serve
 from draft.target import Target
+from draft.target.bundled import BUNDLED_TARGET
+from draft.target.devices import resolve_device, resolve_dtype
 
 log = logging.getLogger(__name__)
 
-_RETRIED = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 520, 522, 524, 529})
-_PROBES = 2  # requests after which a server that fails is asked in another way
+_BATCH_SIZE = {"cpu": 16, "cuda": 64}  # rows decoded at once by a server that is started here
+_BUNDLED_HEAD = "smollm2-eagle3"
+_SHORTEST_CONTEXT = 256  # of a server that is started here: warming up needs some room
+_FIRST_RETRIES = 1  # after which a server that fails is asked in another way
 _SEEDS = 2**31
-# OpenAI answers 404, too, where a model exists but is no model for this path
 _REFUSALS = frozenset({400, 413, 422})  # of one row, for what is in it
+# OpenAI answers 404, too, where a model exists but is no model for this path
 _NO_MODEL = re.compile(r"model.*(does not exist|not[ _]found|unknown)|(no such|unknown) model", re.IGNORECASE)
 # servers take defaults from the model's generation_config.json; rows must come from the target's own distribution
-_UNTOUCHED = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
+_NEUTRAL = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
 _IDS = {"return_token_ids": True}
+
+
+class EndpointError(UserError):
+    """A server that does not answer as it should; what it has answered so far stays."""
 
 
 @dataclass(frozen=True)
 class EndpointSettings:
-    """Where the server is, and how it is asked."""
+    """Address of a server, and the limits of requests to it."""
 
     url: str
     model: str | None = None  # by the server's name; None: the one it serves
@@ -54,21 +63,82 @@ class EndpointSettings:
 
 
 @dataclass(frozen=True)
+class LocalServer:
+    """Options of a draft-serve that is started to answer, and ended afterwards."""
+
+    head: str | None = None  # None: the bundled head for the bundled target, else plain decoding
+    dtype: str | None = None  # None: the dtype and the device of the target that is loaded here
+    device: str | None = None
+    batch_size: int | None = None  # rows decoded at once; None: by device
+
+    @contextmanager
+    def started(self, target: Target, max_length: int) -> Iterator[EndpointSettings]:
+        """Serve the target, with its adapter, until the block ends; max_length: tokens of the longest conversation.
+
+        Raises:
+            ServerEnded: with the server's message when it cannot load the target or the head.
+        """
+        device = self.device or str(target.device)
+        batch = self.batch_size or _BATCH_SIZE.get(resolve_device(device).type, 16)
+        options = {
+            "--target": target.name,
+            "--dtype": self.dtype or str(target.dtype).removeprefix("torch."),
+            "--max-batch": batch,
+            "--max-length": min(target.max_length, max(max_length, _SHORTEST_CONTEXT)),
+            "--max-waiting": 4 * batch,
+            "--request-timeout": 0,
+            "--drain-seconds": 0,
+        }
+        head = self.head
+        if target.adapter:
+            options["--target-adapter"] = target.adapter.folder
+        elif head is None and target.name == BUNDLED_TARGET:
+            head = _BUNDLED_HEAD
+        if head is not None:
+            options["--head"] = head
+        log.info("starting draft-serve for target %s %s", target.title, f"with head {head!r}" if head else "")
+        words = [str(word) for pair in options.items() for word in pair]
+        with draft_serve(words, environment=_visible_devices(device)) as server:
+            # a second batch waits, so that the server never does; a day: the slowest target answers in less
+            yield EndpointSettings(
+                server.url, api_key_env="DRAFTSMITH_API_KEY", concurrency=2 * batch, retries=1, timeout=86400
+            )
+
+
+def check_local(dtype: str, device: str) -> None:
+    """Refuse a dtype or device that a draft-serve on this machine does not run with."""
+    place = resolve_device(device)
+    resolve_dtype(dtype, place)
+    if place.type not in _BATCH_SIZE:
+        raise UserError(f"--device {device} is none that draft-serve runs on; choose cpu or cuda, or give --endpoint.")
+
+
+def _visible_devices(device: str) -> dict[str, str]:
+    """Environment in which a server that takes the first GPU, or else the CPU, runs on `device`."""
+    kind, _, index = device.partition(":")
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if kind == "cpu":
+        return {"CUDA_VISIBLE_DEVICES": ""}
+    return {"CUDA_VISIBLE_DEVICES": visible.split(",")[int(index)] if visible else index} if index else {}
+
+
+@dataclass(frozen=True)
 class Question:
-    """One response that is wanted."""
+    """One response that is requested."""
 
     where: str  # for messages to the user
     key: str  # decides the seed
     prompt: list[int]  # token ids under the target's chat template
-    messages: list[Message]  # the same as messages
+    messages: list[Message]  # the same as messages; none: a text outside a chat is continued
     limit: int  # most tokens of the response
     temperature: float
+    top_p: float = 1.0
     later: bool = False  # whether `messages` hold the target's own answers, which the user has not written
 
 
 @dataclass(frozen=True)
 class _Dialect:
-    """A way of asking."""
+    """Path and fields of a request."""
 
     path: str
     more: dict[str, Any]
@@ -76,26 +146,27 @@ class _Dialect:
 
     @property
     def exact(self) -> bool:
-        return self.path == "completions"
+        return self.path == "completions" and bool(self.more)
 
     def body(self, question: Question) -> dict[str, Any]:
-        asked: dict[str, Any] = {"prompt": question.prompt} if self.exact else {"messages": question.messages}
-        asked |= {self.limit: question.limit, "temperature": question.temperature, "top_p": 1.0}
-        return asked | self.more
+        content = {"prompt": question.prompt} if self.path == "completions" else {"messages": question.messages}
+        numbers = {self.limit: question.limit, "temperature": question.temperature, "top_p": question.top_p}
+        return content | numbers | self.more
 
 
-# the first that a server takes is used for all rows
+# the first that a server accepts is used for all rows
 _DIALECTS = (
-    _Dialect("completions", _IDS | _UNTOUCHED),
+    _Dialect("completions", _IDS | _NEUTRAL),
     _Dialect("completions", _IDS),
-    _Dialect("chat/completions", _IDS | _UNTOUCHED),
+    _Dialect("chat/completions", _IDS | _NEUTRAL),
     _Dialect("chat/completions", {}),
     _Dialect("chat/completions", {}, "max_completion_tokens"),
 )
+_PLAIN_TEXT = _Dialect("completions", {})  # of texts outside a chat, where the server returns no token ids
 
 
 class Endpoint:
-    """A server that has been asked once, and how it likes to be asked."""
+    """A server, and the dialect that it accepts. A context manager: leaving it ends all requests."""
 
     def __init__(self, settings: EndpointSettings, target: Target, seed: int) -> None:
         """
@@ -103,130 +174,146 @@ class Endpoint:
             EndpointError: when the server cannot be reached, refuses the key or the model, or completes nothing.
         """
         self.settings, self.target, self.seed = settings, target, seed
-        self._stopped = threading.Event()
+        self._title = f"the server at {settings.url}"
         key = os.environ.get(settings.api_key_env, "").strip()
         if not key.isascii():
             raise EndpointError(f"${settings.api_key_env} holds letters that no key has; set it to the server's key.")
-        self._client = httpx.Client(
-            base_url=_base(settings.url),
-            headers={"authorization": f"Bearer {key}"} if key else {},
-            timeout=httpx.Timeout(settings.timeout, connect=min(30.0, settings.timeout)),
-            limits=httpx.Limits(max_connections=settings.concurrency),
-            follow_redirects=True,
+        address = _base(settings.url)
+        self._client = AsyncOpenAI(
+            api_key=key or "none",
+            base_url=address,
+            max_retries=settings.retries,
+            timeout=Timeout(settings.timeout, connect=min(30.0, settings.timeout)),
+            # a proxy of the network does not reach servers of this machine
+            http_client=DefaultAsyncHttpxClient(trust_env=urlsplit(address).hostname not in ("127.0.0.1", "localhost")),
         )
-        self.model = settings.model or self._served_model()
-        self._dialect = self._find_dialect()
+        self._options: Any = {} if key else {"headers": {"Authorization": Omit()}}
+        self._room = Semaphore(settings.concurrency)
         self._end = end_of_turn(target)
-        log.info(
-            "%s serves %r, and %s",
-            self._client.base_url,
-            self.model,
-            "tells token ids" if self._dialect.exact else "answers with text, which is tokenised again",
-        )
+        self._closing = ExitStack()
+        self._portal = self._closing.enter_context(start_blocking_portal())  # requests run in its event loop
+        try:
+            self.model = settings.model or self._portal.call(self._served_model)
+            self._dialect = self._portal.call(self._find_dialect)
+        except BaseException:
+            self.close()
+            raise
+        form = "returns token ids" if self._dialect.exact else "answers with text, which is tokenised again"
+        log.info("%s serves %r, and %s", address, self.model, form)
+
+    def __enter__(self) -> Endpoint:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        if not self._client.is_closed():
+            self._portal.call(self._client.close)
+        self._closing.close()
 
     def answer(self, questions: Sequence[Question]) -> Iterator[tuple[int, Response | None]]:
-        """Ask all questions, many at once; yields (index, response) as they are answered.
+        """Send all questions, `concurrency` at once; yields (index, response) as they are answered.
 
         The response is None where the server refuses a later turn, as it may when the target wrote what JSON or a
         server's checks do not carry, or when the conversation outgrows the server's context.
 
         Raises:
-            EndpointError: naming the row whose first turn is refused, or that got no answer after all retries.
+            EndpointError: naming the row whose first turn is refused, or that has no answer after all retries.
         """
-        pool = ThreadPoolExecutor(self.settings.concurrency, thread_name_prefix="endpoint")
-        self._stopped.clear()
+        failure: BaseException | None = None
+
+        async def ask(question: Question) -> Response | None:
+            async with self._room:
+                return None if failure else await self._answer(question)
+
+        futures = {self._portal.start_task_soon(ask, question): index for index, question in enumerate(questions)}
         try:
-            asked = {pool.submit(self._answer, question): index for index, question in enumerate(questions)}
-            failure: BaseException | None = None
-            for future in as_completed(asked):
-                if future.cancelled():
-                    continue
-                error = future.exception()
-                if error is None:
-                    yield asked[future], future.result()
-                elif failure is None:  # what the server is answering already is worth having
-                    failure = error
-                    self._stopped.set()
-                    for other in asked:
-                        other.cancel()
-            if failure is not None:
-                raise failure
+            for future in as_completed(futures):
+                failure = failure or future.exception()
+                # what the server is answering already is worth having
+                if future.exception() is None and (failure is None or future.result() is not None):
+                    yield futures[future], future.result()
         finally:
-            self._stopped.set()
-            pool.shutdown(wait=False, cancel_futures=True)
+            for future in futures:
+                future.cancel()
+        if failure is not None:
+            raise failure
 
-    def close(self) -> None:
-        self._stopped.set()
-        self._client.close()
-
-    # what it serves
-
-    def _served_model(self) -> str:
-        answer = self._request("GET", "models", None, "the list of its models", retry_unreachable=False)
-        names = [entry.get("id") for entry in parsed(answer, self._told).get("data") or [] if isinstance(entry, dict)]
+    async def _served_model(self) -> str:
+        body = await self._request("models", None, "the list of its models")
+        names = [entry.get("id") for entry in body.get("data") or [] if isinstance(entry, dict)]
         if len(names) != 1:
             found = f"serves {len(names)} models ({', '.join(map(str, names[:5]))})" if names else "names no model"
-            raise EndpointError(f"{self._told} {found}; choose one with --endpoint-model.")
+            raise EndpointError(f"{self._title} {found}; choose one with --endpoint-model.")
         return str(names[0])
 
-    def _find_dialect(self) -> _Dialect:
+    async def _find_dialect(self) -> _Dialect:
         prompt = self.target.encode_chat([{"role": "user", "content": "Hi"}], add_generation_prompt=True)
         question = Question("a first request", "", prompt, [{"role": "user", "content": "Hi"}], 1, 0.0)
-        # some servers fail at what they don't know, and all of them when they are overloaded
-        failing = []
+        refusal = ""
+
+        async def accepted(dialect: _Dialect, retries: int | None) -> bool | None:
+            """None: the server fails, which it may do at what it does not know, or because it is overloaded."""
+            nonlocal refusal
+            try:
+                body = await self._ask(dialect, question, retries)
+            except APIStatusError as error:
+                refusal = f" ({error.status_code}: {reason(error)})"
+                return None if _busy(error) else False
+            return not dialect.exact or isinstance(_choice(body, self._title).get("token_ids"), list)
+
+        failing: list[_Dialect] = []
         for dialect in _DIALECTS:
-            answer = self._post(dialect, question, final=False, tries=_PROBES)
-            if answer.status_code >= 500:
+            accepts = await accepted(dialect, _FIRST_RETRIES)
+            if accepts:
+                for other in failing:
+                    if await accepted(other, _FIRST_RETRIES):
+                        return other
+                return dialect
+            if accepts is None:
                 failing.append(dialect)
-            elif self._takes(dialect, answer):
-                again = (
-                    other
-                    for other in failing
-                    if self._takes(other, self._post(other, question, final=False, tries=_PROBES))
-                )
-                return next(again, dialect)
         for dialect in failing:
-            answer = self._post(dialect, question, final=False)
-            if self._takes(dialect, answer):
+            if await accepted(dialect, None):
                 return dialect
         raise EndpointError(
-            f"{self._told} completes neither token ids nor messages ({answer.status_code}: {reason(answer)}); give "
-            "the address of an OpenAI-compatible server."
+            f"{self._title} completes neither token ids nor messages{refusal}; give the address of an "
+            "OpenAI-compatible server."
         )
 
-    def _takes(self, dialect: _Dialect, answer: httpx.Response) -> bool:
-        if answer.status_code != 200:
-            return False
-        choice = choice_in(parsed(answer, self._told), self._told)
-        return not dialect.exact or isinstance(choice.get("token_ids"), list)
-
-    # one answer
-
-    def _answer(self, question: Question) -> Response | None:
-        answer = self._post(self._dialect, question)
-        if question.later and answer.status_code in _REFUSALS:
-            told = f"{answer.status_code}: {reason(answer)}"
-            log.warning(
-                "%s: the server refuses a later turn (%s); the conversation ends before it", question.where, told
-            )
-            return None
-        if answer.status_code != 200:
+    async def _answer(self, question: Question) -> Response | None:
+        dialect = self._dialect if question.messages or self._dialect.exact else _PLAIN_TEXT
+        try:
+            body = await self._ask(dialect, question, None)
+        except APIStatusError as error:
+            refusal = f"({error.status_code}: {reason(error)})"
+            if question.later and error.status_code in _REFUSALS:
+                log.warning(
+                    "%s: the server refuses a later turn %s; the conversation ends before it", question.where, refusal
+                )
+                return None
+            if not question.messages:
+                raise EndpointError(
+                    f"{self._title} continues no text outside a chat {refusal}, so that the target cannot write "
+                    "prompts; give some with --prompts FILE."
+                ) from error
             raise EndpointError(
-                f"{question.where}: {self._told} refuses it ({answer.status_code}: {reason(answer)}); leave that row "
-                "out or mend it, and repeat the command in another --out."
-            )
-        body = parsed(answer, f"{question.where}: {self._told}")
-        return self._response(body, choice_in(body, self._told), question)
+                f"{question.where}: {self._title} refuses it {refusal}; leave that row out or mend it, and repeat the "
+                "command in another --out."
+            ) from error
+        return self._response(body, _choice(body, self._title), question, dialect)
 
-    def _response(self, body: dict[str, Any], choice: dict[str, Any], question: Question) -> Response:
-        """The row's tokens: the server's where it read the same prompt and tells them, else those of its text."""
+    def _response(
+        self, body: dict[str, Any], choice: dict[str, Any], question: Question, dialect: _Dialect
+    ) -> Response:
+        """The row's tokens: the server's where it read the same prompt and returns them, else those of its text."""
         ids, ended = choice.get("token_ids"), choice.get("finish_reason") == "stop"
-        assumed = question.prompt if self._dialect.exact else None
-        read = choice.get("prompt_token_ids") or body.get("prompt_token_ids") or assumed
+        sent = question.prompt if dialect.exact else None
+        read = choice.get("prompt_token_ids") or body.get("prompt_token_ids") or sent
         if isinstance(ids, list) and ids and read == question.prompt:
             if not all(type(token) is int and 0 <= token < self.target.vocab_size for token in ids):
                 raise EndpointError(
-                    f"{question.where}: {self._told} answers with token ids beyond the {self.target.vocab_size} of "
+                    f"{question.where}: {self._title} answers with token ids beyond the {self.target.vocab_size} of "
                     f"target {self.target.title}; it serves another model."
                 )
             whole = ids[-1] in self.target.eos_token_ids or not ended
@@ -235,112 +322,94 @@ class Endpoint:
         ids = tokenise(self.target, text)[: question.limit] if isinstance(text, str) and text else []
         return Response([*ids, self._end] if ended else ids, retokenised=True)
 
-    def _post(
-        self, dialect: _Dialect, question: Question, *, final: bool = True, tries: int | None = None
-    ) -> httpx.Response:
-        """final: whether a 4xx is the row's fault; otherwise another dialect may be understood. tries: see below."""
+    async def _ask(self, dialect: _Dialect, question: Question, retries: int | None) -> dict[str, Any]:
         body = {"model": self.model, **dialect.body(question)}
-        if question.temperature > 0 and dialect.more:
+        if question.temperature > 0 and (dialect.more or not question.messages):
             body["seed"] = hashed(self.seed, question.key) % _SEEDS
-        return self._request("POST", dialect.path, body, question.where, retry_unreachable=final, tries=tries)
+        return await self._request(dialect.path, body, question.where, retries)
 
-    def _request(
-        self,
-        method: str,
-        path: str,
-        body: dict[str, Any] | None,
-        what: str,
-        *,
-        retry_unreachable: bool,
-        tries: int | None = None,
-    ) -> httpx.Response:
-        """Ask until there is an answer that repeating would not change, or the server has failed `tries` times."""
-        told = ""
-        for attempt in range(self.settings.retries + 1):
-            wish = None
-            try:
-                answer = self._client.request(method, path, json=body)
-            except (httpx.RequestError, RuntimeError) as error:  # RuntimeError: closed by another thread
-                if self._stopped.is_set():
-                    raise EndpointError("stopped") from error
-                told = str(error) or type(error).__name__
-                if not retry_unreachable and isinstance(error, httpx.ConnectError):
-                    break
-                if isinstance(error, (httpx.TooManyRedirects, httpx.DecodingError)):  # it would say the same again
-                    break
+    async def _request(
+        self, path: str, body: dict[str, Any] | None, what: str, retries: int | None = None
+    ) -> dict[str, Any]:
+        """The JSON object that the server returns; retries: None for all that the settings allow.
+
+        Raises:
+            APIStatusError: for a refusal, and where the server fails after fewer retries than the settings allow.
+            EndpointError: for what is wrong with every request, and where all retries are used up.
+        """
+        options = self._options if retries is None else self._options | {"max_retries": retries}
+        try:
+            if body is None:
+                text = await self._client.get(path, cast_to=str, options=options)
             else:
-                if answer.status_code not in _RETRIED:
-                    return self._checked(answer)
-                if answer.status_code >= 500 and tries and attempt + 1 >= min(tries, self.settings.retries + 1):
-                    return answer
-                told, wish = f"{answer.status_code}: {reason(answer)}", answer.headers.get("retry-after")
-            if attempt < self.settings.retries and self._stopped.wait(delay(attempt, wish)):
-                break
-        raise EndpointError(
-            f"{self._told} gives no answer to {what} ({told}); see to the server, and repeat the command to go on "
+                text = await self._client.post(path, cast_to=str, body=body, options=options)
+        except APIConnectionError as error:
+            raise self._no_answer(what, str(error.__cause__ or error) or type(error.__cause__).__name__) from error
+        except APIStatusError as error:
+            if _busy(error) and retries is None:
+                raise self._no_answer(what, f"{error.status_code}: {reason(error)}") from error
+            self._check_key_and_model(error)
+            raise
+        try:
+            parsed = json.loads(text)
+        except ValueError as error:
+            raise EndpointError(f"{self._title} answers without JSON; is it an OpenAI-compatible one?") from error
+        if not isinstance(parsed, dict):
+            raise EndpointError(
+                f"{self._title} answers with a {type(parsed).__name__}; is it an OpenAI-compatible server?"
+            )
+        return parsed
+
+    def _no_answer(self, what: str, message: str) -> EndpointError:
+        return EndpointError(
+            f"{self._title} gives no answer to {what} ({message}); see to the server, and repeat the command to go on "
             "from here."
         )
 
-    def _checked(self, answer: httpx.Response) -> httpx.Response:
-        """Refuse what is wrong with every row: the key, the model, the address."""
+    def _check_key_and_model(self, error: APIStatusError) -> None:
         variable = self.settings.api_key_env
-        if answer.status_code in (401, 403):
+        if error.status_code in (401, 403):
             given = f"the key in ${variable}" if os.environ.get(variable) else f"requests without a key (${variable})"
             raise EndpointError(
-                f"{self._told} refuses {given} ({answer.status_code}: {reason(answer)}); set ${variable}, or name "
+                f"{self._title} refuses {given} ({error.status_code}: {reason(error)}); set ${variable}, or name "
                 "another variable with --api-key-env."
-            )
-        if answer.status_code == 404 and _NO_MODEL.search(reason(answer)):
+            ) from error
+        if error.status_code == 404 and _NO_MODEL.search(reason(error)):
             raise EndpointError(
-                f"{self._told} has no model {self.model!r} ({reason(answer)}); choose one with --endpoint-model."
-            )
-        return answer
-
-    @property
-    def _told(self) -> str:
-        return f"the server at {self.settings.url}"
+                f"{self._title} has no model {self.model!r} ({reason(error)}); choose one with --endpoint-model."
+            ) from error
 
 
 def _base(url: str) -> str:
     """The address that paths are joined to: with /v1, whether or not the user gave it, or a path below it."""
     try:
-        address = httpx.URL(url)
-    except httpx.InvalidURL:
-        address = httpx.URL("")
-    if address.scheme not in ("http", "https") or not address.host:
+        address = urlsplit(url)
+        valid = address.scheme in ("http", "https") and address.hostname and address.port != 0
+    except ValueError:  # a port that is no number
+        valid = False
+    if not valid:
         raise EndpointError(f"--endpoint {url!r} is no address; give one such as http://localhost:8000/v1.")
     path = address.path.rstrip("/")
     for tail in ("/chat/completions", "/completions", "/models"):
         path = path.removesuffix(tail)
-    return str(address.copy_with(path=(path or "/v1") + "/", query=None))
+    return address._replace(path=(path or "/v1") + "/", query="", fragment="").geturl()
 
 
-# What an OpenAI-compatible server answers, read with suspicion.
+def _busy(error: APIStatusError) -> bool:
+    """The statuses that the SDK retries."""
+    return error.status_code in (408, 409, 429) or error.status_code >= 500
 
 
-class EndpointError(UserError):
-    """The server does not answer as it should: what it has answered so far stays."""
-
-
-def parsed(answer: httpx.Response, told: str) -> dict[str, Any]:
-    try:
-        body = answer.json()
-    except ValueError as error:
-        raise EndpointError(f"{told} answers without JSON; is it an OpenAI-compatible one?") from error
-    if not isinstance(body, dict):
-        raise EndpointError(f"{told} answers with a {type(body).__name__}; is it an OpenAI-compatible server?")
-    return body
-
-
-def choice_in(body: dict[str, Any], told: str) -> dict[str, Any]:
+def _choice(body: dict[str, Any], title: str) -> dict[str, Any]:
     choices = body.get("choices")
     if not (isinstance(choices, list) and choices and isinstance(choices[0], dict)):
-        raise EndpointError(f"{told} answers without choices; is it an OpenAI-compatible server?")
+        raise EndpointError(f"{title} answers without choices; is it an OpenAI-compatible server?")
     return choices[0]
 
 
-def reason(answer: httpx.Response) -> str:
-    """What a server says is wrong, in a line."""
+def reason(refusal: APIStatusError) -> str:
+    """The message of a server's refusal, in a line."""
+    answer = refusal.response
     try:
         body = answer.json()
         error = body.get("error", body.get("message", body.get("detail", body)))
@@ -348,27 +417,3 @@ def reason(answer: httpx.Response) -> str:
     except (ValueError, AttributeError):
         text = answer.text
     return " ".join(text.split())[:200] or answer.reason_phrase
-
-
-# How long to wait before a server is asked again.
-
-
-_FIRST_DELAY, _LONGEST_DELAY, _LONGEST_WISH = 0.5, 60.0, 600.0  # seconds; the last: of a server's Retry-After
-
-
-def delay(attempt: int, wish: str | None) -> float:
-    """Seconds to wait before the next attempt: the server's wish, or twice as long as before; with jitter."""
-    backoff = min(_LONGEST_DELAY, _FIRST_DELAY * 2**attempt) * random.uniform(0.5, 1.0)
-    return backoff if wish is None else min(_LONGEST_WISH, _seconds(wish)) + backoff / 4
-
-
-def _seconds(wish: str) -> float:
-    """Of a Retry-After header, which has seconds or a date."""
-    try:
-        return max(0.0, float(wish))
-    except ValueError:
-        pass
-    try:
-        return max(0.0, parsedate_to_datetime(wish).timestamp() - time.time())
-    except ValueError:
-        return 0.0

@@ -1,4 +1,4 @@
-"""`draft-train inspect`: what a prepared data set holds."""
+"""`draft-train inspect`: the statistics and the text of a prepared data set."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def _figures(rows: list[Row], ends: set[int]) -> dict[str, str]:
 
 
 def _ended(row: Row, ends: set[int]) -> bool:
-    """Whether the last response has its end of turn: templates may put more, such as a newline, after that."""
+    """True where the last response has its end of turn: templates may put more, such as a newline, after that."""
     trained = [token for token, wanted in zip(row.ids, row.mask, strict=True) if wanted]
     return bool(trained) and trained[-1] in ends
 

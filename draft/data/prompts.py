@@ -1,4 +1,4 @@
-"""Where conversations come from: files, hub data sets, or the target itself."""
+"""Conversations from files and hub data sets, and prompts that the target writes itself."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def load_prompts(source: str, *, column: str | None = None, keep_responses: bool
 
 
 def _parser(first: Record, column: str | None, keep: bool, source: str) -> Callable[[Record], dict[str, Any]]:
-    """How the rows of a file are to be read, judged by its first one."""
+    """The reader of the rows of a file, judged by its first one."""
     if column is None and any(set(names) <= set(first) for names in _TOKEN_COLUMNS):
         if keep:
             return lambda record: {"row": _token_row(record, source)}
@@ -159,10 +159,10 @@ def _text(value: Any, what: str) -> str:
 
 def _to_answer(messages: list[Message]) -> list[Message]:
     """Without the responses of the file: the target writes its own."""
-    asked = [message for message in messages if message["role"] != "assistant"]
-    if not any(message["role"] == "user" for message in asked):
+    turns = [message for message in messages if message["role"] != "assistant"]
+    if not any(message["role"] == "user" for message in turns):
         raise ValueError("there is no user turn")
-    return asked
+    return turns
 
 
 def _answered(messages: list[Message], record: Record, response: str | None) -> list[Message]:
@@ -189,9 +189,9 @@ def _token_row(record: Record, source: str) -> Row:
             raise ValueError("column 'loss_mask' is not a list of as many true/false values as there are input_ids")
         mask = [bool(value) for value in values]
     length = mask.index(True) if True in mask else len(ids)
-    heat, top_p = (_number(record, name) for name in ("temperature", "top_p"))
+    temperature, top_p = (_number(record, name) for name in ("temperature", "top_p"))
     # without a prompt of its own, a row is told apart by all of its tokens
-    return Row(conversation_id(ids[:length] if length > 1 else ids), ids, mask, length, heat, top_p, source)
+    return Row(conversation_id(ids[:length] if length > 1 else ids), ids, mask, length, temperature, top_p, source)
 
 
 def _ids(record: Record, column: str) -> list[int]:
@@ -211,13 +211,15 @@ def _number(record: Record, column: str) -> float | None:
 
 
 def user_turn(target: Target) -> tuple[list[int], str]:
-    """What the chat template puts before the text of a first user turn (as token ids), and what it puts after it."""
+    """The chat template's token ids before the text of a first user turn, and its text after it."""
     before, after = render(target, [{"role": "user", "content": SENTINEL}], add_generation_prompt=False).split(SENTINEL)
     return tokenise(target, before), after
 
 
 def written_prompt(target: Target, ids: list[int], after: str) -> str | None:
     """The user's request in what the target wrote from the start of a user turn; None when it is not fit for use."""
+    if not ids:
+        return None
     text = target.tokenizer.decode(ids[:-1] if ids[-1] in target.eos_token_ids else ids)
     ended = ids[-1] in target.eos_token_ids
     if after.strip() and after.strip() in text:  # templates whose turns end with a text and not with a token

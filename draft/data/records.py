@@ -39,7 +39,7 @@ def _open(path: Path) -> IO[bytes]:
 
 
 def _unusable(error: Exception) -> str:
-    """Why text that may well be JSON cannot be read, without Python's advice on it."""
+    """The reason that text which may well be JSON cannot be read, without Python's advice on it."""
     return "nested too deeply" if isinstance(error, RecursionError) else str(error).partition(";")[0]
 
 
@@ -118,7 +118,13 @@ def _parquet(path: Path, name: str) -> Iterator[tuple[str, Any]]:
 
 
 def _hub(source: str) -> Iterator[tuple[str, Any]]:
-    from datasets import load_dataset  # slow to import
+    try:
+        from datasets import load_dataset  # slow to import, and not installed with a server alone
+    except ImportError as error:
+        raise UserError(
+            f"{source}: no file here, and reading data sets of the hub needs the package datasets; install it with "
+            "`pip install 'draftsmith[train]'`, or give a file."
+        ) from error
 
     name, _, split = source.partition(":")
     try:

@@ -26,10 +26,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from draft.data.dataset import Row, create_json
+from draft.data.dataset import Row
 from draft.data.examples import batches
 from draft.errors import UserError
-from draft.files import read_json, sync
+from draft.files import read_json, sync, write_json
 from draft.target import Target
 from draft.training.batches import kept_layers
 from draft.training.distributed import Processes
@@ -110,7 +110,7 @@ class HiddenStateCache:
                 f"{_size(free)} free; give --cache-hidden-states a folder on a larger disk, or leave it out."
             )
         if missing:
-            create_json(self.folder / "manifest.json", self._manifest)
+            write_json(self.folder / "manifest.json", self._manifest, replace=False)
             console.print(
                 f"Hidden states of {tokens:,} tokens: {_size(needed)} of the {_size(free)} free in {self.folder}."
             )

@@ -1,4 +1,4 @@
-"""What several benchmarks are run on."""
+"""Tiny models that several benchmarks are run on."""
 
 from pathlib import Path
 

@@ -7,9 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from acceptance_runs import run, write_jsonl
 
-from benchmarks import acceptance_length, acceptance_report
+from benchmarks import acceptance_length
 
 PROMPTS = [
     {"id": "a", "category": "chat", "turns": ["Hello there", "And then?"]},
@@ -17,6 +16,17 @@ PROMPTS = [
     {"question_id": 3, "category": "code", "prompt": "print the first primes"},
 ]
 VARIANT_KEYS = ("temperature", "head", "rule", "speculation_length")
+
+
+def write_jsonl(path: Path, rows: list[Any]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def run(models: Path, out: Path, *options: str, heads: tuple[str, ...] = ("first",)) -> int:
+    named = [part for head in heads for part in ("--head", str(models / head))]
+    common = ["--target", str(models / "target"), *named, "--dtype", "float64", "--out", str(out)]
+    return acceptance_length.main([*common, "--max-new-tokens", "12", *options])
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +177,7 @@ def test_gain_is_paired_by_prompt() -> None:
     sizes = {"short": (10, 9), "long": (90, 30), "empty": (0, 0)}
     records = [record(prompt, "a", emitted, steps) for prompt, (emitted, steps) in sizes.items()]
     records += [record(prompt, "b", 2 * emitted, steps) for prompt, (emitted, steps) in sizes.items()]
-    rows = acceptance_report.compare(acceptance_report.group(records), ["a", "b"])
+    rows = acceptance_length.compare(acceptance_length.group(records), ["a", "b"])
     assert [row["category"] for row in rows] == ["overall", "c"]
     for row in rows:
         assert [row["value"], row["low"], row["high"]] == pytest.approx([1, 1, 1])
@@ -221,3 +231,11 @@ def test_an_interrupted_run_keeps_complete_prompts(
     results = json.loads((tmp_path / "acceptance_length.json").read_text())
     assert results["interrupted"] is True
     assert {record["prompt"] for record in results["records"]} == {"a", "3"}  # categories take turns
+
+
+def test_prompts_too_long_for_the_context_are_left_out_and_named(models: Path, tmp_path: Path) -> None:
+    file = write_jsonl(tmp_path / "p.jsonl", [{"id": "long", "turns": ["x" * 500]}, {"id": "short", "turns": ["y"]}])
+    options = ("--prompts", str(file), "--temperature", "0", "--speculation-length", "2")
+    assert run(models, tmp_path, *options) == 0
+    results = json.loads((tmp_path / "acceptance_length.json").read_text())
+    assert results["skipped"] == ["long"] and {record["prompt"] for record in results["records"]} == {"short"}

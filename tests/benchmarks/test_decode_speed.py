@@ -4,13 +4,14 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import make_tiny_head, save_tiny_target
+import torch
+from conftest import make_tiny_head, make_tiny_target, save_tiny_target
 
-from benchmarks import decode_bars, decode_speed
-from benchmarks import decode_report as report
-from benchmarks.decode_baselines import Timing
-from benchmarks.decode_report import Key
+from benchmarks import decode_speed
+from benchmarks.decode_speed import Key, Timing
+from cpu_kernels import ops
 from draft.heads.checkpoint import save_head
+from serving.engine import Engine
 
 
 def timing(tokens: int, seconds: float, verifications: int = 0, output: tuple[int, ...] = (1, 2)) -> Timing:
@@ -22,7 +23,7 @@ def test_ratios_are_taken_within_a_repeat() -> None:
         Key(1, 0.0, None, "plain"): [timing(10, 1.0, 10), timing(10, 10.0, 10)],
         Key(1, 0.0, None, "chain 2"): [timing(10, 0.5, 5), timing(10, 5.0, 5, (1, 3))],
     }
-    plain, chain = report.summarise(samples)
+    plain, chain = decode_speed.summarise(samples)
     assert plain["tokens_per_second"]["median"] == pytest.approx(5.5)  # of 10 and 1
     assert chain["over_plain"] == {"median": 2.0, "least": 2.0, "most": 2.0}
     assert chain["acceptance_length"] == 2.0 and plain["acceptance_length"] == 1.0
@@ -30,7 +31,7 @@ def test_ratios_are_taken_within_a_repeat() -> None:
 
 
 def test_pooling_adds_batches() -> None:
-    pooled = report.pool([timing(3, 1.0, 2), timing(5, 3.0, 4)])
+    pooled = decode_speed.pool([timing(3, 1.0, 2), timing(5, 3.0, 4)])
     assert (pooled.tokens, pooled.seconds, pooled.verifications, pooled.rate) == (8, 4.0, 6, 2.0)
     assert dict(pooled.parts) == {"target": 4.0} and len(pooled.outputs) == 2
 
@@ -43,19 +44,18 @@ def results(tau: float) -> dict:  # type: ignore[type-arg]
     }
     return {
         "settings": {"dtype": "float32"},
-        "floor": report.floor(8_000_000, 1e9),
+        "floor": decode_speed.floor(8_000_000, 1e9),
         "steps": {"target": {1: 0.010, 2: 0.010, 8: 0.014, 16: 0.020}, "draft": 0.0005, "re-read": 0.0005},
-        "rates": report.summarise(samples),
+        "rates": decode_speed.summarise(samples),
     }
 
 
 def test_the_prediction_and_the_bars() -> None:
     found = results(tau=2.0)
-    found["predicted"] = report.predict(found)
-    seconds = report.interpolate({1: 0.010, 2: 0.010, 8: 0.014, 16: 0.020}, 4) + 3 * 0.0005 + 0.0005
-    assert report.interpolate({2: 0.010, 8: 0.014}, 4) == pytest.approx(0.010 + 0.004 / 3)
+    found["predicted"] = decode_speed.predict(found)
+    seconds = (0.010 + 0.004 / 3) + 3 * 0.0005 + 0.0005  # 4 tokens lie between 2 and 8
     assert found["predicted"]["tokens_per_second"] == pytest.approx(2.0 / seconds)
-    bars = {bar["bar"]: bar for bar in decode_bars.judge(found)}
+    bars = {bar["bar"]: bar for bar in decode_speed.judge(found)}
     assert bars["plain step / reading its weights"]["figure"] == pytest.approx(0.010 / 0.008)
     assert bars["verifying 8 tokens / plain step"]["met"] is True
     assert bars["verifying 16 tokens / plain step"]["met"] is False
@@ -67,8 +67,8 @@ def test_the_prediction_and_the_bars() -> None:
         "met": True,
     }
     better = results(tau=3.0)
-    better["predicted"] = report.predict(better)
-    owed = next(bar for bar in decode_bars.judge(better) if bar["bar"] == "automatic / plain, batch 1")
+    better["predicted"] = decode_speed.predict(better)
+    owed = next(bar for bar in decode_speed.judge(better) if bar["bar"] == "automatic / plain, batch 1")
     assert owed["limit"] == "at least 1.6"
 
 
@@ -95,3 +95,21 @@ def test_a_tree_needs_more_nodes_than_it_is_deep(capsys: pytest.CaptureFixture[s
     with pytest.raises(SystemExit) as stop:
         decode_speed.main(["--target", "t", "--head", "h", "--out", "o", "--speculation-length", "8", "--tree", "8"])
     assert stop.value.code == 2 and "--tree" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("native", [False, True])
+@pytest.mark.parametrize("tied", [False, True])
+def test_each_weight_is_counted_once(native: bool, tied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """native: of a CPU that multiplies bfloat16, whose plain weights lie beside the packed ones, for prompts."""
+    monkeypatch.setattr(ops, "fastest_cpu_dtype", lambda: torch.bfloat16 if native else torch.float32)
+    target = make_tiny_target(dtype=torch.bfloat16, tie_word_embeddings=tied)
+    linears = [module for module in target.decoder.modules() if isinstance(module, torch.nn.Linear)]
+    norms = [module.weight for module in target.decoder.modules() if "Norm" in type(module).__name__]
+    numbers = sum(linear.weight.numel() for linear in linears) + sum(norm.numel() for norm in norms)
+    panel = ops.panel_width()
+    rotary = sum(buffer.nbytes for buffer in target.decoder.rotary_emb.buffers())
+    for mode, rows in (("eager", target.vocab_size), ("compiled", -(-target.vocab_size // panel) * panel)):
+        engine = Engine(target, None, mode=mode)
+        counted = decode_speed.weight_bytes(engine)
+        padded = sum((-linear.out_features % panel) * linear.in_features for linear in linears) * (mode == "compiled")
+        assert counted == 2 * (numbers + padded + rows * target.hidden_size) + rotary, mode

@@ -6,12 +6,8 @@ from pathlib import Path
 import pytest
 from conftest import make_tiny_head, save_tiny_target
 
-from benchmarks import load_bars, serving_load
-from benchmarks import load_report as report
-from benchmarks.load_client import Ask, Load, Trace, closed_loop, poisson
-from benchmarks.load_plan import Plan, Rates
-from benchmarks.load_report import Key
-from benchmarks.processes import Cores
+from benchmarks import serving_load
+from benchmarks.serving_load import Cores, Key, Load, Plan, Rates, Request, Trace, closed_loop, poisson
 from draft.errors import UserError
 from draft.heads.checkpoint import save_head
 from draft.launcher import draft_serve
@@ -35,10 +31,10 @@ def test_percentiles_are_over_all_requests_of_all_repeats() -> None:
         Load([trace(0.0, 0.001 * place, 1.0, 3) for place in range(51, 102)], 1.0),
         Load([trace(0.0, 9.0, 9.0, 0, error="status 500")], 1.0),  # is in no percentile
     ]
-    ttft = report.latencies(loads)["ttft"]
+    ttft = serving_load.latencies(loads)["ttft"]
     assert ttft == {"p50": pytest.approx(0.051), "p99": pytest.approx(0.100)}
-    assert report.percentiles([None, None]) is None
-    assert report.percentiles([1.0, 2.0]) == {"p50": 1.5, "p99": pytest.approx(1.99)}
+    assert serving_load.percentiles([None, None]) is None
+    assert serving_load.percentiles([1.0, 2.0]) == {"p50": 1.5, "p99": pytest.approx(1.99)}
 
 
 def test_rates_count_good_requests_and_tau_pools_steps() -> None:
@@ -46,10 +42,10 @@ def test_rates_count_good_requests_and_tau_pools_steps() -> None:
     failed = trace(0, 1, 2, 99, error="ReadError", accepted=50, steps=1)
     load = Load([*traces, failed], 2.0)
     assert (load.rate, load.requests_per_second) == (15.0, 1.0)
-    [row] = report.summarise({Key("closed", 2, "on"): [load]}, {})
+    [row] = serving_load.summarise({Key("closed", 2, "on"): [load]}, {})
     assert row["acceptance_length"] == pytest.approx((6 + 4) / 4)  # bonus tokens included
     assert (row["requests"], row["errors"]) == (3, ["ReadError"])
-    [row] = report.summarise(
+    [row] = serving_load.summarise(
         {Key("closed", 2, "off"): [Load([trace(0, 1, 2, 10)], 2.0)], Key("closed", 2, "on"): []}, {}
     )
     assert row["acceptance_length"] is None and row["mode"] == "off"
@@ -61,15 +57,15 @@ def rows(automatic: list[float], on: list[float], off: list[float]) -> list[dict
 
 
 def judged(**results: object) -> dict[str, bool | None]:
-    found = load_bars.judge({"loads": rows([9.8, 9.8], [10, 10], [5, 5]), **results})
+    found = serving_load.judge({"loads": rows([9.8, 9.8], [10, 10], [5, 5]), **results})
     return {bar["bar"].split(",")[0].split(" in ")[0].split(" after")[0]: bar["met"] for bar in found}
 
 
 def test_automatic_is_compared_with_what_is_better_overall_within_each_repeat() -> None:
     rates = {"automatic": [5.0, 5, 20, 20, 20], "on": [10.0, 10, 10, 1, 1], "off": [9.0, 9, 9, 40, 40]}
-    assert load_bars.automatic_over_better(rates) == 2.0  # on is better overall: 0.5, 0.5, 2, 20, 20
-    assert load_bars.automatic_over_better({"automatic": [10], "on": [8], "off": [10.5]}) == pytest.approx(10 / 10.5)
-    assert load_bars.automatic_over_better({"automatic": [10], "on": [8]}) is None
+    assert serving_load.automatic_over_better(rates) == 2.0  # on is better overall: 0.5, 0.5, 2, 20, 20
+    assert serving_load.automatic_over_better({"automatic": [10], "on": [8], "off": [10.5]}) == pytest.approx(10 / 10.5)
+    assert serving_load.automatic_over_better({"automatic": [10], "on": [8]}) is None
 
 
 def test_each_bar_is_met_and_missed() -> None:
@@ -111,8 +107,10 @@ def test_cores_are_split_in_halves(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_goes_wrong_is_told_by_the_trace() -> None:
-    asks = [Ask("/v1/completions", {"prompt": "a", "max_tokens": 2, "stream": streamed}) for streamed in (True, False)]
-    for load in (closed_loop("http://127.0.0.1:9", asks, 2), poisson("http://127.0.0.1:9", asks, 1000.0, 0)):
+    requests = [
+        Request("/v1/completions", {"prompt": "a", "max_tokens": 2, "stream": streamed}) for streamed in (True, False)
+    ]
+    for load in (closed_loop("http://127.0.0.1:9", requests, 2), poisson("http://127.0.0.1:9", requests, 1000.0, 0)):
         assert len(load.traces) == 2 and load.rate == 0
         assert all(each.error and each.error.startswith("ConnectError") for each in load.traces)
 

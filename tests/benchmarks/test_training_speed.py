@@ -7,8 +7,8 @@ import pytest
 import torch
 from conftest import make_tiny_head, save_tiny_target
 
-from benchmarks import training_report, training_speed, training_steps
-from benchmarks.training_steps import make_rows, spread_lengths
+from benchmarks import training_speed
+from benchmarks.training_speed import make_rows, spread_lengths
 from draft.data.examples import collate
 from draft.heads.checkpoint import save_head
 
@@ -23,7 +23,7 @@ def arguments(tmp_path_factory):
 
 
 def test_a_whole_run(arguments, capsys, monkeypatch) -> None:
-    monkeypatch.setattr(training_steps, "SIZES", (128, 256))
+    monkeypatch.setattr(training_speed, "SIZES", (128, 256))
     assert training_speed.main(arguments) == 0
     out = Path(arguments[arguments.index("--out") + 1])
     results = json.loads((out / "training_speed.json").read_text())
@@ -64,9 +64,9 @@ def test_counted_operations_are_those_of_the_formula(arguments) -> None:
 def test_bars(arguments) -> None:
     rows = [{"method": "afa-lora", "share_of_product": 0.46}]
     results = {"methods": rows, "settings": {"dtype": "float32"}, "afa_over_lora": {"median": 1.06}}
-    assert [bar.met for bar in training_report.bars(results)] == [True, False]
+    assert [bar["met"] for bar in training_speed.judge(results)] == [True, False]
     samples, others = [{"a": 1.0, "b": 1.0}, {"a": 3.0, "b": 1.0}], [{"a": 1.0, "b": 0.0}, {"a": 1.0, "b": 1.0}]
-    assert training_report.ratios(samples, others) == {"median": 2.0, "least": 2.0, "most": 2.0}
+    assert training_speed.ratios(samples, others) == {"median": 2.0, "least": 2.0, "most": 2.0}
 
 
 def test_lengths_are_spread() -> None:

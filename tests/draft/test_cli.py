@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 from conftest import save_tiny_target
+from written_data import served
 
 from draft.cli import main
 from draft.heads.checkpoint import attach_head, load_head
@@ -20,6 +21,13 @@ def folder(tmp_path_factory):
     lines = (json.dumps({"question": f"what is {n} plus {n * 3 % 17}?"}) for n in range(60))
     (root / "questions.jsonl").write_text("\n".join(lines))
     return root
+
+
+@pytest.fixture(scope="module")
+def server(folder):
+    """The options of a running server of the target."""
+    with served(load_target(str(folder / "target"), "float32")) as settings:
+        yield "--endpoint", settings.url
 
 
 @pytest.fixture
@@ -125,9 +133,9 @@ def test_a_place_that_cannot_be_written_to_is_one_sentence(run, folder):
             assert place[:8] in shown and "Traceback" not in shown and shown.strip().count("\n") == 0
 
 
-def test_names_with_brackets_are_printed_as_they_are(run, folder):
+def test_names_with_brackets_are_printed_as_they_are(run, folder, server):
     for out in ("odd/q[red]x", "odd/w[/b]", "odd/a:b:c"):
-        words = ("prepare", *COMMON, "--prompts", "questions.jsonl", "--num-prompts", 4, "--max-new-tokens", 2)
+        words = ("prepare", *COMMON, *server, "--prompts", "questions.jsonl", "--num-prompts", 4, "--max-new-tokens", 2)
         for _ in range(2):  # the second has nothing to do
             status, shown = run(*words, "--out", out)
             assert status == 0 and f"{out}: 4 rows" in shown.replace("3 rows to train on, 1", "4 rows"), shown
@@ -136,10 +144,10 @@ def test_names_with_brackets_are_printed_as_they_are(run, folder):
         assert status == 0 and shown.startswith(f"{out}: target")
 
 
-def test_one_prompts_flag_takes_several_files(run, folder):
+def test_one_prompts_flag_takes_several_files(run, folder, server):
     (folder / "more.jsonl").write_text(json.dumps({"prompt": "one more"}))
-    status, shown = run("prepare", *COMMON, "--max-new-tokens", 1, "--prompts", "questions.jsonl", "more.jsonl",
-                        "--out", "several")  # fmt: skip
+    files = ("--prompts", "questions.jsonl", "more.jsonl")
+    status, shown = run("prepare", *COMMON, *server, "--max-new-tokens", 1, *files, "--out", "several")
     assert status == 0, shown
     manifest = json.loads((folder / "several" / "manifest.json").read_text())
     assert manifest["sources"] == ["questions.jsonl", "more.jsonl"] and manifest["counts"]["conversations"] == 61

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from interop import cases
+from interop.cases import CASES, random_head
 from interop_heads import files, make_world, refused
 from safetensors.torch import load_file
 
-from benchmarks.interop import cases
-from benchmarks.interop.cases import CASES, random_head
 from draft.heads.checkpoint import load_head, save_head
 from draft.interop.eagle3 import EAGLE3_FORMATS
 from draft.interop.exporting import export_head

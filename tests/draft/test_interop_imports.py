@@ -6,10 +6,10 @@ import sys
 import pytest
 import torch
 from conftest import make_tiny_target
+from interop.cases import CASES
 from interop_heads import Foreign, files, make_world, refused
 from safetensors.torch import save_file
 
-from benchmarks.interop.cases import CASES
 from draft.cli import main
 from draft.errors import UserError
 from draft.heads.checkpoint import attach_head, load_head

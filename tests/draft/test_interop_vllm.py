@@ -4,11 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
+from interop import cases
+from interop.cases import CASES, OTHERS
+from interop.prepare import export_for_vllm
 from safetensors.torch import load_file
 
-from benchmarks.interop import cases
-from benchmarks.interop.cases import CASES, OTHERS
-from benchmarks.interop.prepare import export_for_vllm
 from draft.errors import UserError
 from draft.interop.exporting import export_head
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import io
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,23 +15,30 @@ import pytest
 import torch
 from conftest import make_tiny_target, make_writing_target
 from rich.console import Console
+from written_data import prepared, served
 
 import draft.data.dataset
-import draft.data.writing
+import draft.data.prepare
 from draft.data.dataset import Dataset, Row, assign_splits, open_dataset
+from draft.data.generate import Endpoint, EndpointSettings
 from draft.data.inspect import coloured, inspect
 from draft.data.prepare import prepare
-from draft.data.responses import generate_responses
 from draft.errors import UserError
 from draft.target import Target
 
-SELF_PROMPTED = {"num_prompts": 8, "batch_size": 20}
+SELF_PROMPTED = {"num_prompts": 8}
 QUESTIONS = [f"Question number {number}?" for number in range(20)]
 
 
 @pytest.fixture(scope="module")
 def target() -> Target:
     return make_writing_target()
+
+
+@pytest.fixture(scope="module")
+def server(target: Target) -> Iterator[EndpointSettings]:
+    with served(target) as settings:
+        yield settings
 
 
 @pytest.fixture
@@ -40,9 +48,15 @@ def questions(tmp_path: Path) -> Path:
     return path
 
 
-def run(target: Target, out: Path, **arguments: Any) -> Dataset:
-    length = {} if arguments.get("keep_responses") else {"max_new_tokens": 12}
-    return prepare(target, out, **{**length, "batch_size": 4, "progress": False, **arguments})
+@pytest.fixture
+def run(target: Target, server: EndpointSettings) -> Callable[..., Dataset]:
+    """`prepare` through the server of the module's target."""
+
+    def run(out: Path, target: Target = target, **arguments: Any) -> Dataset:
+        writing = {} if arguments.get("keep_responses") else {"max_new_tokens": 12, "server": server}
+        return prepare(target, out, **{**writing, "progress": False, **arguments})
+
+    return run
 
 
 def contents(dataset: Dataset) -> list[tuple[Any, ...]]:
@@ -53,8 +67,8 @@ def contents(dataset: Dataset) -> list[tuple[Any, ...]]:
     ]
 
 
-def test_answers_to_a_file(target: Target, questions: Path, tmp_path: Path) -> None:
-    dataset = run(target, tmp_path / "data", prompts=[questions], greedy_share=0.25, held_out_share=0.2)
+def test_answers_to_a_file(run: Any, target: Target, questions: Path, tmp_path: Path) -> None:
+    dataset = run(tmp_path / "data", prompts=[questions], greedy_share=0.25, held_out_share=0.2)
     rows = dataset.rows("train") + dataset.rows("held-out")
     assert len(rows) == 20 and len(dataset.rows("held-out")) == 4
     assert sum(row.temperature == 0 for row in rows) == 5 and {row.temperature for row in rows} == {0.0, 1.0}
@@ -78,89 +92,102 @@ def test_answers_to_a_file(target: Target, questions: Path, tmp_path: Path) -> N
     assert pq.read_schema(tmp_path / "data" / "train.parquet").names[:3] == ["id", "input_ids", "loss_mask"]
 
 
-def test_self_prompting(target: Target, uninterrupted: Any, tmp_path: Path) -> None:
-    dataset = run(target, tmp_path / "data", **{**SELF_PROMPTED, "batch_size": 11})
+def test_self_prompting(run: Any, target: Target, server: EndpointSettings, uninterrupted: Any, tmp_path: Path) -> None:
+    dataset = run(tmp_path / "data", **SELF_PROMPTED, server=replace(server, concurrency=3))
     rows = dataset.rows("train") + dataset.rows("held-out")
     prompts = {target.decode(row.ids[: row.prompt_length]) for row in rows}
     assert len(rows) == len(prompts) == 8 and {row.source for row in rows} == {"self-prompted"}
     assert all(len(prompt.split()) >= 3 for prompt in prompts)
-    assert contents(dataset) == uninterrupted[0]  # another batch size, the same data
-    other = run(target, tmp_path / "other", **SELF_PROMPTED, seed=1)
+    assert contents(dataset) == uninterrupted[0]  # fewer at once, the same data
+    other = run(tmp_path / "other", **SELF_PROMPTED, seed=1)
     assert {row.id for row in other.rows("train")}.isdisjoint(row.id for row in rows)
 
 
 def test_a_target_without_usable_prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(draft.data.writing, "_SELF_PROMPT_ROUNDS", 2)
+    monkeypatch.setattr(draft.data.prepare, "_SELF_PROMPT_ROUNDS", 2)
     with pytest.raises(UserError, match="wrote no usable prompts.*--prompts"):
-        run(make_tiny_target(seed=3), tmp_path / "data", num_prompts=1, batch_size=16)  # bytes, not text
+        prepared(make_tiny_target(seed=3), tmp_path / "data", num_prompts=1)  # bytes, not text
     assert not (tmp_path / "data").exists()
 
 
 class Counting:
-    """The generator, with a count of finished responses, and a power cut at one of them."""
+    """The server's answers, with a count of finished responses, and a power cut at one of them."""
 
     def __init__(self, stop_at: int | None = None) -> None:
         self.stop_at = stop_at
         self.written = 0
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Iterator[tuple[int, list[int]]]:
-        for result in generate_responses(*args, **kwargs):
-            if self.written + 1 == self.stop_at:
-                raise RuntimeError("power cut")
-            self.written += 1
-            yield result
+    def patch(self, monkeypatch: pytest.MonkeyPatch) -> Counting:
+        answer = Endpoint.answer
+
+        def counted(endpoint: Endpoint, questions: Any) -> Iterator[Any]:
+            for result in answer(endpoint, questions):
+                if self.written + 1 == self.stop_at:
+                    raise RuntimeError("power cut")
+                self.written += 1
+                yield result
+
+        monkeypatch.setattr(Endpoint, "answer", counted)
+        return self
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(target: Target, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Any], int]:
-    counting = Counting()
+def uninterrupted(
+    target: Target, server: EndpointSettings, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[list[Any], int]:
+    options = {"max_new_tokens": 12, "server": server, "progress": False}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(draft.data.writing, "generate_responses", counting)
-        dataset = run(target, tmp_path_factory.mktemp("whole") / "data", **SELF_PROMPTED)
+        counting = Counting().patch(patch)
+        dataset = prepare(target, tmp_path_factory.mktemp("whole") / "data", **SELF_PROMPTED, **options)
+    assert dataset is not None
     return contents(dataset), counting.written
 
 
 @pytest.mark.parametrize("stop_at", [7, -3])  # among the prompts, and among the responses
 def test_an_interrupted_run_goes_on(
-    target: Target, uninterrupted: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_at: int
+    run: Any, target: Target, uninterrupted: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_at: int
 ) -> None:
     whole, total = uninterrupted
     monkeypatch.setattr(draft.data.dataset, "_ROWS_PER_PART", 4)
-    first, second = Counting(stop_at % total), Counting()
     out = tmp_path / "data"
-    monkeypatch.setattr(draft.data.writing, "generate_responses", first)
-    with pytest.raises(RuntimeError, match="power cut"):
-        run(target, out, **SELF_PROMPTED)
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="power cut"):
+        first = Counting(stop_at % total).patch(patch)
+        run(out, **SELF_PROMPTED)
     with pytest.raises(UserError, match="unfinished; repeat"):
         open_dataset(out)
     with pytest.raises(UserError, match=r"begun with max_new_tokens = 12, and this call has 13; choose another"):
-        run(target, out, **SELF_PROMPTED, max_new_tokens=13)
-    monkeypatch.setattr(draft.data.writing, "generate_responses", second)
-    assert contents(run(target, out, **SELF_PROMPTED)) == whole
+        run(out, **SELF_PROMPTED, max_new_tokens=13)
+    second = Counting().patch(monkeypatch)
+    assert contents(run(out, **SELF_PROMPTED)) == whole
     assert first.written + second.written == total  # nothing is written twice
 
 
 def test_a_finished_data_set_is_left_alone(
-    target: Target, questions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    run: Any,
+    target: Target,
+    questions: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    first = contents(run(target, tmp_path / "data", prompts=[questions]))
-    monkeypatch.setattr(draft.data.writing, "generate_responses", None)
-    assert contents(run(target, tmp_path / "data", prompts=[questions], progress=True)) == first
+    first = contents(run(tmp_path / "data", prompts=[questions]))
+    monkeypatch.setattr(Endpoint, "answer", None)
+    assert contents(run(tmp_path / "data", prompts=[questions], progress=True)) == first
     assert "complete" in capsys.readouterr().out
     questions.write_text(questions.read_text().replace("number 3", "number 33"))
     with pytest.raises(UserError, match="begun with prompts_hash"):
-        run(target, tmp_path / "data", prompts=[questions])
+        run(tmp_path / "data", prompts=[questions])
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "letter.txt").write_text("dear")
     with pytest.raises(UserError, match="exists and is no data set"):
-        run(target, tmp_path / "mine", prompts=[questions])
+        run(tmp_path / "mine", prompts=[questions])
 
 
-def test_the_same_prompt_is_never_in_both_splits(target: Target, tmp_path: Path) -> None:
+def test_the_same_prompt_is_never_in_both_splits(run: Any, target: Target, tmp_path: Path) -> None:
     path = tmp_path / "pairs.jsonl"  # each question begins two different conversations
     turns = [[question, f"and {again}"] for question in QUESTIONS for again in range(2)]
     path.write_text("\n".join(json.dumps({"turns": pair}) for pair in turns + turns[:5]))
-    dataset = run(target, tmp_path / "data", prompts=[path], held_out_share=0.5, max_new_tokens=3)
+    dataset = run(tmp_path / "data", prompts=[path], held_out_share=0.5, max_new_tokens=3)
     train, held_out = ({row.id for row in dataset.rows(split)} for split in ("train", "held-out"))
     assert len(train) == len(held_out) == 10 and train.isdisjoint(held_out)
     assert dataset.manifest["counts"]["duplicates"] == 5
@@ -181,10 +208,10 @@ def test_the_split_depends_on_the_seed_and_counts_prompts() -> None:
         assert len(held_out(share, 0, ids[:3])) == count
 
 
-def test_turns_are_answered_one_after_the_other(target: Target, tmp_path: Path) -> None:
+def test_turns_are_answered_one_after_the_other(run: Any, target: Target, tmp_path: Path) -> None:
     path = tmp_path / "turns.json"
     path.write_text(json.dumps([{"turns": ["First thing?", "Second thing?"]}, {"turns": ["Only thing?"]}]))
-    dataset = run(target, tmp_path / "data", prompts=[path], greedy_share=1.0, held_out_share=0.0)
+    dataset = run(tmp_path / "data", prompts=[path], greedy_share=1.0, held_out_share=0.0)
     row = max(dataset.rows("train"), key=lambda row: len(row.ids))
     parts = target.tokenizer.decode(row.ids).split("<|im_start|>")
     assert [part.split("\n")[0] for part in parts[1:]] == ["user", "assistant", "user", "assistant"]
@@ -196,23 +223,23 @@ def test_turns_are_answered_one_after_the_other(target: Target, tmp_path: Path) 
     assert dataset.rows("held-out") == []
 
 
-def test_over_long_conversations_are_dropped_and_counted(target: Target, tmp_path: Path) -> None:
+def test_over_long_conversations_are_dropped_and_counted(run: Any, target: Target, tmp_path: Path) -> None:
     path = tmp_path / "long.jsonl"
     path.write_text("\n".join(json.dumps({"prompt": "word " * count}) for count in (1, 2, 3, 10, 30, 40)))
     # ten words make a prompt of 69 tokens: its response would go on beyond the 70th
-    dataset = run(target, tmp_path / "data", prompts=[path], max_length=70)
+    dataset = run(tmp_path / "data", prompts=[path], max_length=70)
     rows = dataset.rows("train") + dataset.rows("held-out")
     assert len(rows) == 3 and max(len(row.ids) for row in rows) <= 70
     assert dataset.manifest["counts"]["too_long"] == 3
     with pytest.raises(UserError, match=r"no conversation is left \(.*too_long 6.*\); raise --max-length, now 20"):
-        run(target, tmp_path / "none", prompts=[path], max_length=20)
+        run(tmp_path / "none", prompts=[path], max_length=20)
     assert not (tmp_path / "none").exists()
 
 
-def test_kept_responses(target: Target, tmp_path: Path) -> None:
+def test_kept_responses(run: Any, target: Target, tmp_path: Path) -> None:
     path = tmp_path / "kept.jsonl"
     path.write_text("\n".join(json.dumps({"question": q, "answer": f"Answer to {q}"}) for q in QUESTIONS))
-    dataset = run(target, tmp_path / "data", prompts=[path], keep_responses=True, num_prompts=8)
+    dataset = run(tmp_path / "data", prompts=[path], keep_responses=True, num_prompts=8)
     rows = dataset.rows("train") + dataset.rows("held-out")
     assert len(rows) == 8 and {row.temperature for row in rows} == {None}
     for row in rows:
@@ -223,29 +250,29 @@ def test_kept_responses(target: Target, tmp_path: Path) -> None:
     counts = {split: str(len(dataset.rows(split))) for split in ("train", "held-out")}
     (ended,) = (line for line in out.getvalue().splitlines() if "ended by the target" in line)
     assert re.findall(r"\d+", ended) == list(counts.values())  # though the template's newline comes last
-    answered = run(target, tmp_path / "answered", prompts=[path])
+    answered = run(tmp_path / "answered", prompts=[path])
     assert {row.id for row in rows} <= {row.id for row in answered.rows("train") + answered.rows("held-out")}
-    again = run(target, tmp_path / "copy", prompts=[answered.folder / "train.parquet"], keep_responses=True)
+    again = run(tmp_path / "copy", prompts=[answered.folder / "train.parquet"], keep_responses=True)
     copied = sorted((r.id, r.ids, r.temperature) for r in again.rows("train") + again.rows("held-out"))
     assert copied == sorted((row.id, row.ids, row.temperature) for row in answered.rows("train"))
 
 
-def test_rows_of_tokens_are_checked_against_the_vocabulary(target: Target, tmp_path: Path) -> None:
+def test_rows_of_tokens_are_checked_against_the_vocabulary(run: Any, target: Target, tmp_path: Path) -> None:
     path = tmp_path / "tokens.jsonl"
     path.write_text(json.dumps({"prompt_ids": [1, 5], "response_ids": [300]}))
     with pytest.raises(UserError, match="line 1: token 300 is beyond the target's vocabulary of 259"):
-        run(target, tmp_path / "data", prompts=[path], keep_responses=True)
+        run(tmp_path / "data", prompts=[path], keep_responses=True)
 
 
-def test_another_target_is_refused(target: Target, questions: Path, tmp_path: Path) -> None:
-    dataset = run(target, tmp_path / "data", prompts=[questions], max_new_tokens=2)
+def test_another_target_is_refused(run: Any, target: Target, questions: Path, tmp_path: Path) -> None:
+    dataset = run(tmp_path / "data", prompts=[questions], max_new_tokens=2)
     dataset.check_target(target)
     other = make_tiny_target(seed=9)
     with pytest.raises(UserError) as refusal:
         dataset.check_target(other)
     assert target.fingerprint in str(refusal.value) and other.fingerprint in str(refusal.value)
     with pytest.raises(UserError, match="begun with target_fingerprint"):
-        run(other, tmp_path / "data", prompts=[questions], max_new_tokens=2)
+        run(tmp_path / "data", other, prompts=[questions], max_new_tokens=2)
 
 
 @pytest.mark.parametrize(
@@ -259,16 +286,16 @@ def test_another_target_is_refused(target: Target, questions: Path, tmp_path: Pa
         ({"keep_responses": True, "prompts": ["x"], "greedy_share": 0.3}, "--greedy-share 0.3 is about writing"),
     ],
 )
-def test_bad_arguments(target: Target, tmp_path: Path, arguments: dict[str, Any], what: str) -> None:
+def test_bad_arguments(run: Any, target: Target, tmp_path: Path, arguments: dict[str, Any], what: str) -> None:
     with pytest.raises(UserError, match=what):
-        run(target, tmp_path / "data", **arguments)
+        run(tmp_path / "data", **arguments)
     assert not (tmp_path / "data").exists()
 
 
-def test_damaged_data_sets_are_named(target: Target, questions: Path, tmp_path: Path) -> None:
+def test_damaged_data_sets_are_named(run: Any, target: Target, questions: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no data set"):
         open_dataset(tmp_path / "absent")
-    dataset = run(target, tmp_path / "data", prompts=[questions], max_new_tokens=2)
+    dataset = run(tmp_path / "data", prompts=[questions], max_new_tokens=2)
     with pytest.raises(UserError, match="split 'test' is unknown"):
         dataset.rows("test")
     (dataset.folder / "train.parquet").write_bytes(b"PAR1")
@@ -281,12 +308,12 @@ def test_damaged_data_sets_are_named(target: Target, questions: Path, tmp_path: 
     without_split = {**whole, "counts": {"train": whole["counts"]["train"]}}
     for damaged in ([], {"version": 1}, {**whole, "sources": "x.jsonl"}, without_split):
         (dataset.folder / "manifest.json").write_text(json.dumps(damaged))
-        with pytest.raises(UserError, match="damaged.*; prepare it again"):
+        with pytest.raises(UserError, match="damaged.*; prepare it again|holds a list .*; restore it"):
             open_dataset(dataset.folder)
 
 
-def test_inspect_colours_what_is_trained_on(target: Target, questions: Path, tmp_path: Path) -> None:
-    dataset = run(target, tmp_path / "data", prompts=[questions])
+def test_inspect_colours_what_is_trained_on(run: Any, target: Target, questions: Path, tmp_path: Path) -> None:
+    dataset = run(tmp_path / "data", prompts=[questions])
     out = io.StringIO()
     inspect(dataset.folder, examples=2, console=Console(file=out, width=120))
     shown = out.getvalue()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -218,6 +219,9 @@ def test_hub_data_sets_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> No
     rows = [{"prompt": "one"}, {"prompt": "two"}]
     monkeypatch.setattr(datasets, "load_dataset", lambda name, split: rows)
     assert len(load_prompts("someone/data")) == 2
+    monkeypatch.setitem(sys.modules, "datasets", None)  # as where it is not installed
+    with pytest.raises(UserError, match=r"someone/data: no file here, .* `pip install 'draftsmith\[train\]'`"):
+        load_prompts("someone/data")
 
 
 def test_the_user_turn_of_the_template(tiny_target: Target) -> None:

@@ -3,25 +3,34 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import make_writing_target
+from written_data import served
 
-from draft.data.dataset import Dataset, open_dataset
-from draft.data.prepare import prepare
-from draft.data.shards import Shard, parse_shard
+from draft.data.dataset import Dataset, Shard, open_dataset
+from draft.data.generate import Endpoint, EndpointSettings, Question
+from draft.data.prepare import parse_shard, prepare
 from draft.errors import UserError
 from draft.target import Target
 
 SHAPE = {"max_new_tokens": 8, "progress": False, "held_out_share": 0.25, "max_length": 150}
 COMMAND = ["--max-new-tokens", "8", "--held-out-share", "0.25", "--max-length", "150"]
+
+
+@pytest.fixture(scope="module")
+def server(target: Target) -> Iterator[EndpointSettings]:
+    with served(target) as settings:
+        yield settings
 
 
 @pytest.fixture
@@ -46,10 +55,12 @@ def start(folder: Path, out: Path, *more: str, script: str = "", **environment: 
     return subprocess.Popen([sys.executable, "-c", code, *words], env=environment, stdout=subprocess.PIPE, text=True)
 
 
-def test_two_processes_write_what_one_does(target: Target, folder: Path, questions: Path, tmp_path: Path) -> None:
-    expected = contents(prepare(target, tmp_path / "one", prompts=[questions], **SHAPE))
+def test_two_processes_write_what_one_does(
+    target: Target, folder: Path, server: EndpointSettings, questions: Path, tmp_path: Path
+) -> None:
+    expected = contents(prepare(target, tmp_path / "one", prompts=[questions], server=server, **SHAPE))
     out = tmp_path / "two"
-    each = ["--prompts", str(questions), "--dtype", "float32"]
+    each = ["--prompts", str(questions), "--endpoint", server.url]
     first = start(folder, out, *each, "--shard", "0/2")
     second = start(folder, out, *each, RANK="1", WORLD_SIZE="2", LOCAL_RANK="1")  # as a launcher starts it
     said = [process.communicate(timeout=300)[0] for process in (first, second)]
@@ -63,9 +74,14 @@ def test_two_processes_write_what_one_does(target: Target, folder: Path, questio
 
 
 def test_a_killed_shard_goes_on_and_a_missing_one_is_named(
-    target: Target, folder: Path, questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    target: Target,
+    folder: Path,
+    server: EndpointSettings,
+    questions: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    out, options = tmp_path / "data", {**SHAPE, "batch_size": 1, "prompts": [questions]}
+    out, options = tmp_path / "data", {**SHAPE, "server": server, "prompts": [questions]}
     hang = (
         "import time, draft.data.dataset as d\nd._ROWS_PER_PART = 1\nadd = d.Parts.add\n"
         "def slow(self, stage, index, response):\n"
@@ -73,19 +89,8 @@ def test_a_killed_shard_goes_on_and_a_missing_one_is_named(
         "    time.sleep(600 if stage == 'responses-1' else 0)\n"
         "d.Parts.add = slow"
     )
-    killed = start(
-        folder,
-        out,
-        "--prompts",
-        str(questions),
-        "--dtype",
-        "float32",
-        "--shard",
-        "2/3",
-        "--batch-size",
-        "1",
-        script=hang,
-    )
+    each = ["--prompts", str(questions), "--endpoint", server.url, "--concurrency", "1"]
+    killed = start(folder, out, *each, "--shard", "2/3", script=hang)
     try:
         own = out / "parts" / "shard-2-of-3"
         deadline = time.monotonic() + 120
@@ -102,15 +107,13 @@ def test_a_killed_shard_goes_on_and_a_missing_one_is_named(
     with pytest.raises(UserError, match="begun with shards = 3, and this call has 2"):
         prepare(target, out, **options, shard=Shard(0, 2))
     written: list[str] = []
-    import draft.data.writing
+    answer = Endpoint.answer
 
-    real = draft.data.writing.generate_responses
+    def counting(endpoint: Endpoint, questions: list[Question]) -> Any:
+        written.extend(question.key for question in questions)
+        return answer(endpoint, questions)
 
-    def counting(*args: Any, **kwargs: Any) -> Any:
-        written.extend(kwargs["keys"])
-        return real(*args, **kwargs)
-
-    monkeypatch.setattr(draft.data.writing, "generate_responses", counting)
+    monkeypatch.setattr(Endpoint, "answer", counting)
     assert prepare(target, out, **options, shard=Shard(2, 3)) is None
     assert len(written) == 1 and written[0].startswith("responses-1:")  # what was stored is not written again
     done = contents(prepare(target, out, **options, shard=Shard(1, 3)))
@@ -120,9 +123,12 @@ def test_a_killed_shard_goes_on_and_a_missing_one_is_named(
 
 def test_shards_share_the_prompts_that_the_target_writes(tmp_path: Path) -> None:
     words = make_writing_target()
-    options = {**SHAPE, "num_prompts": 6, "batch_size": 20}
-    expected = contents(prepare(words, tmp_path / "one", **options))
-    parts = [prepare(words, tmp_path / "three", **options, shard=Shard(index, 3)) for index in (2, 0, 1)]
+    options = {**SHAPE, "num_prompts": 6}
+    with served(words) as server:
+        expected = contents(prepare(words, tmp_path / "one", **options, server=server))
+        parts = [
+            prepare(words, tmp_path / "three", **options, server=server, shard=Shard(index, 3)) for index in (2, 0, 1)
+        ]
     assert parts[:2] == [None, None] and contents(parts[2]) == expected
 
 
@@ -132,10 +138,17 @@ def test_what_is_no_shard(text: str) -> None:
         parse_shard(text)
 
 
-def test_where_a_shard_comes_from(monkeypatch: pytest.MonkeyPatch, target: Target, tmp_path: Path) -> None:
-    assert parse_shard("3/4") == Shard(3, 4) and parse_shard(None) is None
+def test_where_a_shard_comes_from(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, target: Target, tmp_path: Path
+) -> None:
+    """A launcher's variables that were left over are no silent reason to write one half of the data."""
+    assert parse_shard("3/4") == Shard(3, 4) and parse_shard(None) is None and not caplog.records
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert parse_shard(None) == Shard(1, 2) and parse_shard("0/3") == Shard(0, 3)
+    assert parse_shard("0/3") == Shard(0, 3) and parse_shard("0/1") is None and not caplog.records
+    with caplog.at_level(logging.WARNING):
+        assert parse_shard(None) == Shard(1, 2)
+    assert "RANK=1 and WORLD_SIZE=2 are set" in caplog.text and "shard 1/2 of the conversations only" in caplog.text
+    assert "--shard 0/1" in caplog.text
     with pytest.raises(UserError, match="--keep-responses writes none"):
         prepare(target, tmp_path / "data", prompts=["x.jsonl"], keep_responses=True, shard=Shard(0, 2))

@@ -4,9 +4,9 @@ import copy
 
 import pytest
 import torch
+from interop.cases import random_head
 from torch.nn.functional import rms_norm
 
-from benchmarks.interop.cases import random_head
 from draft.data.dataset import Row
 from draft.data.examples import collate
 from draft.errors import UserError

@@ -3,8 +3,8 @@
 import pytest
 import torch
 from conftest import make_tiny_head, make_tiny_target
+from interop.cases import random_head
 
-from benchmarks.interop.cases import random_head
 from draft.heads.unroll import shift_left
 
 STEPS = 5

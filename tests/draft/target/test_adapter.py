@@ -14,9 +14,9 @@ from conftest import make_tiny_head, make_tiny_target, save_tiny_target
 from peft import LoraConfig, PeftModel, get_peft_model
 from rich.console import Console
 from safetensors.torch import load_file, save_file
+from written_data import prepared
 
 from draft.data.dataset import open_dataset
-from draft.data.prepare import prepare
 from draft.errors import UserError
 from draft.evaluation.replay import replay
 from draft.files import file_sha256
@@ -95,7 +95,7 @@ def test_a_head_is_adapted_to_the_fine_tuned_target_and_served_with_it(world: Pa
     save_head(stock, tmp_path / "stock", dtype=torch.float32, about=about)  # made for the target without it
     questions = tmp_path / "questions.jsonl"
     questions.write_text("".join(json.dumps({"prompt": f"number {n}"}) + "\n" for n in range(6)))
-    data = prepare(target, tmp_path / "data", prompts=[questions], max_new_tokens=10, greedy_share=1.0, progress=False)
+    data = prepared(target, tmp_path / "data", prompts=[questions], max_new_tokens=10, greedy_share=1.0)
     rows = data.rows("train") + data.rows("held-out")
     merged = PeftModel.from_pretrained(load_target(name, "float64").model, adapter).merge_and_unload()
     for row in rows:

@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 from conftest import save_tiny_target
 from rich.console import Console
+from written_data import prepared
 
 from draft.data.dataset import open_dataset, write_dataset
-from draft.data.prepare import prepare
 from draft.errors import UserError
 from draft.target import load_target
 from draft.training.batches import load_rows
@@ -25,8 +25,8 @@ def world(tmp_path_factory):
     prompts.write_text("".join(json.dumps({"prompt": f"number {n}"}) + "\n" for n in range(16)))
     target = load_target(str(root / "target"), "float32")
     for seed in (0, 5):
-        options = {"held_out_share": 0.25, "greedy_share": 1.0, "seed": seed, "progress": False}
-        prepare(target, root / f"data-{seed}", prompts=[prompts], max_new_tokens=6, **options)
+        options = {"held_out_share": 0.25, "greedy_share": 1.0, "seed": seed}
+        prepared(target, root / f"data-{seed}", prompts=[prompts], max_new_tokens=6, **options)
     return root, target
 
 

@@ -1,0 +1,90 @@
+"""Command lines, prompts and errors of all benchmarks."""
+
+import json
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_tiny_head, make_tiny_target
+
+from benchmarks import acceptance_length, shared
+from draft.heads.checkpoint import save_head
+
+
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [
+        ('{"turns": ["one"', "not JSON"),
+        ('["one"]', "not a JSON object"),
+        ('{"text": "one"}', "has text, and none of turns, prompt, question"),
+        ('{"turns": ["one", 2]}', "`turns` must be text"),
+        ('{"question": "  "}', "`question` must be text"),
+        ('{"id": "a", "turns": ["one"]}', "id 'a' was used at"),
+        ('{"turns": ["\\ud800"]}', "surrogate"),
+    ],
+)
+def test_a_malformed_line_is_named(tmp_path: Path, line: str, complaint: str) -> None:
+    file = tmp_path / "bad.jsonl"
+    file.write_text('{"id": "a", "turns": ["fine"]}\n\n' + line + "\n")
+    with pytest.raises(shared.UserError, match="line 3: ") as caught:
+        shared.load_prompts(file)
+    assert complaint in str(caught.value) and str(file) in str(caught.value)
+
+
+def test_mistakes_are_one_sentence(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    about = {"target_fingerprint": "beef"}
+    save_head(make_tiny_head(make_tiny_target()), tmp_path / "foreign", dtype=torch.float64, about=about)
+    (tmp_path / "empty.jsonl").write_text("\n")
+    (tmp_path / "taken").write_text("a file")
+    for options, complaint in (
+        (("--temperature", "nan"), "'nan' is not a number between 0 and 100"),
+        (("--speculation-length", "0"), "'0' is not a whole number of at least 1"),
+        (("--rule", "best"), "invalid choice: 'best'"),
+        (("--heads", "x"), "unrecognized arguments: --heads"),
+        (("--head", str(tmp_path / "foreign")), "was made for target beef"),
+        (("--prompts", str(tmp_path / "gone.jsonl")), "no such file"),
+        (("--prompts", str(tmp_path / "empty.jsonl")), "has no prompts"),
+        (("--out", str(tmp_path / "taken")), "cannot be a folder"),
+        (("--speculation-length", "99"), "speculation_length = 99"),
+        (("--dtype", "int3"), "int3"),
+    ):
+        base = f"--target {models}/target --head {models}/first --limit 1 --out {tmp_path}/out".split()
+        try:
+            status: object = acceptance_length.main([*base, *options])
+        except SystemExit as ended:  # of argparse
+            status = ended.code
+        message = capsys.readouterr().err
+        assert status == 2 and complaint in message.splitlines()[-1] and "Traceback" not in message, message
+
+
+def test_a_file_error_is_one_line_and_a_bug_is_not(capsys: pytest.CaptureFixture[str]) -> None:
+    def run_body(body: Callable[[], int]) -> int:
+        return shared.run_program(lambda arguments: Namespace(), lambda parsed, command: body(), [])
+
+    assert run_body(lambda: len(Path("/dev/null/results.json").read_text())) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: '/dev/null/results.json' could not be read") and message.count("\n") == 1
+    with pytest.raises(ZeroDivisionError):
+        run_body(lambda: 1 // 0)
+
+
+def test_default_prompts_and_the_columns_that_are_read(tmp_path: Path) -> None:
+    shipped = shared.load_prompts()
+    assert len(shipped.prompts) >= 80 and "benchmarks/prompts/chat.jsonl" in shipped.files
+    assert len({prompt.category for prompt in shipped.prompts}) == 8
+    assert len({prompt.category for prompt in shared.load_prompts(limit=8).prompts}) == 8
+    rows = [
+        {"question_id": 81, "category": "writing", "turns": ["one", "two"], "reference": []},
+        {"prompt": "three"},
+        {"id": "x", "question": "four \u2028 five"},
+    ]
+    file = tmp_path / "file.jsonl"
+    file.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows).encode())
+    found = {prompt.id: (prompt.category, prompt.turns) for prompt in shared.load_prompts(file).prompts}
+    assert found == {
+        "81": ("writing", ("one", "two")),
+        "file-2": ("file", ("three",)),
+        "x": ("file", ("four \u2028 five",)),
+    }

@@ -1,0 +1,73 @@
+"""vLLM decodes the bundled target with our exported head, greedily. Imports nothing of ours.
+
+    python tests/interop/run_vllm.py FOLDER
+
+FOLDER/prompts.json (`compare_engines prepare` wrote it) names target, head, K, the tokens per prompt and the prompts'
+token ids; FOLDER/result.json gets the texts and the counts. One generation is counted; a second one, which isn't,
+continues each text by a few tokens, so that the drafts of its last verification can be judged too.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import vllm
+from vllm import LLM, SamplingParams
+
+COUNTS = ("num_drafts", "num_draft_tokens", "num_accepted_tokens", "num_accepted_tokens_per_pos")
+
+
+def main(folder: Path) -> None:
+    """Decode, and write what came out."""
+    job = json.loads((folder / "prompts.json").read_text())
+    speculative = {"method": "eagle3", "model": job["head"], "num_speculative_tokens": job["speculation_length"]}
+    llm = LLM(
+        model=job["target"],
+        dtype="float32",  # in half precision the texts of two engines differ
+        speculative_config=speculative,
+        enforce_eager=True,
+        max_model_len=job["max_length"],
+        max_num_seqs=16,
+        enable_prefix_caching=False,
+        disable_log_stats=False,
+        seed=0,
+    )
+    texts = decode(llm, job["prompts"], job["tokens"])
+    counts = read_counts(llm)
+    longer = [prompt + text for prompt, text in zip(job["prompts"], texts, strict=True)]
+    beyond = decode(llm, longer, job["speculation_length"] + 1)
+    result = {
+        "engine": "vLLM",
+        "version": vllm.__version__,
+        "counts": counts,
+        "trimmed": False,
+        "texts": texts,
+        "beyond": beyond,
+        "forbidden": [],
+    }
+    (folder / "result.json").write_text(json.dumps(result) + "\n")
+    print(json.dumps({"version": vllm.__version__, **counts}))
+
+
+def decode(llm: LLM, prompts: list[list[int]], tokens: int) -> list[list[int]]:
+    """`tokens` greedy tokens after each prompt, EOS or not."""
+    sampling = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
+    outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], sampling)
+    return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+def read_counts(llm: LLM) -> dict[str, Any]:
+    """vLLM's own counters: accepted tokens before a text is trimmed to its length."""
+    found: dict[str, Any] = {}
+    for metric in llm.get_metrics():
+        name = metric.name.removeprefix("vllm:spec_decode_")
+        if name in COUNTS:
+            found[name] = metric.values if hasattr(metric, "values") else metric.value
+    return found
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

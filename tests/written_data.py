@@ -1,0 +1,42 @@
+"""Text and data sets that a target in this process writes, through its engine or a server of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from http_testing import live
+
+from draft.data.dataset import Dataset
+from draft.data.generate import EndpointSettings
+from draft.data.prepare import prepare
+from draft.target import Target
+from serving.api.app import create_app
+from serving.engine import Engine, SamplingParams
+
+
+def responses(
+    target: Target, prompts: Sequence[list[int]], max_new_tokens: int, temperature: float = 0.0
+) -> list[list[int]]:
+    """The target's answers to prompts of token ids."""
+    engine = Engine(target, mode="eager", speculation="off")
+    params = [SamplingParams(max_new_tokens, temperature=temperature, seed=seed) for seed in range(len(prompts))]
+    return [completion.token_ids for completion in engine.generate(list(prompts), params)]
+
+
+@contextmanager
+def served(target: Target, **options: Any) -> Iterator[EndpointSettings]:
+    """A live server of the target; options: of its app."""
+    engine = Engine(target, mode="eager", speculation="off", max_batch=8)
+    with live(create_app(engine, **options)) as address:
+        yield EndpointSettings(address)
+
+
+def prepared(target: Target, out: Path, **arguments: Any) -> Dataset:
+    """A data set that the target writes through a server."""
+    with served(target) as server:
+        dataset = prepare(target, out, server=server, progress=False, **arguments)
+    assert dataset is not None
+    return dataset
