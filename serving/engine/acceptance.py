@@ -112,7 +112,7 @@ class RequestAcceptance:
     def __init__(self, overall: Acceptance, cap: int, backlog: int = 0) -> None:
         self.cap, self.backlog = cap, backlog
         self.remaining = math.inf
-        self._overall, self._own = overall, Acceptance(ROW_MEMORY, ROW_STRENGTH)
+        self._overall, self.own = overall, Acceptance(ROW_MEMORY, ROW_STRENGTH)
         self.emitted = 0  # tokens; the controller compares it before and after a step
 
     def observe(self, plan: Plan, accepted: int, *, trimmed: bool = False) -> None:
@@ -124,7 +124,7 @@ class RequestAcceptance:
         self.emitted += accepted + 1
         self.backlog = self.backlog + 1 if plan == OFF else 0
         if plan != OFF and not trimmed:
-            self._own.observe(plan, accepted)
+            self.own.observe(plan, accepted)
             self._overall.observe(plan, accepted)
 
     def expected(self, plan: Plan, overall: list[float]) -> list[float]:
@@ -132,7 +132,7 @@ class RequestAcceptance:
 
         overall: the overall rates of `plan`.
         """
-        return list(accumulate(accumulate(self._own.rates(plan, overall), mul), initial=1.0))
+        return list(accumulate(accumulate(self.own.rates(plan, overall), mul), initial=1.0))
 
 
 def widened(chain: list[float], nodes: int) -> list[float]:

@@ -32,6 +32,7 @@ from serving.engine.costs import ENOUGH, StepCosts
 MARGIN = 1.04  # what a plan must promise over the present one, and over plain decoding, to replace it
 PATIENCE = 8  # steps between decisions about an unchanged batch
 PROBE_BUDGET = 0.005  # share of the time that probes may lose
+NEAR = 0.8  # of the present plan's rate must be promised by what is worth a probe while drafting
 PROBE_STEPS = 3, 16  # a probe's fewest and most steps
 PROBE_ROWS = 4  # one request in so many drafts in a probe beside plain decoding: the head must catch up on each
 PROBE_GAP = 48  # steps between two probes, however little they lose
@@ -73,6 +74,7 @@ class Controller:
         # come and go, and the switches they bring, put off no further and let begin no sooner
         self._clocks = {False: 0.0, True: 0.0}
         self._probe_at = {False: 0.0, True: 0.0}
+        self._ran: Counter[Plan] = Counter()  # the step, counted from the first, that last ran each plan
         self._wait = 0  # steps until the next decision
         self._rows: list[RequestAcceptance] = []  # of the present step
         self._emitted = 0  # by these rows before the present step
@@ -110,6 +112,7 @@ class Controller:
                     row.cap = 0
             self._step = _Stretch(plan, expected=self._seconds(plan) if rows else 0.0)
             self.chosen[plan] += 1
+            self._ran[plan] = self.chosen.total()
             return plan
 
     def observe_target(self, tokens: int, seconds: float, *, ignore: bool = False) -> None:
@@ -174,13 +177,21 @@ class Controller:
         drafting = self.plan != OFF
         known = self.costs.target.known(self._width(self.plan))
         if known and self._clocks[drafting] >= self._probe_at[drafting] and len(self._rates) > 1:
-            if not drafting:
-                self.acceptance.forget()
-            others = [plan for plan in self._rates if plan != OFF]
-            # while drafting, try a plain step; otherwise what promises most
-            self._probe = _Stretch(OFF if drafting else max(others, key=lambda plan: self._rates[plan]))
-            self.probes += 1
+            self._begin_probe()
         return self._probe.plan if self._probe else self.plan
+
+    def _begin_probe(self) -> None:
+        """Without drafting, try what promises most; while drafting, what rested longest: OFF, or what comes near."""
+        rates, present = self._rates, self._rates[self.plan]
+        if self.plan == OFF:
+            plan = max((plan for plan in rates if plan != OFF), key=lambda plan: rates[plan])
+            for acceptance in (self.acceptance, *(row.own for row in self._rows)):
+                acceptance.forget()
+        else:
+            near = [plan for plan in rates if plan not in (OFF, self.plan) and rates[plan] >= NEAR * present]
+            plan = min([OFF, *near], key=lambda plan: self._ran[plan])
+        self._probe = _Stretch(plan)
+        self.probes += 1
 
     def _keeps_up(self, probe: _Stretch) -> bool:
         fewest, most = PROBE_STEPS
