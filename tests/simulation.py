@@ -83,15 +83,28 @@ class Simulation:
     seed: int = 0
     prompt: int = 0  # tokens of each request's prompt, which the head has not read
     request: int = REQUEST
-    beside_prompts: bool = False  # whether parts of other prompts are read in each step, too
+    beside_prompts: bool = False  # parts of other prompts are read in each step, too
 
     def __post_init__(self) -> None:
         self.rng = random.Random(self.seed)
         self.rows: list[tuple[RequestAcceptance, int]] = []  # tracker, number of the request
         self.requests = 0
 
+    @property
+    def plain(self) -> float:
+        """Tokens per second without drafts."""
+        return self.machine.worth(OFF, self.batch, 0.0)
+
     def steps(self, count: int) -> list[Step]:
         return [self.step() for _ in range(count)]
+
+    def until_probe(self) -> int:
+        """Steps up to the next probe."""
+        steps, probes = 0, self.controller.probes
+        while self.controller.probes == probes:
+            self.step()
+            steps += 1
+        return steps
 
     def step(self) -> Step:
         self.rows = [(row, number) for row, number in self.rows if row.emitted < self.request][: self.batch]
@@ -137,8 +150,7 @@ def simulate(machine: dict, batch: int = 1, rate: float = 0.5, seed: int = 0, pl
     return Simulation(Controller(plans), Machine(**machine, rng=random.Random(seed)), batch, rate, seed)
 
 
-def best(simulation: Simulation) -> tuple[Plan, float]:
-    worth = {
-        plan: simulation.machine.worth(plan, simulation.batch, simulation.rate) for plan in simulation.controller.plans
-    }
-    return max(worth.items(), key=lambda item: item[1])
+def best(simulation: Simulation) -> float:
+    """Tokens per second of the best plan."""
+    machine, batch, rate = simulation.machine, simulation.batch, simulation.rate
+    return max(machine.worth(plan, batch, rate) for plan in simulation.controller.plans)

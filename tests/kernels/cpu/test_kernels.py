@@ -1,11 +1,11 @@
-"""The CPU kernels together: threads, what operators say of themselves, and how they are built."""
+"""The CPU kernels together: threads, the schemas of operators, and building."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 
@@ -41,25 +41,13 @@ def test_operators_say_truly_what_they_change_and_return():
         torch.library.opcheck(operator, arguments, test_utils="test_schema")
 
 
-# -- threads and building ----------------------------------------------------------------------------------------------
-
-
 def test_two_python_threads_may_call_at_once():
     set_threads(3)
     packed, x = pack(torch.randn(2000, 200)), torch.randn(4, 200)
-    expected, wrong = packed_linear(x, packed, 2000), []
-
-    def work() -> None:
-        for _ in range(100):
-            if not torch.equal(packed_linear(x, packed, 2000), expected):
-                wrong.append(1)
-
-    workers = [threading.Thread(target=work) for _ in range(3)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    assert not wrong
+    expected = packed_linear(x, packed, 2000)
+    with ThreadPoolExecutor(3) as pool:
+        calls = [pool.submit(packed_linear, x, packed, 2000) for _ in range(300)]
+    assert all(torch.equal(call.result(), expected) for call in calls)
 
 
 def test_a_process_ends_and_forks_while_workers_exist():
@@ -77,13 +65,10 @@ if child:
     assert os.waitpid(child, 0)[1] == 0
     print("both")
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, env=environment())
-    assert (done.returncode, done.stdout) == (0, "both\n"), done.stderr
-
-
-def environment() -> dict[str, str]:
     root = Path(__file__).parents[3]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), str(root / "kernels")])}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), str(root / "kernels")])}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, env=environment)
+    assert (done.returncode, done.stdout) == (0, "both\n"), done.stderr
 
 
 def test_a_missing_or_failing_compiler_is_one_sentence(monkeypatch, tmp_path):
