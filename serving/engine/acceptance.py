@@ -16,18 +16,18 @@ KEPT_AFTER_PAUSE = 20  # verifications that all that was known before a pause is
 
 
 @dataclass(frozen=True)
-class Plan:
+class DraftPlan:
     """The drafts for each request in a step: `nodes` tokens, the deepest `length` after the last known one."""
 
     length: int = 0  # steps of the head
     nodes: int = 0  # tokens to verify
 
     @classmethod
-    def chain(cls, length: int) -> Plan:
+    def chain(cls, length: int) -> DraftPlan:
         return cls(length, length)
 
     @classmethod
-    def tree(cls, depth: int, nodes: int) -> Plan:
+    def tree(cls, depth: int, nodes: int) -> DraftPlan:
         """Return a tree of so many nodes, or of as many as find room at that depth."""
         return cls(depth, min(nodes, BRANCHING) if depth == 1 else nodes)
 
@@ -36,11 +36,11 @@ class Plan:
         """ "off", "chain" or "tree"."""
         return "off" if self.nodes == 0 else "chain" if self.nodes == self.length else "tree"
 
-    def capped(self, cap: int) -> Plan:
+    def capped(self, cap: int) -> DraftPlan:
         """This plan for a request that can use at most `cap` drafted tokens in a row."""
         if cap >= self.length:
             return self
-        return Plan.chain(cap) if self.kind == "chain" or cap == 0 else Plan.tree(cap, self.nodes)
+        return DraftPlan.chain(cap) if self.kind == "chain" or cap == 0 else DraftPlan.tree(cap, self.nodes)
 
     @property
     def tree_nodes(self) -> int:
@@ -51,7 +51,7 @@ class Plan:
         return {"off": "off", "chain": f"chain {self.length}", "tree": f"tree {self.nodes}x{self.length}"}[self.kind]
 
 
-OFF = Plan()
+OFF = DraftPlan()
 
 
 class Acceptance:
@@ -65,7 +65,7 @@ class Acceptance:
         self._fading, self._strength = memory / (memory + 1), strength
         self._counts: dict[int, list[list[float]]] = {}  # nodes of the tree (0: chain) -> [accepted, tried] by position
 
-    def observe(self, plan: Plan, accepted: int) -> None:
+    def observe(self, plan: DraftPlan, accepted: int) -> None:
         """Count one verification of `plan` that accepted `accepted` tokens."""
         self._scale(self._fading)
         counts = self._counts.setdefault(plan.tree_nodes, [])
@@ -80,14 +80,14 @@ class Acceptance:
         if most > KEPT_AFTER_PAUSE:
             self._scale(KEPT_AFTER_PAUSE / most)
 
-    def rates(self, plan: Plan, prior: list[float] | None = None) -> list[float]:
+    def rates(self, plan: DraftPlan, prior: list[float] | None = None) -> list[float]:
         """Estimate the rate of each position of `plan`, drawn towards `prior` where little was observed.
 
         Without a prior a position is thought to be as good as the one before it, and a tree as `widened` makes of
         a chain: what was never drafted, or not for long, is looked at with optimism and so gets tried.
         """
         if prior is None and plan.kind == "tree":
-            prior = widened(self.rates(Plan.chain(plan.length)), plan.nodes)
+            prior = widened(self.rates(DraftPlan.chain(plan.length)), plan.nodes)
         rates: list[float] = []
         counts = self._counts.get(plan.tree_nodes, [])
         for position in range(plan.length):
@@ -115,7 +115,7 @@ class RequestAcceptance:
         self._overall, self.own = overall, Acceptance(ROW_MEMORY, ROW_STRENGTH)
         self.emitted = 0  # tokens; the controller compares it before and after a step
 
-    def observe(self, plan: Plan, accepted: int, *, trimmed: bool = False) -> None:
+    def observe(self, plan: DraftPlan, accepted: int, *, trimmed: bool = False) -> None:
         """Count, after each step, what was drafted for this request (`plan.capped(cap)`, or OFF) and accepted.
 
         trimmed: the request ended within the block, so that the tokens after the end were not judged; such a
@@ -127,7 +127,7 @@ class RequestAcceptance:
             self.own.observe(plan, accepted)
             self._overall.observe(plan, accepted)
 
-    def expected(self, plan: Plan, overall: list[float]) -> list[float]:
+    def expected(self, plan: DraftPlan, overall: list[float]) -> list[float]:
         """Expect the tokens of a step that drafts 0, 1, ... of the `length` positions of `plan`: 1 + sums of products.
 
         overall: the overall rates of `plan`.

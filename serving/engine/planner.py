@@ -24,7 +24,7 @@ from serving.engine.acceptance import (
     OVERALL_MEMORY,
     OVERALL_STRENGTH,
     Acceptance,
-    Plan,
+    DraftPlan,
     RequestAcceptance,
 )
 from serving.engine.costs import ENOUGH, StepCosts
@@ -43,7 +43,7 @@ CATCH_UP_STEPS = 64  # steps that share the cost of catching up when drafting be
 class _Stretch:
     """Steps of one plan, as they turned out."""
 
-    plan: Plan
+    plan: DraftPlan
     run: int = 0  # steps
     steps: int = 0  # those of them without other work, of which tokens and seconds are
     tokens: int = 0
@@ -60,7 +60,7 @@ class Controller:
     calls these; `stats` may be called by any. All seconds are wall-clock.
     """
 
-    def __init__(self, plans: Sequence[Plan]) -> None:
+    def __init__(self, plans: Sequence[DraftPlan]) -> None:
         """plans: those to choose from, besides OFF."""
         self.plans = [OFF, *(plan for plan in plans if plan != OFF)]
         self.plan = OFF
@@ -68,13 +68,13 @@ class Controller:
         self.costs = StepCosts()
         self.acceptance = Acceptance(OVERALL_MEMORY, OVERALL_STRENGTH)
         self.switches = self.probes = 0
-        self.chosen: Counter[Plan] = Counter()
-        self._rates: dict[Plan, float] = {}  # tokens per second that each plan promised at the last decision
+        self.chosen: Counter[DraftPlan] = Counter()
+        self._rates: dict[DraftPlan, float] = {}  # tokens per second that each plan promised at the last decision
         # seconds for which the plan was not to draft, and to draft: each has probes of its own, which requests that
         # come and go, and the switches they bring, put off no further and let begin no sooner
         self._clocks = {False: 0.0, True: 0.0}
         self._probe_at = {False: 0.0, True: 0.0}
-        self._ran: Counter[Plan] = Counter()  # the step, counted from the first, that last ran each plan
+        self._ran: Counter[DraftPlan] = Counter()  # the step, counted from the first, that last ran each plan
         self._wait = 0  # steps until the next decision
         self._rows: list[RequestAcceptance] = []  # of the present step
         self._emitted = 0  # by these rows before the present step
@@ -85,7 +85,7 @@ class Controller:
         """Return the tracker of a new request; see RequestAcceptance."""
         return RequestAcceptance(self.acceptance, cap, backlog)
 
-    def choose(self, rows: Sequence[RequestAcceptance]) -> Plan:
+    def choose(self, rows: Sequence[RequestAcceptance]) -> DraftPlan:
         """The plan for this step; each request drafts `plan.capped(row.cap)`.
 
         rows: of all requests that are decoded in the step, those that draft nothing (cap 0) too: they share its pass.
@@ -127,7 +127,7 @@ class Controller:
                 self.costs.target.observe(tokens, seconds)
             self._step.seconds += seconds
 
-    def observe_draft(self, drafted: Sequence[Plan], seconds: float) -> None:
+    def observe_draft(self, drafted: Sequence[DraftPlan], seconds: float) -> None:
         """Drafting for all requests that draft, each by its own plan, with re-reading what was accepted."""
         with self.lock:
             steps, nodes = max(plan.length for plan in drafted), sum(plan.nodes for plan in drafted)
@@ -160,7 +160,7 @@ class Controller:
                 "probes": self.probes,
             }
 
-    def _next(self, changed: bool) -> Plan:
+    def _next(self, changed: bool) -> DraftPlan:
         """Go on with a probe or the plan, or decide anew. changed: there are more requests or fewer."""
         self._wait -= 1
         if self._probe and not changed and self._keeps_up(self._probe):
@@ -200,7 +200,7 @@ class Controller:
         slower = probe.tokens < self._rates[self.plan] * probe.seconds
         return probe.run < most and (probe.steps < fewest or not slower)
 
-    def _set_probe(self, plan: Plan, wait: float = 0.0) -> None:
+    def _set_probe(self, plan: DraftPlan, wait: float = 0.0) -> None:
         """Let the next probe beside this plan, or others that draft if it does, wait for so many seconds or more."""
         drafting = plan != OFF
         self._probe_at[drafting] = self._clocks[drafting] + max(wait, PROBE_GAP * self._seconds(plan))
@@ -217,7 +217,7 @@ class Controller:
         self.plan = plan
         self._wait = PATIENCE if self.costs.target.known(self._width(plan)) else ENOUGH
 
-    def _promised(self) -> dict[Plan, float]:
+    def _promised(self) -> dict[DraftPlan, float]:
         """Estimate the tokens per second of each plan whose cost is known, for the present requests."""
         shapes = {self._shape(plan): self.acceptance.rates(self._shape(plan)) for plan in self.plans}
         expected = {shape: [row.expected(shape, rates) for row in self._rows] for shape, rates in shapes.items()}
@@ -233,23 +233,23 @@ class Controller:
             promised[plan] = tokens / seconds if seconds else 0.0
         return promised
 
-    def _shape(self, plan: Plan) -> Plan:
+    def _shape(self, plan: DraftPlan) -> DraftPlan:
         """Return the plan whose acceptance rates hold for this one too: the longest chain's for all chains."""
         chains = [other for other in self.plans if other.kind == "chain"]
         return max(chains, key=lambda chain: chain.length) if plan.kind == "chain" else plan
 
-    def _width(self, plan: Plan) -> int:
+    def _width(self, plan: DraftPlan) -> int:
         """Return the tokens of a pass of the target."""
         return sum(1 + plan.capped(row.cap).nodes for row in self._rows)
 
-    def _seconds(self, plan: Plan) -> float:
+    def _seconds(self, plan: DraftPlan) -> float:
         """Estimate the seconds of a step, catching up aside."""
         width = self._width(plan)
         steps = max(plan.capped(row.cap).length for row in self._rows)
         drafting = self.costs.draft_seconds(plan.kind, steps, width - len(self._rows))
         return self.costs.target(width) + drafting
 
-    def _catch_up_share(self, plan: Plan) -> float:
+    def _catch_up_share(self, plan: DraftPlan) -> float:
         """Estimate the seconds of a step's share of what the head must read before it can draft.
 
         A request that ends soon has fewer steps to share it.
@@ -265,22 +265,22 @@ class Controller:
 class Fixed(Controller):
     """Always the same plan, with the same interface and the same statistics."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: DraftPlan) -> None:
         super().__init__([plan])
         self.plan = plan
 
-    def _next(self, changed: bool) -> Plan:
+    def _next(self, changed: bool) -> DraftPlan:
         return self.plan
 
 
 def make_controller(speculation: str, length: int, tree_size: int) -> Controller:
     """Return the controller that chooses among the plans of this kind of speculation."""
     sizes = [size for size in sorted({8, 16, 32, tree_size}) if 0 < length < size <= tree_size]
-    trees = list(dict.fromkeys(Plan.tree(length, size) for size in sizes))
+    trees = list(dict.fromkeys(DraftPlan.tree(length, size) for size in sizes))
     if speculation == "auto":
-        return Controller([*(Plan.chain(k) for k in range(1, length + 1)), *trees])
+        return Controller([*(DraftPlan.chain(k) for k in range(1, length + 1)), *trees])
     if speculation == "tree" and length and not trees:
         raise UserError(
             f"tree_size = {tree_size}: a tree has more nodes than its depth, {length}; choose a larger one."
         )
-    return Fixed({"off": OFF, "chain": Plan.chain(length), "tree": trees[-1] if trees else OFF}[speculation])
+    return Fixed({"off": OFF, "chain": DraftPlan.chain(length), "tree": trees[-1] if trees else OFF}[speculation])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from draft.target import wait_for
-from serving.engine.acceptance import OFF, Plan, RequestAcceptance
+from serving.engine.acceptance import OFF, DraftPlan, RequestAcceptance
 from serving.engine.answer import GrowingAnswer
 from serving.engine.drafting import Job, Proposer
 from serving.engine.kv_cache import RaggedBatch, Segment
@@ -99,7 +99,7 @@ class Decoder:
         # of all steps without prompts: head: drafting, and reading what was accepted (of the steps with prompts, too);
         # target: its pass, to the logits; sampling: verification; other: batches, text, bookkeeping
         self.seconds = {"head": 0.0, "target": 0.0, "sampling": 0.0, "other": 0.0}
-        self._plans: dict[ActiveRequest, Plan] = {}  # of the requests that may draft, in the present step
+        self._plans: dict[ActiveRequest, DraftPlan] = {}  # of the requests that may draft, in the present step
 
     @torch.inference_mode()
     def step(self, requests: list[ActiveRequest]) -> None:
