@@ -31,7 +31,7 @@ from serving.engine.costs import ENOUGH, StepCosts
 
 MARGIN = 1.04  # what a plan must promise over the present one, and over plain decoding, to replace it
 PATIENCE = 8  # steps between decisions about an unchanged batch
-PROBE_BUDGET = 0.005  # share of the time that probes may lose
+PROBE_BUDGET = {False: 0.003, True: 0.008}  # share of the time that probes may lose beside plain decoding, and drafting
 NEAR = 0.8  # of the present plan's rate must be promised by what is worth a probe while drafting
 PROBE_STEPS = 3, 16  # a probe's fewest and most steps
 PROBE_ROWS = 4  # one request in so many drafts in a probe beside plain decoding: the head must catch up on each
@@ -169,7 +169,7 @@ class Controller:
             # let the next one wait until what this one lost is PROBE_BUDGET of the time; by the model: a step that
             # something else slowed down must not put it off for long
             lost = self._probe.expected + self._probe.catch_up - self._probe.tokens / self._rates[self.plan]
-            self._set_probe(self.plan, lost / PROBE_BUDGET)
+            self._set_probe(self.plan, lost / PROBE_BUDGET[self.plan != OFF])
             self._probe = None
         elif self._wait > 0 and not changed:
             return self.plan
@@ -211,7 +211,7 @@ class Controller:
         best = max(rates, key=lambda plan: rates[plan])
         safe = max((plan for plan in (OFF, self.plan) if plan in rates), key=lambda plan: rates[plan])
         plan = best if rates[best] > MARGIN * rates[safe] else safe
-        if not self._probe_at[plan != OFF]:
+        if not self._probe_at[plan != OFF] or OFF != self.plan != plan != OFF:
             self._set_probe(plan)
         self.switches += plan != self.plan
         self.plan = plan
