@@ -99,6 +99,7 @@ class Decoder:
         # of all steps without prompts: head: drafting, and reading what was accepted (of the steps with prompts, too);
         # target: its pass, to the logits; sampling: verification; other: batches, text, bookkeeping
         self.seconds = {"head": 0.0, "target": 0.0, "sampling": 0.0, "other": 0.0}
+        self._asynchronous = runner.target.device.type != "cpu"
         self._plans: dict[ActiveRequest, DraftPlan] = {}  # of the requests that may draft, in the present step
 
     @torch.inference_mode()
@@ -123,7 +124,7 @@ class Decoder:
         logits = hidden[:0]  # [deciding, vocab]
         if deciding:
             logits = self.runner.logits(hidden if len(deciding) == len(hidden) else hidden[deciding])
-        wait_for(self.runner.target.device)  # the next that is read of them would wait, too
+        self._wait()  # the next that is read of them would wait, too
         read = time.perf_counter()
         verdicts = self._verify(parts, logits)
         decided = time.perf_counter()
@@ -137,6 +138,11 @@ class Decoder:
         for active in decoding:
             active.stats.decode_seconds += seconds
         self.controller.observe_target(batch.ids.shape[1], seconds, ignore=len(decoding) < len(parts))
+
+    def _wait(self) -> None:
+        """Wait for the device, so that the clock may be read."""
+        if self._asynchronous:
+            wait_for(self.runner.target.device)
 
     def _draft(self, requests: list[ActiveRequest]) -> list[DraftTree]:
         """Draft a tree for each request; most often all of one shape, which the controller chooses."""
@@ -156,7 +162,7 @@ class Decoder:
         late = [active.drafting for active in jobs if active.acceptance.backlog]
         if late:
             tokens = self.proposer.catch_up(late)
-            wait_for(self.runner.target.device)
+            self._wait()
             if tokens:
                 self.controller.observe_catch_up(tokens, time.perf_counter() - began)
         caught_up = time.perf_counter()
