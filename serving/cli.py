@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+from typer import Option
 
 from draft.errors import UserError, file_trouble
 from serving.server import Listener, serve_until_stopped
@@ -39,90 +40,62 @@ ClientCertificate = Literal["none", "optional", "required"]
 
 @cli.command(epilog=_EXAMPLES)
 def serve(
-    target: Annotated[
-        str, typer.Option(help="Target: a hub id, a folder, a .gguf file, or smollm2 (bundled).")
-    ] = "smollm2",
-    target_adapter: Annotated[
-        str | None, typer.Option(help="Folder of a PEFT LoRA adapter, merged into the target in memory.")
-    ] = None,
+    target: Annotated[str, Option(help="Target: a hub id, a folder, a .gguf file, or smollm2 (bundled).")] = "smollm2",
+    target_adapter: Annotated[str | None, Option(help="Folder of a PEFT LoRA adapter, merged into the target.")] = None,
     head: Annotated[
-        str | None,
-        typer.Option(help="Draft head: a folder, or smollm2-eagle3 (bundled). Default: none, plain decoding."),
+        str | None, Option(help="Draft head: a folder, or smollm2-eagle3 (bundled). Default: none, plain decoding.")
     ] = None,
     speculation: Annotated[
-        Drafting, typer.Option(help="Shape of the drafts; auto takes the fastest by measurement, at every step.")
+        Drafting, Option(help="Shape of the drafts; auto takes the fastest by measurement, at every step.")
     ] = "auto",
-    speculation_length: Annotated[int, typer.Option(min=1, help="Maximum number of tokens drafted in a row.")] = 5,
-    tree_size: Annotated[int, typer.Option(min=1, help="Maximum number of nodes in a tree of drafted tokens.")] = 16,
-    rule: Annotated[
-        Rule, typer.Option(help="Rule that accepts drafted tokens when sampling; both are lossless.")
-    ] = "shared-noise",
-    mode: Annotated[
-        Mode, typer.Option(help="Execution of the models: with compiled kernels on a CPU, or as they are.")
-    ] = "auto",
-    dtype: Annotated[
-        str, typer.Option(help="Number format of the weights: auto, bfloat16, float16, float32 or float64.")
-    ] = "auto",
-    threads: Annotated[int | None, typer.Option(min=1, help="Number of CPU threads that compute.")] = None,
-    warm_up: Annotated[bool, typer.Option(help="Time steps before the first request.")] = True,
-    max_batch: Annotated[int, typer.Option(min=1, help="Maximum number of requests decoded at once.")] = 16,
+    speculation_length: Annotated[int, Option(min=1, help="Maximum number of tokens drafted in a row.")] = 5,
+    tree_size: Annotated[int, Option(min=1, help="Maximum number of nodes in a tree of drafted tokens.")] = 16,
+    rule: Annotated[Rule, Option(help="Lossless rule that accepts drafted tokens when sampling.")] = "shared-noise",
+    mode: Annotated[Mode, Option(help="Execution of the models: with compiled CPU kernels, or eager.")] = "auto",
+    dtype: Annotated[str, Option(help="Format of the weights: auto, bfloat16, float16, float32 or float64.")] = "auto",
+    threads: Annotated[int | None, Option(min=1, help="Number of CPU threads that compute.")] = None,
+    warm_up: Annotated[bool, Option(help="Time steps before the first request.")] = True,
+    max_batch: Annotated[int, Option(min=1, help="Maximum number of requests decoded at once.")] = 16,
     max_length: Annotated[
-        int | None,
-        typer.Option(min=2, help="Maximum number of tokens of prompt and answer. Default: the target's context."),
+        int | None, Option(min=2, help="Maximum number of tokens of prompt and answer. Default: the target's context.")
     ] = None,
-    max_waiting: Annotated[
-        int, typer.Option(min=0, help="Maximum number of requests in the queue; further ones get status 429.")
-    ] = 256,
+    max_waiting: Annotated[int, Option(min=0, help="Maximum number of queued requests; others get status 429.")] = 256,
     max_waiting_tokens: Annotated[
-        int | None,
-        typer.Option(min=1, help="Maximum number of tokens, of prompts and requested answers, in the queue."),
+        int | None, Option(min=1, help="Maximum number of queued tokens, of prompts and requested answers.")
     ] = None,
-    prefill_chunk: Annotated[int, typer.Option(min=1, help="Maximum number of prompt tokens read in one step.")] = 128,
+    prefill_chunk: Annotated[int, Option(min=1, help="Maximum number of prompt tokens read in one step.")] = 128,
     max_new_tokens_limit: Annotated[
-        int | None,
-        typer.Option(min=1, help="Maximum number of tokens a request may generate. Default: what the context holds."),
+        int | None, Option(min=1, help="Maximum number of tokens to generate. Default: what the context holds.")
     ] = None,
     request_timeout: Annotated[
-        float, typer.Option(min=0, help="Seconds from a request's receipt to the end of its answer; 0: no limit.")
+        float, Option(min=0, help="Seconds from a request's receipt to the end of its answer; 0: no limit.")
     ] = 600.0,
-    max_body_bytes: Annotated[int, typer.Option(min=1, help="Maximum request body size in bytes.")] = 2_000_000,
+    max_body_bytes: Annotated[int, Option(min=1, help="Maximum request body size in bytes.")] = 2_000_000,
     drain_seconds: Annotated[
-        float,
-        typer.Option(min=0, help="Seconds for running requests to finish after SIGTERM; Docker kills after 10."),
+        float, Option(min=0, help="Seconds for running requests to finish after SIGTERM; Docker kills after 10.")
     ] = 8.0,
-    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all interfaces.")] = "127.0.0.1",
-    port: Annotated[
-        int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one and prints it.")
-    ] = 8000,
+    host: Annotated[str, Option(help="Address to listen on; 0.0.0.0 for all interfaces.")] = "127.0.0.1",
+    port: Annotated[int, Option(min=0, max=65535, help="Port to listen on; 0 takes a free one and prints it.")] = 8000,
     api_key: Annotated[
         str | None,
-        typer.Option(
-            envvar=_KEY_VARIABLE, help="Key that clients must send; the variable keeps it out of the process list."
-        ),
+        Option(envvar=_KEY_VARIABLE, help="Key that clients must send; the variable keeps it out of the process list."),
     ] = None,
     cors_origin: Annotated[
-        list[str] | None,
-        typer.Option(help="Origin of pages that may use the server from a browser; repeatable."),
+        list[str] | None, Option(help="Origin of pages that may use the server from a browser; repeatable.")
     ] = None,
-    strict_model_name: Annotated[
-        bool, typer.Option("--strict-model-name", help="Answer 404 to other model names on /v1.")
-    ] = False,
+    strict_model_name: Annotated[bool, Option("--strict-model-name", help="Answer 404 to other model names.")] = False,
     metrics_prefix: Annotated[
-        str, typer.Option(help="Prefix of the metrics' names; vllm is for existing dashboards and vllm bench serve.")
+        str, Option(help="Prefix of the metrics' names; vllm is for existing dashboards and vllm bench serve.")
     ] = "draftsmith",
-    ssl_certfile: Annotated[Path | None, typer.Option(help="Certificate file; the server then speaks HTTPS.")] = None,
-    ssl_keyfile: Annotated[
-        Path | None, typer.Option(help="File of the certificate's private key, where it is another file.")
-    ] = None,
+    ssl_certfile: Annotated[Path | None, Option(help="Certificate file; the server then speaks HTTPS.")] = None,
+    ssl_keyfile: Annotated[Path | None, Option(help="File of the certificate's private key, if it is another.")] = None,
     ssl_keyfile_password: Annotated[
-        str | None, typer.Option(envvar="DRAFTSMITH_SSL_KEYFILE_PASSWORD", help="Password of the private key file.")
+        str | None, Option(envvar="DRAFTSMITH_SSL_KEYFILE_PASSWORD", help="Password of the private key file.")
     ] = None,
-    ssl_ca_certs: Annotated[
-        Path | None, typer.Option(help="File of the authorities whose client certificates are accepted.")
-    ] = None,
+    ssl_ca_certs: Annotated[Path | None, Option(help="File of the authorities that sign client certificates.")] = None,
     ssl_cert_reqs: Annotated[
         ClientCertificate | None,
-        typer.Option(help="Demand for client certificates. Default: required with --ssl-ca-certs, none without."),
+        Option(help="Demand for client certificates. Default: required with --ssl-ca-certs, none without."),
     ] = None,
 ) -> None:
     """Serve a target, and the draft head that makes it faster, over HTTP."""
@@ -145,14 +118,7 @@ def serve(
             strict_model_name=strict_model_name,
             metrics_prefix=metrics_prefix,
         )
-
-        load = partial(
-            load_engine,
-            target,
-            head,
-            dtype,
-            target_adapter=target_adapter,
-            warm_up=warm_up,
+        options: dict[str, Any] = dict(
             speculation=speculation,
             speculation_length=speculation_length,
             tree_size=tree_size,
@@ -165,6 +131,7 @@ def serve(
             max_waiting_tokens=max_waiting_tokens,
             prefill_chunk=prefill_chunk,
         )
+        load = partial(load_engine, target, head, dtype, target_adapter=target_adapter, warm_up=warm_up, **options)
         models = f"{target} + {target_adapter}" if target_adapter else target
         models += f" with {head}, K = {speculation_length}, {rule}" if head else " without a draft head"
         address = listener.url("https" if tls else "http")
@@ -228,10 +195,6 @@ def _tls(
         if any(each is not None for each in (key, password, authorities, clients)):
             raise UserError("--ssl-keyfile, --ssl-ca-certs and --ssl-cert-reqs need --ssl-certfile.")
         return {}
-    files = {"--ssl-certfile": certificate, "--ssl-keyfile": key, "--ssl-ca-certs": authorities}
-    for flag, path in files.items():
-        if path is not None and not path.is_file():
-            raise UserError(f"{flag} {path}: no such file.")
     demand = clients or ("required" if authorities else "none")
     if authorities is None and demand != "none":
         raise UserError(f"--ssl-cert-reqs {demand} needs --ssl-ca-certs, the authorities of the clients' certificates.")

@@ -6,9 +6,9 @@ import asyncio
 import os
 import signal
 import socket
-import ssl
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -21,36 +21,35 @@ if TYPE_CHECKING:
 
     from serving.engine import Engine
 
+STALLED_SECONDS = 60.0  # that a client may take none of its answer's bytes
+_BACKLOG = 2048  # connections that wait to be accepted
 _CLOSE_SECONDS = 2  # for connections, once all requests are answered or ended
 
 
 class Listener:
-    """A bound socket, which listens once the server begins."""
+    """A socket that listens."""
 
-    def __init__(self, host: str, port: int) -> None:
-        """Raises UserError when the address is not this machine's or the port is taken."""
+    def __init__(self, host: str, port: int, stalled_seconds: float = STALLED_SECONDS) -> None:
+        """stalled_seconds: a client that takes none of its answer's bytes for so long loses its connection; closing it
+        would not do that before all bytes are sent.
+
+        Raises:
+            UserError: the address is not this machine's, or the port is taken.
+        """
         self.host = host
         try:
             family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
             self.socket = socket.socket(family, kind, protocol)
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            self.socket.bind(address)
-            self.port = self.socket.getsockname()[1]
-        except OSError as error:
-            raise _cannot_listen(host, port, error) from error
-
-    def listen(self, backlog: int, stalled_seconds: float) -> None:
-        """Begin to listen; a client that takes none of its answer's bytes for `stalled_seconds` loses its connection.
-
-        Closing it here would not do that before all bytes are sent.
-        """
-        try:
             if hasattr(socket, "TCP_USER_TIMEOUT"):  # of Linux; connections have it from the socket that listens
                 milliseconds = max(1, round(1000 * stalled_seconds))
                 self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
-            self.socket.listen(backlog)
-        except OSError as error:  # bound at the same time by another server that began to listen first
-            raise _cannot_listen(self.host, self.port, error) from error
+            self.socket.bind(address)
+            self.socket.listen(_BACKLOG)
+            self.port = self.socket.getsockname()[1]
+        except OSError as error:
+            message = f"cannot listen on {host} port {port} ({error.strerror})"
+            raise UserError(f"{message}; choose another --host or --port (0: a free one).") from error
 
     def url(self, scheme: str) -> str:
         return f"{scheme}://{f'[{self.host}]' if ':' in self.host else self.host}:{self.port}"
@@ -75,21 +74,8 @@ def serve_until_stopped(
     load: returns the engine; until then the server is alive but not ready. ready_line: printed to stdout then.
 
     Raises:
-        whatever `load` raises, once the server has ended.
+        whatever `load` raises, once the server has ended. UserError: for files that are not what HTTPS needs.
     """
-    config = _config(app, tls)
-    listener.listen(config.backlog, app.state.service.limits.stalled_seconds)
-    server = _Server(config, load, ready_line, drain_seconds)
-    for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn does so, too, but later
-        signal.signal(number, server.handle_exit)
-    server.run(sockets=[listener.socket])
-    if server.failure is not None:
-        raise server.failure
-    if server.loading:  # a thread in the middle of torch's code would not survive the interpreter's end
-        os._exit(0)
-
-
-def _config(app: FastAPI, tls: dict[str, Any]) -> uvicorn.Config:
     config = uvicorn.Config(
         app,
         log_config=None,
@@ -98,22 +84,25 @@ def _config(app: FastAPI, tls: dict[str, Any]) -> uvicorn.Config:
         server_header=False,
         ws="none",
         lifespan="on",
+        backlog=_BACKLOG,
         timeout_graceful_shutdown=_CLOSE_SECONDS,
         **tls,
     )
     try:
         config.load()
-    except (ssl.SSLError, OSError) as error:
-        flags = {"--ssl-certfile": tls["ssl_certfile"], "--ssl-ca-certs": tls["ssl_ca_certs"]}
-        given = " or ".join(f"{flag} {path}" for flag, path in flags.items() if path)
+    except OSError as error:  # ssl.SSLError is one
+        given = " or ".join(
+            f"--{name.replace('_', '-')} {path}" for name, path in tls.items() if isinstance(path, Path)
+        )
         raise UserError(f"{given}: not a certificate, or not with its key ({error}).") from error
-    return config
-
-
-def _cannot_listen(host: str, port: int, error: OSError) -> UserError:
-    return UserError(
-        f"cannot listen on {host} port {port} ({error.strerror}); choose another --host or --port (0: a free one)."
-    )
+    server = _Server(config, load, ready_line, drain_seconds)
+    for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn does so, too, but later
+        signal.signal(number, server.handle_exit)
+    server.run(sockets=[listener.socket])
+    if server.failure is not None:
+        raise server.failure
+    if server.loading:  # a thread in the middle of torch's code would not survive the interpreter's end
+        os._exit(0)
 
 
 class _Server(uvicorn.Server):
@@ -128,7 +117,6 @@ class _Server(uvicorn.Server):
         self._load, self._ready_line, self._drain_seconds = load, ready_line, drain_seconds
         self._service = config.app.state.service  # type: ignore[union-attr]
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._stopping: asyncio.Task[None] | None = None
         self._signalled = False
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -156,10 +144,7 @@ class _Server(uvicorn.Server):
         if self._loop is None:
             self.should_exit = True
         else:
-            self._loop.call_soon_threadsafe(self._begin_to_stop)
-
-    def _begin_to_stop(self) -> None:
-        self._stopping = asyncio.ensure_future(self._stop())
+            self._stopping = asyncio.run_coroutine_threadsafe(self._stop(), self._loop)
 
     async def _stop(self) -> None:
         await self._service.drain(self._drain_seconds)

@@ -14,16 +14,10 @@ import pytest
 from http_testing import eventually
 
 REQUIRED = "DRAFTSMITH_REQUIRE_BROWSER"  # set where a missing browser is a failure, and no reason to skip
-FLAGS = [
-    "--headless=new",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
+FLAGS = (
+    "--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync"
+)
 
 
 def _without(what: str) -> NoReturn:
@@ -46,7 +40,7 @@ def chromium(profile: Path, width: int = 1280, height: int = 900) -> Iterator[An
         _without("chromium and its driver")
     options = webdriver.ChromeOptions()
     options.binary_location = binary
-    for flag in (*FLAGS, f"--user-data-dir={profile}"):
+    for flag in (*FLAGS.split(), f"--user-data-dir={profile}"):
         options.add_argument(flag)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver_binary))
@@ -139,20 +133,17 @@ class Page:
     def click(self, selector: str) -> None:
         self.find(selector).click()
 
+    @property
+    def _actions(self) -> Any:
+        from selenium.webdriver.common.action_chains import ActionChains
+
+        return ActionChains(self.driver)
+
     def press(self, *keys: str) -> None:
-        from selenium.webdriver.common.action_chains import ActionChains
-
-        ActionChains(self.driver).send_keys(*keys).perform()
-
-    def press_with_control(self, key: str) -> None:
-        from selenium.webdriver.common.action_chains import ActionChains
-
-        ActionChains(self.driver).key_down("\ue009").send_keys(key).key_up("\ue009").perform()
+        self._actions.send_keys(*keys).perform()
 
     def point_at(self, element: Any) -> None:
-        from selenium.webdriver.common.action_chains import ActionChains
-
-        ActionChains(self.driver).move_to_element(element).perform()
+        self._actions.move_to_element(element).perform()
 
     def until(self, holds: Callable[[], bool]) -> None:
         """Each question costs the browser time, too."""

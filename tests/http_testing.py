@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,7 +14,6 @@ import httpx
 import uvicorn
 from fastapi import FastAPI
 
-from serving.api.middleware import JsonFormatter
 from serving.engine import Engine
 from serving.server import Listener
 
@@ -80,8 +78,7 @@ def in_process(app: FastAPI, conversation: Callable[[httpx.AsyncClient], Any], s
 @contextmanager
 def live(app: Any, stalled_seconds: float = 60.0, **options: Any) -> Iterator[str]:
     """The app behind uvicorn on a free port of 127.0.0.1; yields its address."""
-    with Listener("127.0.0.1", 0) as listener:
-        listener.listen(2048, stalled_seconds)
+    with Listener("127.0.0.1", 0, stalled_seconds) as listener:
         config = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=2, **options)
         server = uvicorn.Server(config)
         thread = threading.Thread(target=lambda: server.run(sockets=[listener.socket]), daemon=True)
@@ -92,31 +89,6 @@ def live(app: Any, stalled_seconds: float = 60.0, **options: Any) -> Iterator[st
         finally:
             server.should_exit = True
             thread.join(30)
-
-
-class LogLines(logging.Handler):
-    """The lines of the server's log."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.lines: list[dict[str, Any]] = []
-        self.setFormatter(JsonFormatter())
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.lines.append(json.loads(self.format(record)))
-
-    @contextmanager
-    def of(self, name: str) -> Iterator[None]:
-        """Collect from the logger with this name, and those below it."""
-        logger = logging.getLogger(name)
-        level = logger.level
-        logger.addHandler(self)
-        logger.setLevel(logging.INFO)
-        try:
-            yield
-        finally:
-            logger.removeHandler(self)
-            logger.setLevel(level)
 
 
 class GatedEngine(Engine):

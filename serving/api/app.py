@@ -12,7 +12,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 from draft.errors import UserError
 from serving.api import generate, openai, operations
-from serving.api.errors import ApiError, on_api_error, on_http_error, on_validation_error
+from serving.api.errors import ApiError, on_error
 from serving.api.metrics import PREFIX
 from serving.api.middleware import ApiKey, BodyLimits, Guard
 from serving.api.service import GENERATING, Limits, Service
@@ -36,7 +36,7 @@ def create_app(
     the API from a browser.
     """
     limits = limits or Limits()
-    service = Service(limits, head_name=head_name, strict_model_name=strict_model_name, metrics_prefix=metrics_prefix)
+    service = Service(limits, head_name, strict_model_name, metrics_prefix)
     if engine is not None:
         service.attach(engine)
 
@@ -49,12 +49,12 @@ def create_app(
     version = operations.package_version()
     app = FastAPI(title="Draftsmith", version=version, lifespan=lifespan, redirect_slashes=False)
     app.state.service = service
+    app.state.routes = []  # for the methods that a path allows
     for router in (generate.router, openai.router, operations.router):
         app.include_router(router)
-    for error in (ApiError, UserError, Overloaded, EngineStopped):
-        app.add_exception_handler(error, on_api_error)
-    app.add_exception_handler(RequestValidationError, on_validation_error)
-    app.add_exception_handler(HTTPException, on_http_error)
+        app.state.routes += router.routes
+    for error in (ApiError, UserError, Overloaded, EngineStopped, HTTPException, RequestValidationError):
+        app.add_exception_handler(error, on_error)
     # the last one added is the first to see a request
     app.add_middleware(BodyLimits, limits=limits, paths=GENERATING | {"/tokenize"})
     if api_key is not None:

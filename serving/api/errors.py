@@ -7,6 +7,7 @@ request.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from fastapi import Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 from draft.errors import UserError
 from serving.engine import EngineStopped, Overloaded
@@ -51,10 +53,6 @@ class ApiError(Exception):
     code: str | None = None
     headers: dict[str, str] = dataclasses.field(default_factory=dict)
 
-    def status_on(self, openai: bool) -> int:
-        on_tgi, on_openai, _ = _KINDS[self.kind]
-        return self.status or (on_openai if openai else on_tgi)
-
 
 def api_error(error: BaseException) -> ApiError:
     """Return the answer for an exception, without its text unless that was written for the client."""
@@ -75,10 +73,6 @@ def unavailable(reason: str) -> ApiError:
     return ApiError("unavailable", reason, headers=RETRY)
 
 
-def is_openai(path: str) -> bool:
-    return path.startswith("/v1/")
-
-
 def body_of(error: ApiError, openai: bool) -> dict[str, Any]:
     """Return the API's error object, which is also the last event of a stream that fails."""
     message = error.message[:MAX_MESSAGE]
@@ -89,32 +83,32 @@ def body_of(error: ApiError, openai: bool) -> dict[str, Any]:
 
 
 def response_of(error: ApiError, path: str) -> JSONResponse:
-    openai = is_openai(path)
-    return JSONResponse(body_of(error, openai), error.status_on(openai), error.headers or None)
+    openai = path.startswith("/v1/")
+    on_tgi, on_openai, _ = _KINDS[error.kind]
+    return JSONResponse(body_of(error, openai), error.status or (on_openai if openai else on_tgi), error.headers)
 
 
-# Exception handlers.
+async def on_error(request: Request, error: Exception) -> JSONResponse:
+    """Handle an exception: the API's own, the engine's, or a refusal by FastAPI or Starlette."""
+    match error:
+        case RequestValidationError():
+            answer = _validation_error(error.errors())
+        case HTTPException():  # no such path, wrong method, a body that cannot be parsed
+            kind = "not_found" if error.status_code == 404 else "validation"
+            answer = ApiError(kind, error.detail, status=error.status_code, headers=dict(error.headers or {}))
+            here = [route for route in request.app.state.routes if route.matches(request.scope)[0] is Match.PARTIAL]
+            if here:  # Starlette names the methods of the first one only
+                allowed = set[str]().union(*(route.methods for route in here))
+                answer.headers["Allow"] = ", ".join(sorted(allowed | {"HEAD"} if "GET" in allowed else allowed))
+        case _:
+            answer = api_error(error)
+    return response_of(answer, request.url.path)
 
 
-async def on_api_error(request: Request, error: Exception) -> JSONResponse:
-    return response_of(api_error(error), request.url.path)
-
-
-async def on_http_error(request: Request, error: Exception) -> JSONResponse:
-    """Answer Starlette's own refusals: no such path, wrong method, a body that cannot be parsed."""
-    assert isinstance(error, HTTPException)
-    kind = "not_found" if error.status_code == 404 else "validation"
-    headers = {name.lower(): value for name, value in (error.headers or {}).items()}
-    return response_of(ApiError(kind, error.detail, status=error.status_code, headers=headers), request.url.path)
-
-
-async def on_validation_error(request: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, RequestValidationError)
-    problems = error.errors()
+def _validation_error(problems: Sequence[Any]) -> ApiError:
     names = (_field(problems[0]), getattr(problems[0].get("ctx", {}).get("error"), "field", None))
-    field = ".".join(filter(None, names)) or None
     message = "; ".join(_sentence(problem) for problem in problems[:3])
-    return response_of(ApiError("validation", message, field=field), request.url.path)
+    return ApiError("validation", message, field=".".join(filter(None, names)) or None)
 
 
 def _field(problem: dict[str, Any]) -> str | None:

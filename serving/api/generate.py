@@ -3,67 +3,44 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
-from serving.api.errors import ApiError, api_error, body_of, echo
-from serving.api.schemas import (
-    ERRORS,
-    EVENT_STREAM,
-    GenerateParameters,
-    GenerateRequest,
-    GenerateResponse,
-    SpeculativeDetails,
-)
-from serving.api.service import Names, Service
-from serving.api.streaming import EventStream, Generation, event, finite
+from serving.api.errors import ApiError, body_of, echo
+from serving.api.schemas import ERRORS, EVENT_STREAM, GenerateParameters, GenerateRequest, GenerateResponse
+from serving.api.service import Service
+from serving.api.streaming import EventStream, Generation, event, finite, stream
 from serving.engine import Completion, SamplingParams, Speculation, Token
 from serving.engine.sampling import DEFAULT_MAX_NEW_TOKENS
 
 router = APIRouter(tags=["TGI"], responses=ERRORS)
 
-_NAMES = Names("inputs", "max_new_tokens")
-
-
-@dataclass(frozen=True)
-class Job:
-    """A request that the engine works on, and what its answer needs."""
-
-    service: Service
-    inputs: str
-    parameters: GenerateParameters
-    prompt_ids: list[int]
-    speculation: Speculation
-    generation: Generation
-    received: float  # seconds of time.monotonic()
-    validated: float
-
 
 @router.post("/generate", response_model=GenerateResponse, responses=EVENT_STREAM)
 async def generate(body: GenerateRequest, request: Request) -> Response:
     """Generate text; with `stream` as server-sent events, one per token."""
-    return await (_streamed if body.stream else _whole)(await _begin(body, request), request)
+    answer = await _begin(body, request)
+    return await answer.streamed() if body.stream else await answer.whole()
 
 
 @router.post("/generate_stream", status_code=200, response_class=EventStream, responses=EVENT_STREAM)
 async def generate_stream(body: GenerateRequest, request: Request) -> Response:
     """Generate text as server-sent events: exactly one per token, the last one with generated_text and details."""
-    return await _streamed(await _begin(body, request), request)
+    return await (await _begin(body, request)).streamed()
 
 
 @router.post("/", response_model=list[GenerateResponse], responses=EVENT_STREAM)
 async def generate_listed(body: GenerateRequest, request: Request) -> Response:
     """Generate text as /generate does, for clients that know a model by its address only: as a list of one."""
-    job = await _begin(body, request)
-    return await _streamed(job, request) if body.stream else await _whole(job, request, listed=True)
+    answer = await _begin(body, request)
+    return await answer.streamed() if body.stream else await answer.whole(listed=True)
 
 
-async def _begin(body: GenerateRequest, request: Request) -> Job:
+async def _begin(body: GenerateRequest, request: Request) -> Answer:
+    """Submit a request to the engine."""
     service: Service = request.app.state.service
     received = time.monotonic()
     parameters = body.parameters or GenerateParameters()
@@ -76,12 +53,13 @@ async def _begin(body: GenerateRequest, request: Request) -> Job:
     if parameters.chat:
         text = service.render([{"role": "user", "content": text}], "chat")
     # a template has the special tokens that its prompts begin with
-    prompt_ids = await service.encode(text, _NAMES, special_tokens=not parameters.chat, end_only=bool(truncate))
-    prompt_ids = prompt_ids[-truncate:]
+    encoded = await service.encode(text, "inputs", end_only=bool(truncate), add_special_tokens=not parameters.chat)
+    prompt_ids = encoded.input_ids[-truncate:]
     needs_logprobs = bool(parameters.details or body.stream or request.url.path == "/generate_stream")
     temperature = 1.0 if parameters.temperature is None else parameters.temperature
+    limit, fields = parameters.max_new_tokens, ("inputs", "max_new_tokens")
     params = SamplingParams.model_construct(  # of values that the schema has validated
-        max_new_tokens=service.new_tokens(parameters.max_new_tokens, len(prompt_ids), DEFAULT_MAX_NEW_TOKENS, _NAMES),
+        max_new_tokens=service.new_tokens(limit, len(prompt_ids), DEFAULT_MAX_NEW_TOKENS, *fields),
         temperature=temperature if parameters.samples else 0.0,
         top_p=parameters.top_p or 1.0,
         top_k=min(parameters.top_k or 0, service.engine.target.vocab_size),  # more is no truncation
@@ -93,139 +71,115 @@ async def _begin(body: GenerateRequest, request: Request) -> Job:
     )
     speculation = service.speculation(parameters.speculative)
     validated = time.monotonic()
-    generation = Generation(service, [prompt_ids], [params], speculation, received)
+    generation = Generation(request, [prompt_ids], [params], speculation, received)
     request.scope["draftsmith.log"] = {"prompt_tokens": len(prompt_ids)}
-    return Job(service, body.inputs, parameters, prompt_ids, speculation, generation, received, validated)
+    return Answer(generation, body.inputs, parameters, prompt_ids, speculation, received, validated)
 
 
-# The whole answer.
+@dataclass
+class Answer:
+    """The answer to one request, whole or as events."""
 
+    generation: Generation
+    inputs: str
+    parameters: GenerateParameters
+    prompt_ids: list[int]
+    speculation: Speculation
+    received: float  # seconds of time.monotonic()
+    validated: float
+    sent: int = 0  # events
 
-async def _whole(job: Job, request: Request, *, listed: bool = False) -> Response:
-    [completion] = await job.generation.completions(request)
-    request.scope["draftsmith.log"] |= {"generated_tokens": len(completion.token_ids)}
-    answer: dict[str, Any] = {"generated_text": _text(job, completion)}
-    if job.parameters.details:
-        answer["details"] = {
-            **_details(job, completion),
-            "prefill": [],
-            "tokens": [_token(job, token) for token in completion.tokens],
+    def __post_init__(self) -> None:
+        self.service = self.generation.service
+        self._compute_type = {"x-compute-type": self.service.engine.target.device.type}
+
+    async def whole(self, *, listed: bool = False) -> Response:
+        [completion] = await self.generation.completions()
+        answer: dict[str, Any] = {"generated_text": self._text(completion)}
+        if self.parameters.details:
+            tokens = [self._token(token) for token in completion.tokens]
+            answer["details"] = {**self._details(completion), "prefill": [], "tokens": tokens}
+            if self.parameters.top_n_tokens:
+                answer["details"]["top_tokens"] = [self._top_tokens(token) for token in completion.tokens]
+        return JSONResponse([answer] if listed else answer, headers=self._compute_type | self._times(completion))
+
+    def _times(self, completion: Completion) -> dict[str, str]:
+        """Return TGI's headers: milliseconds, tokens and characters."""
+        now, times, generated = time.monotonic(), self.generation.requests[0].times, len(completion.token_ids)
+        inference = times.finished - times.started
+        seconds = {
+            "total-time": now - self.received,
+            "validation-time": self.validated - self.received,
+            "queue-time": times.started - times.submitted,
+            "inference-time": inference,
+            "time-per-token": inference / max(1, generated),
         }
-        if job.parameters.top_n_tokens:
-            answer["details"]["top_tokens"] = [_top_tokens(job, token) for token in completion.tokens]
-    return JSONResponse([answer] if listed else answer, headers=_times(job, completion))
-
-
-def _times(job: Job, completion: Completion) -> dict[str, str]:
-    """Return TGI's headers: milliseconds, tokens and characters."""
-    now, times, generated = time.monotonic(), job.generation.requests[0].times, len(completion.token_ids)
-
-    def milliseconds(seconds: float) -> str:
-        return str(round(1000 * seconds))
-
-    inference = times.finished - times.started
-    return {
-        "x-compute-type": job.service.engine.target.device.type,
-        "x-compute-time": f"{now - job.received:.3f}",
-        "x-compute-characters": str(len(job.inputs)),
-        "x-total-time": milliseconds(now - job.received),
-        "x-validation-time": milliseconds(job.validated - job.received),
-        "x-queue-time": milliseconds(times.started - times.submitted),
-        "x-inference-time": milliseconds(inference),
-        "x-time-per-token": milliseconds(inference / max(1, generated)),
-        "x-prompt-tokens": str(len(job.prompt_ids)),
-        "x-generated-tokens": str(generated),
-    }
-
-
-# Streams.
-
-
-async def _streamed(job: Job, request: Request) -> Response:
-    headers = {"x-compute-type": job.service.engine.target.device.type}
-    return await EventStream.begin(_events(job, request), request, job.service.limits.stalled_seconds, headers)
-
-
-async def _events(job: Job, request: Request) -> AsyncGenerator[bytes]:
-    """Yield events, those of one step together; after the first a failure is an event, too."""
-    index = 0
-    try:
-        async with aclosing(job.generation.bursts()) as bursts:
-            async for _, tokens, completion in bursts:
-                events = []
-                for token in tokens:
-                    index += 1
-                    last = completion if token is tokens[-1] else None
-                    events.append(event(_event(job, index, token, last), b"data:"))
-                if events:
-                    yield b"".join(events)
-    except Exception as error:
-        if index == 0:
-            raise api_error(error) from error
-        yield event(body_of(api_error(error), openai=False), b"data:")
-    finally:
-        request.scope["draftsmith.log"] |= {"generated_tokens": index}
-
-
-def _event(job: Job, index: int, token: Token, completion: Completion | None) -> dict[str, Any]:
-    data: dict[str, Any] = {"index": index, "token": _token(job, token)}
-    if job.parameters.top_n_tokens:
-        data["top_tokens"] = _top_tokens(job, token)
-    data |= {"generated_text": None, "details": None}
-    if completion is not None:
-        data["generated_text"] = _text(job, completion)
-        data["details"] = {**_details(job, completion), "input_length": len(job.prompt_ids)}
-    return data
-
-
-# Parts of both.
-
-
-def _text(job: Job, completion: Completion) -> str:
-    return (job.inputs if job.parameters.return_full_text else "") + completion.text
-
-
-def _details(job: Job, completion: Completion) -> dict[str, Any]:
-    stats, length = completion.stats, job.speculation.num_tokens or 0
-    pairs = zip(stats.accepted_per_position, stats.drafted_per_position, strict=True)
-    figures = SpeculativeDetails(
-        enabled=length > 0,
-        rule=job.speculation.rule or job.service.engine.rule,
-        speculation_length=length,
-        acceptance_length=finite(stats.acceptance_length),
-        verifications=stats.verifications,
-        drafted=stats.drafted,
-        accepted=stats.accepted,
-        emitted=stats.emitted,
-        acceptance_per_position=[accepted / drafted if drafted else None for accepted, drafted in pairs],
-    )
-    return {
-        "finish_reason": completion.finish_reason,
-        "generated_tokens": len(completion.token_ids),
-        "seed": completion.seed,
-        "speculative": figures.model_dump(),
-    }
-
-
-def _token(job: Job, token: Token) -> dict[str, Any]:
-    entry: dict[str, Any] = {
-        "id": token.id, "text": token.text, "logprob": finite(token.logprob), "special": token.special
-    }  # fmt: skip
-    if job.parameters.wants_origin:
-        accepted = token.accepted_position is not None
-        entry["origin"] = {
-            "source": "draft" if accepted else "target",
-            "position": token.accepted_position + 1 if token.accepted_position is not None else None,
-            "rejected": None if token.rejected is None else _alternative(job, token.rejected, None),
-            "drafted": token.drafted,
+        return {
+            "x-compute-time": f"{now - self.received:.3f}",
+            "x-compute-characters": str(len(self.inputs)),
+            **{f"x-{name}": str(round(1000 * value)) for name, value in seconds.items()},
+            "x-prompt-tokens": str(len(self.prompt_ids)),
+            "x-generated-tokens": str(generated),
         }
-    return entry
 
+    async def streamed(self) -> Response:
+        return await stream(self, self.generation, self._compute_type)
 
-def _top_tokens(job: Job, token: Token) -> list[dict[str, Any]]:
-    return [_alternative(job, token_id, logprob) for token_id, logprob in token.top or ()]
+    def burst(self, _: int, tokens: list[Token], completion: Completion | None) -> bytes:
+        return b"".join(self._event(token, completion if token is tokens[-1] else None) for token in tokens)
 
+    def end(self, error: ApiError | None) -> bytes:
+        return event(body_of(error, openai=False), b"data:") if error else b""
 
-def _alternative(job: Job, token_id: int, logprob: float | None) -> dict[str, Any]:
-    text, special = job.service.token_text(token_id)
-    return {"id": token_id, "text": text, "logprob": finite(logprob), "special": special}
+    def _event(self, token: Token, completion: Completion | None) -> bytes:
+        self.sent += 1
+        data: dict[str, Any] = {"index": self.sent, "token": self._token(token)}
+        if self.parameters.top_n_tokens:
+            data["top_tokens"] = self._top_tokens(token)
+        details = completion and {**self._details(completion), "input_length": len(self.prompt_ids)}
+        data |= {"generated_text": completion and self._text(completion), "details": details}
+        return event(data, b"data:")
+
+    # parts of both
+
+    def _text(self, completion: Completion) -> str:
+        return (self.inputs if self.parameters.return_full_text else "") + completion.text
+
+    def _details(self, completion: Completion) -> dict[str, Any]:
+        stats, length = completion.stats, self.speculation.num_tokens or 0
+        pairs = zip(stats.accepted_per_position, stats.drafted_per_position, strict=True)
+        return {
+            "finish_reason": completion.finish_reason,
+            "generated_tokens": len(completion.token_ids),
+            "seed": completion.seed,
+            "speculative": {
+                "enabled": length > 0,
+                "rule": self.speculation.rule or self.service.engine.rule,
+                "speculation_length": length,
+                "acceptance_length": finite(stats.acceptance_length),
+                "verifications": stats.verifications,
+                "drafted": stats.drafted,
+                "accepted": stats.accepted,
+                "emitted": stats.emitted,
+                "acceptance_per_position": [accepted / drafted if drafted else None for accepted, drafted in pairs],
+            },
+        }
+
+    def _token(self, token: Token) -> dict[str, Any]:
+        entry = {"id": token.id, "text": token.text, "logprob": finite(token.logprob), "special": token.special}
+        if self.parameters.wants_origin:
+            position = token.accepted_position
+            entry["origin"] = {
+                "source": "target" if position is None else "draft",
+                "position": None if position is None else position + 1,
+                "rejected": None if token.rejected is None else self._alternative(token.rejected, None),
+                "drafted": token.drafted,
+            }
+        return entry
+
+    def _top_tokens(self, token: Token) -> list[dict[str, Any]]:
+        return [self._alternative(token_id, logprob) for token_id, logprob in token.top or ()]
+
+    def _alternative(self, token_id: int, logprob: float | None) -> dict[str, Any]:
+        text, special = self.service.token_text(token_id)
+        return {"id": token_id, "text": text, "logprob": finite(logprob), "special": special}

@@ -8,17 +8,11 @@ from __future__ import annotations
 import threading
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
-from prometheus_client import (
-    CollectorRegistry,
-    Counter,
-    Gauge,
-    Histogram,
-    disable_created_metrics,
-    generate_latest,
-)
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
 
 from serving.engine import Completion, Engine, Request
 
@@ -29,8 +23,22 @@ _WAIT = (0.0001, 0.00025, 0.0005, *_LATENCY)
 _FIRST_TOKEN = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.3, 0.6, 1.2, 2.5, 5, 10, 20, 40, 80, 160, 640)
 _PER_TOKEN = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.3, 0.6, 1.2, 2.5, 5, 10)
 _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000)
-# name -> (description, buckets)
-_HISTOGRAMS = {
+_COUNTERS = {  # name -> (description, label)
+    "spec_decode_num_drafts": ("Verifications that had drafted tokens", None),
+    "spec_decode_num_draft_tokens": ("Drafted tokens", None),
+    "spec_decode_num_accepted_tokens": ("Drafted tokens that were accepted", None),
+    "spec_decode_num_accepted_tokens_per_pos": ("Accepted tokens by draft position", "position"),
+    "prompt_tokens": ("Tokens of the prompts that were answered", None),
+    "generation_tokens": ("Tokens generated", None),
+    "request_success": ("Sequences by finish reason", "finished_reason"),
+    "request_failure": ("Requests without a whole answer", "reason"),
+}
+_GAUGES = {  # name -> (description, attribute of the engine)
+    "num_requests_running": ("Sequences in the engine", "running"),
+    "num_requests_waiting": ("Sequences in the queue", "waiting"),
+    "kv_cache_usage_perc": ("Used places of the cache / all of them", "cache_usage"),
+}
+_HISTOGRAMS = {  # name -> (description, buckets)
     "time_to_first_token_seconds": ("From receipt to the first token", _FIRST_TOKEN),
     "inter_token_latency_seconds": ("Between the steps that brought a request's tokens", _PER_TOKEN),
     "request_time_per_output_token_seconds": ("Decoding time / tokens after the first", _PER_TOKEN),
@@ -70,42 +78,36 @@ class Metrics:
         """prefix: `vllm` is for existing dashboards, with the labels that they select by."""
         disable_created_metrics()  # a creation time beside each counter, which scrapers take for another count
         self.registry = CollectorRegistry()
-        self._metrics: dict[str, Any] = {}
-        self._prefix = prefix + ":"
         self._labels = {"model_name": model_name, "engine": "0"} if prefix != PREFIX else {}
-        self._drafts = self._series(Counter, "spec_decode_num_drafts", "Verifications that had drafted tokens")
-        self._drafted = self._series(Counter, "spec_decode_num_draft_tokens", "Drafted tokens")
-        self._accepted = self._series(Counter, "spec_decode_num_accepted_tokens", "Drafted tokens that were accepted")
-        self._accepted_at = {
-            position: self._series(
-                Counter,
-                "spec_decode_num_accepted_tokens_per_pos",
-                "Accepted tokens by draft position",
-                position=str(position),
-            )
-            for position in range(engine.speculation_length if engine.head else 0)
-        }
-        self._prompt_tokens = self._series(Counter, "prompt_tokens", "Tokens of the prompts that were answered")
-        self._generated = self._series(Counter, "generation_tokens", "Tokens generated")
-        # a series that is there from the start reads as 0, one that appears later as a gap
-        self._ended = {
-            reason: self._series(Counter, "request_success", "Sequences by finish reason", finished_reason=reason)
-            for reason in FINISH_REASONS
-        }
-        self._failed = {
-            reason: self._series(Counter, "request_failure", "Requests without a whole answer", reason=reason)
-            for reason in sorted(set(FAILURES.values()))
-        }
-        self._series(Gauge, "num_requests_running", "Sequences in the engine").set_function(lambda: engine.running)
-        self._series(Gauge, "num_requests_waiting", "Sequences in the queue").set_function(lambda: engine.waiting)
-        usage = self._series(Gauge, "kv_cache_usage_perc", "Used places of the cache / all of them")
-        usage.set_function(lambda: engine.cache_usage)
+        self._metrics: dict[str, Any] = {}
         self._watched: dict[int, _Watched] = {}  # by number
         self._lock = threading.Lock()
-        self._histograms = {
-            name: self._series(Histogram, name, description, options={"buckets": buckets})
-            for name, (description, buckets) in _HISTOGRAMS.items()
+
+        values = {
+            "position": range(engine.speculation_length if engine.head else 0),
+            "finished_reason": FINISH_REASONS,
+            "reason": sorted(set(FAILURES.values())),
         }
+
+        def add(kind: Any, name: str, description: str, label: str | None = None, **options: Any) -> None:
+            labels = (*self._labels, label) if label else tuple(self._labels)
+            self._metrics[name] = kind(f"{prefix}:{name}", description, labels, registry=self.registry, **options)
+            # a series that is there from the start reads as 0, one that appears later as a gap
+            for own in [{label: str(value)} for value in values[label]] if label else [{}]:
+                self._series(name, **own)
+
+        for name, (description, label) in _COUNTERS.items():
+            add(Counter, name, description, label)
+        for name, (description, buckets) in _HISTOGRAMS.items():
+            add(Histogram, name, description, buckets=buckets)
+        for name, (description, attribute) in _GAUGES.items():
+            add(Gauge, name, description)
+            self._series(name).set_function(partial(getattr, engine, attribute))
+
+    def _series(self, name: str, **labels: str) -> Any:
+        """Return one time series of a metric."""
+        labels |= self._labels
+        return self._metrics[name].labels(**labels) if labels else self._metrics[name]
 
     def watch(self, request: Request, received: float) -> None:
         """Count a sequence's tokens as they come, and the rest when it ends.
@@ -119,7 +121,7 @@ class Metrics:
                 del self._watched[request.number]
                 self._follow(watched)
             if future.exception() is not None:
-                self._ended["error"].inc()
+                self._series("request_success", finished_reason="error").inc()
             else:
                 self._count(request, future.result(), received)
 
@@ -130,7 +132,7 @@ class Metrics:
     def failed(self, status: int) -> None:
         """Count a request that got no answer, by the HTTP status that it got instead."""
         if status in FAILURES:
-            self._failed[FAILURES[status]].inc()
+            self._series("request_failure", reason=FAILURES[status]).inc()
 
     def exposition(self) -> bytes:
         with self._lock:
@@ -143,43 +145,35 @@ class Metrics:
         request = watched.request
         if not watched.began and request.times.first_token:
             watched.began = True
-            self._prompt_tokens.inc(len(request.prompt_ids))
-            self._observe("time_to_first_token_seconds", request.times.first_token - watched.received)
+            self._series("prompt_tokens").inc(len(request.prompt_ids))
+            self._series("time_to_first_token_seconds").observe(request.times.first_token - watched.received)
         arrivals = request.arrivals[watched.arrivals :]  # the engine's thread may append meanwhile
         for earlier, later in pairwise(arrivals):
-            self._observe("inter_token_latency_seconds", later - earlier)
+            self._series("inter_token_latency_seconds").observe(later - earlier)
         watched.arrivals += max(0, len(arrivals) - 1)
 
     def _count(self, request: Request, completion: Completion, received: float) -> None:
         stats, times, generated = completion.stats, request.times, len(completion.token_ids)
         # a verification drafts its first position or nothing, so that position counts the drafts
-        self._drafts.inc(stats.drafted_per_position[0] if stats.drafted_per_position else 0)
-        self._drafted.inc(stats.drafted)
-        self._accepted.inc(stats.accepted)
+        self._series("spec_decode_num_drafts").inc(stats.drafted_per_position[0] if stats.drafted_per_position else 0)
+        self._series("spec_decode_num_draft_tokens").inc(stats.drafted)
+        self._series("spec_decode_num_accepted_tokens").inc(stats.accepted)
         for position, accepted in enumerate(stats.accepted_per_position):
-            self._accepted_at[position].inc(accepted)
-        self._generated.inc(generated)
-        self._ended[completion.finish_reason].inc()
+            self._series("spec_decode_num_accepted_tokens_per_pos", position=str(position)).inc(accepted)
+        self._series("generation_tokens").inc(generated)
+        self._series("request_success", finished_reason=completion.finish_reason).inc()
         if completion.finish_reason == "cancelled":
             return
         decoding = times.finished - times.first_token
+        observed = {
+            "e2e_request_latency_seconds": times.finished - received,
+            "request_queue_time_seconds": times.started - times.submitted,
+            "request_prefill_time_seconds": times.first_token - times.started,
+            "request_decode_time_seconds": decoding,
+            "request_prompt_tokens": len(completion.prompt_ids),
+            "request_generation_tokens": generated,
+        }
         if generated > 1:
-            self._observe("request_time_per_output_token_seconds", decoding / (generated - 1))
-        self._observe("e2e_request_latency_seconds", times.finished - received)
-        self._observe("request_queue_time_seconds", times.started - times.submitted)
-        self._observe("request_prefill_time_seconds", times.first_token - times.started)
-        self._observe("request_decode_time_seconds", decoding)
-        self._observe("request_prompt_tokens", len(completion.prompt_ids))
-        self._observe("request_generation_tokens", generated)
-
-    def _observe(self, name: str, value: float) -> None:
-        self._histograms[name].observe(value)
-
-    def _series(self, kind: Any, name: str, description: str, *, options: Any = None, **labels: str) -> Any:
-        """Return one time series; those that differ in a label's value only belong to one metric."""
-        labels = self._labels | labels
-        if name not in self._metrics:
-            full_name = self._prefix + name
-            self._metrics[name] = kind(full_name, description, tuple(labels), registry=self.registry, **(options or {}))
-        metric = self._metrics[name]
-        return metric.labels(**labels) if labels else metric
+            observed["request_time_per_output_token_seconds"] = decoding / (generated - 1)
+        for name, value in observed.items():
+            self._series(name).observe(value)

@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Container
 from contextlib import suppress
 from contextvars import ContextVar
 from datetime import UTC, datetime
+from itertools import accumulate
 from typing import NoReturn
 
 from starlette.requests import ClientDisconnect, Request
@@ -21,7 +22,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving.api.errors import NO_RETRY, ApiError, api_error, response_of
-from serving.api.service import Limits, Service
+from serving.api.service import GENERATING, Limits, Service
 
 log = logging.getLogger(__name__)
 request_id_of_task: ContextVar[str | None] = ContextVar("request_id", default=None)
@@ -30,6 +31,8 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _QUIET = {"/health", "/ready", "/metrics"}  # requested every few seconds by machines
 # the page at / holds no data, and has a field for the key
 _OPEN = {("GET", "/"), ("HEAD", "/"), ("GET", "/health"), ("HEAD", "/health"), ("GET", "/ready"), ("HEAD", "/ready")}
+_MAX_DEPTH = 64  # of JSON: deeper, Python's parsers run out of stack
+_NO_BRACKETS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"?|[^][{}"]+', re.DOTALL)
 _READ_ON, _READ_ON_SECONDS = 10, 2.0  # of a body that was refused: times the limit, and how long at most
 
 
@@ -69,7 +72,8 @@ class Guard:
                 await response_of(api_error(error), path)(scope, receive, send_with_id)
         finally:
             self.service.in_flight -= path not in _QUIET
-            self.service.on_answer(path, status)
+            if self.service.metrics is not None and path in GENERATING:
+                self.service.metrics.failed(status)
             if path not in _QUIET:
                 fields = {"method": scope["method"], "path": path[:200], "status": status,
                           "seconds": round(time.monotonic() - began, 4), **inner.get("draftsmith.log", {})}  # fmt: skip
@@ -88,12 +92,8 @@ class ApiKey:
         if scope["type"] == "http" and (scope["method"], scope["path"]) not in _OPEN:
             scheme, _, given = dict(scope["headers"]).get(b"authorization", b"").partition(b" ")
             if scheme.lower() != b"bearer" or not hmac.compare_digest(given.strip(), self.key):
-                error = ApiError(
-                    "authentication",
-                    "a valid API key is needed, in the header authorization: Bearer KEY",
-                    code="invalid_api_key",
-                    headers={"www-authenticate": "Bearer"},
-                )
+                message, headers = "send a valid API key: authorization: Bearer KEY", {"www-authenticate": "Bearer"}
+                error = ApiError("authentication", message, code="invalid_api_key", headers=headers)
                 await response_of(error, scope["path"])(scope, receive, send)
                 return
         await self.app(scope, receive, send)
@@ -114,7 +114,6 @@ class BodyLimits:
             return
         headers, incoming = dict(scope["headers"]), Request(scope, receive).stream()
         try:
-            _check_headers(headers)
             body = await self._read(incoming, headers)
         except ClientDisconnect:
             return
@@ -133,6 +132,12 @@ class BodyLimits:
         await self.app(scope, replay, send)
 
     async def _read(self, incoming: AsyncIterator[bytes], headers: dict[bytes, bytes]) -> bytes:
+        kind = headers.get(b"content-type", b"").split(b";")[0].strip().lower()
+        # a page of another origin may send other types without asking the browser
+        if not re.fullmatch(rb"application/(json|.*\+json)", kind):
+            _refuse(415, "send the body as JSON, with the header content-type: application/json")
+        if headers.get(b"content-encoding", b"identity").strip().lower() != b"identity":
+            _refuse(415, "send the body as it is: compressed bodies are not taken")
         limit, body = self.limits.max_body_bytes, bytearray()
         length = headers.get(b"content-length", b"0")
         if length.isdigit() and (len(length) > 20 or int(length) > limit):
@@ -151,6 +156,9 @@ class BodyLimits:
             _refuse(400, "the body is not UTF-8")
         if b"\0" in body:  # as UTF-16 has, which Python's parser would read
             _refuse(400, "the body has NUL bytes")
+        brackets = _NO_BRACKETS.sub(b"", body)
+        if max(accumulate(1 if each in b"[{" else -1 for each in brackets), default=0) > _MAX_DEPTH:
+            _refuse(400, f"the body is nested deeper than {_MAX_DEPTH} levels")
         return bytes(body)
 
     async def _answer_while_reading(self, answer: Response, incoming: AsyncIterator[bytes], send: Send) -> None:
@@ -166,15 +174,6 @@ class BodyLimits:
                     if left < 0:
                         break
         await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-
-def _check_headers(headers: dict[bytes, bytes]) -> None:
-    """Refuse a body of another type: a page of another origin may send such without asking the browser."""
-    kind = headers.get(b"content-type", b"").split(b";")[0].strip().lower()
-    if kind != b"application/json" and not (kind.startswith(b"application/") and kind.endswith(b"+json")):
-        _refuse(415, "send the body as JSON, with the header content-type: application/json")
-    if headers.get(b"content-encoding", b"identity").strip().lower() != b"identity":
-        _refuse(415, "send the body as it is: compressed bodies are not taken")
 
 
 def _refuse(status: int, message: str) -> NoReturn:

@@ -10,11 +10,12 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
 from serving.api.schemas import (
     MAX_STOP_SEQUENCES,
     Count,
+    Positive,
     Prompt,
     Refused,
     Speculative,
@@ -23,6 +24,8 @@ from serving.api.schemas import (
     Strict,
     Text,
     Whole,
+    off,
+    optional,
 )
 from serving.engine import sampling
 
@@ -32,16 +35,21 @@ MAX_TEMPERATURE = 2.0
 MAX_MESSAGES = 4096
 MAX_PARTS = 1024  # of one message
 
-_UNSUPPORTED: dict[str, Any] = dict.fromkeys(
-    ["allowed_token_ids", "bad_words", "prompt_logprobs", "request_id", "structured_outputs"]
-    + ["truncate_prompt_tokens", "use_beam_search"],
-    False,
-) | {
-    "priority": 0,
-    "response_format": {"type": "text"},
-    "skip_special_tokens": True,
-    "spaces_between_special_tokens": True,
-}
+_UNSUPPORTED = off(
+    "allowed_token_ids bad_words prompt_logprobs request_id structured_outputs truncate_prompt_tokens use_beam_search",
+    priority=0,
+    response_format={"type": "text"},
+    skip_special_tokens=True,
+    spaces_between_special_tokens=True,
+)
+_UNSUPPORTED_IN_CHATS = _UNSUPPORTED | off(
+    "audio chat_template chat_template_kwargs continue_final_message echo functions parallel_tool_calls prediction "
+    "reasoning_effort tools verbosity web_search_options",
+    add_generation_prompt=True,
+    function_call="none",
+    modalities=["text"],
+    tool_choice="none",
+)
 
 
 def _by_token_id(bias: Any) -> Any:
@@ -59,47 +67,41 @@ TokenId = Annotated[sampling.TokenId, Whole]
 TokenIds = Annotated[list[TokenId], Field(fail_fast=True, min_length=1)]
 Prompts = Annotated[list[Prompt], Field(fail_fast=True, min_length=1, max_length=MAX_CHOICES)]
 PromptsOfIds = Annotated[list[TokenIds], Field(fail_fast=True, min_length=1, max_length=MAX_CHOICES)]
+StopIds = Annotated[list[TokenId], Field(max_length=MAX_STOP_SEQUENCES)]
 LogitBias = Annotated[dict[sampling.TokenId, sampling.Bias], BeforeValidator(_by_token_id)]
 Logprobs = Annotated[sampling.Logprobs, Whole]
+NewTokens = Annotated[sampling.NewTokens, Whole]
 
 
 class StreamOptions(Strict):
     include_usage: bool | None = None
-    include_obfuscation: bool | None = Field(default=None, description="padding against observers; never added")
-    continuous_usage_stats: bool | None = Field(default=None, description="usage in every chunk (vLLM)")
+    include_obfuscation: bool | None = optional("padding against observers; never added")
+    continuous_usage_stats: bool | None = optional("usage in every chunk (vLLM)")
 
 
 class SamplingRequest(Strict):
     """Fields of both endpoints."""
 
-    model: Text | None = Field(default=None, description="any name, unless the server is strict")
-    n: Annotated[int, Field(ge=1, le=MAX_CHOICES), Whole] | None = Field(
-        default=None, description=f"choices per prompt; prompts * n <= {MAX_CHOICES}"
-    )
-    temperature: Annotated[sampling.Temperature, Field(le=MAX_TEMPERATURE)] | None = Field(
-        default=None, description="0 is greedy; null: 1.0"
-    )
+    model: Text | None = optional("any name, unless the server is strict")
+    n: Annotated[Positive, Field(le=MAX_CHOICES)] | None = optional(f"choices; prompts * n <= {MAX_CHOICES}")
+    temperature: Annotated[sampling.Temperature, Field(le=MAX_TEMPERATURE)] | None = optional("0 is greedy; null: 1.0")
     top_p: sampling.TopP | None = None
-    top_k: Annotated[int, Field(ge=-1), Whole] | None = Field(default=None, description="-1 and 0 are off")
+    top_k: Annotated[int, Field(ge=-1), Whole] | None = optional("-1 and 0 are off")
     min_p: sampling.MinP | None = None
     presence_penalty: sampling.Penalty | None = None
     frequency_penalty: sampling.Penalty | None = None
     repetition_penalty: sampling.RepetitionPenalty | None = None
-    logit_bias: LogitBias | None = Field(default=None, description="token id -> addend of its logit")
-    seed: Annotated[sampling.Seed, Whole] | None = Field(
-        default=None, description="choice i has the seed + i; null: drawn, and reported"
-    )
-    stop: StopString | StopStrings | None = Field(default=None, description="not in the text")
-    stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOP_SEQUENCES)] | None = None
-    min_tokens: Annotated[int, Field(ge=0), Whole] | None = None
+    logit_bias: LogitBias | None = optional("token id -> addend of its logit")
+    seed: Annotated[sampling.Seed, Whole] | None = optional("choice i has the seed + i; null: drawn, and reported")
+    stop: StopString | StopStrings | None = optional("not in the text")
+    stop_token_ids: StopIds | None = None
+    min_tokens: Count | None = None
     ignore_eos: bool | None = None
     include_stop_str_in_output: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     speculative: Speculative | None = None
-    return_token_ids: bool | None = Field(
-        default=None, description="report a choice's token_ids, its end included, and prompt_token_ids (vLLM)"
-    )
+    return_token_ids: bool | None = optional("a choice's token_ids, its end included, and prompt_token_ids (vLLM)")
 
     # without effect: nothing that they could change exists here
     user: Text | None = None
@@ -114,12 +116,8 @@ class SamplingRequest(Strict):
         return self.n or 1
 
     @property
-    def include_usage(self) -> bool:
-        return bool(self.stream_options and self.stream_options.include_usage)
-
-    @property
-    def usage_in_every_chunk(self) -> bool:
-        return bool(self.stream_options and self.stream_options.continuous_usage_stats)
+    def streaming(self) -> StreamOptions:
+        return self.stream_options or StreamOptions()
 
     @model_validator(mode="after")
     def _check_stream_options(self) -> SamplingRequest:
@@ -134,10 +132,10 @@ class CompletionRequest(SamplingRequest):
     unsupported = _UNSUPPORTED | {"suffix": False}
 
     prompt: Prompt | Prompts | TokenIds | PromptsOfIds = Field(examples=["Once upon a time"])
-    max_tokens: Annotated[sampling.NewTokens, Whole] | None = Field(default=None, description="null: 16")
-    echo: bool | None = Field(default=None, description="put the prompt before the text; not with logprobs")
+    max_tokens: NewTokens | None = optional("null: 16")
+    echo: bool | None = optional("put the prompt before the text; not with logprobs")
     logprobs: Logprobs | None = None
-    best_of: Count | None = Field(default=None, description="not implemented: the same as n, or null")
+    best_of: Positive | None = optional("not implemented: the same as n, or null")
 
     @model_validator(mode="after")
     def _check(self) -> CompletionRequest:
@@ -162,14 +160,12 @@ class Message(Strict):
     Clients send an answer's message back as they got it, with what it does not have as null or empty.
     """
 
-    unsupported = dict.fromkeys(
-        ["annotations", "audio", "function_call", "parsed", "reasoning", "reasoning_content", "refusal"]
-        + ["tool_call_id", "tool_calls"],
-        False,
+    unsupported = off(
+        "annotations audio function_call parsed reasoning reasoning_content refusal tool_call_id tool_calls"
     )
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Text | TextParts | None = Field(default=None, description="null in an assistant's message only")
+    content: Text | TextParts | None = optional("null in an assistant's message only")
     name: Text | None = None
 
     @model_validator(mode="after")
@@ -190,27 +186,15 @@ class Message(Strict):
 class ChatRequest(SamplingRequest):
     """Body of POST /v1/chat/completions."""
 
-    unsupported = (
-        _UNSUPPORTED
-        | dict.fromkeys(
-            ["audio", "chat_template", "chat_template_kwargs", "continue_final_message", "echo", "functions"]
-            + ["parallel_tool_calls", "prediction", "reasoning_effort", "tools", "verbosity", "web_search_options"],
-            False,
-        )
-        | {"add_generation_prompt": True, "function_call": "none", "modalities": ["text"], "tool_choice": "none"}
-    )
+    unsupported = _UNSUPPORTED_IN_CHATS
 
     messages: Annotated[list[Message], Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES)] = Field(
         examples=[[{"role": "user", "content": "Say hello."}]]
     )
-    max_completion_tokens: Annotated[sampling.NewTokens, Whole] | None = Field(
-        default=None, description="null: the room that is left"
-    )
-    max_tokens: Annotated[sampling.NewTokens, Whole] | None = Field(
-        default=None, description="the older name of max_completion_tokens"
-    )
+    max_completion_tokens: NewTokens | None = optional("null: the room that is left")
+    max_tokens: NewTokens | None = optional("the older name of max_completion_tokens")
     logprobs: bool | None = None
-    top_logprobs: Logprobs | None = Field(default=None, description="needs logprobs")
+    top_logprobs: Logprobs | None = optional("needs logprobs")
 
     @model_validator(mode="after")
     def _check(self) -> ChatRequest:
@@ -221,24 +205,6 @@ class ChatRequest(SamplingRequest):
         return self
 
 
-class Choice(BaseModel):
-    model_config = ConfigDict(extra="allow")
-
-    index: int
-    finish_reason: str | None
-    stop_reason: str | int | None = Field(description="the stop string or token id that ended it")
-    seed: int | None = Field(description="null: greedy")
-
-
-class Usage(BaseModel):
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-    completion_tokens_details: dict[str, int] = Field(
-        description="accepted_prediction_tokens and rejected_prediction_tokens count drafted tokens"
-    )
-
-
 class CompletionResponse(BaseModel):
     """Answer of both endpoints; a choice has `text` or `message`, and `logprobs`."""
 
@@ -246,17 +212,10 @@ class CompletionResponse(BaseModel):
     object: Literal["text_completion", "chat.completion"]
     created: int
     model: str
-    choices: list[Choice]
-    usage: Usage
+    choices: list[dict[str, Any]]
+    usage: dict[str, Any]
     metrics: dict[str, Any] = Field(description="speculative_decoding: in vLLM's shape; null for several choices")
 
 
-class Problem(BaseModel):
-    message: str
-    type: str
-    param: str | None
-    code: str | None
-
-
 class OpenAiError(BaseModel):
-    error: Problem
+    error: dict[str, str | None] = Field(description="message, type, param and code")

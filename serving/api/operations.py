@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from base64 import b64encode
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -13,62 +12,42 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import HTMLResponse, PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST
-from pydantic import BaseModel, Field
+from pydantic import Field
+from pydantic_core import to_jsonable_python
 
+from serving.api import schemas
 from serving.api.errors import RETRY, ApiError
-from serving.api.schemas import (
-    ERRORS,
-    MAX_STOP_CHARACTERS,
-    MAX_STOP_SEQUENCES,
-    MAX_TOP_N_TOKENS,
-    Prompt,
-    Strict,
-)
-from serving.api.service import Names, Service, public_name
+from serving.api.service import Service, public_name
 from serving.engine.sampling import MAX_LOGPROBS
 
-router = APIRouter(tags=["operations"], responses=ERRORS)
+router = APIRouter(tags=["operations"], responses=schemas.ERRORS)
 
 _SCRIPTS = ("api.js", "figures.js", "view.js", "main.js")  # one after the other, in one module
 
 
-class Status(BaseModel):
-    status: str
-
-
-class TokenizeRequest(Strict):
+class TokenizeRequest(schemas.Strict):
     """Body of POST /tokenize."""
 
-    inputs: Prompt = Field(examples=["Once upon a time"])
+    inputs: schemas.Prompt = Field(examples=["Once upon a time"])
     add_special_tokens: bool | None = None
 
 
-class TokenOfText(BaseModel):
-    """A token of a text; start, stop: characters of the text."""
-
-    id: int
-    text: str
-    start: int
-    stop: int
-
-
 @router.get("/health")
-async def health(request: Request) -> Status:
+async def health(request: Request) -> dict[str, str]:
     """200 while a restart would not help; 503 once the engine's thread has ended."""
     service: Service = request.app.state.service
-    if not service.alive:
+    if service.stage == "unhealthy":
         raise ApiError("healthcheck", "unhealthy", headers=RETRY)
-    return Status(status="ok")
+    return {"status": "ok"}
 
 
 @router.get("/ready")
-async def ready(request: Request) -> Status:
+async def ready(request: Request) -> dict[str, str]:
     """200 while requests are taken; 503 while the model is loaded, and while the server drains."""
     service: Service = request.app.state.service
-    reason = "draining" if service.draining else "loading" if not service.loaded else ""
-    if reason or not service.alive:
-        raise ApiError("healthcheck", reason or "unhealthy", headers=RETRY)
-    return Status(status="ready")
+    if service.stage != "ready":
+        raise ApiError("healthcheck", service.stage, headers=RETRY)
+    return {"status": service.stage}
 
 
 @router.get("/info")
@@ -98,15 +77,15 @@ async def info(request: Request) -> dict[str, Any]:
             "max_concurrent_requests": engine.max_batch,
             "max_waiting_requests": engine.max_waiting,
             "max_waiting_tokens": engine.max_waiting_tokens,
-            "max_stop_sequences": MAX_STOP_SEQUENCES,
-            "max_stop_characters": MAX_STOP_CHARACTERS,
-            "max_top_n_tokens": MAX_TOP_N_TOKENS,
+            "max_stop_sequences": schemas.MAX_STOP_SEQUENCES,
+            "max_stop_characters": schemas.MAX_STOP_CHARACTERS,
+            "max_top_n_tokens": schemas.MAX_TOP_N_TOKENS,
             "max_logprobs": MAX_LOGPROBS,
             "max_choices": service.max_choices,
             "max_body_bytes": service.limits.max_body_bytes,
             "request_seconds": service.limits.request_seconds,
         },
-        "engine": _finite(engine.stats()),
+        "engine": to_jsonable_python(engine.stats(), inf_nan_mode="null"),  # JSON has no NaN
         "version": package_version(),
         "versions": {name: package_version(name) for name in ("draftsmith", "torch", "transformers")},
     }
@@ -119,18 +98,6 @@ def package_version(name: str = "draftsmith") -> str:
         return "unknown"
 
 
-def _finite(value: Any) -> Any:
-    """Return the value with None for NaN and infinity, which JSON does not have, and with keys that are strings."""
-    match value:
-        case dict():
-            return {str(key): _finite(each) for key, each in value.items()}
-        case list() | tuple():
-            return [_finite(each) for each in value]
-        case float():
-            return value if math.isfinite(value) else None
-    return value
-
-
 @router.get("/metrics", response_class=PlainTextResponse)
 async def metrics(request: Request) -> Response:
     """Metrics in Prometheus' text format."""
@@ -140,18 +107,16 @@ async def metrics(request: Request) -> Response:
 
 
 @router.post("/tokenize")
-async def tokenize(body: TokenizeRequest, request: Request) -> list[TokenOfText]:
-    """The tokens of a text, as /generate would read it."""
+async def tokenize(body: TokenizeRequest, request: Request) -> list[dict[str, Any]]:
+    """The tokens of a text, as /generate would read it; start, stop: characters of the text."""
     service: Service = request.app.state.service
     special = body.add_special_tokens is not False
-    ids = await service.encode(body.inputs, Names("inputs", ""), special_tokens=special)
-    spans = await service.tokenize(body.inputs, add_special_tokens=special, return_offsets_mapping=True)
-    return [
-        TokenOfText(
-            id=token_id, text=body.inputs[start:stop] or service.token_text(token_id)[0], start=start, stop=stop
-        )
-        for token_id, (start, stop) in zip(ids, spans.offset_mapping, strict=True)
-    ]
+    encoded = await service.encode(body.inputs, "inputs", add_special_tokens=special, return_offsets_mapping=True)
+    tokens = []
+    for token_id, (start, stop) in zip(encoded.input_ids, encoded.offset_mapping, strict=True):
+        text = body.inputs[start:stop] or service.token_text(token_id)[0]
+        tokens.append({"id": token_id, "text": text, "start": start, "stop": stop})
+    return tokens
 
 
 @router.get("/", response_class=HTMLResponse, include_in_schema=False)

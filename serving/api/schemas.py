@@ -51,6 +51,16 @@ class Strict(BaseModel):
         return {name: value for name, value in body.items() if name not in cls.unsupported}
 
 
+def off(names: str, **values: Any) -> dict[str, Any]:
+    """Return fields with the values that mean "off"; names: of those where it is false, separated by spaces."""
+    return dict.fromkeys(names.split(), False) | values
+
+
+def optional(description: str) -> Any:
+    """Return a field whose default is null."""
+    return Field(default=None, description=description)
+
+
 def _check_text(text: str) -> str:
     """Refuse what JSON can carry and tokenizers cannot."""
     if "\0" in text:
@@ -68,57 +78,45 @@ def _whole(value: Any) -> Any:
 
 
 Whole = BeforeValidator(_whole)
+Count = Annotated[int, Field(ge=0), Whole]
+Positive = Annotated[int, Field(ge=1), Whole]
 Text = Annotated[str, AfterValidator(_check_text)]
-Prompt = Annotated[str, Field(min_length=1), AfterValidator(_check_text)]
-StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS), AfterValidator(_check_text)]
+Prompt = Annotated[Text, Field(min_length=1)]
+StopString = Annotated[Text, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
 StopStrings = Annotated[list[StopString], Field(max_length=MAX_STOP_SEQUENCES)]
-Count = Annotated[int, Field(ge=1), Whole]
 
 
 class Speculative(Strict):
     """Speculation for one request; it changes the speed and never the distribution of the text."""
 
-    enabled: bool | None = Field(default=None, description="null: on, when the server has a draft head")
-    num_tokens: Annotated[int, Field(ge=0), Whole] | None = Field(
-        default=None, description="speculation length, capped by the server's; 0 is off"
-    )
-    rule: Literal["shared-noise", "rejection"] | None = Field(default=None, description="null: the server's")
+    enabled: bool | None = optional("null: on, when the server has a draft head")
+    num_tokens: Count | None = optional("speculation length, capped by the server's; 0 is off")
+    rule: Literal["shared-noise", "rejection"] | None = optional("null: the server's")
 
 
 class SpeculativeWithOrigin(Speculative):
-    origin: bool | None = Field(default=None, description="report the origin of each token")
+    origin: bool | None = optional("report the origin of each token")
 
 
 class GenerateParameters(Strict):
     """Sampling is on when do_sample is true or any of temperature, top_k and top_p is set; otherwise greedy."""
 
-    unsupported = dict.fromkeys(["adapter_id", "decoder_input_details", "grammar", "watermark"], False) | {
-        "best_of": 1,
-        "typical_p": 1,
-    }
+    unsupported = off("adapter_id decoder_input_details grammar watermark", best_of=1, typical_p=1)
 
-    max_new_tokens: Annotated[NewTokens, Whole] | None = Field(
-        default=None, description="null: the server's default, or the room that is left"
-    )
-    temperature: Annotated[Temperature, Field(le=MAX_TEMPERATURE)] | None = Field(
-        default=None, description="0 is greedy; null: 1.0"
-    )
+    max_new_tokens: Annotated[NewTokens, Whole] | None = optional("null: 128, or the room that is left")
+    temperature: Annotated[Temperature, Field(le=MAX_TEMPERATURE)] | None = optional("0 is greedy; null: 1.0")
     top_p: TopP | None = None
-    top_k: Count | None = None
-    repetition_penalty: RepetitionPenalty | None = Field(
-        default=None, description="for tokens in the prompt or the answer"
-    )
+    top_k: Positive | None = None
+    repetition_penalty: RepetitionPenalty | None = optional("for tokens in the prompt or the answer")
     frequency_penalty: Penalty | None = None
-    seed: Annotated[Seed, Whole] | None = Field(default=None, description="null: drawn, and reported in the details")
-    stop: StopStrings | None = Field(default=None, description="the stop string stays in the text")
+    seed: Annotated[Seed, Whole] | None = optional("null: drawn, and reported in the details")
+    stop: StopStrings | None = optional("the stop string stays in the text")
     do_sample: bool | None = None
-    chat: bool | None = Field(default=None, description="the inputs are a user's message for the chat template")
-    truncate: Count | None = Field(default=None, description="keep only that many tokens at the end of the inputs")
-    return_full_text: bool | None = Field(default=None, description="put the prompt before the generated text")
+    chat: bool | None = optional("the inputs are a user's message for the chat template")
+    truncate: Positive | None = optional("keep only that many tokens at the end of the inputs")
+    return_full_text: bool | None = optional("put the prompt before the generated text")
     details: bool | None = None
-    top_n_tokens: Annotated[int, Field(ge=0, le=MAX_TOP_N_TOKENS), Whole] | None = Field(
-        default=None, description="with details: the most probable tokens at each position"
-    )
+    top_n_tokens: Annotated[Count, Field(le=MAX_TOP_N_TOKENS)] | None = optional("alternatives at each position")
     speculative: SpeculativeWithOrigin | None = None
 
     @property
@@ -135,68 +133,16 @@ class GenerateRequest(Strict):
 
     inputs: Prompt = Field(examples=["Once upon a time"])
     parameters: GenerateParameters | None = None
-    stream: bool | None = Field(
-        default=None, description="answer with server-sent events; /generate_stream always does"
-    )
-
-
-class AlternativeToken(BaseModel):
-    """A token; logprob: natural log of the target's probability, before penalties, temperature and truncation."""
-
-    id: int
-    text: str
-    logprob: float | None
-    special: bool
-
-
-class Origin(BaseModel):
-    """Origin of a token."""
-
-    source: Literal["draft", "target"] = Field(
-        description="draft: drafted and accepted; target: supplied by the target"
-    )
-    position: int | None = Field(description="the draft position, from 1, of an accepted token")
-    rejected: AlternativeToken | None = Field(
-        description="the drafted token in whose place the target supplied this one; its logprob is null"
-    )
-    drafted: int = Field(description="tokens drafted in a row for the verification which decided this token")
-
-
-class TokenDetails(AlternativeToken):
-    """One generated token."""
-
-    origin: Origin | None = Field(default=None, description="only with speculative.origin")
-
-
-class SpeculativeDetails(BaseModel):
-    """Figures of speculation for this request. The token from the prefill is in none of the counts."""
-
-    enabled: bool
-    rule: str
-    speculation_length: int = Field(description="tokens drafted at a time, at most; 0 when speculation was off")
-    acceptance_length: float | None = Field(description="emitted / verifications, bonus token included")
-    verifications: int
-    drafted: int
-    accepted: int
-    emitted: int
-    acceptance_per_position: list[float | None] = Field(description="accepted / drafted at each draft position")
-
-
-class Details(BaseModel):
-    finish_reason: str = Field(description="length, eos_token or stop_sequence")
-    generated_tokens: int
-    seed: int | None = Field(description="null: the request was greedy")
-    prefill: list[AlternativeToken] = Field(description="always empty: the prompt's tokens are not reported")
-    tokens: list[TokenDetails]
-    top_tokens: list[list[AlternativeToken]] | None = Field(default=None, description="only with top_n_tokens")
-    speculative: SpeculativeDetails
+    stream: bool | None = optional("answer with server-sent events; /generate_stream always does")
 
 
 class GenerateResponse(BaseModel):
-    """Answer of POST /generate; details only when the request has details: true."""
+    """Answer of POST /generate."""
 
     generated_text: str
-    details: Details | None = None
+    details: dict[str, Any] | None = optional(
+        "with details: finish_reason, generated_tokens, seed, tokens, speculative"
+    )
 
 
 class ErrorResponse(BaseModel):

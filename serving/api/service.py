@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 from draft.errors import UserError
 from serving.api.errors import ApiError, echo, unavailable
-from serving.api.metrics import PREFIX, Metrics
+from serving.api.metrics import Metrics
 from serving.api.openai_schemas import MAX_CHOICES
 from serving.api.schemas import Speculative
 from serving.engine import Engine, Speculation
 from serving.engine.answer import special_ids
+from serving.server import STALLED_SECONDS
 
 GENERATING = {"/", "/generate", "/generate_stream", "/v1/completions", "/v1/chat/completions"}
 _LAST_EVENTS_SECONDS = 5.0  # for clients to take the last events when the server ends
@@ -30,28 +32,13 @@ class Limits:
     max_body_bytes: int = 2_000_000
     body_seconds: float = 30.0  # from the headers to the last byte of the body
     request_seconds: float | None = 600.0  # from the receipt of a request to the end of its answer
-    stalled_seconds: float = 60.0  # that a client may take none of its stream's bytes
-
-
-@dataclass(frozen=True)
-class Names:
-    """Names of the prompt and of the number of tokens to generate in one API."""
-
-    prompt: str
-    max_tokens: str
+    stalled_seconds: float = STALLED_SECONDS
 
 
 class Service:
     """One server's state: loading (no engine yet), ready, draining, ended."""
 
-    def __init__(
-        self,
-        limits: Limits,
-        *,
-        head_name: str | None = None,
-        strict_model_name: bool = False,
-        metrics_prefix: str = PREFIX,
-    ) -> None:
+    def __init__(self, limits: Limits, head_name: str | None, strict_model_name: bool, metrics_prefix: str) -> None:
         self.limits = limits
         self.head_name = head_name and public_name(head_name)
         self.strict_model_name = strict_model_name
@@ -61,7 +48,7 @@ class Service:
         self.metrics: Metrics | None = None
         self._metrics_prefix = metrics_prefix
         self._engine: Engine | None = None
-        self._endings: set[asyncio.Future[ApiError]] = set()  # of the generations that run
+        self.endings: set[Callable[[ApiError], None]] = set()  # each ends a generation that runs
         # one thread: a tokenizer may not be set up by two at once
         self._encoder = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
 
@@ -79,13 +66,11 @@ class Service:
         return self._engine
 
     @property
-    def loaded(self) -> bool:
-        return self._engine is not None
-
-    @property
-    def alive(self) -> bool:
-        """True while a restart would not help: the engine's thread runs, or is yet to come."""
-        return self._engine is None or self._engine.alive
+    def stage(self) -> str:
+        """The stage of the server's life; only when it is `unhealthy`, a restart would help."""
+        if self._engine is not None and not self._engine.alive:
+            return "unhealthy"
+        return "draining" if self.draining else "loading" if self._engine is None else "ready"
 
     @property
     def model_name(self) -> str:
@@ -121,17 +106,10 @@ class Service:
         engine.check_room()
         return engine
 
-    def on_answer(self, path: str, status: int) -> None:
-        """Count an answer by its status; 0: there was none."""
-        if self.metrics is not None and path in GENERATING:
-            self.metrics.failed(status)
-
     # prompts
 
-    async def encode(
-        self, text: str, names: Names, *, special_tokens: bool = True, end_only: bool = False
-    ) -> list[int]:
-        """Return the token ids of a text, or, with end_only, of an end of it that may fill the context.
+    async def encode(self, text: str, field: str, *, end_only: bool = False, **options: bool) -> Any:
+        """Return the tokenizer's encoding of a text, or, with end_only, of an end of it that may fill the context.
 
         Raises:
             ApiError: for a text that must exceed the context, before it is tokenised, or that has no tokens.
@@ -139,19 +117,14 @@ class Service:
         limit = self.engine.max_length * self.longest_token
         if len(text) > limit:
             if not end_only:
-                raise self._too_long(f"{len(text)} characters", names)
+                raise self._too_long(f"{len(text)} characters", field)
             text = text[-limit:]
-        ids = (await self.tokenize(text, add_special_tokens=special_tokens)).input_ids
-        if not ids:
-            raise ApiError("validation", f"`{names.prompt}` must have at least 1 token. Given: 0", field=names.prompt)
-        return ids
-
-    async def tokenize(self, text: str, **options: bool) -> Any:
-        """Run the tokenizer off the event loop: two megabytes of text take a second."""
-        tokenizer = self.engine.target.tokenizer
-        return await asyncio.get_running_loop().run_in_executor(
-            self._encoder, lambda: tokenizer(text, verbose=False, **options)
-        )
+        # off the event loop: two megabytes of text take a second
+        work = partial(self.engine.target.tokenizer, text, verbose=False, **options)
+        encoded = await asyncio.get_running_loop().run_in_executor(self._encoder, work)
+        if not encoded.input_ids:
+            raise ApiError("validation", f"`{field}` must have at least 1 token. Given: 0", field=field)
+        return encoded
 
     @cached_property
     def longest_token(self) -> int:
@@ -175,36 +148,37 @@ class Service:
     def check_ids(self, ids: list[int], field: str) -> None:
         """Raises ApiError for ids outside the vocabulary."""
         last = self.engine.target.vocab_size - 1
-        for token_id in ids:
-            if token_id > last:
-                message = f"`{field}` has token id {echo(token_id)}: the model's go from 0 to {last}"
-                raise ApiError("validation", message, field=field)
+        if max(ids, default=0) > last:
+            message = f"`{field}` has token id {echo(max(ids))}: the model's go from 0 to {last}"
+            raise ApiError("validation", message, field=field)
 
-    def new_tokens(self, requested: int | None, prompt_tokens: int, default: int | None, names: Names) -> int:
+    def new_tokens(
+        self, requested: int | None, prompt_tokens: int, default: int | None, prompt_field: str, field: str
+    ) -> int:
         """Return the number of tokens to generate; default: None is the room that is left.
 
         Raises:
             ApiError: it exceeds the server's limit or the context, with the numbers.
         """
-        context, limit, field = self.engine.max_length, self.max_new_tokens, names.max_tokens
+        context, limit = self.engine.max_length, self.max_new_tokens
         room = context - prompt_tokens
         if room < 1:
-            raise self._too_long(str(prompt_tokens), names)
+            raise self._too_long(str(prompt_tokens), prompt_field)
         if requested is None:
             return min(limit, room, default or room)
         if requested > limit:
             raise ApiError("validation", f"`{field}` must be <= {limit}. Given: {echo(requested)}", field=field)
         if requested > room:
             message = (
-                f"`{names.prompt}` tokens + `{field}` must be <= {context}. "
-                f"Given: {prompt_tokens} `{names.prompt}` tokens and {requested} `{field}`"
+                f"`{prompt_field}` tokens + `{field}` must be <= {context}. "
+                f"Given: {prompt_tokens} `{prompt_field}` tokens and {requested} `{field}`"
             )
             raise ApiError("validation", message, field=field, code="context_length_exceeded")
         return requested
 
-    def _too_long(self, given: str, names: Names) -> ApiError:
-        message = f"`{names.prompt}` must have less than {self.engine.max_length} tokens. Given: {given}"
-        return ApiError("validation", message, field=names.prompt, code="context_length_exceeded")
+    def _too_long(self, given: str, field: str) -> ApiError:
+        message = f"`{field}` must have less than {self.engine.max_length} tokens. Given: {given}"
+        return ApiError("validation", message, field=field, code="context_length_exceeded")
 
     def token_text(self, token_id: int) -> tuple[str, bool]:
         """Return a token's text, and True if it is special; a piece of a character shows as U+FFFD."""
@@ -219,20 +193,12 @@ class Service:
 
     # the end
 
-    def ending(self) -> asyncio.Future[ApiError]:
-        """Return a future that is resolved when the server ends what still runs; its caller cancels it."""
-        future: asyncio.Future[ApiError] = asyncio.get_running_loop().create_future()
-        self._endings.add(future)
-        future.add_done_callback(self._endings.discard)
-        return future
-
     async def drain(self, seconds: float) -> None:
         """Take no more requests, let those that run finish for that long, then end them with an error."""
         self.draining = True
         await self._until_idle(seconds)
-        for future in list(self._endings):
-            if not future.done():
-                future.set_result(unavailable("the server is shutting down"))
+        for end in list(self.endings):
+            end(unavailable("the server is shutting down"))
         await self._until_idle(_LAST_EVENTS_SECONDS)
 
     async def _until_idle(self, seconds: float) -> None:

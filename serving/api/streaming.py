@@ -8,8 +8,8 @@ import logging
 import math
 import time
 from collections.abc import AsyncGenerator, Awaitable, Sequence
-from contextlib import aclosing, suppress
-from typing import Any, TypeVar
+from contextlib import aclosing
+from typing import Any, Protocol, TypeVar
 
 from sse_starlette import EventSourceResponse
 from sse_starlette.sse import SendTimeoutError
@@ -34,7 +34,7 @@ class Generation:
 
     def __init__(
         self,
-        service: Service,
+        http: HttpRequest,
         prompts: Sequence[list[int]],
         params: Sequence[SamplingParams],
         speculation: Speculation,
@@ -45,15 +45,16 @@ class Generation:
         Raises:
             UserError, Overloaded, EngineStopped: as Engine.submit_all. ApiError: the server ends.
         """
-        self.requests = service.check_open().submit_all(prompts, params, speculation)
-        if service.metrics is not None:
+        self.http = http
+        self.service: Service = http.app.state.service
+        self.requests = self.service.check_open().submit_all(prompts, params, speculation)
+        if self.service.metrics is not None:
             for request in self.requests:
-                service.metrics.watch(request, received)
+                self.service.metrics.watch(request, received)
         self._reason: ApiError | None = None  # for which all were cancelled
-        self._ending = service.ending()
-        self._ending.add_done_callback(lambda future: None if future.cancelled() else self._end(future.result()))
+        self.service.endings.add(self._end)
         self._timer: asyncio.TimerHandle | None = None
-        seconds = service.limits.request_seconds
+        seconds = self.service.limits.request_seconds
         if seconds is not None:
             message = f"the request took longer than the server allows, {seconds:g} seconds"
             error = ApiError("incomplete_generation", message, code="timeout", headers=NO_RETRY)
@@ -67,77 +68,59 @@ class Generation:
 
     def close(self) -> None:
         """Cancel what still runs."""
-        self._ending.cancel()
+        self.service.endings.discard(self._end)
         if self._timer is not None:
             self._timer.cancel()
         for request in self.requests:
             request.cancel()
 
-    async def completions(self, http: HttpRequest) -> list[Completion]:
+    async def completions(self) -> list[Completion]:
         """Wait for all, or for the client to leave; nothing runs on for a client that left."""
+        # shielded, for a request ends by its own `cancel` only
+        ends = [asyncio.shield(asyncio.wrap_future(request.future)) for request in self.requests]
         try:
-            await unless_disconnected(self._all_done(), http)
-            try:
-                return [self._checked(request.result(0)) for request in self.requests]
-            except Exception as error:
-                raise api_error(error) from error
+            await unless_disconnected(asyncio.gather(*ends, return_exceptions=True), self.http)
+            completions = [self._checked(end.result()) for end in ends]
+        except Exception as error:
+            raise api_error(error) from error
         finally:  # also when the server, shutting down, cancels this very task
             self.close()
-
-    async def _all_done(self) -> None:
-        loop, done = asyncio.get_running_loop(), asyncio.Event()
-
-        def wake(_: Any) -> None:
-            with suppress(RuntimeError):  # the loop has closed
-                loop.call_soon_threadsafe(done.set)
-
-        for request in self.requests:
-            request.future.add_done_callback(wake)
-        while not all(request.done for request in self.requests):
-            await done.wait()
-            done.clear()
+        self.http.scope["draftsmith.log"] |= {"generated_tokens": sum(len(each.token_ids) for each in completions)}
+        return completions
 
     async def bursts(self) -> AsyncGenerator[Burst]:
         """Yield tokens as they come, those of one step together."""
+        queue: asyncio.Queue[Burst | Exception] = asyncio.Queue()
+
+        async def follow(index: int, request: Request) -> None:
+            try:
+                async with aclosing(request.bursts()) as bursts:
+                    async for tokens, completion in bursts:
+                        queue.put_nowait((index, tokens, completion))
+            except Exception as error:
+                queue.put_nowait(error)
+
+        tasks = [asyncio.ensure_future(follow(index, request)) for index, request in enumerate(self.requests)]
+        left = len(tasks)
         try:
-            async with aclosing(_merged(self.requests)) as merged:
-                async for index, tokens, completion in merged:
-                    if completion is not None:
-                        self._checked(completion)
-                    yield index, tokens, completion
+            while left:
+                item = await queue.get()
+                if isinstance(item, Exception):
+                    raise item
+                if item[2] is not None:
+                    self._checked(item[2])
+                    left -= 1
+                yield item
         finally:
             self.close()
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     def _checked(self, completion: Completion) -> Completion:
         if completion.finish_reason == "cancelled":
             raise self._reason or unavailable("the request was cancelled")
         return completion
-
-
-async def _merged(requests: list[Request]) -> AsyncGenerator[Burst]:
-    queue: asyncio.Queue[Burst | BaseException] = asyncio.Queue()
-
-    async def follow(index: int, request: Request) -> None:
-        try:
-            async with aclosing(request.bursts()) as bursts:
-                async for tokens, completion in bursts:
-                    queue.put_nowait((index, tokens, completion))
-        except Exception as error:
-            queue.put_nowait(error)
-
-    tasks = [asyncio.ensure_future(follow(index, request)) for index, request in enumerate(requests)]
-    try:
-        left = len(requests)
-        while left:
-            item = await queue.get()
-            if isinstance(item, BaseException):
-                raise item
-            yield item
-            left -= item[2] is not None
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def unless_disconnected(work: Awaitable[T], http: HttpRequest) -> T:
@@ -160,6 +143,40 @@ async def unless_disconnected(work: Awaitable[T], http: HttpRequest) -> T:
 
 
 # Server-sent events.
+
+
+class Answer(Protocol):
+    """One API's events: of the tokens of one step, and of the end, which may be an error."""
+
+    def burst(self, index: int, tokens: list[Token], completion: Completion | None) -> bytes: ...
+
+    def end(self, error: ApiError | None) -> bytes: ...
+
+
+async def stream(answer: Answer, generation: Generation, headers: dict[str, str] | None = None) -> EventStream:
+    """Wait for the first chunk: what goes wrong before is an ordinary error with a status of its own."""
+    chunks = _chunks(answer, generation)
+    first = await unless_disconnected(anext(chunks), generation.http)
+    return EventStream(first, chunks, generation.service.limits.stalled_seconds, headers)
+
+
+async def _chunks(answer: Answer, generation: Generation) -> AsyncGenerator[bytes]:
+    """Yield events, those of one step together; after the first a failure is an event, too."""
+    begun, generated = False, 0
+    try:
+        async with aclosing(generation.bursts()) as bursts:
+            async for index, tokens, completion in bursts:
+                generated += len(tokens)
+                if chunk := answer.burst(index, tokens, completion):
+                    begun = True
+                    yield chunk
+        yield answer.end(None)
+    except Exception as error:
+        if not begun:
+            raise api_error(error) from error
+        yield answer.end(api_error(error))
+    finally:
+        generation.http.scope["draftsmith.log"] |= {"generated_tokens": generated}
 
 
 # json.dumps would make one for each event. ASCII: some clients end lines at U+0085, U+2028 and U+2029, too
@@ -194,17 +211,6 @@ class EventStream(EventSourceResponse):
         super().__init__(chunks(), headers=headers, ping=0, send_timeout=stalled_seconds)
         del self.headers["connection"]  # uvicorn's to decide
         self._rest = rest
-
-    @classmethod
-    async def begin(
-        cls,
-        chunks: AsyncGenerator[bytes],
-        http: HttpRequest,
-        stalled_seconds: float,
-        headers: dict[str, str] | None = None,
-    ) -> EventStream:
-        """Wait for the first chunk: what goes wrong before is an ordinary error with a status of its own."""
-        return cls(await unless_disconnected(anext(chunks), http), chunks, stalled_seconds, headers)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
@@ -12,6 +14,7 @@ from http_testing import GatedEngine
 from draft.heads import Eagle3Head
 from draft.target import Target
 from serving.api.app import create_app
+from serving.api.middleware import JsonFormatter
 from serving.engine import Engine
 
 
@@ -27,6 +30,14 @@ def client(tiny_target: Target, tiny_head: Eagle3Head) -> Iterator[TestClient]:
 def make_gated(tiny_target: Target, tiny_head: Eagle3Head) -> Callable[..., GatedEngine]:
     """Return a maker of engines of one slot, which take no step before their gate is opened."""
     return partial(GatedEngine, tiny_target, tiny_head, speculation="chain", max_batch=1)
+
+
+@pytest.fixture
+def log_lines(caplog, monkeypatch) -> Callable[[], list[dict[str, Any]]]:
+    """Return a function that gives the lines of the server's log so far."""
+    monkeypatch.setattr(caplog.handler, "formatter", JsonFormatter())
+    caplog.set_level("INFO", "serving")
+    return lambda: [json.loads(line) for line in caplog.text.splitlines()]
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from conftest import byte_tokenizer
 from fastapi.testclient import TestClient
-from http_testing import PROMPT, LogLines, ask, in_process, live
+from http_testing import PROMPT, ask, in_process, live
 from tokenizers import normalizers
 
 from draft.target import Target
@@ -145,12 +145,8 @@ def test_a_prompt_of_no_tokens_is_refused(tiny_target) -> None:
 
 def test_a_prompt_too_long_for_any_context_is_not_tokenised(tiny_target, monkeypatch) -> None:
     app = create_app(Engine(tiny_target))
-
-    async def never(*_: Any, **__: Any) -> list[int]:
-        raise AssertionError("tokenised")
-
-    monkeypatch.setattr(app.state.service, "tokenize", never)
-    with TestClient(app) as client:
+    monkeypatch.setattr(app.state.service._encoder, "submit", None)  # never called
+    with TestClient(app, raise_server_exceptions=False) as client:
         for path, body in (("/generate", {"inputs": "z" * 100_000}), ("/v1/completions", {"prompt": "z" * 100_000})):
             answer = client.post(path, json=body)
             assert answer.status_code in (400, 422) and "100000 characters" in answer.text and "512" in answer.text
@@ -162,25 +158,23 @@ def test_truncate_keeps_the_end_of_the_inputs_and_reads_no_more_than_the_context
     tokens = len(client.post("/tokenize", json={"inputs": PROMPT}).json())
     assert ask(client, long, max_new_tokens=3, truncate=tokens).json() == expected
     read: list[int] = []
-    service = client.app.state.service
-    inner = service.tokenize
+    encoder = client.app.state.service._encoder
+    inner = encoder.submit
 
-    async def counting(text: str, **options: Any) -> Any:
-        read.append(len(text))
-        return await inner(text, **options)
+    def counting(work: Any) -> Any:
+        read.append(len(work.args[0]))
+        return inner(work)
 
-    monkeypatch.setattr(service, "tokenize", counting)
+    monkeypatch.setattr(encoder, "submit", counting)
     assert ask(client, "z" * 1_900_000, max_new_tokens=1, truncate=1).status_code == 200
     assert len(read) == 1 and 512 <= read[0] < 20_000
 
 
-def test_log_lines_are_json_with_the_request_s_id_and_without_its_prompt(client, caplog) -> None:
-    log = LogLines()
-    with log.of("serving"):
-        answer = ask(client, max_new_tokens=2)
-        refused = ask(client, max_new_tokens=0)
-        client.get("/health")
-    lines = log.lines
+def test_log_lines_are_json_with_the_request_s_id_and_without_its_prompt(client, log_lines) -> None:
+    answer = ask(client, max_new_tokens=2)
+    refused = ask(client, max_new_tokens=0)
+    client.get("/health")
+    lines = log_lines()
     assert [line["request_id"] for line in lines] == [answer.headers["x-request-id"], refused.headers["x-request-id"]]
     assert (lines[0]["method"], lines[0]["path"], lines[0]["status"]) == ("POST", "/generate", 200)
     assert lines[0]["generated_tokens"] == 2 and lines[0]["prompt_tokens"] > 10 and lines[1]["status"] == 422

@@ -174,43 +174,10 @@ def test_fields_without_effect_and_fields_that_are_off(client) -> None:
     assert complete(client, "chat/completions", messages=parts)["choices"] == chat
 
 
-REFUSED = [
-    ("n", 5_000_000, "64"),
-    ("logprobs", 1_000_000_000, "20"),
-    ("temperature", 10**400, "temperature"),
-    ("logit_bias", {"259": 1}, "258"),
-    ("logit_bias", {"01": 1}, "token ids"),
-    ("stop_token_ids", [259], "258"),
-    ("min_tokens", 13, "13"),
-    ("max_tokens", 10**9, "512"),
-    ("prompt", [[]], "prompt"),
-    ("prompt", "z" * 10_000, "512"),
-    ("prompt", [1] * 513, "513"),
-    ("response_format", {"type": "json_object"}, "response_format"),
-    ("skip_special_tokens", False, "skip_special_tokens"),
-    ("stream_options", {"include_usage": True}, "stream"),
-    ("speculative", {"origin": True}, "origin"),
-    ("made_up", 1, "made_up"),
-]
-
-
-@pytest.mark.parametrize(("field", "value", "reason"), REFUSED, ids=lambda value: str(value)[:30])
-def test_a_bad_parameter_is_400_by_name(client, field, value, reason) -> None:
-    body = {"prompt": PROMPT, "max_tokens": 12, field: value}
-    answer = client.post("/v1/completions", json=body)
-    assert answer.status_code == 400, answer.text
-    error = answer.json()["error"]
-    assert error.keys() == {"message", "type", "param", "code"} and error["type"] == "invalid_request_error"
-    assert field in error["message"] and reason in error["message"] and len(error["message"]) <= 500
-    assert "zebras" not in answer.text
-
-
-def test_as_many_prompts_times_n_as_there_are_choices(client) -> None:
-    answer = client.post("/v1/completions", json={"prompt": ["a"] * 13, "n": 5})
-    assert answer.status_code == 400 and answer.json()["error"]["param"] == "n" and "64" in answer.text
-
-
 def test_models_and_strict_names(client, tiny_target) -> None:
+    for n, best_of, status in ((2, 2, 200), (2, 1, 400)):
+        body = {"prompt": PROMPT, "max_tokens": 1, "n": n, "best_of": best_of}
+        assert client.post("/v1/completions", json=body).status_code == status
     [about] = client.get("/v1/models").json()["data"]
     assert (about["id"], about["root"], about["max_model_len"]) == ("tiny", "tiny", 512)
     assert client.get("/v1/models/tiny").json()["id"] == "tiny"
@@ -218,22 +185,6 @@ def test_models_and_strict_names(client, tiny_target) -> None:
     with TestClient(create_app(Engine(tiny_target), strict_model_name=True)) as strict:
         for path in ("completions", "chat/completions"):
             complete(strict, path, model="tiny", max_tokens=1)
-            asked = {"messages": MESSAGES, "prompt": PROMPT}["messages" if "chat" in path else "prompt"]
-            body = {"model": "gpt-4", "messages" if "chat" in path else "prompt": asked}
-            answer = strict.post(f"/v1/{path}", json=body)
+            body = {"messages": MESSAGES} if "chat" in path else {"prompt": PROMPT}
+            answer = strict.post(f"/v1/{path}", json=body | {"model": "gpt-4"})
             assert answer.status_code == 404 and answer.json()["error"]["code"] == "model_not_found"
-
-
-def test_best_of_is_n_or_refused(client) -> None:
-    for n, best_of, status in ((1, 1, 200), (2, 2, 200), (2, 1, 400), (1, 2, 400), (None, 1, 200)):
-        body = {"prompt": PROMPT, "max_tokens": 1, "n": n, "best_of": best_of}
-        assert client.post("/v1/completions", json=body).status_code == status, (n, best_of)
-
-
-@pytest.mark.parametrize(
-    ("body", "told"), [("", "JSON object"), ("[]", "JSON object"), ('{"prompt": "a"} x', "valid JSON")]
-)
-def test_what_is_no_object_is_told_so(client, body, told) -> None:
-    answer = client.post("/v1/completions", content=body, headers={"content-type": "application/json"})
-    assert answer.status_code == 400 and told in answer.json()["error"]["message"]
-    assert answer.json()["error"]["param"] is None

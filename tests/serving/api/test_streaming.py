@@ -83,11 +83,6 @@ def test_top_tokens(client) -> None:
     assert "top_tokens" not in ask(client, details=True).json()["details"]
 
 
-def test_what_is_refused_is_no_stream(client) -> None:
-    answer = client.post("/generate_stream", json={"inputs": PROMPT, "parameters": {"max_new_tokens": 10**6}})
-    assert answer.status_code == 422 and answer.json()["error_type"] == "validation"
-
-
 def test_an_event_is_one_line_to_all_who_split_lines() -> None:
     """httpx ends lines wherever Unicode has line ends, as U+0085, U+2028 and U+2029, which models write."""
     text = "a\u0085b\u2028c\u2029d\x0be\x1cf\r\n\u00e9\U0001f993"

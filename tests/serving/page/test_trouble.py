@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import pytest
+from conftest import make_tiny_target
 from http_testing import GatedEngine, live
 
 from serving.api.app import create_app
@@ -107,20 +107,10 @@ def test_a_server_that_loads_and_has_no_head(open_page, tiny_target) -> None:
         assert "drafted" not in page.text("#legend ul")
 
 
-def test_a_target_without_a_chat_template(open_page, make_plain) -> None:
-    with live(create_app(Engine(make_plain()))) as url:
+def test_a_target_without_a_chat_template(open_page) -> None:
+    target = make_tiny_target()
+    target.tokenizer.chat_template = None
+    with live(create_app(Engine(target))) as url:
         page = open_page(url)
         assert not page.find("[value=chat]").is_enabled() and page.find("[value=raw]").is_selected()
         assert run(page, max_new_tokens=3) == ""
-
-
-@pytest.fixture
-def make_plain():
-    from conftest import make_tiny_target
-
-    def make():
-        target = make_tiny_target()
-        target.tokenizer.chat_template = None
-        return target
-
-    return make
