@@ -38,7 +38,7 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Resources:
-    """What ptxas and Triton say of a compiled kernel."""
+    """Figures of ptxas and Triton about a compiled kernel."""
 
     registers: int  # of a thread
     spilled: int  # bytes that a thread stores and loads for want of registers

@@ -5,8 +5,9 @@ combination of outcomes has been seen, with its probability.
 """
 
 import itertools
-from collections import defaultdict
-from collections.abc import Callable
+import math
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence
 
 import pytest
 import torch
@@ -15,11 +16,7 @@ from toy_decoding import Model, Text, decode, drafted_tree, new_processor
 
 from serving.engine import verification
 from serving.engine.sampling import SamplingParams, apply_temperature
-from serving.engine.verification import (
-    DraftTree,
-    Rejection,
-    Rule,
-)
+from serving.engine.verification import DraftTree, Rejection, Rule
 
 VOCAB, LENGTH = 3, 3
 VOCABULARY = torch.tensor([0, 2])  # the head lacks a token
@@ -53,6 +50,26 @@ def law_of_target(params: SamplingParams, length: int = LENGTH) -> Law:
 
 def total_variation(law: Law, expected: Law) -> float:
     return sum(abs(law.get(cell, 0.0) - expected.get(cell, 0.0)) for cell in {*law, *expected}) / 2
+
+
+def deviations(seen: Sequence[float], expected: Sequence[float]) -> float:
+    """Chi-square in standard deviations above its mean; cells that expect fewer than 5 are taken together."""
+    cells = list(zip(seen, expected, strict=True))
+    if any(count and not mean for count, mean in cells):
+        return math.inf  # what cannot be
+    pairs = [cell for cell in cells if cell[1] >= 5]
+    rare, rare_mean = (sum(part) for part in zip((0.0, 0.0), *(cell for cell in cells if cell[1] < 5), strict=True))
+    if rare_mean >= 5:
+        pairs.append((rare, rare_mean))
+    statistic, freedom = sum((count - mean) ** 2 / mean for count, mean in pairs), len(pairs) - 1
+    return (statistic - freedom) / math.sqrt(2 * freedom)
+
+
+def deviations_of(texts: Iterable[Text], law: Law) -> float:
+    """The same of sampled texts from a law."""
+    counts = Counter(texts)
+    cells = {**dict.fromkeys(counts, 0.0), **law}
+    return deviations([counts[cell] for cell in cells], [mass * counts.total() for mass in cells.values()])
 
 
 class Script:

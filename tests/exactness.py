@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -9,7 +10,6 @@ from conftest import make_tiny_head
 from oracle import PLANS, Case, Fickle, Oracle, engine_of
 from tiny_targets import FAMILIES, tiny
 
-from draft.heads import DraftHead
 from draft.heads.registry import ARCHITECTURES
 from serving.engine import Completion, Engine, SamplingParams
 
@@ -25,24 +25,14 @@ MODES: dict[str, dict[str, Any]] = {
     "auto": {"speculation": "auto"},
 }
 PROMPTS = [[7], list(range(90, 107)), list(range(3, 40))]
+GREEDY, PENALTIES = {"temperature": 0.0}, {"presence_penalty": 0.4, "frequency_penalty": -0.3}
 PROCESSING: dict[str, dict[str, Any]] = {
     "plain": {"temperature": 1.0},
-    "hot, top-k, penalties": {
-        "temperature": 1.7,
-        "top_k": 20,
-        "repetition_penalty": 1.3,
-        "presence_penalty": 0.4,
-        "frequency_penalty": -0.3,
-    },
+    "hot, top-k, penalties": {"temperature": 1.7, "top_k": 20, "repetition_penalty": 1.3, **PENALTIES},
     "top-p, min-p, bias": {"temperature": 0.8, "top_p": 0.9, "min_p": 0.02, "logit_bias": {5: 4.0, 70: -3.0, 200: 2.5}},
     "min tokens": {"temperature": 1.0, "min_new_tokens": 6, "ignore_eos": False, "stop_ids": (9, 33, 80)},
-    "greedy with penalties": {
-        "temperature": 0.0,
-        "repetition_penalty": 1.5,
-        "frequency_penalty": 0.8,
-        "logit_bias": {9: 1.0},
-    },
-    "greedy with min tokens": {"temperature": 0.0, "min_new_tokens": 5, "ignore_eos": False},
+    "greedy with penalties": {**GREEDY, "repetition_penalty": 1.5, "frequency_penalty": 0.8, "logit_bias": {9: 1.0}},
+    "greedy with min tokens": {**GREEDY, "min_new_tokens": 5, "ignore_eos": False},
 }
 
 
@@ -54,16 +44,28 @@ def build(family: str, mode: str, *, errors: float = 0.3, seed: int = 0, **optio
     return engine_of(tiny(family), Oracle(tiny(family), errors, seed), fickle, **MODES[mode], **options)
 
 
-def heads_for(family: str) -> list[DraftHead]:
-    """Heads of all architectures, or of one where there are many other families."""
-    return [
-        make_tiny_head(tiny(family), architecture=name)
-        for name in (ARCHITECTURES if family in (ALL[0], ALL[-1]) else ["eagle3"])
-    ]
+def engines(family: str, mode: str, *, errors: float = 0.3, max_batch: int, **options: Any) -> list[Engine]:
+    """Build an engine beside an oracle, and one with a head of each architecture, or of one for many families."""
+    target = tiny(family)
+    names = ARCHITECTURES if family in (ALL[0], ALL[-1]) else ["eagle3"]
+    heads = [make_tiny_head(target, architecture=name) for name in names]
+    drafting = {"speculation_length": 8, "max_batch": max_batch, **MODES[mode]}
+    beside_oracle = build(family, mode, errors=errors, max_batch=max_batch, **options)
+    return [beside_oracle, *(Engine(target, head, **drafting) for head in heads)]
 
 
 def params(count: int, **fields: Any) -> SamplingParams:
     return SamplingParams(**{"max_new_tokens": count, "ignore_eos": True, "logprobs": 2, **fields})
+
+
+def margins(ours: Sequence[Completion], theirs: Sequence[Completion]) -> list[float]:
+    """Differences of the two best logprobs where the tokens of answers begin to differ."""
+    found = []
+    for one, other in zip(ours, theirs, strict=True):
+        pairs = zip(one.token_ids, other.tokens, strict=True)
+        tops = [token.top or [] for token_id, token in pairs if token_id != token.id][:1]
+        found += [top[0][1] - top[1][1] for top in tops]
+    return found
 
 
 @cache

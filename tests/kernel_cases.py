@@ -62,7 +62,7 @@ class Guarded:
         self.tensor = self.memory[self.ROOM : self.ROOM + self.size].view(*shape)
 
     def intact(self) -> bool:
-        """Whether nothing was written beside the tensor."""
+        """Test that nothing was written beside the tensor."""
         return bool(self.memory[: self.ROOM].isnan().all() and self.memory[self.ROOM + self.size :].isnan().all())
 
 

@@ -13,16 +13,15 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from tiny_targets import (
-    Text,
-)
+from tiny_targets import Text
 from torch import Tensor
 
 from draft.target import Target
 from serving.engine import Completion, Engine, Request, SamplingParams, Speculation
+from serving.engine.acceptance import OFF, DraftPlan, RequestAcceptance
+from serving.engine.answer import GrowingAnswer, special_ids
 from serving.engine.drafting import Job, Proposer
-from serving.engine.planner import OFF, Controller, Plan, RequestAcceptance
-from serving.engine.request import GrowingAnswer, special_ids
+from serving.engine.planner import Controller
 from serving.engine.verification import DraftTree
 
 
@@ -118,16 +117,22 @@ class Oracle:
 class Fickle(Controller):
     """Switches plans at every step, whatever they cost."""
 
-    def __init__(self, plans: Sequence[Plan], seed: int = 0) -> None:
+    def __init__(self, plans: Sequence[DraftPlan], seed: int = 0) -> None:
         super().__init__(plans)
         self.rng = random.Random(seed)
 
-    def choose(self, rows: Sequence[RequestAcceptance]) -> Plan:
+    def choose(self, rows: Sequence[RequestAcceptance]) -> DraftPlan:
         super().choose(rows)  # its own bookkeeping must survive, too
         return self.rng.choice([OFF, OFF, *self.plans])
 
 
-PLANS = [*(Plan.chain(k) for k in range(1, 9)), Plan(2, 4), Plan(3, 4), Plan(5, 16), Plan(8, 32)]
+PLANS = [
+    *(DraftPlan.chain(k) for k in range(1, 9)),
+    DraftPlan(2, 4),
+    DraftPlan(3, 4),
+    DraftPlan(5, 16),
+    DraftPlan(8, 32),
+]
 
 
 def engine_of(target: Target, proposer: Proposer, controller: Controller | None = None, **options: Any) -> Engine:
@@ -147,7 +152,7 @@ class Case:
 
     prompt: list[int]
     params: SamplingParams
-    expected: list[int]  # what unlimited decoding would give: at least as many tokens as are asked for
+    expected: list[int]  # what unlimited decoding would give: at least as many tokens as are requested
     auxiliary: Tensor | None = field(default=None, repr=False)
     log_p: Tensor | None = field(default=None, repr=False)  # [tokens, vocab] of the expected tokens
     speculation: Speculation = Speculation()
@@ -173,39 +178,31 @@ def submit(engine: Engine, case: Case) -> Request:
     return engine.submit(case.prompt, case.params, case.speculation)
 
 
-def serve(engine: Engine, cases: Sequence[Case]) -> list[Completion]:
-    """Decode; requests arrive between steps, in any order. Returns the completions in the order of the cases."""
+def serve(engine: Engine, cases: Sequence[Case], tolerance: float = 1e-9) -> list[Completion]:
+    """Decode and check; requests arrive between steps, in any order. Returns completions in the order of the cases."""
     requests: dict[int, Request] = {}
     step = 0
-    order = sorted(range(len(cases)), key=lambda index: cases[index].arrives)
     while len(requests) < len(cases) or engine.running or engine.waiting:
-        for index in order:
-            if cases[index].arrives == step:
-                requests[index] = submit(engine, cases[index])
+        requests |= {index: submit(engine, case) for index, case in enumerate(cases) if case.arrives == step}
         engine.step()
         step += 1
-    return [requests[index].result(timeout=0) for index in range(len(cases))]
+    completions = [requests[index].result(timeout=0) for index in range(len(cases))]
+    for case, completion in zip(cases, completions, strict=True):
+        check(engine.target, case, completion, tolerance)
+    return completions
 
 
-def check(target: Target, case: Case, completion: Completion, tolerance: float = 1e-9) -> None:
-    """The answer is what one gets by cutting the expected tokens where they end; tolerance: of logprobs."""
-    answer = GrowingAnswer(
-        case.prompt,
-        case.params,
-        target.tokenizer,
-        target.eos_token_ids,
-        special_ids(target.tokenizer, target.eos_token_ids),
-    )
+def check(target: Target, case: Case, completion: Completion, tolerance: float) -> None:
+    """Check that the answer is the expected tokens, cut where they end; tolerance: of logprobs."""
+    special = special_ids(target.tokenizer, target.eos_token_ids)
+    answer = GrowingAnswer(case.prompt, case.params, target.tokenizer, target.eos_token_ids, special)
     for token in case.expected:
         answer.append(token)
         if answer.finish_reason:
             break
     assert completion.token_ids == [token.id for token in answer.tokens], case
-    assert (completion.text, completion.finish_reason, completion.stop_reason) == (
-        answer.text,
-        answer.finish_reason,
-        answer.stop_reason,
-    )
+    for name in ("text", "finish_reason", "stop_reason"):
+        assert getattr(completion, name) == getattr(answer, name)
     assert [token.text for token in completion.tokens] == [token.text for token in answer.tokens]
     if case.params.logprobs is not None and case.log_p is not None:
         for given, log_p in zip(completion.tokens, case.log_p, strict=False):

@@ -9,10 +9,11 @@ from functools import cache
 from itertools import accumulate
 from operator import mul
 
-from serving.engine.planner import OFF, Controller, Plan, RequestAcceptance, widened
+from serving.engine.acceptance import OFF, DraftPlan, RequestAcceptance, widened
+from serving.engine.planner import Controller
 
-CHAINS = [Plan.chain(length) for length in range(1, 7)]
-TREES = [Plan(4, 8), Plan(5, 16)]
+CHAINS = [DraftPlan.chain(length) for length in range(1, 7)]
+TREES = [DraftPlan(4, 8), DraftPlan(5, 16)]
 REQUEST = 128  # tokens of each request
 
 
@@ -32,7 +33,7 @@ class Machine:
     def target(self, tokens: int) -> float:
         return (self.base + self.token * max(0, tokens - self.free)) / 1e3
 
-    def drafting(self, plan: Plan) -> float:
+    def drafting(self, plan: DraftPlan) -> float:
         return plan.length * self.draft / 1e3
 
     def catching_up(self, tokens: int) -> float:
@@ -41,7 +42,7 @@ class Machine:
     def measured(self, seconds: float) -> float:
         return seconds * self.rng.lognormvariate(0, self.noise) * (5 if self.rng.random() < self.outliers else 1)
 
-    def worth(self, plan: Plan, rows: int, rate: float) -> float:
+    def worth(self, plan: DraftPlan, rows: int, rate: float) -> float:
         """Tokens per second of a batch of equal rows."""
         return rows * expected(plan, rate) / (self.target(rows * (1 + plan.nodes)) + self.drafting(plan))
 
@@ -54,19 +55,19 @@ SLOW_HEAD = dict(base=20, token=0.1, draft=14.0)
 
 
 @cache
-def true_rates(plan: Plan, rate: float) -> list[float]:
+def true_rates(plan: DraftPlan, rate: float) -> list[float]:
     chain = [rate] * plan.length
     return widened(chain, plan.nodes) if plan.kind == "tree" else chain
 
 
 @cache
-def expected(plan: Plan, rate: float) -> float:
+def expected(plan: DraftPlan, rate: float) -> float:
     return sum(accumulate(true_rates(plan, rate), mul, initial=1.0))
 
 
 @dataclass
 class Step:
-    plan: Plan
+    plan: DraftPlan
     tokens: float  # expected
     seconds: float  # without noise
 
@@ -82,15 +83,28 @@ class Simulation:
     seed: int = 0
     prompt: int = 0  # tokens of each request's prompt, which the head has not read
     request: int = REQUEST
-    beside_prompts: bool = False  # whether parts of other prompts are read in each step, too
+    beside_prompts: bool = False  # parts of other prompts are read in each step, too
 
     def __post_init__(self) -> None:
         self.rng = random.Random(self.seed)
         self.rows: list[tuple[RequestAcceptance, int]] = []  # tracker, number of the request
         self.requests = 0
 
+    @property
+    def plain(self) -> float:
+        """Tokens per second without drafts."""
+        return self.machine.worth(OFF, self.batch, 0.0)
+
     def steps(self, count: int) -> list[Step]:
         return [self.step() for _ in range(count)]
+
+    def until_probe(self) -> int:
+        """Steps up to the next probe."""
+        steps, probes = 0, self.controller.probes
+        while self.controller.probes == probes:
+            self.step()
+            steps += 1
+        return steps
 
     def step(self) -> Step:
         self.rows = [(row, number) for row, number in self.rows if row.emitted < self.request][: self.batch]
@@ -118,7 +132,7 @@ class Simulation:
             row.observe(own, accepted, trimmed=row.emitted + accepted + 1 > self.request)
         return done
 
-    def _draft(self, plans: list[Plan], rows: list[RequestAcceptance], done: Step) -> None:
+    def _draft(self, plans: list[DraftPlan], rows: list[RequestAcceptance], done: Step) -> None:
         if backlog := sum(row.backlog for row in rows):
             seconds = self.machine.catching_up(backlog)
             done.seconds += seconds
@@ -136,8 +150,7 @@ def simulate(machine: dict, batch: int = 1, rate: float = 0.5, seed: int = 0, pl
     return Simulation(Controller(plans), Machine(**machine, rng=random.Random(seed)), batch, rate, seed)
 
 
-def best(simulation: Simulation) -> tuple[Plan, float]:
-    worth = {
-        plan: simulation.machine.worth(plan, simulation.batch, simulation.rate) for plan in simulation.controller.plans
-    }
-    return max(worth.items(), key=lambda item: item[1])
+def best(simulation: Simulation) -> float:
+    """Tokens per second of the best plan."""
+    machine, batch, rate = simulation.machine, simulation.batch, simulation.rate
+    return max(machine.worth(plan, batch, rate) for plan in simulation.controller.plans)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from conftest import make_tiny_head
 from tiny_targets import tiny
 
-from serving.engine import Engine, SamplingParams
+from serving.engine import Engine, Request, SamplingParams
 
 TARGET = tiny("llama")
 HEAD = make_tiny_head(TARGET)
@@ -21,3 +22,12 @@ def params(count: int = 8, **fields: Any) -> SamplingParams:
 def finish(engine: Engine) -> None:
     while engine.step():
         pass
+
+
+def answers(requests: Iterable[Request]) -> list[list[int]]:
+    return [request.result(timeout=120).token_ids for request in requests]
+
+
+def alone(prompts: Sequence[list[int]], each: Any) -> list[list[int]]:
+    """The answers of an engine without speculation, one prompt after the other."""
+    return [answer.token_ids for answer in Engine(TARGET, max_batch=1).generate(prompts, each)]

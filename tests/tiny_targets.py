@@ -93,16 +93,17 @@ def tiny(family: str) -> Target:
 def texts_of(target: Target) -> list[Text]:
     """Ten texts as long as the context, by transformers' own greedy decoding from short and long prompts."""
     generator = torch.Generator().manual_seed(5)
-    texts = []
-    for prompt_length in (1, 30):
-        prompts = torch.randint(3, 259, (5, prompt_length), generator=generator)
-        ids = greedy_by_transformers(target, prompts, CONTEXT - prompt_length)
-        output = target.forward(ids, layers=target.default_auxiliary_layers)
-        assert output.auxiliary is not None
-        log_p = target.logits(output.last_hidden).log_softmax(dim=-1)
-        for row in range(len(ids)):
-            texts.append(Text(ids[row].tolist(), prompt_length, output.auxiliary[row], log_p[row]))
-    return texts
+    return [text for length in (1, 30) for text in texts_from(target, 5, length, CONTEXT - length, generator)]
+
+
+def texts_from(target: Target, rows: int, length: int, count: int, generator: torch.Generator) -> list[Text]:
+    """Texts of `count` tokens after random prompts of this length."""
+    prompts = torch.randint(3, 259, (rows, length), generator=generator)
+    ids = greedy_by_transformers(target, prompts, count)
+    output = target.forward(ids, layers=target.default_auxiliary_layers)
+    assert output.auxiliary is not None
+    log_p = target.logits(output.last_hidden).log_softmax(dim=-1)
+    return [Text(ids[row].tolist(), length, output.auxiliary[row], log_p[row]) for row in range(rows)]
 
 
 def greedy_by_transformers(target: Target, prompts: Tensor, count: int) -> Tensor:

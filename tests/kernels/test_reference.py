@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -85,9 +86,7 @@ def test_fp32_adapters_beside_bf16_never_cast_x_up(placement: str, monkeypatch: 
     assert out.dtype == torch.bfloat16 and seen == [torch.bfloat16] * 2
     out.float().square().sum().backward()
     assert t["lora_a"].grad.dtype == t["lora_b"].grad.dtype == torch.float32
-    exact = 0.5 * formula(
-        t["x"].double(), t["lora_a"].detach().double(), t["lora_b"].detach().double(), 0.4, "silu", placement
-    )
+    exact = 0.5 * formula(*(t[name].detach().double() for name in ("x", "lora_a", "lora_b")), 0.4, "silu", placement)
     torch.testing.assert_close(out.double(), exact, rtol=0.05, atol=0.05)
     if placement == "A-s-B":
         assert afa_lora_linear(**t, **options).dtype == torch.bfloat16
@@ -103,12 +102,8 @@ def test_gradients(activation: str) -> None:
 
     assert torch.autograd.gradcheck(layer, tuple(t.values()))
     for placement in PLACEMENTS:
-        assert torch.autograd.gradcheck(
-            lambda x, a, b, p=placement: annealed_lora(
-                x, a, b, beta=beta, scaling=1.3, activation=activation, placement=p
-            ),
-            (t["x"], t["lora_a"], t["lora_b"]),
-        )
+        delta = partial(annealed_lora, beta=beta, scaling=1.3, activation=activation, placement=placement)
+        assert torch.autograd.gradcheck(delta, (t["x"], t["lora_a"], t["lora_b"]))
 
 
 def test_names() -> None:

@@ -1,4 +1,4 @@
-"""The engine's contract: its queue, what it refuses and reports, and that requests end one by one."""
+"""The engine's contract: its queue, its refusals and reports, and that requests end one by one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import make_tiny_head, make_tiny_target
 from oracle import Case, Oracle, engine_of, submit
-from small_engines import CHAIN, HEAD, TARGET, finish, params
+from small_engines import CHAIN, HEAD, TARGET, alone, answers, finish, params
 from tiny_targets import texts_of
 
 from draft.errors import UserError
@@ -33,8 +33,7 @@ def test_requests_wait_for_a_slot_and_are_served_in_their_order() -> None:
         assert engine.running <= 2
         finished += [i for i, request in enumerate(requests) if request.done and i not in finished]
     assert [*finished, 4][:5] == [0, 1, 2, 3, 4] and all(request.done for request in requests)
-    for request in requests:
-        times = request.times
+    for times in (request.times for request in requests):
         assert 0 < times.submitted <= times.started <= times.first_token <= times.finished
     assert not engine.step() and engine.cache_usage == 0
 
@@ -47,8 +46,7 @@ def test_a_request_joins_those_that_run() -> None:
     second = engine.submit([60, 61], params(2))
     finish(engine)
     assert second.times.finished < first.times.finished
-    alone = Engine(TARGET, max_batch=1).generate([[50], [60, 61]], [params(30), params(2)])
-    assert [r.result().token_ids for r in (first, second)] == [c.token_ids for c in alone]
+    assert answers([first, second]) == alone([[50], [60, 61]], [params(30), params(2)])
 
 
 def test_a_long_prompt_does_not_stall_those_that_stream() -> None:
@@ -61,7 +59,7 @@ def test_a_long_prompt_does_not_stall_those_that_stream() -> None:
         engine.step()
         assert engine._active[1].read == read and len(engine._active[0].answer.tokens) == before + 1
     finish(engine)
-    assert [len(request.result().token_ids) for request in (streaming, long)] == [20, 2]
+    assert [len(ids) for ids in answers([streaming, long])] == [20, 2]
 
 
 def test_the_queue_is_bounded() -> None:
@@ -83,7 +81,25 @@ def test_the_queue_is_bounded() -> None:
         tokens.submit([50], params())
 
 
-def test_a_request_that_was_given_up_does_not_take_a_place_in_the_queue() -> None:
+def test_several_join_together_or_not_at_all() -> None:
+    engine = Engine(TARGET, max_batch=1, max_waiting=2, max_waiting_tokens=30)
+    first = engine.submit([50], params(8))
+    with pytest.raises(Overloaded, match="1 requests wait already, 3 more came, and max_waiting is 2"):
+        engine.submit_all([[50]] * 3, [params(2)] * 3)
+    with pytest.raises(Overloaded, match="9 tokens wait already, 22 more came"):
+        engine.submit_all([[50]] * 2, [params(10)] * 2)
+    with pytest.raises(UserError):
+        engine.submit_all([[50], []], [params(2)] * 2)
+    assert engine.waiting == 1
+    rest = engine.submit_all([[50], [51]], [params(2), params(3)])
+    finish(engine)
+    assert [len(ids) for ids in answers([first, *rest])] == [8, 2, 3]
+
+
+# cancelling
+
+
+def test_a_cancelled_request_does_not_take_a_place_in_the_queue() -> None:
     engine = Engine(TARGET, max_batch=1, max_waiting=1)
     running = engine.submit([50], params(20))
     engine.step()
@@ -91,14 +107,11 @@ def test_a_request_that_was_given_up_does_not_take_a_place_in_the_queue() -> Non
     waiting.cancel()
     other = engine.submit([70], params(1))
     engine.step()
-    given_up = waiting.result(timeout=0)
-    assert (given_up.finish_reason, given_up.tokens, given_up.stats.emitted) == ("cancelled", [], 0)
+    cancelled = waiting.result(timeout=0)
+    assert (cancelled.finish_reason, cancelled.tokens, cancelled.stats.emitted) == ("cancelled", [], 0)
     assert not running.done and not other.done
     finish(engine)
-    assert len(running.result().token_ids) == 20 and len(other.result().token_ids) == 1
-
-
-# cancelling
+    assert [len(ids) for ids in answers([running, other])] == [20, 1]
 
 
 @pytest.mark.parametrize("speculation", ["off", "chain", "tree", "auto"])
@@ -112,15 +125,13 @@ def test_cancelling_frees_the_slot_at_the_next_step(speculation: str) -> None:
     first.cancel()
     engine.step()
     assert first.done and engine.running == 1
-    completion = first.result()
-    assert completion.finish_reason == "cancelled" and 3 <= len(completion.token_ids) < 24
-    assert completion.stats.emitted == len(completion.token_ids) - 1
+    completion, read = first.result(), len(first.result().token_ids)
+    assert completion.finish_reason == "cancelled" and 3 <= read < 24 and completion.stats.emitted == read - 1
     engine.step()
     assert engine.running == 2 and engine.waiting == 0
     finish(engine)
-    alone = Engine(TARGET, max_batch=1).generate([[50, 60], [51, 60], [70]], [params(24), params(24), params(3)])
-    assert completion.token_ids == alone[0].token_ids[: len(completion.token_ids)]
-    assert [r.result().token_ids for r in (second, third)] == [c.token_ids for c in alone[1:]]
+    expected = alone([[50, 60], [51, 60], [70]], [params(24), params(24), params(3)])
+    assert answers([first, second, third]) == [expected[0][:read], *expected[1:]]
     proposer = engine.models.proposer
     assert engine.models.runner.cache.free_slots == 2
     assert speculation == "off" or (isinstance(proposer, HeadProposer) and proposer.runner.cache.free_slots == 2)
@@ -134,51 +145,6 @@ def test_cancelling_while_the_prompt_is_read() -> None:
     engine.step()
     assert request.result(timeout=0).tokens == [] and request.result().finish_reason == "cancelled"
     assert engine.generate([[50]], params(3))[0].finish_reason == "length"
-
-
-# what is reported
-
-
-def test_counts_are_consistent() -> None:
-    oracle = Oracle(TARGET, errors=0.2)
-    engine = engine_of(TARGET, oracle, speculation="chain", speculation_length=4)
-    request = submit(engine, Case.greedy(texts_of(TARGET)[0], 5, params(30)))
-    finish(engine)
-    stats = request.result().stats
-    assert stats.emitted == 29 == stats.accepted + stats.verifications
-    assert stats.acceptance_length == 29 / stats.verifications > 1
-    assert sum(stats.drafted_per_position) == stats.drafted and sum(stats.accepted_per_position) == stats.accepted
-    assert len(stats.drafted_per_position) == len(stats.accepted_per_position) == 4
-    positions = [token.accepted_position for token in request.result().tokens]
-    assert positions[0] is None  # the prefill's
-    assert [positions.count(index) for index in range(4)] == stats.accepted_per_position
-    assert stats.prefill_seconds > 0 and stats.decode_seconds > 0
-
-
-def test_one_token_takes_no_decoding() -> None:
-    (completion,) = Engine(TARGET, HEAD, **CHAIN).generate([[50, 51]], params(1))
-    stats = completion.stats
-    assert (stats.verifications, stats.emitted, stats.drafted, stats.decode_seconds) == (0, 0, 0, 0.0)
-    assert math.isnan(stats.acceptance_length) and stats.prefill_seconds > 0
-
-
-def test_stats_are_json_and_say_what_runs() -> None:
-    engine = Engine(TARGET, HEAD, max_batch=2, **CHAIN)
-    engine.submit([50] * 9, params(9))
-    engine.step()
-    stats = json.loads(json.dumps(engine.stats()))
-    assert (stats["running"], stats["waiting"], stats["mode"]) == (1, 0, "eager")
-    assert stats["cache_usage"] == engine.cache_usage > 0
-    finish(engine)
-    assert engine.stats()["speculation"]["plan"] == "chain 4"
-    assert sum(engine.stats()["speculation"]["steps"].values()) > 0
-
-
-@pytest.mark.parametrize("speculation", ["auto", "chain", "tree"])
-def test_a_speculation_length_of_0_is_off(speculation: str) -> None:
-    engine = Engine(TARGET, HEAD, speculation=speculation, speculation_length=0)
-    (answer,) = engine.generate([[50]], params(5))
-    assert answer.stats.drafted == 0 and engine.stats()["speculation"]["plan"] == "off"
 
 
 def test_an_interrupted_generate_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,31 +162,59 @@ def test_an_interrupted_generate_leaves_nothing_behind(monkeypatch: pytest.Monke
     assert (len(answer.token_ids), engine.running) == (3, 0)
 
 
-def test_a_plain_engine_needs_no_head() -> None:
-    params_ = params(5)
-    (plain,) = Engine(TARGET).generate([[50]], params_)
-    (headed,) = Engine(TARGET, HEAD, **CHAIN).generate([[50]], params_)
-    assert plain.token_ids == headed.token_ids and headed.stats.drafted > 0
-    assert plain.stats.drafted == 0 and plain.stats.acceptance_length == 1 and plain.seed is None
+# reports
+
+
+def test_counts_are_consistent() -> None:
+    engine = engine_of(TARGET, Oracle(TARGET, errors=0.2), speculation="chain", speculation_length=4)
+    request = submit(engine, Case.greedy(texts_of(TARGET)[0], 5, params(30)))
+    finish(engine)
+    stats = request.result().stats
+    assert stats.emitted == 29 == stats.accepted + stats.verifications
+    assert stats.acceptance_length == 29 / stats.verifications > 1
+    assert sum(stats.drafted_per_position) == stats.drafted and sum(stats.accepted_per_position) == stats.accepted
+    assert len(stats.drafted_per_position) == len(stats.accepted_per_position) == 4
+    positions = [token.accepted_position for token in request.result().tokens]
+    assert positions[0] is None  # the prefill's
+    assert [positions.count(index) for index in range(4)] == stats.accepted_per_position
+    assert stats.prefill_seconds > 0 and stats.decode_seconds > 0
+    single = Engine(TARGET, HEAD, **CHAIN).generate([[50, 51]], params(1))[0].stats  # one token takes no decoding
+    assert (single.verifications, single.emitted, single.drafted, single.decode_seconds) == (0, 0, 0, 0.0)
+    assert math.isnan(single.acceptance_length) and single.prefill_seconds > 0
+
+
+def test_stats_are_json_and_name_what_runs() -> None:
+    engine = Engine(TARGET, HEAD, max_batch=2, **CHAIN)
+    engine.submit([50] * 9, params(9))
+    engine.step()
+    stats = json.loads(json.dumps(engine.stats()))
+    assert (stats["running"], stats["waiting"], stats["mode"]) == (1, 0, "eager")
+    assert stats["cache_usage"] == engine.cache_usage > 0
+    finish(engine)
+    speculation = engine.stats()["speculation"]
+    assert speculation["plan"] == "chain 4" and sum(speculation["steps"].values()) > 0
+
+
+# options
 
 
 def test_a_requests_options() -> None:
     engine = Engine(TARGET, HEAD, max_batch=4, **CHAIN)
-    options = [
-        Speculation(enabled=False),
-        Speculation(num_tokens=0),
-        Speculation(num_tokens=2),
-        Speculation(num_tokens=9),
-    ]
+    options = [Speculation(enabled=False), *(Speculation(num_tokens=count) for count in (0, 2, 9))]
     requests = [engine.submit([50], params(12), each) for each in options]
     finish(engine)
-    answers = [request.result() for request in requests]
-    assert len({tuple(answer.token_ids) for answer in answers}) == 1
+    (plain,) = Engine(TARGET).generate([[50]], params(12))  # needs no head
+    assert answers(requests) == [plain.token_ids] * 4
+    assert plain.stats.drafted == 0 and plain.stats.acceptance_length == 1 and plain.seed is None
     # no request drafts more than the engine was built for
-    assert [len(answer.stats.drafted_per_position) for answer in answers] == [0, 0, 2, 4]
+    assert [len(request.result().stats.drafted_per_position) for request in requests] == [0, 0, 2, 4]
 
 
-# refusals
+@pytest.mark.parametrize("speculation", ["auto", "chain", "tree"])
+def test_a_speculation_length_of_0_is_off(speculation: str) -> None:
+    engine = Engine(TARGET, HEAD, speculation=speculation, speculation_length=0)
+    (answer,) = engine.generate([[50]], params(5))
+    assert answer.stats.drafted == 0 and engine.stats()["speculation"]["plan"] == "off"
 
 
 def head_of_another_shape() -> Any:
@@ -237,17 +231,15 @@ def head_of_another_shape() -> Any:
         ("4.*more nodes than its depth, 5", lambda: Engine(TARGET, HEAD, speculation="tree", tree_size=4)),
         ("'typical'.*shared-noise, rejection", lambda: Engine(TARGET, HEAD, rule="typical")),
         ("compiled.*float64", lambda: Engine(TARGET, HEAD, mode="compiled")),
-        ("mode = 'fast'", lambda: Engine(TARGET, HEAD, mode="fast")),
         ("max_length = 73.*2 to 72", lambda: Engine(TARGET, HEAD, max_length=73)),
-        ("tree_size = '16'", lambda: Engine(TARGET, HEAD, tree_size="16")),  # type: ignore[arg-type]
-        ("max_waiting_tokens = 0", lambda: Engine(TARGET, HEAD, max_waiting_tokens=0)),
+        ("tree_size = '16'", lambda: Engine(TARGET, HEAD, tree_size="16")),
         ("64.*32", lambda: Engine(TARGET, head_of_another_shape())),
         ("33", lambda: Speculation(num_tokens=33)),
         ("empty", lambda: Engine(TARGET).submit([], params())),
         ("70.*5.*72.*2", lambda: Engine(TARGET).submit([5] * 70, params(5))),
         ("259.*258", lambda: Engine(TARGET).generate([[5], [5, 259]], params())),
-        ("Hello.*token ids", lambda: Engine(TARGET).submit("Hello", params())),  # type: ignore[arg-type]
-        ("typical", lambda: Engine(TARGET).submit([5], params(), Speculation(rule="typical"))),
+        ("Hello.*token ids", lambda: Engine(TARGET).submit("Hello", params())),
+        ("stop_ids.*259", lambda: Engine(TARGET).submit([5], params(stop_ids=(259,)))),
         ("logit_bias.*259", lambda: Engine(TARGET).submit([5], params(logit_bias={259: 1.0}))),
     ],
 )
@@ -260,9 +252,8 @@ def test_what_makes_no_sense_is_refused(words: str, build: Callable[[], Any]) ->
 
 
 def test_a_head_of_another_dtype_drafts() -> None:
-    mixed = Engine(TARGET, make_tiny_head(TARGET).to(torch.float32), **CHAIN)
-    (one,), (other,) = (engine.generate([[50]], params(6)) for engine in (mixed, Engine(TARGET)))
-    assert one.token_ids == other.token_ids and one.stats.drafted > 0
+    (one,) = Engine(TARGET, make_tiny_head(TARGET).to(torch.float32), **CHAIN).generate([[50]], params(6))
+    assert [one.token_ids] == alone([[50]], params(6)) and one.stats.drafted > 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import itertools
 import weakref
 from dataclasses import replace
 from typing import Any
@@ -11,38 +10,28 @@ from typing import Any
 import pytest
 import torch
 from conftest import byte_tokenizer, make_tiny_head
+from cpu_cases import relative
+from exactness import margins
+from families import LLAMA3_ROPE, model_of
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
 
-from cpu_kernels import load_kernels
-from cpu_kernels.ops import weight_memory
+from cpu_kernels import PackedLinear, load_kernels
 from draft.files import cache_folder
 from draft.heads.layers import RMSNorm
 from draft.target import Target
 from serving.engine import Engine, SamplingParams, Speculation
-from serving.engine.fused import fuse_head, fuse_target, in_one_call
+from serving.engine.fused import in_one_call
 from serving.engine.kv_cache import RaggedBatch, Segment
 from serving.engine.model import TargetRunner
 from serving.engine.setup import Models, build_models
 
-SHAPE: dict[str, Any] = {
-    "vocab_size": 259,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 6,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 256,
-    "initializer_range": 0.2,
-    "eos_token_id": 2,
-    "pad_token_id": 2,
-}
-LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+WIDTHS = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 6, "head_dim": 16}
+SCALED_QUERIES = {"rope_type": "default", "rope_theta": 1e4, "llama_4_scaling_beta": 0.5,
+                  "original_max_position_embeddings": 32}  # fmt: skip
 FUSED: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "llama, biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
-    "llama, llama3 rope": ("llama", {"rope_parameters": {**LLAMA3, "original_max_position_embeddings": 16}}),
+    "llama, llama3 rope": ("llama", {"rope_parameters": LLAMA3_ROPE}),
     "mistral": ("mistral", {"sliding_window": 5}),
     "mistral, a window wider than trees are deep": ("mistral", {"sliding_window": 80}),
     "qwen2": ("qwen2", {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 3}),
@@ -54,23 +43,10 @@ OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma2": ("gemma2", {"sliding_window": 5}),  # other parts
     "qwen3_moe": ("qwen3_moe", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}),
     "olmo2": ("olmo2", {}),
-    "granite": (
-        "granite",
-        {"residual_multiplier": 0.7, "attention_multiplier": 0.3},
-    ),  # other arithmetic
+    "granite": ("granite", {"residual_multiplier": 0.7, "attention_multiplier": 0.3}),  # other arithmetic
     "granite, slightly": ("granite", {"residual_multiplier": 0.95, "attention_multiplier": 0.25}),
     "smollm3": ("smollm3", {"no_rope_layer_interval": 2}),
-    "ministral3": (  # scales queries from some position on
-        "ministral3",
-        {
-            "rope_parameters": {
-                "rope_type": "default",
-                "rope_theta": 1e4,
-                "llama_4_scaling_beta": 0.5,
-                "original_max_position_embeddings": 32,
-            }
-        },
-    ),
+    "ministral3": ("ministral3", {"rope_parameters": SCALED_QUERIES}),  # from some position on
     "llama, gelu": ("llama", {"hidden_act": "gelu"}),
     "llama, odd width": ("llama", {"intermediate_size": 90}),
 }
@@ -79,8 +55,7 @@ FAMILIES = {**FUSED, **OTHERS}
 
 def make(family: str, dtype: torch.dtype = torch.float32) -> Target:
     kind, own = FAMILIES[family]
-    torch.manual_seed(3)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**SHAPE, **own}))
+    model = model_of(kind, seed=3, **{"max_position_embeddings": 256, **WIDTHS, **own})
     with torch.no_grad():  # norms and biases that do nothing would hide their absence
         for name, parameter in model.named_parameters():
             if parameter.dim() == 1:
@@ -115,32 +90,28 @@ def passes(runner: TargetRunner) -> Tensor:
     return torch.cat(outputs).double()
 
 
-def relative(got: Tensor, expected: Tensor) -> float:
-    return float((got - expected).norm() / expected.norm())
-
-
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
 @pytest.mark.parametrize("family", FUSED)
 def test_a_pass_in_one_call_is_the_layers_one_by_one(family: str, dtype: torch.dtype, tolerance: float) -> None:
     target = make(family, dtype)
     runner = compiled(target, make_tiny_head(target)).runner
+    fused, runner.fused = runner.fused, None
     expected = passes(runner)
-    assert fuse_target(runner)
+    runner.fused = fused
+    assert fused is not None
     assert relative(passes(runner), expected) < tolerance
 
 
 @pytest.mark.parametrize("family", OTHERS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_other_decoders_keep_their_own_code(family: str, dtype: torch.dtype) -> None:
-    runner = compiled(make(family, dtype)).runner
-    assert not fuse_target(runner)
-    assert runner.fused is None
+    assert compiled(make(family, dtype)).runner.fused is None
 
 
 @torch.inference_mode()
 def test_the_bits_of_a_row_do_not_depend_on_its_batch() -> None:
     runner = compiled(make("qwen3", torch.bfloat16)).runner
-    assert fuse_target(runner)
+    assert runner.fused is not None
     rows = [ids(1, seed) for seed in range(20)]
     slot, alone = runner.cache.acquire(), []
     for place, row in enumerate(rows):
@@ -156,44 +127,19 @@ def test_the_bits_of_a_row_do_not_depend_on_its_batch() -> None:
 def test_layers_share_the_memory_of_projections_that_are_joined() -> None:
     target = make("llama")
     runner = compiled(target).runner
-    before = sum(buffer.nbytes for buffer in target.model.buffers())
-    assert fuse_target(runner) and runner.fused is not None
+    assert runner.fused is not None
     attention = target.decoder.layers[0].self_attn  # type: ignore[index]
     joined = runner.fused.weights[2]
     assert attention.k_proj.packed.data_ptr() == joined[len(attention.q_proj.packed) :].data_ptr()
-    assert sum(buffer.nbytes for buffer in target.model.buffers()) == before
-    # one memory for all layers, one weight after the other
-    places = [tensor for tensor in runner.fused.weights if tensor.dim() == 3]
-    for one, following in itertools.pairwise(places):
-        assert 0 <= following.data_ptr() - one.data_ptr() - one.nbytes < 64
+    linears = [module for module in target.model.modules() if isinstance(module, PackedLinear)]
+    layers = [each.packed for each in linears if each is not target.lm_head]
+    storages = {packed.untyped_storage().data_ptr(): packed.untyped_storage().nbytes() for packed in layers}
+    assert list(storages.values()) == [sum(packed.nbytes for packed in layers)]  # one memory, and no more than it takes
     # and another engine of this target reads the same
     other = compiled(target).runner
-    assert fuse_target(other) and other.fused is not None
+    assert other.fused is not None
     for one, again in zip(runner.fused.weights, other.fused.weights, strict=True):
         assert torch.equal(one, again) and (one.dim() != 3 or one.data_ptr() == again.data_ptr())
-
-
-def test_memory_for_weights_is_whole_pages_of_its_own() -> None:
-    load_kernels(cache_folder())
-    for size in (100, 2**21 - 1, 2**21, 5 * 2**21 + 64):
-        memory = weight_memory(size)
-        assert memory.nbytes == size and (size < 2**21 or memory.data_ptr() % 2**21 == 0)
-        memory.fill_(7)
-        assert bool((memory == 7).all())
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_norm_in_one_call(dtype: torch.dtype) -> None:
-    load_kernels(cache_folder())
-    norm = RMSNorm(50, 1e-3).to(dtype)
-    norm.weight.data.normal_(generator=torch.Generator().manual_seed(1))
-    x = torch.randn(2, 3, 50, generator=torch.Generator().manual_seed(2)).to(dtype) * 0.1
-    expected = nn.functional.rms_norm(x.double(), (50,), norm.weight.double(), 1e-3)
-    fast = in_one_call(norm)
-    assert fast is not None
-    got = fast(x)
-    assert got.dtype == dtype
-    torch.testing.assert_close(got.double(), expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
 
 
 class OneMore(RMSNorm):
@@ -203,57 +149,72 @@ class OneMore(RMSNorm):
         return nn.functional.rms_norm(x, (50,), self.weight + 1, self.eps)
 
 
-@pytest.mark.parametrize("norm", [nn.LayerNorm(50), nn.LayerNorm(50, bias=False), OneMore(50, 1e-5), nn.Dropout()])
-def test_other_norms_stay_as_they_are(norm: nn.Module) -> None:
-    assert in_one_call(norm) is None
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_norm_in_one_call(dtype: torch.dtype) -> None:
+    load_kernels(cache_folder())
+    generator = torch.Generator().manual_seed(1)
+    norm = RMSNorm(50, 1e-3).to(dtype)
+    norm.weight.data.normal_(generator=generator)
+    x = torch.randn(2, 3, 50, generator=generator).to(dtype) * 0.1
+    fast = in_one_call(norm)
+    assert fast is not None and fast(x).dtype == dtype
+    expected = nn.functional.rms_norm(x.double(), (50,), norm.weight.double(), 1e-3)
+    torch.testing.assert_close(fast(x).double(), expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+    for other in (nn.LayerNorm(50), nn.LayerNorm(50, bias=False), OneMore(50, 1e-5), nn.Dropout()):
+        assert in_one_call(other) is None
+
+
+def head_of(target: Target, **options: bool) -> Any:
+    head = make_tiny_head(target)
+    head = type(head)(replace(head.config, **options)).to(target.dtype).eval()
+    for parameter in head.parameters():
+        parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)) * 0.2)
+    return head
 
 
 @pytest.mark.parametrize("options", [{}, {"norm_output": True}, {"norm_before_fc": True}])
 @torch.inference_mode()
 def test_the_layer_of_a_head_in_one_call(options: dict[str, bool]) -> None:
     target = make("llama")
-    head = make_tiny_head(target)
-    head = type(head)(replace(head.config, **options)).to(target.dtype).eval()
-    for parameter in head.parameters():
-        parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)) * 0.2)
-    runner = compiled(target, head).proposer.runner  # type: ignore[union-attr]
+    runner = compiled(target, head_of(target, **options)).proposer.runner  # type: ignore[union-attr]
     hidden = torch.randn(9, 64)
     outputs = []
-    for fused in (False, True):
-        assert not fused or fuse_head(runner)
+    layer = runner.fused
+    assert layer is not None
+    for runner.fused in (None, layer):
         slot = runner.cache.acquire()
         first = runner.forward(RaggedBatch.of([Segment(slot, 0, 0, ids(5, 1))], target.device), hidden[:5])
         runner.cache.extend(slot, 5)
         tree = Segment(slot, 5, 5, ids(4, 2), [-1, 0, 0, 1])
         outputs.append(torch.cat([first, runner.forward(RaggedBatch.of([tree], target.device), hidden[5:])]))
         runner.cache.release(slot)
-    assert relative(outputs[1].double(), outputs[0].double()) < 1e-5
+    assert relative(outputs[1], outputs[0].double()) < 1e-5
+    target = make("llama")  # the first one's LM head is packed by now
+    other = compiled(target, head_of(target, norm_before_residual=True)).proposer.runner  # type: ignore[union-attr]
+    assert other.fused is None
 
 
-def test_a_head_with_another_residual_keeps_its_own_code() -> None:
-    target = make("llama")
-    head = make_tiny_head(target)
-    head = type(head)(replace(head.config, norm_before_residual=True)).to(target.dtype).eval()
-    assert not fuse_head(compiled(target, head).proposer.runner)  # type: ignore[union-attr]
-
-
-@pytest.mark.parametrize("family", ["qwen3", "gemma2"])  # in one call, and compiled layer by layer
-def test_texts_with_and_without_drafts_are_the_same_in_bfloat16(family: str) -> None:
+@pytest.mark.parametrize(
+    ("family", "dtype"),  # in one call, and layer by layer; a head of another dtype
+    [("qwen3", torch.bfloat16), ("gemma2", torch.bfloat16), ("llama", torch.float32)],
+)
+def test_texts_with_and_without_drafts_are_the_same_in_bfloat16(family: str, dtype: torch.dtype) -> None:
     target = make(family, torch.bfloat16)
-    engine = Engine(target, make_tiny_head(target), mode="compiled", speculation="tree", tree_size=6, threads=1)
+    head = make_tiny_head(target).to(dtype)
+    engine = Engine(target, head, mode="compiled", speculation="tree", tree_size=6, threads=1)
     engine.warm_up()
     params = SamplingParams(24, ignore_eos=True)
-    prompts = [ids(5, 1), ids(30, 2)]
+    prompts = [ids(5, 1), ids(30, 2), ids(1, 3), ids(2, 4)]
     drafted = engine.generate(prompts, params)
     plain = engine.generate(prompts, params, Speculation(enabled=False))
+    single = engine.generate(prompts[:1], params, Speculation(num_tokens=1))
     assert [each.token_ids for each in drafted] == [each.token_ids for each in plain]
-    assert sum(each.stats.drafted for each in drafted) > 0
+    assert single[0].token_ids == plain[0].token_ids and sum(each.stats.drafted for each in drafted) > 0
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral, a window wider than trees are deep", "gemma2"])
 def test_compiled_and_eager_engines_give_the_same_float32_tokens(family: str) -> None:
     """With trees beside parts of prompts, some longer than a window; but for a tie that a rounding decides."""
-    torch._dynamo.reset()  # it compiles a layer so many times in a process, and no more
     target, params = make(family, torch.float32), SamplingParams(24, ignore_eos=True, logprobs=2)
     prompts = [ids(5, 1), ids(200, 2), ids(9, 3), ids(120, 4)]
     answers, head = {}, make_tiny_head(target)
@@ -262,19 +223,8 @@ def test_compiled_and_eager_engines_give_the_same_float32_tokens(family: str) ->
         engine = Engine(target, head, mode=mode, **options)
         engine.warm_up()
         answers[mode] = engine.generate(prompts, params)
-    firsts = []
-    for ours, theirs in zip(answers["compiled"], answers["eager"], strict=True):
-        pairs = zip(ours.token_ids, theirs.tokens, strict=True)
-        firsts += [token for token_id, token in pairs if token_id != token.id][:1]
-    assert len(firsts) <= 1 and all(token.top[0][1] - token.top[1][1] < 1e-4 for token in firsts)
-
-
-def test_a_head_in_another_dtype_than_a_compiled_target() -> None:
-    target = make("llama", torch.float32)
-    engine = Engine(target, make_tiny_head(target).to(torch.bfloat16), mode="compiled", speculation="chain", threads=1)
-    engine.warm_up()
-    (answer,) = engine.generate([ids(5, 1)], SamplingParams(8, ignore_eos=True))
-    assert answer.stats.drafted > 0
+    found = margins(answers["compiled"], answers["eager"])
+    assert len(found) <= 1 and all(margin < 1e-4 for margin in found)
 
 
 def test_an_engine_that_is_gone_leaves_nothing_on_its_target() -> None:

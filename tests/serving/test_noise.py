@@ -6,6 +6,7 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
+from enumeration import deviations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -22,14 +23,6 @@ from serving.engine.noise import (
     gumbel,
     uniform,
 )
-
-
-def chi_square(counts: torch.Tensor, expected: torch.Tensor) -> float:
-    """The chi-square statistic in standard deviations above its mean."""
-    counts, expected = counts.double(), expected.double()
-    statistic = ((counts - expected) ** 2 / expected).sum().item()
-    freedom = len(counts) - 1
-    return (statistic - freedom) / math.sqrt(2 * freedom)
 
 
 def test_the_stream_is_splitmix64() -> None:
@@ -54,7 +47,7 @@ def test_uniform_numbers_fill_the_interval_evenly(seed: int, purpose: Purpose) -
     numbers = uniform(seed, purpose, range(100), torch.arange(400))  # [100, 400]
     assert numbers.min() > 0 and numbers.max() < 1
     counts = torch.histc(numbers.flatten(), bins=100, min=0, max=1)
-    assert abs(chi_square(counts, torch.full((100,), 400.0))) < 5
+    assert abs(deviations(counts.tolist(), [400.0] * 100)) < 5
     # and so does each position over candidates, and each candidate over positions
     assert (numbers.mean(dim=1) - 0.5).abs().max() < 5 * math.sqrt(1 / 12 / 400)
     assert (numbers.mean(dim=0) - 0.5).abs().max() < 5 * math.sqrt(1 / 12 / 100)
@@ -92,29 +85,16 @@ def test_a_number_depends_on_its_key_only(seed: int, positions: list[int], candi
     assert together.isfinite().all()
 
 
-def test_argmax_with_gumbel_noise_draws_from_the_distribution() -> None:
-    p = torch.tensor([0.5, 0.2, 0.15, 0.1, 0.04, 0.01])
-    draws = (p.log() + gumbel(11, Purpose.CHOICE, range(3000), torch.arange(6))).argmax(dim=1)
-    counts = torch.bincount(draws, minlength=6)
-    assert chi_square(counts, p * 3000) < 4
-    assert chi_square(counts, p.sqrt() / p.sqrt().sum() * 3000) > 50  # the test tells distributions apart
-
-
 def test_noise_is_standard_gumbel_and_independent_within_and_across_groups() -> None:
     numbers = gumbel(3, Purpose.CHOICE, range(4000), torch.arange(3 * GROUP))  # [4000, 192]
     levels = torch.exp(-torch.exp(-numbers))  # uniform, if the noise is Gumbel
-    for part in (
-        levels[:, :GROUP].amax(dim=1) ** GROUP,
-        levels[:, 0],
-        levels[:, 100],
-        levels[:, 190],
-        levels.flatten(),
-    ):
+    largest = levels[:, :GROUP].amax(dim=1) ** GROUP
+    for part in (largest, levels[:, 0], levels[:, 100], levels[:, 190], levels.flatten()):
         counts = torch.histc(part, bins=50, min=0, max=1)
-        assert abs(chi_square(counts, torch.full((50,), len(part) / 50))) < 5
+        assert abs(deviations(counts.tolist(), [len(part) / 50] * 50)) < 5
     # every member of a group has its largest noise equally often
     winners = numbers[:, GROUP : 2 * GROUP].argmax(dim=1)
-    assert abs(chi_square(torch.bincount(winners, minlength=GROUP), torch.full((GROUP,), 4000 / GROUP))) < 5
+    assert abs(deviations(torch.bincount(winners, minlength=GROUP).tolist(), [4000 / GROUP] * GROUP)) < 5
     correlation = torch.corrcoef(levels.T) - torch.eye(3 * GROUP)
     assert correlation.abs().max() < 5.5 / math.sqrt(4000)
 
@@ -126,7 +106,9 @@ def test_choosing_draws_from_the_distribution(purpose: Purpose) -> None:
     places = torch.tensor([3, 4, 63, 64, 130, 199])  # some share a group
     log_p[:, places] = p.log()
     counts = torch.bincount(choose(log_p, 7, range(6000), purpose), minlength=200)[places]
-    assert counts.sum() == 6000 and chi_square(counts, p * 6000) < 4
+    assert counts.sum() == 6000 and deviations(counts.tolist(), (p * 6000).tolist()) < 4
+    flatter = p.sqrt() / p.sqrt().sum()
+    assert deviations(counts.tolist(), (flatter * 6000).tolist()) > 50  # the test tells distributions apart
 
 
 def distributions(generator: torch.Generator, rows: int, vocab: int) -> torch.Tensor:

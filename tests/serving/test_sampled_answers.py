@@ -9,14 +9,13 @@ from __future__ import annotations
 import itertools
 import math
 import os
-from collections import Counter
 from functools import cache
 from typing import Any
 
 import pytest
 import torch
 from conftest import make_tiny_head, make_tiny_target
-from torch import Tensor
+from enumeration import Law, deviations_of
 
 from draft.heads import DraftHead
 from draft.target import Target
@@ -25,18 +24,13 @@ from serving.engine.sampling import Processor
 
 VOCAB, LENGTH, PROMPT = 5, 3, [1, 2]
 SAMPLES = int(os.environ.get("EXACTNESS_SAMPLES", 500))
-Law = dict[tuple[int, ...], float]
 
+PENALISED = {"temperature": 0.9, "repetition_penalty": 1.4, "presence_penalty": 0.5, "frequency_penalty": 0.7,
+             "logit_bias": {3: 1.0, 0: -0.5}}  # fmt: skip
 PROCESSING: dict[str, dict[str, Any]] = {
     "plain": {"temperature": 1.0},
     "truncated": {"temperature": 1.4, "top_k": 4, "top_p": 0.95, "min_p": 0.03},
-    "penalised": {
-        "temperature": 0.9,
-        "repetition_penalty": 1.4,
-        "presence_penalty": 0.5,
-        "frequency_penalty": 0.7,
-        "logit_bias": {3: 1.0, 0: -0.5},
-    },
+    "penalised": PENALISED,
     "min tokens": {"temperature": 1.1, "min_new_tokens": 2, "stop_ids": (4,)},
 }
 SHAPES: dict[str, dict[str, Any]] = {
@@ -49,20 +43,10 @@ SHAPES: dict[str, dict[str, Any]] = {
 @cache
 def small(architecture: str = "eagle3") -> tuple[Target, DraftHead]:
     """Three layers, so that there are three auxiliary states, and five tokens, one of which most heads lack."""
-    target = make_tiny_target(
-        max_length=16,
-        vocab_size=VOCAB,
-        hidden_size=8,
-        intermediate_size=8,
-        num_hidden_layers=3,
-        num_attention_heads=1,
-        num_key_value_heads=1,
-        initializer_range=0.8,
-        tie_word_embeddings=False,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=None,
-    )
+    widths = {"vocab_size": VOCAB, "hidden_size": 8, "intermediate_size": 8, "initializer_range": 0.8}
+    layers = {"num_hidden_layers": 3, "num_attention_heads": 1, "num_key_value_heads": 1, "tie_word_embeddings": False}
+    ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    target = make_tiny_target(max_length=16, **widths, **layers, **ids)
     return target, make_tiny_head(target, draft_vocab_size=4, architecture=architecture)
 
 
@@ -92,58 +76,35 @@ def exact_law(fields: dict[str, Any]) -> Law:
 
 def draw(
     rule: str, shape: str, fields: dict[str, Any], samples: int = SAMPLES, architecture: str = "eagle3"
-) -> tuple[Counter[tuple[int, ...]], int]:
-    """Draw answers; returns their counts, and the number of drafted tokens in them."""
+) -> tuple[list[tuple[int, ...]], int]:
+    """Draw answers; returns them, and the number of drafted tokens in them."""
     target, head = small(architecture)
     engine = Engine(target, head, rule=rule, max_batch=128, prefill_chunk=256, **SHAPES[shape])
     each = [SamplingParams(LENGTH, ignore_eos=True, seed=seed, **fields) for seed in range(samples)]
     answers = engine.generate([PROMPT] * samples, each)
-    return Counter(tuple(a.token_ids) for a in answers), sum(a.stats.accepted for a in answers)
-
-
-def deviations(seen: Counter[tuple[int, ...]], law: Law) -> float:
-    """Chi-square in standard deviations above its mean; cells that expect fewer than 5 are taken together."""
-    assert set(seen) <= set(law), "an answer that cannot be"
-    total = sum(seen.values())
-    cells = {cell: p * total for cell, p in law.items() if p * total >= 5}
-    pairs = [(seen[cell], expected) for cell, expected in cells.items()]
-    rest = total - sum(expected for _, expected in pairs)
-    if rest >= 5:
-        pairs.append((total - sum(count for count, _ in pairs), rest))
-    freedom = len(pairs) - 1
-    return (sum((count - expected) ** 2 / expected for count, expected in pairs) - freedom) / math.sqrt(2 * freedom)
+    return [tuple(a.token_ids) for a in answers], sum(a.stats.accepted for a in answers)
 
 
 # rejection without drafts is shared noise without drafts
-COMBINATIONS = [("shared-noise", "off"), *itertools.product(("shared-noise", "rejection"), ("chain", "tree"))]
+DRAFTED = list(itertools.product(("shared-noise", "rejection"), ("chain", "tree")))
+CASES = [(*pair, "eagle3", name) for pair in [("shared-noise", "off"), *DRAFTED] for name in PROCESSING]
+CASES += [("rejection", shape, head, "plain") for shape in ("chain", "tree") for head in ("eagle", "medusa")]
 
 
-@pytest.mark.parametrize("processing", PROCESSING)
-@pytest.mark.parametrize(("rule", "shape"), COMBINATIONS)
-def test_sampled_answers_follow_the_law_of_the_target(rule: str, shape: str, processing: str) -> None:
+@pytest.mark.parametrize(("rule", "shape", "architecture", "processing"), CASES)
+def test_sampled_answers_follow_the_law_of_the_target(
+    rule: str, shape: str, architecture: str, processing: str
+) -> None:
     law = exact_law(PROCESSING[processing])
-    seen, accepted = draw(rule, shape, PROCESSING[processing])
-    assert deviations(seen, law) < 5
+    seen, accepted = draw(rule, shape, PROCESSING[processing], architecture=architecture)
+    assert deviations_of(seen, law) < 5
     assert (accepted > SAMPLES / 20) == (shape != "off")  # speculation took part
     # what a wrong law would look like: another temperature
-    other = exact_law({**PROCESSING[processing], "temperature": 0.6})
-    assert not set(seen) <= set(other) or deviations(seen, other) > 5
-
-
-@pytest.mark.parametrize("architecture", ["eagle", "medusa"])
-@pytest.mark.parametrize("shape", ["chain", "tree"])
-def test_answers_follow_the_law_whatever_drafts(shape: str, architecture: str) -> None:
-    seen, accepted = draw("rejection", shape, PROCESSING["plain"], architecture=architecture)
-    assert deviations(seen, exact_law(PROCESSING["plain"])) < 5
-    assert accepted > SAMPLES / 20
-
-
-def always(p: Tensor, q: Tensor, token: int) -> float:
-    return 1.0
+    assert deviations_of(seen, exact_law({**PROCESSING[processing], "temperature": 0.6})) > 5
 
 
 BROKEN = {
-    "every draft is accepted": ("chain", "draft_acceptance", always),
+    "every draft is accepted": ("chain", "draft_acceptance", lambda p, q, token: 1.0),
     "siblings are not renormalised": ("tree", "without", lambda left, token: left),
 }
 
@@ -153,4 +114,4 @@ def test_drawing_notices_a_broken_sampler(mistake: str, monkeypatch: pytest.Monk
     shape, name, broken = BROKEN[mistake]
     monkeypatch.setattr(verification, name, broken)
     seen, _ = draw("rejection", shape, PROCESSING["plain"], 800)
-    assert deviations(seen, exact_law(PROCESSING["plain"])) > 5
+    assert deviations_of(seen, exact_law(PROCESSING["plain"])) > 5

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import make_tiny_head
-from exactness import ALL, MODES, PROCESSING, PROMPTS, build, heads_for, params, plainly, sampled_case
+from exactness import ALL, MODES, PROCESSING, PROMPTS, engines, params, plainly, sampled_case
 from oracle import serve
 from tiny_targets import tiny
 
@@ -18,8 +18,8 @@ from serving.engine.sampling import Processor
 
 
 def same(ours: Completion, plain: Completion) -> None:
-    assert ours.token_ids == plain.token_ids
-    assert (ours.text, ours.finish_reason, ours.seed) == (plain.text, plain.finish_reason, plain.seed)
+    for name in ("token_ids", "text", "finish_reason", "seed"):
+        assert getattr(ours, name) == getattr(plain, name)
     assert [token.text for token in ours.tokens] == [token.text for token in plain.tokens]
     for one, other in zip(ours.tokens, plain.tokens, strict=True):
         assert one.logprob == pytest.approx(other.logprob, abs=1e-9)
@@ -36,9 +36,8 @@ def test_plain_answers_are_the_argmax_of_log_p_and_noise(processing: str) -> Non
         plain = plainly("llama", processing, prompt)
         options = params(14, seed=plain.seed or 2**40, **PROCESSING[processing])
         with torch.inference_mode():
-            logits = target.model(torch.tensor([plain.prompt_ids + plain.token_ids])).logits[
-                0, len(plain.prompt_ids) - 1 :
-            ]
+            rows = target.model(torch.tensor([plain.prompt_ids + plain.token_ids])).logits[0]
+            logits = rows[len(plain.prompt_ids) - 1 :]
         processor = Processor(options, plain.prompt_ids, target.vocab_size, target.eos_token_ids)
         for place, token in enumerate(plain.tokens):
             scores = processor.adjust(logits[place : place + 1], [[]])
@@ -57,17 +56,13 @@ def test_plain_answers_are_the_argmax_of_log_p_and_noise(processing: str) -> Non
 )
 def test_a_seed_gives_the_same_answer_whatever_is_drafted(family: str, mode: str) -> None:
     names = list(itertools.product(PROCESSING, range(len(PROMPTS))))
+    lengths = itertools.cycle(Speculation(num_tokens=count) for count in (None, 1, 3))
     cases = [
-        sampled_case(
-            family, processing, prompt, arrives=index % 5, speculation=Speculation(num_tokens=(None, 1, 3)[index % 3])
-        )
-        for index, (processing, prompt) in enumerate(names)
+        sampled_case(family, *name, arrives=index % 5, speculation=speculation)
+        for index, (name, speculation) in enumerate(zip(names, lengths, strict=False))
     ]
-    engine = build(family, mode, max_batch=7, prefill_chunk=16)
-    options = {"speculation_length": 8, **MODES[mode]}
-    with_heads = [Engine(tiny(family), head, max_batch=4, **options) for head in heads_for(family)]
-    for each in (engine, *with_heads):
-        completions = serve(each, cases)
+    for engine in engines(family, mode, max_batch=7, prefill_chunk=16):
+        completions = serve(engine, cases)
         for name, completion in zip(names, completions, strict=True):
             same(completion, plainly(family, *name))
         if mode not in ("off", "auto"):

@@ -1,6 +1,7 @@
 """The end of an answer, the part of it that is kept, and its release, against an oracle that sees all at once."""
 
-from dataclasses import dataclass
+from dataclasses import replace
+from typing import NamedTuple
 from unittest.mock import patch
 
 import pytest
@@ -9,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AddedToken
 
-from serving.engine.request import GrowingAnswer, SpeculationStats, Token, special_ids
+from serving.engine.answer import GrowingAnswer, special_ids
+from serving.engine.request import SpeculationStats, Token
 from serving.engine.sampling import SamplingParams
 
 BYTES, TOKENIZER = byte_tokenizer(), byte_tokenizer()
@@ -37,7 +39,7 @@ def feed(state: GrowingAnswer, ids: list[int]) -> list[Token]:
     released = []
     for index, token_id in enumerate(ids):
         state.append(token_id, -float(index), [(token_id, -float(index))], index % 3)
-        released += state.release()
+        released += [replace(token) for token in state.release()]
         if state.finish_reason:
             break
     return released
@@ -47,15 +49,13 @@ def texts(tokens: list[Token]) -> list[str]:
     return [token.text for token in tokens if not token.special]
 
 
-@dataclass
-class Ending:
-    """The end of an answer: of the tokens that were read, the first `count` are kept."""
+class Ending(NamedTuple):
+    """The end of an answer: the first `count` tokens are kept."""
 
     text: str
     count: int
-    finish_reason: str | None
-    stop_reason: str | int | None
-    read: int
+    finish_reason: str | None = None
+    stop_reason: str | int | None = None
 
 
 def decode(ids: list[int]) -> str:
@@ -81,10 +81,10 @@ def ending(ids: list[int], params: SamplingParams) -> Ending:
     for count, token_id in enumerate(ids, 1):
         starts.append(len(before))
         if token_id == EOS and not params.ignore_eos:
-            return Ending(decode(ids[:count]), count, "eos_token", None, count)
+            return Ending(decode(ids[:count]), count, "eos_token")
         if token_id in params.stop_ids:
             kept = count if params.keep_stop else count - 1
-            return Ending(decode(ids[:kept]), kept, "stop_sequence", token_id, count)
+            return Ending(decode(ids[:kept]), kept, "stop_sequence", token_id)
         last = count == params.max_new_tokens
         text = decode(ids[:count]) if last else certain(decode(ids[:count]))
         if count <= params.min_new_tokens:
@@ -92,11 +92,11 @@ def ending(ids: list[int], params: SamplingParams) -> Ending:
         elif match := first_match(text, begin, params.stop):
             cut = match[1] if params.keep_stop else match[0]
             kept = max(params.min_new_tokens, sum(start < cut for start in starts))
-            return Ending(text[:cut], kept, "stop_sequence", match[2], count)
+            return Ending(text[:cut], kept, "stop_sequence", match[2])
         if last:
-            return Ending(text, count, "length", None, count)
+            return Ending(text, count, "length")
         before = text
-    return Ending(before, len(ids), None, None, len(ids))
+    return Ending(before, len(ids))
 
 
 @st.composite
@@ -132,7 +132,7 @@ def test_an_answer_ends_where_an_oracle_ends_it(case: tuple[list[int], SamplingP
     if expected.finish_reason is None:
         assert state.finish_reason is None and certain(state.text) == certain(expected.text)
         state.cancel()
-        released += state.release()
+        released += [replace(token) for token in state.release()]
         assert state.finish_reason == "cancelled"
     else:
         assert (state.finish_reason, state.stop_reason) == (expected.finish_reason, expected.stop_reason)
@@ -143,24 +143,8 @@ def test_an_answer_ends_where_an_oracle_ends_it(case: tuple[list[int], SamplingP
         (-float(index), [(ids[index], -float(index))], index % 3) for index in range(expected.count)
     ]
     assert "".join(texts(state.tokens)) == state.text
-    # each was released once, in order, as it now is
-    assert [id(token) for token in released] == [id(token) for token in state.tokens]
-    assert "".join(texts(released)) == state.text and state.release() == []
-
-
-@given(case=cases())
-@settings(max_examples=250)
-def test_what_is_released_does_not_change(case: tuple[list[int], SamplingParams]) -> None:
-    ids, params = case
-    state, given_out = sequence(params), []
-    for token_id in ids:
-        state.append(token_id)
-        given_out += [(token.id, token.text) for token in state.release()]
-        if state.finish_reason:
-            break
-    state.cancel()
-    given_out += [(token.id, token.text) for token in state.release()]
-    assert given_out == [(token.id, token.text) for token in state.tokens]
+    # each was released once, in order, as it was then
+    assert released == state.tokens and state.release() == []
 
 
 def test_text_is_held_back_only_while_it_may_be_a_stop_string() -> None:
@@ -178,52 +162,44 @@ def test_text_is_held_back_only_while_it_may_be_a_stop_string() -> None:
     assert texts(state.release()) == ["E", "N"] and state.text == "aEN"
 
 
-def test_a_token_that_brings_more_than_the_stop_string_keeps_what_is_before() -> None:
-    piece = TOKENIZER.convert_tokens_to_ids("ENDE")
-    for keep_stop, text, kept in ((True, "aEND", ["a", "END"]), (False, "aE", ["a", "E"])):
-        state = sequence(SamplingParams(stop=("END",) if keep_stop else ("ND",), keep_stop=keep_stop))
-        assert texts(feed(state, [*encode("a"), piece, *encode("b")])) == kept and state.text == text
+A, B = encode("ab")
+PIECE = TOKENIZER.convert_tokens_to_ids("ENDE")
 
 
-def test_the_stop_string_that_is_complete_first_counts_and_of_two_the_longer() -> None:
-    state = sequence(SamplingParams(stop=("b日", "ab", "b"), keep_stop=False))
-    feed(state, encode("xab日"))
-    assert state.text == "x" and state.stop_reason == "ab"
-
-
-def test_a_stop_string_in_the_prompt_does_not_count() -> None:
-    state = sequence(SamplingParams(stop=("END",), max_new_tokens=4), prompt="EN")
-    feed(state, encode("Done"))
-    assert state.text == "Done" and state.finish_reason == "length"
-
-
-def test_the_order_of_stopping_is_eos_stop_id_stop_string_length() -> None:
-    b = encode("b")[0]
-    everything = {"stop": ("b",), "max_new_tokens": 2}
-    for settings_, ids, reason, stop in (
-        ({"stop_ids": (EOS,)}, [*encode("a"), EOS], "eos_token", None),
-        ({"stop_ids": (EOS,), "ignore_eos": True}, [*encode("a"), EOS], "stop_sequence", EOS),
-        ({"stop_ids": (b,)}, encode("ab"), "stop_sequence", b),
-        ({}, encode("ab"), "stop_sequence", "b"),
-        ({}, encode("ac"), "length", None),
-    ):
-        state = sequence(SamplingParams(**everything, **settings_))  # type: ignore[arg-type]
-        feed(state, ids)
-        assert (state.finish_reason, state.stop_reason) == (reason, stop)
-
-
-def test_an_eos_token_is_in_the_tokens_and_not_in_the_text() -> None:
-    state = sequence(SamplingParams())
-    feed(state, [*encode("a"), EOS])
-    assert state.text == "a"
-    assert [(token.special, token.text) for token in state.tokens] == [(False, "a"), (True, "<|im_end|>")]
-
-
-def test_a_stop_id_goes_with_its_text() -> None:
-    a, b = encode("ab")
-    for keep_stop, text in ((True, "ab"), (False, "a")):
-        state = sequence(SamplingParams(stop_ids=(b,), keep_stop=keep_stop))
-        assert texts(feed(state, [a, b])) == list(text) and state.text == text
+@pytest.mark.parametrize(
+    ("fields", "ids", "kept", "reason", "stop"),
+    [
+        # a token that brings more than the stop string keeps what is before
+        ({"stop": ("END",)}, [A, PIECE, B], ["a", "END"], "stop_sequence", "END"),
+        ({"stop": ("ND",), "keep_stop": False}, [A, PIECE, B], ["a", "E"], "stop_sequence", "ND"),
+        # the stop string that is complete first counts, and of two the longer
+        ({"stop": ("b日", "ab", "b"), "keep_stop": False}, encode("xab日"), ["x"], "stop_sequence", "ab"),
+        # neither the prompt nor the first tokens are part of one
+        ({"stop": ("xa",), "max_new_tokens": 2}, encode("ab"), ["a", "b"], "length", None),
+        (
+            {"stop": ("ab",), "min_new_tokens": 3, "keep_stop": False},
+            encode("ababab"),
+            [*"abab"],
+            "stop_sequence",
+            "ab",
+        ),
+        # a stop id goes with its text; the order is EOS, stop id, stop string, length
+        ({"stop_ids": (B,)}, [A, B], ["a", "b"], "stop_sequence", B),
+        ({"stop_ids": (B,), "keep_stop": False}, [A, B], ["a"], "stop_sequence", B),
+        ({"stop_ids": (EOS,), "max_new_tokens": 2}, [A, EOS], ["a"], "eos_token", None),
+        ({"stop_ids": (EOS,), "ignore_eos": True}, [A, EOS], ["a"], "stop_sequence", EOS),
+        ({"stop_ids": (B,), "stop": ("b",)}, [A, B], ["a", "b"], "stop_sequence", B),
+        ({"stop": ("b",), "max_new_tokens": 2}, [A, B], ["a", "b"], "stop_sequence", "b"),
+        ({"max_new_tokens": 1}, [A], ["a"], "length", None),
+    ],
+)
+def test_examples_of_ends(fields: dict, ids: list[int], kept: list[str], reason: str, stop: str | int | None) -> None:
+    state = sequence(SamplingParams(**fields))
+    feed(state, ids)
+    assert texts(state.tokens) == kept and state.text == "".join(kept)
+    assert [token.text for token in state.tokens if token.special] == ["<|im_end|>"] * (EOS in ids)
+    state.cancel()  # does not end what has ended
+    assert (state.finish_reason, state.stop_reason) == (reason, stop)
 
 
 def test_characters_of_several_tokens_appear_when_they_are_whole() -> None:
@@ -265,47 +241,15 @@ def test_special_tokens_that_are_only_added_are_not_in_the_text() -> None:
     assert state.text == "ab" == tokenizer.decode([*encode("a"), 259, *encode("b")], skip_special_tokens=True)
 
 
-def test_text_of_the_first_tokens_is_no_part_of_a_stop_string() -> None:
-    state = sequence(SamplingParams(stop=("ab",), min_new_tokens=3, keep_stop=False))
-    feed(state, encode("ababab"))
-    assert state.text == "aba" + "b" and len(state.tokens) == 4
-
-
 def test_figures_are_settled_when_a_stop_string_takes_tokens_back() -> None:
-    def tokens(*positions: int | None) -> list[Token]:
-        return [Token(5, "", -1.0, False, position) for position in positions]
-
     stats = SpeculationStats()
-    first, second = tokens(0, 1, None), tokens(0, None)
     stats.count(depth=3, drafted=3, accepted=2, emitted=3)
     stats.count(depth=2, drafted=2, accepted=1, emitted=2)
     assert (stats.emitted, stats.accepted, stats.accepted_per_position) == (5, 3, [2, 1, 0])
-    stats.settle([*tokens(None), *first, *second])
+    stats.settle(5)
     assert (stats.emitted, stats.accepted, stats.accepted_per_position) == (5, 3, [2, 1, 0])
-    stats.settle([*tokens(None), *first[:1]])
+    stats.settle(1)
     assert (stats.emitted, stats.accepted, stats.accepted_per_position) == (1, 1, [1, 0, 0])
     assert (stats.verifications, stats.drafted, stats.drafted_per_position) == (2, 5, [2, 2, 1])
-    stats.settle([])
+    stats.settle(0)
     assert stats.emitted == 0
-
-
-def test_appending_needs_no_more_than_an_id() -> None:
-    state = sequence(SamplingParams())
-    state.append(encode("a")[0])
-    assert state.release() == [Token(encode("a")[0], "a", None, False, None, None)]
-    assert (state.length, state.remaining, state.last_id) == (2, 127, encode("a")[0])
-
-
-def test_stop_ids_do_not_end_an_answer_that_has_ended() -> None:
-    state = sequence(SamplingParams(max_new_tokens=1))
-    feed(state, encode("a"))
-    state.cancel()
-    assert state.finish_reason == "length"
-
-
-@pytest.mark.parametrize("stop", ["aab", "abab", "aaaa"])
-def test_overlapping_beginnings_are_found(stop: str) -> None:
-    for text in ("aaab", "ababab", "aabaab", "aaaaa", "abaabab"):
-        state = sequence(SamplingParams(stop=(stop,), keep_stop=False))
-        feed(state, encode(text))
-        assert state.text == text.split(stop)[0] and (state.finish_reason is None) == (stop not in text)

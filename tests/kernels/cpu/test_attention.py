@@ -62,10 +62,8 @@ def test_slot_attention_is_the_formula(seed, dtype, tree, window, softcap, group
 def test_a_long_prompt_in_chunks_is_the_formula():
     torch.manual_seed(0)
     case = random_case(seed=1, count=1, width=64, value_width=64)
-    for name, entries in (("k_slots", 700), ("v_slots", 700)):
-        case[name] = torch.randn(3, 2, entries, 64)
-    for name, heads in (("q", 6), ("k", 2), ("v", 2)):
-        case[name] = torch.randn(1, heads, 90, 64)
+    case |= {name: torch.randn(3, 2, 700, 64) for name in ("k_slots", "v_slots")}
+    case |= {name: torch.randn(1, heads, 90, 64) for name, heads in (("q", 6), ("k", 2), ("v", 2))}
     case |= dict(positions=torch.arange(600, 690), segments=torch.tensor([[1, 600, 600, 0, 90]]), mask=PROMPT)
     assert relative(attend(case), reference(case)[0]) < 1e-5
 

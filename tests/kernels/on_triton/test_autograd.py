@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from afa_kernels import KernelsError, afa_lora_linear, fall_back, ops, reference, triton_kernels, tuning
+from afa_kernels import KernelsError, afa_lora_linear, ops, reference, triton_kernels, tuning
 
 
 class Layer(nn.Module):
@@ -55,27 +55,19 @@ def test_checkpoint(reentrant: bool) -> None:
     assert same(gradients(layer, X), gradients(layer, X, lambda x: checkpoint(layer, x, use_reentrant=reentrant)))
 
 
-def test_compiling_the_surrounding_model_keeps_one_graph() -> None:
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiling_the_surrounding_model_keeps_one_graph(dynamic: bool) -> None:
     layer = Layer()
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    graphs = []
-    for beta in (0.3, 0.0, 1.0):
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for beta, x in ((0.3, X), (0.0, X), (1.0, X), *((0.5, x) for x in (X[:1], X[:, :2]) if dynamic)):
         layer.beta.fill_(beta)
-        assert same(gradients(layer, X), gradients(layer, X, compiled))
-        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
-    assert graphs == [1, 1, 1]  # a new beta is no new graph
+        assert same(gradients(layer, x), gradients(layer, x, compiled))
+        if x is X:
+            assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1  # a new beta is no new graph
     with torch.no_grad():
         assert torch.equal(compiled(X), layer(X))
-
-
-def test_compiling_with_a_dynamic_number_of_tokens() -> None:
-    layer = Layer()
-    torch._dynamo.reset()
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=True)
-    for x in (X, X[:1], X[:, :2]):
-        assert same(gradients(layer, x), gradients(layer, x, compiled))
 
 
 def test_the_operators_keep_torchs_contract() -> None:
@@ -142,14 +134,11 @@ def test_only_the_gradients_that_are_wanted(wanted: str) -> None:
     assert all(t.grad is None for k, t in tensors.items() if k != wanted)
 
 
-def test_beta_gets_no_gradient_and_a_new_value_counts() -> None:
+def test_beta_gets_no_gradient() -> None:
     layer = Layer()
     layer.beta.requires_grad_()
     gradients(layer, X)
     assert layer.beta.grad is None
-    before = layer(X)
-    layer.beta = torch.tensor(0.9, device=DEVICE)
-    assert not torch.equal(before, layer(X))
 
 
 # ---- what takes the reference path, and says so ----
@@ -184,24 +173,6 @@ def test_a_layer_that_the_kernels_do_not_cover(
             y = afa_lora_linear(**tensors, **options)
     assert torch.equal(y, reference.afa_lora_linear(**tensors, **options))
     assert [word in record.message for record in caplog.records] == [True]
-
-
-def test_dropout_is_said_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    with pytest.raises(KernelsError, match="LoRA dropout"):
-        fall_back("LoRA dropout is 0.1", DEVICE)
-    monkeypatch.setenv("AFA_KERNELS", "auto")
-    ops._log_once.cache_clear()
-    for _ in range(2):
-        fall_back("LoRA dropout is 0.1", DEVICE)
-    assert [record.levelname for record in caplog.records] == ["WARNING"]
-
-
-def test_the_reference_can_be_forced(monkeypatch: pytest.MonkeyPatch) -> None:
-    case = make_case(4, 5, 6, 3)
-    assert same(run(case), run(case))
-    monkeypatch.setattr(triton_kernels, "down", lambda *a: pytest.fail("the kernels ran"))
-    monkeypatch.setenv("AFA_KERNELS", "reference")
-    assert same(run(case), run(case, reference.afa_lora_linear))
 
 
 # ---- DDP ----

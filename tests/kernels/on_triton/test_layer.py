@@ -139,9 +139,8 @@ def test_dropout_takes_pytorch_and_says_so_once(
 
 
 def test_an_impossible_force_is_the_users_mistake() -> None:
-    model = adapted(r=257)
     with pytest.raises(UserError, match="rank 257 is above 256"):
-        model(X)
+        adapted(r=257)(X)
 
 
 def test_compiling_a_model_with_adapted_layers() -> None:

@@ -39,7 +39,7 @@ MUTATIONS = {
 
 
 def noticed(activation: str, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Whether a ragged case differs from the reference, or memory beside an output was written."""
+    """Test that a ragged case differs from the reference, or that memory beside an output was written."""
     case = make_case(37, 35, 34, 5, activation=activation)
     made = guard_new_empty(monkeypatch)
     try:
