@@ -163,7 +163,7 @@ def prepare(
     from draft.data.prepare import parse_shard
     from draft.data.prepare import prepare as run
     from draft.target import load_target
-    from draft.target.devices import device_of_process
+    from draft.target.target import device_of_process
 
     if more and not prompts:
         raise UserError(f"{more[0]!r} belongs to no option; give files of prompts as --prompts {' '.join(more)}.")

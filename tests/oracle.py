@@ -18,9 +18,9 @@ from torch import Tensor
 
 from draft.target import Target
 from serving.engine import Completion, Engine, Request, SamplingParams, Speculation
-from serving.engine.acceptance import OFF, DraftPlan, RequestAcceptance
 from serving.engine.answer import GrowingAnswer, special_ids
 from serving.engine.drafting import Job, Proposer
+from serving.engine.estimates import OFF, DraftPlan, RequestAcceptance
 from serving.engine.planner import Controller
 from serving.engine.verification import DraftTree
 

@@ -9,7 +9,7 @@ from functools import cache
 from itertools import accumulate
 from operator import mul
 
-from serving.engine.acceptance import OFF, DraftPlan, RequestAcceptance, widened
+from serving.engine.estimates import OFF, DraftPlan, RequestAcceptance, widened
 from serving.engine.planner import Controller
 
 CHAINS = [DraftPlan.chain(length) for length in range(1, 7)]

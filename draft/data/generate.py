@@ -30,7 +30,7 @@ from draft.errors import UserError
 from draft.launcher import draft_serve
 from draft.target import Target
 from draft.target.bundled import BUNDLED_TARGET
-from draft.target.devices import resolve_device, resolve_dtype
+from draft.target.target import resolve_device, resolve_dtype
 
 log = logging.getLogger(__name__)
 

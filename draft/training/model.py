@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from draft.afa import AfaLoraConfig, add_adapter
 from draft.data.dataset import Row, coverage, draft_vocabulary
 from draft.errors import UserError
-from draft.evaluation.trained_rows import record_trained_rows
+from draft.evaluation.compare import record_trained_rows
 from draft.files import provenance
 from draft.heads import DraftHead
 from draft.heads.checkpoint import attach_head, head_sha256, load_head

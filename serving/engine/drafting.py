@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from draft.heads import MedusaHead
-from serving.engine.acceptance import BRANCHING
+from serving.engine.estimates import BRANCHING
 from serving.engine.kv_cache import RaggedBatch, Segment
 from serving.engine.model import HeadRunner
 from serving.engine.verification import DraftTree, Rule

@@ -17,8 +17,8 @@ from draft.heads import DraftHead
 from draft.heads.checkpoint import attach_head
 from draft.target import Target
 from draft.target.support import check_architecture
-from serving.engine.acceptance import BRANCHING
 from serving.engine.answer import GrowingAnswer, special_ids
+from serving.engine.estimates import BRANCHING
 from serving.engine.planner import make_controller
 from serving.engine.request import (
     MAX_SPECULATION_LENGTH,

@@ -19,15 +19,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from draft.errors import UserError
-from serving.engine.acceptance import (
+from serving.engine.estimates import (
+    ENOUGH,
     OFF,
     OVERALL_MEMORY,
     OVERALL_STRENGTH,
     Acceptance,
     DraftPlan,
     RequestAcceptance,
+    StepCosts,
 )
-from serving.engine.costs import ENOUGH, StepCosts
 
 MARGIN = 1.04  # what a plan must promise over the present one, and over plain decoding, to replace it
 PATIENCE = 8  # steps between decisions about an unchanged batch

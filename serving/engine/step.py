@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from draft.target import wait_for
-from serving.engine.acceptance import OFF, DraftPlan, RequestAcceptance
 from serving.engine.answer import GrowingAnswer
 from serving.engine.drafting import Job, Proposer
+from serving.engine.estimates import OFF, DraftPlan, RequestAcceptance
 from serving.engine.kv_cache import RaggedBatch, Segment
 from serving.engine.model import TargetRunner
 from serving.engine.planner import Controller

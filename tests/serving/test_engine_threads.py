@@ -15,7 +15,7 @@ from small_engines import CHAIN, HEAD, TARGET, alone, finish, params
 
 from draft.errors import UserError
 from serving.engine import Completion, Engine, EngineStopped, Request, Speculation, Token
-from serving.engine.costs import Curve
+from serving.engine.estimates import Curve
 from serving.engine.request import RequestQueue
 from serving.engine.step import ActiveRequest
 

@@ -24,8 +24,7 @@ from simulation import (
     speed,
 )
 
-from serving.engine.acceptance import INITIAL_RATE, OFF, Acceptance, DraftPlan, RequestAcceptance
-from serving.engine.costs import Curve
+from serving.engine.estimates import INITIAL_RATE, OFF, Acceptance, Curve, DraftPlan, RequestAcceptance
 from serving.engine.planner import Controller
 
 # what it converges to
