@@ -19,7 +19,7 @@ from draft.target import Target
 
 USER = {"role": "user", "content": "Hello there"}
 ANSWER = {"role": "assistant", "content": "General"}
-BAD_GZIP = gzip.compress(b"")[:10] + b"\xff" * 40  # no kind of block that there is
+BAD_GZIP = gzip.compress(b"", mtime=0)[:10] + b"\xff" * 40  # no kind of block that there is
 JSON = ("jsonl", "json")
 
 
