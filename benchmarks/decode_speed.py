@@ -473,7 +473,7 @@ def _head_pass(runner: HeadRunner, width: int, auxiliary: torch.Tensor | None = 
     def run() -> object:
         slot = runner.cache.acquire()
         batch = RaggedBatch.of([Segment(slot, PAST, PAST, [1] * width)], device)
-        output = runner.forward(batch, hidden if auxiliary is None else runner.fuse(auxiliary))
+        output = runner.forward(batch, hidden if auxiliary is None else runner.combine(auxiliary))
         runner.cache.release(slot)
         return runner.logits(output).max(dim=-1).indices.tolist() if auxiliary is None else output
 

@@ -10,12 +10,15 @@ import sys
 import time
 import typing
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
+from pydantic import BaseModel
 
 from draft import demo
+from draft.data.settings import EndpointSettings, LocalServer, Settings
 from draft.errors import UserError, file_trouble, plain_console
 from draft.training.config import SECTIONS, resolve
 
@@ -83,7 +86,47 @@ def _examples(*lines: str) -> str:
     return "Examples:\n\n" + "\n\n".join(f"`{line}`" for line in lines)
 
 
+def _flags_of(*settings: type[BaseModel]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command, instead of its `**flags`, one flag for each described field of the settings."""
+
+    keyword = introspection.Parameter.KEYWORD_ONLY
+
+    def extend(command: Callable[..., None]) -> Callable[..., None]:
+        signature = introspection.signature(command, eval_str=True)
+        parameters = {name: each for name, each in signature.parameters.items() if name != "flags"}
+        for kind in settings:
+            types = typing.get_type_hints(kind)
+            for name, field in kind.model_fields.items():
+                if field.description and name not in parameters:
+                    default = None if field.is_required() else field.default
+                    text = field.description + (f" [default: {default}]" if default else "")
+                    value: Any = types[name] | None
+                    option = Annotated[value, typer.Option(help=text, show_default=False)]
+                    parameters[name] = introspection.Parameter(name, keyword, default=None, annotation=option)
+        keywords = [each.replace(kind=keyword) for each in parameters.values()]
+        command.__signature__ = signature.replace(parameters=keywords)  # type: ignore[attr-defined]
+        command.__annotations__ = {each.name: each.annotation for each in keywords}
+        return command
+
+    return extend
+
+
+def _given(settings: type[BaseModel], flags: dict[str, Any]) -> dict[str, Any]:
+    """Return those of the settings that the command line gives."""
+    return {name: value for name, value in flags.items() if name in settings.model_fields and value is not None}
+
+
 # The commands, in the order of the work.
+
+
+Shard = Annotated[
+    str | None,
+    typer.Option(
+        help="Answer one part of the conversations, 0/4 the first of four, each by a process of its own with the "
+        "same arguments and --out, at once or one after the other; torchrun and `accelerate launch` set it.",
+        show_default=False,
+    ),
+]
 
 
 @app.command(
@@ -94,10 +137,13 @@ def _examples(*lines: str) -> str:
         "--out data/mine",
     )
 )
+@_flags_of(Settings, LocalServer, EndpointSettings)
 def prepare(
     out: Annotated[Path, typer.Option(help="Folder of the data set; the same command continues an interrupted one.")],
     target: Target = "smollm2",
     target_adapter: TargetAdapter = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
     prompts: Annotated[
         list[str] | None,
         typer.Option(
@@ -107,92 +153,34 @@ def prepare(
     more: Annotated[
         list[str] | None, typer.Argument(metavar="[FILE]...", help="Further files: --prompts A B.", show_default=False)
     ] = None,
-    num_prompts: Annotated[int | None, typer.Option(min=1, help="Maximum number of conversations.")] = None,
     column: Annotated[str | None, typer.Option(help="Column that holds the prompt or conversation.")] = None,
-    keep_responses: Annotated[bool, typer.Option(help="Use the responses in the files, not the target's.")] = False,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the longest response.")] = 256,
-    max_length: Annotated[
-        int, typer.Option(min=8, help="Tokens of the longest conversation; longer ones are dropped, and counted.")
-    ] = 1024,
-    greedy_share: Annotated[
-        float, typer.Option(min=0, max=1, help="Share of responses written greedily; the rest at temperature 1.")
-    ] = 0.5,
-    held_out_share: Annotated[float, typer.Option(min=0, max=1, help="Share of conversations kept for judging.")] = 0.1,
-    batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Responses written at once, without --endpoint [default: by device].")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of prompts, responses and split.")] = 0,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    head: Annotated[
-        str | None,
-        typer.Option(
-            help="Draft head that makes the target write faster, without --endpoint: a folder [default: the bundled "
-            "head for the bundled target].",
-            show_default=False,
-        ),
-    ] = None,
-    shard: Annotated[
-        str | None,
-        typer.Option(
-            help="Answer one part of the conversations, 0/4 the first of four, each by a process of its own with the "
-            "same arguments and --out, at once or one after the other; torchrun and `accelerate launch` set it.",
-            show_default=False,
-        ),
-    ] = None,
-    endpoint: Annotated[
-        str | None,
-        typer.Option(
-            help="Address of an OpenAI-compatible server that writes the responses [default: a draft-serve that is "
-            "started, and ended afterwards]. It must serve this very target under its own chat template: a server "
-            "that returns only text cannot be checked for that.",
-            show_default=False,
-        ),
-    ] = None,
-    endpoint_model: Annotated[
-        str | None, typer.Option(help="Name of the target at --endpoint [default: its one model].")
-    ] = None,
-    api_key_env: Annotated[
-        str, typer.Option(help="Environment variable that holds the key of --endpoint.")
-    ] = "OPENAI_API_KEY",
-    concurrency: Annotated[int, typer.Option(min=1, help="Requests that --endpoint has at once.")] = 16,
-    retries: Annotated[int, typer.Option(min=0, help="Retries of a request that --endpoint cannot answer now.")] = 8,
+    shard: Shard = None,
+    **flags: Any,
 ) -> None:
     """Let the target write its own training data."""
     from draft.data.dataset import missing_shards
-    from draft.data.generate import EndpointSettings, LocalServer, check_local
+    from draft.data.generate import check_local
     from draft.data.prepare import parse_shard
     from draft.data.prepare import prepare as run
     from draft.target import load_target
-    from draft.target.devices import device_of_process
+    from draft.target.target import device_of_process
 
     if more and not prompts:
         raise UserError(f"{more[0]!r} belongs to no option; give files of prompts as --prompts {' '.join(more)}.")
+    settings = Settings.checked(_given(Settings, flags)).model_dump(exclude_unset=True)
     part = parse_shard(shard)
     server: EndpointSettings | LocalServer
-    if endpoint is not None:
-        server = EndpointSettings(endpoint, endpoint_model, api_key_env, concurrency, retries)
+    if flags["endpoint"] is not None:
+        server = EndpointSettings.checked(_given(EndpointSettings, flags))
     else:
         device = device_of_process(device)
         check_local(dtype, device)
-        server = LocalServer(head, dtype, device, batch_size)
+        server = LocalServer.checked({"dtype": dtype, "device": device, **_given(LocalServer, flags)})
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # as Ctrl-C: store, and end the server
+    files = [*prompts, *(more or ())] if prompts else None
     try:
-        dataset = run(
-            load_target(target, "bfloat16", "cpu", target_adapter),  # its identity and tokenizer: the server computes
-            out,
-            prompts=[*prompts, *(more or ())] if prompts else None,
-            num_prompts=num_prompts,
-            column=column,
-            keep_responses=keep_responses,
-            max_new_tokens=max_new_tokens,
-            max_length=max_length,
-            greedy_share=greedy_share,
-            held_out_share=held_out_share,
-            seed=seed,
-            shard=part,
-            server=server,
-        )
+        identity = load_target(target, "bfloat16", "cpu", target_adapter)  # and tokenizer: the server computes
+        dataset = run(identity, out, prompts=files, column=column, shard=part, server=server, **settings)
     except KeyboardInterrupt:
         console.print(f"Interrupted; the same command goes on with {out}.", soft_wrap=True)
         raise typer.Exit(128 + signal.SIGINT) from None
@@ -219,81 +207,67 @@ def inspect(
     run(data, examples=examples, console=console)
 
 
-_RUN_OPTIONS: dict[str, tuple[Any, Any]] = {
-    "out": (Path, typer.Option(help="Folder of the run; the same command continues it.")),
-    "overrides": (list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Overrides of settings.")),
-    "config": (Path | None, typer.Option(help="YAML file of settings; flags take precedence.")),
-    "resume": (
-        bool | None,
-        typer.Option(
-            show_default=False,
-            help="--resume: go on with the interrupted run in --out, which has to have a checkpoint; its "
-            "settings need not be repeated. --no-resume: start again, discarding what that run wrote. "
-            "Neither: go on if there is a checkpoint, else start. "
-            "(--head is a warm start: a new run from a head's weights.)",
-        ),
+RunFolder = Annotated[Path, typer.Option(help="Folder of the run; the same command continues it.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Overrides of settings.")]
+Config = Annotated[Path | None, typer.Option(help="YAML file of settings; flags take precedence.")]
+Resume = Annotated[
+    bool | None,
+    typer.Option(
+        show_default=False,
+        help="--resume: go on with the interrupted run in --out, which has to have a checkpoint; its "
+        "settings need not be repeated. --no-resume: start again, discarding what that run wrote. "
+        "Neither: go on if there is a checkpoint, else start. "
+        "(--head is a warm start: a new run from a head's weights.)",
     ),
-}
+]
 
 
-def _parameter(name: str, kind: Any, option: Any) -> introspection.Parameter:
-    keyword = introspection.Parameter.KEYWORD_ONLY
-    return introspection.Parameter(name, keyword, default=None, annotation=Annotated[kind, option])
-
-
-def _training_command(mode: Literal["pretrain", "adapt"], sections: list[str], doc: str, examples: str) -> None:
-    """Register a command with one flag for each setting of `sections`."""
-
-    def command(out: Path, config: Path | None, resume: bool | None, overrides: list[str] | None, **flags: Any) -> None:
-        from draft.training.run import Interrupted
-        from draft.training.trainer import Trainer
-
-        if resume and config is None and (out / "config.yaml").is_file():
-            config = out / "config.yaml"  # with it `--out RUN --resume` is a whole command
-        settings = resolve(mode, str(out), config_file=config, overrides=overrides or (), flags=flags)
-        try:
-            trainer = Trainer(settings, console, resume=resume)
-            result = trainer.train()
-        except Interrupted as interrupted:
-            if trainer.processes.is_main:
-                console.print(
-                    f"Interrupted, and saved after step {interrupted.step}; the same command goes on from there."
-                )
-            raise typer.Exit(interrupted.exit_code) from interrupted
-        if trainer.processes.is_main:
-            console.print(f"Wrote {result}. Next: draft-train merge {out} --out HEAD", soft_wrap=True)
-
-    parameters = [_parameter(name, kind, option) for name, (kind, option) in _RUN_OPTIONS.items()]
-    parameters[0] = parameters[0].replace(default=introspection.Parameter.empty)  # --out is required
-    for section in sections:
-        types = typing.get_type_hints(SECTIONS[section])
-        for name, field in SECTIONS[section].model_fields.items():
-            help_text = f"{field.description}" + (f" [default: {field.default}]" if field.default else "")
-            parameters.append(_parameter(name, types[name] | None, typer.Option(help=help_text, show_default=False)))
-    command.__signature__ = introspection.Signature(parameters)  # type: ignore[attr-defined]
-    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    command.__doc__ = doc
-    app.command(name=mode, epilog=examples)(command)
-
-
-_training_command(
-    "pretrain",
-    ["model", "data", "training"],
-    "Train all weights of a head, from scratch or from --head.",
-    _examples(
+@app.command(
+    epilog=_examples(
         "draft-train pretrain --target smollm2 --data data/general --out runs/pretrain --epochs 3",
         "draft-train pretrain --architecture medusa --head-options num_heads=4 --data data/general --out runs/medusa",
-    ),
+    )
 )
-_training_command(
-    "adapt",
-    ["model", "adapter", "data", "training"],
-    "Adapt a head to the data: AFA-LoRA (default), LoRA, or all weights.",
-    _examples(
+@_flags_of(SECTIONS["model"], SECTIONS["data"], SECTIONS["training"])
+def pretrain(
+    out: RunFolder, overrides: Overrides = None, config: Config = None, resume: Resume = None, **flags: Any
+) -> None:
+    """Train all weights of a head, from scratch or from --head."""
+    _train("pretrain", out, overrides, config, resume, flags)
+
+
+@app.command(
+    epilog=_examples(
         "draft-train adapt --target smollm2 --head smollm2-eagle3 --data data/mine --out runs/mine",
         "draft-train adapt --config run.yaml --out runs/mine adapter.rank=8 training.learning_rate=5e-4",
-    ),
+    )
 )
+@_flags_of(*SECTIONS.values())
+def adapt(
+    out: RunFolder, overrides: Overrides = None, config: Config = None, resume: Resume = None, **flags: Any
+) -> None:
+    """Adapt a head to the data: AFA-LoRA (default), LoRA, or all weights."""
+    _train("adapt", out, overrides, config, resume, flags)
+
+
+def _train(
+    mode: Literal["pretrain", "adapt"], out: Path, overrides: Overrides, config: Config, resume: Resume, flags: Any
+) -> None:
+    from draft.training.run import Interrupted
+    from draft.training.trainer import Trainer
+
+    if resume and config is None and (out / "config.yaml").is_file():
+        config = out / "config.yaml"  # with it `--out RUN --resume` is a whole command
+    settings = resolve(mode, str(out), config_file=config, overrides=overrides or (), flags=flags)
+    try:
+        trainer = Trainer(settings, console, resume=resume)
+        result = trainer.train()
+    except Interrupted as interrupted:
+        if trainer.processes.is_main:
+            console.print(f"Interrupted, and saved after step {interrupted.step}; the same command goes on from there.")
+        raise typer.Exit(interrupted.exit_code) from interrupted
+    if trainer.processes.is_main:
+        console.print(f"Wrote {result}. Next: draft-train merge {out} --out HEAD", soft_wrap=True)
 
 
 @app.command(epilog=_examples("draft-train merge runs/mine --out heads/mine"))

@@ -96,17 +96,18 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_json(path: Path, value: Any, *, replace: bool = True) -> None:
-    """Write JSON through a temporary name and a rename.
+@contextmanager
+def atomic_file(path: Path, *, replace: bool = True) -> Iterator[Path]:
+    """A temporary file that takes the place of `path` when the block ends well, and vanishes when it doesn't.
 
     replace: False keeps a file that is there, for instance one that another process has written in the meantime.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     number, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    os.close(number)
     temporary = Path(name)
     try:
-        with os.fdopen(number, "w") as file:
-            file.write(json.dumps(value, indent=2) + "\n")
+        yield temporary
         temporary.chmod(0o644)
         sync(temporary)
         if not replace:
@@ -120,6 +121,12 @@ def write_json(path: Path, value: Any, *, replace: bool = True) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any, *, replace: bool = True) -> None:
+    """Write JSON as an `atomic_file`."""
+    with atomic_file(path, replace=replace) as temporary:
+        temporary.write_text(json.dumps(value, indent=2) + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -49,7 +49,7 @@ def draft_serve(
 ) -> Iterator[Server]:
     """Run draft-serve with these options on a free port of 127.0.0.1, from when it is ready until the block ends.
 
-    On Linux it also ends when this process is killed.
+    On Linux it also ends when this process is killed, and when the thread that called this ends.
 
     before_start: called in the new process before its program, for instance to bind it to cores.
     environment: variables of the new process, besides those of this one.

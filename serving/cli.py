@@ -51,10 +51,10 @@ def serve(
     speculation_length: Annotated[int, Option(min=1, help="Maximum number of tokens drafted in a row.")] = 5,
     tree_size: Annotated[int, Option(min=1, help="Maximum number of nodes in a tree of drafted tokens.")] = 16,
     rule: Annotated[Rule, Option(help="Lossless rule that accepts drafted tokens when sampling.")] = "shared-noise",
-    mode: Annotated[Mode, Option(help="Execution of the models: compiled, or eager, which needs no warm-up.")] = "auto",
+    mode: Annotated[Mode, Option(help="Execution of the models: with compiled CPU kernels, or eager.")] = "auto",
     dtype: Annotated[str, Option(help="Format of the weights: auto, bfloat16, float16, float32 or float64.")] = "auto",
     threads: Annotated[int | None, Option(min=1, help="Number of CPU threads that compute.")] = None,
-    warm_up: Annotated[bool, Option(help="Compile, and time steps, before the first request.")] = True,
+    warm_up: Annotated[bool, Option(help="Time steps before the first request.")] = True,
     max_batch: Annotated[int, Option(min=1, help="Maximum number of requests decoded at once.")] = 16,
     max_length: Annotated[
         int | None, Option(min=2, help="Maximum number of tokens of prompt and answer. Default: the target's context.")

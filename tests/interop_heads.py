@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 from conftest import save_tiny_target
-from interop.cases import random_head
+from interop.cases import CASES, random_head
 from safetensors.torch import load_file, save_file
 
 from draft.errors import UserError
@@ -15,12 +15,24 @@ from draft.heads.checkpoint import load_head, save_head
 from draft.interop.exporting import export_head
 from draft.interop.importing import import_head
 
+# heads of the tests: options of `random_head`
+HEADS = {
+    **CASES,
+    "EAGLE-1": {"architecture": "eagle"},
+    "EAGLE-1, fc_bias": {"architecture": "eagle", "fc_bias": True},
+    "EAGLE-1, qkv_bias": {"architecture": "eagle", "qkv_bias": True},
+    "Medusa": {"architecture": "medusa"},
+    "Medusa, full": {"architecture": "medusa", "draft_vocab_size": 259, "num_heads": 2},
+    "Medusa, shared": {"architecture": "medusa", "draft_vocab_size": 259, "shared_lm_head": True},
+    "Medusa, two layers": {"architecture": "medusa", "num_layers": 2},
+}
 
-def make_world(folder, cases):
-    """(folder, target): the target in folder/target, and for each name and its options a head in folder/name."""
+
+def make_world(folder):
+    """(folder, target): a target in folder/target, and each of HEADS beside it."""
     target = save_tiny_target(folder / "target")
     target.name = str(folder / "target")
-    for name, options in cases.items():
+    for name, options in HEADS.items():
         about = {"target": target.name, "trained_rows": ["a"]}
         save_head(random_head(target, **options), folder / name, dtype=torch.bfloat16, about=about)
     return folder, target
@@ -39,7 +51,7 @@ def refused(out, pattern, function, *arguments, **options):
 class Foreign:
     """A head as another project would publish it, to be changed before it is imported."""
 
-    def __init__(self, world, folder, format="plain", option="default"):
+    def __init__(self, world, folder, format="vllm", option="default"):
         self.source, self.target, self.folder = world[0] / option, world[1], folder / "foreign"
         export_head(self.source, format, self.folder)
         (self.folder / "draftsmith.json").unlink()

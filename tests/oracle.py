@@ -18,9 +18,10 @@ from torch import Tensor
 
 from draft.target import Target
 from serving.engine import Completion, Engine, Request, SamplingParams, Speculation
+from serving.engine.answer import GrowingAnswer, special_ids
 from serving.engine.drafting import Job, Proposer
-from serving.engine.planner import OFF, Controller, Plan, RequestAcceptance
-from serving.engine.request import GrowingAnswer, special_ids
+from serving.engine.estimates import OFF, DraftPlan, RequestAcceptance
+from serving.engine.planner import Controller
 from serving.engine.verification import DraftTree
 
 
@@ -116,16 +117,22 @@ class Oracle:
 class Fickle(Controller):
     """Switches plans at every step, whatever they cost."""
 
-    def __init__(self, plans: Sequence[Plan], seed: int = 0) -> None:
+    def __init__(self, plans: Sequence[DraftPlan], seed: int = 0) -> None:
         super().__init__(plans)
         self.rng = random.Random(seed)
 
-    def choose(self, rows: Sequence[RequestAcceptance]) -> Plan:
+    def choose(self, rows: Sequence[RequestAcceptance]) -> DraftPlan:
         super().choose(rows)  # its own bookkeeping must survive, too
         return self.rng.choice([OFF, OFF, *self.plans])
 
 
-PLANS = [*(Plan.chain(k) for k in range(1, 9)), Plan(2, 4), Plan(3, 4), Plan(5, 16), Plan(8, 32)]
+PLANS = [
+    *(DraftPlan.chain(k) for k in range(1, 9)),
+    DraftPlan(2, 4),
+    DraftPlan(3, 4),
+    DraftPlan(5, 16),
+    DraftPlan(8, 32),
+]
 
 
 def engine_of(target: Target, proposer: Proposer, controller: Controller | None = None, **options: Any) -> Engine:

@@ -9,10 +9,11 @@ from functools import cache
 from itertools import accumulate
 from operator import mul
 
-from serving.engine.planner import OFF, Controller, Plan, RequestAcceptance, widened
+from serving.engine.estimates import OFF, DraftPlan, RequestAcceptance, widened
+from serving.engine.planner import Controller
 
-CHAINS = [Plan.chain(length) for length in range(1, 7)]
-TREES = [Plan(4, 8), Plan(5, 16)]
+CHAINS = [DraftPlan.chain(length) for length in range(1, 7)]
+TREES = [DraftPlan(4, 8), DraftPlan(5, 16)]
 REQUEST = 128  # tokens of each request
 
 
@@ -32,7 +33,7 @@ class Machine:
     def target(self, tokens: int) -> float:
         return (self.base + self.token * max(0, tokens - self.free)) / 1e3
 
-    def drafting(self, plan: Plan) -> float:
+    def drafting(self, plan: DraftPlan) -> float:
         return plan.length * self.draft / 1e3
 
     def catching_up(self, tokens: int) -> float:
@@ -41,7 +42,7 @@ class Machine:
     def measured(self, seconds: float) -> float:
         return seconds * self.rng.lognormvariate(0, self.noise) * (5 if self.rng.random() < self.outliers else 1)
 
-    def worth(self, plan: Plan, rows: int, rate: float) -> float:
+    def worth(self, plan: DraftPlan, rows: int, rate: float) -> float:
         """Tokens per second of a batch of equal rows."""
         return rows * expected(plan, rate) / (self.target(rows * (1 + plan.nodes)) + self.drafting(plan))
 
@@ -54,19 +55,19 @@ SLOW_HEAD = dict(base=20, token=0.1, draft=14.0)
 
 
 @cache
-def true_rates(plan: Plan, rate: float) -> list[float]:
+def true_rates(plan: DraftPlan, rate: float) -> list[float]:
     chain = [rate] * plan.length
     return widened(chain, plan.nodes) if plan.kind == "tree" else chain
 
 
 @cache
-def expected(plan: Plan, rate: float) -> float:
+def expected(plan: DraftPlan, rate: float) -> float:
     return sum(accumulate(true_rates(plan, rate), mul, initial=1.0))
 
 
 @dataclass
 class Step:
-    plan: Plan
+    plan: DraftPlan
     tokens: float  # expected
     seconds: float  # without noise
 
@@ -131,7 +132,7 @@ class Simulation:
             row.observe(own, accepted, trimmed=row.emitted + accepted + 1 > self.request)
         return done
 
-    def _draft(self, plans: list[Plan], rows: list[RequestAcceptance], done: Step) -> None:
+    def _draft(self, plans: list[DraftPlan], rows: list[RequestAcceptance], done: Step) -> None:
         if backlog := sum(row.backlog for row in rows):
             seconds = self.machine.catching_up(backlog)
             done.seconds += seconds

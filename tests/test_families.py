@@ -162,6 +162,7 @@ def test_the_text_part_of_a_model_of_images_is_used(tmp_path: Path) -> None:
     ("config", "words"),
     [
         ({"model_type": "t5"}, "encoder-decoder"),
+        ({"model_type": "mamba"}, "MambaForCausalLM has no list of decoder layers"),
         ({"model_type": "rwkv"}, "RwkvForCausalLM has no list of decoder layers"),
         ({"model_type": "llava"}, "other media.*text part"),
         ({"model_type": "vit"}, "no causal language model"),

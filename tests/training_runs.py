@@ -11,7 +11,9 @@ import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -51,22 +53,11 @@ def command(world: Path, mode: str, out: Path | str, *more: str, architecture: s
 class Run:
     """`draft-train` in a process of its own, its output in a file."""
 
-    def __init__(
-        self,
-        arguments: list[str],
-        *,
-        file_size: int | None = None,
-        signalled: tuple[float, int] | None = None,
-        **environment: str,
-    ) -> None:
-        """file_size: no file that it writes may grow beyond, in bytes: what a full disk does, without one.
-
-        signalled: (step, number): it sends itself the signal of that number when it has logged the step; with a
-        fraction, so many tenths of a second later.
-        """
-        self.out = Path(arguments[arguments.index("--out") + 1])
-        self.log = self.out.with_name(f"{self.out.name}{environment.get('RANK', '')}.log")
-        self.process = CONTEXT.Process(target=_main, args=(arguments, str(self.log), file_size, signalled, environment))
+    def __init__(self, arguments: list[str], **options: Any) -> None:
+        """options: of `_main`."""
+        rank = options.get("environment", {}).get("RANK", "")
+        self.log = Path(f"{arguments[arguments.index('--out') + 1]}{rank}.log")
+        self.process = CONTEXT.Process(target=_main, args=(arguments, self.log), kwargs=options)
         self.process.start()
 
     def wait(self) -> int:
@@ -85,11 +76,17 @@ class Run:
 
 def _main(
     arguments: list[str],
-    log: str,
-    file_size: int | None,
-    signalled: tuple[float, int] | None,
-    environment: dict[str, str],
+    log: Path,
+    *,
+    file_size: int | None = None,
+    signalled: tuple[float, int] | None = None,
+    environment: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
+    """file_size: no file that it writes may grow beyond, in bytes: what a full disk does, without one.
+
+    signalled: (step, number): it sends itself the signal of that number when it has logged the step; with a fraction,
+    so many tenths of a second later.
+    """
     os.environ.update(environment)
     with open(log, "w") as file:
         os.dup2(file.fileno(), 1)
@@ -123,23 +120,14 @@ def _signal_after(moment: float, number: int) -> None:
     Monitor.log = signalling  # type: ignore[method-assign]
 
 
-def run_group(
-    arguments: list[str],
-    count: int = 2,
-    *,
-    file_size: int | None = None,
-    signalled: tuple[float, int] | None = None,
-    **environment: str,
-) -> list[Run]:
-    """The processes of one run, with what `torchrun` puts into their environment; `signalled` is of the first."""
+def run_group(arguments: list[str], *, signalled: Any = None, file_size: Any = None, **environment: str) -> list[Run]:
+    """Two processes of one run, with what `torchrun` puts into their environment; `signalled` is of the first."""
     # gloo looks for the host by its name, which need not be known where there is no network
-    shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), **environment}
-    shared.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
-    options = [{"file_size": file_size, "signalled": None if rank else signalled} for rank in range(count)]
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), **environment}
+    shared = {"GLOO_SOCKET_IFNAME": "lo", **shared}
     return [
-        Run(arguments, **option, **shared, **rank)  # type: ignore[arg-type]
-        for option, rank in zip(options, ranks, strict=True)
+        Run(arguments, file_size=file_size, signalled=signal, environment={**shared, "RANK": rank, "LOCAL_RANK": rank})
+        for rank, signal in (("0", signalled), ("1", None))
     ]
 
 
@@ -154,11 +142,6 @@ def free_port() -> int:
                 continue
         return port
     raise RuntimeError("no port is free")
-
-
-def launch(launcher: list[str], arguments: list[str]) -> subprocess.CompletedProcess[str]:
-    """The command under `torchrun` or `accelerate launch`: `launcher` up to where the module's name comes."""
-    return python("-m", *launcher, "-m", "draft.cli", *arguments)
 
 
 def python(*arguments: str) -> subprocess.CompletedProcess[str]:

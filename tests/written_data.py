@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,9 +12,9 @@ from typing import Any
 
 from http_testing import live
 
-from draft.data.dataset import Dataset
-from draft.data.generate import EndpointSettings
+from draft.data.dataset import Dataset, Row
 from draft.data.prepare import prepare
+from draft.data.settings import EndpointSettings
 from draft.target import Target
 from serving.api.app import create_app
 from serving.engine import Engine, SamplingParams
@@ -31,7 +34,7 @@ def served(target: Target, **options: Any) -> Iterator[EndpointSettings]:
     """A live server of the target; options: of its app."""
     engine = Engine(target, mode="eager", speculation="off", max_batch=8)
     with live(create_app(engine, **options)) as address:
-        yield EndpointSettings(address)
+        yield EndpointSettings(endpoint=address)
 
 
 def prepared(target: Target, out: Path, **arguments: Any) -> Dataset:
@@ -40,3 +43,23 @@ def prepared(target: Target, out: Path, **arguments: Any) -> Dataset:
         dataset = prepare(target, out, server=server, progress=False, **arguments)
     assert dataset is not None
     return dataset
+
+
+def rows_of(dataset: Dataset | None) -> list[Row]:
+    """The rows of both splits."""
+    assert dataset is not None
+    return [row for split in ("train", "held-out") for row in dataset.rows(split)]
+
+
+def start_prepare(
+    folder: Path, out: Path, *words: object, script: str = "", **environment: str
+) -> subprocess.Popen[str]:
+    """Start `draft-train prepare` with the target in a folder; script: runs before it in its process."""
+    arguments = ["prepare", "--target", folder, "--out", out, *words]
+    return subprocess.Popen(
+        [sys.executable, "-c", f"import draft.cli\n{script}\ndraft.cli.main()", *map(str, arguments)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "COLUMNS": "200", **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )

@@ -63,6 +63,14 @@ _SECONDS_PER_PART = 5.0  # slow answers are stored sooner
 
 
 @dataclass(frozen=True)
+class Response:
+    """The target's answer to one prompt."""
+
+    ids: list[int]
+    retokenised: bool = False  # see `Row`
+
+
+@dataclass(frozen=True)
 class Row:
     """One conversation."""
 
@@ -75,6 +83,15 @@ class Row:
     source: str  # the file it came from, or "self-prompted"
     split: str = ""
     retokenised: bool = False  # the target wrote this text, but maybe not as these tokens: not for measuring
+
+    def continued(self, context: list[int], response: Response) -> Row:
+        """The conversation with the response to the token ids `context`, which begin with this row's."""
+        return replace(
+            self,
+            ids=context + response.ids,
+            mask=self.mask + [False] * (len(context) - len(self.mask)) + [True] * len(response.ids),
+            retokenised=self.retokenised or response.retokenised,
+        )
 
     @property
     def greedy(self) -> bool:
@@ -109,6 +126,24 @@ def assign_splits(rows: Iterable[Row], held_out_share: float, seed: int) -> list
         count = min(max(count, 1), len(ids) - 1)
     held_out = set(ids[:count])
     return [replace(row, split="held-out" if row.id in held_out else "train") for row in rows]
+
+
+def split_counts(rows: Sequence[Row]) -> dict[str, dict[str, int]]:
+    """Rows, tokens and so on of each split."""
+    counts = {}
+    for split in SPLITS:
+        chosen = [row for row in rows if row.split == split]
+        counts[split] = {
+            "rows": len(chosen),
+            "prompts": len({row.id for row in chosen}),
+            "tokens": sum(len(row.ids) for row in chosen),
+            "trained_tokens": sum(row.trained for row in chosen),
+            "greedy_rows": sum(row.temperature == 0 for row in chosen),
+            "sampled_rows": sum(bool(row.temperature) for row in chosen),
+            "kept_rows": sum(row.temperature is None for row in chosen),
+            "retokenised_rows": sum(row.retokenised for row in chosen),
+        }
+    return counts
 
 
 class Dataset:
@@ -230,7 +265,11 @@ class Plan:
         """Write the plan, or refuse to go on with one of other arguments."""
         path = self.folder / "plan.json"
         if not path.is_file():
-            if self.folder.exists() and (not self.folder.is_dir() or any(map(_foreign, self.folder.iterdir()))):
+            # another process that begins the same data set may be writing these at this moment
+            expected = ("plan.json", ".plan.json", "parts")
+            if self.folder.exists() and not (
+                self.folder.is_dir() and all(path.name.startswith(expected) for path in self.folder.iterdir())
+            ):
                 raise UserError(f"{str(self.folder)!r} exists and is no data set; choose another --out, or delete it.")
             write_json(path, self.arguments, replace=False)
         before = read_json(path)
@@ -248,19 +287,6 @@ class Plan:
         shutil.rmtree(self.folder / "parts", ignore_errors=True)
         with suppress(OSError):  # something else is in it
             self.folder.rmdir()
-
-
-def _foreign(path: Path) -> bool:
-    """True for what no other process that begins the same data set may be writing at this moment."""
-    return not path.name.startswith(("plan.json", ".plan.json")) and path.name != "parts"
-
-
-@dataclass(frozen=True)
-class Response:
-    """The target's answer to one prompt."""
-
-    ids: list[int]
-    retokenised: bool = False  # see `Row`
 
 
 class Parts:

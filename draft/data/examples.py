@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import repeat
 
 import torch
 from jinja2 import TemplateError
@@ -48,10 +49,7 @@ def next_prompt(target: Target, ids: list[int], messages: list[Message], turn: i
     What the target wrote stays as it wrote it, token for token: only the text between its answer and the next one
     is rendered and tokenised.
     """
-    history = [
-        {**message, "content": SENTINEL} if message["role"] == "assistant" else message
-        for message in up_to_user_turn(messages, turn, answer=SENTINEL)
-    ]
+    history = up_to_user_turn(messages, turn, repeat(SENTINEL))
     between = render(target, history, add_generation_prompt=True).rsplit(SENTINEL, 1)[1]
     if ids[-1] in target.eos_token_ids:
         between = between.removeprefix(target.tokenizer.decode([ids[-1]]))
@@ -66,10 +64,10 @@ def end_of_turn(target: Target) -> int:
     return ends[0] if ends else int(target.tokenizer.eos_token_id)
 
 
-def up_to_user_turn(messages: list[Message], turn: int, answer: str = "") -> list[Message]:
-    """System messages and user turns 0..`turn`, with `answer` between the user turns."""
+def up_to_user_turn(messages: list[Message], turn: int, answers: Iterable[str] = ()) -> list[Message]:
+    """System messages and user turns 0..`turn`, with the answers to those before."""
     chosen: list[Message] = []
-    users = 0
+    users, given = 0, iter(answers)
     for message in messages:
         if message["role"] == "assistant":
             continue
@@ -77,7 +75,7 @@ def up_to_user_turn(messages: list[Message], turn: int, answer: str = "") -> lis
             if users > turn:
                 break
             if users:
-                chosen.append({"role": "assistant", "content": answer})
+                chosen.append({"role": "assistant", "content": next(given)})
             users += 1
         chosen.append(message)
     return chosen
@@ -111,18 +109,13 @@ def encode_kept(target: Target, messages: list[Message]) -> tuple[list[int], lis
                 "the target's chat template renders earlier turns differently once more follow, so that responses "
                 "cannot be told apart; mark them in the template with {% generation %}."
             )
-        for text, spoken in ((before[len(done) :], False), (after[len(before) :], True)):
-            new = tokenise(target, text)
-            ids += new
-            mask += _spoken(target, new) if spoken else [False] * len(new)
+        context, response = tokenise(target, before[len(done) :]), tokenise(target, after[len(before) :])
+        # up to the end of turn, which the target writes; the template adds the rest
+        end = next((place for place, token in enumerate(response) if token in target.eos_token_ids), len(response))
+        ids += context + response
+        mask += [False] * len(context) + [place <= end for place in range(len(response))]
         done = after
     return ids, mask
-
-
-def _spoken(target: Target, ids: list[int]) -> list[bool]:
-    """True for a rendered response up to its end-of-turn token, which the target writes: the template adds the rest."""
-    end = next((place for place, token in enumerate(ids) if token in target.eos_token_ids), len(ids))
-    return [place <= end for place in range(len(ids))]
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import re
 from asyncio import Semaphore
 from collections.abc import Iterator, Sequence
 from concurrent.futures import as_completed
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
@@ -25,11 +25,12 @@ from openai import APIConnectionError, APIStatusError, AsyncOpenAI, DefaultAsync
 
 from draft.data.dataset import Response, hashed
 from draft.data.examples import Message, end_of_turn, tokenise
+from draft.data.settings import EndpointSettings, LocalServer
 from draft.errors import UserError
 from draft.launcher import draft_serve
 from draft.target import Target
 from draft.target.bundled import BUNDLED_TARGET
-from draft.target.devices import resolve_device, resolve_dtype
+from draft.target.target import resolve_device, resolve_dtype
 
 log = logging.getLogger(__name__)
 
@@ -48,78 +49,6 @@ _IDS = {"return_token_ids": True}
 
 class EndpointError(UserError):
     """A server that does not answer as it should; what it has answered so far stays."""
-
-
-@dataclass(frozen=True)
-class EndpointSettings:
-    """Address of a server, and the limits of requests to it."""
-
-    url: str
-    model: str | None = None  # by the server's name; None: the one it serves
-    api_key_env: str = "OPENAI_API_KEY"
-    concurrency: int = 16
-    retries: int = 8
-    timeout: float = 600.0  # seconds, of one answer
-
-
-@dataclass(frozen=True)
-class LocalServer:
-    """Options of a draft-serve that is started to answer, and ended afterwards."""
-
-    head: str | None = None  # None: the bundled head for the bundled target, else plain decoding
-    dtype: str | None = None  # None: the dtype and the device of the target that is loaded here
-    device: str | None = None
-    batch_size: int | None = None  # rows decoded at once; None: by device
-
-    @contextmanager
-    def started(self, target: Target, max_length: int) -> Iterator[EndpointSettings]:
-        """Serve the target, with its adapter, until the block ends; max_length: tokens of the longest conversation.
-
-        Raises:
-            ServerEnded: with the server's message when it cannot load the target or the head.
-        """
-        device = self.device or str(target.device)
-        batch = self.batch_size or _BATCH_SIZE.get(resolve_device(device).type, 16)
-        options = {
-            "--target": target.name,
-            "--dtype": self.dtype or str(target.dtype).removeprefix("torch."),
-            "--max-batch": batch,
-            "--max-length": min(target.max_length, max(max_length, _SHORTEST_CONTEXT)),
-            "--max-waiting": 4 * batch,
-            "--request-timeout": 0,
-            "--drain-seconds": 0,
-        }
-        head = self.head
-        if target.adapter:
-            options["--target-adapter"] = target.adapter.folder
-        elif head is None and target.name == BUNDLED_TARGET:
-            head = _BUNDLED_HEAD
-        if head is not None:
-            options["--head"] = head
-        log.info("starting draft-serve for target %s %s", target.title, f"with head {head!r}" if head else "")
-        words = [str(word) for pair in options.items() for word in pair]
-        with draft_serve(words, environment=_visible_devices(device)) as server:
-            # a second batch waits, so that the server never does; a day: the slowest target answers in less
-            yield EndpointSettings(
-                server.url, api_key_env="DRAFTSMITH_API_KEY", concurrency=2 * batch, retries=1, timeout=86400
-            )
-
-
-def check_local(dtype: str, device: str) -> None:
-    """Refuse a dtype or device that a draft-serve on this machine does not run with."""
-    place = resolve_device(device)
-    resolve_dtype(dtype, place)
-    if place.type not in _BATCH_SIZE:
-        raise UserError(f"--device {device} is none that draft-serve runs on; choose cpu or cuda, or give --endpoint.")
-
-
-def _visible_devices(device: str) -> dict[str, str]:
-    """Environment in which a server that takes the first GPU, or else the CPU, runs on `device`."""
-    kind, _, index = device.partition(":")
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if kind == "cpu":
-        return {"CUDA_VISIBLE_DEVICES": ""}
-    return {"CUDA_VISIBLE_DEVICES": visible.split(",")[int(index)] if visible else index} if index else {}
 
 
 @dataclass(frozen=True)
@@ -174,11 +103,11 @@ class Endpoint:
             EndpointError: when the server cannot be reached, refuses the key or the model, or completes nothing.
         """
         self.settings, self.target, self.seed = settings, target, seed
-        self._title = f"the server at {settings.url}"
+        self._title = f"the server at {settings.endpoint}"
         key = os.environ.get(settings.api_key_env, "").strip()
         if not key.isascii():
             raise EndpointError(f"${settings.api_key_env} holds letters that no key has; set it to the server's key.")
-        address = _base(settings.url)
+        address = _base(settings.endpoint)
         self._client = AsyncOpenAI(
             api_key=key or "none",
             base_url=address,
@@ -193,7 +122,7 @@ class Endpoint:
         self._closing = ExitStack()
         self._portal = self._closing.enter_context(start_blocking_portal())  # requests run in its event loop
         try:
-            self.model = settings.model or self._portal.call(self._served_model)
+            self.model = settings.endpoint_model or self._portal.call(self._served_model)
             self._dialect = self._portal.call(self._find_dialect)
         except BaseException:
             self.close()
@@ -257,11 +186,11 @@ class Endpoint:
             """None: the server fails, which it may do at what it does not know, or because it is overloaded."""
             nonlocal refusal
             try:
-                body = await self._ask(dialect, question, retries)
+                choice = await self._ask(dialect, question, retries)
             except APIStatusError as error:
-                refusal = f" ({error.status_code}: {reason(error)})"
+                refusal = f" ({error.status_code}: {_reason(error)})"
                 return None if _busy(error) else False
-            return not dialect.exact or isinstance(_choice(body, self._title).get("token_ids"), list)
+            return not dialect.exact or isinstance(choice.get("token_ids"), list)
 
         failing: list[_Dialect] = []
         for dialect in _DIALECTS:
@@ -284,9 +213,9 @@ class Endpoint:
     async def _answer(self, question: Question) -> Response | None:
         dialect = self._dialect if question.messages or self._dialect.exact else _PLAIN_TEXT
         try:
-            body = await self._ask(dialect, question, None)
+            choice = await self._ask(dialect, question, None)
         except APIStatusError as error:
-            refusal = f"({error.status_code}: {reason(error)})"
+            refusal = f"({error.status_code}: {_reason(error)})"
             if question.later and error.status_code in _REFUSALS:
                 log.warning(
                     "%s: the server refuses a later turn %s; the conversation ends before it", question.where, refusal
@@ -301,15 +230,12 @@ class Endpoint:
                 f"{question.where}: {self._title} refuses it {refusal}; leave that row out or mend it, and repeat the "
                 "command in another --out."
             ) from error
-        return self._response(body, _choice(body, self._title), question, dialect)
+        return self._response(choice, question, dialect)
 
-    def _response(
-        self, body: dict[str, Any], choice: dict[str, Any], question: Question, dialect: _Dialect
-    ) -> Response:
+    def _response(self, choice: dict[str, Any], question: Question, dialect: _Dialect) -> Response:
         """The row's tokens: the server's where it read the same prompt and returns them, else those of its text."""
         ids, ended = choice.get("token_ids"), choice.get("finish_reason") == "stop"
-        sent = question.prompt if dialect.exact else None
-        read = choice.get("prompt_token_ids") or body.get("prompt_token_ids") or sent
+        read = choice["prompt_token_ids"] or (question.prompt if dialect.exact else None)
         if isinstance(ids, list) and ids and read == question.prompt:
             if not all(type(token) is int and 0 <= token < self.target.vocab_size for token in ids):
                 raise EndpointError(
@@ -323,10 +249,16 @@ class Endpoint:
         return Response([*ids, self._end] if ended else ids, retokenised=True)
 
     async def _ask(self, dialect: _Dialect, question: Question, retries: int | None) -> dict[str, Any]:
+        """The server's first choice, with the ids of the prompt that it read, or None for them."""
         body = {"model": self.model, **dialect.body(question)}
         if question.temperature > 0 and (dialect.more or not question.messages):
             body["seed"] = hashed(self.seed, question.key) % _SEEDS
-        return await self._request(dialect.path, body, question.where, retries)
+        answer = await self._request(dialect.path, body, question.where, retries)
+        choices = answer.get("choices")
+        if not (isinstance(choices, list) and choices and isinstance(choices[0], dict)):
+            raise EndpointError(f"{self._title} answers without choices; is it an OpenAI-compatible server?")
+        read = choices[0].get("prompt_token_ids") or answer.get("prompt_token_ids")  # its place depends on the server
+        return {**choices[0], "prompt_token_ids": read}
 
     async def _request(
         self, path: str, body: dict[str, Any] | None, what: str, retries: int | None = None
@@ -347,37 +279,32 @@ class Endpoint:
             raise self._no_answer(what, str(error.__cause__ or error) or type(error.__cause__).__name__) from error
         except APIStatusError as error:
             if _busy(error) and retries is None:
-                raise self._no_answer(what, f"{error.status_code}: {reason(error)}") from error
-            self._check_key_and_model(error)
+                raise self._no_answer(what, f"{error.status_code}: {_reason(error)}") from error
+            if error.status_code in (401, 403):
+                variable = self.settings.api_key_env
+                key = f"the key in ${variable}" if os.environ.get(variable) else f"requests without a key (${variable})"
+                raise EndpointError(
+                    f"{self._title} refuses {key} ({error.status_code}: {_reason(error)}); set ${variable}, or name "
+                    "another variable with --api-key-env."
+                ) from error
+            if error.status_code == 404 and _NO_MODEL.search(_reason(error)):
+                raise EndpointError(
+                    f"{self._title} has no model {self.model!r} ({_reason(error)}); choose one with --endpoint-model."
+                ) from error
             raise
-        try:
+        with suppress(ValueError):
             parsed = json.loads(text)
-        except ValueError as error:
-            raise EndpointError(f"{self._title} answers without JSON; is it an OpenAI-compatible one?") from error
-        if not isinstance(parsed, dict):
-            raise EndpointError(
-                f"{self._title} answers with a {type(parsed).__name__}; is it an OpenAI-compatible server?"
-            )
-        return parsed
+            if isinstance(parsed, dict):
+                return parsed
+        raise EndpointError(
+            f"{self._title} answers without a JSON object; give the address of an OpenAI-compatible server."
+        )
 
     def _no_answer(self, what: str, message: str) -> EndpointError:
         return EndpointError(
             f"{self._title} gives no answer to {what} ({message}); see to the server, and repeat the command to go on "
             "from here."
         )
-
-    def _check_key_and_model(self, error: APIStatusError) -> None:
-        variable = self.settings.api_key_env
-        if error.status_code in (401, 403):
-            given = f"the key in ${variable}" if os.environ.get(variable) else f"requests without a key (${variable})"
-            raise EndpointError(
-                f"{self._title} refuses {given} ({error.status_code}: {reason(error)}); set ${variable}, or name "
-                "another variable with --api-key-env."
-            ) from error
-        if error.status_code == 404 and _NO_MODEL.search(reason(error)):
-            raise EndpointError(
-                f"{self._title} has no model {self.model!r} ({reason(error)}); choose one with --endpoint-model."
-            ) from error
 
 
 def _base(url: str) -> str:
@@ -400,20 +327,61 @@ def _busy(error: APIStatusError) -> bool:
     return error.status_code in (408, 409, 429) or error.status_code >= 500
 
 
-def _choice(body: dict[str, Any], title: str) -> dict[str, Any]:
-    choices = body.get("choices")
-    if not (isinstance(choices, list) and choices and isinstance(choices[0], dict)):
-        raise EndpointError(f"{title} answers without choices; is it an OpenAI-compatible server?")
-    return choices[0]
-
-
-def reason(refusal: APIStatusError) -> str:
+def _reason(refusal: APIStatusError) -> str:
     """The message of a server's refusal, in a line."""
-    answer = refusal.response
-    try:
-        body = answer.json()
-        error = body.get("error", body.get("message", body.get("detail", body)))
-        text = str(error.get("message", error) if isinstance(error, dict) else error)
-    except (ValueError, AttributeError):
-        text = answer.text
-    return " ".join(text.split())[:200] or answer.reason_phrase
+    body = refusal.body  # without OpenAI's {"error": ...}
+    if isinstance(body, dict):
+        body = body.get("message", body.get("detail", body))
+    return " ".join(str(body or "").split())[:200] or refusal.response.reason_phrase
+
+
+# The draft-serve that is started where no endpoint is given.
+
+
+@contextmanager
+def started(server: LocalServer, target: Target, max_length: int) -> Iterator[EndpointSettings]:
+    """Serve the target, with its adapter, until the block ends; max_length: tokens of the longest conversation.
+
+    Raises:
+        ServerEnded: with the server's message when it cannot load the target or the head.
+    """
+    device = server.device or str(target.device)
+    batch = server.batch_size or _BATCH_SIZE.get(resolve_device(device).type, 16)
+    options = {
+        "--target": target.name,
+        "--dtype": server.dtype or str(target.dtype).removeprefix("torch."),
+        "--max-batch": batch,
+        "--max-length": min(target.max_length, max(max_length, _SHORTEST_CONTEXT)),
+        "--max-waiting": 4 * batch,
+        "--request-timeout": 0,
+        "--drain-seconds": 0,
+    }
+    if target.adapter:
+        options["--target-adapter"] = target.adapter.folder
+    bundled = _BUNDLED_HEAD if target.name == BUNDLED_TARGET and not target.adapter else None
+    if head := server.head or bundled:
+        options["--head"] = head
+    log.info("starting draft-serve for target %s %s", target.title, f"with head {head!r}" if head else "")
+    words = [str(word) for pair in options.items() for word in pair]
+    with draft_serve(words, environment=_visible_devices(device)) as running:
+        # a second batch waits, so that the server never does; a day: the slowest target answers in less
+        yield EndpointSettings(
+            endpoint=running.url, api_key_env="DRAFTSMITH_API_KEY", concurrency=2 * batch, retries=1, timeout=86400
+        )
+
+
+def check_local(dtype: str, device: str) -> None:
+    """Refuse a dtype or device that a draft-serve on this machine does not run with."""
+    place = resolve_device(device)
+    resolve_dtype(dtype, place)
+    if place.type not in _BATCH_SIZE:
+        raise UserError(f"--device {device} is none that draft-serve runs on; choose cpu or cuda, or give --endpoint.")
+
+
+def _visible_devices(device: str) -> dict[str, str]:
+    """Environment in which a server that takes the first GPU, or else the CPU, runs on `device`."""
+    kind, _, index = device.partition(":")
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if kind == "cpu":
+        return {"CUDA_VISIBLE_DEVICES": ""}
+    return {"CUDA_VISIBLE_DEVICES": visible.split(",")[int(index)] if visible else index} if index else {}

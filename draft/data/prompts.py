@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -11,13 +12,19 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from draft.data.dataset import Row, conversation_id
-from draft.data.examples import SENTINEL, Message, render, tokenise
+from draft.data.dataset import Response, Row, conversation_id
+from draft.data.examples import SENTINEL, Message, encode_kept, render, tokenise
+from draft.data.generate import Question
 from draft.data.records import records
 from draft.errors import UserError
 from draft.target import Target
 
+log = logging.getLogger(__name__)
+
 SELF_PROMPTED = "self-prompted"
+_SELF_PROMPT_TOKENS = 80
+_SELF_PROMPT_TOP_P = 0.95  # the tail of a prompt's distribution is noise; responses are never cut
+_SELF_PROMPT_ROUNDS = 10
 _COLUMNS = ("messages", "conversations", "conversation", "turns", "prompt", "question", "instruction", "text")
 _CONVERSATIONS = _COLUMNS[:4]  # hold lists of turns
 _RESPONSES = ("response", "answer", "output", "completion", "code")
@@ -90,7 +97,7 @@ def _parser(first: Record, column: str | None, keep: bool, source: str) -> Calla
             "name the one to use with --column"
         )
     if not keep:
-        return lambda record: {"messages": _to_answer(_messages(record, name))}
+        return lambda record: {"messages": _messages(record, name, without_responses=True)}
     response = next((other for other in _RESPONSES if other in first and other != name), None)
     if response is None and isinstance(first[name], str) and name not in _CONVERSATIONS:
         if name != "text" and column is None:  # a prompt alone is no text to learn by heart
@@ -103,14 +110,19 @@ def _parser(first: Record, column: str | None, keep: bool, source: str) -> Calla
     return lambda record: {"messages": _answered(_messages(record, name), record, response)}
 
 
-def _messages(record: Record, column: str) -> list[Message]:
+def _messages(record: Record, column: str, without_responses: bool = False) -> list[Message]:
     value = record.get(column)
     if column in _CONVERSATIONS and isinstance(value, str):
         value = _turns(value, column)
     if value == []:
         raise ValueError(f"column {column!r} is empty")
     if isinstance(value, list):
-        return [_message(item, place) for place, item in enumerate(value, 1)]
+        messages = [_message(item, place) for place, item in enumerate(value, 1)]
+        if without_responses:  # the target writes its own
+            messages = [message for message in messages if message["role"] != "assistant"]
+            if not any(message["role"] == "user" for message in messages):
+                raise ValueError("there is no user turn")
+        return messages
     text = _text(value, f"column {column!r}")
     if column == "instruction" and isinstance(record.get("input"), str) and record["input"].strip():
         text = f"{text}\n\n{record['input']}"
@@ -157,14 +169,6 @@ def _text(value: Any, what: str) -> str:
     return value
 
 
-def _to_answer(messages: list[Message]) -> list[Message]:
-    """Without the responses of the file: the target writes its own."""
-    turns = [message for message in messages if message["role"] != "assistant"]
-    if not any(message["role"] == "user" for message in turns):
-        raise ValueError("there is no user turn")
-    return turns
-
-
 def _answered(messages: list[Message], record: Record, response: str | None) -> list[Message]:
     if messages[-1]["role"] == "user" and response is not None:
         value = record.get(response)
@@ -189,9 +193,9 @@ def _token_row(record: Record, source: str) -> Row:
             raise ValueError("column 'loss_mask' is not a list of as many true/false values as there are input_ids")
         mask = [bool(value) for value in values]
     length = mask.index(True) if True in mask else len(ids)
-    temperature, top_p = (_number(record, name) for name in ("temperature", "top_p"))
     # without a prompt of its own, a row is told apart by all of its tokens
-    return Row(conversation_id(ids[:length] if length > 1 else ids), ids, mask, length, temperature, top_p, source)
+    id = conversation_id(ids[:length] if length > 1 else ids)
+    return Row(id, ids, mask, length, _number(record, "temperature"), _number(record, "top_p"), source)
 
 
 def _ids(record: Record, column: str) -> list[int]:
@@ -208,6 +212,74 @@ def _number(record: Record, column: str) -> float | None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0:
         raise ValueError(f"column {column!r} is {value!r}, not a number of at least 0")
     return float(value)
+
+
+def kept_row(target: Target, prompt: Prompt) -> Row:
+    """A conversation as the file has it."""
+    if prompt.row is not None:
+        if max(prompt.row.ids) >= target.vocab_size:
+            raise UserError(
+                f"{prompt.where}: token {max(prompt.row.ids)} is beyond the target's vocabulary of "
+                f"{target.vocab_size}; use the target that these tokens belong to."
+            )
+        return prompt.row
+    if prompt.text:
+        # the target's distribution teaches after every token, but has nothing to say on the first
+        ids = tokenise(target, prompt.text)
+        mask = [False] * min(1, len(ids)) + [True] * (len(ids) - 1)
+    else:
+        try:
+            ids, mask = encode_kept(target, prompt.messages)
+        except UserError as error:
+            raise UserError(f"{prompt.where}: {error}") from error
+    length = mask.index(True) if True in mask else len(ids)
+    # ordinary text has no prompt that could tell it from another text
+    return Row(conversation_id(ids if prompt.text else ids[:length]), ids, mask, length, None, None, prompt.source)
+
+
+# Prompts that the target writes.
+
+
+def self_prompts(
+    target: Target,
+    wanted: int,
+    max_length: int,
+    write: Callable[[str, dict[int, Question]], dict[int, Response]],
+) -> tuple[list[str], int]:
+    """Let the target write user turns of its own until there are enough different ones.
+
+    Returns:
+        the texts, and the number of those that were refused.
+    """
+    before, after = user_turn(target)
+    limit = min(_SELF_PROMPT_TOKENS, max_length - len(before))
+    if limit < 1:
+        raise UserError(
+            f"--max-length {max_length} leaves no room for prompts of the target's own, which begin with {len(before)} "
+            "tokens; raise it."
+        )
+    texts: dict[str, str] = {}  # by a form in which near-copies coincide
+    refused = 0
+    for number in range(_SELF_PROMPT_ROUNDS):
+        stage, where = f"prompts-{number}", "a prompt of the target's own"
+        questions = {
+            index: Question(where, f"{stage}:{index}", before, [], limit, 1.0, _SELF_PROMPT_TOP_P)
+            for index in range((wanted - len(texts)) * 3 // 2 + 8)
+        }
+        for _, response in sorted(write(stage, questions).items()):
+            text = written_prompt(target, response.ids, after)
+            key = " ".join(text.lower().split()) if text else ""
+            if text is None or key in texts:
+                refused += 1
+            elif len(texts) < wanted:
+                texts[key] = text
+        if len(texts) == wanted:
+            break
+    if not texts:
+        raise UserError(f"target {target.name!r} wrote no usable prompts of its own; give some with --prompts FILE.")
+    if len(texts) < wanted:
+        log.warning("the target wrote %d different usable prompts of %d wanted", len(texts), wanted)
+    return list(texts.values()), refused
 
 
 def user_turn(target: Target) -> tuple[list[int], str]:

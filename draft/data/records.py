@@ -38,9 +38,27 @@ def _open(path: Path) -> IO[bytes]:
     return gzip.open(path) if path.suffix == ".gz" else path.open("rb")  # type: ignore[return-value]
 
 
-def _unusable(error: Exception) -> str:
-    """The reason that text which may well be JSON cannot be read, without Python's advice on it."""
-    return "nested too deeply" if isinstance(error, RecursionError) else str(error).partition(";")[0]
+def _parse(text: bytes, name: str, number: int | None) -> Any:
+    """The value of JSON text; number: of its line, None where it is a whole file.
+
+    Raises:
+        UserError: naming the line; a JSONDecodeError where several values follow each other.
+    """
+    where, remedy = (name, "mend the file") if number is None else (f"{name}, line {number}", "mend or remove it")
+    try:
+        return json.loads(text.decode("utf-8-sig"))
+    except json.JSONDecodeError as error:
+        if number is None and error.msg == "Extra data":
+            raise
+        where = f"{name}, line {number or error.lineno}"
+        reason = f"not JSON ({error.msg}, column {error.colno})"
+    except UnicodeDecodeError:
+        reason, remedy = "not UTF-8 text", "save the file as UTF-8"
+    except RecursionError:
+        reason = "JSON that cannot be read (nested too deeply)"
+    except ValueError as error:  # numbers of thousands of digits; without Python's advice on them
+        reason = f"JSON that cannot be read ({str(error).partition(';')[0]})"
+    raise UserError(f"{where}: {reason}; {remedy}.")
 
 
 def _jsonl(path: Path, name: str) -> Iterator[tuple[str, Any]]:
@@ -49,17 +67,7 @@ def _jsonl(path: Path, name: str) -> Iterator[tuple[str, Any]]:
         with _open(path) as lines:
             for number, line in enumerate(lines, 1):
                 if line.strip():
-                    yield f"{name}, line {number}", json.loads(line.decode("utf-8-sig"))
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{name}, line {number}: not JSON ({error.msg}, column {error.colno}); mend or remove it."
-        ) from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{name}, line {number}: not UTF-8 text; save the file as UTF-8.") from error
-    except (ValueError, RecursionError) as error:  # numbers of thousands of digits
-        raise UserError(
-            f"{name}, line {number}: JSON that cannot be read ({_unusable(error)}); mend or remove it."
-        ) from error
+                    yield f"{name}, line {number}", _parse(line, name, number)
     except _DAMAGE as error:
         raise UserError(f"{name}, line {number + 1}: cannot be read ({error}); restore the file.") from error
 
@@ -67,18 +75,12 @@ def _jsonl(path: Path, name: str) -> Iterator[tuple[str, Any]]:
 def _json(path: Path, name: str) -> Iterator[tuple[str, Any]]:
     try:
         with _open(path) as file:
-            content = json.loads(file.read().decode("utf-8-sig"))
-    except json.JSONDecodeError as error:
-        if error.msg == "Extra data":  # one object a line, under the wrong name
-            yield from _jsonl(path, name)
-            return
-        raise UserError(
-            f"{name}, line {error.lineno}: not JSON ({error.msg}, column {error.colno}); mend the file."
-        ) from error
-    except (*_DAMAGE, UnicodeDecodeError) as error:
-        raise UserError(f"{name}: cannot be read as UTF-8 text ({error}); restore the file.") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{name}: JSON that cannot be read ({_unusable(error)}); mend the file.") from error
+            content = _parse(file.read(), name, None)
+    except json.JSONDecodeError:  # one object a line, under the wrong name
+        yield from _jsonl(path, name)
+        return
+    except _DAMAGE as error:
+        raise UserError(f"{name}: cannot be read ({error}); restore the file.") from error
     if isinstance(content, dict):  # {"data": [...]}, or a single conversation
         content = content["data"] if isinstance(content.get("data"), list) else [content]
     if not isinstance(content, list):

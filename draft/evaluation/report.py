@@ -12,10 +12,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from draft.evaluation.compare import BASELINE, CANDIDATE, GENERAL_TOLERANCE, Comparison, Pair
+from draft.evaluation.compare import BASELINE, CANDIDATE, GENERAL_TOLERANCE, KEY, Comparison, Pair, trained_row_ids
 from draft.evaluation.replay import ReplayResult
 from draft.evaluation.tau import Interval
-from draft.evaluation.trained_rows import KEY, trained_row_ids
 from draft.files import write_json
 
 _COLUMNS = ["K", "baseline τ", "candidate τ", "gain"]

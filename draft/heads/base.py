@@ -91,7 +91,7 @@ class DraftHead(nn.Module, ABC):
         """
 
     @abstractmethod
-    def fuse(self, auxiliary: Tensor) -> Tensor:
+    def combine(self, auxiliary: Tensor) -> Tensor:
         """The target's states [..., layers * hidden] -> the input of the first draft step, [..., hidden]."""
 
     @abstractmethod
@@ -156,7 +156,7 @@ class DraftHead(nn.Module, ABC):
 class StepwiseHead(DraftHead):
     """A head of one decoder layer that drafts token by token, each step reading the one before: EAGLE and its kin.
 
-    Step k at position i reads a state (`fuse`d target states, then its own output) and the embedding of token i+1+k.
+    Step k at position i reads a state (`combine`d target states, then its own output) and the embedding of token i+1+k.
     """
 
     # the decoder layer's matrices: the LM head is most of the weights and has the target's rows already, and fc reads
@@ -185,8 +185,8 @@ class StepwiseHead(DraftHead):
     def forward(self, embeds: Tensor, hidden: Tensor, position_ids: Tensor, attend: Attend = attend_causally) -> Tensor:
         """One pass of the decoder layer.
 
-        embeds, hidden: [batch, tokens, hidden]; hidden is `fuse`d target states, or this method's own output in later
-        draft steps. position_ids: [batch, tokens], the position of the token whose state `hidden` is (the
+        embeds, hidden: [batch, tokens, hidden]; hidden is `combine`d target states, or this method's own output in
+        later draft steps. position_ids: [batch, tokens], the position of the token whose state `hidden` is (the
         embedding is of the token after it).
 
         Returns:
@@ -209,7 +209,7 @@ class StepwiseHead(DraftHead):
         if position_ids is None:
             position_ids = torch.arange(tokens, device=embeds.device).expand(batch, -1)
 
-        hidden = self.fuse(auxiliary)
+        hidden = self.combine(auxiliary)
         cache: list[tuple[Tensor, Tensor]] = []  # keys and values of steps 0.., each [batch, heads, tokens, head_dim]
         for step in range(steps):
             embeds = shift_left(embeds)

@@ -96,7 +96,7 @@ class EagleHead(StepwiseHead):
     def auxiliary_layers(self, target: Target) -> tuple[int, ...]:
         return (target.output_layer,)
 
-    def fuse(self, auxiliary: Tensor) -> Tensor:
+    def combine(self, auxiliary: Tensor) -> Tensor:
         return auxiliary
 
     def mix(self, embeds: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:

@@ -221,7 +221,7 @@ class Eagle3Head(StepwiseHead):
             auxiliary = torch.cat([norm(state) for norm, state in zip(self.fc_norm, states, strict=True)], dim=-1)
         return auxiliary
 
-    def fuse(self, auxiliary: Tensor) -> Tensor:
+    def combine(self, auxiliary: Tensor) -> Tensor:
         """Auxiliary hidden states [batch, tokens, layers * hidden] -> [batch, tokens, hidden]."""
         return self.fc(self.normed(auxiliary))
 
@@ -264,7 +264,7 @@ class Eagle3Head(StepwiseHead):
         mix = Ridge()
         for features, mask in batches:
             following = mask[:, 1:]  # token t+1 exists
-            hidden = self.fuse(features.auxiliary[:, :-1][following].to(dtype))
+            hidden = self.combine(features.auxiliary[:, :-1][following].to(dtype))
             x, residual = self.mix(features.embeds[:, 1:][following].to(dtype), hidden)
             mix.add(x, normed_states(target, features.last_hidden[:, 1:][following]) - widened(residual))
         split_product(mix.solve(), attention.v_proj, attention.o_proj, attention.head_dim)

@@ -111,7 +111,7 @@ class MedusaHead(DraftHead):
     def auxiliary_layers(self, target: Target) -> tuple[int, ...]:
         return (target.output_layer,)
 
-    def fuse(self, auxiliary: Tensor) -> Tensor:
+    def combine(self, auxiliary: Tensor) -> Tensor:
         return auxiliary
 
     def forward(self, hidden: Tensor, step: int) -> Tensor:
@@ -126,7 +126,7 @@ class MedusaHead(DraftHead):
 
     def unroll(self, embeds: Tensor, auxiliary: Tensor, steps: int, **_: Any) -> Iterator[Tensor]:
         """Yield the states of as many steps as the head has positions; embeddings and the mask make no difference."""
-        hidden = self.fuse(auxiliary)
+        hidden = self.combine(auxiliary)
         for step in range(min(steps, self.config.num_heads)):
             yield self(hidden, step)
 

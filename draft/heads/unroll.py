@@ -3,7 +3,7 @@
 Position i reads the target's auxiliary hidden states of token x[i]. How the indices shift, step by step:
 
     step k   embedding of   hidden state                    rotary position   predicts    teacher: target logits at
-    0        x[i+1]         fuse(auxiliary of x[i])         i                 x[i+2]      i+1
+    0        x[i+1]         combine(auxiliary of x[i])      i                 x[i+2]      i+1
     1        x[i+2]         own output of step 0 at i       i + 1             x[i+3]      i+2
     k        x[i+1+k]       own output of step k-1 at i     i + k             x[i+2+k]    i+1+k
 

@@ -12,15 +12,13 @@ from draft.errors import UserError
 from draft.files import atomic_folder, write_json
 from draft.heads import DraftHead, Eagle3Head, EagleHead, MedusaHead
 from draft.heads.checkpoint import HEAD_FILES, load_head
-from draft.interop.eagle import EAGLE_FORMATS
-from draft.interop.eagle3 import EAGLE3_FORMATS
-from draft.interop.formats import Format, target_shape
-from draft.interop.medusa import MEDUSA_FORMATS
+from draft.interop import eagle, eagle3, medusa
+from draft.interop.formats import Format, command_lines, problems, target_shape
 
 FORMATS: dict[type[DraftHead], Mapping[str, Format]] = {
-    Eagle3Head: EAGLE3_FORMATS,
-    EagleHead: EAGLE_FORMATS,
-    MedusaHead: MEDUSA_FORMATS,
+    Eagle3Head: eagle3.FORMATS,
+    EagleHead: eagle.FORMATS,
+    MedusaHead: medusa.FORMATS,
 }
 
 
@@ -60,21 +58,19 @@ def export_head(
     if not name:
         raise UserError(f"head {str(head)!r} does not say which target it was made for; pass --target.")
     shape, out = target_shape(name), Path(out)
-    config = how.config(loaded, loaded.dtype, shape, speculation_length)
-    tensors = how.tensors(loaded, shape)
-    problems = [problem for rule in how.rules for problem in rule(how.flat(config), tensors, shape)]
-    if problems:
-        raise UserError(f"head {str(head)!r} can't be exported as {format}: {'; '.join(dict.fromkeys(problems))}.")
+    config, tensors = loaded.config.as_json(loaded.dtype), how.tensors(loaded, shape)
+    found = list(problems(how, config, tensors, shape))
+    if found:
+        raise UserError(f"head {str(head)!r} can't be exported as {format}: {'; '.join(found)}.")
     with atomic_folder(out, HEAD_FILES) as temporary:
         save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
         (temporary / "model.safetensors").chmod(0o644)
-        write_json(temporary / "config.json", config)
+        write_json(temporary / "config.json", how.config(config, shape, speculation_length))
         write_json(temporary / "draftsmith.json", about)  # other engines don't read it; an import keeps it
-    commands = {engine: command(out, shape, speculation_length) for engine, command in how.commands(loaded).items()}
     notes = how.notes(loaded)
     if about.get("target_adapter"):
         notes.append(
             f"The head is for the target with its adapter {about['target_adapter']!r}: let these engines serve the two "
             "merged (PEFT's merge_and_unload, then save_pretrained), or most drafts are rejected."
         )
-    return Exported(out, commands, notes)
+    return Exported(out, command_lines(how, loaded, out, shape, speculation_length), notes)

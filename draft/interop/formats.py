@@ -4,15 +4,16 @@ The rules of an export are what engines do with a head's folder when they load i
 (`llama_eagle3.py`, `gpu_model_runner.py`, `configs/speculators/`), SGLang 0.5.23 (`llama_eagle3.py`,
 `spec_aux_hidden_state.py`, `eagle_worker_v2.py`) and speculators 0.9.0 (`models/eagle3/`). An engine that finds a
 tensor that it doesn't know fails (vLLM) or goes on without it (SGLang); one that misses a tensor goes on with random
-weights or zeros. So names and shapes must be exactly what the config.json makes an engine expect.
+weights or zeros. A head that was loaded has exactly the tensors of its config.json; that engines take those was tried
+with each of its options (`make interop`), and tests compare what is written with what they loaded.
 """
 
 from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,33 +36,24 @@ class Checkpoint:
     config: dict[str, Any]
     tensors: dict[str, Tensor]
     about: dict[str, Any]  # draftsmith.json, where it is one of our exports
-    notes: list[str]  # sentences for the user
+    auxiliary_layers: list[int] | None = None  # the user's choice
+    notes: list[str] = field(default_factory=list)  # sentences for the user
+
+    @property
+    def architecture(self) -> str:
+        return (self.config.get("architectures") or [""])[0]
 
 
 @dataclass(frozen=True)
 class Source:
-    """A format that heads are imported from.
+    """The formats that heads of one architecture are imported from.
 
-    translate: (checkpoint, target, the user's choice of auxiliary layers) -> config.json of this program; it renames
-    and completes the checkpoint's tensors in place, and leaves out copies of the target's.
+    translate: (checkpoint, target) -> config.json of this program; it renames and completes the checkpoint's tensors in
+    place, and leaves out copies of the target's.
     """
 
-    name: str
-    recognise: Callable[[Checkpoint], bool]
-    translate: Callable[[Checkpoint, Target, list[int] | None], dict[str, Any]]
-
-
-def architecture_of(found: Checkpoint) -> str:
-    return (found.config.get("architectures") or [""])[0]
-
-
-def refuse_auxiliary_layers(found: Checkpoint, layers: list[int] | None) -> None:
-    """Raises UserError when layers were chosen for a head that reads the last hidden states."""
-    if layers is not None:
-        raise UserError(
-            f"--auxiliary-layers {','.join(map(str, layers))}: {str(found.folder)!r} is no EAGLE-3 head, and reads the "
-            "target's last hidden states; leave the flag out."
-        )
+    kinds: Mapping[str, Callable[[Checkpoint], bool]]  # name -> recognises a checkpoint; the first that does counts
+    translate: Callable[[Checkpoint, Target], dict[str, Any]]
 
 
 def check_sizes(found: Checkpoint, *sizes: tuple[str, Any, int]) -> None:
@@ -188,6 +180,14 @@ def token_map_problem(d2t: Tensor, size: int, vocab: int) -> str | None:
 
 # --- export ---
 
+# how an engine is started with a head; `command_lines` fills in the names
+VLLM = "vllm serve {target} --speculative-config {speculative}"
+SGLANG = (
+    "python -m sglang.launch_server --model-path {target} --speculative-algorithm {algorithm} "
+    "--speculative-draft-model-path {head} --speculative-num-steps {length} --speculative-eagle-topk 1 "
+    "--speculative-num-draft-tokens {tokens}"
+)
+
 
 @dataclass(frozen=True)
 class TargetShape:
@@ -201,9 +201,8 @@ class TargetShape:
     max_length: int
 
 
-Rule = Callable[[dict[str, Any], dict[str, Tensor], TargetShape], Iterator[str]]  # yields what an engine can't take
-Command = Callable[[Path, TargetShape, int], str]  # of (folder, target, drafted tokens)
-Shapes = dict[str, tuple[int, ...]]
+# (the head's config.json, tensors, target) -> what an engine can't take
+Rule = Callable[[dict[str, Any], dict[str, Tensor], TargetShape], Iterator[str]]
 
 
 def own_tensors(head: Any, target: TargetShape) -> dict[str, Tensor]:
@@ -211,92 +210,51 @@ def own_tensors(head: Any, target: TargetShape) -> dict[str, Tensor]:
     return {name: value.detach().cpu().contiguous() for name, value in head.state_dict().items()}
 
 
-def own_config(head: Any, dtype: torch.dtype, target: TargetShape, length: int) -> dict[str, Any]:
-    """The head's own config.json."""
-    return head.config.as_json(dtype)
-
-
 @dataclass(frozen=True)
 class Format:
     """A format that heads of one architecture are exported in."""
 
-    rules: tuple[Rule, ...]
-    commands: Callable[[Any], dict[str, Command]]  # of a head: engine -> how it is started
+    commands: Callable[[Any], dict[str, str]]  # of a head: engine -> how it is started
+    lacking: Mapping[str, str] = field(default_factory=dict)  # options that are set together -> why that can't be
+    rules: tuple[Rule, ...] = ()
     # (head, target) -> the file's tensors
     tensors: Callable[[Any, TargetShape], dict[str, Tensor]] = own_tensors
-    # (head, dtype of the tensors, target, drafted tokens) -> config.json
-    config: Callable[[Any, torch.dtype, TargetShape, int], dict[str, Any]] = own_config
-    flat: Callable[[dict[str, Any]], dict[str, Any]] = lambda config: config  # config.json -> the keys of the rules
+    # (the head's config.json, target, drafted tokens) -> the file's
+    config: Callable[[dict[str, Any], TargetShape, int], dict[str, Any]] = lambda config, target, length: config
     notes: Callable[[Any], list[str]] = lambda head: []  # of a head: sentences for the user
 
 
-def vllm(method: str) -> Command:
-    def command(out: Path, target: TargetShape, length: int) -> str:
-        speculative = {"method": method, "model": str(out), "num_speculative_tokens": length}
-        return shlex.join(["vllm", "serve", target.path, "--speculative-config", json.dumps(speculative)])
-
-    return command
-
-
-def sglang(algorithm: str) -> Command:
-    def command(out: Path, target: TargetShape, length: int) -> str:
-        words = ["python", "-m", "sglang.launch_server", "--model-path", target.path]
-        words += ["--speculative-algorithm", algorithm, "--speculative-draft-model-path", str(out)]
-        words += ["--speculative-num-steps", str(length), "--speculative-eagle-topk", "1"]
-        return shlex.join([*words, "--speculative-num-draft-tokens", str(length + 1)])
-
-    return command
-
-
-def sizes(config: dict[str, Any], tensors: dict[str, Tensor], target: TargetShape) -> Iterator[str]:
-    """A head of its target's sizes; a Medusa head has no positions."""
+def problems(format: Format, config: dict[str, Any], tensors: dict[str, Tensor], target: TargetShape) -> Iterator[str]:
+    """Everything that an engine of this format would stumble over; config: the head's own."""
     for key, theirs in (
         ("hidden_size", target.hidden_size),
         ("vocab_size", target.vocab_size),
         ("max_position_embeddings", target.max_length),
     ):
-        if config.get(key, theirs) != theirs:
+        if config.get(key, theirs) != theirs:  # a Medusa head has no positions
             yield f"{key} is {config[key]} and the target's is {theirs}"
+    if "d2t" in tensors:
+        problem = token_map_problem(tensors["d2t"], len(tensors["d2t"]), config["vocab_size"])
+        if problem:
+            yield problem
+    yield from (reason for keys, reason in format.lacking.items() if all(config.get(key) for key in keys.split()))
+    for rule in format.rules:
+        yield from rule(config, tensors, target)
 
 
-def rope(config: dict[str, Any], tensors: dict[str, Tensor], target: TargetShape) -> Iterator[str]:
-    """Today's spelling, with the base, and the older one that says the same."""
-    parameters, scaling = config.get("rope_parameters") or {}, config.get("rope_scaling")
-    if parameters.get("rope_theta") != config.get("rope_theta"):
-        yield f"rope_theta is {config.get('rope_theta')} and rope_parameters has {parameters.get('rope_theta')}"
-    kinds = parameters.get("rope_type", "default"), (scaling or {}).get("rope_type", "default")
-    if kinds[0] != kinds[1]:
-        yield f"rope_parameters is of type {kinds[0]} and rope_scaling of type {kinds[1]}"
-
-
-def exactly(shapes: Callable[[dict[str, Any]], Shapes], *, besides: tuple[str, ...] = ()) -> Rule:
-    """Exactly the tensors that the config.json makes an engine expect; besides: those that it is known to pass over."""
-
-    def rule(config: dict[str, Any], tensors: dict[str, Tensor], target: TargetShape) -> Iterator[str]:
-        expected = shapes(config)
-        found = {name: tuple(value.shape) for name, value in tensors.items() if name not in besides}
-        for name in sorted(set(expected) | set(found)):
-            if expected.get(name) != found.get(name):
-                yield f"tensor {name} is {found.get(name, 'missing')} and must be {expected.get(name, 'left out')}"
-
-    return rule
-
-
-def layer_shapes(config: dict[str, Any], layer: str, inputs: int) -> Shapes:
-    """The matrices of a decoder layer whose attention reads `inputs` values, and the norm of its MLP."""
-    size, inner = config["hidden_size"], config["intermediate_size"]
-    queries = config["num_attention_heads"] * config["head_dim"]
-    values = config["num_key_value_heads"] * config["head_dim"]
-    return {
-        f"{layer}.post_attention_layernorm.weight": (size,),
-        f"{layer}.self_attn.q_proj.weight": (queries, inputs),
-        f"{layer}.self_attn.k_proj.weight": (values, inputs),
-        f"{layer}.self_attn.v_proj.weight": (values, inputs),
-        f"{layer}.self_attn.o_proj.weight": (size, queries),
-        f"{layer}.mlp.gate_proj.weight": (inner, size),
-        f"{layer}.mlp.up_proj.weight": (inner, size),
-        f"{layer}.mlp.down_proj.weight": (size, inner),
+def command_lines(format: Format, head: Any, out: Path, target: TargetShape, length: int) -> dict[str, str]:
+    """Engine -> the command that starts it with the head in the folder `out`; length: drafted tokens."""
+    speculative = {"method": head.architecture, "model": str(out), "num_speculative_tokens": length}
+    values = {
+        "target": target.path,
+        "head": out,
+        "length": length,
+        "tokens": length + 1,
+        "algorithm": head.architecture.upper(),
+        "speculative": json.dumps(speculative),
     }
+    commands = format.commands(head).items()
+    return {engine: shlex.join(word.format(**values) for word in command.split()) for engine, command in commands}
 
 
 def target_shape(name: str) -> TargetShape:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +17,14 @@ from draft.errors import UserError
 from draft.files import read_json
 from draft.heads import DraftHead, Eagle3Head, EagleHead, MedusaHead
 from draft.heads.checkpoint import attach_head, fill, save_head
-from draft.interop.eagle import EAGLE_SOURCES
-from draft.interop.eagle3 import EAGLE3_SOURCES
+from draft.interop import eagle, eagle3, medusa
 from draft.interop.formats import Checkpoint, Source
-from draft.interop.medusa import MEDUSA_SOURCES
 from draft.target import Target
 
-# formats that heads of an architecture are imported from; the first that recognises a checkpoint reads it
-SOURCES: dict[type[DraftHead], tuple[Source, ...]] = {
-    Eagle3Head: EAGLE3_SOURCES,
-    EagleHead: EAGLE_SOURCES,
-    MedusaHead: MEDUSA_SOURCES,
+SOURCES: dict[type[DraftHead], Source] = {
+    Eagle3Head: eagle3.SOURCE,
+    EagleHead: eagle.SOURCE,
+    MedusaHead: medusa.SOURCE,
 }
 
 
@@ -51,28 +49,34 @@ def import_head(
         UserError: for an unknown format, or a head that doesn't fit the target, naming both values.
     """
     found = read_checkpoint(source)
+    found.auxiliary_layers = auxiliary_layers
     architecture, kind = _recognise(found)
-    values = kind.translate(found, target, auxiliary_layers)
+    if auxiliary_layers is not None and architecture is not Eagle3Head:
+        raise UserError(
+            f"--auxiliary-layers {','.join(map(str, auxiliary_layers))}: {str(source)!r} is no EAGLE-3 head, and reads "
+            "the target's last hidden states; leave the flag out."
+        )
+    values = SOURCES[architecture].translate(found, target)
     head = architecture(architecture.config_class.from_dict(values))
     dtype = _widest_dtype(found)
     head.to(dtype)
     fill(head, found.tensors, str(source))
     attach_head(head, {}, target)
-    about = {**found.about, **_made_for(found, target), "imported_as": kind.name}
+    about = {**found.about, **_made_for(found, target), "imported_as": kind}
     save_head(head, out, dtype=dtype, about=about)
-    return Imported(Path(out), kind.name, found.notes)
+    return Imported(Path(out), kind, found.notes)
 
 
-def _recognise(found: Checkpoint) -> tuple[type[DraftHead], Source]:
-    for head, sources in SOURCES.items():
-        for kind in sources:
-            if kind.recognise(found):
-                return head, kind
-    names = (found.config.get("architectures") or ["none"])[0]
-    known = [kind.name for sources in SOURCES.values() for kind in sources]
+def _recognise(found: Checkpoint) -> tuple[type[DraftHead], str]:
+    """The architecture, and the name of the format."""
+    kinds = [(head, name, is_it) for head, source in SOURCES.items() for name, is_it in source.kinds.items()]
+    for head, name, is_it in kinds:
+        if is_it(found):
+            return head, name
     raise UserError(
-        f"{str(found.folder)!r} (architecture {names}, tensors {', '.join(sorted(found.tensors)[:3])}, ...) is in none "
-        f"of the formats {'; '.join(known)}."
+        f"{str(found.folder)!r} (architecture {found.architecture or 'none'}, tensors "
+        f"{', '.join(sorted(found.tensors)[:3])}, ...) is in none of the formats "
+        f"{'; '.join(name for _, name, _ in kinds)}."
     )
 
 
@@ -81,9 +85,7 @@ def _widest_dtype(found: Checkpoint) -> torch.dtype:
     dtypes = sorted({value.dtype for value in found.tensors.values() if value.is_floating_point()}, key=str)
     if not dtypes:
         raise UserError(f"{str(found.folder)!r} has no floating-point tensors; give the folder of a whole head.")
-    widest = dtypes[0]
-    for dtype in dtypes[1:]:
-        widest = torch.promote_types(widest, dtype)
+    widest = reduce(torch.promote_types, dtypes)
     if len(dtypes) > 1:
         found.notes.append(f"brought tensors of {', '.join(map(str, dtypes))} to {widest}.")
     return widest
@@ -118,7 +120,7 @@ def read_checkpoint(folder: str | Path) -> Checkpoint:
     for file, read in _READERS.items():
         for path, reader in ((folder / file, read), (folder / f"{file}.index.json", _read_shards)):
             if path.is_file():
-                return Checkpoint(folder, config, reader(path), about, [])
+                return Checkpoint(folder, config, reader(path), about)
     raise UserError(f"{str(folder)!r} has no {' or '.join(_READERS)}; give the folder that the head was published as.")
 
 
@@ -140,12 +142,9 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
     except Exception as error:  # the unpickler takes any bytes for instructions, and stumbles over them in any way
         reason = (str(error).splitlines() or ["empty"])[0][:120]
         raise UserError(f"{str(path)!r} is not a whole PyTorch file ({reason}); download it again.") from error
-    problem = None if isinstance(values, dict) else f"it holds a {type(values).__name__}"
-    for key, value in values.items() if problem is None else ():
-        if not (isinstance(key, str) and isinstance(value, Tensor)):
-            problem = problem or f"{key!r} is no named tensor"
-    if problem:
-        raise UserError(f"{str(path)!r} is no state dict: {problem}; save the head's state dict alone.")
+    named = isinstance(values, dict) and all(isinstance(name, str) for name in values)
+    if not named or not all(isinstance(value, Tensor) for value in values.values()):
+        raise UserError(f"{str(path)!r} holds more than named tensors; save the head's state dict alone.")
     return {name: value.contiguous() for name, value in values.items()}
 
 
@@ -156,16 +155,15 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
         raise UserError(f"{str(index)!r} has no weight_map of tensors to files; give the folder of a whole head.")
     read = _READERS[index.name.removesuffix(".index.json")]
     tensors: dict[str, Tensor] = {}
-    for name in sorted(set(places.values())):
-        if Path(name).name != name:
-            raise UserError(f"{str(index)!r} names {name!r}, which is no file beside it; download the head again.")
-        if not (index.parent / name).is_file():
-            raise UserError(f"{str(index.parent / name)!r} is missing, which the index names; download the whole head.")
-        held = read(index.parent / name)
-        for tensor in (tensor for tensor, place in places.items() if place == name):
-            if tensor not in held:
-                raise UserError(f"{str(index.parent / name)!r} lacks {tensor}, which its index says it has.")
-            tensors[tensor] = held[tensor]
+    for file in sorted(set(places.values())):
+        path = index.parent / file
+        if Path(file).name != file or not path.is_file():
+            raise UserError(f"{str(index)!r} names {file!r}, which is no file beside it; download the whole head.")
+        held = read(path)
+        for name in (name for name, place in places.items() if place == file):
+            if name not in held:
+                raise UserError(f"{str(path)!r} lacks {name}, which its index says it has; download the head again.")
+            tensors[name] = held[name]
     return tensors
 
 

@@ -1,7 +1,15 @@
 """The target: the model whose output is reproduced."""
 
-from draft.target.devices import DTYPES, fastest_cpu_dtype, wait_for
-from draft.target.target import Target, TargetOutput, load_target, load_tokenizer, render_chat
+from draft.target.target import (
+    DTYPES,
+    Target,
+    TargetOutput,
+    fastest_cpu_dtype,
+    load_target,
+    load_tokenizer,
+    render_chat,
+    wait_for,
+)
 
 __all__ = [
     "DTYPES",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import lru_cache
 from pathlib import Path
 from typing import Protocol
 
@@ -47,23 +47,21 @@ class Batches:
         packing = target.device.type == "cuda" if packing is None else packing
         self.capacity = max(len(row.ids) for row in rows) if packing else None
         self.per_step = training.gradient_accumulation * processes
+        self._epoch = lru_cache(maxsize=1)(self._order)
         self.steps_per_epoch = max(1, math.ceil(len(self._epoch(0)) / self.per_step))
         self.total_steps = training.max_steps or max(1, round(training.epochs * self.steps_per_epoch))
-        self.features = FeatureSource(target, home=self._home)
+        self.features = FeatureSource(target)
         self._positions = [sum(row.mask[2:]) for row in rows]
-        self.start(0)
 
-    def start(self, step: int) -> None:
-        """Go on after `step` steps."""
-        self._windows = self._windows_from(step)
-
-    def next(self) -> Window:
-        """The batches of the next optimiser step.
+    def window(self, step: int) -> Window:
+        """The batches of the optimiser step after `step` steps.
 
         All processes read equally many, or those with more would wait for the others forever: where the batches can't
         be divided, one is read once more, with weight 0.
         """
-        window = next(self._windows)
+        epoch, place = divmod(step, self.steps_per_epoch)
+        order, size = self._epoch(epoch), self.per_step
+        window = order[place * size : (place + 1) * size] or order[:size]  # packing makes an epoch shorter than another
         share = [(rows, True) for rows in window[self.rank :: self.processes]]
         share += [(window[0], False)] * (math.ceil(len(window) / self.processes) - len(share))
         rows = [row for batch in window for row in batch]
@@ -88,19 +86,16 @@ class Batches:
             if tokens >= least_tokens:
                 return
 
-    def _windows_from(self, step: int) -> Iterator[list[list[int]]]:
-        """The batches of each optimiser step, of all processes, from `step` to the last."""
-        size = self.per_step
-        while step < self.total_steps:
-            epoch, first = divmod(step, self.steps_per_epoch)
-            order = self._epoch(epoch)
-            for start in range(first * size, self.steps_per_epoch * size, size):
-                if step == self.total_steps:
-                    return
-                yield order[start : start + size] or order[:size]
-                step += 1
+    def remember(self) -> None:
+        """Keep the hidden states in memory, those of a row from its batch in the first epoch.
 
-    def _epoch(self, epoch: int) -> list[list[int]]:
+        The last bits of a product depend on its shape, and a run that goes on after an interruption has to read the
+        same bits as one that was never interrupted.
+        """
+        first = {row: rows for rows in self._order(0) for row in rows}
+        self.features.kept = Remembered(lambda row: self.states(first[row]))
+
+    def _order(self, epoch: int) -> list[list[int]]:
         """Row numbers of each batch of an epoch; packed ones are in the order in which they are packed."""
         if self.capacity is None:
             return batches(self.rows, self.tokens_per_batch, self.seed, epoch)
@@ -109,59 +104,37 @@ class Batches:
     def _collate(self, rows: list[int]) -> Batch:
         return collate([self.rows[row] for row in rows], self.capacity).to(self.target.device)
 
-    def _home(self, row: int) -> tuple[Batch, list[int]]:
-        """The batch of the first epoch that has `row`.
-
-        Hidden states that are kept are those of this batch: the last bits of a product depend on its shape, and a run
-        that goes on after an interruption has to read the same bits as one that was never interrupted.
-        """
-        rows = self._homes[row]
-        return self._collate(rows), rows
-
-    @cached_property
-    def _homes(self) -> dict[int, list[int]]:
-        return {row: rows for rows in self._epoch(0) for row in rows}
-
 
 class Kept(Protocol):
     """Hidden states that stay between epochs: row number -> [tokens, kept layers * hidden] on the CPU."""
 
-    def __contains__(self, row: object, /) -> bool: ...
-
     def __getitem__(self, row: int, /) -> Tensor: ...
 
 
-class FeatureSource:
-    """The target's hidden states: one pass a batch, or one a row when `remember` is set or `kept` is given."""
+class Remembered(dict[int, Tensor]):
+    """Hidden states in memory, computed when one of their batch is first read."""
 
-    def __init__(
-        self,
-        target: Target,
-        *,
-        remember: bool = False,
-        kept: Kept | None = None,
-        home: Callable[[int], tuple[Batch, list[int]]] | None = None,
-    ) -> None:
-        """home: the batch that a row's states are computed in when they are remembered; None: whichever comes first."""
-        self.target = target
+    def __init__(self, compute: Callable[[int], dict[int, Tensor]]) -> None:
+        """compute: a row's number -> the states of all rows of its batch."""
+        super().__init__()
+        self.compute = compute
+
+    def __missing__(self, row: int) -> Tensor:
+        self.update(self.compute(row))
+        return self[row]
+
+
+class FeatureSource:
+    """The target's hidden states: one pass a batch, or none where they are kept."""
+
+    def __init__(self, target: Target, kept: Kept | None = None) -> None:
+        self.target, self.kept = target, kept
         self.layers: Sequence[int] = target.default_auxiliary_layers  # a head may read others
-        self.kept = kept
-        self.remember = remember
-        self._memory: dict[int, Tensor] = {}
-        self._home = home
 
     def get(self, batch: Batch, rows: list[int]) -> Features:
         """Features of `batch`, whose conversations are the training rows `rows`."""
         with torch.no_grad():
-            if self.kept is not None:
-                states = self._lay_out(self.kept, batch, rows)
-            elif self.remember:
-                for row in rows:
-                    if row not in self._memory:
-                        self._memory.update(self.states(*(self._home(row) if self._home else (batch, rows))))
-                states = self._lay_out(self._memory, batch, rows)
-            else:
-                states = self._run(batch)
+            states = self._run(batch) if self.kept is None else self._lay_out(self.kept, batch, rows)
             kept = kept_layers(self.target, self.layers)
             output = TargetOutput(states[..., -self.target.hidden_size :], states, kept)
             return Features(self.target.embedding(batch.input_ids), output.states_of(self.layers), output.last_hidden)
@@ -214,37 +187,27 @@ def fits_in_memory(target: Target, layers: Sequence[int], tokens: int) -> bool:
     return size < psutil.virtual_memory().total / 3
 
 
-@dataclass(frozen=True)
-class Rows:
-    """Conversations that a run trains on, and the few that are replayed on the way."""
+def load_rows(settings: RunSettings, target: Target, console: Console) -> tuple[list[Row], list[Row]]:
+    """Rows to train on, of all data folders in their order, and the few that are replayed on the way.
 
-    train: list[Row]
-    held_out: list[Row]  # written greedily
-
-
-def load_rows(settings: RunSettings, target: Target, console: Console) -> Rows:
-    """The rows of all data folders, in their order; what one of them holds out is not trained on from another.
+    A prompt that one data set holds out is not trained on from another.
 
     Raises:
         UserError: when they belong to another target, or when none can be trained on.
     """
-    offered: list[Row] = []
-    held_out: list[Row] = []
-    for folder in settings.data.data:
-        dataset = open_dataset(Path(folder))
+    datasets = [open_dataset(Path(folder)) for folder in settings.data.data]
+    for dataset in datasets:
         dataset.check_target(target)
-        offered += dataset.rows("train")
-        held_out += dataset.rows("held-out")
-    ids = {row.id for row in held_out}  # each data set has a split of its own, and two may share prompts
-    train = [row for row in offered if row.id not in ids]
-    if offered and not train:
-        raise UserError(
-            f"{', '.join(settings.data.data)}: no training rows, for the prompts of all of them are held out in "
-            "another data set; prepare data of other prompts."
-        )
-    if left_out := len(offered) - len(train):
-        console.print(f"{left_out} training rows are left out: their prompts are held out in another data set.")
-    train = [row for row in train if sum(row.mask[2:])]
+    offered = [row for dataset in datasets for row in dataset.rows("train")]
+    held_out = [row for dataset in datasets for row in dataset.rows("held-out")]
+    ids = {row.id for row in held_out}
+    kept = [row for row in offered if row.id not in ids]
+    train = [row for row in kept if sum(row.mask[2:])]
     if not train:
-        raise UserError(f"{', '.join(settings.data.data)}: no training rows; prepare a larger data set.")
-    return Rows(train, [row for row in held_out if row.greedy][: settings.training.eval_rows])
+        reason = "the prompts of all are held out in another data set" if offered and not kept else "the data are small"
+        raise UserError(
+            f"{', '.join(settings.data.data)}: no training rows, for {reason}; prepare data of other prompts, or more."
+        )
+    if left_out := len(offered) - len(kept):
+        console.print(f"{left_out} training rows are left out: their prompts are held out in another data set.")
+    return train, [row for row in held_out if row.greedy][: settings.training.eval_rows]

@@ -18,7 +18,6 @@ from pydantic import (
     Field,
     TypeAdapter,
     ValidationError,
-    ValidationInfo,
     model_validator,
 )
 
@@ -32,24 +31,20 @@ TRACKERS = ("tensorboard", "wandb", "trackio", "none")
 METHODS = ("afa-lora", "lora", "full")
 DRAFT_VOCABULARY = 8192  # tokens of a new head's reduced vocabulary
 DRAFT_STEPS = 4  # that training-time test unrolls, for heads that draft any number
-LEFT_TO_THE_HEAD = {"architecture", "targets", "draft_steps", "feature_weight"}  # what `model.settle` fills in
 _LEARNING_RATES = {"pretrain": 1e-3, "full": 2e-4, "lora": 1e-3, "afa-lora": 1e-3}
 
 
 def _one_of(options: Collection[str]) -> AfterValidator:
-    def validate(value: str | None, info: ValidationInfo) -> str | None:
+    def validate(value: str | None) -> str | None:
         if value is not None and value not in options:
-            raise UserError(f"{info.field_name} {value!r} is unknown; choose one of {', '.join(options)}.")
+            raise ValueError(f"unknown, choose one of {', '.join(options)}")
         return value
 
     return AfterValidator(validate)
 
 
 def _placement(value: str) -> str:
-    try:
-        canonical_placement(value)
-    except ValueError as error:
-        raise UserError(f"{error}.") from error
+    canonical_placement(value)
     return value
 
 
@@ -145,9 +140,7 @@ class AdapterSettings(_Section):
     placement: Annotated[str, AfterValidator(_placement)] = _setting(
         "A-s-B", "Placement of the activation: A-s-B, s-A-B, s-A-B-s, s-A-s-B or s-A-s-B-s (afa-lora)."
     )
-    decay_ratio: Number = _setting(
-        0.3, "Share of the steps in which the activation is annealed away (afa-lora).", gt=0, le=1
-    )
+    decay_ratio: Number = _setting(0.3, "Share of steps that anneal the activation away (afa-lora).", gt=0, le=1)
     schedule: Annotated[str, _one_of(SCHEDULES)] = _setting(
         "linear", "Annealing schedule: linear, cosine or exponential (afa-lora)."
     )
@@ -173,7 +166,7 @@ class TrainingSettings(_Section):
     max_steps: int | None = _setting(None, "Optimiser steps, instead of epochs.", ge=1)
     learning_rate: Number | None = _setting(None, f"Peak learning rate; by default {_LEARNING_RATES}.", ge=0)
     warmup_ratio: Number = _setting(
-        0.05, "Share of the steps in which the rate rises; then a cosine to a tenth.", ge=0, le=1
+        0.05, "Share of steps in which the rate rises; then it falls to a tenth.", ge=0, le=1
     )
     max_grad_norm: Number = _setting(0.5, "Gradients are clipped to this norm.", ge=1e-12)
     gradient_accumulation: int = _setting(1, "Batches per optimiser step and process.", ge=1)
@@ -195,28 +188,17 @@ class TrainingSettings(_Section):
     save_every: int = _setting(100, "Steps between checkpoints.", ge=1)
     keep_checkpoints: int = _setting(2, "Newest checkpoints that are kept.", ge=1)
     keep_hidden_states: bool | None = _setting(
-        None,
-        "Keep the target's hidden states in memory between epochs (default: if they fit in a third of it).",
+        None, "Keep the target's hidden states in memory between epochs (default: if they fit in a third of it)."
     )
     cache_hidden_states: str | None = _setting(
         None, "Folder to keep the target's hidden states in, for targets too large to run at every epoch."
     )
     deterministic: bool | None = _setting(
-        None,
-        "Use only algorithms that give the same bits every time (default: on a CPU, where they cost nothing).",
+        None, "Use only algorithms that give the same bits every time (default: on a CPU, where they cost nothing)."
     )
-    log_with: list[str] = _setting(
-        [],
-        "Tracker: tensorboard (the default where it is installed), wandb, trackio or none; repeatable.",
+    log_with: list[Annotated[str, _one_of(TRACKERS)]] = _setting(
+        [], "Tracker: tensorboard (the default where it is installed), wandb, trackio or none; repeatable."
     )
-
-    @model_validator(mode="after")
-    def _known_trackers(self) -> TrainingSettings:
-        if set(self.log_with) - set(TRACKERS) or ("none" in self.log_with and len(self.log_with) > 1):
-            raise UserError(
-                f"log_with {', '.join(self.log_with)}: choose from {', '.join(TRACKERS[:-1])}, or none alone."
-            )
-        return self
 
 
 SECTIONS: dict[str, type[_Section]] = {
@@ -225,12 +207,9 @@ SECTIONS: dict[str, type[_Section]] = {
     "data": DataSettings,
     "training": TrainingSettings,
 }
+_ANNEALING = ("activation", "placement", "decay_ratio", "schedule")
 # method -> settings of an adapter that it has no use for
-_UNUSED_BY: dict[str, tuple[str, ...]] = {
-    "afa-lora": (),
-    "lora": ("activation", "placement", "decay_ratio", "schedule"),
-}
-_UNUSED_BY["full"] = ("rank", "alpha", "targets", *_UNUSED_BY["lora"])
+_UNUSED_BY = {"afa-lora": (), "lora": _ANNEALING, "full": ("rank", "alpha", "targets", *_ANNEALING)}
 
 
 class RunSettings(_Section):
@@ -260,30 +239,23 @@ class RunSettings(_Section):
 
     @model_validator(mode="after")
     def _combination(self) -> RunSettings:
+        model, head, size = self.model, self.model.head, self.model.draft_vocab_size
         if not self.data.data:
             raise UserError("no data given; pass --data DIR, a folder that `draft-train prepare` wrote.")
-        if self.mode == "adapt" and not self.model.head:
+        if self.mode == "adapt" and not head:
             raise UserError("no head given; pass --head, the head to adapt (the bundled one is smollm2-eagle3).")
-        model = self.model
         if model.rebuild_vocabulary and self.method != "full":
             raise UserError(f"rebuild_vocabulary needs method full, not {self.method}: an adapter keeps its map.")
-        if model.head and model.head_options:
-            raise UserError(
-                f"head_options {', '.join(model.head_options)}: they are of a new head, and {model.head!r} is given; "
-                "leave one of them out."
-            )
-        if model.head and model.draft_vocab_size and not model.rebuild_vocabulary:
-            raise UserError(
-                f"draft_vocab_size = {model.draft_vocab_size}: {model.head!r} has a vocabulary already, and keeps it; "
-                "leave the flag out, or choose one anew with --rebuild-vocabulary."
-            )
-        if not model.head and model.draft_vocab_size and not ARCHITECTURES[model.new_architecture].reduced_vocabulary:
-            raise UserError(
-                f"draft_vocab_size = {model.draft_vocab_size}: a head of architecture {model.architecture} drafts from "
-                "the target's whole vocabulary; leave the flag out."
-            )
-        if not model.head and model.rebuild_vocabulary:
+        if model.rebuild_vocabulary and not head:
             raise UserError("rebuild_vocabulary: a new head's is chosen from the data anyway; leave the flag out.")
+        if head and model.head_options:
+            raise UserError(f"head_options {model.head_options} are of a new head, and {head!r} is given; choose one.")
+        if head and size and not model.rebuild_vocabulary:
+            raise UserError(f"draft_vocab_size = {size}: {head!r} has one; leave it out, or add --rebuild-vocabulary.")
+        if not head and size and not ARCHITECTURES[model.new_architecture].reduced_vocabulary:
+            raise UserError(f"draft_vocab_size = {size}: {model.architecture} has the whole vocabulary; leave it out.")
+        if "none" in self.training.log_with and len(self.training.log_with) > 1:
+            raise UserError(f"log_with {', '.join(self.training.log_with)}: choose trackers, or none alone.")
         _ = model.options  # refuses what the architecture does not have
         return self
 
@@ -301,7 +273,7 @@ def resolve(
     Raises:
         UserError: for an unknown section or key, or a value that is none of its key's.
     """
-    values = _read_sections(config_file)
+    values = {} if config_file is None else _read_sections(config_file)
     for key, value in (flags or {}).items():
         if value is not None:
             section = next(name for name, kind in SECTIONS.items() if key in kind.model_fields)
@@ -322,22 +294,17 @@ def to_yaml(settings: RunSettings) -> str:
     return yaml.safe_dump(settings.model_dump(), sort_keys=False)
 
 
-def _read_sections(path: Path | None) -> dict[str, Any]:
-    """A configuration file; empty without one."""
-    if path is None:
-        return {}
+def _read_sections(path: Path) -> dict[str, Any]:
+    """A configuration file; a run's resolved one has mode and out too, which the command line decides."""
     try:
         values = yaml.safe_load(path.read_text()) or {}
+        return {section: dict(keys) for section, keys in values.items() if section not in ("mode", "out")}
     except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: 2020-13-45, which is no date, or no UTF-8
         raise UserError(f"config {str(path)!r} could not be read ({str(error).splitlines()[0]}).") from error
-    if not isinstance(values, dict):
-        raise UserError(f"config {str(path)!r} must hold sections: {', '.join(SECTIONS)}.")
-    # a resolved configuration of an earlier run has mode and out; the command line decides
-    values = {section: keys for section, keys in values.items() if section not in ("mode", "out")}
-    for section, keys in values.items():
-        if not isinstance(keys, dict):
-            raise UserError(f"config {str(path)!r}: section {section!r} must hold keys and values.")
-    return values
+    except (AttributeError, TypeError) as error:
+        raise UserError(
+            f"config {str(path)!r} must hold sections of keys and values: {', '.join(SECTIONS)}."
+        ) from error
 
 
 def _yaml_value(override: str, text: str) -> Any:
@@ -356,5 +323,5 @@ def _sentence(error: ValidationError, name: str = "") -> str:
         known = list(SECTIONS if len(path) == 1 else SECTIONS[path[0]].model_fields)
         close = difflib.get_close_matches(path[-1], known)
         return f"unknown setting {name!r}; use {'one of ' * (len(close) != 1)}{', '.join(close or known)}."
-    reason = first["msg"][0].lower() + first["msg"][1:]
-    return f"{name} = {first['input']!r}: {reason}; correct the value."
+    reason = first["msg"].removeprefix("Value error, ")
+    return f"{name} = {first['input']!r}: {reason[0].lower()}{reason[1:]}; correct the value."

@@ -29,14 +29,8 @@ from draft.training.config import RunSettings
 
 T = TypeVar("T")
 PATIENCE = timedelta(hours=2)  # the others wait while process 0 solves for a new head's weights or writes a checkpoint
-# a process that runs alone, and the two kinds of several that a head is trained in
-KINDS = (
-    DistributedType.NO,
-    DistributedType.MULTI_GPU,
-    DistributedType.MULTI_CPU,
-    DistributedType.MULTI_XPU,
-    DistributedType.FSDP,
-)
+# a process that runs alone, and the kinds of several that a head is trained in
+KINDS = ("NO", "MULTI_GPU", "MULTI_CPU", "MULTI_XPU", "FSDP")
 
 
 class Processes:
@@ -62,7 +56,13 @@ class Processes:
             self.accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
         self.count, self.rank = self.accelerator.num_processes, self.accelerator.process_index
         self.is_main = self.accelerator.is_main_process
-        reason = self._reason_to_refuse(device)
+        kind, reason = self.accelerator.distributed_type.value, ""
+        if kind not in KINDS:
+            reason = f"the launcher requests {kind}; heads are trained with DDP or FSDP2, choose one of them."
+        elif self.sharded and self.accelerator.state.fsdp_plugin.fsdp_version != 2:
+            reason = "the launcher requests FSDP of version 1; add --fsdp_version 2."
+        elif self.count > 1 and ":" in device:
+            reason = f"device {device} is one for {self.count} processes; use cuda, and each takes one."
         if reason:
             self.wait()  # the others refuse too, once they have met: no group goes on whose process 0 is gone
             raise UserError(reason)
@@ -73,16 +73,6 @@ class Processes:
             plugin.cpu_ram_efficient_loading = False
             plugin.activation_checkpointing = False
 
-    def _reason_to_refuse(self, device: str) -> str | None:
-        kind = self.accelerator.distributed_type
-        if kind not in KINDS:
-            return f"the launcher requests {kind.value}; heads are trained with DDP or FSDP2, choose one of them."
-        if self.sharded and self.accelerator.state.fsdp_plugin.fsdp_version != 2:
-            return "the launcher requests FSDP of version 1; add --fsdp_version 2."
-        if self.count > 1 and ":" in device:
-            return f"device {device} is one for {self.count} processes; use cuda, and each takes one."
-        return None
-
     @property
     def sharded(self) -> bool:
         """True when each process holds only a part of each weight (FSDP2)."""
@@ -90,9 +80,8 @@ class Processes:
 
     def spread(self, module: nn.Module) -> None:
         """Give every process the weights and buffers of process 0."""
-        if self.count > 1:
-            for tensor in (*module.parameters(), *module.buffers()):
-                broadcast(tensor.data)
+        for tensor in (*module.parameters(), *module.buffers()):
+            broadcast(tensor.data)
 
     def wrap(self, module: nn.Module, optimizer: torch.optim.Optimizer, *, idle: bool) -> tuple[nn.Module, Any]:
         """The module whose forward is called for training, and the optimiser over its weights.

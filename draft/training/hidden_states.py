@@ -3,23 +3,21 @@
 manifest.json                   target, layers, dtype and rows; a folder with another one is refused
 shard-00000.safetensors, ...    a tensor a row, named by its number: [tokens, kept layers * hidden]
 
-A shard that is there is whole, so an interrupted pass goes on with the first one that is missing. Rows are grouped by
-their lengths only: any run over the same rows finds them.
+A shard is what one pass of the target gives. One that is there is whole, so an interrupted run goes on with the first
+that is missing. Rows are grouped by their lengths only: any run over the same rows finds them.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
-import os
 import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import lru_cache
 from pathlib import Path
 
+from filelock import FileLock
 from rich.console import Console
 from rich.progress import track
 from safetensors import SafetensorError, safe_open
@@ -29,17 +27,13 @@ from torch import Tensor
 from draft.data.dataset import Row
 from draft.data.examples import batches
 from draft.errors import UserError
-from draft.files import read_json, sync, write_json
+from draft.files import atomic_file, read_json, write_json
 from draft.target import Target
 from draft.training.batches import kept_layers
 from draft.training.distributed import Processes
 
-SHARD_BYTES = 512 << 20
-TOKENS_PER_BATCH = 4096
+TOKENS_PER_SHARD = 4096
 OPEN_SHARDS = 64
-_UNFINISHED = ".tmp"
-
-Compute = Callable[[list[int]], dict[int, Tensor]]  # row numbers -> [tokens, kept layers * hidden] of each
 
 
 class HiddenStateCache:
@@ -49,140 +43,84 @@ class HiddenStateCache:
         self.folder, self.dtype = folder, target.dtype
         self.bytes_per_token = len(kept_layers(target, layers)) * target.hidden_size * target.dtype.itemsize
         self.tokens = [len(row.ids) for row in rows]
-        self.shards = self._group(batches(rows, TOKENS_PER_BATCH, seed=0, epoch=0))
-        self._shard_of = {row: shard for shard, parts in enumerate(self.shards) for part in parts for row in part}
+        self.shards = batches(rows, TOKENS_PER_SHARD, seed=0, epoch=0)
+        self._shard_of = {row: shard for shard, part in enumerate(self.shards) for row in part}
         self._open = lru_cache(OPEN_SHARDS)(lambda shard: safe_open(self._path(shard), framework="pt"))
-        self._manifest = {
-            "version": 1,
+        self.manifest = {
+            "version": 2,
             "target": target.name,
             "target_fingerprint": target.fingerprint,
             "layers": list(layers),
             "dtype": str(target.dtype).removeprefix("torch."),
             "data": hashlib.sha256(json.dumps([row.ids for row in rows]).encode()).hexdigest()[:32],
-            "rows": len(rows),
             "tokens": sum(self.tokens),
-            "shards": len(self.shards),
         }
 
-    def _group(self, parts: list[list[int]]) -> list[list[list[int]]]:
-        """Batches of rows -> shards of batches, each of about SHARD_BYTES."""
-        shards: list[list[list[int]]] = [[]]
-        size = 0
-        for part in parts:
-            if shards[-1] and size >= SHARD_BYTES:
-                shards.append([])
-                size = 0
-            shards[-1].append(part)
-            size += sum(self.tokens[row] for row in part) * self.bytes_per_token
-        return shards
+    def fill(self, compute: Callable[[list[int]], dict[int, Tensor]], processes: Processes, console: Console) -> None:
+        """Write the shards that are missing, each process its share of them; a second run waits for the first.
 
-    def fill(self, compute: Compute, processes: Processes, console: Console) -> None:
-        """Write the shards that are missing, each process its share of them.
+        compute: row numbers -> [tokens, kept layers * hidden] of each.
 
         Raises:
             UserError: when the folder holds other states, or when the missing ones don't fit on the disk.
         """
-        missing = processes.on_main(lambda: self._begin(console))
-        mine = missing[processes.rank :: processes.count]
-        for shard in track(mine, "Writing hidden states", console=console, disable=not (mine and processes.is_main)):
-            self._write(shard, compute)
-        processes.wait()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(self.folder / ".lock") if processes.is_main else nullcontext():
+            missing = processes.on_main(lambda: self._begin(console))[processes.rank :: processes.count]
+            shown = processes.is_main and bool(missing)
+            for shard in track(missing, "Writing hidden states", console=console, disable=not shown):
+                with atomic_file(self._path(shard)) as temporary:
+                    save_file({str(row): states for row, states in compute(self.shards[shard]).items()}, temporary)
+            processes.wait()
 
     def _begin(self, console: Console) -> list[int]:
-        """Make the folder, if it and its disk are in order; returns the missing shards."""
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
+        """Check the folder and its disk, and write the manifest; returns the missing shards."""
+        manifest = self.folder / "manifest.json"
+        others = sorted(path.name for path in self.folder.iterdir() if not path.name.startswith("."))
+        if others and not manifest.is_file():
             raise UserError(
-                f"--cache-hidden-states {str(self.folder)!r} cannot be made ({error.strerror}); choose another."
-            ) from error
-        self._check_manifest()
-        for left in self.folder.glob(f".*{_UNFINISHED}"):  # of killed runs, for nobody holds its lock
-            with suppress(OSError), left.open("rb") as file:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                left.unlink()
+                f"--cache-hidden-states {str(self.folder)!r} holds something else ({others[0]}); choose another."
+            )
+        before = read_json(manifest) if others else self.manifest
+        for key, value in self.manifest.items():
+            if key != "target" and before.get(key) != value:
+                raise UserError(
+                    f"--cache-hidden-states {str(self.folder)!r} holds those of another run ({key} is "
+                    f"{before.get(key)} there and {value} here); choose another folder, or delete it."
+                )
+        for left in self.folder.glob(".shard-*"):  # of killed runs: only this one writes here now
+            left.unlink()
         missing = [shard for shard in range(len(self.shards)) if not self._path(shard).is_file()]
-        tokens = sum(self.tokens[row] for shard in missing for part in self.shards[shard] for row in part)
+        if not missing:
+            console.print(f"Reading the target's hidden states from {self.folder}.")
+            return []
+        tokens = sum(self.tokens[row] for shard in missing for row in self.shards[shard])
         needed, free = tokens * self.bytes_per_token, shutil.disk_usage(self.folder).free
         if needed > free:
             raise UserError(
                 f"the hidden states of {tokens:,} tokens take {_size(needed)} and {str(self.folder)!r} has "
                 f"{_size(free)} free; give --cache-hidden-states a folder on a larger disk, or leave it out."
             )
-        if missing:
-            write_json(self.folder / "manifest.json", self._manifest, replace=False)
-            console.print(
-                f"Hidden states of {tokens:,} tokens: {_size(needed)} of the {_size(free)} free in {self.folder}."
-            )
-        else:
-            console.print(f"Reading the target's hidden states from {self.folder}.")
+        write_json(manifest, self.manifest)
+        console.print(
+            f"Hidden states of {tokens:,} tokens: {_size(needed)} of the {_size(free)} free in {self.folder}."
+        )
         return missing
-
-    def _check_manifest(self) -> None:
-        path = self.folder / "manifest.json"
-        if not path.is_file():
-            # another run may be writing its manifest at this moment
-            names = (entry.name for entry in self.folder.iterdir())
-            others = sorted(name for name in names if not name.startswith("manifest.json"))
-            if others:
-                raise UserError(
-                    f"--cache-hidden-states {str(self.folder)!r} holds something else ({others[0]}); choose another."
-                )
-            return
-        before = read_json(path)
-        for key, value in self._manifest.items():
-            if key != "target" and before.get(key) != value:
-                raise UserError(
-                    f"--cache-hidden-states {str(self.folder)!r} holds those of another run ({key} is "
-                    f"{before.get(key)} there and {value} here); choose another folder, or delete it."
-                )
 
     def _path(self, shard: int) -> Path:
         return self.folder / f"shard-{shard:05d}.safetensors"
 
-    def _write(self, shard: int, compute: Compute) -> None:
-        tensors: dict[str, Tensor] = {}
-        for part in self.shards[shard]:
-            tensors.update({str(row): states for row, states in compute(part).items()})
-        path = self._path(shard)
-        try:
-            with _temporary_file(path) as temporary:
-                save_file(tensors, temporary)
-                sync(temporary)
-                temporary.replace(path)
-        except (OSError, SafetensorError) as error:
-            raise UserError(
-                f"{str(path)!r} could not be written ({error}); make room, and the same command goes on from there."
-            ) from error
-
-    def __contains__(self, row: object) -> bool:
-        return row in self._shard_of
-
     def __getitem__(self, row: int) -> Tensor:
-        shard = self._shard_of[row]
+        path = self._path(self._shard_of[row])
         try:
-            states = self._open(shard).get_tensor(str(row))
+            states = self._open(self._shard_of[row]).get_tensor(str(row))
         except (OSError, SafetensorError) as error:
             raise UserError(
-                f"{str(self._path(shard))!r} is not a whole shard ({error}); delete it, and it is written again."
+                f"{str(path)!r} is not a whole shard ({error}); delete it and repeat the command."
             ) from error
         if states.dtype != self.dtype or len(states) != self.tokens[row]:
-            raise UserError(f"{str(self._path(shard))!r} holds other rows; delete the folder, and it is written again.")
+            raise UserError(f"{str(path)!r} holds other rows; delete its folder and try again.")
         return states
-
-
-@contextmanager
-def _temporary_file(path: Path) -> Iterator[Path]:
-    """A file beside `path` of a name that no other run uses, locked while it is written, and gone afterwards."""
-    number, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=_UNFINISHED, dir=path.parent)
-    temporary = Path(name)
-    try:
-        fcntl.flock(number, fcntl.LOCK_EX)
-        temporary.chmod(0o644)
-        yield temporary
-    finally:
-        temporary.unlink(missing_ok=True)
-        os.close(number)
 
 
 def _size(count: int) -> str:

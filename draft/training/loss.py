@@ -2,7 +2,7 @@
 
 A loss takes `student` (the head's logits over the draft vocabulary, [positions, draft_vocab]), `teacher` (the target's
 logits over the same tokens) and `mass` (log of the probability that the target gives to the draft vocabulary,
-[positions]; None where the loss renormalises the teacher and needs none), and returns one number a position.
+[positions]; zeros where the loss renormalises the teacher), and returns one number a position.
 """
 
 from __future__ import annotations
@@ -61,7 +61,11 @@ class HeadLoss(nn.Module):
         with torch.no_grad():
             hidden = features.last_hidden[teacher_at]  # [positions, hidden]
             teacher = widened(self.target.logits(hidden, self.vocabulary))  # [positions, draft_vocab]
-            mass = None if loss.renormalised else self._log_mass(hidden, teacher)
+            mass = teacher.new_zeros(len(teacher))
+            if objective.loss not in RENORMALISED:
+                chunks = hidden.split(POSITIONS_PER_CHUNK)
+                everything = torch.cat([widened(self.target.logits(chunk)).logsumexp(-1) for chunk in chunks])
+                mass = teacher.logsumexp(-1) - everything
 
         total = teacher.new_zeros(())
         agreement = []
@@ -76,7 +80,7 @@ class HeadLoss(nn.Module):
             chosen = batch.trained_ahead(2 + k)  # [batch, tokens]: x[i+2+k] is a trained token
             rows = shift_left(teacher_rows, 1 + k)[chosen]
             student = widened(self.head.logits(states[chosen], k))  # [positions at this step, draft_vocab]
-            per_position = loss.function(student, teacher[rows], None if mass is None else mass[rows])
+            per_position = loss(student, teacher[rows], mass[rows])
             if objective.feature_weight:
                 distance = smooth_l1_loss(widened(states[chosen]), widened(hidden[rows]), reduction="none").mean(-1)
                 per_position = per_position + objective.feature_weight * distance
@@ -86,60 +90,45 @@ class HeadLoss(nn.Module):
                 agreement.append(torch.stack([hits, torch.tensor(len(student), device=hits.device)]))
         return total, torch.stack(agreement)
 
-    def _log_mass(self, hidden: Tensor, teacher: Tensor) -> Tensor:
-        """log of the probability that the target gives to the draft vocabulary, [positions]."""
-        chunks = hidden.split(POSITIONS_PER_CHUNK)
-        everything = torch.cat([widened(self.target.logits(chunk)).logsumexp(-1) for chunk in chunks])
-        return teacher.logsumexp(-1) - everything
-
 
 def widened(values: Tensor) -> Tensor:
     """In at least float32: sums over a vocabulary need it."""
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
-def kl(student: Tensor, teacher: Tensor, mass: Tensor | None) -> Tensor:
+def kl(student: Tensor, teacher: Tensor, mass: Tensor) -> Tensor:
     """KL(teacher || student), the teacher renormalised over the draft vocabulary."""
     log_p, log_q = teacher.log_softmax(-1), student.log_softmax(-1)
     return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
-def acceptance_rate(student: Tensor, teacher: Tensor, mass: Tensor | None) -> Tensor:
+def acceptance_rate(student: Tensor, teacher: Tensor, mass: Tensor) -> Tensor:
     """α = Σ min(p, q): the probability that rejection sampling accepts; p is not renormalised."""
-    if mass is None:
-        raise ValueError("this loss needs the target's mass on the draft vocabulary")
     p, q = (teacher.log_softmax(-1) + mass[..., None]).exp(), student.softmax(-1)
     return torch.minimum(p, q).sum(-1)
 
 
-def total_variation(student: Tensor, teacher: Tensor, mass: Tensor | None) -> Tensor:
+def total_variation(student: Tensor, teacher: Tensor, mass: Tensor) -> Tensor:
     """1 - α; p is not renormalised, so what lies outside the draft vocabulary counts as rejected."""
     return 1 - acceptance_rate(student, teacher, mass)
 
 
-def lk_alpha(student: Tensor, teacher: Tensor, mass: Tensor | None) -> Tensor:
+def lk_alpha(student: Tensor, teacher: Tensor, mass: Tensor) -> Tensor:
     """-log α (arXiv 2602.23881); p is not renormalised."""
     return -acceptance_rate(student, teacher, mass).clamp_min(1e-6).log()
 
 
-def lk_lambda(student: Tensor, teacher: Tensor, mass: Tensor | None) -> Tensor:
+def lk_lambda(student: Tensor, teacher: Tensor, mass: Tensor) -> Tensor:
     """λ·KL + (1 - λ)·(1 - α) with λ = exp(-3·α), α detached (arXiv 2602.23881): KL while the head is poor."""
     alpha = acceptance_rate(student, teacher, mass)
     weight = torch.exp(-3 * alpha.detach())
     return weight * kl(student, teacher, mass) + (1 - weight) * (1 - alpha)
 
 
-@dataclass(frozen=True)
-class LossEntry:
-    """A loss, and the teacher that it takes."""
-
-    function: Callable[[Tensor, Tensor, Tensor | None], Tensor]
-    renormalised: bool  # over the draft vocabulary
-
-
-LOSSES = {
-    "kl": LossEntry(kl, renormalised=True),
-    "tv": LossEntry(total_variation, renormalised=False),
-    "lk-alpha": LossEntry(lk_alpha, renormalised=False),
-    "lk-lambda": LossEntry(lk_lambda, renormalised=False),
+LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "kl": kl,
+    "tv": total_variation,
+    "lk-alpha": lk_alpha,
+    "lk-lambda": lk_lambda,
 }
+RENORMALISED = {"kl"}  # the teacher, over the draft vocabulary

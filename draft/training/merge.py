@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -15,6 +14,7 @@ from draft.errors import UserError
 from draft.files import atomic_folder, read_json
 from draft.heads import DraftHead
 from draft.heads.checkpoint import HEAD_FILES, head_sha256, load_head, save_head, write_head
+from draft.training.run import read_config
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,9 @@ def merge_run(run: str | Path, out: str | Path) -> Merged:
         head, _ = load_head(run / "head")
         save_head(head, out, dtype=head.dtype, about=about)
         return Merged(out, layers=0, rounding=0.0)
-    base_head = _base_head(run)
+    base_head = read_config(run)["model"].get("head")
+    if not isinstance(base_head, str):
+        raise UserError(f"{str(run)!r} has no head, and its config.yaml names no base head; adapt again.")
     if head_sha256(base_head) != about.get("base_head_sha256"):
         raise UserError(
             f"the head {base_head!r} is not the one that {str(run)!r} was trained on: its weights have changed since; "
@@ -81,14 +83,3 @@ def _verify(folder: Path, before: dict[str, Tensor], exact: dict[str, Tensor]) -
             changed += 1
             rounding = max(rounding, float((value.double() - exact[name]).abs().max() / exact[name].abs().max()))
     return changed, rounding
-
-
-def _base_head(run: Path) -> str:
-    path = run / "config.yaml"
-    try:
-        head = yaml.safe_load(path.read_text())["model"]["head"]
-    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError) as error:
-        raise UserError(f"{str(path)!r} is missing or damaged; restore it, or adapt again.") from error
-    if not isinstance(head, str):
-        raise UserError(f"{str(path)!r} names no base head, and {str(run)!r} has no head of its own; adapt again.")
-    return head

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from draft.afa import AfaLoraConfig, add_adapter
 from draft.data.dataset import Row, coverage, draft_vocabulary
 from draft.errors import UserError
-from draft.evaluation.trained_rows import record_trained_rows
+from draft.evaluation.compare import record_trained_rows
 from draft.files import provenance
 from draft.heads import DraftHead
 from draft.heads.checkpoint import attach_head, head_sha256, load_head
@@ -39,8 +38,7 @@ def starting_head(
     head, about = load_head(model.head, device=target.device)
     if model.architecture not in (None, head.architecture):
         raise UserError(
-            f"the head {model.head!r} is of architecture {head.architecture}, not {model.architecture}; leave the flag "
-            "out."
+            f"{model.head!r} is of architecture {head.architecture}, not {model.architecture}; leave it out."
         )
     attach_head(head, {} if model.other_target else about, target)
     head.to(target.dtype if settings.method != "full" else master_dtype(target))
@@ -86,10 +84,7 @@ def with_vocabulary(head: DraftHead, target: Target, vocabulary: Tensor) -> Draf
         UserError: for an architecture whose vocabulary is always the target's.
     """
     if not head.reduced_vocabulary:
-        raise UserError(
-            f"rebuild_vocabulary: a head of architecture {head.architecture} drafts from the target's "
-            "whole vocabulary; leave the flag out."
-        )
+        raise UserError(f"rebuild_vocabulary: {head.architecture} heads have the whole vocabulary; leave it out.")
     vocabulary = vocabulary.to(head.device)
     result = type(head)(replace(head.config, draft_vocab_size=len(vocabulary), shared_lm_head=False))
     result.to(head.device, head.dtype).set_vocabulary(vocabulary)
@@ -116,15 +111,9 @@ def settle(settings: RunSettings, head: DraftHead) -> Objective:
     settings.adapter.targets = settings.adapter.targets or list(head.adapter_targets)
     training.draft_steps = training.draft_steps or head.longest or DRAFT_STEPS
     if head.longest is not None and training.draft_steps > head.longest:
-        raise UserError(
-            f"draft_steps = {training.draft_steps}: the head drafts {head.longest} tokens at most; choose fewer, or "
-            "pretrain a head of more."
-        )
+        raise UserError(f"draft_steps = {training.draft_steps}: the head drafts {head.longest} tokens; choose fewer.")
     if head.feature_weight is None and training.feature_weight:
-        raise UserError(
-            f"feature_weight = {training.feature_weight}: a head of architecture {head.architecture} does not predict "
-            "the target's states; leave the flag out."
-        )
+        raise UserError(f"feature_weight: {head.architecture} does not predict the target's states; leave it out.")
     if training.feature_weight is None:
         training.feature_weight = head.feature_weight or 0.0
     return Objective(training.loss, training.draft_steps, training.step_decay, training.feature_weight)
@@ -145,12 +134,6 @@ def about_run(settings: RunSettings, target: Target, rows: list[Row], base: dict
         "trained_rows": record_trained_rows(rows, base),
         **provenance(),
     }
-
-
-def untrained(head: DraftHead, settings: RunSettings) -> Sequence[nn.Module]:
-    """Modules that the (settled) number of draft steps never reaches; DDP would wait for their gradients forever."""
-    steps = settings.training.draft_steps
-    return () if steps is None else head.beyond(steps)
 
 
 def master_dtype(target: Target) -> torch.dtype:
@@ -179,7 +162,8 @@ def make_trainable(head: DraftHead, settings: RunSettings) -> tuple[DraftHead, n
         saver = add_adapter(
             head, LoraConfig(**config) if settings.method == "lora" else AfaLoraConfig(**config, **annealed)
         )
-    for module in untrained(head, settings):
+    steps = settings.training.draft_steps
+    for module in head.beyond(steps) if steps else ():  # DDP would wait for their gradients forever
         module.requires_grad_(False)
     if not any(parameter.requires_grad for parameter in head.parameters()):
         raise UserError(f"targets {adapter.targets} match no layer of the head; nothing would be trained.")

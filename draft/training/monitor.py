@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from contextlib import suppress
-from importlib.util import find_spec
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from draft.errors import UserError
 from draft.evaluation.report import new_figure
+from draft.files import atomic_file
 
 PROJECT = "draftsmith"
-# tracker -> packages, any of which it needs; a name to install
-PACKAGES = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",), "trackio": ("trackio",)}
 SHOWN = {"loss": "loss {:.3f}", "beta": "β {:.2f}", "tau": "τ {:.2f}"}
 
 
@@ -30,9 +27,9 @@ def choose_trackers(wanted: list[str]) -> list[str]:
     Raises:
         UserError: for one that is not installed.
     """
-    installed = [name for name, packages in PACKAGES.items() if any(find_spec(package) for package in packages)]
+    installed = [str(tracker) for tracker in get_available_trackers()]
     if not wanted:
-        return [name for name in ("tensorboard",) if name in installed]
+        return [name for name in installed if name == "tensorboard"]
     chosen = [name for name in wanted if name != "none"]
     for name in chosen:
         if name not in installed:
@@ -41,7 +38,7 @@ def choose_trackers(wanted: list[str]) -> list[str]:
 
 
 class Monitor:
-    """Use as a context manager around the training loop, in process 0; elsewhere `silent` makes it do nothing."""
+    """Bar and metrics of a run, in process 0; elsewhere `silent` makes it do nothing. `progress` is a context."""
 
     def __init__(
         self,
@@ -58,13 +55,6 @@ class Monitor:
         self.total_steps = total_steps
         self.tokens, self.started = 0, time.monotonic()
         self.shown: dict[str, Any] = {}
-        if silent:
-            return
-        # an interrupted run wrote steps after its last checkpoint: they come again
-        kept = [line for line in read_lines(self.file) if line["step"] <= first_step] if first_step else []
-        temporary = self.file.with_name(f".{self.file.name}.tmp")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        os.replace(temporary, self.file)
         self.progress = Progress(
             TextColumn("training"),
             BarColumn(),
@@ -72,20 +62,14 @@ class Monitor:
             TextColumn("{task.fields[state]}"),
             TimeRemainingColumn(),
             console=console,
-            disable=not console.is_terminal,  # a log file gets a line now and then instead
+            disable=silent or not console.is_terminal,  # a log file gets a line now and then instead
         )
         self.task = self.progress.add_task("training", total=total_steps, completed=first_step, state="")
-
-    def __enter__(self) -> Monitor:
-        if not self.silent:
-            self.progress.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if not self.silent:
-            self.progress.stop()
+        if not silent:
+            # an interrupted run wrote steps after its last checkpoint: they come again
+            kept = [line for line in read_lines(self.file) if line["step"] <= first_step] if first_step else []
+            with atomic_file(self.file) as temporary:
+                temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
 
     def log(self, step: int, metrics: dict[str, Any], tokens: int = 0) -> None:
         """Append one line of metrics, hand it to the trackers, and show it."""
@@ -120,7 +104,7 @@ def start_trackers(accelerator: Accelerator, folder: Path, first_step: int, sett
     """Open the trackers that the accelerator was made with; `settings` are shown beside the curves."""
     accelerator.init_trackers(
         PROJECT,
-        config={key: value for key, value in _flat(settings).items() if value is not None},
+        config=_flat(settings),
         init_kwargs={
             "tensorboard": {"purge_step": first_step + 1} if first_step else {},
             "wandb": {"dir": str(folder), "name": folder.name},
@@ -138,10 +122,8 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
             flat |= _flat(value, f"{name}.")
         elif isinstance(value, list) and value and isinstance(value[0], float):
             flat |= {f"{name}.{place}": entry for place, entry in enumerate(value)}
-        elif isinstance(value, (list, tuple)):
-            flat[name] = " ".join(map(str, value))
         elif value is not None:
-            flat[name] = value
+            flat[name] = " ".join(map(str, value)) if isinstance(value, list) else value
     return flat
 
 
@@ -169,6 +151,5 @@ def draw(folder: Path, console: Console) -> None:
             panel.plot(*zip(*points, strict=True), marker="o" if name == "tau" else None)
         panel.set(title=title, xlabel="optimiser step")
         panel.grid(alpha=0.3)
-    temporary = folder / ".training.png.tmp"
-    figure.savefig(temporary, dpi=110, format="png")
-    os.replace(temporary, folder / "training.png")
+    with atomic_file(folder / "training.png") as temporary:
+        figure.savefig(temporary, dpi=110, format="png")

@@ -4,7 +4,7 @@ config.yaml         the resolved settings
 provenance.json     the command and the commit
 metrics.jsonl       a line a step; training.png is drawn from it
 logs/               output of the trackers
-checkpoints/        step-N, and latest.json, which names the newest whole one
+checkpoints/        step-N, each whole once it is there
 head/ or adapter/   the result; about.json, written last, describes it
 
 The same command goes on with an interrupted run, if the settings that its weights depend on are the same.
@@ -12,15 +12,13 @@ The same command goes on with an interrupted run, if the settings that its weigh
 
 from __future__ import annotations
 
-import errno
-import json
 import shutil
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 import torch
@@ -30,17 +28,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from draft.errors import UserError
-from draft.files import atomic_folder, finish_folders, provenance, write_json
-from draft.training.config import LEFT_TO_THE_HEAD, SECTIONS, RunSettings, to_yaml
+from draft.files import atomic_file, atomic_folder, finish_folders, provenance, read_json, write_json
+from draft.training.config import SECTIONS, RunSettings, to_yaml
 from draft.training.distributed import part_of, whole
 
 # settings that may change when a run goes on: the weights don't depend on them. Accumulation may where the number of
-# processes does, see `RunFolder.check_progress`
+# processes does, see `RunFolder.check`
 FREE = {"save_every", "keep_checkpoints", "eval_every", "eval_rows", "log_with", "gradient_accumulation"}
 OURS = ("config.yaml", "provenance.json", "metrics.jsonl", "training.png", "about.json", "logs", "checkpoints")
 RESULTS = ("head", "adapter")
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-WRITE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
 _FILES = frozenset({"state.safetensors", "progress.json"})  # of a checkpoint
 _PREFIX = "step-"
 
@@ -61,9 +58,6 @@ class RunFolder:
 
         Returns:
             the progress stored with the newest checkpoint, and its `name`; empty without one.
-
-        Raises:
-            UserError: when the folder's run has other settings, or when there is nothing to resume.
         """
         if self.folder.exists() and not self.folder.is_dir():
             raise UserError(f"--out {str(self.folder)!r} is a file; choose a folder.")
@@ -76,28 +70,44 @@ class RunFolder:
         latest = latest_snapshot(self.checkpoints)
         if resume and latest is None:
             raise UserError(f"--resume: {str(self.folder)!r} holds no checkpoint to go on from; leave --resume out.")
-        self.check_settings()
-        return {**read_progress(latest), "name": latest.name} if latest else {}
+        return {**read_json(latest / "progress.json"), "name": latest.name} if latest else {}
 
-    def check_settings(self) -> None:
-        """Refuse to go on with a run of other settings; what is left to the head is compared once it is filled in."""
-        if self.starts_again:
+    def check(self, progress: dict[str, Any], identity: str, batches_per_step: int, processes: int) -> None:
+        """Refuse to go on with a run of other settings, or from a checkpoint of other data, weights or steps.
+
+        identity: hash of all that the weights depend on, settings aside.
+        """
+        if self.starts_again or not (progress or any((self.folder / name).exists() for name in RESULTS)):
             return
-        if latest_snapshot(self.checkpoints) is None and not any((self.folder / name).exists() for name in RESULTS):
-            return
-        different = _differences(self.folder / "config.yaml", self.settings)
+        before, now = read_config(self.folder), self.settings.model_dump()
+        different = [
+            f"{section}.{key} was {before[section].get(key)}, is {new}"
+            for section in SECTIONS
+            for key, new in now[section].items()
+            if key not in FREE and before[section].get(key) != new
+        ]
+        if before["mode"] != self.settings.mode:
+            different = [f"mode was {before['mode']}, is {self.settings.mode}"]
         if different:
             raise UserError(
                 f"{str(self.folder)!r} holds a run with other settings ({'; '.join(different)}); choose another --out, "
                 "or start again there with --no-resume."
             )
+        if progress and progress["batches_per_step"] != batches_per_step:
+            raise UserError(
+                f"{str(self.folder)!r} was begun with {progress['batches_per_step']} batches a step and this command "
+                f"has {batches_per_step} ({processes} processes, gradient_accumulation "
+                f"{self.settings.training.gradient_accumulation}); their product has to stay the same."
+            )
+        if progress and progress["identity"] != identity:
+            raise UserError(
+                f"the data, the target or the base head of {str(self.folder)!r} have changed since it was "
+                "interrupted; choose another --out, or start again there with --no-resume."
+            )
 
     def begin(self) -> None:
         """Make the folder, empty of an earlier run if this one starts again, and store settings and provenance."""
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--out {str(self.folder)!r} cannot be made ({error.strerror}); choose another.") from error
+        self.folder.mkdir(parents=True, exist_ok=True)
         finish_folders(self.checkpoints, f"{_PREFIX}*")
         for name in RESULTS:
             finish_folders(self.folder, name)
@@ -106,43 +116,60 @@ class RunFolder:
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
-        config = self.folder / ".config.yaml.tmp"
-        config.write_text(to_yaml(self.settings))
-        config.replace(self.folder / "config.yaml")
+        with atomic_file(self.folder / "config.yaml") as temporary:
+            temporary.write_text(to_yaml(self.settings))
         write_json(self.folder / "provenance.json", provenance())
 
-    def check_progress(self, progress: dict[str, Any], identity: str, batches_per_step: int, processes: int) -> None:
-        """Refuse to go on from a checkpoint of other data, weights or steps."""
-        if progress["batches_per_step"] != batches_per_step:
+    def save(self, tensors: dict[str, Tensor], progress: dict[str, Any]) -> None:
+        """Write a `snapshot` and its progress as a checkpoint; the newest `keep_checkpoints` are kept.
+
+        Raises:
+            UserError: when it can't be written; the checkpoints before it are intact then.
+        """
+        name = f"{_PREFIX}{progress['step']:07d}"
+        try:
+            with atomic_folder(self.checkpoints / name, _FILES) as temporary:
+                save_file(tensors, temporary / "state.safetensors")
+                write_json(temporary / "progress.json", progress)
+        except (OSError, SafetensorError) as error:
+            before = latest_snapshot(self.checkpoints)
+            kept = f"{before.name} is intact, the same command goes on from it" if before else "there is none before it"
+            raise UserError(f"{str(self.checkpoints / name)!r} could not be written ({error}); {kept}.") from error
+        for old in sorted(self.checkpoints.glob(f"{_PREFIX}*"))[: -self.settings.training.keep_checkpoints]:
+            shutil.rmtree(old)
+
+    def load(self, checkpoint: str, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Restore a checkpoint's weights, optimiser state and random generators in place, each process its part."""
+        try:
+            tensors = load_file(self.checkpoints / checkpoint / "state.safetensors")
+        except (OSError, SafetensorError) as error:
             raise UserError(
-                f"{str(self.folder)!r} was begun with {progress['batches_per_step']} batches a step and this command "
-                f"has {batches_per_step} ({processes} processes, gradient_accumulation "
-                f"{self.settings.training.gradient_accumulation}); their product has to stay the same."
-            )
-        if progress["identity"] != identity:
-            raise UserError(
-                f"the data, the target or the base head of {str(self.folder)!r} have changed since it was "
-                "interrupted; choose another --out, or start again there with --no-resume."
-            )
+                f"the checkpoint {checkpoint} could not be read ({error}); delete it to go on from the one before, or "
+                "start again with --no-resume."
+            ) from error
+        with torch.no_grad():
+            for name, parameter in trained_parameters(model).items():
+                parameter.copy_(part_of(tensors[f"weight.{name}"].to(parameter.device), parameter))
+                state = {
+                    key: part_of(tensors[f"{key}.{name}"].to(parameter.device), parameter)
+                    for key in ("exp_avg", "exp_avg_sq")
+                    if f"{key}.{name}" in tensors
+                }
+                if state:
+                    optimizer.state[parameter] = {"step": tensors[f"step.{name}"], **state}
+        torch.set_rng_state(tensors["random.cpu"])
+        if "random.cuda" in tensors and torch.cuda.is_available():
+            torch.cuda.set_rng_state(tensors["random.cuda"])
 
 
-def _differences(config: Path, settings: RunSettings) -> list[str]:
-    """`section.key was A, is B` for each setting that must not change between a run's beginning and its going on."""
+def read_config(folder: Path) -> dict[str, Any]:
+    """The resolved settings of the run in `folder`: its mode, and all sections; UserError when they can't be read."""
+    path = folder / "config.yaml"
     try:
-        before = yaml.safe_load(config.read_text())
-        assert isinstance(before, dict)
-    except (OSError, ValueError, yaml.YAMLError, AssertionError):
-        return [f"{config.name} is missing or damaged"]
-    if before.get("mode") != settings.mode:
-        return [f"mode was {before.get('mode')}, is {settings.mode}"]
-    different = []
-    for section in SECTIONS:
-        old = before.get(section) or {}
-        for key, new in getattr(settings, section).model_dump().items():
-            undecided = key in LEFT_TO_THE_HEAD and new in (None, [])
-            if key not in FREE and not undecided and old.get(key) != new:
-                different.append(f"{section}.{key} was {old.get(key)}, is {new}")
-    return different
+        values = yaml.safe_load(path.read_text())
+        return {"mode": values.get("mode"), **{section: dict(values.get(section) or {}) for section in SECTIONS}}
+    except (OSError, ValueError, yaml.YAMLError, AttributeError, TypeError) as error:
+        raise UserError(f"{str(path)!r} is missing or damaged; restore it, or start again with --no-resume.") from error
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -168,74 +195,10 @@ def _copy(tensor: Tensor) -> Tensor:
     return whole(tensor.detach()).cpu().contiguous()
 
 
-def write_snapshot(folder: Path, tensors: dict[str, Tensor], progress: dict[str, Any], keep: int) -> None:
-    """Write `folder/step-N` and point `folder/latest.json` at it; the newest `keep` are kept.
-
-    Raises:
-        UserError: when it can't be written; the checkpoints before it are intact then.
-    """
-    name = f"{_PREFIX}{progress['step']:07d}"
-    try:
-        with atomic_folder(folder / name, _FILES) as temporary:
-            save_file(tensors, temporary / "state.safetensors")
-            write_json(temporary / "progress.json", progress)
-        write_json(folder / "latest.json", {"checkpoint": name})
-    except (OSError, SafetensorError) as error:
-        before = latest_snapshot(folder)
-        kept = (
-            f"{before.name} is intact, and the same command goes on from there" if before else "there is none before it"
-        )
-        raise UserError(f"the checkpoint {name} in {str(folder)!r} could not be written ({error}); {kept}.") from error
-    for old in sorted(folder.glob(f"{_PREFIX}*"))[:-keep]:
-        shutil.rmtree(old)
-
-
 def latest_snapshot(folder: Path) -> Path | None:
     """The newest whole checkpoint of a run, or None."""
-    try:
-        named = folder / json.loads((folder / "latest.json").read_text())["checkpoint"]
-    except (OSError, ValueError, KeyError):
-        named = folder
-    candidates = [named, *sorted(folder.glob(f"{_PREFIX}*"), reverse=True)]  # somebody may have deleted the named one
+    candidates = sorted(folder.glob(f"{_PREFIX}*"), reverse=True)
     return next((path for path in candidates if all((path / file).is_file() for file in _FILES)), None)
-
-
-def read_progress(folder: Path) -> dict[str, Any]:
-    """The progress stored with a checkpoint; UserError when it can't be read."""
-    try:
-        return json.loads((folder / "progress.json").read_text())
-    except (OSError, ValueError) as error:
-        raise _unreadable(folder, error) from error
-
-
-def load_snapshot(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Restore weights, optimiser state and random generators in place, each process its part."""
-    try:
-        tensors = load_file(folder / "state.safetensors")
-    except (OSError, SafetensorError) as error:
-        raise _unreadable(folder, error) from error
-    with torch.no_grad():
-        for name, parameter in trained_parameters(model).items():
-            if f"weight.{name}" not in tensors:
-                raise UserError(f"the checkpoint {folder.name} lacks {name}; it belongs to a run with other settings.")
-            parameter.copy_(part_of(tensors[f"weight.{name}"].to(parameter.device), parameter))
-            state = {
-                key: part_of(tensors[f"{key}.{name}"].to(parameter.device), parameter)
-                for key in ("exp_avg", "exp_avg_sq")
-                if f"{key}.{name}" in tensors
-            }
-            if state:
-                optimizer.state[parameter] = {"step": tensors[f"step.{name}"], **state}
-    torch.set_rng_state(tensors["random.cpu"])
-    if "random.cuda" in tensors and torch.cuda.is_available():
-        torch.cuda.set_rng_state(tensors["random.cuda"])
-
-
-def _unreadable(folder: Path, error: Exception) -> UserError:
-    return UserError(
-        f"the checkpoint {folder.name} could not be read ({error}); delete it to go on from the one before, "
-        "or start again with --no-resume."
-    )
 
 
 class Interrupted(KeyboardInterrupt):
@@ -248,33 +211,28 @@ class Interrupted(KeyboardInterrupt):
         self.step = step
 
 
-class Interruption:
-    """A context in which the first signal only sets `received`; a second one does what it always does.
+@contextmanager
+def noting_signals(received: list[int]) -> Iterator[None]:
+    """Add Ctrl-C's or SIGTERM's number to `received` in place of ending; a second signal does what it always does.
 
-    Ctrl-C and SIGTERM so end a run at the end of an optimiser step, and what is saved is a whole step's.
+    So a run ends at the end of an optimiser step, and what is saved is a whole step's.
     """
+    before: dict[int, Any] = {}
 
-    def __init__(self) -> None:
-        self.received: int | None = None
-        self._before: dict[int, Any] = {}
+    def restore() -> None:
+        while before:
+            signal.signal(*before.popitem())
 
-    def __enter__(self) -> Interruption:
-        if threading.current_thread() is threading.main_thread():  # others can't set handlers
-            self._before = {number: signal.signal(number, self._receive) for number in SIGNALS}
-        return self
+    def receive(number: int, _frame: FrameType | None) -> None:
+        received.append(number)
+        restore()
 
-    def _receive(self, number: int, _frame: FrameType | None) -> None:
-        self.received = number
-        self._restore()
-
-    def _restore(self) -> None:
-        while self._before:
-            signal.signal(*self._before.popitem())
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._restore()
+    if threading.current_thread() is threading.main_thread():  # others can't set handlers
+        before.update({number: signal.signal(number, receive) for number in SIGNALS})
+    try:
+        yield
+    finally:
+        restore()
 
 
 @contextmanager
@@ -289,17 +247,3 @@ def deterministic_algorithms(wanted: bool) -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(before[0])
         memory.fill_uninitialized_memory = before[1]
-
-
-@contextmanager
-def write_errors(folder: Path) -> Iterator[None]:
-    """Turn errors of writing into `folder` into a UserError that says how to go on."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        if isinstance(error, OSError) and error.errno not in WRITE_ERRORS:
-            raise
-        raise UserError(
-            f"{str(folder)!r} could not be written to ({error}); make room, and the same command goes on from the last "
-            "checkpoint."
-        ) from error

@@ -36,19 +36,15 @@ from draft.training.model import (
     parameter_groups,
     settle,
     starting_head,
-    untrained,
 )
 from draft.training.monitor import Monitor, abandon_trackers, choose_trackers, draw, start_trackers
 from draft.training.run import (
     Interrupted,
-    Interruption,
     RunFolder,
     deterministic_algorithms,
-    load_snapshot,
+    noting_signals,
     snapshot,
     trained_parameters,
-    write_errors,
-    write_snapshot,
 )
 
 INITIAL_TOKENS = 40_000  # that a new head's first weights are solved from
@@ -77,28 +73,52 @@ class Trainer:
         if self.target.dtype == torch.float16:
             raise UserError("dtype float16 is too narrow to train in without loss scaling; use bfloat16 or float32.")
         with self._arithmetic():
-            self._prepare()
+            self._prepare_batches()
+            self._prepare_head()
 
-    def _prepare(self) -> None:
-        """From the target to everything that a step needs."""
-        settings, training, processes = self.settings, self.settings.training, self.processes
-        self.rows = load_rows(settings, self.target, self.console)
-        self.batches = Batches(self.rows.train, settings, self.target, rank=processes.rank, processes=processes.count)
+    def _arithmetic(self) -> AbstractContextManager[None]:
+        wanted = self.settings.training.deterministic
+        return deterministic_algorithms(self.target.device.type == "cpu" if wanted is None else wanted)
+
+    def _prepare_batches(self) -> None:
+        """Rows and batches, and the head that the run starts from: enough to tell whether it may go on."""
+        settings, processes = self.settings, self.processes
+        self.rows, self.held_out = load_rows(settings, self.target, self.console)
+        self.batches = Batches(self.rows, settings, self.target, rank=processes.rank, processes=processes.count)
         self.total_steps, self.done = self.batches.total_steps, 0
-        torch.manual_seed(training.seed)
-        head, base = starting_head(settings, self.target, self.rows.train, self.console)
-        self.objective = settle(settings, head)
-        processes.on_main(self.run.check_settings)
-        self.batches.features.layers = head.auxiliary_layers(self.target)
-        self.batches.features.remember = self._remember()
+        torch.manual_seed(settings.training.seed)
+        self.head, base = starting_head(settings, self.target, self.rows, self.console)
+        self.objective = settle(settings, self.head)
+        self.about = about_run(settings, self.target, self.rows, base)
+        rows = [(row.id, len(row.ids), row.trained) for row in self.rows]
+        weights_depend_on = [rows, self.target.fingerprint, self.about["base_head_sha256"], self.total_steps]
+        self.identity = hashlib.sha256(json.dumps(weights_depend_on).encode()).hexdigest()[:32]
+        state = self.progress, self.identity, self.batches.per_step, processes.count
+        processes.on_main(lambda: self.run.check(*state))
+        self.batches.features.layers = self.head.auxiliary_layers(self.target)
+        self.remember = self._fits_in_memory() if settings.training.cache_hidden_states is None else False
+        if self.remember:
+            self.batches.remember()
+
+    def _fits_in_memory(self) -> bool:
+        """Decide to keep hidden states in memory: a run that goes on does as it did before."""
+        training = self.settings.training
+        if training.keep_hidden_states is not None:
+            return training.keep_hidden_states
+        tokens = sum(len(row.ids) for row in self.rows) * self.processes.count
+        fits = training.epochs > 1 and fits_in_memory(self.target, self.batches.features.layers, tokens)
+        return self.processes.on_main(lambda: self.progress.get("remember", fits))
+
+    def _prepare_head(self) -> None:
+        """First weights, the adapter, the optimiser, and all of it as the processes share it."""
+        settings, training, processes = self.settings, self.settings.training, self.processes
         # a run that goes on takes what it trains from the checkpoint, and the others take theirs from process 0
-        solved = settings.model.head or (self.progress and not untrained(head, settings))
+        solved = settings.model.head or (self.progress and not self.head.beyond(self.objective.draft_steps))
         if processes.is_main and not solved:
             with self.console.status("Solving for the head's first weights"):
-                head.initialise(self.target, self.batches.first(INITIAL_TOKENS), training.seed)
-        processes.spread(head)
-        self.about = about_run(settings, self.target, self.rows.train, base)
-        self.head, self.saver = make_trainable(head, settings)
+                self.head.initialise(self.target, self.batches.first(INITIAL_TOKENS), training.seed)
+        processes.spread(self.head)
+        self.head, self.saver = make_trainable(self.head, settings)
         # FSDP2 leaves a part of each weight in a process: whole ones are gathered into a copy
         self.copy = copy.deepcopy(self.saver) if processes.sharded else None
         optimizer = torch.optim.AdamW(
@@ -110,29 +130,13 @@ class Trainer:
         self.module, self.optimizer = processes.wrap(
             HeadLoss(self.head, self.target, self.objective),
             optimizer,
-            idle=self.objective.draft_steps < (head.longest or 0),  # Medusa has weights of its own for each step
+            idle=self.objective.draft_steps < (self.head.longest or 0),  # Medusa has weights of its own for each step
         )
         self.parameters = list(trained_parameters(self.saver).values())
         self.rates = [learning_rate_at(step, self.total_steps, settings) for step in range(self.total_steps)]
         self.autocast = autocast(self.target, settings)
-        models = (self.saver, self.copy) if settings.method == "afa-lora" else ()
-        self.annealed = [model for model in models if model is not None]
-        self.interruption, self.stopping = Interruption(), False
-
-    def _remember(self) -> bool:
-        """Decide to keep hidden states in memory: a run that goes on does as it did before."""
-        training = self.settings.training
-        if training.cache_hidden_states:
-            return False
-        if training.keep_hidden_states is not None:
-            return training.keep_hidden_states
-        tokens = sum(len(row.ids) for row in self.rows.train) * self.processes.count
-        fits = training.epochs > 1 and fits_in_memory(self.target, self.batches.features.layers, tokens)
-        return self.processes.on_main(lambda: self.progress.get("remember", fits))
-
-    def _arithmetic(self) -> AbstractContextManager[None]:
-        wanted = self.settings.training.deterministic
-        return deterministic_algorithms(self.target.device.type == "cpu" if wanted is None else wanted)
+        self.signals: list[int] = []
+        self.stopping = False
 
     def train(self) -> Path:
         """Run to the end; returns the folder of the head or adapter that was written.
@@ -140,19 +144,19 @@ class Trainer:
         Raises:
             Interrupted: after Ctrl-C or SIGTERM, when the step under way is done and saved.
         """
-        with self._arithmetic(), write_errors(self.run.folder):
+        with self._arithmetic():
             self.processes.on_main(self.run.begin)
             self._resume()
             folder = self.settings.training.cache_hidden_states
             if folder is not None:
-                cache = HiddenStateCache(Path(folder), self.target, self.batches.features.layers, self.rows.train)
+                cache = HiddenStateCache(Path(folder), self.target, self.batches.features.layers, self.rows)
                 cache.fill(self.batches.states, self.processes, self.console)
                 self.batches.features.kept = cache
             parameters = sum(parameter.numel() for parameter in self.parameters)
             processes = f" in {self.processes.count} processes" if self.processes.count > 1 else ""
             self.console.print(
                 f"{self.settings.mode} ({self.settings.method}): {parameters:,} trained parameters, "
-                f"{len(self.rows.train)} rows, {self.total_steps} steps, "
+                f"{len(self.rows)} rows, {self.total_steps} steps, "
                 f"{str(self.target.dtype)[6:]} on {self.target.device.type}{processes}"
             )
             try:
@@ -175,7 +179,7 @@ class Trainer:
         if main:
             start_trackers(self.accelerator, self.run.folder, self.done, self.settings.model_dump())
         monitor = Monitor(self.run.folder, self.total_steps, self.done, self.console, self.accelerator, silent=not main)
-        with monitor, self.interruption:
+        with monitor.progress, noting_signals(self.signals):
             if self.done == 0:
                 monitor.log(0, self._evaluate())
             while self.done < self.total_steps:
@@ -187,7 +191,7 @@ class Trainer:
                 if self.done % training.save_every == 0 or last or self.stopping:
                     self._save()
                 if self.stopping and not last:
-                    raise Interrupted(self.interruption.received, self.done)
+                    raise Interrupted(self.signals[0] if self.signals else None, self.done)
 
     def step(self) -> tuple[dict[str, Any], int]:
         """One optimiser step over this process's share of the next batches.
@@ -195,7 +199,7 @@ class Trainer:
         The loss is divided by the trained positions of the batches of all processes, so that accumulation, processes
         and padding don't change the curve. Returns metrics, and tokens of all processes.
         """
-        window, rate, count = self.batches.next(), self.rates[self.done], self.processes.count
+        window, rate, count = self.batches.window(self.done), self.rates[self.done], self.processes.count
         positions = max(1, window.positions)
         # signals, loss, and for each draft step hits and positions
         sums = torch.zeros(2 + 2 * self.objective.draft_steps, dtype=torch.float64, device=self.target.device)
@@ -222,7 +226,7 @@ class Trainer:
             )
         self.optimizer.step()
         self.done += 1
-        sums[0] = self.interruption.received is not None
+        sums[0] = len(self.signals)
         signals, total, *agreement = self.accelerator.reduce(sums, "sum").tolist()
         self.stopping = signals > 0
         metrics = {
@@ -238,8 +242,9 @@ class Trainer:
 
     def _anneal(self) -> float | None:
         beta = None
-        for model in self.annealed:
-            beta = set_annealing_step(model, self.done, self.total_steps)
+        for model in (self.saver, self.copy):
+            if model is not None and self.settings.method == "afa-lora":
+                beta = set_annealing_step(model, self.done, self.total_steps)
         return beta
 
     def _whole(self) -> tuple[Any, Any]:
@@ -254,24 +259,22 @@ class Trainer:
 
     def _evaluate(self) -> dict[str, float]:
         """τ by replay of the held-out rows, in process 0; the others go on and wait for it in the next step."""
-        if not (self.settings.training.eval_every and self.rows.held_out):
+        if not (self.settings.training.eval_every and self.held_out):
             return {}
         head, _ = self._whole()
         if not self.processes.is_main:
             return {}
         head.eval()
         with torch.no_grad(), self.autocast:
-            tau = replay_acceptance_length(self.target, head, self.rows.held_out, EVALUATED_LENGTH)
+            tau = replay_acceptance_length(self.target, head, self.held_out, EVALUATED_LENGTH)
         head.train()
         return {"tau": tau} if math.isfinite(tau) else {}
 
     def _resume(self) -> None:
         progress = self.progress
         if progress:
-            self.run.check_progress(progress, self._identity(), self.batches.per_step, self.processes.count)
-            load_snapshot(self.run.checkpoints / progress["name"], self.saver, self.optimizer.optimizer)
+            self.run.load(progress["name"], self.saver, self.optimizer.optimizer)
             self.done = progress["step"]
-            self.batches.start(self.done)
             for group, scale in zip(self.optimizer.param_groups, progress["scales"], strict=True):
                 group["scale"] = scale
             self.console.print(
@@ -279,24 +282,16 @@ class Trainer:
             )
         self._anneal()
 
-    def _identity(self) -> str:
-        """Hash of all that the weights of a run depend on, settings aside."""
-        rows = [(row.id, len(row.ids), row.trained) for row in self.rows.train]
-        return hashlib.sha256(
-            json.dumps([rows, self.target.fingerprint, self.about["base_head_sha256"], self.total_steps]).encode()
-        ).hexdigest()[:32]
-
     def _save(self) -> None:
         progress = {
             "step": self.done,
             "scales": [group["scale"] for group in self.optimizer.param_groups],
-            "identity": self._identity(),
+            "identity": self.identity,
             "batches_per_step": self.batches.per_step,
-            "remember": self.batches.features.remember,
+            "remember": self.remember,
         }
         tensors = snapshot(self.saver, self.optimizer.optimizer)
-        keep = self.settings.training.keep_checkpoints
-        self.processes.on_main(lambda: write_snapshot(self.run.checkpoints, tensors, progress, keep))
+        self.processes.on_main(lambda: self.run.save(tensors, progress))
 
     def _write_result(self, head: Any, saver: Any) -> Path:
         draw(self.run.folder, self.console)

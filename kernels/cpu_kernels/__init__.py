@@ -1,7 +1,7 @@
 """Decoding on a CPU: linear layers that read bfloat16 or float32 weights once, and attention over cache slots.
 
-The operators are C++ (kernels.cpp), compiled at first use, and opaque to torch.compile. Each row of each operator
-gives the same bits whatever rows it is batched with, so the width of a verification does not change greedy text.
+The operators are C++ (kernels.cpp), compiled at first use. Each row of each operator gives the same bits whatever
+rows it is batched with, so the width of a verification does not change greedy text.
 """
 
 from __future__ import annotations

@@ -21,27 +21,12 @@ NATIVE_ROWS = 65
 
 @lru_cache
 def load_kernels(cache: Path) -> None:
-    """Register torch.ops.draftsmith, with the shapes that tracing needs.
-
-    They are compiled the first time on a machine, into the folder `cache`.
+    """Register torch.ops.draftsmith, compiled the first time on a machine into the folder `cache`.
 
     Raises:
         KernelsUnavailable: when there is no C++ compiler, or it refuses the source.
     """
     torch.ops.load_library(str(built_library(cache)))
-    panel = torch.ops.draftsmith.panel_width()
-
-    @torch.library.register_fake("draftsmith::pack")
-    def _pack(weight: Tensor) -> Tensor:
-        return weight.new_empty((weight.shape[0] + panel - 1) // panel, weight.shape[1], panel)
-
-    @torch.library.register_fake("draftsmith::packed_linear")
-    def _packed_linear(x: Tensor, packed: Tensor, out_features: int, bias: Tensor | None = None) -> Tensor:
-        return x.new_empty(*x.shape[:-1], out_features)
-
-    @torch.library.register_fake("draftsmith::slot_attention")
-    def _slot_attention(q: Tensor, k: Tensor, v: Tensor, *_: object) -> Tensor:
-        return q.new_empty(1, q.shape[2], q.shape[1], v.shape[3])
 
 
 def pack(weight: Tensor) -> Tensor:
@@ -84,21 +69,12 @@ def slot_attention(
     window, and of the keys from base on those that the mask allows (the window is in the mask then), or without a mask
     those up to its own, past + j, within its window. Tokens of no segment give zeros; a segment may be empty.
 
-    Under torch.compile the slots must be tensors that exist outside the graph, views of one tensor for the keys and of
-    another for the values: torch 2.13 loses the offset of a view that is made in the graph and then written by an
-    operator, and it copies what shares memory with the operator's other slots.
-
     q, k, v and slots share one dtype, float32 or bfloat16.
     Returns [1, tokens, query heads, value width].
     """
     return torch.ops.draftsmith.slot_attention(
         q, k, v, k_slots, v_slots, positions, segments, mask, scale, window, softcap
     )
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Divide x [..., features], float32 or bfloat16, by its root mean square, and multiply by `weight` (float32)."""
-    return torch.ops.draftsmith.rms_norm(x, weight, eps)
 
 
 def set_threads(count: int) -> None:
@@ -109,11 +85,6 @@ def set_threads(count: int) -> None:
 def threads() -> int:
     """Return the number of threads that the operators share."""
     return torch.ops.draftsmith.get_threads()
-
-
-def panel_width() -> int:
-    """Return the number of output features that a packed weight keeps together."""
-    return torch.ops.draftsmith.panel_width()
 
 
 @dataclass(frozen=True)
@@ -161,7 +132,7 @@ class OneCallNorm(nn.Module):
         self.register_buffer("weight", weight.detach().float(), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
+        return torch.ops.draftsmith.rms_norm(x, self.weight, self.eps)
 
 
 class PackedLinear(nn.Module):
@@ -187,9 +158,6 @@ class PackedLinear(nn.Module):
         if self.weight is not None and x.dtype == self.weight.dtype and x.numel() >= NATIVE_ROWS * self.in_features:
             return nn.functional.linear(x, self.weight, self.bias)
         return packed_linear(x, self.packed, self.out_features, self.bias)
-
-    def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, weights={self.packed.dtype}"
 
 
 def pack_linears(module: nn.Module, dtype: torch.dtype, *, keep_plain: bool = False) -> None:

@@ -17,7 +17,7 @@ from serving.api.metrics import Metrics
 from serving.api.openai_schemas import MAX_CHOICES
 from serving.api.schemas import Speculative
 from serving.engine import Engine, Speculation
-from serving.engine.request import special_ids
+from serving.engine.answer import special_ids
 from serving.server import STALLED_SECONDS
 
 GENERATING = {"/", "/generate", "/generate_stream", "/v1/completions", "/v1/chat/completions"}

@@ -5,15 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from draft.heads import MedusaHead
+from serving.engine.estimates import BRANCHING
 from serving.engine.kv_cache import RaggedBatch, Segment
 from serving.engine.model import HeadRunner
-from serving.engine.planner import BRANCHING
 from serving.engine.verification import DraftTree, Rule
 
 READ_LIMIT = 512  # the most tokens that a head reads in one pass
@@ -27,38 +27,6 @@ class Job:
     length: int  # at least 1: of a chain, or the depth of a tree
     nodes: int  # of a tree; 0: a chain
     rule: Rule
-
-
-class Proposer(Protocol):
-    """Guesses continuations of sequences. `observe` gets, in order, all that the target has read of each."""
-
-    @property
-    def layers(self) -> tuple[int, ...]:
-        """The layers whose auxiliary hidden states `observe` takes."""
-        ...
-
-    def join(self) -> Any:
-        """Begin a new sequence, and return its state. There are never more than the engine has slots."""
-        ...
-
-    def leave(self, state: Any) -> None:
-        """End the sequence."""
-        ...
-
-    def observe(self, state: Any, following: Sequence[int], auxiliary: Tensor) -> None:
-        """Take note of n tokens that the target has read. Cheap: what the head has to compute waits for `propose`.
-
-        following: the token after each of them; auxiliary: [n, layers * hidden], the target's true states.
-        """
-        ...
-
-    def catch_up(self, states: Sequence[Any]) -> int:
-        """Compute what waits for these sequences, and return the number of its tokens. `propose` does it, too."""
-        ...
-
-    def propose(self, jobs: Sequence[Job]) -> list[DraftTree]:
-        """Draft after the last token observed of each sequence; what was observed stays as it was."""
-        ...
 
 
 @dataclass(eq=False)
@@ -84,37 +52,47 @@ class HeadProposer:
     """
 
     def __init__(self, runner: HeadRunner, layers: tuple[int, ...]) -> None:
+        """layers: those whose auxiliary hidden states `observe` takes."""
         self.runner, self.layers = runner, layers
         self.vocabulary = runner.head.vocabulary  # [draft_vocab] target ids
         self.vocab_size = runner.head.config.vocab_size
         self.device = self.vocabulary.device
 
     def join(self) -> HeadState:
+        """Begin a new sequence, and return its state. There are never more than the engine has slots."""
         return HeadState(self.runner.cache.acquire())
 
     def leave(self, state: HeadState) -> None:
+        """End the sequence."""
         self.runner.cache.release(state.slot)
 
     def observe(self, state: HeadState, following: Sequence[int], auxiliary: Tensor) -> None:
+        """Take note of n tokens that the target has read, in order. What the head has to compute waits for `propose`.
+
+        following: the token after each of them; auxiliary: [n, layers * hidden], the target's true states.
+        """
         state.following.extend(following)
         state.auxiliary.append(auxiliary)
 
     def propose(self, jobs: Sequence[Job]) -> list[DraftTree]:
+        """Draft after the last token observed of each sequence; what was observed stays as it was."""
         self.catch_up([job.state for job in jobs])
-        trees: dict[int, DraftTree] = {}
-        chains = [index for index, job in enumerate(jobs) if not job.nodes]
-        grown = [index for index, job in enumerate(jobs) if job.nodes]
-        for indices, draft in ((chains, self._chains), (grown, self._trees)):
-            if indices:
-                trees.update(zip(indices, draft([jobs[index] for index in indices]), strict=True))
-        return [trees[index] for index in range(len(jobs))]
+        chains, grown = [job for job in jobs if not job.nodes], [job for job in jobs if job.nodes]
+        drafted = {False: iter(self._chains(chains) if chains else []), True: iter(self._trees(grown))}
+        return [next(drafted[bool(job.nodes)]) for job in jobs]
 
     def catch_up(self, states: Sequence[HeadState]) -> int:
-        """Read what the target has read since, with its true states: all sequences in one pass, when it is not long."""
+        """Read what the target has read since, with its true states, and return the number of its tokens.
+
+        All sequences are read in one pass, when it is not long. `propose` does it, too.
+        """
         cache = self.runner.cache
         waiting = [state for state in states if state.backlog]
         total = sum(state.backlog for state in waiting)
-        reduced = self._reduce(waiting)
+        if waiting:  # reduced to [backlog, hidden] each, reading the weights once for all
+            reduced = self.runner.combine(torch.cat([part for state in waiting for part in state.auxiliary]))
+            for state, part in zip(waiting, reduced.split([state.backlog for state in waiting]), strict=True):
+                state.auxiliary = [part]
         while waiting:
             room, segments, parts = READ_LIMIT, list[Segment](), list[Tensor]()
             reading: list[tuple[HeadState, int]] = []
@@ -125,27 +103,19 @@ class HeadProposer:
                 room -= count
                 past = cache.lengths[state.slot]
                 segments.append(Segment(state.slot, past, past, state.following[:count]))
-                parts.append(reduced[id(state)][:count])
+                parts.append(state.auxiliary[0][:count])
                 reading.append((state, count))
             batch = RaggedBatch.of(segments, self.device)
             output = self.runner.forward(batch, torch.cat(parts))
             for index, (state, count) in enumerate(reading):
                 cache.extend(state.slot, count)
                 state.hidden = output[batch.rows(index).stop - 1, None]
-                reduced[id(state)] = reduced[id(state)][count:]
+                state.auxiliary[0] = state.auxiliary[0][count:]
                 del state.following[:count]
             waiting = [state for state in waiting if state.backlog]
         for state in states:
             state.auxiliary.clear()
         return total
-
-    def _reduce(self, waiting: Sequence[HeadState]) -> dict[int, Tensor]:
-        """Reduce the states that wait to [backlog, hidden] for each sequence, reading the weights once for all."""
-        if not waiting:
-            return {}
-        reduced = self.runner.fuse(torch.cat([states for state in waiting for states in state.auxiliary]))
-        parts = reduced.split([state.backlog for state in waiting])
-        return {id(state): part for state, part in zip(waiting, parts, strict=True)}
 
     def _chains(self, jobs: list[Job]) -> list[DraftTree]:
         lengths = self.runner.cache.lengths
@@ -220,12 +190,11 @@ class AtOnceState:
 
     read: int = 0  # tokens that the target has read; the last of them at position read - 1
     auxiliary: Tensor | None = None  # [1, layers * hidden], the target's states of that one
-    waiting: int = 0  # tokens observed since `catch_up`
 
 
 class AtOnceProposer:
-    """Chains and trees from a head such as Medusa, whose draft step k guesses token i+2+k from the target's states of
-    token i alone: no cache, and nothing to catch up on.
+    """The same as `HeadProposer` for a head such as Medusa, whose draft step k guesses token i+2+k from the target's
+    states of token i alone: no cache, and nothing to catch up on.
 
     The distributions of a chain's tokens are independent of each other, each the head's own at its position. A tree is
     taken from their product: the nodes of the largest probability along their path.
@@ -243,47 +212,38 @@ class AtOnceProposer:
 
     def observe(self, state: AtOnceState, following: Sequence[int], auxiliary: Tensor) -> None:
         state.read += len(following)
-        state.waiting += len(following)
         state.auxiliary = auxiliary[-1:].clone()  # not a view, which would keep the others
 
     def catch_up(self, states: Sequence[AtOnceState]) -> int:
-        total = sum(state.waiting for state in states)
-        for state in states:
-            state.waiting = 0
-        return total
+        return 0
 
     def propose(self, jobs: Sequence[Job]) -> list[DraftTree]:
-        self.catch_up([job.state for job in jobs])
-        hidden = self.head.fuse(torch.cat([job.state.auxiliary for job in jobs]).to(self.head.dtype))  # [jobs, hidden]
+        hidden = self.head.combine(
+            torch.cat([job.state.auxiliary for job in jobs]).to(self.head.dtype)
+        )  # [jobs, hidden]
         steps = range(max(job.length for job in jobs))
         logits = torch.stack([self.head.logits(self.head(hidden, step), step) for step in steps], dim=1)
-        draft = {False: self._chain, True: self._tree}
-        return [draft[bool(job.nodes)](job, own[: job.length]) for job, own in zip(jobs, logits, strict=True)]
+        return [self._draft(job, own[: job.length]) for job, own in zip(jobs, logits, strict=True)]
 
-    def _chain(self, job: Job, logits: Tensor) -> DraftTree:
+    def _draft(self, job: Job, logits: Tensor) -> DraftTree:
         """logits: [length, draft_vocab]."""
-        tokens, q = job.rule.draft(logits, self.vocabulary, self._positions(job))
-        return DraftTree.chain(tokens.tolist(), None if q is None else spread(q, self.vocabulary, self.vocab_size))
-
-    def _tree(self, job: Job, logits: Tensor) -> DraftTree:
-        """logits: [depth, draft_vocab]."""
-        scores = job.rule.candidate_scores(logits, self.vocabulary, self._positions(job))
+        # of the tokens that are drafted: the token after the last one read is known
+        positions = [job.state.read + 1 + step for step in range(job.length)]
+        if not job.nodes:
+            tokens, q = job.rule.draft(logits, self.vocabulary, positions)
+            vocab_size = self.head.config.vocab_size
+            return DraftTree.chain(tokens.tolist(), None if q is None else spread(q, self.vocabulary, vocab_size))
         grower = TreeGrower(BRANCHING, job.length, job.nodes)
         nodes = 1  # of the frontier; at first the last token known
-        for at_depth in scores:
-            frontier = grower.grow(at_depth.expand(nodes, -1), self.vocabulary)
+        for scores in job.rule.candidate_scores(logits, self.vocabulary, positions):
+            frontier = grower.grow(scores.expand(nodes, -1), self.vocabulary)
             if frontier is None:
                 break
             nodes = len(frontier.tokens)
         return grower.tree()
 
-    def _positions(self, job: Job) -> list[int]:
-        """Positions of the tokens that are drafted: the token after the last one read is known."""
-        return [job.state.read + 1 + step for step in range(job.length)]
 
-    @property
-    def vocab_size(self) -> int:
-        return self.head.config.vocab_size
+Proposer = HeadProposer | AtOnceProposer
 
 
 def spread(q: Tensor, vocabulary: Tensor, vocab_size: int) -> Tensor:

@@ -6,7 +6,6 @@ import logging
 import secrets
 import threading
 import time
-from collections import deque
 from collections.abc import Sequence
 from numbers import Integral
 from typing import Any
@@ -18,21 +17,20 @@ from draft.heads import DraftHead
 from draft.heads.checkpoint import attach_head
 from draft.target import Target
 from draft.target.support import check_architecture
-from serving.engine.planner import BRANCHING, OFF, Controller, Fixed, Plan
+from serving.engine.answer import GrowingAnswer, special_ids
+from serving.engine.estimates import BRANCHING
+from serving.engine.planner import make_controller
 from serving.engine.request import (
     MAX_SPECULATION_LENGTH,
     Completion,
     EngineStopped,
-    GrowingAnswer,
-    Overloaded,
     Request,
+    RequestQueue,
     Speculation,
-    SpeculationStats,
     check_speculation_length,
-    special_ids,
 )
 from serving.engine.sampling import SEED_LIMIT, Processor, SamplingParams
-from serving.engine.setup import build_models, warm_up
+from serving.engine.setup import build_models, pass_seconds
 from serving.engine.step import ActiveRequest, Decoder
 from serving.engine.verification import RULES, make_rule
 
@@ -40,7 +38,7 @@ log = logging.getLogger(__name__)
 
 SPECULATIONS = ("auto", "chain", "tree", "off")
 # after one of these the accelerator's context is gone for good; running out of memory is not among them
-_FATAL: tuple[type[BaseException], ...] = tuple(filter(None, [getattr(torch, "AcceleratorError", None)]))
+_FATAL: Any = getattr(torch, "AcceleratorError", ())  # torch has had it since 2.8
 
 
 class Engine:
@@ -87,19 +85,26 @@ class Engine:
         if head is not None:
             attach_head(head, {}, target)
         self.head = head
-        self.speculation = check_choice("speculation", speculation, SPECULATIONS)
-        self.speculation_length = check_speculation_length(speculation_length)
-        if head is not None and head.longest is not None:
-            self.speculation_length = min(self.speculation_length, head.longest)
-        self.rule = check_choice("rule", rule, tuple(RULES))
+        check_choice("speculation", speculation, SPECULATIONS)
+        check_choice("rule", rule, tuple(RULES))
+        check_speculation_length(speculation_length)
+        for name, value, least in (
+            ("max_batch", max_batch, 1),
+            ("max_waiting", max_waiting, 0),
+            ("max_waiting_tokens", max_waiting_tokens, 1),
+            ("threads", threads, 1),
+            ("tree_size", tree_size, 1),
+            ("prefill_chunk", prefill_chunk, 1),
+        ):
+            if name in ("max_waiting_tokens", "threads") and value is None:
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise UserError(f"{name} = {value!r}: it must be a whole number of at least {least}.")
+        self.speculation, self.rule = speculation, rule
+        longest = speculation_length if head is None or head.longest is None else head.longest
+        self.speculation_length = min(speculation_length, longest)
         self.max_length = check_max_length(max_length, target)
-        self.max_batch = check_whole("max_batch", max_batch)
-        self.max_waiting = check_whole("max_waiting", max_waiting, least=0)
-        self.max_waiting_tokens = max_waiting_tokens
-        for name, value in (("max_waiting_tokens", max_waiting_tokens), ("threads", threads)):
-            if value is not None:
-                check_whole(name, value)
-        check_whole("tree_size", tree_size)
+        self.max_batch, self.max_waiting, self.max_waiting_tokens = max_batch, max_waiting, max_waiting_tokens
         self._queue = RequestQueue(max_waiting, max_waiting_tokens)
         self.controller = make_controller(speculation, self.speculation_length, tree_size)
         self.models = build_models(
@@ -115,20 +120,15 @@ class Engine:
         )
         self.target = self.models.runner.target
         self.mode = self.models.mode  # eager or compiled
-        self._decoder = Decoder(
-            self.models.runner,
-            self.models.proposer,
-            self.controller,
-            prefill_chunk=check_whole("prefill_chunk", prefill_chunk),
-        )
+        self._decoder = Decoder(self.models.runner, self.models.proposer, self.controller, prefill_chunk=prefill_chunk)
         self._special_ids = special_ids(target.tokenizer, target.eos_token_ids)
         self._active: list[ActiveRequest] = []  # changed in `step` only
         self._step_lock = threading.RLock()  # one thread steps at a time
         self._thread: threading.Thread | None = None
 
     def warm_up(self) -> None:
-        """Compile, and measure the cost of a step: before the first request, not while one waits."""
-        for tokens, seconds in warm_up(self.models).items():
+        """Measure the cost of a step: before the first request, not while one waits."""
+        for tokens, seconds in pass_seconds(self.models.runner).items():
             self.controller.costs.target.seed(tokens, seconds)
 
     # requests
@@ -178,7 +178,7 @@ class Engine:
         """
         each = [params] * len(prompts) if isinstance(params, SamplingParams) else params
         requests = self._requests(prompts, each, speculation or Speculation())
-        self._queue.join_all(requests)
+        self._queue.join(requests, None)
         try:
             while self._thread is None and any(not request.done for request in requests) and self.step():
                 pass
@@ -214,7 +214,7 @@ class Engine:
     def _admit(self) -> None:
         self._queue.drop_cancelled()
         while self.models.runner.cache.free_slots and (request := self._queue.next()) is not None:
-            request.stamp(started=time.monotonic())
+            request.times.started = time.monotonic()
             try:
                 self._active.append(self._activate(request))
             except Exception as error:  # this request's misfortune, not the engine's
@@ -237,12 +237,8 @@ class Engine:
         processor = Processor(params, request.prompt_ids, target.vocab_size, target.eos_token_ids)
         rule = make_rule(speculation.rule or self.rule, params, seed or 0)
         acceptance = self.controller.track(cap)
-        slot = cache.acquire()
-        try:  # nothing may fail after the last slot has been taken
-            drafting = proposer.join() if proposer is not None and cap else None
-        except BaseException:
-            cache.release(slot)
-            raise
+        drafting = proposer.join() if proposer is not None and cap else None
+        slot = cache.acquire()  # one is free: nothing fails after the head's slot has been taken
         return ActiveRequest(request, answer, processor, rule, seed, slot, cap, acceptance, drafting)
 
     def _advance(self) -> None:
@@ -338,101 +334,9 @@ class Engine:
             "waiting": self.waiting,
             "cache_usage": self.cache_usage,
             "mode": self.mode,
-            "seconds": vars(self._decoder.seconds).copy(),
+            "seconds": self._decoder.seconds.copy(),
             "speculation": self.controller.stats(),
         }
-
-
-class RequestQueue:
-    """Requests that wait for a slot: bounded, first come first served, and safe to use from any thread."""
-
-    def __init__(self, max_requests: int, max_tokens: int | None) -> None:
-        """Bounds of those that wait behind the free slots: requests, and tokens of their prompts and answers."""
-        self.max_requests, self.max_tokens = max_requests, max_tokens
-        self.closed = False
-        self._waiting: deque[Request] = deque()
-        self._changed = threading.Condition()
-
-    def __len__(self) -> int:
-        return len(self._waiting)
-
-    def check_room(self, tokens: int, free_slots: int, requests: int = 1) -> None:
-        """Raise Overloaded or EngineStopped when so many requests, of so many tokens, would be turned away now."""
-        if self.closed:
-            raise EngineStopped("the engine has ended")
-        waiting = [request for request in list(self._waiting) if not request.cancelled]
-        if len(waiting) + requests > self.max_requests + free_slots:
-            more = f" beyond the {free_slots} for which there is a slot" if free_slots else ""
-            came = f", {requests} more came" if requests > 1 else ""
-            raise Overloaded(
-                f"{len(waiting)} requests wait already{came}, and max_waiting is {self.max_requests}{more}"
-            )
-        queued = _tokens(waiting)
-        if self.max_tokens is not None and waiting and queued + tokens > self.max_tokens:
-            raise Overloaded(
-                f"{queued} tokens wait already, {tokens} more came, and max_waiting_tokens is {self.max_tokens}"
-            )
-
-    def join(self, requests: Sequence[Request], free_slots: int) -> None:
-        """Append all requests or none; raises as `check_room`."""
-        with self._changed:
-            self.check_room(_tokens(requests), free_slots, len(requests))
-            self._waiting.extend(requests)
-            self._changed.notify()
-
-    def join_all(self, requests: Sequence[Request]) -> None:
-        """Append requests whose number the caller answers for. Raises EngineStopped."""
-        with self._changed:
-            if self.closed:
-                raise EngineStopped("the engine has ended")
-            self._waiting.extend(requests)
-            self._changed.notify()
-
-    def next(self) -> Request | None:
-        """Take out the first request that is still wanted; those before it that are not are answered."""
-        while True:
-            with self._changed:
-                if not self._waiting:
-                    return None
-                request = self._waiting.popleft()
-            if request.cancelled:
-                _answer_cancelled(request)
-            elif request.future.set_running_or_notify_cancel():
-                return request
-
-    def drop_cancelled(self) -> None:
-        """Answer the requests that were cancelled while they waited, wherever they are in the queue."""
-        if not any(request.cancelled for request in list(self._waiting)):
-            return
-        with self._changed:
-            kept, cancelled = deque[Request](), list[Request]()
-            for request in self._waiting:  # one look at each: a client may cancel at any time
-                (cancelled if request.cancelled else kept).append(request)
-            self._waiting = kept
-        for request in cancelled:
-            _answer_cancelled(request)
-
-    def wait(self) -> None:
-        """Wait until a request joins, or the queue is closed."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._waiting or self.closed)
-
-    def close(self) -> list[Request]:
-        """Let nobody join any more; returns those who still waited."""
-        with self._changed:
-            self.closed = True
-            left = list(self._waiting)
-            self._waiting.clear()
-            self._changed.notify_all()
-        return left
-
-
-def _tokens(requests: Sequence[Request]) -> int:
-    return sum(len(request.prompt_ids) + request.params.max_new_tokens for request in requests)
-
-
-def _answer_cancelled(request: Request) -> None:
-    request.finish(Completion(request.prompt_ids, [], [], "", "cancelled", None, SpeculationStats()))
 
 
 def _turn_away(requests: list[Request]) -> None:
@@ -440,29 +344,9 @@ def _turn_away(requests: list[Request]) -> None:
         request.fail(EngineStopped("the engine has ended"))
 
 
-def make_controller(speculation: str, length: int, tree_size: int) -> Controller:
-    """Return the controller that chooses among the plans of this kind of speculation."""
-    sizes = [size for size in sorted({8, 16, 32, tree_size}) if 0 < length < size <= tree_size]
-    trees = list(dict.fromkeys(Plan.tree(length, size) for size in sizes))
-    if speculation == "auto":
-        return Controller([*(Plan.chain(k) for k in range(1, length + 1)), *trees])
-    if speculation == "tree" and length and not trees:
-        raise UserError(
-            f"tree_size = {tree_size}: a tree has more nodes than its depth, {length}; choose a larger one."
-        )
-    return Fixed({"off": OFF, "chain": Plan.chain(length), "tree": trees[-1] if trees else OFF}[speculation])
-
-
-def check_choice(name: str, value: str, choices: tuple[str, ...]) -> str:
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise UserError(f"{name} = {value!r}: it must be one of {', '.join(choices)}.")
-    return value
-
-
-def check_whole(name: str, value: int, least: int = 1) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise UserError(f"{name} = {value!r}: it must be a whole number of at least {least}.")
-    return value
 
 
 def check_max_length(length: int | None, target: Target) -> int:

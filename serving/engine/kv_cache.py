@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo.decorators import mark_unbacked
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
@@ -146,7 +145,7 @@ class RaggedBatch:
     ids: Tensor  # [1, N]
     positions: Tensor  # [1, N]
     table: Tensor  # [segments, 5] int64 on the CPU: slot, base, past, start, count
-    mask: Tensor  # [N, W] bool: the places from its segment's base on that a token sees; [0, 2] when all are chains
+    mask: Tensor  # [N, W] bool: the places from its segment's base on that a token sees; [0, 0] when all are chains
     starts: list[int] = field(default_factory=list)
 
     @classmethod
@@ -158,7 +157,7 @@ class RaggedBatch:
             table.append((segment.slot, segment.base, segment.past, len(ids), len(segment.ids)))
             ids.extend(segment.ids)
             positions.extend(segment.base + depth for depth in segment.depths[segment.past - segment.base :])
-        mask = torch.empty(0, 2, dtype=torch.bool)  # 2: a width like any other to a compiler
+        mask = torch.empty(0, 0, dtype=torch.bool)
         if any(segment.parents is not None for segment in segments):
             mask = torch.zeros(len(ids), max(segment.reach - segment.base for segment in segments), dtype=torch.bool)
             for start, segment in zip(starts, segments, strict=True):
@@ -212,25 +211,22 @@ class View:
     """The batch that a model is reading; one object for all layers of a model, filled anew for each pass."""
 
     batch: RaggedBatch
-    positions: Tensor  # [N]
-    table: Tensor  # [segments, 5]
-    mask: Tensor  # [N, W], or [0, 2] where all are chains
-    masks: dict[int, Tensor]  # window -> the same with only the places within it
-    compiled: bool = False  # torch.compile reads it, and must not build again for other numbers of segments
+    windows: dict[int, Tensor]  # window -> the batch's mask with only the places within it
 
     @classmethod
-    def empty(cls) -> View:
-        nothing = torch.empty(0, dtype=torch.int64)
-        return cls(RaggedBatch.of([], torch.device("cpu")), nothing, nothing.view(0, 5), nothing.view(0, 2).bool(), {})
+    def empty(cls, windows: Iterable[int] = ()) -> View:
+        """windows: those of the model's layers that have one."""
+        batch = RaggedBatch.of([], torch.device("cpu"))
+        return cls(batch, dict.fromkeys(windows, batch.mask))
 
     def show(self, batch: RaggedBatch) -> None:
-        self.batch, self.positions, self.table, self.mask = batch, batch.positions[0], batch.table, batch.mask
-        for window in self.masks:
-            self.masks[window] = batch.mask_within(window)
-        if self.compiled:
-            mark_unbacked(self.table, 0)
-            for mask in (self.mask, *self.masks.values()):
-                mark_unbacked(mask, [0, 1])
+        self.batch = batch
+        for window in self.windows:
+            self.windows[window] = batch.mask_within(window)
+
+    def mask(self, window: int) -> Tensor:
+        """Return the mask [N, W] of layers with this window (0: none), or [0, 0] where all are chains."""
+        return self.windows.get(window, self.batch.mask)
 
 
 def attend(
@@ -276,14 +272,13 @@ class Probe:
     """Attached to every module for one pass, it finds those that attend, and the shape of their keys and values."""
 
     def __init__(self) -> None:
-        self.found: dict[nn.Module, LayerShape] = {}
-        self.scoring: list[Scoring] = []  # in the same order
+        self.found: dict[nn.Module, tuple[LayerShape, Scoring]] = {}
         self.again = 0  # calls of modules that had attended before
 
     def record(self, module: nn.Module, key: Tensor, value: Tensor, scoring: Scoring) -> None:
         self.again += module in self.found
-        self.found[module] = LayerShape(key.shape[1], key.shape[3], value.shape[3], key.dtype, key.device)
-        self.scoring.append(scoring)
+        shape = LayerShape(key.shape[1], key.shape[3], value.shape[3], key.dtype, key.device)
+        self.found[module] = shape, scoring
 
 
 def torch_attention(
@@ -330,12 +325,12 @@ def _visible(segment: Segment, view: View, rows: slice, window: int) -> Tensor |
     """Return [tokens, reach] bool: the keys that each token of a segment sees; None: all."""
     if segment.parents is None and len(segment.ids) == 1 and not 0 < window < segment.reach:
         return None
-    positions = view.positions[rows]
+    positions = view.batch.positions[0, rows]
     places = torch.arange(segment.reach, device=positions.device)
     if segment.parents is None:
         visible = places <= positions[:, None]
         return visible & (places > positions[:, None] - window) if window else visible
-    block = view.masks.get(window, view.mask)[rows, : segment.reach - segment.base]
+    block = view.mask(window)[rows, : segment.reach - segment.base]
     visible = torch.cat([block.new_ones(len(block), segment.base), block], dim=1)
     if window:  # the block's mask has the window in it
         visible &= (places >= segment.base) | (places > positions[:, None] - window)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -41,17 +41,15 @@ class TargetRunner:
             UserError: when the architecture does not take our attention in each of its layers.
         """
         self.target, self.layers = target, layers
-        self.view = View.empty()
         probe = _find_attention(target)
+        self.scoring = [scoring for _, scoring in probe.found.values()]
         # a part of a prompt, beside a tree, may be longer than any window
-        self.view.masks = {scoring.window: self.view.mask for scoring in probe.scoring if scoring.window > 0}
-        self.scoring = probe.scoring
-        self.cache = SlotCache(list(probe.found.values()), slots, capacity)
+        self.view = View.empty(scoring.window for scoring in self.scoring if scoring.window > 0)
+        self.cache = SlotCache([shape for shape, _ in probe.found.values()], slots, capacity)
         self.attached = {
             module: SlotLayer(keys, values, self.view, kernel)
             for module, (keys, values) in zip(probe.found, self.cache.layers, strict=True)
         }
-        self.forwards: dict[nn.Module, Any] = {}  # compiled replacements of layers' forward methods
         self.fused: FusedDecoder | None = None  # all layers in one call
         self.norm: Any = None  # after them
 
@@ -59,57 +57,38 @@ class TargetRunner:
         """-> last hidden states [N, hidden], after the final norm, and auxiliary states [N, layers * hidden]."""
         self.view.show(batch)
         if self.fused is not None and self.fused.takes(batch.ids.shape[1]):
-            outputs = self.fused_pass(self.fused, batch)
+            inside = [layer for layer in self.layers if layer <= self.target.num_layers]
+            output, dtype = self.run_fused(self.fused, batch, inside), self.target.dtype
+            hidden = self.norm(output[0]).to(dtype)
+            captured = {**dict(zip(inside, output[1:].to(dtype), strict=True)), self.target.output_layer: hidden}
         else:
-            outputs = self.layer_by_layer(batch.ids, batch.positions)
+            hidden, captured = self.run_layers({"input_ids": batch.ids}, batch.positions, self.layers)
         for segment in batch.segments:
             self.cache.extend(segment.slot, len(segment.ids))
-        return outputs[0], outputs[1] if self.layers else None
+        return hidden, torch.cat([captured[layer] for layer in self.layers], dim=-1) if self.layers else None
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[n, hidden] -> [n, vocab]."""
         return self.target.logits(hidden)
 
-    def fused_pass(self, fused: FusedDecoder, batch: RaggedBatch) -> list[Tensor]:
-        """Run all layers in one call: [hidden states [N, hidden], auxiliary states where there are any]."""
-        inside = [layer for layer in self.layers if layer <= self.target.num_layers]
-        output, dtype = self.fused_layers(fused, batch, inside), self.target.dtype
-        hidden = self.norm(output[0]).to(dtype)
-        captured = {**dict(zip(inside, output[1:].to(dtype), strict=True)), self.target.output_layer: hidden}
-        return self._with_states(hidden, captured)
+    def run_fused(self, fused: FusedDecoder, batch: RaggedBatch, captured: Sequence[int]) -> Tensor:
+        """Run all layers in one call -> [1 + captured, N, hidden] float32, before the final norm."""
+        embeds = self.target.decoder.embed_tokens(batch.ids)
+        rotation = self.target.decoder.rotary_emb(embeds, position_ids=batch.positions)
+        shown, masks = self.view.batch, [self.view.mask(window) for window in fused.windows]
+        return fused.run(embeds, _NOTHING, rotation, self.cache.layers, shown.positions, shown.table, masks, captured)
 
-    def fused_layers(self, fused: FusedDecoder, batch: RaggedBatch, captured: Sequence[int]) -> Tensor:
-        """-> [1 + captured, N, hidden] float32, see `FusedDecoder.run`."""
-        decoder, view = self.target.decoder, self.view
-        embeds = decoder.embed_tokens(batch.ids)
-        rotation = decoder.rotary_emb(embeds, position_ids=batch.positions)
-        masks = [view.masks.get(window, view.mask) for window in fused.windows]
-        return fused.run(embeds, _NOTHING, rotation, self.cache.layers, view.positions, view.table, masks, captured)
-
-    def layer_by_layer(self, ids: Tensor, positions: Tensor, *, precisely: bool = False) -> list[Tensor]:
-        """precisely: with a residual stream in float32, or the target's dtype if that is wider."""
-        given = {"input_ids": ids}
-        if precisely:
-            embeds = self.target.embedding(ids)
-            given = {"inputs_embeds": embeds.to(torch.promote_types(embeds.dtype, torch.float32))}
-        hidden, captured = self.model_pass(given, positions, self.layers)
-        return self._with_states(hidden[0], {layer: states[0] for layer, states in captured.items()})
-
-    def model_pass(
-        self, given: dict[str, Tensor], positions: Tensor, layers: tuple[int, ...]
+    def run_layers(
+        self, given: dict[str, Tensor], positions: Tensor, layers: Sequence[int]
     ) -> tuple[Tensor, dict[int, Tensor]]:
-        """Run the model's own code: last hidden states [1, N, hidden], and what enters each of `layers`."""
+        """Run the model's own code -> last hidden states [N, hidden], and what enters each of `layers`, the same."""
         captured: dict[int, Tensor] = {}
         with (  # the first of them locks the target: another engine may share it
             _attention_by(self.target, self.attached),
-            _replaced_forwards(self.forwards),
             capture_hidden_states(self.target.decoder, layers, captured),
         ):
             output = self.target.decoder(**given, position_ids=positions, use_cache=False)
-        return output.last_hidden_state, captured
-
-    def _with_states(self, hidden: Tensor, captured: dict[int, Tensor]) -> list[Tensor]:
-        return [hidden, torch.cat([captured[layer] for layer in self.layers], dim=-1)] if self.layers else [hidden]
+        return output.last_hidden_state[0], {layer: states[0] for layer, states in captured.items()}
 
 
 class HeadRunner:
@@ -126,41 +105,35 @@ class HeadRunner:
         self.cache = SlotCache([shape], slots, capacity)
         self.view = View.empty()
         self.layer = SlotLayer(*self.cache.layers[0], self.view, kernel)
-        # (embeds [1, N, hidden], hidden [1, N, hidden], positions [1, N]) -> [1, N, hidden]; faster ones may replace it
-        self.run: Callable[[Tensor, Tensor, Tensor], Tensor] = self.run_head
         self.fused: FusedDecoder | None = None  # its layer in one call
         self.norm: Any = None  # after it, where the head's output is normed
         self.angles: tuple[Tensor, ...] = ()  # cosines and sines of all positions, for that call
 
-    def fuse(self, auxiliary: Tensor) -> Tensor:
+    def combine(self, auxiliary: Tensor) -> Tensor:
         """The target's auxiliary states [n, layers * hidden] -> [n, hidden]."""
-        return self.head.fuse(auxiliary.to(self.dtype))
+        return self.head.combine(auxiliary.to(self.dtype))
 
     def forward(self, batch: RaggedBatch, hidden: Tensor) -> Tensor:
-        """One pass: hidden [N, hidden], `fuse`d states or this method's own output -> [N, hidden]."""
+        """One pass: hidden [N, hidden], `combine`d states or this method's own output -> [N, hidden]."""
         self.view.show(batch)
-        return self.run(self.embedding(batch.ids).to(self.dtype), hidden[None], batch.positions)[0]
+        embeds = self.embedding(batch.ids).to(self.dtype)  # [1, N, hidden]
+        if self.fused is None:
+            layer = self.layer
+
+            def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+                return layer.kernel(query, key, value, layer, query.shape[-1] ** -0.5, 0, 0.0)
+
+            return self.head(embeds, hidden[None], batch.positions, attend)[0]
+        cos, sin = self.angles
+        rotation = cos[None, batch.positions], sin[None, batch.positions]
+        slots, masks = self.cache.layers, [batch.mask]
+        output = self.fused.run(hidden[None], embeds, rotation, slots, batch.positions, batch.table, masks)[0]
+        output = output.to(hidden.dtype)  # [N, hidden]
+        return self.norm(output) if self.norm is not None else output
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[n, hidden] -> [n, draft_vocab]."""
         return self.head.logits(hidden)
-
-    def run_head(self, embeds: Tensor, hidden: Tensor, positions: Tensor) -> Tensor:
-        """Run the head's own code."""
-        return self.head(embeds, hidden, positions, self._attend)
-
-    def run_fused(self, embeds: Tensor, hidden: Tensor, positions: Tensor) -> Tensor:
-        """Run the head's layer in one call."""
-        assert self.fused is not None
-        view, (cos, sin) = self.view, self.angles
-        rotation = cos[None, None, positions[0]], sin[None, None, positions[0]]
-        masks = [view.mask]
-        output = self.fused.run(hidden, embeds, rotation, self.cache.layers, view.positions, view.table, masks)
-        output = output.to(hidden.dtype)  # [1, N, hidden]
-        return self.norm(output) if self.norm is not None else output
-
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return self.layer.kernel(query, key, value, self.layer, query.shape[-1] ** -0.5, 0, 0.0)
 
 
 def _find_attention(target: Target) -> Probe:
@@ -190,14 +163,3 @@ def _attention_by(target: Target, attached: dict[nn.Module, Any]) -> Iterator[No
         finally:  # or the target would keep an engine's slots after it
             for module in attached:
                 del module.__dict__["draftsmith"]
-
-
-@contextmanager
-def _replaced_forwards(forwards: dict[nn.Module, Any]) -> Iterator[None]:
-    for module, forward in forwards.items():
-        module.__dict__["forward"] = forward
-    try:
-        yield
-    finally:
-        for module in forwards:
-            del module.__dict__["forward"]

@@ -74,46 +74,45 @@ def choose(log_p: Tensor, seed: int, positions: Sequence[int], purpose: Purpose 
     if log_p.device.type != "cpu":  # there all of the noise costs less than finding out what is needed
         everyone = torch.arange(log_p.shape[1], device=log_p.device)
         return (log_p + gumbel(seed, purpose, positions, everyone)).argmax(dim=1)
-    row, token, score = _Race(log_p, _position_keys(seed, purpose, positions)).contenders()
+    row, token, score = _contenders(log_p, _position_keys(seed, purpose, positions))
     ids = np.zeros(len(log_p), dtype=np.int64)
     order = np.lexsort((-token, score))  # what is written last stays: the best of each row
     ids[row[order]] = token[order]
     return torch.from_numpy(ids)
 
 
-class _Race:
-    """Finds the tokens that can have the largest scores, in numpy: on a CPU such small arrays cost torch more."""
+def _contenders(log_p: Tensor, keys: list[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return rows, tokens and exact scores of all tokens that can have the largest score of their row.
 
-    def __init__(self, log_p: Tensor, keys: list[tuple[int, int]]) -> None:
-        missing = -log_p.shape[-1] % GROUP
-        whole = pad(log_p, (0, missing), value=-torch.inf) if missing else log_p
-        groups = whole.unflatten(-1, (-1, GROUP))  # [n, groups, 64]
-        self._log_p = groups.numpy()
-        shared, self._single = np.array(keys, dtype=np.uint64).T
-        bits = _stream_array(shared[:, None], np.arange(groups.shape[1], dtype=np.uint64))
-        self._least = np.log(_unit_array(bits)) * (-1 / GROUP)
-        self._winner = (bits & np.uint64(GROUP - 1)).astype(np.int64)
-        self._ceiling = -np.log(self._least)  # [n, groups]: the largest noise in each group
-        self._bounds = groups.amax(dim=-1).numpy() + self._ceiling
+    In numpy: on a CPU such small arrays cost torch more.
+    """
+    missing = -log_p.shape[-1] % GROUP
+    whole = pad(log_p, (0, missing), value=-torch.inf) if missing else log_p
+    groups = whole.unflatten(-1, (-1, GROUP))  # [n, groups, 64]
+    logs = groups.numpy()
+    shared, single = np.array(keys, dtype=np.uint64).T
+    bits = _stream_array(shared[:, None], np.arange(groups.shape[1], dtype=np.uint64))
+    least = np.log(_unit_array(bits)) * (-1 / GROUP)
+    winner = (bits & np.uint64(GROUP - 1)).astype(np.int64)
+    ceiling = -np.log(least)  # [n, groups]: the largest noise in each group
+    bounds = groups.amax(dim=-1).numpy() + ceiling
 
-    def contenders(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return rows, tokens and exact scores of all tokens that can have the largest score of their row."""
-        # [n, 1]: what the best of each row reaches at least; the most promising groups tell
-        pilots = min(_PILOT, self._bounds.shape[1])
-        group = np.argpartition(self._bounds, -pilots, axis=1)[:, -pilots:, None]  # [n, pilots, 1]
-        known = self._scores(np.arange(len(group))[:, None, None], group, np.arange(GROUP))
-        floor = known.reshape(len(group), -1).max(axis=1, keepdims=True) - _SLACK
-        row, group = ((self._bounds >= floor) & (self._bounds > -np.inf)).nonzero()
-        reach = self._log_p[row, group] + self._ceiling[row, group, None]  # [candidate groups, 64]
-        index, member = ((reach >= floor[row]) & (reach > -np.inf)).nonzero()
-        row, group = row[index], group[index]
-        return row, group * GROUP + member, self._scores(row, group, member)
-
-    def _scores(self, row: np.ndarray, group: np.ndarray, member: np.ndarray) -> np.ndarray:
+    def scores(row: np.ndarray, group: np.ndarray, member: np.ndarray) -> np.ndarray:
         tokens = (group * GROUP + member).astype(np.uint64)
-        excess = -np.log(_unit_array(_stream_array(self._single[row], tokens)))
-        excess *= member != self._winner[row, group]
-        return self._log_p[row, group, member] - np.log(excess + self._least[row, group])
+        excess = -np.log(_unit_array(_stream_array(single[row], tokens)))
+        excess *= member != winner[row, group]
+        return logs[row, group, member] - np.log(excess + least[row, group])
+
+    # [n, 1]: what the best of each row reaches at least; the most promising groups tell
+    pilots = min(_PILOT, bounds.shape[1])
+    group = np.argpartition(bounds, -pilots, axis=1)[:, -pilots:, None]  # [n, pilots, 1]
+    known = scores(np.arange(len(group))[:, None, None], group, np.arange(GROUP))
+    floor = known.reshape(len(group), -1).max(axis=1, keepdims=True) - _SLACK
+    row, group = ((bounds >= floor) & (bounds > -np.inf)).nonzero()
+    reach = logs[row, group] + ceiling[row, group, None]  # [candidate groups, 64]
+    index, member = ((reach >= floor[row]) & (reach > -np.inf)).nonzero()
+    row, group = row[index], group[index]
+    return row, group * GROUP + member, scores(row, group, member)
 
 
 def _position_keys(seed: int, purpose: Purpose, positions: Sequence[int]) -> list[tuple[int, int]]:
@@ -123,15 +122,11 @@ def _position_keys(seed: int, purpose: Purpose, positions: Sequence[int]) -> lis
     return [(_stream(stream, 0), _stream(stream, 1)) for stream in streams]
 
 
-def _mix(x: int) -> int:
-    """SplitMix64's finaliser."""
+def _stream(key: int, counter: int) -> int:
+    x = (key + (counter + 1) * _GAMMA) & _MASK
     x = ((x ^ (x >> 30)) * _MIX_1) & _MASK
     x = ((x ^ (x >> 27)) * _MIX_2) & _MASK
     return x ^ (x >> 31)
-
-
-def _stream(key: int, counter: int) -> int:
-    return _mix((key + (counter + 1) * _GAMMA) & _MASK)
 
 
 def _signed(value: int) -> int:

@@ -13,73 +13,38 @@ from __future__ import annotations
 
 import math
 import threading
-from bisect import bisect_left
-from collections import Counter, deque
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from itertools import accumulate
-from operator import mul
-from statistics import fmean
 from typing import Any
 
-BRANCHING = 8  # children that a tree's node may have, and nodes that the head reads at a depth
+from draft.errors import UserError
+from serving.engine.estimates import (
+    ENOUGH,
+    OFF,
+    OVERALL_MEMORY,
+    OVERALL_STRENGTH,
+    Acceptance,
+    DraftPlan,
+    RequestAcceptance,
+    StepCosts,
+)
+
 MARGIN = 1.04  # what a plan must promise over the present one, and over plain decoding, to replace it
 PATIENCE = 8  # steps between decisions about an unchanged batch
 PROBE_BUDGET = {False: 0.003, True: 0.008}  # share of the time that probes may lose beside plain decoding, and drafting
+NEAR = 0.8  # of the present plan's rate must be promised by what is worth a probe while drafting
 PROBE_STEPS = 3, 16  # a probe's fewest and most steps
 PROBE_ROWS = 4  # one request in so many drafts in a probe beside plain decoding: the head must catch up on each
 PROBE_GAP = 48  # steps between two probes, however little they lose
-NEAR = 0.8  # of the present plan's rate must be promised by what is worth a probe while drafting
 CATCH_UP_STEPS = 64  # steps that share the cost of catching up when drafting begins again, in a request of so many
-
-WINDOW = 24  # measurements kept of each width: old ones must leave soon after the machine has changed
-ENOUGH = 3  # measurements of a width before it counts as known
-INITIAL_RATE = 0.7  # of a head that was never seen: high enough for it to be tried
-OVERALL_MEMORY, ROW_MEMORY = 256, 64  # verifications after which an observation weighs 1/e
-OVERALL_STRENGTH, ROW_STRENGTH = 3, 16  # verifications that the prior of an estimate is worth
-KEPT_AFTER_PAUSE = 20  # verifications that all that was known before a pause is worth
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The drafts for each request in a step: `nodes` tokens, the deepest `length` after the last known one."""
-
-    length: int = 0  # steps of the head
-    nodes: int = 0  # tokens to verify
-
-    @classmethod
-    def chain(cls, length: int) -> Plan:
-        return cls(length, length)
-
-    @classmethod
-    def tree(cls, depth: int, nodes: int) -> Plan:
-        """Return a tree of so many nodes, or of as many as find room at that depth."""
-        return cls(depth, min(nodes, BRANCHING) if depth == 1 else nodes)
-
-    @cached_property
-    def kind(self) -> str:
-        """ "off", "chain" or "tree"."""
-        return "off" if self.nodes == 0 else "chain" if self.nodes == self.length else "tree"
-
-    def capped(self, cap: int) -> Plan:
-        """This plan for a request that can use at most `cap` drafted tokens in a row."""
-        if cap >= self.length:
-            return self
-        return Plan.chain(cap) if self.kind == "chain" or cap == 0 else Plan.tree(cap, self.nodes)
-
-    def __str__(self) -> str:
-        return {"off": "off", "chain": f"chain {self.length}", "tree": f"tree {self.nodes}x{self.length}"}[self.kind]
-
-
-OFF = Plan()
 
 
 @dataclass
 class _Stretch:
     """Steps of one plan, as they turned out."""
 
-    plan: Plan
+    plan: DraftPlan
     run: int = 0  # steps
     steps: int = 0  # those of them without other work, of which tokens and seconds are
     tokens: int = 0
@@ -96,23 +61,21 @@ class Controller:
     calls these; `stats` may be called by any. All seconds are wall-clock.
     """
 
-    def __init__(self, plans: Sequence[Plan], calibration: Mapping[int, float] | None = None) -> None:
-        """plans: those to choose from, besides OFF. calibration: tokens of a target pass -> seconds."""
+    def __init__(self, plans: Sequence[DraftPlan]) -> None:
+        """plans: those to choose from, besides OFF."""
         self.plans = [OFF, *(plan for plan in plans if plan != OFF)]
         self.plan = OFF
         self.lock = threading.Lock()  # of all figures that `stats` reads
         self.costs = StepCosts()
-        for tokens, seconds in (calibration or {}).items():
-            self.costs.target.seed(tokens, seconds)
         self.acceptance = Acceptance(OVERALL_MEMORY, OVERALL_STRENGTH)
         self.switches = self.probes = 0
-        self.chosen: Counter[Plan] = Counter()
-        self._rates: dict[Plan, float] = {}  # tokens per second that each plan promised at the last decision
+        self.chosen: Counter[DraftPlan] = Counter()
+        self._rates: dict[DraftPlan, float] = {}  # tokens per second that each plan promised at the last decision
         # seconds for which the plan was not to draft, and to draft: each has probes of its own, which requests that
         # come and go, and the switches they bring, put off no further and let begin no sooner
         self._clocks = {False: 0.0, True: 0.0}
         self._probe_at = {False: 0.0, True: 0.0}
-        self._ran: Counter[Plan] = Counter()  # the step, counted from the first, that last ran each plan
+        self._ran: Counter[DraftPlan] = Counter()  # the step, counted from the first, that last ran each plan
         self._wait = 0  # steps until the next decision
         self._rows: list[RequestAcceptance] = []  # of the present step
         self._emitted = 0  # by these rows before the present step
@@ -121,21 +84,32 @@ class Controller:
 
     def track(self, cap: int, backlog: int = 0) -> RequestAcceptance:
         """Return the tracker of a new request; see RequestAcceptance."""
-        return RequestAcceptance(self.acceptance, cap, backlog, self.lock)
+        return RequestAcceptance(self.acceptance, cap, backlog)
 
-    def choose(self, rows: Sequence[RequestAcceptance]) -> Plan:
+    def choose(self, rows: Sequence[RequestAcceptance]) -> DraftPlan:
         """The plan for this step; each request drafts `plan.capped(row.cap)`.
 
         rows: of all requests that are decoded in the step, those that draft nothing (cap 0) too: they share its pass.
         Those that a probe leaves out get a cap of 0 for this step.
         """
         with self.lock:
-            self._finish_step()
+            step, probe = self._step, self._probe  # the step before this one
+            self._clocks[self.plan != OFF] += step.seconds + step.catch_up
+            if probe and step.plan == probe.plan:
+                probe.run += 1
+                probe.catch_up += step.catch_up
+                if step.comparable:
+                    probe.steps += 1
+                    probe.tokens += sum(row.emitted for row in self._rows) - self._emitted
+                    probe.seconds += step.seconds
+                    probe.expected += step.expected
             changed = len(rows) != len(self._rows)
             self._rows, self._emitted = list(rows), sum(row.emitted for row in rows)
             plan = self._next(changed) if any(row.cap > 0 for row in rows) else OFF
             if self._probe and self.plan == OFF:
-                for row in self._left_out():
+                # the others draft nothing: those that the head would have most to read of
+                able = sorted((row for row in rows if row.cap > 0), key=lambda row: row.backlog)
+                for row in able[math.ceil(len(able) / PROBE_ROWS) :]:
                     row.cap = 0
             self._step = _Stretch(plan, expected=self._seconds(plan) if rows else 0.0)
             self.chosen[plan] += 1
@@ -154,7 +128,7 @@ class Controller:
                 self.costs.target.observe(tokens, seconds)
             self._step.seconds += seconds
 
-    def observe_draft(self, drafted: Sequence[Plan], seconds: float) -> None:
+    def observe_draft(self, drafted: Sequence[DraftPlan], seconds: float) -> None:
         """Drafting for all requests that draft, each by its own plan, with re-reading what was accepted."""
         with self.lock:
             steps, nodes = max(plan.length for plan in drafted), sum(plan.nodes for plan in drafted)
@@ -187,67 +161,38 @@ class Controller:
                 "probes": self.probes,
             }
 
-    def _finish_step(self) -> None:
-        """Account for the step before this one."""
-        step, probe = self._step, self._probe
-        self._clocks[self.plan != OFF] += step.seconds + step.catch_up
-        if probe and step.plan == probe.plan:
-            probe.run += 1
-            probe.catch_up += step.catch_up
-            if step.comparable:
-                probe.steps += 1
-                probe.tokens += sum(row.emitted for row in self._rows) - self._emitted
-                probe.seconds += step.seconds
-                probe.expected += step.expected
-
-    def _next(self, changed: bool) -> Plan:
+    def _next(self, changed: bool) -> DraftPlan:
         """Go on with a probe or the plan, or decide anew. changed: there are more requests or fewer."""
         self._wait -= 1
         if self._probe and not changed and self._keeps_up(self._probe):
             return self._probe.plan
         if self._probe:
-            self._end_probe(self._probe)
+            # let the next one wait until what this one lost is PROBE_BUDGET of the time; by the model: a step that
+            # something else slowed down must not put it off for long
+            lost = self._probe.expected + self._probe.catch_up - self._probe.tokens / self._rates[self.plan]
+            self._set_probe(self.plan, lost / PROBE_BUDGET[self.plan != OFF])
+            self._probe = None
         elif self._wait > 0 and not changed:
             return self.plan
         self._decide()
         drafting = self.plan != OFF
-        if self._clocks[drafting] >= self._probe_at[drafting]:
+        known = self.costs.target.known(self._width(self.plan))
+        if known and self._clocks[drafting] >= self._probe_at[drafting] and len(self._rates) > 1:
             self._begin_probe()
         return self._probe.plan if self._probe else self.plan
-
-    def _decide(self) -> None:
-        """Choose the plan."""
-        self._rates = rates = self._promised()
-        best = max(rates, key=lambda plan: rates[plan])
-        safe = max((plan for plan in (OFF, self.plan) if plan in rates), key=lambda plan: rates[plan])
-        plan = best if rates[best] > MARGIN * rates[safe] else safe
-        drafting = plan != OFF
-        if not self._probe_at[drafting] or OFF != self.plan != plan != OFF:
-            self._probe_at[drafting] = self._clocks[drafting] + PROBE_GAP * self._seconds(plan)
-        self.switches += plan != self.plan
-        self.plan = plan
-        self._wait = PATIENCE if self.costs.target.known(self._width(plan)) else ENOUGH
 
     def _begin_probe(self) -> None:
         """Without drafting, try what promises most; while drafting, what rested longest: OFF, or what comes near."""
         rates, present = self._rates, self._rates[self.plan]
-        if not self.costs.target.known(self._width(self.plan)) or len(rates) == 1:
-            return
         if self.plan == OFF:
             plan = max((plan for plan in rates if plan != OFF), key=lambda plan: rates[plan])
-            self.acceptance.forget()
-            for row in self._rows:
-                row.forget()
+            for acceptance in (self.acceptance, *(row.own for row in self._rows)):
+                acceptance.forget()
         else:
             near = [plan for plan in rates if plan not in (OFF, self.plan) and rates[plan] >= NEAR * present]
             plan = min([OFF, *near], key=lambda plan: self._ran[plan])
         self._probe = _Stretch(plan)
         self.probes += 1
-
-    def _left_out(self) -> list[RequestAcceptance]:
-        """The requests that draft nothing in a probe: those that the head would have most to read of."""
-        able = sorted((row for row in self._rows if row.cap > 0), key=lambda row: row.backlog)
-        return able[-(-len(able) // PROBE_ROWS) :]
 
     def _keeps_up(self, probe: _Stretch) -> bool:
         fewest, most = PROBE_STEPS
@@ -256,16 +201,24 @@ class Controller:
         slower = probe.tokens < self._rates[self.plan] * probe.seconds
         return probe.run < most and (probe.steps < fewest or not slower)
 
-    def _end_probe(self, probe: _Stretch) -> None:
-        """Let the next probe wait until what this one lost is PROBE_BUDGET of the time."""
-        # by the model: a step that something else slowed down must not put off the next probe for long
-        lost = probe.expected + probe.catch_up - probe.tokens / self._rates[self.plan]
-        drafting = self.plan != OFF
-        wait = max(lost / PROBE_BUDGET[drafting], PROBE_GAP * self._seconds(self.plan))
-        self._probe_at[drafting] = self._clocks[drafting] + wait
-        self._probe = None
+    def _set_probe(self, plan: DraftPlan, wait: float = 0.0) -> None:
+        """Let the next probe beside this plan, or others that draft if it does, wait for so many seconds or more."""
+        drafting = plan != OFF
+        self._probe_at[drafting] = self._clocks[drafting] + max(wait, PROBE_GAP * self._seconds(plan))
 
-    def _promised(self) -> dict[Plan, float]:
+    def _decide(self) -> None:
+        """Choose the plan."""
+        self._rates = rates = self._promised()
+        best = max(rates, key=lambda plan: rates[plan])
+        safe = max((plan for plan in (OFF, self.plan) if plan in rates), key=lambda plan: rates[plan])
+        plan = best if rates[best] > MARGIN * rates[safe] else safe
+        if not self._probe_at[plan != OFF] or OFF != self.plan != plan != OFF:
+            self._set_probe(plan)
+        self.switches += plan != self.plan
+        self.plan = plan
+        self._wait = PATIENCE if self.costs.target.known(self._width(plan)) else ENOUGH
+
+    def _promised(self) -> dict[DraftPlan, float]:
         """Estimate the tokens per second of each plan whose cost is known, for the present requests."""
         shapes = {self._shape(plan): self.acceptance.rates(self._shape(plan)) for plan in self.plans}
         expected = {shape: [row.expected(shape, rates) for row in self._rows] for shape, rates in shapes.items()}
@@ -281,23 +234,23 @@ class Controller:
             promised[plan] = tokens / seconds if seconds else 0.0
         return promised
 
-    def _shape(self, plan: Plan) -> Plan:
+    def _shape(self, plan: DraftPlan) -> DraftPlan:
         """Return the plan whose acceptance rates hold for this one too: the longest chain's for all chains."""
         chains = [other for other in self.plans if other.kind == "chain"]
         return max(chains, key=lambda chain: chain.length) if plan.kind == "chain" else plan
 
-    def _width(self, plan: Plan) -> int:
+    def _width(self, plan: DraftPlan) -> int:
         """Return the tokens of a pass of the target."""
         return sum(1 + plan.capped(row.cap).nodes for row in self._rows)
 
-    def _seconds(self, plan: Plan) -> float:
+    def _seconds(self, plan: DraftPlan) -> float:
         """Estimate the seconds of a step, catching up aside."""
         width = self._width(plan)
         steps = max(plan.capped(row.cap).length for row in self._rows)
         drafting = self.costs.draft_seconds(plan.kind, steps, width - len(self._rows))
         return self.costs.target(width) + drafting
 
-    def _catch_up_share(self, plan: Plan) -> float:
+    def _catch_up_share(self, plan: DraftPlan) -> float:
         """Estimate the seconds of a step's share of what the head must read before it can draft.
 
         A request that ends soon has fewer steps to share it.
@@ -313,232 +266,22 @@ class Controller:
 class Fixed(Controller):
     """Always the same plan, with the same interface and the same statistics."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: DraftPlan) -> None:
         super().__init__([plan])
         self.plan = plan
 
-    def _next(self, changed: bool) -> Plan:
+    def _next(self, changed: bool) -> DraftPlan:
         return self.plan
 
 
-class StepCosts:
-    """The costs of all parts of a step.
-
-    target: of a ragged pass, by its tokens. draft: of one step of the head, by its tokens, for chains and for trees.
-    catch_up: of reading what the target decoded while nothing was drafted, by its tokens.
-    """
-
-    def __init__(self) -> None:
-        self.target = Curve()
-        self.draft = {"chain": Curve(), "tree": Curve()}
-        self.catch_up = Curve()
-
-    def draft_seconds(self, kind: str, steps: int, tokens: float) -> float:
-        """A drafting phase of `steps` steps, over `tokens` drafted tokens in all.
-
-        A tree is thought to cost what a chain of as many tokens does until one has been measured.
-        """
-        if not tokens:
-            return 0.0
-        curve = self.draft[kind] if self.draft[kind].reach else self.draft["chain"]
-        return steps * curve(tokens / steps)
-
-
-class Curve:
-    """Seconds as a function of a width (tokens in a pass), between and beyond the widths that were measured.
-
-    Each width's figure is the mean of the middle half of its latest measurements, so single steps that another process
-    slowed down do not count. A wider pass never costs less, so noise that says so is averaged away; between the
-    widths the curve is a straight line, and beyond them it goes on with the slope of its last doubling.
-    """
-
-    def __init__(self) -> None:
-        self._samples: dict[int, deque[tuple[float, float]]] = {}  # bucket -> (width, seconds)
-        self._knots: list[tuple[float, float]] | None = None  # (width, seconds), both rising; None: to be made
-
-    def observe(self, width: float, seconds: float) -> None:
-        """One measurement. width: above 0."""
-        self._samples.setdefault(_bucket(width), deque(maxlen=WINDOW)).append((width, seconds))
-        self._knots = None
-
-    def seed(self, width: float, seconds: float) -> None:
-        """A figure from a calibration, as good as ENOUGH measurements."""
-        for _ in range(ENOUGH):
-            self.observe(width, seconds)
-
-    def known(self, width: float) -> bool:
-        """Test that (about) this width itself has been measured often enough."""
-        return len(self._samples.get(_bucket(width), ())) >= ENOUGH
-
-    @property
-    def reach(self) -> float:
-        """The widest pass whose cost is known: twice the only known width, or four times the widest of several."""
-        widths = [width for width, _ in self._curve()]
-        return 0.0 if not widths else widths[-1] * (4 if len(widths) > 1 else 2)
-
-    def __call__(self, width: float) -> float:
-        """Seconds at this width; 0 while nothing has been measured at all."""
-        knots = self._curve()
-        if not knots:
-            return 0.0
-        (low, low_seconds), (high, high_seconds) = knots[0], knots[-1]
-        if width >= high:
-            return high_seconds + (width - high) * _slope(knots)
-        if width <= low:  # a smaller pass costs at least its share
-            return max(low_seconds - (low - width) * _slope(knots[::-1]), low_seconds * width / low)
-        right = bisect_left(knots, (width, 0.0))
-        (x0, y0), (x1, y1) = knots[right - 1], knots[right]
-        return y0 + (y1 - y0) * (width - x0) / (x1 - x0)
-
-    def table(self) -> dict[str, float]:
-        """Width -> seconds, for people."""
-        return {f"{width:.4g}": seconds for width, seconds in self._curve()}
-
-    def _curve(self) -> list[tuple[float, float]]:
-        knots = self._knots
-        if knots is None:
-            every = [list(samples) for samples in self._samples.values()]
-            # what was measured once or twice may have been a slow moment, and would speak against itself for good
-            enough = [samples for samples in every if len(samples) >= ENOUGH]
-            chosen = enough if len(enough) > 1 else every
-            knots = self._knots = _rising(sorted(_summary(samples) for samples in chosen))
-        return knots
-
-
-def _bucket(width: float) -> int:
-    """Each width below 16 by itself, wider ones eight to a doubling."""
-    whole = max(1, round(width))
-    octave = max(0, whole.bit_length() - 4)
-    return octave * 16 + (whole >> octave)
-
-
-def _summary(samples: list[tuple[float, float]]) -> tuple[float, float, int]:
-    """(width, seconds, count): the mean width, and the mean of the middle half (of few: their median)."""
-    ordered = sorted(seconds for _, seconds in samples)
-    count = len(ordered)
-    cut = min((count - 1) // 2, max(ENOUGH, count // 4))
-    return fmean(width for width, _ in samples), fmean(ordered[cut : count - cut]), count
-
-
-def _rising(points: list[tuple[float, float, int]]) -> list[tuple[float, float]]:
-    """The closest rising curve (pool adjacent violators, weighted by the measurements behind each point)."""
-    pools: list[tuple[float, int, list[float]]] = []  # seconds, weight, widths
-    for width, seconds, weight in points:
-        pools.append((seconds, weight, [width]))
-        while len(pools) > 1 and pools[-2][0] > pools[-1][0]:
-            (left, left_weight, before), (right, right_weight, after) = pools[-2:]
-            total = left_weight + right_weight
-            pools[-2:] = [((left * left_weight + right * right_weight) / total, total, before + after)]
-    return [(width, seconds) for seconds, _, widths in pools for width in widths]
-
-
-def _slope(knots: list[tuple[float, float]]) -> float:
-    """Seconds per token at the last knot, over at least a doubling: closer points would give noise."""
-    *others, (x1, y1) = knots
-    if not others:
-        return 0.0
-    x0, y0 = next((knot for knot in reversed(others) if max(knot[0], x1) >= 2 * min(knot[0], x1)), others[0])
-    return (y1 - y0) / (x1 - x0)
-
-
-class Acceptance:
-    """Acceptance rate of each position, given that all before it were accepted: for chains, and for each size of tree.
-
-    Rates are exponentially weighted means. Instead of fading the old, each observation weighs more than the last.
-    """
-
-    def __init__(self, memory: int, strength: int) -> None:
-        self._growth, self._strength = 1 + 1 / memory, strength
-        self._weight = 1.0  # of one verification now
-        self._counts: dict[int, list[list[float]]] = {}  # nodes of the tree (0: chain) -> [accepted, tried] by position
-
-    def observe(self, plan: Plan, accepted: int) -> None:
-        """Count one verification of `plan` that accepted `accepted` tokens."""
-        self._weight *= self._growth
-        counts = self._counts.setdefault(_shape(plan), [])
-        counts.extend([0.0, 0.0] for _ in range(len(counts), plan.length))
-        for position in range(min(accepted + 1, plan.length)):  # what follows a rejection was not judged
-            counts[position][0] += self._weight * (position < accepted)
-            counts[position][1] += self._weight
-        if self._weight > 1e6:
-            self._scale(1 / self._weight)
-            self._weight = 1.0
-
-    def forget(self) -> None:
-        """After a pause: keep the estimates, but let few new observations outweigh them."""
-        most = max((tried for counts in self._counts.values() for _, tried in counts), default=0.0)
-        if most > KEPT_AFTER_PAUSE * self._weight:
-            self._scale(KEPT_AFTER_PAUSE * self._weight / most)
-
-    def rates(self, plan: Plan, prior: list[float] | None = None) -> list[float]:
-        """Estimate the rate of each position of `plan`, drawn towards `prior` where little was observed.
-
-        Without a prior a position is thought to be as good as the one before it, and a tree as `widened` makes of
-        a chain: what was never drafted, or not for long, is looked at with optimism and so gets tried.
-        """
-        if prior is None and plan.kind == "tree":
-            prior = widened(self.rates(Plan.chain(plan.length)), plan.nodes)
-        strength = self._strength * self._weight
-        rates: list[float] = []
-        counts = self._counts.get(_shape(plan), [])
-        for position in range(plan.length):
-            accepted, tried = counts[position] if position < len(counts) else (0.0, 0.0)
-            expected = prior[position] if prior else rates[-1] if rates else INITIAL_RATE
-            rates.append((accepted + strength * expected) / (tried + strength))
-        return rates
-
-    def _scale(self, factor: float) -> None:
-        for counts in self._counts.values():
-            counts[:] = [[accepted * factor, tried * factor] for accepted, tried in counts]
-
-
-class RequestAcceptance:
-    """One request's acceptance, which begins with the overall one (see Controller.row).
-
-    cap: the drafted tokens in a row it can still use: 0 when it wants no speculation, otherwise at most the tokens
-    that remain to it less one; the engine lowers it. backlog: tokens decoded that the head has not read; the engine
-    adds those of a prompt that was read without the head. remaining: the most tokens it may still emit.
-    """
-
-    def __init__(self, overall: Acceptance, cap: int, backlog: int = 0, lock: threading.Lock | None = None) -> None:
-        """lock: of `overall`."""
-        self.cap, self.backlog, self._lock = cap, backlog, lock or threading.Lock()
-        self.remaining = math.inf
-        self._overall, self._own = overall, Acceptance(ROW_MEMORY, ROW_STRENGTH)
-        self.emitted = 0  # tokens; the controller compares it before and after a step
-
-    def observe(self, plan: Plan, accepted: int, *, trimmed: bool = False) -> None:
-        """Count, after each step, what was drafted for this request (`plan.capped(cap)`, or OFF) and accepted.
-
-        trimmed: the request ended within the block, so that the tokens after the end were not judged; such a
-        verification is not learned from.
-        """
-        self.emitted += accepted + 1
-        self.backlog = self.backlog + 1 if plan == OFF else 0
-        if plan != OFF and not trimmed:
-            self._own.observe(plan, accepted)
-            with self._lock:
-                self._overall.observe(plan, accepted)
-
-    def forget(self) -> None:
-        self._own.forget()
-
-    def expected(self, plan: Plan, overall: list[float]) -> list[float]:
-        """Expect the tokens of a step that drafts 0, 1, ... of the `length` positions of `plan`: 1 + sums of products.
-
-        overall: the overall rates of `plan`.
-        """
-        return list(accumulate(accumulate(self._own.rates(plan, overall), mul), initial=1.0))
-
-
-def _shape(plan: Plan) -> int:
-    return plan.nodes if plan.kind == "tree" else 0
-
-
-def widened(chain: list[float], nodes: int) -> list[float]:
-    """Guess a tree's rate at each depth: a level of several candidates misses more seldom than one does.
-
-    The exponent fits what EAGLE reports of chains and of trees of 25 to 60 nodes; measurements soon outweigh it.
-    """
-    exponent = 1 + 0.2 * math.log(max(1.0, nodes / len(chain)))
-    return [1 - (1 - rate) ** exponent for rate in chain]
+def make_controller(speculation: str, length: int, tree_size: int) -> Controller:
+    """Return the controller that chooses among the plans of this kind of speculation."""
+    sizes = [size for size in sorted({8, 16, 32, tree_size}) if 0 < length < size <= tree_size]
+    trees = list(dict.fromkeys(DraftPlan.tree(length, size) for size in sizes))
+    if speculation == "auto":
+        return Controller([*(DraftPlan.chain(k) for k in range(1, length + 1)), *trees])
+    if speculation == "tree" and length and not trees:
+        raise UserError(
+            f"tree_size = {tree_size}: a tree has more nodes than its depth, {length}; choose a larger one."
+        )
+    return Fixed({"off": OFF, "chain": DraftPlan.chain(length), "tree": trees[-1] if trees else OFF}[speculation])

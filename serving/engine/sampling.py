@@ -69,7 +69,9 @@ class Processor:
         bans = bool(early) and len(self._ends) > 0
         if not (len(self._bias) or self._penalises or bans):
             return logits
-        self._move(logits.device)
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor) and value.device != logits.device:
+                setattr(self, name, value.to(logits.device))
         scores = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True)
         if len(self._bias):
             scores[:, self._bias_ids] += self._bias.to(scores.dtype)
@@ -102,11 +104,6 @@ class Processor:
         scores = torch.where(scores > 0, scores / self._repetition, scores * self._repetition)
         counts, present = counts.to(scores.dtype), (counts > 0).to(scores.dtype)
         return scores - self.params.frequency_penalty * counts - self.params.presence_penalty * present
-
-    def _move(self, device: torch.device) -> None:
-        for name, value in vars(self).items():
-            if isinstance(value, Tensor) and value.device != device:
-                setattr(self, name, value.to(device))
 
 
 def apply_temperature(logits: Tensor, temperature: float) -> Tensor:

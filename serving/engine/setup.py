@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import copy
-import functools
 import itertools
 import logging
-import os
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +27,6 @@ log = logging.getLogger(__name__)
 MODES = ("auto", "compiled", "eager")
 WIDTHS = (1, 2, 4, 8, 16, 32)  # tokens of a pass, from plain decoding to a tree
 _REPEATS = 3
-_FORK = (-1, 0, 0)  # parents of a tree's nodes: torch.compile has to meet a mask before it can do without
 
 
 @dataclass(frozen=True)
@@ -54,7 +50,8 @@ def build_models(
 ) -> Models:
     """
     mode: `eager` runs the models as they are; `compiled`, on a CPU in float32 or bfloat16, replaces linear layers by
-    packed ones and attention by a kernel of ours; `auto` is compiled where that is possible.
+    packed ones and attention by a kernel of ours, and runs all layers of the Llama family in one call; `auto` is
+    compiled where that is possible.
     pack_in_place: in compiled mode the linear layers of `target` itself are replaced, instead of a copy's.
     threads: of the compiled kernels, all cores of this process by default; PyTorch itself is left with one then,
     because its threads wait for each other actively, and stall when another process takes a core.
@@ -73,10 +70,14 @@ def build_models(
     elif threads is not None:
         torch.set_num_threads(threads)
     layers = head.auxiliary_layers(target) if head is not None else ()
-    proposer = None
-    if head is not None:
-        proposer = make_proposer(target, head, layers, slots=slots, capacity=capacity, kernel=kernel)
-    return Models(TargetRunner(target, slots=slots, capacity=capacity, kernel=kernel, layers=layers), proposer, mode)
+    options: dict[str, Any] = {"slots": slots, "capacity": capacity, "kernel": kernel}
+    proposer = None if head is None else make_proposer(target, head, layers, **options)
+    runner = TargetRunner(target, layers=layers, **options)
+    if mode == "compiled":
+        fuse_target(runner)
+        if isinstance(proposer, HeadProposer):
+            fuse_head(proposer.runner)
+    return Models(runner, proposer, mode)
 
 
 def make_proposer(target: Target, head: DraftHead, layers: tuple[int, ...], **options: Any) -> Proposer:
@@ -101,11 +102,10 @@ def packed_attention(
     query: Tensor, key: Tensor, value: Tensor, layer: SlotLayer, scale: float, window: int, softcap: float
 ) -> Tensor:
     """Attend by the C++ kernel; arguments as of `torch_attention`."""
-    view, dtype = layer.view, layer.keys.dtype
-    mask = view.masks.get(window, view.mask)
-    query_, key_, value_ = query.to(dtype), key.to(dtype), value.to(dtype)
+    batch, mask = layer.view.batch, layer.view.mask(window)
+    query_, key_, value_ = (tensor.to(layer.keys.dtype) for tensor in (query, key, value))
     return slot_attention(
-        query_, key_, value_, layer.keys, layer.values, view.positions, view.table, mask, scale, window, softcap
+        query_, key_, value_, layer.keys, layer.values, batch.positions[0], batch.table, mask, scale, window, softcap
     ).to(query.dtype)
 
 
@@ -158,76 +158,14 @@ def _pack(target: Target, head: DraftHead | None, in_place: bool) -> tuple[Targe
     return target, head
 
 
-def warm_up(models: Models) -> dict[int, float]:
-    """Run passes of each width before requests come; returns seconds of a target pass by its number of tokens.
-
-    In compiled mode, the layers of a target of the Llama family run in one C++ call; any other's are compiled first,
-    one for all, for one token and for any number, and the artefacts stay in the cache folder for the next start.
-    """
-    compiled = models.mode == "compiled"
-    if compiled and not fuse_target(models.runner):
-        _compile_layers(models.runner)
-    if isinstance(models.proposer, HeadProposer):
-        runner = models.proposer.runner
-        if compiled and not fuse_head(runner):
-            _set_compiler_up()
-            runner.view.compiled = True
-            runner.run = torch.compile(runner.run_head, fullgraph=True)
-        _pass_of_head(runner, 1)  # one token has kernels of its own
-        _pass_of_head(runner, 3, _FORK)
-    return {width: _seconds(models.runner, width) for width in WIDTHS}
-
-
-def _compile_layers(runner: TargetRunner) -> None:
-    """Compile one layer of each kind, which all of its kind share then."""
-    from torch._dynamo.exc import TorchDynamoException
-
-    _set_compiler_up()
-    began = time.perf_counter()
-    layers = runner.target.decoder.layers
-    compiled = {kind: torch.compile(kind.forward, fullgraph=True) for kind in {type(layer) for layer in layers}}
-    runner.forwards = {layer: functools.partial(compiled[type(layer)], layer) for layer in layers}
-    runner.view.compiled = True
-    try:
-        _pass_of_target(runner, 1)
-        _pass_of_target(runner, 3, _FORK)
-    except TorchDynamoException as error:
-        log.warning("this target's layers run uncompiled: %s", str(error).strip().splitlines()[0])
-        runner.forwards = {}
-    log.info("compiled in %.0f s", time.perf_counter() - began)
-
-
-def _set_compiler_up() -> None:
-    """Keep torch.compile's artefacts for the next start, and leave the threads to the kernels."""
-    from torch._inductor import config
-
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "inductor"))
-    config.cpp.threads = 1  # its parallel loops wait actively for threads that may not be running
-
-
-def _seconds(runner: TargetRunner, width: int) -> float:
-    """Time a few passes; returns the least."""
-    timings = []
-    for _ in range(_REPEATS):
-        began = time.perf_counter()
-        _pass_of_target(runner, width)
-        timings.append(time.perf_counter() - began)
-    return min(timings)
-
-
 @torch.inference_mode()
-def _pass_of_target(runner: TargetRunner, width: int, parents: Sequence[int] | None = None) -> None:
-    """Run a pass over an empty slot, with its logits, as a verification would."""
-    slot = runner.cache.acquire()
-    hidden, _ = runner.forward(RaggedBatch.of([Segment(slot, 0, 0, [0] * width, parents)], runner.target.device))
-    runner.logits(hidden).max(dim=-1).indices.tolist()
-    runner.cache.release(slot)
-
-
-@torch.inference_mode()
-def _pass_of_head(runner: HeadRunner, width: int, parents: Sequence[int] | None = None) -> None:
-    slot = runner.cache.acquire()
-    batch = RaggedBatch.of([Segment(slot, 0, 0, [0] * width, parents)], runner.head.device)
-    hidden = torch.zeros(width, runner.head.config.hidden_size, dtype=runner.dtype, device=runner.head.device)
-    runner.logits(runner.forward(batch, hidden))
-    runner.cache.release(slot)
+def pass_seconds(runner: TargetRunner) -> dict[int, float]:
+    """Time passes over an empty slot, with their logits, as a verification would run them: tokens -> least seconds."""
+    timings: dict[int, list[float]] = {width: [] for width in WIDTHS}
+    for width in WIDTHS * _REPEATS:
+        slot, began = runner.cache.acquire(), time.perf_counter()
+        hidden, _ = runner.forward(RaggedBatch.of([Segment(slot, 0, 0, [0] * width)], runner.target.device))
+        runner.logits(hidden).max(dim=-1).indices.tolist()
+        timings[width].append(time.perf_counter() - began)
+        runner.cache.release(slot)
+    return {width: min(seconds) for width, seconds in timings.items()}

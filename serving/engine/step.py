@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from draft.target import wait_for
+from serving.engine.answer import GrowingAnswer
 from serving.engine.drafting import Job, Proposer
+from serving.engine.estimates import OFF, DraftPlan, RequestAcceptance
 from serving.engine.kv_cache import RaggedBatch, Segment
 from serving.engine.model import TargetRunner
-from serving.engine.planner import OFF, Controller, Plan, RequestAcceptance
-from serving.engine.request import Completion, GrowingAnswer, Request, SpeculationStats
+from serving.engine.planner import Controller
+from serving.engine.request import Completion, Request, SpeculationStats
 from serving.engine.sampling import Processor, SamplingParams
 from serving.engine.verification import DraftTree, Rule, Verdict, follow, greedy_choices
 
@@ -59,19 +61,12 @@ class ActiveRequest:
         answer, times = self.answer, self.request.times
         assert answer.finish_reason is not None
         if len(answer.tokens) != self.stats.emitted + 1:  # a stop string took some back
-            self.stats.settle(answer.tokens)
+            self.stats.settle(max(0, len(answer.tokens) - 1))  # the first is the prefill's
         if times.first_token:
             self.stats.prefill_seconds = times.first_token - times.started
-        return Completion(
-            prompt_ids=answer.prompt_ids,
-            token_ids=[token.id for token in answer.tokens],
-            tokens=answer.tokens,
-            text=answer.text,
-            finish_reason=answer.finish_reason,
-            seed=self.seed,
-            stats=self.stats,
-            stop_reason=answer.stop_reason,
-        )
+        ids = [token.id for token in answer.tokens]
+        end, stop = answer.finish_reason, answer.stop_reason
+        return Completion(answer.prompt_ids, ids, answer.tokens, answer.text, end, self.seed, self.stats, stop)
 
 
 @dataclass
@@ -92,16 +87,6 @@ class _Part:
         return self.rows[-1:] if whole else self.rows[:0]
 
 
-@dataclass
-class Seconds:
-    """Time of all steps without prompts, by part."""
-
-    head: float = 0.0  # drafting, and reading what was accepted (of the steps with prompts, too)
-    target: float = 0.0  # its pass, to the logits
-    sampling: float = 0.0  # verification
-    other: float = 0.0  # batches, text, bookkeeping
-
-
 class Decoder:
     """Advances any number of requests, each by its share of a step: part of its prompt, or one verification."""
 
@@ -111,9 +96,11 @@ class Decoder:
         """prefill_chunk: the most prompt tokens in one step, so that a long prompt does not stall those that stream."""
         self.runner, self.proposer, self.controller = runner, proposer, controller
         self.prefill_chunk = prefill_chunk
-        self.seconds = Seconds()
-        self._plans: dict[ActiveRequest, Plan] = {}  # of the requests that may draft, in the present step
+        # of all steps without prompts: head: drafting, and reading what was accepted (of the steps with prompts, too);
+        # target: its pass, to the logits; sampling: verification; other: batches, text, bookkeeping
+        self.seconds = {"head": 0.0, "target": 0.0, "sampling": 0.0, "other": 0.0}
         self._asynchronous = runner.target.device.type != "cpu"
+        self._plans: dict[ActiveRequest, DraftPlan] = {}  # of the requests that may draft, in the present step
 
     @torch.inference_mode()
     def step(self, requests: list[ActiveRequest]) -> None:
@@ -121,14 +108,22 @@ class Decoder:
         decoding = [active for active in requests if not active.reading]
         trees = self._draft(decoding)
         began = time.perf_counter()
-        parts = [self._block(active, tree) for active, tree in zip(decoding, trees, strict=True)]
+        parts = []
+        for active, tree in zip(decoding, trees, strict=True):  # the last token, not read yet, and the drafts after it
+            past = self.runner.cache.lengths[active.slot]
+            parents = None if tree.is_chain else [-1, *(parent + 1 for parent in tree.parents)]
+            segment = Segment(active.slot, past, past, [active.answer.last_id, *tree.tokens], parents)
+            parts.append(_Part(active, segment, tree))
         parts += self._chunks([active for active in requests if active.reading])
         batch = RaggedBatch.of([part.segment for part in parts], self.runner.target.device)
         entered = time.perf_counter()
         hidden, auxiliary = self.runner.forward(batch)
         for index, part in enumerate(parts):
             part.rows = batch.rows(index)
-        logits = self._logits(parts, hidden)
+        deciding = [index for part in parts for index in part.deciding]
+        logits = hidden[:0]  # [deciding, vocab]
+        if deciding:
+            logits = self.runner.logits(hidden if len(deciding) == len(hidden) else hidden[deciding])
         self._wait()  # the next that is read of them would wait, too
         read = time.perf_counter()
         verdicts = self._verify(parts, logits)
@@ -137,9 +132,9 @@ class Decoder:
             self._advance(part, verdict, logits, auxiliary)
         seconds = time.perf_counter() - began
         if len(decoding) == len(parts):
-            self.seconds.target += read - entered
-            self.seconds.sampling += decided - read
-            self.seconds.other += seconds - (decided - entered)
+            self.seconds["target"] += read - entered
+            self.seconds["sampling"] += decided - read
+            self.seconds["other"] += seconds - (decided - entered)
         for active in decoding:
             active.stats.decode_seconds += seconds
         self.controller.observe_target(batch.ids.shape[1], seconds, ignore=len(decoding) < len(parts))
@@ -157,7 +152,7 @@ class Decoder:
         plan = self.controller.choose([active.acceptance for active in requests])
         self._plans = {active: plan.capped(active.acceptance.cap) for active in requests}
         jobs = {
-            active: Job(active.drafting, capped.length, capped.nodes if capped.kind == "tree" else 0, active.rule)
+            active: Job(active.drafting, capped.length, capped.tree_nodes, active.rule)
             for active, capped in self._plans.items()
             if capped != OFF
         }
@@ -168,21 +163,16 @@ class Decoder:
         if late:
             tokens = self.proposer.catch_up(late)
             self._wait()
-            self.controller.observe_catch_up(tokens, time.perf_counter() - began)
+            if tokens:
+                self.controller.observe_catch_up(tokens, time.perf_counter() - began)
         caught_up = time.perf_counter()
         trees = dict(zip(jobs, self.proposer.propose(list(jobs.values())), strict=True))
         drafted = time.perf_counter()
         self.controller.observe_draft([self._plans[active] for active in jobs], drafted - caught_up)
-        self.seconds.head += drafted - began
+        self.seconds["head"] += drafted - began
         for active in jobs:
             active.stats.decode_seconds += drafted - began
         return [trees.get(active, _NO_DRAFT) for active in requests]
-
-    def _block(self, active: ActiveRequest, tree: DraftTree) -> _Part:
-        """Lay out the last token, which the target has not read, and the drafts after it."""
-        past = self.runner.cache.lengths[active.slot]
-        parents = None if tree.is_chain else [-1, *(parent + 1 for parent in tree.parents)]
-        return _Part(active, Segment(active.slot, past, past, [active.answer.last_id, *tree.tokens], parents), tree)
 
     def _chunks(self, requests: list[ActiveRequest]) -> list[_Part]:
         """Take the next parts of prompts, first come first served."""
@@ -195,13 +185,6 @@ class Decoder:
             parts.append(_Part(active, Segment(active.slot, active.read, active.read, ids), _NO_DRAFT))
         return parts
 
-    def _logits(self, parts: list[_Part], hidden: Tensor) -> Tensor:
-        """Return [deciding, vocab], part after part, of the tokens that decide something."""
-        deciding = [index for part in parts for index in part.deciding]
-        if not deciding:
-            return hidden[:0]
-        return self.runner.logits(hidden if len(deciding) == len(hidden) else hidden[deciding])
-
     def _verify(self, parts: list[_Part], logits: Tensor) -> list[tuple[Verdict | None, Tensor]]:
         """Decide for each part, with its logits [n+1, vocab]; None where a prompt goes on."""
         greedy = [part.active.params.temperature == 0 and not part.active.processor.active for part in parts]
@@ -209,17 +192,13 @@ class Decoder:
         verdicts: list[tuple[Verdict | None, Tensor]] = []
         start = 0
         for part, is_greedy in zip(parts, greedy, strict=True):
-            rows = slice(start, start + len(part.deciding))
-            start = rows.stop
-            verdict: Verdict | None = None
-            if rows.start == rows.stop:
-                pass
-            elif is_greedy:
+            active, rows, verdict = part.active, slice(start, start + len(part.deciding)), None
+            if part.deciding and is_greedy:
                 verdict = follow(part.tree, choices[rows].__getitem__)
-            else:
-                active = part.active
+            elif part.deciding:
                 verdict = active.rule.verify(logits[rows], part.tree, active.answer.length, active.processor)
             verdicts.append((verdict, logits[rows]))
+            start = rows.stop
         return verdicts
 
     def _advance(self, part: _Part, verdict: Verdict | None, logits: Tensor, auxiliary: Tensor | None) -> None:
@@ -243,7 +222,11 @@ class Decoder:
             active.acceptance.observe(self._plans[active], accepted, trimmed=trimmed)
         if active.drafting is not None and auxiliary is not None and not active.finished:
             assert self.proposer is not None
-            self.proposer.observe(active.drafting, following, _copied(auxiliary, kept))
+            # a copy: states that wait for the head must not keep those of other sequences. And an index costs several
+            # times what a slice does, for every sequence in every step
+            together = kept == list(range(kept[0], kept[-1] + 1))
+            states = auxiliary[kept[0] : kept[-1] + 1].clone() if together else auxiliary[kept]
+            self.proposer.observe(active.drafting, following, states)
 
     def _emit(self, active: ActiveRequest, tree: DraftTree, verdict: Verdict, logits: Tensor) -> list[int]:
         """Append the accepted tokens and the target's own until the answer ends; returns their ids."""
@@ -261,17 +244,10 @@ class Decoder:
             if answer.finish_reason is not None:
                 break
         if not active.request.times.first_token:
-            active.request.stamp(first_token=time.monotonic())
+            active.request.times.first_token = time.monotonic()
         if answer.finish_reason is None:  # otherwise the last tokens come with the completion
             active.request.release(answer.release())
         return emitted
-
-
-def _copied(states: Tensor, rows: list[int]) -> Tensor:
-    """Copy these rows, which rise: states that wait for the head must not keep those of other sequences."""
-    first, count = rows[0], len(rows)
-    # an index costs several times what a slice does, for every sequence in every step
-    return states[first : first + count].clone() if rows[-1] - first == count - 1 else states[rows]
 
 
 def _logprobs(logits: Tensor, token: int, count: int | None) -> tuple[float | None, list[tuple[int, float]] | None]:

@@ -30,7 +30,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -120,20 +120,8 @@ class Verdict(NamedTuple):
     bonus: int  # the target's own token
 
 
-class Sampler(Protocol):
-    """The random decisions of the rejection rule."""
-
-    def accepts(self, probability: float, position: int, candidate: int) -> bool:
-        """Return True with this probability."""
-        ...
-
-    def draw(self, log_p: Tensor, position: int) -> int:
-        """Draw a token from log_p [vocab]."""
-        ...
-
-
 class SeededSampler:
-    """Decisions that depend on (seed, position, purpose, candidate)."""
+    """The random decisions of a request: they depend on (seed, position, purpose, candidate)."""
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
@@ -183,7 +171,7 @@ def without(left: Tensor, token: int) -> Tensor:
     return left.index_fill(0, torch.tensor([token], device=left.device), 0.0)
 
 
-def verify_chain(tree: DraftTree, law: Law, position: int, sampler: Sampler) -> Verdict:
+def verify_chain(tree: DraftTree, law: Law, position: int, sampler: SeededSampler) -> Verdict:
     """The rejection rule for a chain whose tokens were drawn from tree.q."""
     assert tree.q is not None
     for node, token in enumerate(tree.tokens):
@@ -194,7 +182,7 @@ def verify_chain(tree: DraftTree, law: Law, position: int, sampler: Sampler) -> 
     return Verdict(list(range(len(tree))), sampler.draw(law(len(tree)), position + len(tree)))
 
 
-def verify_candidates(tree: DraftTree, law: Law, position: int, sampler: Sampler) -> Verdict:
+def verify_candidates(tree: DraftTree, law: Law, position: int, sampler: SeededSampler) -> Verdict:
     """The rejection rule for a tree, or a chain, whose tokens are deterministic given what precedes them."""
     path: list[int] = []
     row = 0
@@ -230,9 +218,12 @@ class Rule(ABC):
             target ids [m], and the distributions [m, draft_vocab] they were drawn from where verification needs them.
         """
 
-    @abstractmethod
     def candidate_scores(self, logits: Tensor, vocabulary: Tensor, positions: Sequence[int]) -> Tensor:
-        """Return log-probabilities [m, draft_vocab] that tokens at m positions will be accepted, for a `TreeGrower`."""
+        """Return log-probabilities [m, draft_vocab] that tokens at m positions will be accepted, for a `TreeGrower`.
+
+        By default log q: deterministic, as the rejection rule requires of a tree.
+        """
+        return apply_temperature(logits, self.temperature or 1.0).log_softmax(dim=-1)
 
     @abstractmethod
     def verify(self, logits: Tensor, tree: DraftTree, position: int, processor: Processor) -> Verdict:
@@ -244,9 +235,6 @@ class Greedy(Rule):
 
     def draft(self, logits: Tensor, vocabulary: Tensor, positions: Sequence[int]) -> tuple[Tensor, Tensor | None]:
         return vocabulary[logits.max(dim=-1).indices], None
-
-    def candidate_scores(self, logits: Tensor, vocabulary: Tensor, positions: Sequence[int]) -> Tensor:
-        return apply_temperature(logits, 1.0).log_softmax(dim=-1)
 
     def verify(self, logits: Tensor, tree: DraftTree, position: int, processor: Processor) -> Verdict:
         prefixes = [tree.prefix(row) for row in range(len(tree) + 1)]
@@ -289,10 +277,6 @@ class Rejection(Rule):
     def draft(self, logits: Tensor, vocabulary: Tensor, positions: Sequence[int]) -> tuple[Tensor, Tensor | None]:
         log_q = apply_temperature(logits, self.temperature).log_softmax(dim=-1)
         return vocabulary[choose(log_q, self.seed, positions, Purpose.DRAFT)], log_q.exp()
-
-    def candidate_scores(self, logits: Tensor, vocabulary: Tensor, positions: Sequence[int]) -> Tensor:
-        """log q: deterministic, as verification requires of a tree."""
-        return apply_temperature(logits, self.temperature).log_softmax(dim=-1)
 
     def verify(self, logits: Tensor, tree: DraftTree, position: int, processor: Processor) -> Verdict:
         decide = verify_candidates if tree.q is None else verify_chain

@@ -27,7 +27,7 @@ def folder(tmp_path_factory):
 def server(folder):
     """The options of a running server of the target."""
     with served(load_target(str(folder / "target"), "float32")) as settings:
-        yield "--endpoint", settings.url
+        yield "--endpoint", settings.endpoint
 
 
 @pytest.fixture
@@ -89,32 +89,16 @@ def test_the_whole_path(run, folder, architecture="eagle3"):
     settings = (folder / adapted / "config.yaml").read_text()
     assert status == 0 and "seed: 3" in settings and f"architecture: {architecture}\n" in settings
     assert run("merge", adapted, "--out", head)[0] == 0
-    assert {path.name for path in (folder / head).iterdir()} == {
-        "config.json",
-        "draftsmith.json",
-        "model.safetensors",
-    }
-    compare = (
-        "compare",
-        *COMMON,
-        "--baseline",
-        f"{base}/head",
-        "--candidate",
-        head,
-        "--data",
-        "data",
-        "--out",
-        f"{architecture}-report",
-    )
-    status, shown = run(*compare)
-    report = json.loads((folder / f"{architecture}-report" / "comparison.json").read_text())
+    files = {path.name for path in (folder / head).iterdir()}
+    assert files == {"config.json", "draftsmith.json", "model.safetensors"}
+    report_folder = f"{architecture}-report"
+    heads = ("--baseline", f"{base}/head", "--candidate", head)
+    status, shown = run("compare", *COMMON, *heads, "--data", "data", "--out", report_folder)
+    report = json.loads((folder / report_folder / "comparison.json").read_text())
     assert status == (0 if report["verdict"] == "ship" else 1)
     assert report["verdict"] in shown.lower().replace("’", "'")
-    assert {path.name for path in (folder / f"{architecture}-report").iterdir()} == {
-        "comparison.json",
-        "comparison.md",
-        "comparison.png",
-    }
+    files = {path.name for path in (folder / report_folder).iterdir()}
+    assert files == {"comparison.json", "comparison.md", "comparison.png"}
 
 
 def test_a_place_that_cannot_be_written_to_is_one_sentence(run, folder):
@@ -177,6 +161,7 @@ def test_help_has_an_example(run, command):
         (("merge", "nowhere", "--out", "o"), "nowhere"),
         (("pretrain", "--data", "d", "--out", "o", "--architecture", "hydra"), "eagle3, eagle, medusa"),
         (("prepare", "--out", "x", "--prompts", "absent.jsonl", *COMMON), "absent.jsonl"),
+        (("prepare", "--out", "x", "--greedy-share", "2", *COMMON), "--greedy-share is 2.0"),
         (("prepare", "--out", "x", "a.jsonl", "b.jsonl", *COMMON), "--prompts a.jsonl b.jsonl"),
     ],
 )

@@ -1,4 +1,4 @@
-"""EAGLE-3 heads of other projects are read and completed; what does not fit is refused with both values."""
+"""Heads of other projects are read and completed; what does not fit is refused with both values."""
 
 import json
 import sys
@@ -6,7 +6,6 @@ import sys
 import pytest
 import torch
 from conftest import make_tiny_target
-from interop.cases import CASES
 from interop_heads import Foreign, files, make_world, refused
 from safetensors.torch import save_file
 
@@ -20,8 +19,7 @@ NAMES = "eagle_aux_hidden_state_layer_ids"
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A target on disk, and a head with each option beside it."""
-    return make_world(tmp_path_factory.mktemp("world"), CASES)
+    return make_world(tmp_path_factory.mktemp("world"))
 
 
 @pytest.fixture
@@ -29,20 +27,28 @@ def foreign(world, tmp_path):
     return Foreign(world, tmp_path)
 
 
-def test_a_head_of_safeailab_is_read_from_a_pickle_and_completed(foreign):
-    config = foreign.config
-    for key in ("rope_parameters", "rope_theta", "rope_scaling", "rms_norm_eps", "head_dim", "norm_before_residual"):
-        del config[key]
-    config.update(architectures=["LlamaForCausalLM"], max_position_embeddings=64, torch_dtype="float16")
-    del foreign.tensors["t2d"]
+@pytest.mark.parametrize("option", ["default", "EAGLE-1, qkv_bias"])
+def test_a_head_of_safeailab_is_read_from_a_pickle_and_completed(world, tmp_path, option):
+    foreign = Foreign(world, tmp_path, "vllm", option)
+    eagle = option.startswith("EAGLE-1")
+    dropped = ("rope_parameters", "rope_theta", "rope_scaling", "rms_norm_eps", "head_dim", "norm_before_residual")
+    foreign.config = {key: value for key, value in foreign.config.items() if key not in (*dropped, "qkv_bias")}
+    foreign.config.update(architectures=["LlamaForCausalLM"], max_position_embeddings=64, torch_dtype="float16")
+    words = ["rms_norm_eps = 1e-06", "rope_theta = 10000.0", "from 64 to the target's 512"]
+    if eagle:
+        foreign.config["bias"] = True
+        foreign.tensors["layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(4)
+        foreign.tensors["embed_tokens.weight"] = foreign.target.embedding.weight.detach().half()
+        foreign.tensors["fc.bias"] = torch.zeros(32, dtype=torch.bfloat16)
+    else:
+        del foreign.tensors["t2d"]
     foreign.publish("pytorch_model.bin")
-    words = ("rms_norm_eps = 1e-06", "rope_theta = 10000.0", "from 64 to the target's 512", "t2d from d2t")
-    imported, head = foreign.taken(*words)
-    assert imported.kind == "SafeAILab EAGLE-3"
-    about = load_head(foreign.out)[1]
+    imported, head = foreign.taken(*words, *(("embed_tokens", "fc.bias") if eagle else ("t2d from d2t",)))
+    assert imported.kind == f"SafeAILab {'EAGLE-1' if eagle else 'EAGLE-3'}"
+    assert load_head(foreign.out)[1]["target_fingerprint"] == foreign.target.fingerprint
     assert head.config.max_position_embeddings == 512 and head.config.rope_parameters["rope_theta"] == 10000.0
-    assert about["target_fingerprint"] == foreign.target.fingerprint
     assert head.fc.weight.dtype == torch.bfloat16  # the tensors', not config.json's
+    assert not eagle or (head.config.qkv_bias and not head.config.fc_bias)
 
 
 def test_an_export_stays_a_head_for_its_target(foreign):
@@ -61,28 +67,29 @@ def test_an_export_stays_a_head_for_its_target(foreign):
     assert about["target"] == foreign.target.name and about["target_adapter"] is None
 
 
-def test_a_pickle_that_would_run_code_is_refused(foreign, tmp_path):
-    class Trap:
-        def __reduce__(self):
-            return (type(tmp_path), (str(tmp_path),))
-
-    foreign.tensors = {"fc.weight": Trap()}
-    foreign.publish("pytorch_model.bin")
-    foreign.refused("more than tensors")
+class Trap:
+    def __reduce__(self):
+        return (print, ("this ran",))
 
 
+@pytest.mark.parametrize("file", ["pytorch_model.bin", "medusa_lm_head.pt"])
+@pytest.mark.parametrize(
+    ("tensors", "words"),
+    [({"fc.weight": Trap()}, "holds more than tensors, which may run"), ({0: torch.ones(1)}, "more than named")],
+)
+def test_a_pickle_of_more_than_named_tensors_is_refused(foreign, capfd, file, tensors, words):
+    foreign.tensors = tensors
+    foreign.publish(file)
+    foreign.refused(words)
+    assert "this ran" not in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
 @pytest.mark.parametrize("content", [b"nonsense", b"", b"hello"])
-def test_a_damaged_file_is_refused(foreign, content):
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        (foreign.folder / "model.safetensors").unlink(missing_ok=True)
-        (foreign.folder / name).write_bytes(content)
-        foreign.refused(name)
-
-
-def test_a_pickle_whose_keys_are_no_names_is_refused(foreign):
-    foreign.tensors = {0: torch.ones(1)}
-    foreign.publish("pytorch_model.bin")
-    foreign.refused("0 is no named tensor")
+def test_a_damaged_file_is_refused(foreign, name, content):
+    (foreign.folder / "model.safetensors").unlink()
+    (foreign.folder / name).write_bytes(content)
+    foreign.refused(name)
 
 
 @pytest.mark.parametrize(("file", "save"), [("model.safetensors", save_file), ("pytorch_model.bin", torch.save)])
@@ -97,15 +104,14 @@ def test_a_checkpoint_of_several_files_is_read(foreign, file, save):
     index.write_text(json.dumps({"weight_map": places}))
     foreign.taken()
     foreign.out = foreign.out.with_name("other")
-    index.write_text(json.dumps({"weight_map": {**places, "extra": shard}}))
-    foreign.refused("lacks extra")
-    index.write_text(json.dumps({"weight_map": {**places, "fc.weight": "../fc"}}))
-    foreign.refused("no file beside it")
-    (foreign.folder / shard).unlink()
-    index.write_text(json.dumps({"weight_map": places}))
-    foreign.refused("is missing, which the index names")
-    index.write_text("{}")
-    foreign.refused("weight_map")
+    for changed, words in (
+        ({"weight_map": {**places, "extra": shard}}, "lacks extra"),
+        ({"weight_map": {**places, "fc.weight": "../fc"}}, "no file beside it"),
+        ({"weight_map": {**places, "fc.weight": "absent"}}, "no file beside it"),
+        ({}, "weight_map"),
+    ):
+        index.write_text(json.dumps(changed))
+        foreign.refused(words)
 
 
 def test_other_names_of_the_same_tensors_are_understood(world, tmp_path):
@@ -134,31 +140,45 @@ def test_the_targets_embedding_is_left_out_and_another_refused(foreign):
     foreign.refused("embed_tokens.weight differs from the target's by up to 0.01")
 
 
+EAGLE3, EAGLE, MEDUSA = "default", "EAGLE-1", "Medusa, full"
+
+
 @pytest.mark.parametrize(
-    ("edit", "words"),
+    ("option", "edit", "words"),
     [
-        (lambda c, t: c.update(hidden_size=64), "hidden size is 64 and the target's is 32"),
-        (lambda c, t: c.update(target_hidden_size=48), "target_hidden_size is 48 and the target's is 32"),
-        (lambda c, t: c.update(vocab_size=300), "vocabulary is 300 and the target's is 259"),
+        (EAGLE3, lambda c, t: c.update(hidden_size=64), "hidden size is 64 and the target's is 32"),
+        (EAGLE3, lambda c, t: c.update(target_hidden_size=48), "target_hidden_size is 48 and the target's is 32"),
+        (EAGLE3, lambda c, t: c.update(vocab_size=300), "vocabulary is 300 and the target's is 259"),
+        (EAGLE3, lambda c, t: t["d2t"].__setitem__(-1, 99), "draft id 199 to target id 298, and .* is 259"),
+        (EAGLE3, lambda c, t: t["d2t"].copy_(torch.arange(200)), "seems to hold target ids"),
+        (EAGLE3, lambda c, t: t["d2t"].__setitem__(0, 1), "200 draft ids to only 199 target ids"),
+        (EAGLE3, lambda c, t: t["t2d"].__setitem__(0, False), "t2d marks 199 target tokens and d2t gives 200"),
+        (EAGLE3, lambda c, t: t.update(t2d=torch.ones(300, dtype=torch.bool)), "t2d has 300 entries and .* 259"),
+        (EAGLE3, lambda c, t: (t.pop("d2t"), t.pop("t2d")), "draft_vocab_size is 200 of 259 .* no d2t"),
+        (EAGLE3, lambda c, t: t.pop("lm_head.weight"), "draft_vocab_size is 200 where the target's LM head has 259"),
+        (EAGLE3, lambda c, t: c.update(tie_word_embeddings=True), "tie_word_embeddings"),
+        (EAGLE3, lambda c, t: t.update({"midlayer.self_attn.q_norm.weight": torch.ones(8)}), "q_norm.* unexpected"),
+        (EAGLE3, lambda c, t: c.update(num_hidden_layers=2), "num_hidden_layers = 2"),
+        (EAGLE3, lambda c, t: c.update({NAMES: [1, 3, 9]}), r"\[1, 3, 9\] and the target has 8 layers"),
+        (EAGLE3, lambda c, t: c.update({NAMES: [1, 3, 6], "eagle_config": {NAMES: [1, 2, 6]}}), "different layers"),
+        (EAGLE, lambda c, t: c.update(hidden_size=64), "hidden size is 64 and the target's is 32"),
+        (EAGLE, lambda c, t: t.update({"lm_head.weight": torch.zeros(259, 32)}), "lm_head.weight is not the target's"),
+        (EAGLE, lambda c, t: t.update({"embed_tokens.weight": torch.zeros(259, 32)}), "embed_tokens.weight differs"),
+        (EAGLE, lambda c, t: t.update({"layers.0.input_layernorm.weight": torch.ones(32)}), "layernorm.* unexpected"),
+        (MEDUSA, lambda c, t: c.update(logit_scale=0.5), "logit_scale = 0.5"),
+        (MEDUSA, lambda c, t: t.pop("lm_heads.1.weight"), r"lm_heads.1.weight is missing, of 2 positions"),
         (
-            lambda c, t: t["d2t"].__setitem__(-1, 99),
-            "draft id 199 to target id 298, and the target's vocabulary is 259",
+            MEDUSA,
+            lambda c, t: t.update({"lm_heads.1.weight": torch.zeros(300, 32)}),
+            "300 rows and .* 259",
         ),
-        (lambda c, t: t["d2t"].copy_(torch.arange(200)), "seems to hold target ids"),
-        (lambda c, t: t["d2t"].__setitem__(0, 1), "200 draft ids to only 199 target ids"),
-        (lambda c, t: t["t2d"].__setitem__(0, False), "t2d marks 199 target tokens and d2t gives 200"),
-        (lambda c, t: t.update(t2d=torch.ones(300, dtype=torch.bool)), "t2d has 300 entries and .* 259"),
-        (lambda c, t: (t.pop("d2t"), t.pop("t2d")), "draft_vocab_size is 200 of 259 .* no d2t"),
-        (lambda c, t: t.pop("lm_head.weight"), "draft_vocab_size is 200 where the target's LM head has 259 rows"),
-        (lambda c, t: c.update(tie_word_embeddings=True), "tie_word_embeddings"),
-        (lambda c, t: c.update(num_hidden_layers=2), "num_hidden_layers = 2"),
-        (lambda c, t: t.update({"midlayer.self_attn.q_norm.weight": torch.ones(8)}), "q_norm.weight is unexpected"),
-        (lambda c, t: t.pop("fc.weight"), "fc.weight is missing"),
-        (lambda c, t: c.update({NAMES: [1, 3, 9]}), r"\[1, 3, 9\] and the target has 8 layers"),
-        (lambda c, t: c.update({NAMES: [1, 3, 6], "eagle_config": {NAMES: [1, 2, 6]}}), "name different layers"),
+        (MEDUSA, lambda c, t: t.update(token_map=torch.arange(60, 319)), "draft id 199 to target id 259.* is 259"),
+        (MEDUSA, lambda c, t: t.update({"blocks.1.layers.0.weight": torch.zeros(9, 9)}), r"\(9, 9\), its config"),
+        (MEDUSA, lambda c, t: [t.update({n: torch.zeros(64, 64)}) for n in t if "layers.0.weight" in n], "size is 64"),
     ],
 )
-def test_a_head_that_does_not_fit_is_refused_with_both_values(foreign, edit, words):
+def test_a_head_that_does_not_fit_is_refused_with_both_values(world, tmp_path, option, edit, words):
+    foreign = Foreign(world, tmp_path, "vllm", option)
     edit(foreign.config, foreign.tensors)
     foreign.publish()
     foreign.refused(words)
@@ -204,6 +224,67 @@ def test_a_missing_half_of_the_token_map_is_derived(foreign):
     foreign.taken("filled in d2t from t2d")
 
 
+def test_a_bias_that_says_something_is_kept(world, tmp_path):
+    foreign = Foreign(world, tmp_path, "sglang", "EAGLE-1, fc_bias")
+    del foreign.config["eagle_fc_bias"]
+    foreign.publish()
+    imported, head = foreign.taken("fc has a bias, which SGLang knows and vLLM leaves out")
+    assert imported.kind == "EAGLE-1 of SGLang" and head.config.fc_bias
+
+
+@pytest.mark.parametrize(
+    ("option", "file"),
+    [
+        ("Medusa, shared", "medusa_lm_head.pt"),
+        ("Medusa, shared", "medusa_lm_head.safetensors"),
+        ("Medusa", "pytorch_model.bin"),
+        ("Medusa, full", "medusa_lm_head.pt"),
+    ],
+)
+def test_a_medusa_head_of_fasterdecoding_is_counted_by_its_file(world, tmp_path, option, file):
+    """Published configurations say 2 or 3 positions beside files of 5, and neither of the target's sizes."""
+    foreign = Foreign(world, tmp_path, "vllm", option)
+    count, given = foreign.config["num_heads"], foreign.tensors
+    foreign.config = {"medusa_num_heads": 3, "medusa_num_layers": 1, "base_model_name_or_path": "vicuna"}
+    foreign.tensors = {name: given[name] for name in ("d2t", "t2d") if name in given}
+    for index in range(count):  # of `medusa_model.py`: one linear layer and an LM head a position
+        for what in ("weight", "bias"):
+            foreign.tensors[f"medusa_head.{index}.0.linear.{what}"] = given[f"blocks.{index}.layers.0.{what}"]
+        lm_head = given.get(f"lm_heads.{index}.weight", given.get("lm_head.weight"))
+        foreign.tensors[f"medusa_head.{index}.1.weight"] = lm_head
+    foreign.publish(file)
+    words = ["left out the LM heads"] if option == "Medusa, shared" else []
+    imported, head = foreign.taken(f"medusa_num_heads = 3, and the file {count} positions", *words)
+    assert imported.kind == "FasterDecoding Medusa" and head.longest == count
+
+
+def test_vllms_token_map_is_ours_in_other_words(world, tmp_path):
+    foreign = Foreign(world, tmp_path, "vllm", "Medusa")
+    ids = foreign.tensors["token_map"] = foreign.tensors.pop("d2t") + torch.arange(200)
+    del foreign.tensors["t2d"]
+    foreign.config["truncated_vocab_size"] = 200
+    foreign.publish()
+    assert torch.equal(foreign.taken("t2d from d2t")[1].vocabulary, ids)
+
+
+def test_one_lm_head_of_all_positions_is_one_for_each(world, tmp_path):
+    foreign = Foreign(world, tmp_path, "vllm", "Medusa, full")
+    single = foreign.tensors["lm_head.weight"] = foreign.tensors.pop("lm_heads.0.weight")
+    del foreign.tensors["lm_heads.1.weight"]
+    foreign.config["original_lm_head"] = True
+    foreign.publish()
+    imported = import_head(foreign.folder, foreign.target, foreign.out)
+    assert "the one LM head" in " ".join(imported.notes)
+    head, _ = load_head(foreign.out)
+    assert all(torch.equal(lm_head.weight, single) for lm_head in head.lm_heads) and len(head.lm_heads) == 2
+
+
+@pytest.mark.parametrize("option", ["EAGLE-1", "Medusa"])
+def test_auxiliary_layers_are_for_heads_that_have_some(world, tmp_path, option):
+    foreign = Foreign(world, tmp_path, "vllm", option)
+    foreign.refused("--auxiliary-layers 2,4,5: .* is no EAGLE-3 head", auxiliary_layers=[2, 4, 5])
+
+
 def test_something_else_is_named_with_the_known_formats(foreign, tmp_path):
     foreign.config["architectures"] = ["HydraModel"]
     foreign.tensors = {"hydra.0.weight": torch.zeros(2, 2)}
@@ -217,11 +298,9 @@ def test_the_commands_say_what_they_did(world, tmp_path, monkeypatch, capsys):
 
     def call(*words):
         monkeypatch.setattr(sys, "argv", ["draft-train", *map(str, words)])
-        try:
+        with pytest.raises(SystemExit) as stop:
             main()
-        except SystemExit as stop:
-            return stop.code or 0, "".join(capsys.readouterr())
-        return 0, "".join(capsys.readouterr())
+        return stop.value.code or 0, "".join(capsys.readouterr())
 
     out, back = tmp_path / "out", tmp_path / "back"
     status, shown = call("export", folder / "three other layers", "--format", "sglang", "--out", out)

@@ -1,18 +1,21 @@
-"""Exports are what vLLM loaded, drafted our tokens with and was started by, as `make interop` wrote down."""
+"""Exports are what vLLM and speculators loaded and drafted our tokens with, as `make interop` wrote down."""
 
 import json
 from pathlib import Path
 
 import pytest
+import torch
 from interop import cases
-from interop.cases import CASES, OTHERS
+from interop.cases import CASES, OTHERS, random_head, tiny_target
 from interop.prepare import export_for_vllm
 from safetensors.torch import load_file
 
 from draft.errors import UserError
+from draft.heads.checkpoint import save_head
 from draft.interop.exporting import export_head
 
-WRITTEN = json.loads((Path(cases.__file__).parent / "table.json").read_text())["vllm"]["cases"]
+TABLE = json.loads((Path(cases.__file__).parent / "table.json").read_text())
+WRITTEN = TABLE["vllm"]["cases"]
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +42,20 @@ def test_what_vllm_loaded_is_what_is_written(exports, name):
     # vLLM 0.32 loaded Medusa heads too; later ones don't
     command = "" if "Medusa" in name else written["command"]
     assert commands[name].replace(str(folder), "FOLDER") == command
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_speculators_loaded_is_what_is_written(tmp_path, case):
+    written = TABLE["speculators"]["cases"][case]
+    head = random_head(tiny_target(tmp_path / "target"), **CASES[case])
+    save_head(head, tmp_path / "head", dtype=torch.float32, about={"target": str(tmp_path / "target")})
+    export_head(tmp_path / "head", "speculators", tmp_path / "out")
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    assert {name: list(value.shape) for name, value in tensors.items()} == written["tensors"]
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert {key: config[key] for key in written["config"]} == written["config"]
+    assert "model_type" not in config and sorted(config) == written["keys"]
+    assert sorted(config["transformer_layer_config"]) == written["layer_keys"]
 
 
 @pytest.mark.parametrize("case", CASES)

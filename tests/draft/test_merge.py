@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from conftest import make_tiny_head, make_tiny_target
 
 from draft.errors import UserError
@@ -18,14 +17,12 @@ from draft.training.merge import merge_run
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("about.json", "x", "about.json' is not readable"),
         ("about.json", "[]", "about.json' holds a list"),
         ("about.json", "{}", "is not the one that"),
         ("config.yaml", "\0", "config.yaml' is missing or damaged"),
-        ("config.yaml", "model: {head: 2020-13-45}", "config.yaml' is missing or damaged"),
-        ("config.yaml", "model: {}", "config.yaml' is missing or damaged"),
-        ("config.yaml", "model: {head: null}", "names no base head"),
+        ("config.yaml", "model: 3", "config.yaml' is missing or damaged"),
         ("config.yaml", None, "config.yaml' is missing or damaged"),
+        ("config.yaml", "model: {head: null}", "names no base head"),
     ],
 )
 def test_a_damaged_run_is_named(tmp_path: Path, name: str, content: str | None, words: str) -> None:
@@ -33,7 +30,7 @@ def test_a_damaged_run_is_named(tmp_path: Path, name: str, content: str | None, 
     save_head(make_tiny_head(make_tiny_target()), head, dtype=torch.float64, about={})
     run.mkdir()
     (run / "about.json").write_text(json.dumps({"base_head_sha256": head_sha256(head)}))
-    (run / "config.yaml").write_text(yaml.safe_dump({"model": {"head": str(head)}}))
+    (run / "config.yaml").write_text(f"model: {{head: {head}}}")
     (run / name).unlink()
     if content is not None:
         (run / name).write_text(content)

@@ -15,8 +15,8 @@ from small_engines import CHAIN, HEAD, TARGET, alone, finish, params
 
 from draft.errors import UserError
 from serving.engine import Completion, Engine, EngineStopped, Request, Speculation, Token
-from serving.engine.engine import RequestQueue
-from serving.engine.planner import Curve
+from serving.engine.estimates import Curve
+from serving.engine.request import RequestQueue
 from serving.engine.step import ActiveRequest
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import weakref
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import pytest
@@ -15,14 +14,13 @@ from cpu_cases import relative
 from exactness import margins
 from families import LLAMA3_ROPE, model_of
 from torch import Tensor, nn
-from torch._dynamo.utils import counters
 
-from cpu_kernels import load_kernels
+from cpu_kernels import PackedLinear, load_kernels
 from draft.files import cache_folder
 from draft.heads.layers import RMSNorm
 from draft.target import Target
 from serving.engine import Engine, SamplingParams, Speculation
-from serving.engine.fused import fuse_head, fuse_target, in_one_call
+from serving.engine.fused import in_one_call
 from serving.engine.kv_cache import RaggedBatch, Segment
 from serving.engine.model import TargetRunner
 from serving.engine.setup import Models, build_models
@@ -97,21 +95,23 @@ def passes(runner: TargetRunner) -> Tensor:
 def test_a_pass_in_one_call_is_the_layers_one_by_one(family: str, dtype: torch.dtype, tolerance: float) -> None:
     target = make(family, dtype)
     runner = compiled(target, make_tiny_head(target)).runner
+    fused, runner.fused = runner.fused, None
     expected = passes(runner)
-    assert fuse_target(runner)
+    runner.fused = fused
+    assert fused is not None
     assert relative(passes(runner), expected) < tolerance
 
 
 @pytest.mark.parametrize("family", OTHERS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_other_decoders_keep_their_own_code(family: str, dtype: torch.dtype) -> None:
-    assert not fuse_target(compiled(make(family, dtype)).runner)
+    assert compiled(make(family, dtype)).runner.fused is None
 
 
 @torch.inference_mode()
 def test_the_bits_of_a_row_do_not_depend_on_its_batch() -> None:
     runner = compiled(make("qwen3", torch.bfloat16)).runner
-    assert fuse_target(runner)
+    assert runner.fused is not None
     rows = [ids(1, seed) for seed in range(20)]
     slot, alone = runner.cache.acquire(), []
     for place, row in enumerate(rows):
@@ -127,15 +127,17 @@ def test_the_bits_of_a_row_do_not_depend_on_its_batch() -> None:
 def test_layers_share_the_memory_of_projections_that_are_joined() -> None:
     target = make("llama")
     runner = compiled(target).runner
-    before = sum(buffer.nbytes for buffer in target.model.buffers())
-    assert fuse_target(runner) and runner.fused is not None
+    assert runner.fused is not None
     attention = target.decoder.layers[0].self_attn  # type: ignore[index]
     joined = runner.fused.weights[2]
     assert attention.k_proj.packed.data_ptr() == joined[len(attention.q_proj.packed) :].data_ptr()
-    assert sum(buffer.nbytes for buffer in target.model.buffers()) == before
+    linears = [module for module in target.model.modules() if isinstance(module, PackedLinear)]
+    layers = [each.packed for each in linears if each is not target.lm_head]
+    storages = {packed.untyped_storage().data_ptr(): packed.untyped_storage().nbytes() for packed in layers}
+    assert list(storages.values()) == [sum(packed.nbytes for packed in layers)]  # one memory, and no more than it takes
     # and another engine of this target reads the same
     other = compiled(target).runner
-    assert fuse_target(other) and other.fused is not None
+    assert other.fused is not None
     for one, again in zip(runner.fused.weights, other.fused.weights, strict=True):
         assert torch.equal(one, again) and (one.dim() != 3 or one.data_ptr() == again.data_ptr())
 
@@ -177,8 +179,9 @@ def test_the_layer_of_a_head_in_one_call(options: dict[str, bool]) -> None:
     runner = compiled(target, head_of(target, **options)).proposer.runner  # type: ignore[union-attr]
     hidden = torch.randn(9, 64)
     outputs = []
-    for fused in (False, True):
-        assert not fused or fuse_head(runner)
+    layer = runner.fused
+    assert layer is not None
+    for runner.fused in (None, layer):
         slot = runner.cache.acquire()
         first = runner.forward(RaggedBatch.of([Segment(slot, 0, 0, ids(5, 1))], target.device), hidden[:5])
         runner.cache.extend(slot, 5)
@@ -186,25 +189,20 @@ def test_the_layer_of_a_head_in_one_call(options: dict[str, bool]) -> None:
         outputs.append(torch.cat([first, runner.forward(RaggedBatch.of([tree], target.device), hidden[5:])]))
         runner.cache.release(slot)
     assert relative(outputs[1], outputs[0].double()) < 1e-5
-
-
-@torch.inference_mode()
-def test_a_head_with_another_residual_keeps_its_own_code() -> None:
-    target = make("llama")
-    assert not fuse_head(compiled(target, head_of(target, norm_before_residual=True)).proposer.runner)  # type: ignore[union-attr]
+    target = make("llama")  # the first one's LM head is packed by now
+    other = compiled(target, head_of(target, norm_before_residual=True)).proposer.runner  # type: ignore[union-attr]
+    assert other.fused is None
 
 
 @pytest.mark.parametrize(
-    ("family", "dtype"),  # in one call, and compiled layer by layer; a head of another dtype
+    ("family", "dtype"),  # in one call, and layer by layer; a head of another dtype
     [("qwen3", torch.bfloat16), ("gemma2", torch.bfloat16), ("llama", torch.float32)],
 )
 def test_texts_with_and_without_drafts_are_the_same_in_bfloat16(family: str, dtype: torch.dtype) -> None:
-    torch._dynamo.reset()  # a process compiles a layer only so many times
     target = make(family, torch.bfloat16)
     head = make_tiny_head(target).to(dtype)
     engine = Engine(target, head, mode="compiled", speculation="tree", tree_size=6, threads=1)
     engine.warm_up()
-    graphs = counters["stats"]["unique_graphs"]
     params = SamplingParams(24, ignore_eos=True)
     prompts = [ids(5, 1), ids(30, 2), ids(1, 3), ids(2, 4)]
     drafted = engine.generate(prompts, params)
@@ -212,15 +210,11 @@ def test_texts_with_and_without_drafts_are_the_same_in_bfloat16(family: str, dty
     single = engine.generate(prompts[:1], params, Speculation(num_tokens=1))
     assert [each.token_ids for each in drafted] == [each.token_ids for each in plain]
     assert single[0].token_ids == plain[0].token_ids and sum(each.stats.drafted for each in drafted) > 0
-    assert counters["stats"]["unique_graphs"] == graphs  # no request waits for a compiler
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral, a window wider than trees are deep", "gemma2"])
-def test_compiled_and_eager_engines_give_the_same_float32_tokens(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_and_eager_engines_give_the_same_float32_tokens(family: str) -> None:
     """With trees beside parts of prompts, some longer than a window; but for a tie that a rounding decides."""
-    # the texts in bfloat16 take the C++ code for the graphs; here it would only take its time
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
-    torch._dynamo.reset()  # a process compiles a layer only so many times
     target, params = make(family, torch.float32), SamplingParams(24, ignore_eos=True, logprobs=2)
     prompts = [ids(5, 1), ids(200, 2), ids(9, 3), ids(120, 4)]
     answers, head = {}, make_tiny_head(target)

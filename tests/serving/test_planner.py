@@ -25,7 +25,8 @@ from simulation import (
     speed,
 )
 
-from serving.engine.planner import INITIAL_RATE, OFF, Acceptance, Controller, Curve, Plan, RequestAcceptance
+from serving.engine.estimates import INITIAL_RATE, OFF, Acceptance, Curve, DraftPlan, RequestAcceptance
+from serving.engine.planner import Controller
 
 # what it converges to
 
@@ -53,21 +54,29 @@ def test_drafts_at_once_where_verifying_is_nearly_free_and_tau_is_two():
     assert speed(simulation.steps(60)[20:]) >= 1.3 * simulation.plain
 
 
+def calibrated(plans: list[DraftPlan], seconds: dict[int, float]) -> Controller:
+    controller = Controller(plans)
+    for tokens, of_a_pass in seconds.items():
+        controller.costs.target.seed(tokens, of_a_pass)
+    return controller
+
+
 def test_a_calibration_makes_exploring_cheap():
     machine = Machine(**COMPUTE_BOUND)
     calibration = {width: machine.target(width) for width in (1, 2, 4, 8, 16, 32)}
-    simulation = Simulation(Controller(CHAINS, calibration), machine)
+    simulation = Simulation(calibrated(CHAINS, calibration), machine)
     assert all(step.plan == OFF for step in simulation.steps(40))
 
 
 def test_requests_without_drafts_are_decoded_plainly_beside_those_with_drafts():
-    controller = Controller(CHAINS, {1: 0.02, 8: 0.021, 64: 0.025})
+    controller = calibrated(CHAINS, {1: 0.02, 8: 0.021, 64: 0.025})
     rows = [controller.track(cap) for cap in (0, 1, 8)]
     plan = controller.choose(rows)
     assert plan.length > 1
     assert [plan.capped(row.cap).nodes for row in rows] == [0, 1, plan.length]
     assert controller.choose([controller.track(0)]) == controller.choose([]) == OFF
-    assert Plan(4, 16).capped(2) == Plan(2, 16) and Plan(4, 16).capped(1) == Plan(1, 8)  # a node has no more children
+    tree = DraftPlan(4, 16)
+    assert tree.capped(2) == DraftPlan(2, 16) and tree.capped(1) == DraftPlan(1, 8)  # a node has no more children
 
 
 def test_a_request_of_poor_acceptance_stops_drafting_and_the_next_one_starts_afresh():
@@ -75,7 +84,7 @@ def test_a_request_of_poor_acceptance_stops_drafting_and_the_next_one_starts_afr
     simulation.steps(600)
     simulation.rate = lambda number: 0.02 if number == poor else 0.7
     simulation.rows, poor = [], simulation.requests + 1
-    during: list[Plan] = []
+    during: list[DraftPlan] = []
     while simulation.requests <= poor:
         during.append(simulation.step().plan)
     assert during[0] != OFF and during[40:80].count(OFF) > 20
@@ -213,15 +222,15 @@ def test_requests_that_come_and_go_do_not_make_it_lose_to_plain(batch: int, toke
 
 
 def test_catching_up_counts_against_drafting_again():
-    for backlog, plan in ((0, Plan.chain(1)), (10, Plan.chain(1)), (1000, OFF)):
-        controller = Controller([Plan.chain(1)], {1: 0.02, 2: 0.02})
+    for backlog, plan in ((0, DraftPlan.chain(1)), (10, DraftPlan.chain(1)), (1000, OFF)):
+        controller = calibrated([DraftPlan.chain(1)], {1: 0.02, 2: 0.02})
         for tokens in (10, 1000):
             controller.observe_catch_up(tokens, tokens * 0.002)
         row = controller.track(cap=8, backlog=backlog)
         assert controller.choose([row]) == plan
         row.observe(OFF, 0)
         assert row.backlog == backlog + 1
-        row.observe(Plan.chain(2), 1)
+        row.observe(DraftPlan.chain(2), 1)
         assert row.backlog == 0 and row.emitted == 3
 
 
@@ -243,7 +252,7 @@ def test_stats_are_json_and_name_the_choice():
 
 
 def test_rates_are_conditional_on_what_came_before():
-    acceptance, plan = Acceptance(memory=10**6, strength=1), Plan.chain(3)
+    acceptance, plan = Acceptance(memory=10**6, strength=1), DraftPlan.chain(3)
     for step in range(4000):
         acceptance.observe(plan, (0, 1, 3, 3)[step % 4])
     assert acceptance.rates(plan) == pytest.approx([3 / 4, 2 / 3, 1.0], abs=0.01)

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AddedToken
 
-from serving.engine.request import GrowingAnswer, SpeculationStats, Token, special_ids
+from serving.engine.answer import GrowingAnswer, special_ids
+from serving.engine.request import SpeculationStats, Token
 from serving.engine.sampling import SamplingParams
 
 BYTES, TOKENIZER = byte_tokenizer(), byte_tokenizer()
@@ -241,18 +242,14 @@ def test_special_tokens_that_are_only_added_are_not_in_the_text() -> None:
 
 
 def test_figures_are_settled_when_a_stop_string_takes_tokens_back() -> None:
-    def tokens(*positions: int | None) -> list[Token]:
-        return [Token(5, "", -1.0, False, position) for position in positions]
-
     stats = SpeculationStats()
-    first, second = tokens(0, 1, None), tokens(0, None)
     stats.count(depth=3, drafted=3, accepted=2, emitted=3)
     stats.count(depth=2, drafted=2, accepted=1, emitted=2)
     assert (stats.emitted, stats.accepted, stats.accepted_per_position) == (5, 3, [2, 1, 0])
-    stats.settle([*tokens(None), *first, *second])
+    stats.settle(5)
     assert (stats.emitted, stats.accepted, stats.accepted_per_position) == (5, 3, [2, 1, 0])
-    stats.settle([*tokens(None), *first[:1]])
+    stats.settle(1)
     assert (stats.emitted, stats.accepted, stats.accepted_per_position) == (1, 1, [1, 0, 0])
     assert (stats.verifications, stats.drafted, stats.drafted_per_position) == (2, 5, [2, 2, 1])
-    stats.settle([])
+    stats.settle(0)
     assert stats.emitted == 0

@@ -6,8 +6,6 @@ import asyncio
 import json
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,12 +20,13 @@ from conftest import make_writing_target
 from fastapi import FastAPI, Request, Response
 from http_testing import live
 from openai import _base_client
-from written_data import responses, served
+from written_data import responses, rows_of, served, start_prepare
 
 from draft.data import generate as module
-from draft.data.dataset import Dataset
-from draft.data.generate import Endpoint, EndpointError, EndpointSettings
+from draft.data.dataset import Dataset, Row
+from draft.data.generate import Endpoint, EndpointError
 from draft.data.prepare import prepare
+from draft.data.settings import EndpointSettings
 from draft.errors import UserError
 from draft.evaluation.replay import replay
 from draft.target import Target, load_target
@@ -39,7 +38,7 @@ KEY = "a-key"
 @pytest.fixture(scope="module")
 def server(folder: Path) -> Iterator[str]:
     with served(load_target(str(folder), "float32"), api_key=KEY, strict_model_name=True) as settings:
-        yield settings.url
+        yield settings.endpoint
 
 
 @pytest.fixture(autouse=True)
@@ -55,9 +54,21 @@ def write_questions(folder: Path, count: int = 12) -> Path:
     return path
 
 
-def contents(dataset: Dataset | None) -> list[Any]:
-    assert dataset is not None
-    return [row for split in ("train", "held-out") for row in dataset.rows(split)]
+def at(address: str, **options: Any) -> EndpointSettings:
+    return EndpointSettings(endpoint=address, **options)
+
+
+@pytest.fixture
+def write(target: Target, tmp_path: Path) -> Callable[..., Dataset]:
+    """Let a server answer questions, 12 unless told otherwise, into a folder of that name."""
+
+    def write(name: str, address: str, count: int = 12, options: Any = None, **arguments: Any) -> Dataset:
+        settings = {"prompts": [write_questions(tmp_path, count)], **SHAPE, **arguments}
+        dataset = prepare(target, tmp_path / name, server=at(address, **(options or {})), **settings)
+        assert dataset is not None
+        return dataset
+
+    return write
 
 
 class Proxy:
@@ -106,17 +117,13 @@ def problem(status: int, text: str = "no", **headers: str) -> Response:
     return Response(json.dumps({"error": {"message": text}}), status, headers, "application/json")
 
 
-def test_exact_rows_are_those_of_the_target(target: Target, server: str, tmp_path: Path) -> None:
+def test_exact_rows_are_those_of_the_target(write: Any, target: Target, server: str) -> None:
     """Greedy ones token for token; the others, and later turns, depend neither on concurrency nor on order."""
-    questions = write_questions(tmp_path)
-    alone = prepare(
-        target, tmp_path / "alone", prompts=[questions], **SHAPE, server=EndpointSettings(server, concurrency=1)
-    )
+    alone = write("alone", server, options={"concurrency": 1})
     with proxy(server) as (address, seen):
-        data = prepare(target, tmp_path / "remote", prompts=[questions], **SHAPE,
-                       server=EndpointSettings(address, concurrency=3))  # fmt: skip
-    remote = contents(data)
-    assert remote == contents(alone) and len(remote) == 12 and not any(row.retokenised for row in remote)
+        data = write("remote", address, options={"concurrency": 3})
+    remote = rows_of(data)
+    assert remote == rows_of(alone) and len(remote) == 12 and not any(row.retokenised for row in remote)
     greedy = [row for row in remote if row.temperature == 0]
     assert len(greedy) == 6
     for row, ids in zip(greedy, responses(target, [row.ids[: row.prompt_length] for row in greedy], 10), strict=True):
@@ -125,7 +132,7 @@ def test_exact_rows_are_those_of_the_target(target: Target, server: str, tmp_pat
     asked = seen.bodies[1:]  # the first one asked whether the server knows this way
     assert all(isinstance(body["prompt"][0], int) and body["return_token_ids"] for body in asked)
     assert {(body["temperature"], body["top_p"], body["top_k"]) for body in asked} == {(0.0, 1.0, -1), (1.0, 1.0, -1)}
-    assert data is not None and data.manifest["counts"]["train"]["retokenised_rows"] == 0
+    assert data.manifest["counts"]["train"]["retokenised_rows"] == 0
     replay(target, {}, remote, 3)
 
 
@@ -136,14 +143,12 @@ def only_chat(_: int, body: dict[str, Any] | None) -> Response | None:
     return None
 
 
-def test_rows_of_text_are_tokenised_again_and_kept_out_of_tau(target: Target, server: str, tmp_path: Path) -> None:
-    questions = write_questions(tmp_path)
+def test_rows_of_text_are_tokenised_again_and_kept_out_of_tau(write: Any, target: Target, server: str) -> None:
     with proxy(server, only_chat) as (address, seen):
-        data = prepare(target, tmp_path / "data", prompts=[questions], **SHAPE,
-                       server=EndpointSettings(f"{address}/v1/chat/completions"))  # fmt: skip
-    rows = contents(data)
+        data = write("data", f"{address}/v1/chat/completions")
+    rows = rows_of(data)
     assert all(row.retokenised for row in rows) and {row.temperature for row in rows} == {0.0, 1.0}
-    assert data is not None and data.manifest["counts"]["train"]["retokenised_rows"] == 9
+    assert data.manifest["counts"]["train"]["retokenised_rows"] == 9
     turns = [[message["role"] for message in body["messages"]] for body in seen.bodies if "messages" in body]
     assert ["user", "assistant", "user"] in turns
     for row in rows:
@@ -155,7 +160,7 @@ def test_rows_of_text_are_tokenised_again_and_kept_out_of_tau(target: Target, se
         replay(target, {}, rows, 3)
 
 
-def test_a_conversation_ends_before_a_later_turn_that_is_refused(target: Target, server: str, tmp_path: Path) -> None:
+def test_a_conversation_ends_before_a_later_turn_that_is_refused(write: Any, target: Target, server: str) -> None:
     """As where the target wrote a character that the server takes in no message: a user could not mend that."""
 
     def refuse(_: int, body: Any) -> Response | None:
@@ -163,11 +168,10 @@ def test_a_conversation_ends_before_a_later_turn_that_is_refused(target: Target,
         return problem(400, "NUL") if len(said) == 3 and said[0] == "number 3" else only_chat(0, body)
 
     with proxy(server, refuse) as (address, _):
-        data = prepare(target, tmp_path / "data", prompts=[write_questions(tmp_path)], greedy_share=1.0, **SHAPE,
-                       server=EndpointSettings(address))  # fmt: skip
-    assert data is not None and data.manifest["counts"]["cut_short"] >= 1
+        data = write("data", address, greedy_share=1.0)
+    assert data.manifest["counts"]["cut_short"] >= 1
     turns = {}
-    for row in contents(data):
+    for row in rows_of(data):
         text = target.tokenizer.decode(row.ids)
         number = int(text.split("user\nnumber ")[1].split("<")[0])
         turns[number] = text.count("<|im_start|>user\n")
@@ -175,38 +179,27 @@ def test_a_conversation_ends_before_a_later_turn_that_is_refused(target: Target,
 
 
 @pytest.mark.parametrize(("status", "said"), [(402, "line 2: .*402"), (400, "refuses turn 2 of all 8 conversations")])
-def test_what_is_wrong_with_all_later_turns_ends_it(
-    status: int, said: str, target: Target, server: str, tmp_path: Path
-) -> None:
+def test_what_is_wrong_with_all_later_turns_ends_it(status: int, said: str, write: Any, server: str) -> None:
     """A used-up credit is no refusal of what a row says, and neither is a server that takes no answers back."""
 
     def refuse(_: int, body: Any) -> Response | None:
         return problem(status) if len((body or {}).get("messages", [])) == 3 else only_chat(0, body)
 
     with proxy(server, refuse) as (address, _), pytest.raises(UserError, match=said):
-        prepare(target, tmp_path / "data", prompts=[write_questions(tmp_path, 16)], **SHAPE,
-                server=EndpointSettings(address, concurrency=1))  # fmt: skip
+        write("data", address, 16, {"concurrency": 1})
 
 
-def test_a_server_that_is_overloaded_now_and_then(target: Target, server: str, tmp_path: Path) -> None:
+def test_a_server_that_is_overloaded_now_and_then(write: Any, target: Target, server: str) -> None:
     def trouble(count: int, _: Any) -> Response | None:
         kinds = {0: problem(429, "slow down", **{"retry-after": "0.3"}), 1: problem(500), 2: Response("<html>", 503)}
         return kinds.get(count % 5)
 
-    questions = write_questions(tmp_path)
     with proxy(server, trouble) as (address, seen):
-        data = prepare(target, tmp_path / "data", prompts=[questions], **SHAPE, greedy_share=1.0,
-                       server=EndpointSettings(address, concurrency=4, retries=30))  # fmt: skip
-    alone = prepare(
-        target, tmp_path / "alone", prompts=[questions], **SHAPE, greedy_share=1.0, server=EndpointSettings(server)
-    )
-    expected = contents(alone)
-    assert contents(data) == expected and seen.count > 18
-    with proxy(server, lambda count, _: problem(429, **{"retry-after": "0.4"}) if count == 1 else None) as (
-        address,
-        seen,
-    ):
-        Endpoint(EndpointSettings(address), target, 0).close()
+        data = write("data", address, options={"concurrency": 4, "retries": 30}, greedy_share=1.0)
+    assert rows_of(data) == rows_of(write("alone", server, greedy_share=1.0)) and seen.count > 18
+    slow = problem(429, **{"retry-after": "0.4"})
+    with proxy(server, lambda count, _: slow if count == 1 else None) as (address, seen):
+        Endpoint(at(address), target, 0).close()
     assert seen.times[1] - seen.times[0] >= 0.4
 
 
@@ -217,78 +210,71 @@ def test_a_server_that_fails_at_token_ids_is_asked_for_text(target: Target, serv
         return problem(500, "list index out of range") if "prompt" in body else None
 
     with proxy(server, trouble) as (address, seen):
-        endpoint = Endpoint(EndpointSettings(address), target, 0)
+        endpoint = Endpoint(at(address), target, 0)
         assert endpoint._dialect.path == "chat/completions" and seen.count < 10
         endpoint.close()
     for first in (3, 12):
         with proxy(server, lambda count, _, first=first: problem(503) if count < first else None) as (address, seen):
-            endpoint = Endpoint(EndpointSettings(address), target, 0)
+            endpoint = Endpoint(at(address), target, 0)
             assert endpoint._dialect == module._DIALECTS[0] and seen.count >= first
             endpoint.close()
     with proxy(server, lambda count, _: problem(503)) as (address, _), pytest.raises(
         EndpointError, match="gives no answer to a first request .503"
     ):  # fmt: skip
-        Endpoint(EndpointSettings(address, retries=2), target, 0)
+        Endpoint(at(address, retries=2), target, 0)
 
 
 @pytest.mark.parametrize(
-    "answer",
+    ("answer", "what"),
     [
-        Response("x", 307, {"location": "/v1/completions"}),
-        Response(b"no gzip", 200, {"content-encoding": "gzip"}),
+        (Response("x", 307, {"location": "/v1/completions"}), "gives no answer"),
+        (Response(b"no gzip", 200, {"content-encoding": "gzip"}), "gives no answer"),
+        (Response('{"choices": []}'), "without choices"),
+        (Response("<html>"), "without a JSON object"),
     ],
 )
-def test_answers_that_lead_nowhere(target: Target, server: str, answer: Response) -> None:
-    with proxy(server, lambda count, _: answer) as (address, _), pytest.raises(EndpointError, match="gives no answer"):
-        Endpoint(EndpointSettings(address), target, 0)
+def test_answers_that_lead_nowhere(target: Target, server: str, answer: Response, what: str) -> None:
+    with proxy(server, lambda count, _: answer) as (address, _), pytest.raises(EndpointError, match=what):
+        Endpoint(at(address), target, 0)
 
 
-def test_what_ends_it_is_one_sentence(target: Target, server: str, tmp_path: Path, monkeypatch: Any) -> None:
-    questions = write_questions(tmp_path)
-
-    def run(url: str, **options: Any) -> None:
-        prepare(target, tmp_path / "data", prompts=[questions], **SHAPE,
-                server=EndpointSettings(url, **{"retries": 1, **options}))  # fmt: skip
-
-    with pytest.raises(EndpointError, match="http://127.0.0.1:9 gives no answer"):
-        run("http://127.0.0.1:9")
-    for wrong in ("localhost:8000", "http://localhost:port", "http://"):
-        with pytest.raises(EndpointError, match="is no address"):
-            run(wrong)
-    monkeypatch.setenv("OTHER_KEY", "ключ")
-    with pytest.raises(EndpointError, match=r"\$OTHER_KEY holds letters"):
-        run(server, api_key_env="OTHER_KEY")
-    with pytest.raises(EndpointError, match="no model 'other'.*--endpoint-model"):
-        run(server, model="other")
-    monkeypatch.setenv("OTHER_KEY", "wrong")
-    with pytest.raises(EndpointError, match=r"refuses the key in \$OTHER_KEY \(401"):
-        run(server, api_key_env="OTHER_KEY")
-    with pytest.raises(EndpointError, match=r"without a key \(\$NO_KEY\)"):
-        run(server, api_key_env="NO_KEY")
+@pytest.mark.parametrize(
+    ("url", "options", "what"),
+    [
+        ("http://127.0.0.1:9", {}, "http://127.0.0.1:9 gives no answer"),
+        ("localhost:8000", {}, "is no address"),
+        ("http://localhost:port", {}, "is no address"),
+        ("http://", {}, "is no address"),
+        ("", {"api_key_env": "LETTERS"}, r"\$LETTERS holds letters"),
+        ("", {"endpoint_model": "other"}, "no model 'other'.*--endpoint-model"),
+        ("", {"api_key_env": "WRONG"}, r"refuses the key in \$WRONG \(401"),
+        ("", {"api_key_env": "NO_KEY"}, r"without a key \(\$NO_KEY\)"),
+    ],
+)
+def test_a_wrong_address_model_or_key_is_one_sentence(
+    url: str, options: dict[str, Any], what: str, write: Any, server: str, tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setenv("LETTERS", "ключ")
+    monkeypatch.setenv("WRONG", "wrong")
+    with pytest.raises(EndpointError, match=what):
+        write("data", url or server, options={"retries": 1, **options})
     assert not (tmp_path / "data").exists()
-    seventh = [n for n in range(12) if n % 2 == 0][3]
 
+
+def test_a_refused_row_is_named_and_the_others_stay(write: Any, target: Target, server: str) -> None:
     def refuse(_: int, body: Any) -> Response | None:
         text = target.tokenizer.decode(body["prompt"]) if body else ""
-        return problem(400, "the prompt is naughty") if f"number {seventh}<" in text else None
+        return problem(400, "the prompt is naughty") if "number 6<" in text else None
 
-    with proxy(server, refuse) as (address, _), pytest.raises(
-        EndpointError, match=rf"questions.jsonl, line {seventh + 1}: .*refuses it \(400: the prompt is naughty"
-    ):  # fmt: skip
-        run(address)
-    # what was answered before has stayed, and is not asked again
+    what = r"questions.jsonl, line 7: .*refuses it \(400: the prompt is naughty"
+    with proxy(server, refuse) as (address, _), pytest.raises(EndpointError, match=what):
+        write("data", address, options={"retries": 1})
     with proxy(server) as (address, seen):
-        run(address)
-    assert seen.count < 19
-    with proxy(server, lambda count, _: Response('{"choices": []}')) as (address, _), pytest.raises(
-        EndpointError, match="without choices"
-    ):  # fmt: skip
-        Endpoint(EndpointSettings(address), target, 0)
-    with pytest.raises(UserError, match="--keep-responses writes none"):
-        prepare(target, tmp_path / "kept", prompts=[questions], keep_responses=True, server=EndpointSettings(server))
+        write("data", address)
+    assert seen.count < 19  # what was answered before is not asked again
 
 
-def test_self_prompts_of_a_server_that_returns_only_text(server: str, tmp_path: Path) -> None:
+def test_self_prompts_of_a_server_that_returns_only_text(tmp_path: Path) -> None:
     """It continues the text of a user turn; one that completes chats only cannot, and says so."""
     words = make_writing_target()
 
@@ -296,18 +282,18 @@ def test_self_prompts_of_a_server_that_returns_only_text(server: str, tmp_path: 
         refused = {"top_k", "return_token_ids"} & set(body or {})
         return problem(400, "unknown field") if refused else None
 
-    def run(trouble: Any, out: str) -> Dataset | None:
-        with served(words) as behind, proxy(behind.url, trouble) as (address, _):
-            return prepare(words, tmp_path / out, num_prompts=3, **SHAPE, server=EndpointSettings(address))
+    def run(trouble: Any, out: str) -> list[Row]:
+        with served(words) as behind, proxy(behind.endpoint, trouble) as (address, _):
+            return rows_of(prepare(words, tmp_path / out, num_prompts=3, **SHAPE, server=at(address)))
 
-    rows = contents(run(only_text, "data"))
+    rows = run(only_text, "data")
     assert len(rows) == 3 and {row.source for row in rows} == {"self-prompted"}
     with pytest.raises(EndpointError, match="continues no text outside a chat .400: unknown field.*--prompts FILE"):
         run(only_chat, "none")
 
 
-def test_kill_and_go_on(target: Target, folder: Path, server: str, tmp_path: Path) -> None:
-    questions, out = write_questions(tmp_path, 24), tmp_path / "data"
+def test_kill_and_go_on(write: Any, folder: Path, server: str, tmp_path: Path) -> None:
+    questions = write_questions(tmp_path, 24)
     slow = threading.Event()
 
     def trouble(count: int, _: Any) -> Response | None:
@@ -316,35 +302,29 @@ def test_kill_and_go_on(target: Target, folder: Path, server: str, tmp_path: Pat
             return problem(503, **{"retry-after": "30"})
         return None
 
+    shape = {"greedy_share": 1.0, "count": 24}
     with proxy(server, trouble) as (address, _):
-        command = [sys.executable, "-m", "draft.cli", "prepare", "--target", str(folder), "--prompts", str(questions),
-                   "--out", str(out), "--endpoint", address, "--max-new-tokens", "10", "--concurrency", "2",
-                   "--held-out-share", "0.25", "--max-length", "200", "--greedy-share", "1"]  # fmt: skip
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-        script = "import draft.data.dataset as d, draft.cli as c; d._SECONDS_PER_PART = 0; c.main()"
-        process = subprocess.Popen([sys.executable, "-c", script, *command[3:]], env=environment)
+        words = ("--prompts", questions, "--endpoint", address, "--max-new-tokens", 10, "--concurrency", 2,
+                 "--held-out-share", 0.25, "--max-length", 200, "--greedy-share", 1)  # fmt: skip
+        script = "import draft.data.dataset as d; d._SECONDS_PER_PART = 0"
+        process = start_prepare(folder, tmp_path / "data", *words, script=script)
         try:
             assert slow.wait(120)
             time.sleep(0.5)
             with pytest.raises(UserError, match="being written by another process"):
-                prepare(target, out, prompts=[questions], greedy_share=1.0, server=EndpointSettings(address), **SHAPE)
+                write("data", address, **shape)
         finally:
             os.kill(process.pid, signal.SIGKILL)
-            process.wait()
+            process.communicate()
     with proxy(server) as (address, seen):
-        data = prepare(target, out, prompts=[questions], greedy_share=1.0, server=EndpointSettings(address), **SHAPE)
+        data = write("data", address, **shape)
     assert seen.count <= 36 - 18 + 1  # what was stored before was not asked again
-    alone = prepare(
-        target, tmp_path / "alone", prompts=[questions], greedy_share=1.0, server=EndpointSettings(server), **SHAPE
-    )
-    assert contents(data) == contents(alone)
+    assert rows_of(data) == rows_of(write("alone", server, **shape))
 
 
-def test_data_sets_from_before_rows_had_the_mark(target: Target, server: str, tmp_path: Path) -> None:
-    settings = EndpointSettings(server)
-    data = prepare(target, tmp_path / "data", prompts=[write_questions(tmp_path)], server=settings, **SHAPE)
-    assert data is not None
+def test_data_sets_from_before_rows_had_the_mark(write: Any, server: str) -> None:
+    data = write("data", server)
     rows = data.rows("train")
-    table = pq.read_table(tmp_path / "data" / "train.parquet")
-    pq.write_table(table.drop_columns(["retokenised"]), tmp_path / "data" / "train.parquet")
+    path = data.folder / "train.parquet"
+    pq.write_table(pq.read_table(path).drop_columns(["retokenised"]), path)
     assert data.rows("train") == rows and not any(row.retokenised for row in rows)

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import psutil
 import pytest
-from written_data import prepared
+from http_testing import eventually
+from written_data import prepared, rows_of, start_prepare
 
 from draft.data.dataset import open_dataset
-from draft.data.generate import LocalServer, _visible_devices, check_local
+from draft.data.generate import _visible_devices, check_local
 from draft.errors import UserError
 from draft.target import Target
 
@@ -29,27 +26,6 @@ def questions(tmp_path: Path) -> Path:
     return path
 
 
-def start(folder: Path, out: Path, *more: str, script: str = "") -> subprocess.Popen[str]:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "COLUMNS": "200"}
-    code = f"import draft.cli\n{script}\ndraft.cli.main()"
-    words = ["prepare", "--target", str(folder), "--out", str(out), *SHAPE, *more]
-    return subprocess.Popen(
-        [sys.executable, "-c", code, *words],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def servers(process: subprocess.Popen[str]) -> list[psutil.Process]:
-    return [child for child in psutil.Process(process.pid).children() if "serving.cli" in child.cmdline()]
-
-
-def ended(server: psutil.Process) -> bool:
-    return not server.is_running() or server.status() == psutil.STATUS_ZOMBIE
-
-
 SLOW = (  # it stops after the first stored responses, as if the rest took long
     "import time, draft.data.dataset as d\nd._ROWS_PER_PART = 4\nflush = d.Parts.flush\n"
     "def slow(self, stage):\n    flush(self, stage)\n    d.Parts.flush = flush\n    time.sleep(600)\n"
@@ -58,14 +34,12 @@ SLOW = (  # it stops after the first stored responses, as if the rest took long
 
 
 def test_it_writes_the_targets_text_and_ends(target: Target, folder: Path, questions: Path, tmp_path: Path) -> None:
-    process = start(folder, tmp_path / "data", "--prompts", str(questions), "--seed", "3")
+    process = start_prepare(folder, tmp_path / "data", *SHAPE, "--prompts", str(questions), "--seed", "3")
     shown = process.communicate(timeout=300)[0]
     assert process.returncode == 0 and "starting draft-serve" in shown and "tokens/s" in shown, shown
     expected = prepared(target, tmp_path / "alone", prompts=[questions], max_new_tokens=12, max_length=200, seed=3)
     data = open_dataset(tmp_path / "data")
-    assert [data.rows(split) for split in ("train", "held-out")] == [
-        expected.rows(split) for split in ("train", "held-out")
-    ]
+    assert rows_of(data) == rows_of(expected)
     assert data.manifest["answered_by"] is None
 
 
@@ -73,24 +47,20 @@ def test_it_writes_the_targets_text_and_ends(target: Target, folder: Path, quest
 def test_an_interrupted_one_leaves_no_server(
     number: signal.Signals, folder: Path, questions: Path, tmp_path: Path
 ) -> None:
-    process = start(folder, tmp_path / "data", "--prompts", str(questions), script=SLOW)
-    deadline = time.monotonic() + 200
-    while not list(tmp_path.glob("data/parts/*.parquet")):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.05)
-    (server,) = servers(process)
+    process = start_prepare(folder, tmp_path / "data", *SHAPE, "--prompts", str(questions), script=SLOW)
+    eventually(lambda: any(tmp_path.glob("data/parts/*.parquet")), every=0.05)
+    (server,) = (each for each in psutil.Process(process.pid).children() if "serving.cli" in each.cmdline())
     process.send_signal(number)
     shown = process.communicate(timeout=60)[0]
     assert process.returncode == {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -9}[number], shown
     assert ("the same command goes on" in shown) == (number == signal.SIGINT)
-    deadline = time.monotonic() + 30
-    while not ended(server):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    eventually(lambda: not server.is_running() or server.status() == psutil.STATUS_ZOMBIE, 30, every=0.05)
 
 
 def test_what_it_cannot_load_is_its_own_sentence(folder: Path, questions: Path, tmp_path: Path) -> None:
-    process = start(folder, tmp_path / "data", "--prompts", str(questions), "--head", str(tmp_path / "no-head"))
+    process = start_prepare(
+        folder, tmp_path / "data", *SHAPE, "--prompts", str(questions), "--head", str(tmp_path / "no-head")
+    )
     shown = process.communicate(timeout=300)[0]
     assert process.returncode == 2 and shown.count("no-head") == 2, shown  # in what is started, and in what is wrong
     assert shown.splitlines()[-1].startswith("draft-train: ") and "Traceback" not in shown
@@ -107,4 +77,3 @@ def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
         check_local("auto", "meta")
     with pytest.raises(UserError, match="float8"):
         check_local("float8", "cpu")
-    assert LocalServer().head is None

@@ -6,7 +6,6 @@ import io
 import json
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +14,15 @@ import pytest
 import torch
 from conftest import make_tiny_target, make_writing_target
 from rich.console import Console
-from written_data import prepared, served
+from written_data import prepared, rows_of, served
 
 import draft.data.dataset
-import draft.data.prepare
-from draft.data.dataset import Dataset, Row, assign_splits, open_dataset
-from draft.data.generate import Endpoint, EndpointSettings
+import draft.data.prompts
+from draft.data.dataset import Dataset, Row, Shard, assign_splits, open_dataset
+from draft.data.generate import Endpoint
 from draft.data.inspect import coloured, inspect
 from draft.data.prepare import prepare
+from draft.data.settings import EndpointSettings
 from draft.errors import UserError
 from draft.target import Target
 
@@ -59,17 +59,9 @@ def run(target: Target, server: EndpointSettings) -> Callable[..., Dataset]:
     return run
 
 
-def contents(dataset: Dataset) -> list[tuple[Any, ...]]:
-    return [
-        (row.id, row.ids, row.mask, row.temperature, row.split)
-        for split in ("train", "held-out")
-        for row in dataset.rows(split)
-    ]
-
-
 def test_answers_to_a_file(run: Any, target: Target, questions: Path, tmp_path: Path) -> None:
     dataset = run(tmp_path / "data", prompts=[questions], greedy_share=0.25, held_out_share=0.2)
-    rows = dataset.rows("train") + dataset.rows("held-out")
+    rows = rows_of(dataset)
     assert len(rows) == 20 and len(dataset.rows("held-out")) == 4
     assert sum(row.temperature == 0 for row in rows) == 5 and {row.temperature for row in rows} == {0.0, 1.0}
     for row in rows:
@@ -93,18 +85,18 @@ def test_answers_to_a_file(run: Any, target: Target, questions: Path, tmp_path: 
 
 
 def test_self_prompting(run: Any, target: Target, server: EndpointSettings, uninterrupted: Any, tmp_path: Path) -> None:
-    dataset = run(tmp_path / "data", **SELF_PROMPTED, server=replace(server, concurrency=3))
-    rows = dataset.rows("train") + dataset.rows("held-out")
+    dataset = run(tmp_path / "data", **SELF_PROMPTED, server=server.model_copy(update={"concurrency": 3}))
+    rows = rows_of(dataset)
     prompts = {target.decode(row.ids[: row.prompt_length]) for row in rows}
     assert len(rows) == len(prompts) == 8 and {row.source for row in rows} == {"self-prompted"}
     assert all(len(prompt.split()) >= 3 for prompt in prompts)
-    assert contents(dataset) == uninterrupted[0]  # fewer at once, the same data
+    assert rows_of(dataset) == uninterrupted[0]  # fewer at once, the same data
     other = run(tmp_path / "other", **SELF_PROMPTED, seed=1)
     assert {row.id for row in other.rows("train")}.isdisjoint(row.id for row in rows)
 
 
 def test_a_target_without_usable_prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(draft.data.prepare, "_SELF_PROMPT_ROUNDS", 2)
+    monkeypatch.setattr(draft.data.prompts, "_SELF_PROMPT_ROUNDS", 2)
     with pytest.raises(UserError, match="wrote no usable prompts.*--prompts"):
         prepared(make_tiny_target(seed=3), tmp_path / "data", num_prompts=1)  # bytes, not text
     assert not (tmp_path / "data").exists()
@@ -140,12 +132,12 @@ def uninterrupted(
         counting = Counting().patch(patch)
         dataset = prepare(target, tmp_path_factory.mktemp("whole") / "data", **SELF_PROMPTED, **options)
     assert dataset is not None
-    return contents(dataset), counting.written
+    return rows_of(dataset), counting.written
 
 
 @pytest.mark.parametrize("stop_at", [7, -3])  # among the prompts, and among the responses
 def test_an_interrupted_run_goes_on(
-    run: Any, target: Target, uninterrupted: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_at: int
+    run: Any, uninterrupted: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_at: int
 ) -> None:
     whole, total = uninterrupted
     monkeypatch.setattr(draft.data.dataset, "_ROWS_PER_PART", 4)
@@ -158,21 +150,16 @@ def test_an_interrupted_run_goes_on(
     with pytest.raises(UserError, match=r"begun with max_new_tokens = 12, and this call has 13; choose another"):
         run(out, **SELF_PROMPTED, max_new_tokens=13)
     second = Counting().patch(monkeypatch)
-    assert contents(run(out, **SELF_PROMPTED)) == whole
+    assert rows_of(run(out, **SELF_PROMPTED)) == whole
     assert first.written + second.written == total  # nothing is written twice
 
 
 def test_a_finished_data_set_is_left_alone(
-    run: Any,
-    target: Target,
-    questions: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    run: Any, questions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = contents(run(tmp_path / "data", prompts=[questions]))
+    first = rows_of(run(tmp_path / "data", prompts=[questions]))
     monkeypatch.setattr(Endpoint, "answer", None)
-    assert contents(run(tmp_path / "data", prompts=[questions], progress=True)) == first
+    assert rows_of(run(tmp_path / "data", prompts=[questions], progress=True)) == first
     assert "complete" in capsys.readouterr().out
     questions.write_text(questions.read_text().replace("number 3", "number 33"))
     with pytest.raises(UserError, match="begun with prompts_hash"):
@@ -183,7 +170,7 @@ def test_a_finished_data_set_is_left_alone(
         run(tmp_path / "mine", prompts=[questions])
 
 
-def test_the_same_prompt_is_never_in_both_splits(run: Any, target: Target, tmp_path: Path) -> None:
+def test_the_same_prompt_is_never_in_both_splits(run: Any, tmp_path: Path) -> None:
     path = tmp_path / "pairs.jsonl"  # each question begins two different conversations
     turns = [[question, f"and {again}"] for question in QUESTIONS for again in range(2)]
     path.write_text("\n".join(json.dumps({"turns": pair}) for pair in turns + turns[:5]))
@@ -223,12 +210,12 @@ def test_turns_are_answered_one_after_the_other(run: Any, target: Target, tmp_pa
     assert dataset.rows("held-out") == []
 
 
-def test_over_long_conversations_are_dropped_and_counted(run: Any, target: Target, tmp_path: Path) -> None:
+def test_over_long_conversations_are_dropped_and_counted(run: Any, tmp_path: Path) -> None:
     path = tmp_path / "long.jsonl"
     path.write_text("\n".join(json.dumps({"prompt": "word " * count}) for count in (1, 2, 3, 10, 30, 40)))
     # ten words make a prompt of 69 tokens: its response would go on beyond the 70th
     dataset = run(tmp_path / "data", prompts=[path], max_length=70)
-    rows = dataset.rows("train") + dataset.rows("held-out")
+    rows = rows_of(dataset)
     assert len(rows) == 3 and max(len(row.ids) for row in rows) <= 70
     assert dataset.manifest["counts"]["too_long"] == 3
     with pytest.raises(UserError, match=r"no conversation is left \(.*too_long 6.*\); raise --max-length, now 20"):
@@ -240,7 +227,7 @@ def test_kept_responses(run: Any, target: Target, tmp_path: Path) -> None:
     path = tmp_path / "kept.jsonl"
     path.write_text("\n".join(json.dumps({"question": q, "answer": f"Answer to {q}"}) for q in QUESTIONS))
     dataset = run(tmp_path / "data", prompts=[path], keep_responses=True, num_prompts=8)
-    rows = dataset.rows("train") + dataset.rows("held-out")
+    rows = rows_of(dataset)
     assert len(rows) == 8 and {row.temperature for row in rows} == {None}
     for row in rows:
         spoken = target.tokenizer.decode([token for token, wanted in zip(row.ids, row.mask, strict=True) if wanted])
@@ -251,13 +238,13 @@ def test_kept_responses(run: Any, target: Target, tmp_path: Path) -> None:
     (ended,) = (line for line in out.getvalue().splitlines() if "ended by the target" in line)
     assert re.findall(r"\d+", ended) == list(counts.values())  # though the template's newline comes last
     answered = run(tmp_path / "answered", prompts=[path])
-    assert {row.id for row in rows} <= {row.id for row in answered.rows("train") + answered.rows("held-out")}
+    assert {row.id for row in rows} <= {row.id for row in rows_of(answered)}
     again = run(tmp_path / "copy", prompts=[answered.folder / "train.parquet"], keep_responses=True)
-    copied = sorted((r.id, r.ids, r.temperature) for r in again.rows("train") + again.rows("held-out"))
+    copied = sorted((r.id, r.ids, r.temperature) for r in rows_of(again))
     assert copied == sorted((row.id, row.ids, row.temperature) for row in answered.rows("train"))
 
 
-def test_rows_of_tokens_are_checked_against_the_vocabulary(run: Any, target: Target, tmp_path: Path) -> None:
+def test_rows_of_tokens_are_checked_against_the_vocabulary(run: Any, tmp_path: Path) -> None:
     path = tmp_path / "tokens.jsonl"
     path.write_text(json.dumps({"prompt_ids": [1, 5], "response_ids": [300]}))
     with pytest.raises(UserError, match="line 1: token 300 is beyond the target's vocabulary of 259"):
@@ -284,15 +271,17 @@ def test_another_target_is_refused(run: Any, target: Target, questions: Path, tm
         ({"keep_responses": True}, "give --prompts FILE"),
         ({"keep_responses": True, "prompts": ["x"], "max_new_tokens": 5}, "--max-new-tokens 5 is about writing"),
         ({"keep_responses": True, "prompts": ["x"], "greedy_share": 0.3}, "--greedy-share 0.3 is about writing"),
+        ({"keep_responses": True, "prompts": ["x"], "shard": Shard(0, 2)}, "--keep-responses writes none"),
+        ({"keep_responses": True, "prompts": ["x"], "server": EndpointSettings(endpoint="x")}, "writes none"),
     ],
 )
-def test_bad_arguments(run: Any, target: Target, tmp_path: Path, arguments: dict[str, Any], what: str) -> None:
+def test_bad_arguments(run: Any, tmp_path: Path, arguments: dict[str, Any], what: str) -> None:
     with pytest.raises(UserError, match=what):
         run(tmp_path / "data", **arguments)
     assert not (tmp_path / "data").exists()
 
 
-def test_damaged_data_sets_are_named(run: Any, target: Target, questions: Path, tmp_path: Path) -> None:
+def test_damaged_data_sets_are_named(run: Any, questions: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no data set"):
         open_dataset(tmp_path / "absent")
     dataset = run(tmp_path / "data", prompts=[questions], max_new_tokens=2)

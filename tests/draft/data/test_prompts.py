@@ -19,6 +19,8 @@ from draft.target import Target
 
 USER = {"role": "user", "content": "Hello there"}
 ANSWER = {"role": "assistant", "content": "General"}
+BAD_GZIP = gzip.compress(b"", mtime=0)[:10] + b"\xff" * 40  # no kind of block that there is
+JSON = ("jsonl", "json")
 
 
 def jsonl(folder: Path, *rows: Any, name: str = "data.jsonl") -> str:
@@ -115,58 +117,30 @@ def test_conversations_written_as_json_text(tmp_path: Path, column: str) -> None
             kept(text)
 
 
-@pytest.mark.parametrize("column", ["messages", "conversations", "conversation"])
-def test_a_plain_text_is_no_conversation(tmp_path: Path, column: str) -> None:
-    words = f"line 1: column '{column}' is a plain text where a list of turns belongs; call it 'prompt' or 'text'"
-    with pytest.raises(UserError, match=words):
-        load_prompts(jsonl(tmp_path, {column: "Human: hello"}))
-
-
-def test_malformed_files(tmp_path: Path) -> None:
-    (tmp_path / "latin.jsonl").write_bytes(b'{"prompt": "fine"}\n{"prompt": "caf\xe9"}\n')
-    (tmp_path / "a.csv").write_text("prompt,kind\nfine,x\nshort\n")
-    (tmp_path / "a.json").write_text('[\n{"prompt": "fine"},\n{"prompt" "x"}]')
-    (tmp_path / "a.parquet").write_bytes(b"PAR1 and no more")
-    (tmp_path / "a.jsonl.gz").write_bytes(b"not gzip")
-    (tmp_path / "a.txt").write_text("hello")
-    (tmp_path / "empty.jsonl").write_text("\n\n")
-    (tmp_path / "scalar.json").write_text("7")
-    for name, what in {
-        "latin.jsonl": "line 2: not UTF-8",
-        "a.csv": "line 3: fewer values than the header",
-        "a.json": "line 3: not JSON",
-        "a.parquet": "not a whole Parquet file",
-        "a.jsonl.gz": "line 1: cannot be read",
-        "a.txt": "unknown kind of file",
-        "empty.jsonl": "holds no rows",
-        "scalar.json": "line 1: a int",
-        "absent.jsonl": "no such file",
-        "": "is a folder",
-    }.items():
-        with pytest.raises(UserError, match=what):
-            load_prompts(str(tmp_path / name))
-
-
-@pytest.mark.parametrize("kind", ["jsonl", "json", "csv"])
-def test_damaged_gzip_is_named(tmp_path: Path, kind: str) -> None:
-    header = gzip.compress(b"")[:10]
-    path = tmp_path / f"a.{kind}.gz"
-    path.write_bytes(header + b"\xff" * 40)  # no kind of block that there is
-    with pytest.raises(UserError, match=rf"a.{kind}.gz.*(cannot be read|line \d+: not CSV).*Error -3"):
-        load_prompts(str(path))
-
-
-@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
-def test_json_beyond_what_python_reads(tmp_path: Path, name: str) -> None:
-    for value, what in {"1" * 5000: "4300 digits", "[" * 100_000 + "]" * 100_000: "nested too deeply"}.items():
-        path = jsonl(tmp_path, f'{{"prompt": "fine", "other": {value}}}', name=name)
-        with pytest.raises(UserError, match=rf"{name}(, line 1)?: JSON that cannot be read \(.*{what}.*; mend"):
-            load_prompts(path)
-
-
-def test_no_known_column_names_those_there_are(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"line 1: none of the columns messages.*\(it has body, kind\).*--column"):
-        load_prompts(jsonl(tmp_path, {"body": "x", "kind": "y"}))
+@pytest.mark.parametrize(
+    ("name", "content", "what"),
+    [
+        ("latin.jsonl", b'{"prompt": "fine"}\n{"prompt": "caf\xe9"}\n', "line 2: not UTF-8"),
+        ("a.csv", b"prompt,kind\nfine,x\nshort\n", "line 3: fewer values than the header"),
+        ("a.json", b'[\n{"prompt": "fine"},\n{"prompt" "x"}]', "line 3: not JSON"),
+        ("a.parquet", b"PAR1 and no more", "not a whole Parquet file"),
+        ("a.jsonl.gz", b"not gzip", "line 1: cannot be read"),
+        *((f"b.{kind}.gz", BAD_GZIP, r"(cannot be read|not CSV).*Error -3") for kind in ("jsonl", "json", "csv")),
+        *((f"a.{kind}", b'{"n": %s}' % (b"1" * 5000), "cannot be read .*4300 digits.*; mend") for kind in JSON),
+        *((f"b.{kind}", b"[" * 100_000, "nested too deeply.*; mend") for kind in JSON),
+        ("a.txt", b"hello", "unknown kind of file"),
+        ("empty.jsonl", b"\n\n", "holds no rows"),
+        ("scalar.json", b"7", "line 1: a int"),
+        ("absent.jsonl", None, "no such file"),
+        ("", None, "is a folder"),
+    ],
+)
+def test_malformed_files(tmp_path: Path, name: str, content: bytes | None, what: str) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=what) as refusal:
+        load_prompts(str(tmp_path / name))
+    assert name in str(refusal.value)
 
 
 def test_kept_responses(tmp_path: Path) -> None:
@@ -175,19 +149,30 @@ def test_kept_responses(tmp_path: Path) -> None:
     kept = load_prompts(jsonl(tmp_path, {"messages": [USER, ANSWER, USER]}), keep_responses=True)[0]
     assert kept.messages == [USER, ANSWER]  # the unanswered end is cut
     assert load_prompts(jsonl(tmp_path, {"text": "A story."}), keep_responses=True)[0].text == "A story."
-    with pytest.raises(UserError, match="line 1: there is no response to keep"):
-        load_prompts(jsonl(tmp_path, {"messages": [USER]}), keep_responses=True)
+    path = jsonl(tmp_path, {"prompt": "one", "reply": "two"})
+    assert load_prompts(path, keep_responses=True, column="prompt")[0].text == "one"  # the user names it
 
 
-@pytest.mark.parametrize("row", [{"prompt": "one", "reply": "two"}, {"question": "one"}])
-def test_a_prompt_without_its_response_is_no_text_to_keep(tmp_path: Path, row: dict[str, str]) -> None:
-    path = jsonl(tmp_path, row)
-    with pytest.raises(
-        UserError, match=r"data.jsonl: column .* prompts, and .*\(response, answer, .*\) among (prompt|quest)"
-    ):
-        load_prompts(path, keep_responses=True)
-    named = next(iter(row))
-    assert load_prompts(path, keep_responses=True, column=named)[0].text == "one"  # it was asked for
+@pytest.mark.parametrize(
+    ("row", "keep", "what"),
+    [
+        ({"body": "x", "kind": "y"}, False, r", line 1: none of the columns messages.*\(it has body, kind\).*--column"),
+        ({"messages": "Human: hi"}, False, ", line 1: column 'messages' is a plain text where a list of turns belongs"),
+        ({"conversation": "Hi"}, False, ".* call it 'prompt' or 'text'"),
+        ({"messages": [USER]}, True, ", line 1: there is no response to keep"),
+        ({"prompt": "one", "reply": "two"}, True, r": column .* prompts, and .*\(response, answer, .*\) among prompt"),
+        ({"prompt_ids": [1], "response_ids": [2]}, False, ": the rows are token ids .* pass --keep-responses"),
+        ({"input_ids": [1, 5, 6], "loss_mask": [0, 1]}, True, ", line 1: column 'loss_mask' is not a list of as many"),
+        (
+            {"prompt_ids": [1], "response_ids": ["x"]},
+            True,
+            ", line 1: column 'response_ids' is not a list of token ids",
+        ),
+    ],
+)
+def test_a_file_without_usable_rows(tmp_path: Path, row: dict[str, Any], keep: bool, what: str) -> None:
+    with pytest.raises(UserError, match=f"data.jsonl{what}"):
+        load_prompts(jsonl(tmp_path, row), keep_responses=keep)
 
 
 def test_rows_of_tokens(tmp_path: Path) -> None:
@@ -196,15 +181,9 @@ def test_rows_of_tokens(tmp_path: Path) -> None:
     assert row is not None
     assert (row.ids, row.mask, row.prompt_length) == ([1, 5, 6, 2], [False, False, True, True], 2)
     assert (row.temperature, row.top_p) == (0.8, 0.95)
-    with pytest.raises(UserError, match="pass --keep-responses"):
-        load_prompts(path)
     path = jsonl(tmp_path, {"input_ids": [1, 5, 6], "loss_mask": [0, 0, 1]})
     row = load_prompts(path, keep_responses=True)[0].row
     assert row is not None and row.mask == [False, False, True] and row.temperature is None
-    with pytest.raises(UserError, match="line 1: column 'loss_mask' is not a list of as many"):
-        load_prompts(jsonl(tmp_path, {"input_ids": [1, 5, 6], "loss_mask": [0, 1]}), keep_responses=True)
-    with pytest.raises(UserError, match="line 1: column 'response_ids' is not a list of token ids"):
-        load_prompts(jsonl(tmp_path, {"prompt_ids": [1], "response_ids": ["x"]}), keep_responses=True)
 
 
 def test_hub_data_sets_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,20 +6,19 @@ import json
 import logging
 import os
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import make_writing_target
-from written_data import served
+from http_testing import eventually
+from written_data import rows_of, served, start_prepare
 
 from draft.data.dataset import Dataset, Shard, open_dataset
-from draft.data.generate import Endpoint, EndpointSettings, Question
+from draft.data.generate import Endpoint, Question
 from draft.data.prepare import parse_shard, prepare
+from draft.data.settings import EndpointSettings
 from draft.errors import UserError
 from draft.target import Target
 
@@ -44,15 +43,7 @@ def questions(tmp_path: Path) -> Path:
 
 def contents(dataset: Dataset | None) -> tuple[Any, ...]:
     assert dataset is not None
-    rows = [row for split in ("train", "held-out") for row in dataset.rows(split)]
-    return rows, {**dataset.manifest, "sources": None}
-
-
-def start(folder: Path, out: Path, *more: str, script: str = "", **environment: str) -> subprocess.Popen[str]:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **environment}
-    words = ["prepare", "--target", str(folder), "--out", str(out), *COMMAND, *more]
-    code = f"import draft.cli\n{script}\ndraft.cli.main()"
-    return subprocess.Popen([sys.executable, "-c", code, *words], env=environment, stdout=subprocess.PIPE, text=True)
+    return rows_of(dataset), dataset.manifest
 
 
 def test_two_processes_write_what_one_does(
@@ -60,9 +51,9 @@ def test_two_processes_write_what_one_does(
 ) -> None:
     expected = contents(prepare(target, tmp_path / "one", prompts=[questions], server=server, **SHAPE))
     out = tmp_path / "two"
-    each = ["--prompts", str(questions), "--endpoint", server.url]
-    first = start(folder, out, *each, "--shard", "0/2")
-    second = start(folder, out, *each, RANK="1", WORLD_SIZE="2", LOCAL_RANK="1")  # as a launcher starts it
+    each = ["--prompts", str(questions), "--endpoint", server.endpoint]
+    first = start_prepare(folder, out, *COMMAND, *each, "--shard", "0/2")
+    second = start_prepare(folder, out, *COMMAND, *each, RANK="1", WORLD_SIZE="2", LOCAL_RANK="1")
     said = [process.communicate(timeout=300)[0] for process in (first, second)]
     assert [process.returncode for process in (first, second)] == [0, 0]
     assert sum("rows to train on" in " ".join(text.split()) for text in said) >= 1
@@ -89,13 +80,11 @@ def test_a_killed_shard_goes_on_and_a_missing_one_is_named(
         "    time.sleep(600 if stage == 'responses-1' else 0)\n"
         "d.Parts.add = slow"
     )
-    each = ["--prompts", str(questions), "--endpoint", server.url, "--concurrency", "1"]
-    killed = start(folder, out, *each, "--shard", "2/3", script=hang)
+    each = ["--prompts", str(questions), "--endpoint", server.endpoint, "--concurrency", "1"]
+    killed = start_prepare(folder, out, *COMMAND, *each, "--shard", "2/3", script=hang)
     try:
         own = out / "parts" / "shard-2-of-3"
-        deadline = time.monotonic() + 120
-        while not list(own.glob("responses-1.*.parquet")) and time.monotonic() < deadline:
-            time.sleep(0.1)
+        eventually(lambda: any(own.glob("responses-1.*.parquet")), every=0.1)
         with pytest.raises(UserError, match=r"being written by another process with --shard 2/3"):
             prepare(target, out, **options, shard=Shard(2, 3))
     finally:
@@ -138,9 +127,7 @@ def test_what_is_no_shard(text: str) -> None:
         parse_shard(text)
 
 
-def test_where_a_shard_comes_from(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, target: Target, tmp_path: Path
-) -> None:
+def test_where_a_shard_comes_from(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """A launcher's variables that were left over are no silent reason to write one half of the data."""
     assert parse_shard("3/4") == Shard(3, 4) and parse_shard(None) is None and not caplog.records
     monkeypatch.setenv("RANK", "1")
@@ -150,5 +137,3 @@ def test_where_a_shard_comes_from(
         assert parse_shard(None) == Shard(1, 2)
     assert "RANK=1 and WORLD_SIZE=2 are set" in caplog.text and "shard 1/2 of the conversations only" in caplog.text
     assert "--shard 0/1" in caplog.text
-    with pytest.raises(UserError, match="--keep-responses writes none"):
-        prepare(target, tmp_path / "data", prompts=["x.jsonl"], keep_responses=True, shard=Shard(0, 2))

@@ -18,11 +18,10 @@ from trained_heads import make_row, responses_of, train_briefly
 import draft.evaluation.compare
 from draft.data.dataset import conversation_id, open_dataset, write_dataset
 from draft.errors import UserError
-from draft.evaluation.compare import Contender, compare, general_rows
+from draft.evaluation.compare import Contender, compare, general_rows, record_trained_rows, row_ids, trained_row_ids
 from draft.evaluation.replay import replay
 from draft.evaluation.report import print_report, public, summary, write_report
 from draft.evaluation.tau import Interval, bootstrap_gain
-from draft.evaluation.trained_rows import record_trained_rows, row_ids, trained_row_ids
 from draft.files import read_json
 from draft.heads.checkpoint import PRETRAINED
 

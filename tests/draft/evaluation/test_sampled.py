@@ -13,8 +13,7 @@ from trained_heads import make_row
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from draft.errors import UserError
-from draft.evaluation.replay import target_passes
-from draft.evaluation.sampled import rejection_terms, sampled_acceptance
+from draft.evaluation.replay import rejection_terms, sampled_acceptance, target_passes
 from draft.heads.registry import ARCHITECTURES
 from draft.target import Target
 from serving.engine import Engine, SamplingParams
@@ -159,7 +158,7 @@ def test_the_estimate_is_unbiased(architecture, eos):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_terms_by_brute_force(architecture, monkeypatch):
     """min(1, q/p) and the sum of min(p, q) without EOS, in rows of two lengths and chunks of a few positions."""
-    monkeypatch.setattr("draft.evaluation.sampled._POSITIONS_PER_CHUNK", 7)
+    monkeypatch.setattr("draft.evaluation.replay._POSITIONS_PER_CHUNK", 7)
     target = make_tiny_target()
     head = make_tiny_head(target, architecture=architecture)
     for lm_head in head.lm_head_modules.values():

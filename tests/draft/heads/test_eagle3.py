@@ -12,7 +12,7 @@ from draft.errors import UserError
 from draft.evaluation.replay import drafted_states, target_passes
 from draft.heads import Eagle3Config
 from draft.heads.checkpoint import attach_head, load_head, save_head
-from draft.training.batches import FeatureSource
+from draft.training.batches import FeatureSource, Remembered
 from draft.training.model import with_vocabulary
 
 IDS = torch.randint(3, 259, (1, 12), generator=torch.Generator().manual_seed(4))
@@ -37,9 +37,11 @@ def test_heads_of_different_layers_are_judged_by_one_pass(tiny_target):
 
 @pytest.mark.parametrize("remember", [False, True])
 def test_training_reads_the_heads_own_layers(tiny_target, remember):
-    source = FeatureSource(tiny_target, remember=remember)
+    source = FeatureSource(tiny_target)
     source.layers = random_head(tiny_target, auxiliary_layers=[1, 8]).auxiliary_layers(tiny_target)
     batch = collate([Row("a", IDS[0].tolist(), [True] * 12, 1, 0.0, 1.0, "test")])
+    if remember:
+        source.kept = Remembered(lambda row: source.states(batch, [row]))
     for _ in range(2):  # the second time from memory
         features = source.get(batch, [0])
         expected = tiny_target.forward(IDS, layers=[1, 8])

@@ -92,7 +92,7 @@ def test_the_first_step_is_the_formula(tiny_target, make, by_hand, options):
         first = next(head.unroll(tiny_target.embedding(IDS), auxiliary, 1))[0, :-1]
         torch.testing.assert_close(first, fed_back)
         torch.testing.assert_close(head.logits(first), logits)
-        alone = head(tiny_target.embedding(IDS[:, 1:]), head.fuse(auxiliary[:, :-1]), torch.arange(11)[None])[0]
+        alone = head(tiny_target.embedding(IDS[:, 1:]), head.combine(auxiliary[:, :-1]), torch.arange(11)[None])[0]
         torch.testing.assert_close(alone, first)
     assert (head.attention.q_proj.bias is not None) == (head.fc.bias is not None) == ("fc_bias" in options)
 

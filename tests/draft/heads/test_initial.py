@@ -28,7 +28,7 @@ def test_a_solved_head_starts_better_than_a_random_one():
     ids = target.model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, **length)
     mask = torch.ones_like(ids, dtype=torch.bool)
     batch = Batch(input_ids=ids, attention_mask=mask.long(), loss_mask=mask)
-    features = FeatureSource(target, remember=False).get(batch, list(range(12)))
+    features = FeatureSource(target).get(batch, list(range(12)))
     solved = blank_head(target, torch.arange(200), ModelSettings())
     solved.initialise(target, [(features, mask)], seed=0)
     random = make_tiny_head(target)

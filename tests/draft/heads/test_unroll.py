@@ -31,7 +31,7 @@ def decode_step_by_step(head, embeds, auxiliary, steps):
     cache, out = GrowingCache(), []
     tokens = embeds.shape[1]
     for i in range(tokens - steps):
-        hidden, row = head.fuse(auxiliary[:, i : i + 1]), []
+        hidden, row = head.combine(auxiliary[:, i : i + 1]), []
         for k in range(steps):
             hidden = head(embeds[:, i + 1 + k][:, None], hidden, torch.tensor([[i + k]]), cache)
             row.append(hidden[0, 0])

@@ -1,12 +1,13 @@
 """Hidden states on disk: the same run with fewer passes of the target, checked before and while it is written."""
 
-import json
 import shutil
-from collections import namedtuple
+import threading
+from types import SimpleNamespace
 
 import psutil
 import pytest
 import torch
+from filelock import FileLock
 from rich.console import Console
 from training_runs import Run, command, logged, make_world, weights
 
@@ -16,8 +17,6 @@ from draft.target import load_target
 from draft.training import hidden_states
 from draft.training.batches import fits_in_memory, kept_layers
 from draft.training.hidden_states import HiddenStateCache
-
-QUIET = Console(quiet=True)
 
 
 @pytest.fixture(scope="module")
@@ -33,11 +32,11 @@ def test_the_run_is_the_same_and_the_states_are_used_again(world, tmp_path):
     first = Run(command(world, "pretrain", tmp_path / "first", *settings)).succeed()
     assert "Hidden states of" in first.output() and "free in" in first.output()
     assert list(logged(tmp_path / "first").values()) == pytest.approx(list(logged(world / "plain").values()), rel=1e-5)
-    written = {path.name: path.stat().st_mtime_ns for path in cache.iterdir()}
+    written = {path.name: path.stat().st_mtime_ns for path in cache.glob("[!.]*")}
     # another run over the same rows, in other batches
     again = Run(command(world, "pretrain", tmp_path / "again", *settings, "--seed", "7")).succeed()
     assert "Reading the target's hidden states" in again.output()
-    assert {path.name: path.stat().st_mtime_ns for path in cache.iterdir()} == written
+    assert {path.name: path.stat().st_mtime_ns for path in cache.glob("[!.]*")} == written
     assert weights(tmp_path / "again").keys() == weights(world / "plain").keys()
 
 
@@ -45,112 +44,95 @@ class Source:
     """Computes states that name their row and counts the passes."""
 
     def __init__(self, rows, width):
-        self.rows, self.width, self.passes = rows, width, 0
+        self.rows, self.width, self.passes, self.last = rows, width, 0, None
 
     def __call__(self, numbers):
+        if self.passes == self.last:
+            raise KeyboardInterrupt
         self.passes += 1
         return {row: torch.full((len(self.rows[row].ids), self.width), float(row)) for row in numbers}
 
 
-class Alone:
-    rank, count, is_main = 0, 1, True
-
-    def on_main(self, action):
-        return action()
-
-    def wait(self):
-        pass
-
-
 @pytest.fixture
 def parts(world, monkeypatch):
-    monkeypatch.setattr(hidden_states, "SHARD_BYTES", 60_000)
-    monkeypatch.setattr(hidden_states, "TOKENS_PER_BATCH", 256)
+    monkeypatch.setattr(hidden_states, "TOKENS_PER_SHARD", 256)
     target = load_target(str(world / "target"), "float32")
     rows = open_dataset(world / "data").rows("train")
     return target, rows, Source(rows, 4 * target.hidden_size)
 
 
+def fill(folder, target, rows, source, layers=(2, 4, 5)):
+    cache = HiddenStateCache(folder, target, layers, rows)
+    alone = SimpleNamespace(rank=0, count=1, is_main=True, on_main=lambda action: action(), wait=lambda: None)
+    cache.fill(source, alone, Console(quiet=True))
+    return cache
+
+
+def shards(folder):
+    return sorted(folder.glob("shard-*"))
+
+
 def test_an_interrupted_pass_goes_on_where_it_was(parts, tmp_path):
     target, rows, source = parts
-    cache = HiddenStateCache(tmp_path, target, (2, 4, 5), rows)
-    assert len(cache.shards) > 2
-
-    class Killed(Exception):
-        pass
-
-    def killed(numbers):
-        if source.passes == 2:
-            raise Killed
-        return source(numbers)
-
-    with pytest.raises(Killed):
-        cache.fill(killed, Alone(), QUIET)
-    done = sorted(tmp_path.glob("shard-*"))
-    assert 0 < len(done) < len(cache.shards)
-    HiddenStateCache(tmp_path, target, (2, 4, 5), rows).fill(source, Alone(), QUIET)
-    assert source.passes == sum(len(shard) for shard in cache.shards)
+    source.last = 2
+    with pytest.raises(KeyboardInterrupt):
+        fill(tmp_path, *parts)
+    assert len(shards(tmp_path)) == 2
+    (tmp_path / ".shard-00002.safetensors.tmp").write_text("of a run that was killed")
+    source.last = None
+    cache = fill(tmp_path, *parts)
+    assert source.passes == len(cache.shards) == len(shards(tmp_path)) > 2 and not list(tmp_path.glob("*.tmp"))
     for number, row in enumerate(rows):
-        assert number in cache and cache[number].shape == (len(row.ids), 4 * target.hidden_size)
-        assert torch.all(cache[number] == number)
+        assert cache[number].shape == (len(row.ids), 4 * target.hidden_size) and torch.all(cache[number] == number)
 
 
 def test_other_states_and_other_files_are_refused(parts, tmp_path):
     target, rows, source = parts
-    HiddenStateCache(tmp_path / "states", target, (2, 4, 5), rows).fill(source, Alone(), QUIET)
-    for layers, some, reason in (((2, 4, 6), rows, "layers is"), ((2, 4, 5), rows[1:], "data is")):
+    cache = fill(tmp_path / "states", *parts)
+    for some, layers, reason in ((rows, (2, 4, 6), "layers is"), (rows[1:], (2, 4, 5), "data is")):
         with pytest.raises(UserError, match=reason):
-            HiddenStateCache(tmp_path / "states", target, layers, some).fill(source, Alone(), QUIET)
+            fill(tmp_path / "states", target, some, source, layers)
     shutil.copytree(tmp_path / "states", tmp_path / "other")
     (tmp_path / "other" / "manifest.json").unlink()
     with pytest.raises(UserError, match="something else"):
-        HiddenStateCache(tmp_path / "other", target, (2, 4, 5), rows).fill(source, Alone(), QUIET)
-    [first, *_] = sorted((tmp_path / "states").glob("shard-*"))
+        fill(tmp_path / "other", *parts)
+    [first, *_] = shards(tmp_path / "states")
     first.write_bytes(first.read_bytes()[:100])
-    cache = HiddenStateCache(tmp_path / "states", target, (2, 4, 5), rows)
     with pytest.raises(UserError, match=r"not a whole shard .*delete it"):
-        cache[cache.shards[0][0][0]]
+        cache[cache.shards[0][0]]
 
 
-def test_runs_that_fill_one_folder_use_files_of_their_own(parts, tmp_path):
-    target, rows, source = parts
-    cache = HiddenStateCache(tmp_path, target, (2, 4, 5), rows)
-    (tmp_path / ".shard-00000.safetensors.tmp").write_text("of a run that was killed")
-    (tmp_path / "manifest.json").write_text(json.dumps(cache._manifest))
-    path = cache._path(0)
-    with hidden_states._temporary_file(path) as ours, hidden_states._temporary_file(path) as theirs:
-        assert ours != theirs
-        cache.fill(source, Alone(), QUIET)
-        left = {file for file in tmp_path.iterdir() if file.name.startswith(".")}
-        assert left == {ours, theirs}
-    assert sorted(file.name for file in tmp_path.iterdir()) == sorted(
-        ["manifest.json", *(cache._path(shard).name for shard in range(len(cache.shards)))]
-    )
+def test_a_second_run_waits_until_the_first_has_filled_the_folder(parts, tmp_path):
+    with FileLock(tmp_path / ".lock"):
+        second = threading.Thread(target=fill, args=(tmp_path, *parts))
+        second.start()
+        second.join(0.3)
+        assert second.is_alive() and not shards(tmp_path)
+    second.join()
+    passes = parts[2].passes
+    assert passes == len(shards(tmp_path)) and fill(tmp_path, *parts) and parts[2].passes == passes
 
 
 def test_whether_states_fit_does_not_depend_on_what_is_free_now(parts, monkeypatch):
     target, _, _ = parts
     size = 1000 * len(kept_layers(target, (2, 4, 5))) * target.hidden_size * target.dtype.itemsize
     for total, fits in ((4 * size, True), (2 * size, False)):
-        monkeypatch.setattr(psutil, "virtual_memory", lambda total=total: namedtuple("memory", "total")(total))
+        monkeypatch.setattr(psutil, "virtual_memory", lambda total=total: SimpleNamespace(total=total))
         assert fits_in_memory(target, (2, 4, 5), 1000) == fits
 
 
 def test_a_disk_that_is_too_small_is_said_before_the_work(parts, tmp_path, monkeypatch):
-    target, rows, source = parts
-    usage = namedtuple("usage", "total used free")(10**6, 0, 1000)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    tokens = sum(len(row.ids) for row in rows)
-    size = f"{tokens * 4 * 32 * 4 / 1e6:.1f} MB"
-    with pytest.raises(UserError, match=rf"{tokens:,} tokens take {size} and .* has 0.0 MB free"):
-        HiddenStateCache(tmp_path, target, (2, 4, 5), rows).fill(source, Alone(), QUIET)
-    assert source.passes == 0 and not list(tmp_path.iterdir())
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    tokens = sum(len(row.ids) for row in parts[1])
+    with pytest.raises(UserError, match=rf"{tokens:,} tokens take {tokens * 512 / 1e6:.1f} MB and .* has 0.0 MB free"):
+        fill(tmp_path, *parts)
+    assert parts[2].passes == 0 and not shards(tmp_path)
 
 
 def test_a_disk_that_fills_up_leaves_whole_shards(world, tmp_path):
     settings = ["--max-steps", "2", "--cache-hidden-states", str(tmp_path / "states")]
     run = Run(command(world, "pretrain", tmp_path / "run", *settings), file_size=50_000)
-    assert run.wait() == 2 and "could not be written" in run.output() and "Traceback" not in run.output()
-    assert [path.name for path in (tmp_path / "states").iterdir()] == ["manifest.json"]
-    assert json.loads((tmp_path / "states" / "manifest.json").read_text())["layers"] == [2, 4, 5]
+    assert run.wait() == 2 and "could not be read or written" in run.output() and "Traceback" not in run.output()
+    assert [path.name for path in (tmp_path / "states").glob("[!.]*")] == ["manifest.json"]
+    assert not list((tmp_path / "states").glob("*.tmp"))
     Run(command(world, "pretrain", tmp_path / "run", *settings)).succeed()

@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-from importlib.util import find_spec
 
 import pytest
 import yaml
@@ -59,40 +58,36 @@ def test_the_commit_is_this_programs_own(tmp_path, monkeypatch):
 
 
 def test_trackers_that_are_not_installed_are_named(monkeypatch):
-    monkeypatch.setattr(monitor, "find_spec", lambda name: None if name in ("wandb", "tensorboard") else name)
-    assert choose_trackers([]) == ["tensorboard"]  # tensorboardX writes for it
-    assert choose_trackers(["none"]) == []
-    assert choose_trackers(["trackio", "tensorboard"]) == ["trackio", "tensorboard"]
-    with pytest.raises(UserError, match="pip install wandb"):
-        choose_trackers(["wandb"])
-    monkeypatch.setattr(monitor, "find_spec", lambda name: None)
-    assert choose_trackers([]) == []
-
-
-def test_tensorboard_is_on_by_default():
-    assert find_spec("tensorboardX") and "tensorboard" in choose_trackers([])
+    assert choose_trackers([]) == ["tensorboard"] and choose_trackers(["none"]) == []
+    for installed, wanted, chosen in ((["trackio"], ["trackio"], ["trackio"]), ([], [], []), ([], ["wandb"], None)):
+        monkeypatch.setattr(monitor, "get_available_trackers", lambda installed=installed: installed)
+        if chosen is None:
+            with pytest.raises(UserError, match="pip install wandb"):
+                choose_trackers(wanted)
+        else:
+            assert choose_trackers(wanted) == chosen
 
 
 def test_a_resumed_run_repeats_no_step(tmp_path):
     console = Console(quiet=True)
-    with Monitor(tmp_path, 10, 0, console) as first:
-        for step in range(5):
-            first.log(step, {"loss": 1.0}, tokens=10)
-    with (tmp_path / "metrics.jsonl").open("a") as file:
+    first = Monitor(tmp_path, 10, 0, console)
+    for step in range(5):
+        first.log(step, {"loss": 1.0}, tokens=10)
+    with first.file.open("a") as file:
         file.write('{"step": 5, "loss": {}')  # killed while it was written
-    assert [line["step"] for line in read_lines(tmp_path / "metrics.jsonl")] == [0, 1, 2, 3, 4]
-    with Monitor(tmp_path, 10, 3, console) as again:
-        again.log(4, {"loss": 0.5, "beta": 0.1}, tokens=10)
-    lines = read_lines(tmp_path / "metrics.jsonl")
+    assert [line["step"] for line in read_lines(first.file)] == [0, 1, 2, 3, 4]
+    Monitor(tmp_path, 10, 3, console).log(4, {"loss": 0.5, "beta": 0.1}, tokens=10)
+    lines = read_lines(first.file)
     assert [line["step"] for line in lines] == [0, 1, 2, 3, 4] and lines[-1]["loss"] == 0.5
     draw(tmp_path, console)
-    with Monitor(tmp_path / "nowhere", 10, 0, console, silent=True) as silent:
-        silent.log(1, {"loss": 1.0})
+    Monitor(tmp_path / "nowhere", 10, 0, console, silent=True).log(1, {"loss": 1.0})
+    assert not (tmp_path / "nowhere").exists()
 
 
 def test_a_bar_shows_loss_beta_tau_and_speed(tmp_path):
     console = Console(force_terminal=True, width=150, record=True)
-    with Monitor(tmp_path, 4, 0, console) as shown:
+    shown = Monitor(tmp_path, 4, 0, console)
+    with shown.progress:
         shown.log(1, {"tau": 1.5})
         shown.log(2, {"loss": 0.25, "beta": 0.5}, tokens=100)
     text = console.export_text()

@@ -6,8 +6,7 @@ from conftest import make_tiny_head
 from torch.nn.functional import smooth_l1_loss
 
 from draft.data.examples import Batch
-from draft.heads.base import Features
-from draft.training.batches import FeatureSource
+from draft.training.batches import FeatureSource, Remembered
 from draft.training.loss import LOSSES, HeadLoss, Objective
 
 
@@ -32,7 +31,7 @@ def make_batch(lengths=(14, 9)):
 def test_loss_equals_a_loop_over_positions(tiny_target, architecture, loss):
     tiny_head = make_tiny_head(tiny_target, architecture=architecture)
     batch = make_batch()
-    source = FeatureSource(tiny_target, remember=False)
+    source = FeatureSource(tiny_target)
     source.layers = tiny_head.auxiliary_layers(tiny_target)
     features = source.get(batch, [0, 1])
     weight = 7.0 if architecture == "eagle" else 0.0
@@ -50,7 +49,7 @@ def test_loss_equals_a_loop_over_positions(tiny_target, architecture, loss):
                         at = full[row, i + 1 + k]
                         teacher = at[tiny_head.vocabulary]
                         mass = teacher.logsumexp(-1) - at.logsumexp(-1)
-                        value = LOSSES[loss].function(logits[row, i][None], teacher[None], mass[None])
+                        value = LOSSES[loss](logits[row, i][None], teacher[None], mass[None])
                         there = features.last_hidden[row, i + 1 + k]
                         value = value + weight * smooth_l1_loss(hidden[row, i], there)
                         expected += 0.8**k * value.item()
@@ -60,28 +59,15 @@ def test_loss_equals_a_loop_over_positions(tiny_target, architecture, loss):
 
 
 @pytest.mark.parametrize("layers", [(2, 4, 5), (9,), (9, 3)])  # 9: after the final norm, and kept once
-def test_remembered_hidden_states_are_the_same(tiny_target, layers):
-    batch = make_batch()
-    source = FeatureSource(tiny_target, remember=True)
-    source.layers = layers
-    fresh, again = source.get(batch, [5, 8]), source.get(batch, [5, 8])
-    kept = batch.attention_mask
-    passed = tiny_target.forward(batch.input_ids, layers=layers)
-    assert torch.equal(again.auxiliary[kept], passed.auxiliary[kept])
-    assert torch.equal(again.last_hidden[kept], passed.last_hidden[kept])
-    for name in Features.__dataclass_fields__:
-        assert torch.equal(getattr(fresh, name)[kept], getattr(again, name)[kept]), name
-
-
-def test_remembered_hidden_states_are_those_of_their_home_batch(tiny_target, monkeypatch):
+def test_remembered_hidden_states_are_those_of_one_pass(tiny_target, layers):
     """Whatever batch asks first: a run that goes on later than the first epoch has to read the same bits."""
-    home, alone = make_batch((14, 9)), make_batch((14,))
-    passes = []
-    forward = type(tiny_target).forward
-    monkeypatch.setattr(
-        tiny_target, "forward", lambda ids, **kw: (passes.append(ids.shape), forward(tiny_target, ids, **kw))[1]
-    )
-    source = FeatureSource(tiny_target, remember=True, home=lambda row: (home, [5, 8]))
-    source.get(alone, [5])
-    source.get(home, [5, 8])
-    assert passes == [home.input_ids.shape]
+    batch, alone, asked = make_batch((14, 9)), make_batch((14,)), []
+    source = FeatureSource(tiny_target)
+    source.kept = Remembered(lambda row: asked.append(row) or source.states(batch, [5, 8]))
+    source.layers = layers
+    first, features = source.get(alone, [5]), source.get(batch, [5, 8])
+    assert asked == [5]
+    kept, passed = batch.attention_mask, tiny_target.forward(batch.input_ids, layers=layers)
+    assert torch.equal(features.auxiliary[kept], passed.auxiliary[kept])
+    assert torch.equal(features.last_hidden[kept], passed.last_hidden[kept])
+    assert all(torch.equal(getattr(first, name)[0], getattr(features, name)[0]) for name in ("auxiliary", "embeds"))

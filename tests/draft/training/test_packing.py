@@ -7,7 +7,7 @@ from conftest import make_tiny_head, make_tiny_target
 from draft.data.dataset import Row
 from draft.data.examples import batches, collate, packed_batches
 from draft.heads.registry import ARCHITECTURES
-from draft.training.batches import FeatureSource
+from draft.training.batches import FeatureSource, Remembered
 from draft.training.loss import LOSSES, HeadLoss, Objective
 
 
@@ -25,9 +25,12 @@ def make_rows(lengths, seed=5):
 def loss_and_gradients(target, rows, capacity, loss, remember=False, architecture="eagle3"):
     head = make_tiny_head(target, architecture=architecture).requires_grad_(True)
     batch = collate(rows, capacity)
-    source = FeatureSource(target, remember=remember)
+    source = FeatureSource(target)
     source.layers = head.auxiliary_layers(target)
-    features = source.get(batch, list(range(len(rows))))
+    numbers = list(range(len(rows)))
+    if remember:
+        source.kept = Remembered(lambda row: source.states(batch, numbers))
+    features = source.get(batch, numbers)
     weight = ARCHITECTURES[architecture].feature_weight or 0.0
     objective = Objective(loss, draft_steps=head.longest or 4, step_decay=0.8, feature_weight=weight)
     total, hits = HeadLoss(head, target, objective)(batch, features)

@@ -1,6 +1,5 @@
 """kill -9 at any step, signals and full disks: the same command goes on, and ends with the same bits."""
 
-import json
 import os
 import random
 import shutil
@@ -11,7 +10,8 @@ import torch
 from training_runs import Run, command, last_step, logged, make_world, weights
 
 from draft.errors import UserError
-from draft.training.run import latest_snapshot, write_snapshot
+from draft.training.config import resolve
+from draft.training.run import RunFolder, latest_snapshot
 
 
 @pytest.fixture(scope="module")
@@ -53,11 +53,8 @@ def test_a_signal_ends_a_run_after_the_step_under_way(world, tmp_path, number, s
     # the settings need not be repeated
     Run(["pretrain", "--out", str(tmp_path / "run"), "--resume"]).succeed()
     Run(command(world, "pretrain", tmp_path / "whole", *settings)).succeed()
-    assert all(torch.equal(a, b) for a, b in zip(*map(_tensors, (tmp_path / "run", tmp_path / "whole")), strict=True))
-
-
-def _tensors(folder):
-    return weights(folder).values()
+    ours, theirs = weights(tmp_path / "run"), weights(tmp_path / "whole")
+    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
 
 
 def test_resume_and_start_again(world, tmp_path):
@@ -102,7 +99,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint_whole(world, tmp_path):
     assert "could not be written" in sentence and "step-0000003 is intact" in sentence
     assert "Traceback" not in run.output(), run.output()
     checkpoints = tmp_path / "run/checkpoints"
-    assert sorted(path.name for path in checkpoints.iterdir()) == ["latest.json", "step-0000003"]
+    assert [path.name for path in checkpoints.iterdir()] == ["step-0000003"]
     assert {path.name: path.read_bytes() for path in (checkpoints / "step-0000003").iterdir()} == before
     Run(arguments).succeed()
     assert list(logged(tmp_path / "run")) == list(range(1, 9))
@@ -118,18 +115,16 @@ def test_a_full_disk_while_preparing_and_exporting(world, tmp_path):
     Run([*prepare.split(), "--out", str(tmp_path / "data")]).succeed()
 
 
-def test_latest_is_always_a_whole_checkpoint(tmp_path):
-    tensors = {"weight.a": torch.ones(3)}
+def test_the_latest_is_always_a_whole_checkpoint(tmp_path):
+    run = RunFolder(resolve("pretrain", str(tmp_path), flags={"data": ["d"], "keep_checkpoints": 2}))
     for step in (1, 2, 3, 4):
-        write_snapshot(tmp_path, tensors, {"step": step}, keep=2)
-    assert latest_snapshot(tmp_path).name == "step-0000004"
-    assert {path.name for path in tmp_path.iterdir()} == {"step-0000003", "step-0000004", "latest.json"}
-    shutil.rmtree(tmp_path / "step-0000004")
-    assert latest_snapshot(tmp_path).name == "step-0000003"
-    (tmp_path / "step-0000005").mkdir()  # not whole
-    (tmp_path / "latest.json").write_text(json.dumps({"checkpoint": "step-0000005"}))
-    assert latest_snapshot(tmp_path).name == "step-0000003"
-    blocked = tmp_path / "file"
-    blocked.write_text("")
+        run.save({"weight.a": torch.ones(3)}, {"step": step})
+    assert {path.name for path in run.checkpoints.iterdir()} == {"step-0000003", "step-0000004"}
+    (run.checkpoints / "step-0000005").mkdir()  # not whole
+    assert run.open(None) == {"step": 4, "name": "step-0000004"}
+    shutil.rmtree(run.checkpoints / "step-0000004")
+    assert latest_snapshot(run.checkpoints).name == "step-0000003"
+    run.checkpoints = tmp_path / "file" / "checkpoints"
+    (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="there is none before it"):
-        write_snapshot(blocked / "checkpoints", tensors, {"step": 1}, keep=2)
+        run.save({}, {"step": 1})

@@ -43,17 +43,17 @@ def test_what_one_data_set_holds_out_is_not_trained_on_from_another(world):
     splits = [{split: open_dataset(folder).rows(split) for split in ("train", "held-out")} for folder in folders]
     held_out = {row.id for split in splits for row in split["held-out"]}
     offered = [row for split in splits for row in split["train"]]
-    rows, shown = load(target, *folders)
-    assert rows.train == [row for row in offered if row.id not in held_out]  # in their order
-    assert {row.id for row in rows.held_out} == held_out
-    left_out = len(offered) - len(rows.train)
+    (train, replayed), shown = load(target, *folders)
+    assert train == [row for row in offered if row.id not in held_out]  # in their order
+    assert {row.id for row in replayed} == held_out
+    left_out = len(offered) - len(train)
     assert left_out > 0 and shown.count("\n") == 1 and shown.startswith(f"{left_out} training rows are left out")
 
 
 def test_one_data_set_is_taken_whole_and_nothing_is_said(world):
     root, target = world
-    rows, shown = load(target, root / "data-0", root / "data-0")
-    assert rows.train == open_dataset(root / "data-0").rows("train") * 2 and shown == ""
+    (train, _), shown = load(target, root / "data-0", root / "data-0")
+    assert train == open_dataset(root / "data-0").rows("train") * 2 and shown == ""
 
 
 def test_nothing_left_to_train_on_is_told(world, tmp_path):

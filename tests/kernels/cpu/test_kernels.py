@@ -32,10 +32,13 @@ def test_threads_do_not_change_bits():
 
 def test_operators_say_truly_what_they_change_and_return():
     case = random_case(seed=8, count=3)
-    torch.library.opcheck(torch.ops.draftsmith.slot_attention.default, tuple(case.values()))
-    packed = pack(torch.randn(20, 10))
-    torch.library.opcheck(torch.ops.draftsmith.packed_linear.default, (torch.randn(3, 10), packed, 20, torch.randn(20)))
-    torch.library.opcheck(torch.ops.draftsmith.pack.default, (torch.randn(20, 10),))
+    operators, packed = torch.ops.draftsmith, pack(torch.randn(20, 10))
+    for operator, arguments in (
+        (operators.slot_attention.default, tuple(case.values())),
+        (operators.packed_linear.default, (torch.randn(3, 10), packed, 20, torch.randn(20))),
+        (operators.pack.default, (torch.randn(20, 10),)),
+    ):
+        torch.library.opcheck(operator, arguments, test_utils="test_schema")
 
 
 def test_two_python_threads_may_call_at_once():
