@@ -139,9 +139,7 @@ def test_attention_is_what_it_is_by_definition(seed: int, groups: int, window: i
     key, value = noise(1, kv_heads, count, width), noise(1, kv_heads, count, value_width)
     keys, values = noise(slots, kv_heads, 24, width), noise(slots, kv_heads, 24, value_width)
     before = keys.clone()
-    view = View.empty()
-    if 0 < window < 32:
-        view.masks = {window: view.mask}
+    view = View.empty([window] if 0 < window < 32 else [])
     view.show(batch)
     layer = SlotLayer(keys, values, view, torch_attention)
     mixed = layer.kernel(query, key, value, layer, scale, window, softcap)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import replace
 
 import pytest
 import torch
@@ -77,5 +76,6 @@ def test_a_drawn_seed_is_reported_and_repeats_the_answer() -> None:
         first, second = engine.generate([[50]] * 2, options, Speculation(rule=rule))
         assert first.seed is not None and second.seed is not None and first.seed != second.seed
         assert first.token_ids != second.token_ids
-        again = engine.generate([[60], [50]], replace(options, seed=first.seed), Speculation(rule=rule))[1]
+        seeded = options.model_copy(update={"seed": first.seed})
+        again = engine.generate([[60], [50]], seeded, Speculation(rule=rule))[1]
         assert again.token_ids == first.token_ids
