@@ -500,7 +500,6 @@ def weight_bytes(engine: Engine) -> int:
     """Return the bytes of the target's weights that a plain step reads, each counted once.
 
     Counted are all parameters and buffers of the decoder and of the LM head, with these rules:
-      - of a packed linear layer only the packed copy: the plain weight that may lie beside it is for prompts;
       - an LM head that is tied to the embedding once;
       - an embedding that is not the LM head not at all: a step reads one row of it.
     """
@@ -510,8 +509,6 @@ def weight_bytes(engine: Engine) -> int:
         if module is target.embedding:
             continue
         tensors = dict([*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)])
-        if "packed" in tensors:
-            tensors.pop("weight", None)
         read |= {tensor.data_ptr(): tensor for tensor in tensors.values()}
     return sum(tensor.nbytes for tensor in read.values())
 

@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 _BATCH_SIZE = {"cpu": 16, "cuda": 64}  # rows decoded at once by a server that is started here
 _BUNDLED_HEAD = "smollm2-eagle3"
 _SHORTEST_CONTEXT = 256  # of a server that is started here: warming up needs some room
-_FIRST_RETRIES = 1  # after which a server that fails is asked in another way
+_FIRST_RETRIES = 1  # after which a server that fails gets another kind of request
 _SEEDS = 2**31
 _REFUSALS = frozenset({400, 413, 422})  # of one row, for what is in it
 # OpenAI answers 404, too, where a model exists but is no model for this path

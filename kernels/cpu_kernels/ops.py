@@ -15,9 +15,6 @@ from torch import Tensor, nn
 
 from cpu_kernels.build import built_library
 
-# Rows from which a native bfloat16 product beats float32 arithmetic on packed weights.
-NATIVE_ROWS = 65
-
 
 @lru_cache
 def load_kernels(cache: Path) -> None:
@@ -97,10 +94,6 @@ class FusedDecoder:
     eps: float
     scale: float
     softcap: float
-    widest: int | None = None  # tokens; a wider pass is faster layer by layer, where the CPU multiplies natively
-
-    def takes(self, tokens: int) -> bool:
-        return self.widest is None or tokens <= self.widest
 
     def run(
         self,
@@ -138,29 +131,25 @@ class OneCallNorm(nn.Module):
 class PackedLinear(nn.Module):
     """A linear layer for decoding: its weight is stored once, in bfloat16 or float32, in the kernels' order.
 
-    keep_plain: the plain weight is kept as well, for products over many rows; where the CPU multiplies `dtype`
-    natively they are faster by it.
+    A row's result does not depend on the number of rows: no faster product is taken for wide passes, since it would
+    round differently, and a request's text would then depend on the requests beside it.
     """
 
-    def __init__(self, linear: nn.Linear, dtype: torch.dtype, *, keep_plain: bool = False) -> None:
+    def __init__(self, linear: nn.Linear, dtype: torch.dtype) -> None:
         super().__init__()
         self.out_features, self.in_features = linear.weight.shape
         stored = linear.weight.detach().to(dtype)  # [out, in]
         self.packed: Tensor
-        self.weight: Tensor | None
         self.bias: Tensor | None
         # buffers that a checkpoint does not have: the order is this machine's
         self.register_buffer("packed", pack(stored), persistent=False)
-        self.register_buffer("weight", stored if keep_plain else None, persistent=False)
         self.register_buffer("bias", None if linear.bias is None else linear.bias.detach(), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:  # [..., in] -> [..., out]
-        if self.weight is not None and x.dtype == self.weight.dtype and x.numel() >= NATIVE_ROWS * self.in_features:
-            return nn.functional.linear(x, self.weight, self.bias)
         return packed_linear(x, self.packed, self.out_features, self.bias)
 
 
-def pack_linears(module: nn.Module, dtype: torch.dtype, *, keep_plain: bool = False) -> None:
+def pack_linears(module: nn.Module, dtype: torch.dtype) -> None:
     """Replace every nn.Linear below `module` by a PackedLinear, in place.
 
     A weight shared with an embedding stays there for the embedding.
@@ -170,5 +159,5 @@ def pack_linears(module: nn.Module, dtype: torch.dtype, *, keep_plain: bool = Fa
         for name, child in list(parent.named_children()):
             if type(child) is nn.Linear:
                 if id(child) not in replaced:
-                    replaced[id(child)] = PackedLinear(child, dtype, keep_plain=keep_plain)
+                    replaced[id(child)] = PackedLinear(child, dtype)
                 setattr(parent, name, replaced[id(child)])

@@ -193,7 +193,7 @@ class AtOnceState:
 
 
 class AtOnceProposer:
-    """The same as `HeadProposer` for a head such as Medusa, whose draft step k guesses token i+2+k from the target's
+    """The same as `HeadProposer` for a head such as Medusa, whose draft step k predicts token i+2+k from the target's
     states of token i alone: no cache, and nothing to catch up on.
 
     The distributions of a chain's tokens are independent of each other, each the head's own at its position. A tree is

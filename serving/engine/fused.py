@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cpu_kernels.ops import NATIVE_ROWS, FusedDecoder, OneCallNorm, PackedLinear, weight_memory
+from cpu_kernels.ops import FusedDecoder, OneCallNorm, PackedLinear, weight_memory
 from serving.engine.kv_cache import RaggedBatch, Segment
 from serving.engine.model import HeadRunner, TargetRunner
 
@@ -66,7 +66,6 @@ def fuse_target(runner: TargetRunner) -> bool:
         epsilons.pop() or 0.0,
         scoring[0].scale,
         scoring[0].softcap,
-        None if output.weight is None else NATIVE_ROWS - 1,
     )
     runner.norm = norm
     if not _agrees(runner, fused):

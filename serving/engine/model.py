@@ -56,7 +56,7 @@ class TargetRunner:
     def forward(self, batch: RaggedBatch) -> tuple[Tensor, Tensor | None]:
         """-> last hidden states [N, hidden], after the final norm, and auxiliary states [N, layers * hidden]."""
         self.view.show(batch)
-        if self.fused is not None and self.fused.takes(batch.ids.shape[1]):
+        if self.fused is not None:
             inside = [layer for layer in self.layers if layer <= self.target.num_layers]
             output, dtype = self.run_fused(self.fused, batch, inside), self.target.dtype
             hidden = self.norm(output[0]).to(dtype)

@@ -16,7 +16,7 @@ from cpu_kernels import KernelsUnavailable, load_kernels, pack_linears, set_thre
 from draft.errors import UserError
 from draft.files import cache_folder
 from draft.heads import DraftHead, MedusaHead, StepwiseHead
-from draft.target import Target, fastest_cpu_dtype
+from draft.target import Target
 from serving.engine.drafting import AtOnceProposer, HeadProposer, Proposer
 from serving.engine.fused import fuse_head, fuse_target
 from serving.engine.kv_cache import Kernel, RaggedBatch, Segment, SlotLayer, torch_attention
@@ -140,7 +140,6 @@ def _pack(target: Target, head: DraftHead | None, in_place: bool) -> tuple[Targe
     """Return the target and a copy of the head, which its owner may want to save, with packed linear layers."""
     _ = target.fingerprint  # while its weights are there to be hashed
     dtype = target.dtype
-    native = dtype == torch.bfloat16 and fastest_cpu_dtype() == torch.bfloat16
     if not in_place:
         target, model = copy.copy(target), target.model
         # all but the linear layers' weights is shared with the original
@@ -149,11 +148,11 @@ def _pack(target: Target, head: DraftHead | None, in_place: bool) -> tuple[Targe
         target.decoder = target.model.get_decoder() if hasattr(model, "get_decoder") else target.model.base_model
         target.config = target.model.config.get_text_config()
         target.embedding = target.model.get_input_embeddings()
-    pack_linears(target.model, dtype, keep_plain=native)
+    pack_linears(target.model, dtype)
     target.lm_head = target.model.get_output_embeddings()
     if head is not None:
         head = copy.deepcopy(head).to(dtype)
-        pack_linears(head, dtype, keep_plain=native)
+        pack_linears(head, dtype)
         head.use_target_lm_head(target)  # not the plain one's LM head, where it has none
     return target, head
 

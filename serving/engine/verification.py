@@ -242,7 +242,7 @@ class Greedy(Rule):
 
 
 class SharedNoise(Rule):
-    """The target chooses argmax(log p + g), the head guesses with the same g: the text depends on the seed only."""
+    """The target chooses argmax(log p + g), the head drafts with the same g: the text depends on the seed only."""
 
     def _noisy(self, logits: Tensor, vocabulary: Tensor, positions: Sequence[int]) -> Tensor:
         """log q + g [m, draft_vocab], up to a constant a row. Nodes of a frontier share a position, and so noise."""

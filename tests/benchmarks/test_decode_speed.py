@@ -97,11 +97,8 @@ def test_a_tree_needs_more_nodes_than_it_is_deep(capsys: pytest.CaptureFixture[s
     assert stop.value.code == 2 and "--tree" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("native", [False, True])
 @pytest.mark.parametrize("tied", [False, True])
-def test_each_weight_is_counted_once(native: bool, tied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """native: of a CPU that multiplies bfloat16, whose plain weights lie beside the packed ones, for prompts."""
-    monkeypatch.setattr(ops, "fastest_cpu_dtype", lambda: torch.bfloat16 if native else torch.float32)
+def test_each_weight_is_counted_once(tied: bool) -> None:
     target = make_tiny_target(dtype=torch.bfloat16, tie_word_embeddings=tied)
     linears = [module for module in target.decoder.modules() if isinstance(module, torch.nn.Linear)]
     norms = [module.weight for module in target.decoder.modules() if "Norm" in type(module).__name__]

@@ -1,12 +1,14 @@
-"""The bundled target and head in bfloat16: passes of other widths round otherwise, and nothing else may differ."""
+"""The bundled target and head in bfloat16, where the width of a pass could decide how a sum is rounded."""
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from draft.heads.checkpoint import load_head
 from draft.target import Target, load_target
 from serving.engine import Engine, SamplingParams
+from serving.engine.kv_cache import RaggedBatch, Segment
 
 PROMPTS = ("Tell me a joke.", "Name three rivers in Europe.", "Write a short poem about rain.")
 ROUNDINGS = 8  # of the largest logit: every layer adds some
@@ -43,3 +45,33 @@ def test_greedy_text_with_drafts_differs_at_near_ties_only() -> None:
         same[mode] = places.count(None)
     assert same["compiled"] == len(PROMPTS)  # its kernels do not depend on a pass's width
     print(f"identical texts: {same} of {len(PROMPTS)}")
+
+
+@torch.inference_mode()
+def test_a_row_has_the_same_bits_in_passes_of_any_width() -> None:
+    """Passes of 1 to 600 tokens of several requests: prompts read at once and in pieces, beside others that decode."""
+    target = load_target("smollm2", torch.bfloat16)
+    runner = Engine(target, None, mode="compiled", max_batch=8, max_length=700).models.runner
+    texts = torch.randint(3, target.vocab_size, (4, 600), generator=torch.Generator().manual_seed(5)).tolist()
+
+    def states(pieces: list[list[tuple[int, int]]]) -> list[Tensor]:
+        """Read `texts` in passes, each of (text, tokens) pieces -> the states of each text [tokens, hidden]."""
+        slots = [runner.cache.acquire() for _ in texts]
+        read: list[list[Tensor]] = [[] for _ in texts]
+        for piece in pieces:
+            segments = []
+            for text, tokens in piece:
+                past = sum(map(len, read[text]))
+                segments.append(Segment(slots[text], past, past, texts[text][past : past + tokens]))
+            hidden = runner.forward(RaggedBatch.of(segments, target.device))[0]
+            for (text, _), part in zip(piece, hidden.split([tokens for _, tokens in piece]), strict=True):
+                read[text].append(part)
+        for slot in slots:
+            runner.cache.release(slot)
+        return [torch.cat(parts) for parts in read]
+
+    alone = states([[(0, 64)], *[[(0, 1)]] * 6, [(1, 30)], [(2, 190)], [(3, 310)]])
+    together = states([[(1, 30), (2, 190), (3, 310), (0, 70)]])
+    mixed = states([[(3, 64), (0, 1)], [(0, 63), (1, 2), (2, 65)], [(0, 6), (3, 246), (2, 125)], [(1, 28)]])
+    for text, expected in enumerate(alone):
+        assert torch.equal(expected, together[text]) and torch.equal(expected, mixed[text]), text

@@ -75,7 +75,7 @@ class Forced:
 
 
 class Oracle:
-    """What decoding by the rejection rule takes on average, by walking through everything that can happen."""
+    """The mean result of decoding by the rejection rule, by walking through everything that can happen."""
 
     def __init__(self, target, head, length):
         self.target, self.head, self.length = target, head, length
@@ -215,7 +215,7 @@ def test_only_rows_from_the_whole_distribution_count():
 
 
 def test_each_response_of_a_conversation_counts():
-    """What comes before a response is context: two responses count as much as the same two judged on their own."""
+    """The text before a response is context: two responses count as much as the same two judged on their own."""
     target = make_four_token_target(set())
     heads = {"head": make_three_token_head(target)}
     first, second = [1, 0, 3, 1], [0, 1, 1, 0, 3]

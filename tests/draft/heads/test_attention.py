@@ -64,7 +64,7 @@ def test_chunks_have_the_same_gradients():
 
 
 def test_long_texts_keep_no_scores():
-    """What autograd saves grows with the tokens, not with their square."""
+    """The memory of autograd grows with the tokens, not with their square."""
     tokens = DENSE_TOKENS + CHUNK + 3
     saved = []
 

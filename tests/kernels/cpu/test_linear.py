@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cpu_kernels.ops import PackedLinear, pack, pack_linears, packed_linear
+from cpu_kernels.ops import pack, pack_linears, packed_linear
 
 
 @settings(max_examples=150)
@@ -89,19 +89,3 @@ def test_pack_linears_replaces_all_and_leaves_a_tied_embedding():
         assert not any(type(m) is nn.Linear for m in model.modules())
         assert isinstance(model.get_input_embeddings().weight, nn.Parameter)
         torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("native", [False, True])
-def test_long_prompts_take_the_native_product_where_there_is_one(native, monkeypatch):
-    plain = nn.Linear(30, 20).to(HALF)
-    plain.requires_grad_(False)
-    layer = PackedLinear(plain, HALF, keep_plain=native)
-    assert (layer.weight is not None) == native and not layer.state_dict()
-    called = []
-    original = functional.linear
-    monkeypatch.setattr(functional, "linear", lambda *a: called.append(a[0].shape) or original(*a))
-    for rows in (64, 65):
-        x = torch.randn(1, rows, 30, dtype=HALF)
-        expected = original(x.double(), plain.weight.to(HALF).double(), plain.bias.to(HALF).double())
-        assert relative(layer(x), expected) < 1e-2
-    assert called == ([(1, 65, 30)] if native else [])
