@@ -28,7 +28,7 @@ def questions(tmp_path: Path) -> Path:
 
 SLOW = (  # it stops after the first stored responses, as if the rest took long
     "import time, draft.data.dataset as d\nd._ROWS_PER_PART = 4\nflush = d.Parts.flush\n"
-    "def slow(self, stage):\n    flush(self, stage)\n    d.Parts.flush = flush\n    time.sleep(600)\n"
+    "def slow(self, stage):\n    d.Parts.flush = flush\n    flush(self, stage)\n    time.sleep(600)\n"
     "d.Parts.flush = slow"
 )
 
