@@ -84,7 +84,8 @@ def test_auto_is_a_dtype_of_this_machine():
     ],
 )
 def test_a_target_that_is_not_there(name, dtype, words, monkeypatch, tmp_path):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    # the variable was read when the package was imported; without it every lookup is retried for most of a minute
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=words):
         load_target(name, dtype)
