@@ -9,7 +9,8 @@ from conftest import make_tiny_head, make_tiny_target, save_tiny_target
 
 from benchmarks import decode_speed
 from benchmarks.decode_speed import Key, Timing
-from cpu_kernels import ops
+from cpu_kernels.ops import load_kernels
+from draft.files import cache_folder
 from draft.heads.checkpoint import save_head
 from serving.engine import Engine
 
@@ -103,7 +104,8 @@ def test_each_weight_is_counted_once(tied: bool) -> None:
     linears = [module for module in target.decoder.modules() if isinstance(module, torch.nn.Linear)]
     norms = [module.weight for module in target.decoder.modules() if "Norm" in type(module).__name__]
     numbers = sum(linear.weight.numel() for linear in linears) + sum(norm.numel() for norm in norms)
-    panel = ops.panel_width()
+    load_kernels(cache_folder())
+    panel = torch.ops.draftsmith.panel_width()
     rotary = sum(buffer.nbytes for buffer in target.decoder.rotary_emb.buffers())
     for mode, rows in (("eager", target.vocab_size), ("compiled", -(-target.vocab_size // panel) * panel)):
         engine = Engine(target, None, mode=mode)

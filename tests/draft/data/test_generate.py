@@ -155,7 +155,7 @@ def test_rows_of_text_are_tokenised_again_and_kept_out_of_tau(write: Any, target
         ends = row.ids[-1] == 2
         text = target.tokenizer.decode(row.ids)
         assert text.count("<|im_start|>assistant\n") == text.count("<|im_start|>user\n")
-        assert ends or row.trained <= 20
+        assert ends or row.trained <= 3 * 20  # a stray byte comes back as U+FFFD, three bytes
     with pytest.raises(UserError, match="as these very tokens"):
         replay(target, {}, rows, 3)
 
