@@ -16,7 +16,7 @@ from torch import Tensor
 from draft.errors import UserError
 from draft.files import read_json
 from draft.heads import DraftHead, Eagle3Head, EagleHead, MedusaHead
-from draft.heads.checkpoint import attach_head, fill, save_head
+from draft.heads.checkpoint import attach_head, build_head, check_kinds, save_head
 from draft.interop import eagle, eagle3, medusa
 from draft.interop.formats import Checkpoint, Source
 from draft.target import Target
@@ -56,11 +56,14 @@ def import_head(
             f"--auxiliary-layers {','.join(map(str, auxiliary_layers))}: {str(source)!r} is no EAGLE-3 head, and reads "
             "the target's last hidden states; leave the flag out."
         )
+    if found.config.get("quantization_config"):
+        raise UserError(
+            f"{str(source)!r}: its config.json has a quantization_config; use the head before it was quantised."
+        )
+    check_kinds(found.tensors, repr(str(source)))
     values = SOURCES[architecture].translate(found, target)
-    head = architecture(architecture.config_class.from_dict(values))
     dtype = _widest_dtype(found)
-    head.to(dtype)
-    fill(head, found.tensors, str(source))
+    head = build_head(architecture, values, found.tensors, str(source), dtype)
     attach_head(head, {}, target)
     about = {**found.about, **_made_for(found, target), "imported_as": kind}
     save_head(head, out, dtype=dtype, about=about)

@@ -149,14 +149,26 @@ def decoder_of(name: str, model: Any) -> Any:
     return decoder
 
 
-def weight_files(name: str, find: Callable[[str], str | None]) -> list[Path]:
+def weight_files(name: str, find: Callable[[str], str | None], layers: int) -> list[Path]:
     """The safetensors files of a target's weights, each one whole, with all tensors that their index gives them.
 
-    find: (file's name) -> its path, None where the target has no such file.
+    find: (file's name) -> its path, None where the target has no such file. layers: those that its config.json says it
+    has, of at least one tensor each.
 
     Raises:
         UserError: naming a file that is missing or damaged, or a tensor that a file lacks.
     """
+    paths = _weight_files(name, find)
+    count = sum(len(open_weights(path)) for path in paths)
+    if layers > count:
+        raise UserError(
+            f"target {name!r}: its config.json says num_hidden_layers = {layers}, and its files have {count} tensors; "
+            "the two do not belong together."
+        )
+    return paths
+
+
+def _weight_files(name: str, find: Callable[[str], str | None]) -> list[Path]:
     single, listing = (find(f"model.safetensors{end}") for end in ("", ".index.json"))
     if single is None and listing is None:
         pickles = [file for end in ("", ".index.json") if find(file := f"pytorch_model.bin{end}")]
@@ -167,7 +179,6 @@ def weight_files(name: str, find: Callable[[str], str | None]) -> list[Path]:
             else f"target {name!r}: it has no model.safetensors and no index of several; give a whole model."
         )
     if single is not None:
-        open_weights(Path(single))
         return [Path(single)]
     assert listing is not None
     index, paths = read_json(Path(listing)).get("weight_map"), []
@@ -194,6 +205,11 @@ def open_weights(path: Path) -> dict[str, str]:
             return {key: tensors.get_slice(key).get_dtype() for key in tensors.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise UserError(f"{str(path)!r} is not a whole safetensors file ({error}); download it again.") from error
+
+
+def wrong_dtype(dtypes: Mapping[str, str]) -> str | None:
+    """The first of the tensors that is no plain floating-point one, in words; dtypes: as `open_weights` gives them."""
+    return next((f"{key} is of dtype {dtype}" for key, dtype in dtypes.items() if dtype not in _PLAIN_DTYPES), None)
 
 
 def check_loaded(name: str, model: Any, report: Mapping[str, Any], files: Iterable[Path]) -> None:
@@ -227,9 +243,13 @@ def check_loaded(name: str, model: Any, report: Mapping[str, Any], files: Iterab
         raise wrong(contradiction, f"has no place in the model that its config.json describes; {parted}")
     own = model.state_dict()
     exempt = {*extra, *(key for key, value in own.items() if not value.is_floating_point())}
-    for key, dtype in (item for path in files for item in open_weights(path).items()):
-        if dtype not in _PLAIN_DTYPES and key not in exempt and not _TABLES.search(key):
-            raise wrong(key, f"is of dtype {dtype}, no plain floating-point one; use the model before it was quantised")
+    for path in files:
+        dtypes = {key: dtype for key, dtype in open_weights(path).items() if key not in exempt}
+        misfit = wrong_dtype({key: dtype for key, dtype in dtypes.items() if not _TABLES.search(key)})
+        if misfit is not None:
+            raise UserError(
+                f"target {name!r}: tensor {misfit}, no plain floating-point one; use the model before it was quantised."
+            )
     if extra:
         more = f" and {len(extra) - 3} more" if len(extra) > 3 else ""
         log.info("target %r: its files have tensors that it is used without: %s%s", name, ", ".join(extra[:3]), more)

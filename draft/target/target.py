@@ -57,13 +57,16 @@ def load_target(
         config = AutoConfig.from_pretrained(source, trust_remote_code=False, **options)
     if config.get_text_config() is not config:
         log.info("target %r is a model of text and other media: its text part is used", name)
+    files: list[Path] = []
     if not options:  # a GGUF file's layers are known once it is read, and are dequantised
         check_config(name, config)
+        with _loading(name):
+            files = weight_files(name, _finder(source), config.get_text_config().num_hidden_layers)
         check_model(name, config, wanted, place)
     found = read_adapter(adapter) if adapter is not None else None
     if found is not None:
         warn_of_other_template(found, tokenizer)
-    model = load_model(name, wanted).to(place)
+    model = load_model(name, wanted, files).to(place)
     target = Target(name, model, tokenizer, config.dtype)
     if target.rope_limit:
         log.info("%s", target.limit_reason)
@@ -73,14 +76,15 @@ def load_target(
     return target
 
 
-def load_model(name: str, dtype: torch.dtype | str) -> Any:
-    """The model of a target on the CPU, whole and finite; names and errors as in `load_target`."""
+def load_model(name: str, dtype: torch.dtype | str, files: Sequence[Path]) -> Any:
+    """The model of a target on the CPU, whole and finite; names and errors as in `load_target`.
+
+    files: of its weights, safetensors.
+    """
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import get_logger
 
     source, options = locate(name)
-    with _loading(name):
-        files = [] if options else weight_files(name, _finder(source))
     logger, report = get_logger("transformers.modeling_utils"), LoadReport()
     logger.addFilter(report)
     try:
@@ -234,7 +238,7 @@ class Target:
         for value in (getattr(generation, "eos_token_id", None), self.config.eos_token_id, self.tokenizer.eos_token_id):
             ids.update(value if isinstance(value, (list, tuple)) else [] if value is None else [value])
         # a tokenizer may know tokens that the model has no row for, and never writes
-        return frozenset(token for token in ids if 0 <= token < self.vocab_size)
+        return frozenset(token for token in ids if isinstance(token, int) and 0 <= token < self.vocab_size)
 
     def forward(self, input_ids: Tensor, *, layers: Sequence[int] = (), **options: Any) -> TargetOutput:
         """One forward pass without the LM head (see `logits`), capturing the residual stream at `layers`.
