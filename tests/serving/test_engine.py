@@ -38,17 +38,6 @@ def test_requests_wait_for_a_slot_and_are_served_in_their_order() -> None:
     assert not engine.step() and engine.cache_usage == 0
 
 
-def test_a_request_joins_those_that_run() -> None:
-    engine = Engine(TARGET, HEAD, max_batch=4, **CHAIN)
-    first = engine.submit([50], params(30))
-    for _ in range(3):
-        engine.step()
-    second = engine.submit([60, 61], params(2))
-    finish(engine)
-    assert second.times.finished < first.times.finished
-    assert answers([first, second]) == alone([[50], [60, 61]], [params(30), params(2)])
-
-
 def test_a_long_prompt_does_not_stall_those_that_stream() -> None:
     engine = Engine(TARGET, max_batch=2, prefill_chunk=4)
     streaming = engine.submit([50], params(20))
@@ -63,60 +52,43 @@ def test_a_long_prompt_does_not_stall_those_that_stream() -> None:
 
 
 def test_the_queue_is_bounded() -> None:
+    def refused(words: str, attempt: Callable[[], Any]) -> None:
+        with pytest.raises(Overloaded, match=words):
+            attempt()
+
     engine = Engine(TARGET, max_batch=2, max_waiting=3)
-    for _ in range(5):  # two of them will run
-        engine.submit([50], params())
-    with pytest.raises(Overloaded, match="5 requests wait already, and max_waiting is 3 beyond the 2 for"):
-        engine.submit([50], params())
-    with pytest.raises(Overloaded):
-        engine.check_room()
+    requests = [engine.submit([50], params()) for _ in range(5)]  # two of them will run
+    refused("5 requests wait already, and max_waiting is 3 beyond the 2 for", lambda: engine.submit([50], params()))
+    refused("5 requests", engine.check_room)
     engine.step()
-    with pytest.raises(Overloaded, match="3 requests wait already, and max_waiting is 3$"):
-        engine.submit([50], params())
+    refused("3 requests wait already, and max_waiting is 3$", lambda: engine.submit([50], params()))
+    requests[4].cancel()  # whoever is cancelled takes no place
+    last = engine.submit([50], params(1))
+    engine.step()
+    cancelled = requests[4].result(timeout=0)
+    assert (cancelled.finish_reason, cancelled.tokens, cancelled.stats.emitted) == ("cancelled", [], 0)
     finish(engine)
-    engine.submit([50], params())
-    tokens = Engine(TARGET, max_batch=1, max_waiting_tokens=30)
-    tokens.submit([50] * 40, params())  # the first always gets in
-    with pytest.raises(Overloaded, match="48 tokens wait already, 9 more came, and max_waiting_tokens is 30"):
-        tokens.submit([50], params())
-
-
-def test_several_join_together_or_not_at_all() -> None:
-    engine = Engine(TARGET, max_batch=1, max_waiting=2, max_waiting_tokens=30)
-    first = engine.submit([50], params(8))
-    with pytest.raises(Overloaded, match="1 requests wait already, 3 more came, and max_waiting is 2"):
-        engine.submit_all([[50]] * 3, [params(2)] * 3)
-    with pytest.raises(Overloaded, match="9 tokens wait already, 22 more came"):
-        engine.submit_all([[50]] * 2, [params(10)] * 2)
+    assert [len(ids) for ids in answers([*requests, last])] == [8, 8, 8, 8, 0, 1]
+    tokens = Engine(TARGET, max_batch=1, max_waiting=2, max_waiting_tokens=30)
+    first = tokens.submit([50] * 40, params())  # the first always gets in
+    refused("48 tokens wait already, 9 more came, and max_waiting_tokens is 30", lambda: tokens.submit([50], params()))
+    # several join together or not at all
+    refused("1 requests wait.*, 3 more came, and max", lambda: tokens.submit_all([[50]] * 3, [params(2)] * 3))
     with pytest.raises(UserError):
-        engine.submit_all([[50], []], [params(2)] * 2)
-    assert engine.waiting == 1
-    rest = engine.submit_all([[50], [51]], [params(2), params(3)])
-    finish(engine)
+        tokens.submit_all([[50], []], [params(2)] * 2)
+    assert tokens.waiting == 1
+    tokens.step()
+    rest = tokens.submit_all([[50], [51]], [params(2), params(3)])
+    finish(tokens)
     assert [len(ids) for ids in answers([first, *rest])] == [8, 2, 3]
 
 
 # cancelling
 
 
-def test_a_cancelled_request_does_not_take_a_place_in_the_queue() -> None:
-    engine = Engine(TARGET, max_batch=1, max_waiting=1)
-    running = engine.submit([50], params(20))
-    engine.step()
-    waiting = engine.submit([60], params())
-    waiting.cancel()
-    other = engine.submit([70], params(1))
-    engine.step()
-    cancelled = waiting.result(timeout=0)
-    assert (cancelled.finish_reason, cancelled.tokens, cancelled.stats.emitted) == ("cancelled", [], 0)
-    assert not running.done and not other.done
-    finish(engine)
-    assert [len(ids) for ids in answers([running, other])] == [20, 1]
-
-
 @pytest.mark.parametrize("speculation", ["off", "chain", "tree", "auto"])
 def test_cancelling_frees_the_slot_at_the_next_step(speculation: str) -> None:
-    engine = Engine(TARGET, HEAD, max_batch=2, speculation=speculation)
+    engine = Engine(TARGET, HEAD, max_batch=2, speculation=speculation, prefill_chunk=4)
     first, second = (engine.submit([50 + i, 60], params(24)) for i in range(2))
     third = engine.submit([70], params(3))
     for _ in range(4):
@@ -130,21 +102,16 @@ def test_cancelling_frees_the_slot_at_the_next_step(speculation: str) -> None:
     engine.step()
     assert engine.running == 2 and engine.waiting == 0
     finish(engine)
+    prompt = engine.submit(list(range(3, 43)), params(4))
+    engine.step()
+    prompt.cancel()  # while it is read
+    engine.step()
+    assert prompt.result(timeout=0).tokens == [] and prompt.result().finish_reason == "cancelled"
     expected = alone([[50, 60], [51, 60], [70]], [params(24), params(24), params(3)])
     assert answers([first, second, third]) == [expected[0][:read], *expected[1:]]
     proposer = engine.models.proposer
     assert engine.models.runner.cache.free_slots == 2
     assert speculation == "off" or (isinstance(proposer, HeadProposer) and proposer.runner.cache.free_slots == 2)
-
-
-def test_cancelling_while_the_prompt_is_read() -> None:
-    engine = Engine(TARGET, HEAD, max_batch=1, prefill_chunk=4)
-    request = engine.submit(list(range(3, 43)), params(4))
-    engine.step()
-    request.cancel()
-    engine.step()
-    assert request.result(timeout=0).tokens == [] and request.result().finish_reason == "cancelled"
-    assert engine.generate([[50]], params(3))[0].finish_reason == "length"
 
 
 def test_an_interrupted_generate_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,19 +175,10 @@ def test_a_requests_options() -> None:
     assert plain.stats.drafted == 0 and plain.stats.acceptance_length == 1 and plain.seed is None
     # no request drafts more than the engine was built for
     assert [len(request.result().stats.drafted_per_position) for request in requests] == [0, 0, 2, 4]
-
-
-@pytest.mark.parametrize("speculation", ["auto", "chain", "tree"])
-def test_a_speculation_length_of_0_is_off(speculation: str) -> None:
-    engine = Engine(TARGET, HEAD, speculation=speculation, speculation_length=0)
-    (answer,) = engine.generate([[50]], params(5))
-    assert answer.stats.drafted == 0 and engine.stats()["speculation"]["plan"] == "off"
-
-
-def head_of_another_shape() -> Any:
-    head = make_tiny_head(TARGET)
-    head.config.hidden_size = 64
-    return head
+    for speculation in ("auto", "chain", "tree"):
+        off = Engine(TARGET, HEAD, speculation=speculation, speculation_length=0)
+        assert off.generate([[50]], params(5))[0].stats.drafted == 0
+        assert off.stats()["speculation"]["plan"] == "off"
 
 
 @pytest.mark.parametrize(
@@ -233,7 +191,7 @@ def head_of_another_shape() -> Any:
         ("compiled.*float64", lambda: Engine(TARGET, HEAD, mode="compiled")),
         ("max_length = 73.*2 to 72", lambda: Engine(TARGET, HEAD, max_length=73)),
         ("tree_size = '16'", lambda: Engine(TARGET, HEAD, tree_size="16")),
-        ("64.*32", lambda: Engine(TARGET, head_of_another_shape())),
+        ("64.*32", lambda: Engine(TARGET, make_tiny_head(make_tiny_target(hidden_size=64)))),
         ("33", lambda: Speculation(num_tokens=33)),
         ("empty", lambda: Engine(TARGET).submit([], params())),
         ("70.*5.*72.*2", lambda: Engine(TARGET).submit([5] * 70, params(5))),
@@ -251,16 +209,12 @@ def test_what_makes_no_sense_is_refused(words: str, build: Callable[[], Any]) ->
 # other precisions
 
 
-def test_a_head_of_another_dtype_drafts() -> None:
-    (one,) = Engine(TARGET, make_tiny_head(TARGET).to(torch.float32), **CHAIN).generate([[50]], params(6))
-    assert [one.token_ids] == alone([[50]], params(6)) and one.stats.drafted > 0
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_lower_precisions_decode(dtype: torch.dtype) -> None:
     target = make_tiny_target(dtype=dtype, max_length=64)
     for speculation in ("chain", "tree"):
-        engine = Engine(target, make_tiny_head(target), speculation=speculation, mode="eager")
+        head = make_tiny_head(target).to(torch.float32)  # which may be of another dtype
+        engine = Engine(target, head, speculation=speculation, mode="eager")
         for rule in ("shared-noise", "rejection"):
             options = [params(6, temperature=temperature, seed=0, logprobs=0) for temperature in (0.0, 1.0)]
             for completion in engine.generate([[50, 60]] * 2, options, Speculation(rule=rule)):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -64,11 +64,12 @@ def test_a_failure_in_the_thread_is_the_requests_and_the_thread_goes_on(
     threaded: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(threaded._decoder, "step", bad)
-    with pytest.raises(RuntimeError, match="out of luck"):
-        threaded.submit([50], params()).result(timeout=60)
-    with pytest.raises(RuntimeError, match="out of luck"):
-        asyncio.run(collected(threaded.submit([50], params())))
+    for wait in (lambda request: request.result(timeout=60), lambda request: asyncio.run(collected(request))):
+        with pytest.raises(RuntimeError, match="out of luck"):
+            wait(threaded.submit([50], params()))
     monkeypatch.undo()
+    with pytest.raises(UserError, match="started already"):
+        threaded.start()
     assert threaded.alive and len(threaded.submit([50], params()).result(timeout=60).token_ids) == 8
 
 
@@ -84,12 +85,14 @@ def test_a_dead_thread_leaves_nobody_waiting(threaded: Engine, monkeypatch: pyte
         threaded.submit([50], params())
 
 
-@pytest.mark.parametrize("where", ["completion", "release", "step"])
+@pytest.mark.parametrize("where", ["completion", "release", "step", "lost slots"])
 def test_a_request_whose_end_goes_wrong_does_not_hang(monkeypatch: pytest.MonkeyPatch, where: str) -> None:
     """The thread dies of it, and all that it had end; step: its slot cannot be freed after a failed one."""
     engine = Engine(TARGET, max_batch=3)
     if where == "completion":
         monkeypatch.setattr(ActiveRequest, "completion", bad)
+    elif where == "lost slots":  # the thread would spin
+        assert [engine.models.runner.cache.acquire() for _ in range(3)]
     else:
         monkeypatch.setattr(engine.models.runner.cache, "release", bad)
     if where == "step":
@@ -113,15 +116,6 @@ def test_a_request_that_cannot_be_taken_up_fails_alone(monkeypatch: pytest.Monke
     with pytest.raises(RuntimeError, match="out of luck"):
         first.result(0)
     assert len(second.result(0).token_ids) == 2 and engine.models.runner.cache.free_slots == 1
-
-
-def test_an_engine_that_has_lost_its_slots_ends_instead_of_spinning() -> None:
-    engine = Engine(TARGET, max_batch=1)
-    engine.models.runner.cache.acquire()
-    engine.start()
-    with pytest.raises(EngineStopped):
-        engine.submit([50], params(2)).result(timeout=60)
-    assert not engine.alive
 
 
 def test_closing_turns_everyone_away() -> None:
@@ -168,53 +162,27 @@ def test_whoever_is_cancelled_while_the_queue_is_sorted_is_answered(looks: int) 
     assert len(queue) == 0 and (undecided.done or undecided.future.running())
 
 
-def test_many_threads_generate_at_once(threaded: Engine) -> None:
-    got: dict[int, list[int]] = {}
-
-    def ask(index: int) -> None:
-        got[index] = threaded.generate([[50 + index % 4, 9]], params(3 + index % 5))[0].token_ids
-
-    threads = [threading.Thread(target=ask, args=(index,)) for index in range(20)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    longest = alone([[50 + index, 9] for index in range(4)], params(7))
-    assert got == {index: longest[index % 4][: 3 + index % 5] for index in range(20)} and threaded.running == 0
-
-
-def test_an_engine_is_started_once(threaded: Engine) -> None:
-    with pytest.raises(UserError, match="started already"):
-        threaded.start()
-    assert len(threaded.submit([50], params()).result(timeout=60).token_ids) == 8
-
-
-def test_one_thread_steps_at_a_time_when_generate_and_start_meet(monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = Engine(TARGET, max_batch=2)
-    inner, stepping, together = engine._decoder.step, threading.Lock(), list[bool]()
-    started = threading.Event()
+def test_threads_that_generate_and_one_that_starts_the_engine_step_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(TARGET, max_batch=3)
+    inner, stepping, begun, together = engine._decoder.step, threading.Lock(), threading.Event(), list[bool]()
 
     def step(requests: Any) -> None:
-        single = stepping.acquire(blocking=False)
-        together.append(not single)
-        if len(together) == 3:
-            started.set()
-        time.sleep(0.002)
+        together.append(not stepping.acquire(blocking=False))
         inner(requests)
-        if single:
+        begun.set()
+        if not together[-1]:
             stepping.release()
 
     monkeypatch.setattr(engine._decoder, "step", step)
-    got: list[Completion] = []
-    caller = threading.Thread(target=lambda: got.extend(engine.generate([[50], [51]], params(40))))
-    caller.start()
-    assert started.wait(60)
-    engine.start()
-    other = engine.submit([52], params(40)).result(timeout=60)
-    caller.join(60)
-    engine.close()
-    assert not any(together)
-    assert [c.token_ids for c in [*got, other]] == alone([[50], [51], [52]], params(40))
+    with ThreadPoolExecutor() as pool:
+        counts = [3 + index % 5 for index in range(12)] + [40]
+        calls = [pool.submit(engine.generate, [[50 + count % 4, 9]], params(count)) for count in counts]
+        assert begun.wait(60)
+        engine.start()
+        got = [call.result(60)[0].token_ids for call in calls]
+        engine.close()
+    assert not any(together) and engine.running == 0
+    assert got == alone([[50 + count % 4, 9] for count in counts], [params(count) for count in counts])
 
 
 def test_figures_are_of_one_moment(threaded: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -240,39 +208,20 @@ async def collected(request: Request) -> list[Token | Completion]:
     return [event async for event in request]
 
 
-def shown(tokens: list[Token | Completion]) -> str:
-    return "".join(token.text for token in tokens if isinstance(token, Token) and not token.special)
-
-
 def test_a_stream_gives_each_token_once_and_the_completion_last(threaded: Engine) -> None:
-    async def main() -> list[list[Token | Completion]]:
-        each = [threaded.submit([50 + i], params(10 + i, temperature=2.0, seed=i)) for i in range(4)]
-        return await asyncio.gather(*map(collected, each))
-
-    for *tokens, completion in asyncio.run(main()):
-        assert isinstance(completion, Completion) and tokens == completion.tokens
-        assert shown(tokens) == completion.text
-
-
-def test_a_stream_holds_back_what_a_stop_string_may_take(threaded: Engine) -> None:
-    (whole,) = threaded.generate([[50]], params(20))
-    stop = whole.text[6:9]
-    request = threaded.submit([50], params(20, stop=(stop,), keep_stop=False))
-    *tokens, completion = asyncio.run(collected(request))
-    assert isinstance(completion, Completion) and completion.finish_reason == "stop_sequence"
-    assert shown(tokens) == completion.text == whole.text[: whole.text.index(stop)]
-
-
-def test_leaving_a_stream_cancels_the_request(threaded: Engine) -> None:
-    async def main() -> Request:
-        request = threaded.submit([50], params(60))
-        stream = aiter(request)
-        async for _ in stream:
-            break
+    async def main() -> tuple[Request, list[list[Token | Completion]]]:
+        left = threaded.submit([50], params(60))
+        stream = aiter(left)
+        assert isinstance(await anext(stream), Token)
         await stream.aclose()  # type: ignore[attr-defined]
-        return request
+        each = [threaded.submit([50 + i], params(10 + i, temperature=2.0, seed=i)) for i in range(4)]
+        return left, await asyncio.wait_for(asyncio.gather(*map(collected, each)), 60)
 
-    assert asyncio.run(main()).result(timeout=60).finish_reason in ("cancelled", "length")
+    left, streams = asyncio.run(main())
+    for *tokens, completion in streams:
+        assert isinstance(completion, Completion) and tokens == completion.tokens
+        assert "".join(token.text for token in completion.tokens if not token.special) == completion.text
+    assert left.result(timeout=60).finish_reason in ("cancelled", "length")  # leaving a stream cancels its request
 
 
 def test_what_follows_the_end_may_look_at_the_request() -> None:
