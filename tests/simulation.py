@@ -47,11 +47,13 @@ class Machine:
         return rows * expected(plan, rate) / (self.target(rows * (1 + plan.nodes)) + self.drafting(plan))
 
 
-MEMORY_BOUND = dict(base=20, token=0.05, draft=1.0)
-TWO_CORES = dict(base=14, token=0.7, draft=1.3)
-ROOFLINE = dict(base=10, token=0.4, draft=0.6, free=32)
-COMPUTE_BOUND = dict(base=1, token=3.0, draft=0.6)
-SLOW_HEAD = dict(base=20, token=0.1, draft=14.0)
+MACHINES: dict[str, dict[str, float]] = {
+    "memory-bound": dict(base=20, token=0.05, draft=1.0),
+    "two cores": dict(base=14, token=0.7, draft=1.3),
+    "roofline": dict(base=10, token=0.4, draft=0.6, free=32),
+    "compute-bound": dict(base=1, token=3.0, draft=0.6),
+    "slow head": dict(base=20, token=0.1, draft=14.0),
+}
 
 
 @cache
@@ -98,13 +100,10 @@ class Simulation:
     def steps(self, count: int) -> list[Step]:
         return [self.step() for _ in range(count)]
 
-    def until_probe(self) -> int:
-        """Steps up to the next probe."""
-        steps, probes = 0, self.controller.probes
-        while self.controller.probes == probes:
-            self.step()
-            steps += 1
-        return steps
+    def until_probe(self, limit: int) -> bool:
+        """Step up to the next probe; False: there is none within so many steps."""
+        probes = self.controller.probes
+        return any(self.step() and self.controller.probes > probes for _ in range(limit))
 
     def step(self) -> Step:
         self.rows = [(row, number) for row, number in self.rows if row.emitted < self.request][: self.batch]
@@ -146,8 +145,12 @@ def speed(steps: list[Step]) -> float:
     return sum(step.tokens for step in steps) / sum(step.seconds for step in steps)
 
 
-def simulate(machine: dict, batch: int = 1, rate: float = 0.5, seed: int = 0, plans=(*CHAINS, *TREES)) -> Simulation:
-    return Simulation(Controller(plans), Machine(**machine, rng=random.Random(seed)), batch, rate, seed)
+def simulate(
+    machine: str | dict, batch: int = 1, rate: float = 0.5, seed: int = 0, plans=(*CHAINS, *TREES)
+) -> Simulation:
+    """machine: its name, or what it costs."""
+    costs = MACHINES[machine] if isinstance(machine, str) else machine
+    return Simulation(Controller(plans), Machine(**costs, rng=random.Random(seed)), batch, rate, seed)
 
 
 def best(simulation: Simulation) -> float:

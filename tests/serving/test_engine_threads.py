@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from functools import partial
 from typing import Any
 
@@ -137,29 +139,17 @@ def test_closing_turns_everyone_away() -> None:
 # threads
 
 
-class Undecided(Request):
-    """A request that somebody cancels after so many looks at whether it is."""
-
-    looks = 0
-
-    @property
-    def cancelled(self) -> bool:
-        self.looks -= 1
-        return self.looks < 0
-
-
-@pytest.mark.parametrize("looks", range(6))
-def test_whoever_is_cancelled_while_the_queue_is_sorted_is_answered(looks: int) -> None:
-    queue = RequestQueue(10, None)
-    given_up, undecided = (kind([50], params(), Speculation()) for kind in (Request, Undecided))
-    queue.join([given_up, undecided], 0)
-    given_up.cancel()
-    undecided.looks = looks  # type: ignore[attr-defined]
-    queue.drop_cancelled()
-    assert given_up.result(0).finish_reason == "cancelled" and len(queue) == (not undecided.done)
-    queue.drop_cancelled()
-    assert queue.next() in (None, undecided)
-    assert len(queue) == 0 and (undecided.done or undecided.future.running())
+@pytest.mark.parametrize("looks", range(4))
+def test_whoever_is_cancelled_while_the_queue_is_sorted_is_answered(
+    looks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queue, request = RequestQueue(10, None), Request([50], params(), Speculation())
+    queue.join([request], 0)
+    answers = itertools.chain([False] * looks, itertools.repeat(True))  # to those who look whether it is cancelled
+    monkeypatch.setattr(Request, "cancelled", property(lambda _: next(answers)))
+    for _ in range(5):
+        queue.drop_cancelled()
+    assert request.result(0).finish_reason == "cancelled" and len(queue) == 0
 
 
 def test_threads_that_generate_and_one_that_starts_the_engine_step_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,13 +164,12 @@ def test_threads_that_generate_and_one_that_starts_the_engine_step_in_turn(monke
             stepping.release()
 
     monkeypatch.setattr(engine._decoder, "step", step)
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor() as pool, closing(engine):
         counts = [3 + index % 5 for index in range(12)] + [40]
         calls = [pool.submit(engine.generate, [[50 + count % 4, 9]], params(count)) for count in counts]
         assert begun.wait(60)
         engine.start()
         got = [call.result(60)[0].token_ids for call in calls]
-        engine.close()
     assert not any(together) and engine.running == 0
     assert got == alone([[50 + count % 4, 9] for count in counts], [params(count) for count in counts])
 

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import pytest
 import torch
+from conftest import byte_tokenizer
+from families import model_of
 from torch import Tensor
 
 from draft.heads.checkpoint import load_head
@@ -12,6 +17,10 @@ from serving.engine.kv_cache import RaggedBatch, Segment
 
 PROMPTS = ("Tell me a joke.", "Name three rivers in Europe.", "Write a short poem about rain.")
 ROUNDINGS = 8  # of the largest logit: every layer adds some
+
+
+def bundled() -> Target:
+    return load_target("smollm2", torch.bfloat16)
 
 
 def first_difference(one: list[int], other: list[int]) -> int | None:
@@ -27,7 +36,7 @@ def near_tie(target: Target, ids: list[int], one: int, other: int) -> bool:
 
 @torch.inference_mode()
 def test_greedy_text_with_drafts_differs_at_near_ties_only() -> None:
-    target = load_target("smollm2", torch.bfloat16)
+    target = bundled()
     head = load_head("smollm2-eagle3", dtype=torch.bfloat16)[0]
     prompts = [target.encode_chat([{"role": "user", "content": text}], add_generation_prompt=True) for text in PROMPTS]
     same = {}
@@ -44,14 +53,21 @@ def test_greedy_text_with_drafts_differs_at_near_ties_only() -> None:
                 assert near_tie(target, prompt + plain[:place], plain[place], drafted[place]), (mode, place)
         same[mode] = places.count(None)
     assert same["compiled"] == len(PROMPTS)  # its kernels do not depend on a pass's width
-    print(f"identical texts: {same} of {len(PROMPTS)}")
 
 
+def qwen3() -> Target:
+    """A tiny one, whose queries and keys have norms."""
+    widths = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16, "max_position_embeddings": 700}
+    return Target("qwen3", model_of("qwen3", **widths).to(torch.bfloat16), byte_tokenizer())
+
+
+@pytest.mark.parametrize("make", [bundled, qwen3])
 @torch.inference_mode()
-def test_a_row_has_the_same_bits_in_passes_of_any_width() -> None:
+def test_a_row_has_the_same_bits_in_passes_of_any_width(make: Callable[[], Target]) -> None:
     """Passes of 1 to 600 tokens of several requests: prompts read at once and in pieces, beside others that decode."""
-    target = load_target("smollm2", torch.bfloat16)
+    target = make()
     runner = Engine(target, None, mode="compiled", max_batch=8, max_length=700).models.runner
+    assert runner.fused is not None
     texts = torch.randint(3, target.vocab_size, (4, 600), generator=torch.Generator().manual_seed(5)).tolist()
 
     def states(pieces: list[list[tuple[int, int]]]) -> list[Tensor]:
