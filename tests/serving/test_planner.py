@@ -301,13 +301,13 @@ def test_leaves_a_plan_that_only_stale_figures_of_plain_steps_speak_for():
 @pytest.mark.parametrize("batch", [1, 8])
 def test_noise_leads_to_few_switches(machine: str, batch: int):
     switches = 0
-    for seed in range(2):
+    for seed in range(4):
         simulation = simulate(machine, batch, rate=0.5, seed=seed)
         simulation.steps(200)
         before = simulation.controller.switches
         simulation.steps(600)
         switches += simulation.controller.switches - before
-    assert switches / 2 <= 6  # between plans that are worth the same
+    assert switches / 4 <= 6  # between plans that are worth the same
 
 
 @pytest.mark.parametrize("machine", ["two cores", "slow head", "compute-bound"])
