@@ -14,6 +14,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from draft.afa.layer import (
+    FLOAT_DTYPES,
     AfaLoraConfig,
     AfaVariant,
     active_present,
@@ -101,6 +102,8 @@ def _check_mergeable(base: nn.Module, layers: dict[str, BaseTunerLayer]) -> None
     for name, module in base.named_modules():
         if isinstance(module, AuxiliaryTrainingWrapper) and not isinstance(module, ModulesToSaveWrapper):
             raise UserError(f"some tokens of {name!r} were trained (trainable_token_indices): merge it with PEFT")
+        if isinstance(module, ModulesToSaveWrapper) and not all(p.isfinite().all() for p in module.parameters()):
+            raise UserError(f"{name!r}, trained as a whole, holds NaN or infinity: train it with a lower rate")
     names_of: dict[int, list[str]] = {}
     for name, parameter in base.named_parameters(remove_duplicate=False):
         names_of.setdefault(id(parameter), []).append(name)
@@ -144,6 +147,9 @@ def load_afa_adapter(
         raise UserError(f"{folder} was written by another version ({error}): save it again with this one") from error
     config.inference_mode = not is_trainable
     tensors = read_tensors(folder / "adapter_model.safetensors")
+    for key, value in tensors.items():
+        if value.dtype not in FLOAT_DTYPES:
+            raise UserError(f"the adapter in {folder} has {key} of {value.dtype}, no plain float: save it again")
     peft_model = add_adapter(model, config, adapter_name)
     try:
         result: Any = set_peft_model_state_dict(peft_model, tensors, adapter_name=adapter_name)

@@ -186,6 +186,8 @@ def check_kinds(tensors: Mapping[str, Tensor], name: str) -> None:
                     f"{name}: {key} is of dtype {dtype} and shape {list(value.shape)}; a token map is a list of "
                     "integers, and others have lost which tokens they name: get the head with its map as trained."
                 )
+        elif value.dim() == 0:
+            raise UserError(f"{name}: tensor {key} is a single number, which no part of a head is; get the head again.")
         elif value.dtype not in DTYPES.values():
             raise UserError(
                 f"{name}: tensor {key} is of dtype {dtype}, no plain floating-point one; use the head before it was "

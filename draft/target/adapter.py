@@ -29,6 +29,7 @@ _HONOURED = {
 }  # fmt: skip
 # starts that leave the target's weights alone, or take out of them what can be computed again
 _STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "pissa", "olora")
+_ABOUT_CODE = (FutureWarning, DeprecationWarning)  # warnings that say nothing of the result
 # PEFT's words about tied matrices, which are untied here
 _ANSWERED = ("tie_word_embeddings", "no longer tied", "save_embedding_layers")
 
@@ -129,7 +130,7 @@ def merge_into_target(model: Any, adapter: Adapter, target: str, fingerprint: st
             raise UserError(
                 f"target adapter {adapter.name!r} cannot be merged ({_first_line(str(error))}); train it again without."
             ) from error
-    for text in dict.fromkeys(str(each.message) for each in caught if issubclass(each.category, UserWarning)):
+    for text in dict.fromkeys(str(each.message) for each in caught if not issubclass(each.category, _ABOUT_CODE)):
         if "missing adapter keys" in text:
             raise misfit(text)
         if not any(words in text for words in _ANSWERED):

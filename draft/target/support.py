@@ -181,9 +181,12 @@ def _weight_files(name: str, find: Callable[[str], str | None]) -> list[Path]:
     if single is not None:
         return [Path(single)]
     assert listing is not None
-    index, paths = read_json(Path(listing)).get("weight_map"), []
+    values, paths = read_json(Path(listing)), []
+    index = values.get("weight_map")
     if not isinstance(index, dict) or not index or not all(isinstance(file, str) for file in index.values()):
         raise UserError(f"{listing!r} has no weight_map of tensors to files; download the model again.")
+    if not isinstance(values.get("metadata"), dict):
+        raise UserError(f"{listing!r} has no metadata, which transformers reads; download the model again.")
     for file in sorted(set(index.values())):
         path = find(file) if Path(file).name == file else None
         if path is None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_tiny_head, save_tiny_target
+from conftest import make_tiny_head, make_tiny_target, save_tiny_target
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mutations import Mutation, mutated, mutations, result_or_refusal
@@ -35,7 +35,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         head = make_tiny_head(target, architecture=architecture, draft_vocab_size=100)
         save_head(head, root / architecture, dtype=torch.float32, about={})
     options: Any = {"r": 2, "target_modules": ["q_proj", "down_proj"], "modules_to_save": ["norm"]}
-    adapted = get_peft_model(save_tiny_target(root / "again").model, LoraConfig(**options, init_lora_weights=False))
+    adapted = get_peft_model(
+        make_tiny_target(dtype=torch.float32).model, LoraConfig(**options, init_lora_weights=False)
+    )
     adapted.save_pretrained(root / "adapter")
     logging.disable(logging.WARNING)
     yield root
@@ -90,7 +92,7 @@ def assert_read_or_of_no_effect(mutation: Mutation, head: DraftHead, valid: Draf
     }, (mutation, changed)  # fmt: skip
 
 
-@settings(max_examples=30)
+@settings(max_examples=20)
 @given(data=st.data())
 def test_an_adapter(world: Path, data: st.DataObject) -> None:
     files = ("adapter_config.json", "adapter_model.safetensors")
@@ -107,11 +109,11 @@ def test_an_adapter(world: Path, data: st.DataObject) -> None:
         assert torch.equal(logits_of(target), logits_of(valid))
 
 
-@settings(max_examples=30)
+@settings(max_examples=20)
 @given(data=st.data())
 def test_an_import(world: Path, data: st.DataObject) -> None:
     mutation = data.draw(mutations(world / "eagle3", FILES))
-    target = save_tiny_target(world / "again")
+    target = make_tiny_target(dtype=torch.float32)
     out = world / "imported"
     read = result_or_refusal(lambda: import_head(mutated(world / "eagle3", mutation, world / "damaged"), target, out))
     if read is None:

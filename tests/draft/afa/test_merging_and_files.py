@@ -166,6 +166,7 @@ def test_damaged_adapters_are_refused(tmp_path: Path) -> None:
         "has no": {k: v for k, v in tensors.items() if k != first},
         "has an unexpected": tensors | {"base_model.model.fc.lora_A.extra": torch.zeros(1)},
         "does not fit": tensors | {first: torch.zeros(1, 1)},
+        "no plain float": tensors | {first: tensors[first].to(torch.int8)},
     }
     for word, broken in wrong.items():
         save_file(broken, weights)

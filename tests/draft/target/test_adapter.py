@@ -78,7 +78,7 @@ MERGED: dict[str, dict[str, Any]] = {
     "both, DoRA": {"target_modules": ["lm_head", "embed_tokens"], "use_dora": True},
     "tokens": {"trainable_token_indices": [5, 7]},
     "tokens of lm_head": {"trainable_token_indices": {"embed_tokens": [5, 7], "lm_head": [6]}},
-    "parameters": {"target_parameters": ["mlp.down_proj.weight"]},
+    "parameters": {"target_modules": ["q_proj"], "target_parameters": ["mlp.down_proj.weight"]},
     "QA-LoRA": {"use_qalora": True, "qalora_group_size": 4},
 }
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
@@ -94,11 +94,11 @@ def test_the_output_is_that_of_peft_unmerged(world: Path, tmp_path: Path, option
     adapter = save_adapter(tmp_path / "adapter", **options)
     files = sorted((world / "target").iterdir())
     before = file_sha256(*files)
-    target = load_target(str(world / "target"), "float64", adapter=adapter)
-    plain = load_target(str(world / "target"), "float64")
+    target = load_target(str(world / "target"), "float32", adapter=adapter)
+    plain = load_target(str(world / "target"), "float32")
     logits, unadapted = (each.logits(each.forward(IDS).last_hidden) for each in (target, plain))
     kept = PeftModel.from_pretrained(plain.model, adapter).eval()
-    torch.testing.assert_close(logits, kept(IDS).logits, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits, kept(IDS).logits, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(logits, unadapted, atol=1e-2)
     assert file_sha256(*files) == before
     assert not [name for name, _ in target.model.named_modules() if "lora" in name]

@@ -163,7 +163,7 @@ def shard(*damages):
         places = {name: f"part-{1 + (name > DOWN)}.safetensors" for name in tensors}
         for file in set(places.values()):
             save_file({name: tensors[name] for name in tensors if places[name] == file}, folder / file)
-        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
         for damage in damages:
             damage(folder)
 
@@ -179,7 +179,7 @@ def drop(name):
     [
         (drop(DOWN), f"{DOWN} is missing from its files;"),
         (drop("model.norm.weight"), "model.norm.weight is missing"),
-        (drop("model.embed_tokens.weight"), r"embed_tokens.weight is missing.*\(and 1 more\)"),
+        (drop("model.embed_tokens.weight"), r"lm_head.weight is missing.*\(and 1 more\)"),
         (set_config(tie_word_embeddings=False), "lm_head.weight is missing"),
         (rewrite(lambda t: {f"module.{k}": v for k, v in t.items()}), "files have module.model.embed_tokens.weight"),
         (rewrite(lambda t: {**t, DOWN: t[DOWN][:, 1:]}), rf"{DOWN} is \[32, 47\] in its file and \[32, 48\]"),
