@@ -54,21 +54,21 @@ def build_models(
     head: DraftHead | None,
     *,
     mode: str,
-    arithmetic_name: str,
     pack_in_place: bool,
     slots: int,
     capacity: int,
     threads: int | None,
+    arithmetic_name: str = "auto",
 ) -> Models:
     """
     mode: `eager` runs the models as they are; `compiled`, on a CPU in float32 or bfloat16, replaces linear layers by
     packed ones and attention by a kernel of ours, and runs all layers of the Llama family in one call; `auto` is
     compiled where that is possible.
-    arithmetic_name: of bfloat16 weights in compiled mode, for the whole process: one of `cpu_kernels.arithmetics`, or
-    `auto` for the fastest of them.
     pack_in_place: in compiled mode the linear layers of `target` itself are replaced, instead of a copy's.
     threads: of the compiled kernels, all cores of this process by default; PyTorch itself is left with one then,
     because its threads wait for each other actively, and stall when another process takes a core.
+    arithmetic_name: of bfloat16 weights in compiled mode, for the whole process: one of `cpu_kernels.arithmetics`, or
+    `auto` for the fastest of them.
 
     Raises:
         UserError: for a mode that is impossible here, with the reason.
