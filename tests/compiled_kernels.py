@@ -74,13 +74,11 @@ def first_kernels(dtype: str, activation: str = "silu", even: bool = True) -> It
     """Each kernel with the blocks that it has before anything is measured."""
     size = ITEMSIZE[dtype]
     thin, linear, outer = tuning.thin_blocks(size, 16)[0], tuning.LINEAR[size][0], tuning.OUTER[size][0]
-    yield Kernel("down", dtype, thin, activation=activation, even=even)
-    yield Kernel("dz", dtype, thin, activation=activation, even=even)
-    yield Kernel("linear", dtype, linear, even=even, bias=True)
-    yield Kernel("linear_dx", dtype, linear, even=even)
-    yield Kernel("update", dtype, tuning.UPDATE[size][0], even=even)
+    for name, blocks in (("down", thin), ("dz", thin), ("outer_b", outer)):
+        yield Kernel(name, dtype, blocks, activation=activation, even=even)
+    for name, blocks in (("linear", linear), ("linear_dx", linear), ("update", tuning.UPDATE[size][0])):
+        yield Kernel(name, dtype, blocks, even=even, bias=name == "linear")
     yield Kernel("outer_a", dtype, outer, activation="identity", even=even)
-    yield Kernel("outer_b", dtype, outer, activation=activation, even=even)
 
 
 def compile_kernel(kernel: Kernel, arch: int) -> Resources:
