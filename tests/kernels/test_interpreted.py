@@ -19,6 +19,7 @@ def test_the_kernels_as_triton_interprets_them() -> None:
     environment = {k: v for k, v in os.environ.items() if not k.startswith("AFA_KERNELS")} | {"TRITON_INTERPRET": "1"}
     # Core and thread counts are the caller's; the cache is not, since two pytests would write it.
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning", FOLDER]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=FOLDER.parents[2])
+    root = FOLDER.parents[2]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=root, timeout=600)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert " passed" in done.stdout

@@ -22,14 +22,13 @@ def arguments(**replaced: object) -> dict[str, object]:
     return {name: getattr(case, name) for name in names} | replaced
 
 
-@pytest.mark.parametrize("choice", [None, "", "auto", "reference"])
-def test_a_cpu_takes_pytorch_without_a_word(
-    choice: str | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_cpu_takes_pytorch_without_a_word(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    expected = reference.afa_lora_linear(**arguments())
     monkeypatch.delenv("AFA_KERNELS", raising=False)
-    if choice is not None:
+    assert torch.equal(afa_lora_linear(**arguments()), expected)
+    for choice in ("", "auto", "reference"):
         monkeypatch.setenv("AFA_KERNELS", choice)
-    assert torch.equal(afa_lora_linear(**arguments()), reference.afa_lora_linear(**arguments()))
+        assert torch.equal(afa_lora_linear(**arguments()), expected)
     ops.fall_back("LoRA dropout is 0.1", "cpu")
     assert not caplog.records
 
@@ -41,19 +40,15 @@ def test_beta_gets_no_gradient() -> None:
 
 
 def test_an_impossible_force_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AFA_KERNELS", "cuda")
+    with pytest.raises(KernelsError, match="AFA_KERNELS is 'cuda': set it to one of auto, reference, triton"):
+        afa_lora_linear(**arguments())
     monkeypatch.setenv("AFA_KERNELS", "triton")
     with pytest.raises(KernelsError, match="x is on 'cpu' and not on a CUDA device, and TRITON_INTERPRET is not 1"):
         afa_lora_linear(**arguments())
     with pytest.raises(KernelsError, match="dropout"):
         ops.fall_back("LoRA dropout is 0.1", "cpu")
-    monkeypatch.setenv("AFA_KERNELS", "cuda")
-    with pytest.raises(KernelsError, match="AFA_KERNELS is 'cuda': set it to one of auto, reference, triton"):
-        afa_lora_linear(**arguments())
-
-
-def test_interpreting_must_be_chosen_first(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
-    monkeypatch.setenv("AFA_KERNELS", "triton")
     assert ops._no_triton("cuda") is None
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(KernelsError, match="Triton was imported before TRITON_INTERPRET=1"):

@@ -14,7 +14,7 @@ from torch.nn import functional
 from cpu_kernels.ops import pack, pack_linears, packed_linear
 
 
-@settings(max_examples=150)
+@settings(max_examples=80)
 @given(
     rows=st.integers(0, 40),
     size_in=st.integers(1, 200),

@@ -29,7 +29,7 @@ from afa_kernels import ACTIVATIONS, afa_lora_linear, ops, reference, triton_ker
 SMALLEST = 1 if INTERPRETING else 8
 
 
-@settings(max_examples=20)
+@settings(max_examples=12)
 @given(
     sizes=st.tuples(*[st.integers(SMALLEST, 50)] * 3, st.integers(1, 40)),
     dtypes=st.sampled_from(list(DTYPES)),
@@ -48,8 +48,16 @@ def test_any_shape(
 
 @pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_every_activation(activation: str, beta: float) -> None:
-    assert_exact(make_case(21, 40, 18, 5, activation=activation, beta=beta))
+def test_every_activation_and_nan_and_infinity_pass_as_in_the_reference(activation: str, beta: float) -> None:
+    case = make_case(35, 18, 11, 3, activation=activation, beta=beta)
+    assert_exact(case)
+    case.x[1, 2], case.x[3, 17], case.x[33, 0] = float("nan"), float("inf"), -float("inf")
+    case.dy[5, 1], case.dy[34, 10] = float("inf"), float("nan")
+    got, expected = run(case), run(case, reference.afa_lora_linear)
+    for name in OUTPUTS:
+        for what in (torch.isnan, torch.isposinf, torch.isneginf):
+            assert torch.equal(what(got[name]), what(expected[name])), (name, what)
+    assert torch.isfinite(got["y"]).sum() == 32 * 11  # rows of their own stay clean
 
 
 @pytest.mark.parametrize("dtypes", DTYPES)
@@ -125,19 +133,6 @@ def test_an_expanded_gradient_and_more_dimensions() -> None:
     row = afa_lora_linear(case.x[3], *rest, **options)
     torch.testing.assert_close(row, reference.afa_lora_linear(case.x[3], *rest, **options))
     assert row.shape == (12,)
-
-
-@pytest.mark.parametrize("beta", [0.0, 0.4, 1.0])
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_nan_and_infinity_pass_as_in_the_reference(activation: str, beta: float) -> None:
-    case = make_case(40, 18, 11, 3, activation=activation, beta=beta)
-    case.x[1, 2], case.x[3, 17], case.x[35, 0] = float("nan"), float("inf"), -float("inf")
-    case.dy[5, 1], case.dy[38, 10] = float("inf"), float("nan")
-    got, expected = run(case), run(case, reference.afa_lora_linear)
-    for name in OUTPUTS:
-        for what in (torch.isnan, torch.isposinf, torch.isneginf):
-            assert torch.equal(what(got[name]), what(expected[name])), (name, what)
-    assert torch.isfinite(got["y"]).sum() == 37 * 11  # rows of their own stay clean
 
 
 @pytest.mark.parametrize("variant", ["fused", "update"])

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
-from http_testing import PROMPT, GatedEngine, ask, events, in_process
+from http_testing import PROMPT, GatedEngine, ask, events
 
 from serving.api.app import create_app
 from serving.api.service import Limits
@@ -38,13 +38,16 @@ def test_one_event_a_token_and_the_last_has_all(client, path) -> None:
     assert last["details"] == expected | {"input_length": last["details"]["input_length"]}
 
 
-def test_stop_strings_and_full_text_as_without_streaming(client) -> None:
+def test_stop_strings_end_the_text_stay_in_it_and_are_the_same_streamed(client) -> None:
     text = ask(client, max_new_tokens=24).json()["generated_text"]
-    stop = next(character for character in text if character.isascii())
-    wishes = {"max_new_tokens": 24, "stop": ["\u2603", stop], "return_full_text": True}
-    told = stream(client, **wishes)
-    assert told[-1]["generated_text"] == ask(client, **wishes).json()["generated_text"]
-    assert told[-1]["generated_text"].endswith(stop) and told[-1]["details"]["finish_reason"] == "stop_sequence"
+    stop = next(character for character in text if character.isascii())  # the random model's bytes are rarely UTF-8
+    wishes = {"max_new_tokens": 24, "stop": ["\u2603", stop]}
+    stopped = ask(client, **wishes, details=True).json()
+    assert stopped["details"]["finish_reason"] == "stop_sequence"
+    assert stopped["generated_text"] == text[: text.index(stop) + len(stop)]
+    told = stream(client, **wishes, return_full_text=True)[-1]
+    assert told["generated_text"] == PROMPT + stopped["generated_text"]
+    assert told["details"]["finish_reason"] == "stop_sequence"
 
 
 def test_origins_say_which_tokens_were_drafted_and_what_fell(client) -> None:
@@ -106,38 +109,28 @@ def failing(engine: GatedEngine, after: int, failure: BaseException) -> None:
 @pytest.mark.parametrize("failure", [RuntimeError("/home/secret exploded"), SystemExit("the thread is gone")])
 def test_a_failure_in_the_middle_is_the_last_event(gated, failure) -> None:
     failing(gated, 3, failure)
-    body = {"inputs": PROMPT, "parameters": {"max_new_tokens": 40}}
-
-    async def conversation(client):
-        return (await client.post("/generate_stream", json=body)).text
-
-    text = in_process(create_app(gated), conversation)
+    with TestClient(create_app(gated), raise_server_exceptions=False) as client:
+        text = client.post("/generate_stream", json={"inputs": PROMPT, "parameters": {"max_new_tokens": 40}}).text
     *tokens, error = events(text)
     assert tokens and all("token" in each for each in tokens) and "secret" not in text
     assert error.keys() == {"error", "error_type"}
 
 
 def test_a_failure_before_the_first_token_has_a_status(gated) -> None:
-    failing(gated, 0, RuntimeError("/home/secret exploded"))
     with TestClient(create_app(gated), raise_server_exceptions=False) as client:
-        for path, status in (("/generate_stream", 424), ("/v1/completions", 500)):
+        for path, body, status in (
+            ("/generate_stream", {"inputs": "a"}, 424),
+            ("/v1/completions", {"prompt": "a"}, 500),
+        ):
             failing(gated, 0, RuntimeError("/home/secret exploded"))
-            body = {"prompt": "a", "stream": True} if "v1" in path else {"inputs": "a"}
-            answer = client.post(path, json=body)
+            answer = client.post(path, json=body | {"stream": True})
             assert answer.status_code == status and "secret" not in answer.text
             assert answer.headers["x-should-retry"] == "false"
 
 
 def test_the_deadline_ends_a_stream_with_an_error(gated) -> None:
-    app = create_app(gated, limits=Limits(request_seconds=0.2))
-
-    async def conversation(client):
-        return [
-            await client.post("/generate_stream", json={"inputs": PROMPT}),
-            await client.post("/generate", json={"inputs": PROMPT}),
-            await client.post("/v1/completions", json={"prompt": PROMPT}),
-        ]
-
-    for answer in in_process(app, conversation):
-        assert answer.status_code == 504 and "0.2 seconds" in answer.text
-        assert answer.headers["x-should-retry"] == "false"
+    with TestClient(create_app(gated, limits=Limits(request_seconds=0.2))) as client:
+        for path, field in (("/generate_stream", "inputs"), ("/generate", "inputs"), ("/v1/completions", "prompt")):
+            answer = client.post(path, json={field: PROMPT})
+            assert answer.status_code == 504 and "0.2 seconds" in answer.text
+            assert answer.headers["x-should-retry"] == "false"
