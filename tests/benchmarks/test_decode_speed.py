@@ -30,12 +30,6 @@ def test_ratios_are_taken_within_a_repeat() -> None:
     assert plain["identical"] == 1.0 and chain["identical"] == 0.0
 
 
-def test_pooling_adds_batches() -> None:
-    pooled = decode_speed.pool([timing(3, 1.0, 2), timing(5, 3.0, 4)])
-    assert (pooled.tokens, pooled.seconds, pooled.verifications, pooled.rate) == (8, 4.0, 6, 2.0)
-    assert dict(pooled.parts) == {"target": 4.0} and len(pooled.outputs) == 2
-
-
 def results(tau: float) -> dict:  # type: ignore[type-arg]
     samples = {
         Key(1, 0.0, None, "plain"): [timing(100, 1.0, 100)],

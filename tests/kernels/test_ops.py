@@ -1,4 +1,4 @@
-"""The choice of an implementation, and the memory of the fastest blocks; no kernel runs here."""
+"""The choice of an implementation, the memory of the fastest blocks, and the kernels as Triton interprets them."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from kernel_cases import INTERPRETING, make_case
 
 from afa_kernels import KernelsError, afa_lora_linear, ops, reference
 
+ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.skipif(INTERPRETING or torch.cuda.is_available(), reason="about machines without kernels")
 
 
@@ -70,8 +71,8 @@ except KernelsError as error: assert "Triton can't be imported" in str(error)
 else: raise SystemExit(1)
 """
     environment = {k: v for k, v in os.environ.items() if not k.startswith("AFA_")} | {"PYTHONPATH": "kernels"}
-    root = Path(__file__).resolve().parents[2]
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, cwd=root)
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT, timeout=300)
     assert done.returncode == 0, done.stderr
 
 
@@ -146,3 +147,26 @@ def test_shape_classes() -> None:
     with tuning.only("update"), tuning.only("fused"):
         assert tuning.product_variants() == ("fused",)
     assert tuning.product_variants() == ("fused", "update")
+
+
+# ---- the kernels, in a process that interprets Triton ----
+
+
+def test_the_kernels_as_triton_interprets_them() -> None:
+    pytest.importorskip("triton")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("AFA_KERNELS")} | {"TRITON_INTERPRET": "1"}
+    # Core and thread counts are the caller's; the cache is not, since two pytests would write it.
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-W",
+        "ignore::RuntimeWarning",
+        ROOT / "tests/kernels/on_triton",
+    ]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT, timeout=280)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout

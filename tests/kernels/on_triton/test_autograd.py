@@ -58,8 +58,7 @@ def test_compiling_the_surrounding_model_keeps_one_graph(dynamic: bool) -> None:
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=dynamic)
-    shapes = (X[:1], X[:, :2]) if dynamic else ()
-    for beta, x in ((0.3, X), (0.0, X), *((0.5, x) for x in shapes)):
+    for beta, x in ((0.3, X), (0.0, X), *((0.5, x) for x in (X[:1], X[:, :2]) if dynamic)):
         layer.beta.fill_(beta)
         assert same(gradients(layer, x), gradients(layer, x, compiled))
         if x is X:

@@ -41,7 +41,8 @@ def test_health_and_metrics_answer_during_generation_and_a_full_line_is_429(gate
         assert series(text, 'request_failure_total{reason="overloaded"}') == 3
         assert not any(task.done() for task in accepted)
         gated.gate.set()
-        assert await statuses(*accepted, post(client)) == [200] * 4  # there is room again
+        assert await statuses(*accepted) == [200] * 3
+        assert (await post(client)).status_code == 200  # there is room again
 
     in_process(create_app(gated), conversation)
 
@@ -172,7 +173,7 @@ def test_draining_ends_what_has_not_finished_in_time(gated) -> None:
 
 def test_while_the_model_is_loaded_the_server_is_alive_but_not_ready(tiny_target) -> None:
     app = create_app(None)
-    asked = {"inputs": "a", "parameters": {"max_new_tokens": 1}}
+    asked = {"inputs": "a"}
     with TestClient(app) as client:
         assert client.get("/health").status_code == 200 == client.get("/metrics").status_code
         answers = [client.get(path) for path in ("/ready", "/info", "/v1/models")]

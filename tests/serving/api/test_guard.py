@@ -71,14 +71,10 @@ def test_only_json_is_taken_and_the_way_out_is_named(client) -> None:
 def test_a_body_past_the_limit_is_413_whether_or_not_it_says_its_length(tiny_target) -> None:
     body, json_type = json.dumps({"inputs": "z" * 2000}).encode(), {"content-type": "application/json"}
     with TestClient(create_app(Engine(tiny_target), limits=Limits(max_body_bytes=1000))) as client:
-        for path, content in (
-            ("generate", body),
-            ("generate", iter([body[:600], body[600:]])),
-            ("v1/completions", body),
-        ):
-            answer = client.post(f"/{path}", content=content, headers=json_type)
-            error = answer.json()["error"]
-            assert answer.status_code == 413 and "1000" in (error["message"] if "v1" in path else error)
+        parts = iter([body[:600], body[600:]])
+        for path, content in (("/generate", body), ("/generate", parts), ("/v1/completions", body)):
+            answer = client.post(path, content=content, headers=json_type)
+            assert answer.status_code == 413 and "1000" in answer.text
         assert ask(client, "short", max_new_tokens=2).status_code == 200
 
 
@@ -110,14 +106,11 @@ def test_a_body_that_does_not_come_is_408(tiny_target) -> None:
         await asyncio.sleep(30)
 
     async def conversation(client):
-        headers = {"content-type": "application/json"}
-        paths = ("/generate", "/v1/completions", "/v1/chat/completions")
+        paths, headers = ("/generate", "/v1/completions", "/v1/chat/completions"), {"content-type": "application/json"}
         return [await client.post(path, content=slowly(), headers=headers) for path in paths]
 
     for answer in in_process(app, conversation):
-        error = answer.json()["error"]
-        assert answer.status_code == 408 and "0.1 seconds" in (error if isinstance(error, str) else error["message"])
-        assert isinstance(error, str) or error["type"] == "invalid_request_error"
+        assert answer.status_code == 408 and "0.1 seconds" in answer.text
 
 
 def test_a_prompt_of_no_tokens_is_refused(tiny_target) -> None:

@@ -1,17 +1,21 @@
-"""Health, readiness, info, metrics and tokens, in process."""
+"""Health, readiness, info, metrics and the schema."""
 
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from conftest import make_tiny_target
 from fastapi.testclient import TestClient
-from http_testing import ask, in_process, metric, series
+from http_testing import ask, in_process, live, metric, series, until
 
 from serving.api.app import create_app
-from serving.api.service import public_name
+from serving.api.service import Limits, public_name
 from serving.engine import Engine
 
 
@@ -127,18 +131,17 @@ def test_tokens_are_counted_while_they_come(gated) -> None:
     async def conversation(client: httpx.AsyncClient) -> tuple[list[float], list[float]]:
         wishes = {"max_new_tokens": 40, "speculative": {"enabled": False}}
         asked = asyncio.ensure_future(client.post("/generate", json={"inputs": "abc", "parameters": wishes}))
-        inner, stop = gated._decoder.step, asyncio.Event()
-        loop, steps = asyncio.get_running_loop(), iter(range(100))
+        inner, steps = gated._decoder.step, []
 
         def step(rows: Any) -> None:
-            if next(steps) == 5:
-                loop.call_soon_threadsafe(stop.set)
+            steps.append(rows)
+            if len(steps) == 6:
                 gated.gate.clear()
             inner(rows)
 
         gated._decoder.step = step
         gated.gate.set()
-        await stop.wait()
+        await until(lambda: len(steps) == 6)
         during = [figures((await client.get("/metrics")).text) for _ in range(2)]
         gated.gate.set()
         assert (await asked).status_code == 200
@@ -149,3 +152,16 @@ def test_tokens_are_counted_while_they_come(gated) -> None:
     assert during[::2] == [1, 3] and after[::2] == [1, 3]  # none twice
     assert 0 < during[1] <= 4 < after[1] <= 39  # pieces of a character wait for the rest
     assert (during[3], after[3]) == (0, 1)
+
+
+CHECKS = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
+
+
+def test_schemathesis_finds_no_server_error_and_no_answer_beside_the_schema(tmp_path) -> None:
+    """/openapi.json is a plain schema that the answers match, as outsiders run it."""
+    engine = Engine(make_tiny_target(max_length=2048), max_batch=16)
+    with live(create_app(engine, limits=Limits(max_new_tokens=2))) as url:
+        command = [str(Path(sys.executable).with_name("schemathesis")), "run", f"{url}/openapi.json", "--no-color"]
+        limits = ["--checks", CHECKS, "--phases", "examples,fuzzing,stateful", "--max-examples", "3", "--seed", "1"]
+        run = subprocess.run([*command, *limits], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0 and "Tested: 12" in run.stdout, run.stdout[-5000:]
