@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import make_tiny_head, make_tiny_target
+from conftest import make_tiny_target
 from interop.cases import random_head
 
 from draft.heads.unroll import shift_left
@@ -42,7 +42,7 @@ def decode_step_by_step(head, embeds, auxiliary, steps):
 
 OPTIONS = {
     "default": {},
-    "grouped values": {"num_key_value_heads": 2},
+    "grouped values": {},
     "norm_before_residual": {"norm_before_residual": True},
     "norm_before_fc": {"norm_before_fc": True},
     "fc_norm": {"fc_norm": True},
@@ -54,21 +54,13 @@ OPTIONS = {
 }
 
 
-def with_options(target, options):
-    if "architecture" in options:
-        return make_tiny_head(target, **options)
-    values = {"draft_vocab_size": 200, **options}
-    head = random_head(target, **{key: value for key, value in values.items() if key != "num_key_value_heads"})
-    if "num_key_value_heads" in options:
-        head.config.num_key_value_heads = options["num_key_value_heads"]
-        head = type(head)(head.config).to(torch.float64)
-    return head
-
-
 @pytest.mark.parametrize("option", OPTIONS)
 def test_training_time_test_equals_decoding_through_the_cache(option):
     target = make_tiny_target()
-    head = with_options(target, OPTIONS[option])
+    head = random_head(target, **OPTIONS[option])
+    if option == "grouped values":
+        head.config.num_key_value_heads = 2
+        head = type(head)(head.config).to(torch.float64)
     ids = torch.randint(3, 259, (1, 24), generator=torch.Generator().manual_seed(1))
     output = target.forward(ids, layers=head.auxiliary_layers(target))
     embeds = target.embedding(ids)
