@@ -8,13 +8,15 @@ from functools import cache, partial
 import numpy as np
 import pytest
 import torch
-from conftest import byte_tokenizer, make_tiny_head
+from conftest import byte_tokenizer, make_tiny_head, make_tiny_target
 from trained_heads import make_row
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from draft.errors import UserError
-from draft.evaluation.replay import sampled_acceptance
+from draft.evaluation.replay import rejection_terms, sampled_acceptance, target_passes
+from draft.heads.registry import ARCHITECTURES
 from draft.target import Target
+from serving.engine import Engine, SamplingParams
 from serving.engine.drafting import Job
 from serving.engine.kv_cache import torch_attention
 from serving.engine.setup import make_proposer
@@ -134,9 +136,8 @@ class Oracle:
 @pytest.mark.parametrize(
     ("architecture", "eos"), [("eagle3", set()), ("eagle3", {1, 3}), ("eagle", {1}), ("medusa", {1, 3})]
 )
-def test_the_estimate_is_unbiased(architecture, eos, monkeypatch):
+def test_the_estimate_is_unbiased(architecture, eos):
     """Averaged over every text with its probability it is what the rejection rule gives, for each K."""
-    monkeypatch.setattr("draft.evaluation.replay._POSITIONS_PER_CHUNK", 7)
     target = make_four_token_target(eos)
     head = make_three_token_head(target, architecture)
     rows = [row(PROMPT, text, id=str(text)) for text in texts(eos)]
@@ -152,6 +153,51 @@ def test_the_estimate_is_unbiased(architecture, eos, monkeypatch):
             if not eos:
                 assert np.dot(weights, result.emitted[:, length - 1]) == pytest.approx(emitted, abs=1e-9)
             assert 1.1 < emitted / verifications < length + 1
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_terms_by_brute_force(architecture, monkeypatch):
+    """min(1, q/p) and the sum of min(p, q) without EOS, in rows of two lengths and chunks of a few positions."""
+    monkeypatch.setattr("draft.evaluation.replay._POSITIONS_PER_CHUNK", 7)
+    target = make_tiny_target()
+    head = make_tiny_head(target, architecture=architecture)
+    for lm_head in head.lm_head_modules.values():
+        lm_head.weight.data[2] *= 3  # EOS: a share that would be missed
+    generator = torch.Generator().manual_seed(0)
+    rows = [row([5, 6], torch.randint(3, 259, (n,), generator=generator).tolist()) for n in (9, 12)]
+    (_, ids, output) = next(target_passes(target, rows, 1000, None, [head]))
+    wanted = torch.arange(ids.shape[1]).expand_as(ids) < ids.shape[1] - 2
+    with torch.no_grad():
+        ratios, overlaps = rejection_terms(target, head, ids, output, wanted, 3)
+        p = target.logits(output.last_hidden).softmax(-1)
+        states = ARCHITECTURES[architecture].unroll(head, target.embedding(ids), output.auxiliary, 3)
+        for step, hidden in enumerate(states):
+            q = torch.zeros_like(p).index_copy(-1, head.vocabulary, head.logits(hidden, step).softmax(-1))
+            for b, i in itertools.product(range(len(rows)), range(ids.shape[1] - 2 - step)):
+                p_there, token = p[b, i + 1 + step], ids[b, i + 2 + step]
+                both = torch.minimum(p_there, q[b, i])
+                assert overlaps[b, i, step] == pytest.approx(float(both.sum() - both[2]), abs=1e-12)
+                assert ratios[b, i, step] == pytest.approx(
+                    float((q[b, i, token] / p_there[token]).clamp_max(1)), abs=1e-12
+                )
+
+
+@pytest.mark.parametrize(("architecture", "length"), [("eagle3", 5), ("medusa", 7)])
+def test_the_estimate_agrees_with_the_engine(architecture, length):
+    """On texts that the engine wrote: verifications that they took against those that they take on average."""
+    target = make_four_token_target(set())
+    head = make_three_token_head(target, architecture)
+    engine = Engine(target, head, rule="rejection", speculation="chain", speculation_length=length)
+    completions = engine.generate(
+        [[1, seed % 4, 3] for seed in range(6)], [SamplingParams(40, temperature=1.0, seed=seed) for seed in range(6)]
+    )
+    rows = [row(c.prompt_ids, c.token_ids, id=str(seed)) for seed, c in enumerate(completions)]
+    result = sampled_acceptance(target, {"head": head}, rows, length)["head"]
+    stats = [c.stats for c in completions]
+    verifications = sum(s.verifications for s in stats)
+    assert result.verifications[:, -1].sum() == pytest.approx(verifications, rel=0.1)
+    assert result.tau(length) == pytest.approx(sum(s.emitted for s in stats) / verifications, rel=0.1)
+    assert result.tau(length) > 1.2
 
 
 def test_only_rows_from_the_whole_distribution_count():

@@ -5,8 +5,6 @@ import torch
 from conftest import make_tiny_target
 from interop.cases import random_head
 
-from draft.heads.unroll import shift_left
-
 STEPS = 5
 
 
@@ -84,7 +82,3 @@ def test_right_padding_changes_nothing(tiny_target, tiny_head):
             runs.append([hidden[:, :8] for hidden in steps])
     for alone, batched in zip(*runs, strict=True):
         torch.testing.assert_close(alone, batched, atol=1e-10, rtol=0)
-
-
-def test_shift_left():
-    assert shift_left(torch.tensor([[[1], [2], [3]]])).flatten().tolist() == [2, 3, 0]
