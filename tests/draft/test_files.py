@@ -123,6 +123,7 @@ def test_a_hash_is_of_bytes_that_are_there(tmp_path: Path) -> None:
         (FileNotFoundError(errno.ENOENT, "No such file or directory", "/x/y"), "'/x/y' could not be read or written"),
         (OSError(errno.ENOSPC, "No space left on device"), "a file could not be read or written (No space left"),
         (OSError("Couldn't deserialize thrift"), "(Couldn't deserialize thrift)"),  # as pyarrow raises it
+        (Exception("File too large (os error 27)"), "a file could not be read or written (File too large (os error"),
         (SafetensorError("header too large"), "a safetensors file could not be read or written (header too large)"),
         (requests.exceptions.ConnectionError("no route"), None),
         (ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused"), None),
