@@ -161,11 +161,11 @@ def test_a_finished_data_set_is_left_alone(
     monkeypatch.setattr(Endpoint, "answer", None)
     assert rows_of(run(tmp_path / "data", prompts=[questions], progress=True)) == first
     assert "complete" in capsys.readouterr().out
+    with pytest.raises(UserError, match="begun with target_fingerprint"):
+        run(tmp_path / "data", make_tiny_target(seed=9), prompts=[questions])
     questions.write_text(questions.read_text().replace("number 3", "number 33"))
     with pytest.raises(UserError, match="begun with prompts_hash"):
         run(tmp_path / "data", prompts=[questions])
-    with pytest.raises(UserError, match="begun with target_fingerprint"):
-        run(tmp_path / "data", make_tiny_target(seed=9), prompts=[questions])
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "letter.txt").write_text("dear")
     with pytest.raises(UserError, match="exists and is no data set"):
