@@ -190,6 +190,14 @@ def decoder_json(architecture: str, values: dict[str, Any], dtype: torch.dtype) 
     }
 
 
+def read_flag(values: Mapping[str, Any], key: str) -> bool:
+    """A value that is true or false, false where it is absent or null; UserError for another."""
+    value = values.get(key) or False
+    if value not in (False, True):
+        raise UserError(f"head config: {key} = {value!r}; it must be true or false.")
+    return bool(value)
+
+
 def check_unknown(values: Mapping[str, Any]) -> None:
     """Refuse a key that may change the arithmetic and is not known here, unless it is off or a factor of 1."""
     for key, value in values.items():

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from draft.errors import UserError
 from draft.heads.base import Features, StepwiseHead
-from draft.heads.config import STRICT, DecoderConfig, check_fixed, decoder_json, read_sizes, sizes_like
+from draft.heads.config import STRICT, DecoderConfig, check_fixed, decoder_json, read_flag, read_sizes, sizes_like
 from draft.heads.initial import (
     SCALES,
     SELF_ATTENTION_STD,
@@ -110,7 +110,7 @@ class Eagle3Config(DecoderConfig):
         values = read_sizes(values)
         values["shared_lm_head"] = "draft_vocab_size" in values and values["draft_vocab_size"] is None
         values["draft_vocab_size"] = values.get("draft_vocab_size") or values.get("vocab_size")
-        values.update({option: bool(values.get(option)) for option in OPTIONS})
+        values.update({option: read_flag(values, option) for option in OPTIONS})
         values["auxiliary_layers"] = read_layer_ids(values)
         return cls.of_known(values)
 

@@ -22,6 +22,7 @@ log = logging.getLogger(__name__)
 _PLAIN_DTYPES = {"F64", "F32", "F16", "BF16"}
 # integer tables of older checkpoints, which are computed today
 _TABLES = re.compile(r"(position_ids|masked_bias|attn\.bias|inv_freq)$")
+MOST_LAYERS = 10_000
 _LAYER = re.compile(r"^(.*\blayers)\.(\d+)\.(.+)$")
 # rotary embeddings that treat all tokens and layers alike
 _HEAD_ROPES = ("default", "linear", "llama3", "yarn")
@@ -97,6 +98,11 @@ def check_model(name: str, config: Any, dtype: torch.dtype | str, device: torch.
     """
     from transformers import AutoModelForCausalLM
 
+    layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
+    if layers > MOST_LAYERS:  # building them, without weights even, would take for ever
+        raise UserError(
+            f"target {name!r}: num_hidden_layers = {layers}, more than any model has; correct its config.json."
+        )
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
@@ -149,26 +155,14 @@ def decoder_of(name: str, model: Any) -> Any:
     return decoder
 
 
-def weight_files(name: str, find: Callable[[str], str | None], layers: int) -> list[Path]:
+def weight_files(name: str, find: Callable[[str], str | None]) -> list[Path]:
     """The safetensors files of a target's weights, each one whole, with all tensors that their index gives them.
 
-    find: (file's name) -> its path, None where the target has no such file. layers: those that its config.json says it
-    has, of at least one tensor each.
+    find: (file's name) -> its path, None where the target has no such file.
 
     Raises:
         UserError: naming a file that is missing or damaged, or a tensor that a file lacks.
     """
-    paths = _weight_files(name, find)
-    count = sum(len(open_weights(path)) for path in paths)
-    if layers > count:
-        raise UserError(
-            f"target {name!r}: its config.json says num_hidden_layers = {layers}, and its files have {count} tensors; "
-            "the two do not belong together."
-        )
-    return paths
-
-
-def _weight_files(name: str, find: Callable[[str], str | None]) -> list[Path]:
     single, listing = (find(f"model.safetensors{end}") for end in ("", ".index.json"))
     if single is None and listing is None:
         pickles = [file for end in ("", ".index.json") if find(file := f"pytorch_model.bin{end}")]
@@ -179,6 +173,7 @@ def _weight_files(name: str, find: Callable[[str], str | None]) -> list[Path]:
             else f"target {name!r}: it has no model.safetensors and no index of several; give a whole model."
         )
     if single is not None:
+        open_weights(Path(single))
         return [Path(single)]
     assert listing is not None
     values, paths = read_json(Path(listing)), []

@@ -60,12 +60,9 @@ def load_target(
     files: list[Path] = []
     if not options:  # a GGUF file's layers are known once it is read, and are dequantised
         check_config(name, config)
-        here, layers = Path(source).is_dir(), config.get_text_config().num_hidden_layers
-        with _loading(name):
-            files = weight_files(name, _finder(source), layers) if here else []
         check_model(name, config, wanted, place)
         with _loading(name):  # nothing is downloaded that does not fit
-            files = files or weight_files(name, _finder(source), layers)
+            files = weight_files(name, _finder(source))
     found = read_adapter(adapter) if adapter is not None else None
     if found is not None:
         warn_of_other_template(found, tokenizer)

@@ -94,6 +94,7 @@ def test_names_of_other_trainers_are_understood(folder, tiny_head):
     ("key", "value", "words"),
     [
         ("mlp_bias", True, "mlp_bias = True"),
+        ("norm_before_residual", "no", "norm_before_residual = 'no'; it must be true or false"),
         ("eagle_config", {"use_last_layernorm": False}, "eagle_config.use_last_layernorm"),
         ("layer_types", ["sliding_attention"], "sliding_attention"),
         ("sliding_window", 16, "sliding_window = 16 is not supported"),
