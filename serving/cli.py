@@ -42,6 +42,9 @@ ClientCertificate = Literal["none", "optional", "required"]
 def serve(
     target: Annotated[str, Option(help="Target: a hub id, a folder, a .gguf file, or smollm2 (bundled).")] = "smollm2",
     target_adapter: Annotated[str | None, Option(help="Folder of a PEFT LoRA adapter, merged into the target.")] = None,
+    chat_template: Annotated[
+        Path | None, Option(help="File of a Jinja chat template. Default: the target's own.")
+    ] = None,
     head: Annotated[
         str | None, Option(help="Draft head: a folder, or smollm2-eagle3 (bundled). Default: none, plain decoding.")
     ] = None,
@@ -131,7 +134,16 @@ def serve(
             max_waiting_tokens=max_waiting_tokens,
             prefill_chunk=prefill_chunk,
         )
-        load = partial(load_engine, target, head, dtype, target_adapter=target_adapter, warm_up=warm_up, **options)
+        load = partial(
+            load_engine,
+            target,
+            head,
+            dtype,
+            target_adapter=target_adapter,
+            chat_template=chat_template,
+            warm_up=warm_up,
+            **options,
+        )
         models = f"{target} + {target_adapter}" if target_adapter else target
         models += f" with {head}, K = {speculation_length}, {rule}" if head else " without a draft head"
         address = listener.url("https" if tls else "http")
@@ -144,6 +156,7 @@ def load_engine(
     dtype: str,
     *,
     target_adapter: str | None = None,
+    chat_template: Path | None = None,
     warm_up: bool,
     threads: int | None,
     **options: Any,
@@ -157,7 +170,7 @@ def load_engine(
     from transformers.utils.logging import disable_progress_bar
 
     from draft.heads.checkpoint import attach_head, load_head
-    from draft.target import load_target
+    from draft.target import load_target, read_chat_template
     from serving.engine import Engine
     from serving.engine.setup import decoding_dtype
 
@@ -165,7 +178,10 @@ def load_engine(
         torch.set_num_threads(threads)
     if not sys.stderr.isatty():
         disable_progress_bar()
+    template = None if chat_template is None else read_chat_template(chat_template)
     loaded = load_target(target, decoding_dtype(dtype, options["mode"]), adapter=target_adapter)
+    if template is not None:
+        loaded.use_chat_template(template)
     draft_head = None
     if head is not None:
         draft_head, about = load_head(head, dtype=loaded.dtype, device=loaded.device)

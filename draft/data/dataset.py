@@ -273,6 +273,7 @@ class Plan:
                 raise UserError(f"{str(self.folder)!r} exists and is no data set; choose another --out, or delete it.")
             write_json(path, self.arguments, replace=False)
         before = read_json(path)
+        self.arguments["rendering_time"] = before.get("rendering_time")  # what goes on renders as it began
         for name in sorted({*before, *self.arguments}):
             old, new = before.get(name), self.arguments.get(name)
             if old != new:
