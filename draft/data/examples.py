@@ -65,6 +65,16 @@ def tokenise(target: Target, text: str) -> list[int]:
     return target.tokenizer(text, add_special_tokens=False).input_ids
 
 
+def continuation(target: Target, before: str, text: str) -> list[int]:
+    """Token ids of a text as they are after another, in one piece; by itself where a token would go across."""
+    if target.tokenizer.is_fast:
+        ids, offsets = _with_offsets(target, before + text, add_special_tokens=False)
+        behind = [place for place, (_, last) in enumerate(offsets) if last > len(before)]
+        if not behind or offsets[behind[0]][0] >= len(before):
+            return [ids[place] for place in behind]
+    return tokenise(target, text)
+
+
 def check_ids(target: Target, ids: Sequence[int], remedy: str = "remove that row") -> None:
     """Refuse token ids that the target has no embedding of: BadRow."""
     most, size = max(ids, default=0), min(target.vocab_size, target.embedding.num_embeddings)
@@ -159,12 +169,13 @@ def next_prompt(
         if not (more.startswith(said) and more[len(said) :].lstrip().startswith(answers[turn - 1].strip())):
             return None
     history = up_to_answer(messages, turn, repeat(SENTINEL))
-    _, found, between = render(target, history, add_generation_prompt=True, tools=tools).rpartition(SENTINEL)
+    before, found, between = render(target, history, add_generation_prompt=True, tools=tools).rpartition(SENTINEL)
     if not found:
         return None
-    if ids[-1] in target.eos_token_ids:
-        between = between.removeprefix(target.tokenizer.decode([ids[-1]]))
-    return ids + tokenise(target, between)
+    end = target.tokenizer.decode([ids[-1]]) if ids[-1] in target.eos_token_ids else ""
+    if between.startswith(end):
+        found, between = found + end, between.removeprefix(end)
+    return ids + continuation(target, before + found, between)
 
 
 def end_of_turn(target: Target) -> int:

@@ -25,7 +25,7 @@ from openai import APIConnectionError, APIStatusError, AsyncOpenAI, DefaultAsync
 
 from draft.data.conversations import tool_calls
 from draft.data.dataset import Response, hashed
-from draft.data.examples import Message, end_of_turn, prompt_ids, render, tokenise
+from draft.data.examples import Message, continuation, end_of_turn, prompt_ids, render
 from draft.data.settings import EndpointSettings, LocalServer
 from draft.errors import UserError
 from draft.launcher import draft_serve
@@ -270,7 +270,10 @@ class Endpoint:
         ended = ended or choice.get("finish_reason") == "tool_calls"
         if thought or calls:
             text = self._as_the_template_writes(question, {"content": text or "", "tool_calls": calls}, thought)
-        ids = tokenise(self.target, str(text))
+        before = self.target.tokenizer.decode(question.prompt)
+        if question.messages:
+            before = render(self.target, question.messages, add_generation_prompt=True, tools=question.tools)
+        ids = continuation(self.target, before, str(text))
         if thought or calls:
             ids = ids[: next((place for place, id in enumerate(ids) if id in self.target.eos_token_ids), len(ids))]
         ids = ids[: question.limit]

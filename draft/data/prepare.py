@@ -10,7 +10,7 @@ import random
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import cached_property
@@ -43,6 +43,7 @@ from draft.data.examples import (
     next_prompt,
     prompt_id,
     prompt_ids,
+    render,
     up_to_answer,
 )
 from draft.data.generate import Endpoint, EndpointError, Question, started
@@ -100,22 +101,7 @@ def prepare(
     skipped: Counter[str] = Counter()
     given = _given_prompts([str(source) for source in prompts], column, chosen, skipped) if prompts else None
     folder = Path(out)
-    messages = [_content(prompt, prompt.row and (prompt.row.ids, prompt.row.mask)) for prompt in given or ()]
-    answered_by = None
-    if isinstance(server, EndpointSettings):  # an address may change between two calls; the model that answers may not
-        answered_by = server.endpoint_model or "the endpoint's model"
-    arguments = {  # that a repeated call must agree on, conversations included: a file may have changed since
-        "target_fingerprint": target.fingerprint,
-        "prompts": [Path(source).name for source in prompts or ()],
-        "prompts_hash": hashlib.sha256(json.dumps(messages).encode()).hexdigest()[:16] if given else None,
-        **chosen.model_dump(),
-        "skip_invalid": chosen.skip_invalid or None,
-        "answered_by": answered_by,
-        "shards": shard and shard.count,
-        "chat_template": target.template_hash if target.chat_template else None,
-        "rendering_time": datetime.now().isoformat(timespec="minutes") if target.reads_clock else None,
-    }
-    plan = Plan(folder, arguments)
+    plan = Plan(folder, _arguments(target, prompts or (), given, chosen, shard, server))
     plan.begin()
     if plan.finished:
         if progress:
@@ -128,6 +114,32 @@ def prepare(
             target.rendering_time = datetime.fromisoformat(began)
         writer = Writer(target, chosen, plan, given, server, progress, closing, skipped)
         return writer.all() if shard is None else writer.part(shard)
+
+
+def _arguments(
+    target: Target,
+    prompts: Sequence[str | Path],
+    given: list[Prompt] | None,
+    settings: Settings,
+    shard: Shard | None,
+    server: EndpointSettings | LocalServer,
+) -> dict[str, Any]:
+    """What a repeated call must agree on, conversations included: a file may have changed since."""
+    messages = [_content(prompt, prompt.row and (prompt.row.ids, prompt.row.mask)) for prompt in given or ()]
+    answered_by = None
+    if isinstance(server, EndpointSettings):  # an address may change between two calls; the model that answers may not
+        answered_by = server.endpoint_model or "the endpoint's model"
+    return {
+        "target_fingerprint": target.fingerprint,
+        "prompts": [Path(source).name for source in prompts],
+        "prompts_hash": hashlib.sha256(json.dumps(messages).encode()).hexdigest()[:16] if given else None,
+        **settings.model_dump(),
+        "skip_invalid": settings.skip_invalid or None,
+        "answered_by": answered_by,
+        "shards": shard and shard.count,
+        "chat_template": target.template_hash if target.chat_template else None,
+        "rendering_time": datetime.now().isoformat(timespec="minutes") if target.reads_clock else None,
+    }
 
 
 def _check_kept(settings: Settings, given: bool, shared: bool) -> None:
@@ -272,9 +284,10 @@ class Writer:
             self.counts["skipped_rows"] = self.skipped.total()
         if not rows:
             counts = ", ".join(f"{name} {count}" for name, count in self.counts.items())
-            raise UserError(
-                f"no conversation is left ({counts}); raise --max-length, now {longest}, or give other prompts."
-            )
+            limits = f"--max-length, now {longest}"
+            if self.counts["empty_answers"]:  # cut off while the target was thinking, maybe
+                limits += f", or --max-new-tokens, now {self.settings.max_new_tokens}"
+            raise UserError(f"no conversation is left ({counts}); raise {limits}, or give other prompts.")
         return rows
 
     def _prompts(self) -> list[Prompt]:
@@ -292,12 +305,30 @@ class Writer:
             self.counts["self_prompts_refused"] = int(stored["refused"])
             messages = ([{"role": "user", "content": text}] for text in stored["prompts"])
             prompts = [Prompt(SELF_PROMPTED, messages=each) for each in messages]
+        self._note_tools(prompts)
         different = {
             json.dumps(_content(prompt, prompt.row and prompt.row.ids)): prompt for prompt in reversed(prompts)
         }
         self.counts["conversations"] = len(prompts)
         self.counts["duplicates"] = len(prompts) - len(different)
         return list(reversed(different.values()))
+
+    def _note_tools(self, prompts: list[Prompt]) -> None:
+        """Log once that the template leaves out tools or calls: a server of the target leaves them out as well."""
+        for prompt in prompts:
+            bare = [{key: value for key, value in m.items() if key != "tool_calls"} for m in prompt.messages]
+            if not prompt.tools and bare == prompt.messages:
+                continue
+            with suppress(BadRow):  # which is told where the row is used
+                if render(self.target, bare, add_generation_prompt=True) == render(
+                    self.target, prompt.messages, add_generation_prompt=True, tools=prompt.tools
+                ):
+                    log.warning(
+                        "%s: the target's chat template leaves out tools and their calls; give one that has them with "
+                        "--chat-template, or let them be left out as its servers do",
+                        prompt.where or prompt.source,
+                    )
+            return
 
     def _answered(self, prompts: list[Prompt]) -> list[Row]:
         """Let the target answer every user turn, one turn of all conversations after the other."""

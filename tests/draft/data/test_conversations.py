@@ -13,7 +13,7 @@ from conftest import TEMPLATE, make_tiny_target
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from draft.data.examples import encode_kept, next_prompt, prompt_id, prompt_ids, up_to_answer
+from draft.data.examples import continuation, encode_kept, next_prompt, prompt_id, prompt_ids, up_to_answer
 from draft.data.prepare import prepare
 from draft.data.prompts import Prompt, kept_rows, load_prompts
 from draft.data.records import BadRow
@@ -155,6 +155,7 @@ def test_a_conversation_is_tokenised_in_one_piece(target: Target, scheme: str) -
         tokenizer_object=raw, unk_token="<unk>", eos_token="</s>", additional_special_tokens=["[U]", "[A]"]
     )
     target.__dict__["eos_token_ids"] = frozenset([2])
+    piece = raw.token_to_id
     target.tokenizer.chat_template = (
         "{% for m in messages %}{{ '[U]' if m.role == 'user' else '[A]' }}{{ m.content }}"
         "{{ '</s>' if m.role == 'assistant' }}{% endfor %}{% if add_generation_prompt %}[A]{% endif %}"
@@ -163,6 +164,11 @@ def test_a_conversation_is_tokenised_in_one_piece(target: Target, scheme: str) -
     ((ids, mask),) = encode_kept(target, turns)
     whole = target.tokenizer("[U]hi[A]yes hi</s>[U]abc[A]hi</s>", add_special_tokens=False).input_ids
     assert ids == whole and spoken(target, ids, mask) == ["yes hi</s>", "hi</s>"]
+    start = target.tokenizer("[U]hi[A]yes hi</s>", add_special_tokens=False).input_ids
+    said_after = next_prompt(target, start, [turns[0], turns[2]], 1, ["yes hi"])
+    assert said_after == target.tokenizer("[U]hi[A]yes hi</s>[U]abc[A]", add_special_tokens=False).input_ids
+    # without a control token between, a mark would stand before what follows
+    assert continuation(target, "hi", "yes") == [piece("yes")] != target.tokenizer("yes").input_ids
 
 
 def test_thoughts_of_answers(target: Target, tmp_path: Path) -> None:
