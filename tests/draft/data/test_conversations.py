@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections import Counter
 from datetime import datetime
 from pathlib import Path
@@ -13,12 +14,15 @@ from conftest import TEMPLATE, make_tiny_target
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from draft.cli import main
+from draft.data.dataset import open_dataset
 from draft.data.examples import continuation, encode_kept, next_prompt, prompt_id, prompt_ids, up_to_answer
 from draft.data.prepare import prepare
 from draft.data.prompts import Prompt, kept_rows, load_prompts
 from draft.data.records import BadRow
 from draft.errors import UserError
-from draft.target import Target, read_chat_template
+from draft.target import Target, load_target, read_chat_template
+from serving.cli import load_engine
 
 ASSISTANT = "<|im_start|>assistant\n"
 THINK = TEMPLATE.replace(
@@ -363,6 +367,36 @@ def test_a_template_from_a_file(target: Target, tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=f"--chat-template .* {what}.*; give a file"):
             read_chat_template(file)
+
+
+def test_a_template_on_the_command_lines(folder: Path, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    """Of both programs, which take the same file; a data set of it fits the target."""
+    path = tmp_path / "chat.jinja"
+    path.write_text(THINK)
+    turns = [HELLO[0], said("assistant", "Hello.", reasoning_content="Hm.")]
+    file = write(tmp_path / "rows.jsonl", {"messages": turns}, "{", {"messages": HELLO})
+
+    def run(*words: Any) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["draft-train", "prepare", "--target", str(folder), *map(str, words)])
+        try:
+            main()
+        except SystemExit as end:
+            return int(end.code or 0), capsys.readouterr().err
+        return 0, capsys.readouterr().err
+
+    common = ("--prompts", file, "--keep-responses", "--out", tmp_path / "data")
+    status, shown = run(*common, "--chat-template", tmp_path / "none.jinja")
+    assert status == 2 and shown.startswith("draft-train: --chat-template") and shown.count("\n") == 1
+    assert run(*common, "--chat-template", path, "--skip-invalid")[0] == 0
+    dataset = open_dataset(tmp_path / "data")
+    dataset.check_target(load_target(str(folder), "float32"))
+    rows = dataset.rows("train") + dataset.rows("held-out")
+    assert len(rows) == 2 and dataset.manifest["skipped"] == {"not JSON": 1}
+    options = {"warm_up": False, "threads": None, "mode": "eager", "speculation": "off", "max_batch": 1}
+    engine = load_engine(str(folder), None, "float32", chat_template=path, **options)
+    assert "<think>Hm.</think>" in engine.target.render_chat(turns, add_generation_prompt=True)
+    with pytest.raises(UserError, match="--chat-template .* cannot be read"):
+        load_engine("not loaded", None, "float32", chat_template=tmp_path / "none.jinja", **options)
 
 
 def test_a_configuration_of_a_hub_data_set(tmp_path: Path, monkeypatch: Any) -> None:
