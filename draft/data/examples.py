@@ -67,7 +67,7 @@ def tokenise(target: Target, text: str) -> list[int]:
 
 def continuation(target: Target, before: str, text: str) -> list[int]:
     """Token ids of a text as they are after another, in one piece; by itself where a token would go across."""
-    if target.tokenizer.is_fast:
+    if getattr(target.tokenizer, "is_fast", False):
         ids, offsets = _with_offsets(target, before + text, add_special_tokens=False)
         behind = [place for place, (_, last) in enumerate(offsets) if last > len(before)]
         if not behind or offsets[behind[0]][0] >= len(before):
@@ -242,7 +242,7 @@ def _masked(
 
 
 def _with_offsets(target: Target, text: str, **options: bool) -> tuple[list[int], list[tuple[int, int]]]:
-    if not target.tokenizer.is_fast:
+    if not getattr(target.tokenizer, "is_fast", False):
         raise UserError(
             "the target's tokenizer does not say which characters its tokens are of, so that answers in files cannot "
             "be told apart; save the target with a tokenizer.json."
@@ -319,10 +319,11 @@ def encode_text(target: Target, text: str) -> tuple[list[int], list[bool]]:
 
 def _generation_prompt(target: Target) -> str:
     """What the template asks for an answer with, if a control token tells it from ordinary text."""
-    if not (target.chat_template or target.tokenizer.chat_template):
-        return ""
     turn = [{"role": "user", "content": SENTINEL}]
-    without, asked = (render(target, turn, add_generation_prompt=wanted) for wanted in (False, True))
+    try:
+        without, asked = (render(target, turn, add_generation_prompt=wanted) for wanted in (False, True))
+    except UserError:  # no template, or none for this: then no text was rendered by it
+        return ""
     opening = asked[len(without) :] if asked.startswith(without) else ""
     return opening if {*tokenise(target, opening)} & _control_tokens(target) else ""
 

@@ -25,7 +25,8 @@ from openai import APIConnectionError, APIStatusError, AsyncOpenAI, DefaultAsync
 
 from draft.data.conversations import tool_calls
 from draft.data.dataset import Response, hashed
-from draft.data.examples import Message, continuation, end_of_turn, prompt_ids, render
+from draft.data.examples import Message, check_ids, continuation, end_of_turn, prompt_ids, render
+from draft.data.records import BadRow
 from draft.data.settings import EndpointSettings, LocalServer
 from draft.errors import UserError
 from draft.launcher import draft_serve
@@ -277,6 +278,10 @@ class Endpoint:
         if thought or calls:
             ids = ids[: next((place for place, id in enumerate(ids) if id in self.target.eos_token_ids), len(ids))]
         ids = ids[: question.limit]
+        try:
+            check_ids(self.target, ids)
+        except BadRow as error:
+            raise EndpointError(f"{question.where}: {self._title} answers with a text that has a {error}") from error
         return Response([*ids, self._end] if ended else ids, retokenised=True)
 
     def _as_the_template_writes(self, question: Question, message: dict[str, Any], thought: Any) -> str:

@@ -168,8 +168,13 @@ def _hub(source: str) -> Iterator[tuple[str, Any]]:
             f"{source}: neither a file here nor a data set that can be had from the hub ({reason}); check the name, "
             "choose a configuration and a split as owner/name:config:split, or give a file."
         ) from error
-    for number, record in enumerate(rows, 1):
-        yield f"{source}, row {number}", _without_nulls(record)
+    number = 0
+    try:
+        for number, record in enumerate(rows, 1):
+            yield f"{source}, row {number}", _without_nulls(record)
+    except Exception as error:  # columns of pictures and sounds are decoded by other packages
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(f"{source}, row {number + 1}: cannot be read ({reason}); give the texts as a file.") from error
 
 
 _READERS: dict[str, Callable[[Path, str], Iterator[tuple[str, Any]]]] = {

@@ -21,6 +21,8 @@ from conftest import make_tiny_target
 from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
 
+from draft.data.dataset import open_dataset
+from draft.data.prepare import prepare
 from draft.data.prompts import kept_rows, load_prompts
 from draft.errors import UserError
 from draft.target import Target
@@ -155,7 +157,7 @@ def attempt(target: Target, name: str, content: bytes, **options: Any) -> list[A
 
 
 BOUNDED = settings(
-    max_examples=120, derandomize=True, deadline=None, phases=[Phase.generate],
+    max_examples=80, derandomize=True, deadline=None, phases=[Phase.generate],
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
 )  # fmt: skip
 KINDS = st.sampled_from(["jsonl", "json", "csv", "parquet"])
@@ -218,3 +220,43 @@ def test_another_encoding(target: Target, encoding: str, kind: str) -> None:
     content = written(ROWS[0], kind)
     expected = attempt(target, f"rows.{kind}", content) if encoding == "utf-8-sig" else None
     assert attempt(target, f"rows.{kind}", content.decode().encode(encoding)) == expected
+
+
+@pytest.fixture(scope="module")
+def folder(target: Target, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A prepared data set."""
+    root = tmp_path_factory.mktemp("prepared")
+    (root / "rows.jsonl").write_bytes(written(ROWS[0], "jsonl"))
+    options: Any = {"keep_responses": True, "progress": False, "held_out_share": 0.0}
+    prepare(target, root / "data", prompts=[root / "rows.jsonl"], **options)
+    return root / "data"
+
+
+@BOUNDED
+@given(st.data())
+def test_a_changed_data_set(target: Target, folder: Path, data: Any) -> None:
+    """One value of a prepared row: the rows have whole tokens and masks, or there is one sentence."""
+    path = folder / "train.parquet"
+    before = path.read_bytes()
+    table = pq.read_table(path)
+    rows = table.to_pylist()
+    index, name, *inside = data.draw(st.sampled_from([place for place in places(rows) if len(place) > 1]))
+    holder = rows[index] if not inside else rows[index][name]
+    key = inside[0] if inside else name
+    holder[key] = data.draw(st.sampled_from([None, -1, 259, 2**31 - 1, 0, True, "", "x", [], [None], math.nan, 0.5]))
+    try:
+        changed = pa.Table.from_pylist(rows, schema=table.schema)
+    except (pa.ArrowException, TypeError, ValueError):
+        assume(False)
+    pq.write_table(changed, path)
+    try:
+        got = open_dataset(folder).rows("train")
+    except UserError as error:
+        assert str(error).endswith("; prepare the data again.")
+    else:
+        for row in got:
+            assert row.id is not None and 0 < len(row.ids) == len(row.mask) >= row.prompt_length >= 0
+            assert 0 <= min(row.ids) <= max(row.ids) < target.vocab_size and None not in row.mask
+            assert row.temperature is None or row.temperature >= 0
+    finally:
+        path.write_bytes(before)
