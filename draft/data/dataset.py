@@ -1,7 +1,7 @@
 """A prepared data set on disk: two Parquet files, a manifest, and, while it is being written, what is done so far.
 
 manifest.json       written last: a folder without it is unfinished
-train.parquet       one row a conversation, see `Row`
+train.parquet       one row a conversation, or an answer with a prompt of its own, see `Row`
 held-out.parquet    the same; no prompt of it is in train.parquet
 tokenizer/          the target's, so that the rows can be read without loading the target
 plan.json           the resolved arguments, while it is unfinished and afterwards
@@ -74,12 +74,12 @@ class Response:
 
 @dataclass(frozen=True)
 class Row:
-    """One conversation."""
+    """One conversation; with prompts that the template renders anew, one answer. Rows of a conversation share the id."""
 
     id: str  # hash of the tokens before the first response: the same prompt has the same id in every data set
-    ids: list[int]  # the whole conversation
+    ids: list[int]  # the conversation, up to the last answer of the row
     mask: list[bool]  # the tokens to train on: the assistant's, end-of-turn token included
-    prompt_length: int  # tokens before the first response
+    prompt_length: int  # tokens before the first response of the row
     temperature: float | None  # how the target wrote it (0: greedily); None: not written by the target
     top_p: float | None
     source: str  # the file it came from, or "self-prompted"

@@ -77,7 +77,7 @@ def continuation(target: Target, before: str, text: str) -> list[int]:
 
 def check_ids(target: Target, ids: Sequence[int], remedy: str = "remove that row") -> None:
     """Refuse token ids that the target has no embedding of: BadRow."""
-    most, size = max(ids, default=0), min(target.vocab_size, target.embedding.num_embeddings)
+    most, size = max(ids, default=0), min(target.vocab_size, target.embedding.weight.shape[0])
     if most >= size:
         token = target.tokenizer.convert_ids_to_tokens(most) if most < len(target.tokenizer) else None
         name = f"{most} ({token})" if token else f"{most}"
@@ -257,7 +257,7 @@ def _other_prompt(before: str, after: str) -> BadRow:
         "an answer that the chat template renders after another prompt",
         "the target's chat template does not render an answer after the prompt that it is asked with, which goes on "
         f"with {before[common:][:40]!r} where the conversation has {after[common:][:40]!r}",
-        "give a template that does with --chat-template, or mark the answers in it with {% generation %}",
+        "give a template that renders it there with --chat-template, or remove that row",
     )
 
 
