@@ -74,7 +74,7 @@ class Response:
 
 @dataclass(frozen=True)
 class Row:
-    """One conversation; with prompts that the template renders anew, one answer. Rows of a conversation share the id."""
+    """One conversation, or one answer of it where the template renders its prompt anew; such rows share the id."""
 
     id: str  # hash of the tokens before the first response: the same prompt has the same id in every data set
     ids: list[int]  # the conversation, up to the last answer of the row
