@@ -61,7 +61,7 @@ async def info(request: Request) -> dict[str, Any]:
         "architecture": type(target.model).__name__,
         "dtype": str(target.dtype).removeprefix("torch."),
         "device": target.device.type,
-        "chat_template": bool(target.tokenizer.chat_template),
+        "chat_template": bool(target.chat_template or target.tokenizer.chat_template),
         "head": head
         and {
             "name": service.head_name,
