@@ -125,7 +125,7 @@ def mutated(folder: Path, mutation: Mutation, into: Path) -> Path:
 
 
 def result_or_refusal(read: Callable[[], Any]) -> Any:
-    """What `read` returns; None where it refuses in one sentence. Any other exception is the test's failure."""
+    """The result of `read`; None where it refuses in one sentence. Any other exception is the test's failure."""
     try:
         return read()
     except UserError as refusal:

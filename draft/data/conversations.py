@@ -18,8 +18,10 @@ RESPONSES = ("response", "answer", "output", "completion", "code")
 _SYSTEM = ("system", "system_prompt", "system_message", "system_instruction", "sys_prompt")
 _TOOLS = ("tools", "functions")
 _REASONING = ("reasoning_content", "reasoning", "thinking")
+_FLAGS = ("on", "off", "yes", "no", "true", "false")
 _ROLES = {
     "system": "system",
+    "developer": "system",
     "user": "user",
     "human": "user",
     "assistant": "assistant",
@@ -35,6 +37,7 @@ _ROLES = {
     "tool_call": "assistant",
 }
 _CALLS = ("function_call", "tool_call")  # roles whose text is a call, as JSON
+_TEXTS = ("text", "input_text", "output_text")  # kinds of parts that are what was said
 _TURN_KEYS = {"role", "from", "content", "value", "name", "tool_calls", "tool_call_id", "function_call", *_REASONING}
 # names of columns that a conversation may be in
 _ASKED = re.compile(
@@ -66,6 +69,7 @@ class Layout:
         used = {self.column}
         system, history, tools = (self._first(record, names, used) for names in (_SYSTEM, ("history",), _TOOLS))
         messages = self._messages(_history(history)) + self._turns(record, used)
+        system = _joined(system, "the system prompt")
         if isinstance(system, str) and system.strip():
             if messages and messages[0]["role"] == "system":  # the conversation's own is used
                 used -= set(_SYSTEM)
@@ -126,10 +130,12 @@ class Layout:
                 messages = messages + self._messages(value, len(messages) + 1)
             else:
                 reasoning = self._first(record, _REASONING, used)
+                if isinstance(reasoning, bool) or str(reasoning).strip().lower() in _FLAGS:  # switched on, not thoughts
+                    reasoning = None
                 thought = {"reasoning_content": _text(reasoning, "the reasoning")} if reasoning else {}
                 answer = _text(value, f"column {self.response!r}", "an empty answer")
                 messages = [*messages, {"role": "assistant", **thought, "content": answer}]
-        while messages and messages[-1]["role"] != "assistant":
+        while messages and (messages[-1]["role"] != "assistant" or "weight" in messages[-1]):
             messages = messages[:-1]  # an unanswered end has nothing to train on
         if not messages:
             raise BadRow("no answer", "there is no response to keep")
@@ -180,9 +186,9 @@ def _role(item: Any, place: int) -> str:
         what = f"turn {place} is a {type(item).__name__}, not a text or an object with role and content"
         raise BadRow("a turn that is no object", what)
     role = item.get("role", item.get("from"))
-    if not isinstance(role, str) or role not in _ROLES:
+    if not isinstance(role, str) or role.lower() not in _ROLES:
         raise BadRow("an unknown role", f"turn {place} has the role {role!r}, not one of {', '.join(_ROLES)}")
-    return _ROLES[role]
+    return _ROLES[role.lower()]
 
 
 def _message(item: Any, role: str, place: int) -> Message:
@@ -198,14 +204,24 @@ def _message(item: Any, role: str, place: int) -> Message:
     if role == "assistant" and (reasoning := next((item[name] for name in _REASONING if item.get(name)), None)):
         message["reasoning_content"] = _text(reasoning, f"the reasoning of turn {place}")
     message |= {name: item[name] for name in ("name", "tool_call_id") if isinstance(item.get(name), str)}
-    if isinstance(content, list):  # parts, as chat APIs write them
-        if not all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in content):
-            raise BadRow("a turn with parts that are not text", f"turn {place} has parts that are not text")
-        content = "".join(part["text"] for part in content)
+    if role == "assistant" and item.get("weight") == 0:  # not to be trained on, as OpenAI's files say it
+        message["weight"] = 0
+    content = _joined(content, f"turn {place}")
     if content in (None, "") and (role == "tool" or "tool_calls" in message):  # beside a call, or as its result
         return {**message, "content": ""}
     reason = "an empty answer" if role == "assistant" else "an empty turn"
     return {**message, "content": _text(content, f"turn {place}", reason)}
+
+
+def _joined(content: Any, where: str) -> Any:
+    """The text of a list of parts, as chat APIs write them; anything else as it is."""
+    if not isinstance(content, list):
+        return content
+    for part in content:
+        kind = part.get("type", "text") if isinstance(part, dict) else type(part).__name__
+        if kind not in _TEXTS or not isinstance(part.get("text"), str):
+            raise BadRow("a turn with parts that are not text", f"{where} has a part that is not text ({kind})")
+    return "".join(part["text"] for part in content)
 
 
 def tool_calls(calls: Any, where: str) -> list[dict[str, Any]]:

@@ -21,7 +21,7 @@ from draft.errors import UserError
 from draft.target import Target
 
 SENTINEL = "draftsmith-puts-text-here"  # rendered in the place of a text to find what surrounds it
-_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 _BATCHES_SORTED_TOGETHER = 32  # rows are sorted by length within so many batches, so that epochs still differ
 
 Message = dict[str, Any]  # role, content; of an answer also reasoning_content and tool_calls
@@ -204,7 +204,7 @@ def encode_kept(target: Target, messages: list[Message], tools: Tools = ()) -> l
     apart = any(m["role"] == "tool" or m.get("tool_calls") or m.get("reasoning_content") for m in messages)
     rows: list[tuple[int, str, list[tuple[int, int]]]] = []  # number of messages, text, answers in it
     for place, message in enumerate(messages):
-        if message["role"] != "assistant":
+        if message["role"] != "assistant" or "weight" in message:  # of 0: the file says that it is not trained on
             continue
         before = render(target, messages[:place], add_generation_prompt=True, tools=tools)
         after = render(target, messages[: place + 1], add_generation_prompt=False, tools=tools)
@@ -213,7 +213,7 @@ def encode_kept(target: Target, messages: list[Message], tools: Tools = ()) -> l
             if not marked:
                 raise _other_prompt(before, after)
             start = _end_of_history(messages[:place], before, after)
-        _check_answer(target, messages[: place + 1], after, tools)
+        _check_answer(target, messages[: place + 1], after, start, tools)
         answers = [(start, len(after))]
         if rows and not apart and before.startswith(rows[-1][1]):
             answers = rows.pop()[2] + answers
@@ -271,9 +271,19 @@ def _end_of_history(history: list[Message], before: str, after: str) -> int:
     return max(end, len(os.path.commonprefix([before, after])))
 
 
-def _check_answer(target: Target, messages: list[Message], rendered: str, tools: Tools) -> None:
-    """Refuse a last message with calls or thoughts of which the template leaves something out."""
+def _check_answer(target: Target, messages: list[Message], rendered: str, start: int, tools: Tools) -> None:
+    """Refuse a last message of which the template leaves something out.
+
+    start: the first character in `rendered` that the prompt does not have; it may end with how the answer begins.
+    """
     *history, answer = messages
+    shown = "".join(rendered[max(0, start - len(answer["content"])) :].split())
+    if "".join(answer["content"].split()) not in shown:
+        raise BadRow(
+            "an answer with a part left out by the chat template",
+            f"the target's chat template leaves out a part of the answer {answer['content'][:40]!r}",
+            "give a template that renders it with --chat-template, or remove that row",
+        )
     if not (answer.get("tool_calls") or answer.get("reasoning_content")):
         return
     for name, kind in (("tool_calls", "the call"), ("reasoning_content", "the thoughts"), ("content", "the text")):
@@ -318,7 +328,7 @@ def encode_text(target: Target, text: str) -> tuple[list[int], list[bool]]:
 
 
 def _generation_prompt(target: Target) -> str:
-    """What the template asks for an answer with, if a control token tells it from ordinary text."""
+    """The text with which the template requests an answer, if a control token tells it from ordinary text."""
     turn = [{"role": "user", "content": SENTINEL}]
     try:
         without, asked = (render(target, turn, add_generation_prompt=wanted) for wanted in (False, True))

@@ -124,7 +124,7 @@ def _arguments(
     shard: Shard | None,
     server: EndpointSettings | LocalServer,
 ) -> dict[str, Any]:
-    """What a repeated call must agree on, conversations included: a file may have changed since."""
+    """The arguments that a repeated call must agree on, conversations included: a file may have changed since."""
     messages = [_content(prompt, prompt.row and (prompt.row.ids, prompt.row.mask)) for prompt in given or ()]
     answered_by = None
     if isinstance(server, EndpointSettings):  # an address may change between two calls; the model that answers may not
@@ -433,7 +433,7 @@ class Writer:
         return {index: row for index, row in rows.items() if self.shard is None or self.shard.holds(index)}
 
     def _first_prompt(self, prompt: Prompt) -> list[int]:
-        """What the target reads first, once all turns are known to be such that it can read them."""
+        """The token ids that the target reads first, once all turns are known to be such that it can read them."""
         last = len(answer_places(prompt.messages)) - 1
         if last > 0:
             prompt_ids(self.target, prompt.messages, last, repeat(SENTINEL), prompt.tools)

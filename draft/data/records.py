@@ -6,6 +6,7 @@ import csv
 import gzip
 import json
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -113,6 +114,9 @@ def _csv(path: Path, name: str) -> Iterator[tuple[str, Any]]:
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, strict=True)
+            twice = [each for each, count in Counter(reader.fieldnames or ()).items() if count > 1]
+            if twice:
+                raise UserError(f"{name}, line 1: two columns are called {twice[0]!r}; rename one of them.")
             for record in reader:
                 number = reader.line_num
                 if None in record or None in record.values():

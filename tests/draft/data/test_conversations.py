@@ -110,8 +110,11 @@ def spoken(target: Target, ids: list[int], mask: list[bool]) -> list[str]:
             "system": "Be terse.",
         },
         {"prompt": "Hi", "response": "Yes", "system_message": "Be terse.", "system": None, "tools": float("nan")},
+        {"messages": [said("Developer", "Be terse."), said("user", "Hi"), said("assistant", "Yes")]},
+        {"messages": [said("user", "Hi"), said("assistant", "Yes")], "system": [{"type": "text", "text": "Be terse."}]},
+        {"prompt": [said("user", "Hi")], "output": "Yes", "system_prompt": "Be terse.", "reasoning": "off"},
     ],
-    ids=["sharegpt", "openorca", "alpaca", "messages", "columns"],
+    ids=["sharegpt", "openorca", "alpaca", "messages", "columns", "developer", "parts", "flag"],
 )
 def test_system_prompts_in_columns(tmp_path: Path, row: Any, caplog: Any) -> None:
     path = write(tmp_path / "rows.jsonl", row, row)
@@ -203,6 +206,21 @@ def test_tools_and_calls(target: Target, tmp_path: Path) -> None:
         rows_of(target, tmp_path, {"messages": [LOOP[0], said("assistant", "I add.", tool_calls=CALL)]})
 
 
+def test_an_answer_of_no_weight_is_not_trained_on(target: Target, tmp_path: Path) -> None:
+    bad = {**HELLO[1], "weight": 0}
+    rows = rows_of(target, tmp_path, {"messages": [HELLO[0], bad, *HELLO[2:]]})
+    assert [answers for _, answers in rows] == [["See you.<|im_end|>"]] and "Hello." in rows[0][0]
+    with pytest.raises(UserError, match="no response to keep"):
+        rows_of(target, tmp_path, {"messages": [HELLO[0], bad]})
+
+
+@pytest.mark.parametrize("short", ["m['content'].split('</think>')[-1]", "m['content'][:9]"])
+def test_a_template_that_leaves_out_a_part_of_an_answer(target: Target, tmp_path: Path, short: str) -> None:
+    with_template(target, TEMPLATE.replace("m['content']", short))
+    with pytest.raises(BadRow, match="leaves out a part of the answer '<think>Hm.</think>Hello.'"):
+        rows_of(target, tmp_path, {"messages": [HELLO[0], said("assistant", "<think>Hm.</think>Hello.")]})
+
+
 def test_what_the_target_answers(tmp_path: Path) -> None:
     """Every user, and the results of tools after the recorded call; other answers are not even read."""
     (prompt,) = load_prompts(write(tmp_path / "rows.jsonl", {"messages": [*LOOP, HELLO[2], said("assistant", None)]}))
@@ -234,7 +252,7 @@ def test_a_template_whose_prompt_opens_the_thoughts(target: Target, tmp_path: Pa
 
 
 def test_masks_of_generation_blocks(target: Target) -> None:
-    """Of a tokenizer that drops the blanks at the end of a block: transformers' mask would go on to the end."""
+    """A tokenizer drops the blanks at the end of a block: transformers' mask would go on to the end."""
     words = ["<unk>", "<s>", "</s>", "[U]", "[A]", "hi", "yes", "bye"]
     raw = Tokenizer(models.WordLevel({word: place for place, word in enumerate(words)}, unk_token="<unk>"))
     raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -315,6 +333,9 @@ UNCLEAN = {
     "the first turn is the assistant's": {"conversations": [said("assistant", "a"), *HELLO]},
     "two user turns in a row": {"conversations": [HELLO[0], *HELLO]},
     "an unknown role": {"conversations": [HELLO[0], said("bing", "a")]},
+    "a turn with parts that are not text": {
+        "conversations": [HELLO[0], said("assistant", [{"type": "thinking", "text": "Hm."}, {"text": "Hi"}])]
+    },
     "an empty answer": {"conversations": [HELLO[0], said("assistant", None)]},
     "an empty turn": {"conversations": [said("user", " "), HELLO[1]]},
     "a turn that is no object": {"conversations": [HELLO[0], 7]},
@@ -370,7 +391,7 @@ def test_a_template_from_a_file(target: Target, tmp_path: Path) -> None:
 
 
 def test_a_template_on_the_command_lines(folder: Path, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
-    """Of both programs, which take the same file; a data set of it fits the target."""
+    """Both programs take the same file; a data set of it fits the target."""
     path = tmp_path / "chat.jinja"
     path.write_text(THINK)
     turns = [HELLO[0], said("assistant", "Hello.", reasoning_content="Hm.")]

@@ -89,7 +89,10 @@ def test_every_kind_of_file(tmp_path: Path) -> None:
         ({"prompt": [ANSWER]}, "line 2: there is no user turn"),
         ({"prompt": [{"role": "bing", "content": "x"}]}, "line 2: turn 1 has the role 'bing'"),
         ({"prompt": []}, "line 2: column 'prompt' is empty"),
-        ({"prompt": [{"role": "user", "content": [{"type": "image"}]}]}, "line 2: turn 1 has parts that are not text"),
+        (
+            {"prompt": [{"role": "user", "content": [{"type": "image"}]}]},
+            "line 2: turn 1 has a part that is not text .image",
+        ),
     ],
 )
 def test_a_malformed_row_is_named(tmp_path: Path, row: Any, what: str) -> None:
@@ -120,6 +123,7 @@ def test_conversations_written_as_json_text(tmp_path: Path, column: str) -> None
     [
         ("latin.jsonl", b'{"prompt": "fine"}\n{"prompt": "caf\xe9"}\n', "line 2: not UTF-8"),
         ("a.csv", b"prompt,kind\nfine,x\nshort\n", "line 3: fewer values than the header"),
+        ("b.csv", b"prompt,prompt\nfine,x\n", "line 1: two columns are called 'prompt'"),
         ("a.json", b'[\n{"prompt": "fine"},\n{"prompt" "x"}]', "line 3: not JSON"),
         ("a.parquet", b"PAR1 and no more", "not a whole Parquet file"),
         ("a.jsonl.gz", b"not gzip", "line 1: cannot be read"),
