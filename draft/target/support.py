@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -98,11 +99,11 @@ def check_model(name: str, config: Any, dtype: torch.dtype | str, device: torch.
     """
     from transformers import AutoModelForCausalLM
 
-    layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
-    if layers > MOST_LAYERS:  # building them, without weights even, would take for ever
-        raise UserError(
-            f"target {name!r}: num_hidden_layers = {layers}, more than any model has; correct its config.json."
-        )
+    layers = getattr(config.get_text_config(), "num_hidden_layers", 1)
+    length = getattr(config.get_text_config(), "max_position_embeddings", 1)
+    for key, value, most in (("num_hidden_layers", layers, MOST_LAYERS), ("max_position_embeddings", length, math.inf)):
+        if not 0 < value <= most:  # building too many layers, without weights even, would take for ever
+            raise UserError(f"target {name!r}: {key} = {value}, which no model has; correct its config.json.")
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
@@ -182,6 +183,7 @@ def weight_files(name: str, find: Callable[[str], str | None]) -> list[Path]:
         raise UserError(f"{listing!r} has no weight_map of tensors to files; download the model again.")
     if not isinstance(values.get("metadata"), dict):
         raise UserError(f"{listing!r} has no metadata, which transformers reads; download the model again.")
+    owners: dict[str, str] = {}
     for file in sorted(set(index.values())):
         path = find(file) if Path(file).name == file else None
         if path is None:
@@ -190,6 +192,13 @@ def weight_files(name: str, find: Callable[[str], str | None]) -> list[Path]:
         lacking = sorted(key for key, place in index.items() if place == file and key not in held)
         if lacking:
             raise UserError(f"{path!r} lacks {lacking[0]}, which its index says it has; download the model again.")
+        twice = min(held.keys() & owners.keys(), default=None)
+        if twice is not None:  # transformers takes one of them, whatever the index says
+            raise UserError(
+                f"target {name!r}: tensor {twice} is in two files, {owners[twice]} and {file}; download the model "
+                "again."
+            )
+        owners |= dict.fromkeys(held, file)
         paths.append(Path(path))
     return paths
 
@@ -239,6 +248,10 @@ def check_loaded(name: str, model: Any, report: Mapping[str, Any], files: Iterab
     contradiction = _contradiction(model, extra)
     if contradiction is not None:
         raise wrong(contradiction, f"has no place in the model that its config.json describes; {parted}")
+    ends = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    if getattr(model.config.get_text_config(), "tie_word_embeddings", False) and ends[0] is not ends[1]:
+        reason = "differs from the embedding, which it is by its config.json"
+        raise wrong("lm_head.weight", f"{reason}; set tie_word_embeddings to false there, or remove the tensor")
     own = model.state_dict()
     exempt = {*extra, *(key for key, value in own.items() if not value.is_floating_point())}
     for path in files:
@@ -325,7 +338,7 @@ def check_code(name: str, find: Callable[[str], str | None]) -> None:
             f"target {name!r}: it holds an adapter (adapter_config.json); give the model that it was trained on as "
             "--target, and this as --target-adapter."
         )
-    for file in ("config.json", "tokenizer_config.json"):
+    for file in ("config.json", "tokenizer_config.json", "generation_config.json"):  # transformers ignores the last
         path = find(file)
         values = read_json(Path(path)) if path else {}
         mapped = values.get("auto_map")

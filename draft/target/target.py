@@ -161,7 +161,9 @@ def _loading(name: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        if isinstance(error, KeyError):  # of one of transformers' tables
+            reason = f"it has no {reason}"
         if isinstance(error, OSError) and not Path(name).expanduser().exists():
             raise UserError(
                 f"target {name!r} is neither a folder here nor reachable on the hub ({reason}); on a machine with "

@@ -162,6 +162,18 @@ def shard(*damages):
     return apply
 
 
+def index(**further):
+    """A function that adds tensors to the index: file's name without its end -> a tensor of it."""
+
+    def apply(folder):
+        path = folder / "model.safetensors.index.json"
+        values = json.loads(path.read_text())
+        values["weight_map"] |= {tensor: f"{file}.safetensors" for file, tensor in further.items()}
+        path.write_text(json.dumps(values))
+
+    return apply
+
+
 def drop(name):
     return rewrite(lambda tensors: tensors.pop(name))
 
@@ -186,7 +198,11 @@ def drop(name):
             "q_norm.weight has no place",
         ),
         (set_config(num_hidden_layers=7), f"{LAST}.* has no place in the model"),
-        (set_config(num_hidden_layers=10**12), "num_hidden_layers = 1000000000000, more than any"),
+        (set_config(num_hidden_layers=10**12), "num_hidden_layers = 1000000000000, which no model has"),
+        (set_config(num_hidden_layers=-1), "num_hidden_layers = -1, which no model has"),
+        (set_config(max_position_embeddings=0), "max_position_embeddings = 0, which no model has"),
+        (set_config(hidden_act="magic"), "it has no 'magic'"),
+        (lambda f: (f / "generation_config.json").write_text("{"), "generation_config.json' is not readable JSON"),
         (set_config(num_hidden_layers=9), r"model.layers.8.*is missing.*\(and 8 more\)"),
         (set_config(vocab_size=260), r"embed_tokens.weight is \[259, 32\] in its file and \[260, 32\]"),
         (set_config(hidden_size=64), r"is \[259, 32\] in its file and \[259, 64\]"),
@@ -199,6 +215,11 @@ def drop(name):
             "part-2.safetensors' lacks model.layers.3",
         ),
         (shard(lambda f: (f / "part-1.safetensors").write_bytes(b"")), "part-1.safetensors' is not a whole"),
+        (
+            shard(lambda f: shutil.copy(f / "part-1.safetensors", f / "part-3.safetensors"), index(**{"part-3": DOWN})),
+            "is in two files, part-1.safetensors and part-3.safetensors",
+        ),
+        (rewrite(lambda t: {**t, "lm_head.weight": torch.ones(259, 32)}), "lm_head.weight differs from the embedding"),
         (shard(lambda f: (f / "model.safetensors.index.json").write_text("{}")), "has no weight_map"),
         (
             lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-9]),
