@@ -86,7 +86,7 @@ def read_adapter(folder: str | Path) -> Adapter:
 def warn_of_other_template(adapter: Adapter, tokenizer: Any) -> None:
     """Log that the adapter's folder has another chat template than the target's, which is the one that is used."""
     settings, file = adapter.folder / "tokenizer_config.json", adapter.folder / "chat_template.jinja"
-    theirs = file.read_text("utf-8") if file.is_file() else None
+    theirs = file.read_text("utf-8", errors="replace") if file.is_file() else None
     if theirs is None and settings.is_file():
         theirs = read_json(settings).get("chat_template")
     if isinstance(theirs, list):  # several, each with a name
@@ -109,6 +109,8 @@ def merge_into_target(model: Any, adapter: Adapter, target: str, fingerprint: st
         UserError: when the adapter was made for a model of other layers or shapes.
     """
     from peft import PeftModel, get_peft_model_state_dict
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import AuxiliaryTrainingWrapper
 
     def misfit(reason: str) -> UserError:
         return UserError(
@@ -136,6 +138,13 @@ def merge_into_target(model: Any, adapter: Adapter, target: str, fingerprint: st
             raise misfit(text)
         if not any(words in text for words in _ANSWERED):
             log.warning("target adapter %r: PEFT warns: %s", adapter.name, text)
+    kinds = BaseTunerLayer, AuxiliaryTrainingWrapper
+    left = next((part for part, module in merged.named_modules() if isinstance(module, kinds)), None)
+    if left is not None:
+        raise UserError(
+            f"target adapter {adapter.name!r} cannot be merged ({left} is adapted in several ways); train it again "
+            "with one of them."
+        )
     unused = sorted(set(open_weights(adapter.folder / _WEIGHTS)) - kept)
     if unused:
         raise misfit(f"it has no place for {unused[0]}")

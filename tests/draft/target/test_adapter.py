@@ -86,6 +86,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "replication": ({"layer_replication": [[0, 4], [2, 8]]}, "layer_replication = .* cannot be merged"),
     "random PiSSA": ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights = .pissa_niter_4. cannot be merged"),
     "biases": ({"lora_bias": True}, "cannot be merged .*lora_bias=True"),
+    "two kinds on tied weights": (
+        {"target_modules": ["q_proj", "lm_head"], "trainable_token_indices": [5, 6]},
+        "cannot be merged .lm_head is adapted in several ways",
+    ),
 }
 
 
@@ -224,4 +228,6 @@ def test_another_chat_template_beside_the_adapter_is_told(
     tokenizer.chat_template = "{{ messages[0]['content'] }}"
     tokenizer.save_pretrained(tmp_path)
     target = load_target(str(world / "target"), "float32", adapter=tmp_path)
-    assert "another chat template" in caplog.text and target.tokenizer.chat_template != tokenizer.chat_template
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff\xfe")
+    load_target(str(world / "target"), "float32", adapter=tmp_path)
+    assert caplog.text.count("another chat template") == 2 and target.tokenizer.chat_template != tokenizer.chat_template
