@@ -28,7 +28,7 @@ _FIXED: dict[str, tuple[Any, ...]] = {
 # words in the names of keys that may change the arithmetic, and the keys of that kind that are honoured, checked
 # elsewhere, or matter in training only; others have to be absent, off, or factors of 1
 _SUSPICIOUS = re.compile(
-    r"attn|attention|rope|rotary|window|sink|softcap|multiplier|scal(e|ing)\b|_emb\b|quant|compress|clip|chunk|alibi|"
+    r"attn|attention|rope|rotary|window|sink|softcap|multiplier|scal(e|ing)(\b|_)|_emb\b|quant|compress|clip|chunk|alibi|"
     r"bias|norm|bidirectional|causal|interleave"
 )
 _KNOWN = {
@@ -161,6 +161,17 @@ def read_sizes(values: dict[str, Any]) -> dict[str, Any]:
             f"with one of {', '.join(_ROPES)}."
         )
     check_fixed(rope, {"partial_rotary_factor": (1.0, None)}, "the rotary embedding's ")
+    nested = next((key for key, value in rope.items() if isinstance(value, dict)), None)
+    if nested is not None:
+        raise UserError(
+            f"head config: rope_parameters has an object for {nested}; give the one of the head's layer alone."
+        )
+    for key, value in {"rope_theta": values.get("rope_theta"), **(values.get("rope_scaling") or {})}.items():
+        if value is not None and rope.get(key, value) != value:
+            raise UserError(
+                f"head config: {key} is {rope[key]!r} in rope_parameters and {value!r} beside it, and engines read "
+                "either; correct the one that is wrong."
+            )
     values["rope_parameters"] = {
         **{key: value for key, value in rope.items() if key != "type"},
         "rope_type": kind,

@@ -120,9 +120,10 @@ def _inverse_frequencies(parameters: dict[str, Any], head_dim: int, max_position
             f"head config: the rotary embedding {parameters} is of an unknown rope_type or lacks a value "
             f"({type(error).__name__}: {error}); correct it, or use a head with another."
         ) from error
-    if inverse.shape != (head_dim // 2,) or not torch.isfinite(inverse).all():
+    if inverse.shape != (head_dim // 2,) or not ((inverse > 0) & inverse.isfinite()).all():
         raise UserError(
-            f"head config: the rotary embedding {parameters} gives no {head_dim} / 2 finite frequencies; correct it."
+            f"head config: the rotary embedding {parameters} gives no {head_dim} / 2 positive, finite frequencies; "
+            "correct it."
         )
     return inverse, scaling
 

@@ -116,6 +116,15 @@ def test_names_of_other_trainers_are_understood(folder, tiny_head):
         ("num_key_value_heads", 3, "4 attention heads can't share 3"),
         ("rope_parameters", {"rope_type": "su", "factor": 2.0}, "unknown rope_type.*'su'"),
         ("rope_parameters", {"rope_type": "yarn"}, "lacks a value.*factor"),
+        ("rope_parameters", {"rope_type": "linear", "factor": -2.0}, "positive, finite frequencies"),
+        ("rope_parameters", {"full_attention": {"rope_theta": 1e6}}, "an object for full_attention"),
+        ("rope_theta", 5e5, "rope_theta is 10000.0 in rope_parameters and 500000.0 beside it"),
+        (
+            "rope_scaling",
+            {"rope_type": "linear", "factor": 2.0},
+            "rope_type is 'default' in rope_parameters and 'linear'",
+        ),
+        ("scale_embeddings", True, "scale_embeddings = True"),
         ("rope_parameters", {"rope_type": "linear", "factor": 0.0}, "finite|ZeroDivision"),
     ],
 )
