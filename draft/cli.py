@@ -161,23 +161,15 @@ def prepare(
 ) -> None:
     """Let the target write its own training data."""
     from draft.data.dataset import missing_shards
-    from draft.data.generate import check_local
     from draft.data.prepare import parse_shard
     from draft.data.prepare import prepare as run
     from draft.target import load_target, read_chat_template
-    from draft.target.target import device_of_process
 
     if more and not prompts:
         raise UserError(f"{more[0]!r} belongs to no option; give files of prompts as --prompts {' '.join(more)}.")
     settings = Settings.checked(_given(Settings, flags)).model_dump(exclude_unset=True)
     part = parse_shard(shard)
-    server: EndpointSettings | LocalServer
-    if flags["endpoint"] is not None:
-        server = EndpointSettings.checked(_given(EndpointSettings, flags))
-    else:
-        device = device_of_process(device)
-        check_local(dtype, device)
-        server = LocalServer.checked({"dtype": dtype, "device": device, **_given(LocalServer, flags)})
+    server = _server(flags, dtype, device)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # as Ctrl-C: store, and end the server
     files = [*prompts, *(more or ())] if prompts else None
     template = None if chat_template is None else read_chat_template(chat_template)
@@ -199,6 +191,18 @@ def prepare(
         f"{out}: {counts['train']['rows']} rows to train on, {counts['held-out']['rows']} held out ({dropped}). "
         f"Next: draft-train inspect {out}"
     )
+
+
+def _server(flags: dict[str, Any], dtype: str, device: str) -> EndpointSettings | LocalServer:
+    """The server that writes responses: the one at --endpoint, or one of this machine's to be started."""
+    from draft.data.generate import check_local
+    from draft.target.target import device_of_process
+
+    if flags["endpoint"] is not None:
+        return EndpointSettings.checked(_given(EndpointSettings, flags))
+    device = device_of_process(device)
+    check_local(dtype, device)
+    return LocalServer.checked({"dtype": dtype, "device": device, **_given(LocalServer, flags)})
 
 
 @app.command(epilog=_examples("draft-train inspect data/mine --examples 2"))
