@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from dataclasses import dataclass, field
 from typing import Any
 
 from draft.data.examples import Message
 from draft.data.records import BadRow
+
+log = logging.getLogger(__name__)
 
 Record = dict[str, Any]
 
@@ -59,6 +62,7 @@ class Layout:
     response: str | None  # of answers beside prompts
     keep: bool  # the answers in the file
     unused: set[str] = field(default_factory=set)
+    lists_told: bool = False
 
     def read(self, record: Record) -> dict[str, Any]:
         """Return the messages of a row, and its tools where it has some.
@@ -101,6 +105,9 @@ class Layout:
         if value == []:
             raise BadRow("no turns", f"column {column!r} is empty")
         if isinstance(value, list):
+            if column != "turns" and len(value) > 1 and isinstance(value[0], str) and not self.lists_told:
+                log.warning("column %r holds lists of texts: each text is taken for a user's turn", column)
+                self.lists_told = True
             return self._messages(value)
         text = _text(value, f"column {column!r}")
         if column == "instruction" and isinstance(record.get("input"), str) and record["input"].strip():
@@ -236,7 +243,7 @@ def tool_calls(calls: Any, where: str) -> list[dict[str, Any]]:
         function = call.get("function", call)
         if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"].strip():
             raise BadRow("a call without a name", f"{where} has a tool call that names no function")
-        arguments = function.get("arguments", function.get("parameters", {}))
+        arguments: Any = next((function[key] for key in ("arguments", "parameters", "input") if key in function), {})
         if isinstance(arguments, str):
             try:
                 parsed = json.loads(arguments)
@@ -261,9 +268,13 @@ def _tools(value: Any) -> list[dict[str, Any]]:
     value = [_json(each, "a tool") if isinstance(each, str) else each for each in value]
     if not all(isinstance(each, dict) for each in value):
         raise BadRow("tools that are no objects", "a tool is not an object")
-    return [
-        each if "function" in each or "name" not in each else {"type": "function", "function": each} for each in value
-    ]
+    tools = []
+    for each in value:
+        if "name" in each and "function" not in each:  # named otherwise by other APIs
+            names = {"input_schema": "parameters"}
+            each = {"type": "function", "function": {names.get(key, key): what for key, what in each.items()}}
+        tools.append(each)
+    return tools
 
 
 def _history(value: Any) -> list[Any]:

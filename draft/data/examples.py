@@ -6,6 +6,7 @@ import os
 import random
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
 from itertools import repeat
@@ -59,6 +60,16 @@ def render(
     if any("\ud800" <= letter <= "\udfff" for letter in text):
         raise BadRow("half a surrogate pair", "a call or a tool holds half a surrogate pair, which is no text")
     return text
+
+
+def check_template(target: Target) -> None:
+    """Refuse a template that leaves out what users say, as those do that read lists of parts only: UserError."""
+    with suppress(BadRow):  # a row that it refuses will be named
+        if SENTINEL not in render(target, [{"role": "user", "content": SENTINEL}], add_generation_prompt=True):
+            raise UserError(
+                f"target {target.name!r}: its chat template leaves out what a user says; give another with "
+                "--chat-template."
+            )
 
 
 def tokenise(target: Target, text: str) -> list[int]:
@@ -218,10 +229,17 @@ def encode_kept(target: Target, messages: list[Message], tools: Tools = ()) -> l
         if rows and not apart and before.startswith(rows[-1][1]):
             answers = rows.pop()[2] + answers
         rows.append((place + 1, after, answers))
-    return [
+    encoded = [
         _masked(target, text, answers, target.generation_spans(messages[:count], list(tools)) if marked else None)
         for count, text, answers in rows
     ]
+    if not all(any(mask) for _, mask in encoded):
+        raise BadRow(
+            "an answer that the chat template marks nothing of",
+            "the target's chat template marks nothing of an answer with {% generation %}",
+            "give a template that marks answers, or has no marks, with --chat-template",
+        )
+    return encoded
 
 
 def _masked(

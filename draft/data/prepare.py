@@ -39,7 +39,9 @@ from draft.data.dataset import (
 )
 from draft.data.examples import (
     SENTINEL,
+    Message,
     answer_places,
+    check_template,
     next_prompt,
     prompt_id,
     prompt_ids,
@@ -59,6 +61,14 @@ log = logging.getLogger(__name__)
 
 _SELF_PROMPTS = 500  # when the user does not say how many
 _Used = TypeVar("_Used")
+# parts of prompts that a template may leave out -> (a prompt's messages, tools) without them
+_LEFT_OUT: dict[str, Callable[[Prompt], tuple[list[Message], list[dict[str, Any]]]]] = {
+    "tools and their calls": lambda prompt: (
+        [{key: value for key, value in each.items() if key != "tool_calls"} for each in prompt.messages],
+        [],
+    ),
+    "system prompts": lambda prompt: ([each for each in prompt.messages if each["role"] != "system"], prompt.tools),
+}
 _TOO_MANY = 8  # conversations refused by an endpoint, and none answered
 
 
@@ -100,6 +110,8 @@ def prepare(
     )
     skipped: Counter[str] = Counter()
     given = _given_prompts([str(source) for source in prompts], column, chosen, skipped) if prompts else None
+    if given is None or any(prompt.messages for prompt in given):
+        check_template(target)
     folder = Path(out)
     plan = Plan(folder, _arguments(target, prompts or (), given, chosen, shard, server))
     plan.begin()
@@ -305,7 +317,7 @@ class Writer:
             self.counts["self_prompts_refused"] = int(stored["refused"])
             messages = ([{"role": "user", "content": text}] for text in stored["prompts"])
             prompts = [Prompt(SELF_PROMPTED, messages=each) for each in messages]
-        self._note_tools(prompts)
+        self._note_left_out(prompts)
         different = {
             json.dumps(_content(prompt, prompt.row and prompt.row.ids)): prompt for prompt in reversed(prompts)
         }
@@ -313,22 +325,21 @@ class Writer:
         self.counts["duplicates"] = len(prompts) - len(different)
         return list(reversed(different.values()))
 
-    def _note_tools(self, prompts: list[Prompt]) -> None:
-        """Log once that the template leaves out tools or calls: a server of the target leaves them out as well."""
-        for prompt in prompts:
-            bare = [{key: value for key, value in m.items() if key != "tool_calls"} for m in prompt.messages]
-            if not prompt.tools and bare == prompt.messages:
+    def _note_left_out(self, prompts: list[Prompt]) -> None:
+        """Log once what the template leaves out: a server of the target leaves it out as well."""
+        for what, without in _LEFT_OUT.items():
+            prompt = next((each for each in prompts if without(each) != (each.messages, each.tools)), None)
+            if prompt is None:
                 continue
+            messages, tools = without(prompt)
             with suppress(BadRow):  # which is told where the row is used
-                if render(self.target, bare, add_generation_prompt=True) == render(
-                    self.target, prompt.messages, add_generation_prompt=True, tools=prompt.tools
-                ):
+                whole = render(self.target, prompt.messages, add_generation_prompt=True, tools=prompt.tools)
+                if whole == render(self.target, messages, add_generation_prompt=True, tools=tools):
                     log.warning(
-                        "%s: the target's chat template leaves out tools and their calls; give one that has them with "
-                        "--chat-template, or let them be left out as its servers do",
-                        prompt.where or prompt.source,
+                        "%s: the target's chat template leaves out %s; give one that has them with --chat-template, or "
+                        "let them be left out as its servers do",
+                        *(prompt.where or prompt.source, what),
                     )
-            return
 
     def _answered(self, prompts: list[Prompt]) -> list[Row]:
         """Let the target answer every user turn, one turn of all conversations after the other."""

@@ -7,7 +7,7 @@ import gzip
 import json
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -114,9 +114,7 @@ def _csv(path: Path, name: str) -> Iterator[tuple[str, Any]]:
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, strict=True)
-            twice = [each for each, count in Counter(reader.fieldnames or ()).items() if count > 1]
-            if twice:
-                raise UserError(f"{name}, line 1: two columns are called {twice[0]!r}; rename one of them.")
+            _check_names(reader.fieldnames or (), name)
             for record in reader:
                 number = reader.line_num
                 if None in record or None in record.values():
@@ -129,10 +127,18 @@ def _csv(path: Path, name: str) -> Iterator[tuple[str, Any]]:
         raise UserError(f"{name}, after line {number}: not CSV in UTF-8 ({error}); mend the file.") from error
 
 
+def _check_names(names: Sequence[str], source: str) -> None:
+    """Refuse two columns of one name, of which readers take one."""
+    name, count = next(iter(Counter(names).most_common(1)), ("", 0))
+    if count > 1:
+        raise UserError(f"{source}: two columns are called {name!r}; rename one of them.")
+
+
 def _parquet(path: Path, name: str) -> Iterator[tuple[str, Any]]:
     number = 0
     try:
         with pq.ParquetFile(path) as file:
+            _check_names(file.schema_arrow.names, name)
             for batch in file.iter_batches(1024):
                 for record in batch.to_pylist():
                     number += 1

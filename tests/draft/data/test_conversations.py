@@ -221,6 +221,48 @@ def test_a_template_that_leaves_out_a_part_of_an_answer(target: Target, tmp_path
         rows_of(target, tmp_path, {"messages": [HELLO[0], said("assistant", "<think>Hm.</think>Hello.")]})
 
 
+LISTS = TEMPLATE.replace("m['content']", "m['content'][0]['text']")  # of a model that also sees pictures
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_template_that_reads_lists_of_parts_only_is_refused(target: Target, tmp_path: Path, keep: bool) -> None:
+    with_template(target, LISTS)
+    path = write(tmp_path / "rows.jsonl", {"messages": HELLO})
+    with pytest.raises(UserError, match="its chat template leaves out what a user says; give another with --chat-t"):
+        prepare(target, tmp_path / "data", prompts=[path], keep_responses=keep, progress=False)
+    assert not (tmp_path / "data").exists()
+
+
+def test_parts_of_prompts_that_the_template_leaves_out_are_told(target: Target, tmp_path: Path, caplog: Any) -> None:
+    tools = [{"name": "add", "description": "Sums.", "input_schema": {"type": "object"}}]
+    rows = [{"messages": [said("system", "S"), *HELLO], "tools": tools}, {"messages": HELLO}]
+    for template, told in ((TOOLS, []), (TEMPLATE, ["tools and their calls"])):
+        caplog.clear()
+        with_template(target, template)
+        path, out = write(tmp_path / "rows.jsonl", *rows), tmp_path / str(len(told))
+        prepare(target, out, prompts=[path], keep_responses=True, progress=False)
+        assert [text.partition(" leaves out ")[2].partition(";")[0] for text in caplog.messages] == told
+    with_template(target, TEMPLATE.replace("in messages", "in messages if m.role != 'system'"))
+    prepare(target, tmp_path / "system", prompts=[path], keep_responses=True, progress=False)
+    assert "rows.jsonl, line 1: the target's chat template leaves out system prompts" in caplog.text
+
+
+def test_tools_and_calls_of_other_apis(target: Target, tmp_path: Path) -> None:
+    tools = [{"name": "add", "description": "Sums.", "input_schema": {"type": "object"}}]
+    call = said("assistant", "", tool_calls=[{"name": "add", "input": {"a": 1}}])
+    row = {"messages": [HELLO[0], call], "tools": tools}
+    ((before, (answer,)),) = rows_of(with_template(target, TOOLS), tmp_path, row)
+    assert '"description": "Sums.", "parameters": {"type": "object"}' in before
+    assert answer == '<call>{"name": "add", "arguments": {"a": 1}}<|im_end|>'
+
+
+def test_lists_of_texts_are_told_to_be_turns(tmp_path: Path, caplog: Any) -> None:
+    path = write(tmp_path / "rows.jsonl", *[{"data": ["Hi", "Hello."], "turns": ["a", "b"]}] * 2)
+    assert [len(prompt.messages) for prompt in load_prompts(path)] == [2, 2] and not caplog.messages
+    assert [len(prompt.messages) for prompt in load_prompts(path, column="data")] == [2, 2]
+    assert caplog.messages[:1] == ["column 'data' holds lists of texts: each text is taken for a user's turn"]
+
+
 def test_what_the_target_answers(tmp_path: Path) -> None:
     """Every user, and the results of tools after the recorded call; other answers are not even read."""
     (prompt,) = load_prompts(write(tmp_path / "rows.jsonl", {"messages": [*LOOP, HELLO[2], said("assistant", None)]}))
@@ -266,6 +308,9 @@ def test_masks_of_generation_blocks(target: Target) -> None:
     )
     ((ids, mask),) = encode_kept(target, turns)
     assert spoken(target, ids, mask) == ["yes hi", "bye"]  # whatever is marked
+    with_template(target, "{# {% generation %} #}" + TEMPLATE)
+    with pytest.raises(BadRow, match="marks nothing of an answer with {% generation %}; give a template"):
+        encode_kept(target, turns)
 
 
 def test_several_named_templates(target: Target, tmp_path: Path) -> None:

@@ -123,7 +123,7 @@ def test_conversations_written_as_json_text(tmp_path: Path, column: str) -> None
     [
         ("latin.jsonl", b'{"prompt": "fine"}\n{"prompt": "caf\xe9"}\n', "line 2: not UTF-8"),
         ("a.csv", b"prompt,kind\nfine,x\nshort\n", "line 3: fewer values than the header"),
-        ("b.csv", b"prompt,prompt\nfine,x\n", "line 1: two columns are called 'prompt'"),
+        ("b.csv", b"prompt,prompt\nfine,x\n", "b.csv: two columns are called 'prompt'"),
         ("a.json", b'[\n{"prompt": "fine"},\n{"prompt" "x"}]', "line 3: not JSON"),
         ("a.parquet", b"PAR1 and no more", "not a whole Parquet file"),
         ("a.jsonl.gz", b"not gzip", "line 1: cannot be read"),
