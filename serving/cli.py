@@ -59,6 +59,12 @@ def serve(
     max_length: Annotated[
         int | None, Option(min=2, help="Maximum number of tokens of prompt and answer. Default: the target's context.")
     ] = None,
+    kv_cache_memory: Annotated[
+        str | None,
+        Option(
+            metavar="SIZE", help="Memory of the KV cache, such as 4GB. Default: most of what the models leave free."
+        ),
+    ] = None,
     max_waiting: Annotated[int, Option(min=0, help="Maximum number of queued requests; others get status 429.")] = 256,
     max_waiting_tokens: Annotated[
         int | None, Option(min=1, help="Maximum number of queued tokens, of prompts and requested answers.")
@@ -127,6 +133,7 @@ def serve(
             threads=threads,
             max_batch=max_batch,
             max_length=max_length,
+            kv_cache_memory=None if kv_cache_memory is None else _size(kv_cache_memory),
             max_waiting=max_waiting,
             max_waiting_tokens=max_waiting_tokens,
             prefill_chunk=prefill_chunk,
@@ -174,6 +181,15 @@ def load_engine(
     if warm_up:
         engine.warm_up()
     return engine
+
+
+def _size(text: str) -> int:
+    from pydantic import ByteSize, TypeAdapter, ValidationError
+
+    try:
+        return TypeAdapter(ByteSize).validate_python(text)
+    except ValidationError as error:
+        raise UserError(f"--kv-cache-memory {text!r} is not a size; give a number with a unit, such as 4GB.") from error
 
 
 def _check_key(key: str | None) -> None:

@@ -47,7 +47,7 @@ class Oracle:
         self.scripts: deque[Script] = deque()
         self.present: list[Script] = []
 
-    def join(self) -> Script:
+    def join(self, tokens: int) -> Script:
         self.present.append(self.scripts.popleft())
         return self.present[-1]
 

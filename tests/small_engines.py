@@ -9,6 +9,7 @@ from conftest import make_tiny_head
 from tiny_targets import tiny
 
 from serving.engine import Engine, Request, SamplingParams
+from serving.engine.kv_cache import SlotCache
 
 TARGET = tiny("llama")
 HEAD = make_tiny_head(TARGET)
@@ -17,6 +18,10 @@ CHAIN: dict[str, Any] = {"speculation": "chain", "speculation_length": 4}
 
 def params(count: int = 8, **fields: Any) -> SamplingParams:
     return SamplingParams(count, **{"ignore_eos": True, **fields})
+
+
+def all_free(cache: SlotCache) -> bool:
+    return cache.free_blocks == cache.blocks and not any(cache.lengths) and bool((cache.table == -1).all())
 
 
 def finish(engine: Engine) -> None:

@@ -19,6 +19,7 @@ from draft.target import Target
 from draft.target.support import check_architecture
 from serving.engine.answer import GrowingAnswer, special_ids
 from serving.engine.estimates import BRANCHING
+from serving.engine.kv_cache import BLOCK
 from serving.engine.planner import make_controller
 from serving.engine.request import (
     MAX_SPECULATION_LENGTH,
@@ -61,6 +62,7 @@ class Engine:
         pack_in_place: bool = False,
         max_batch: int = 16,
         max_length: int | None = None,
+        kv_cache_memory: int | None = None,
         max_waiting: int = 1024,
         max_waiting_tokens: int | None = None,
         prefill_chunk: int = 128,
@@ -73,8 +75,9 @@ class Engine:
         mode: see `build_models`. pack_in_place: the compiled mode replaces the linear layers of `target` itself, which
         then serves nothing else; by default it packs a copy, and the caller's target keeps its weights, too.
         max_batch: requests decoded at once. max_length: the most tokens of prompt and answer together (default: what
-        the target was made for). max_waiting, max_waiting_tokens: what may wait behind those that run. prefill_chunk:
-        prompt tokens read in one step.
+        the target was made for, as far as the cache holds it). kv_cache_memory: bytes of the cache (default: most of
+        what is free; never more than `max_batch` such requests need). max_waiting, max_waiting_tokens: what may wait
+        behind those that run. prefill_chunk: prompt tokens read in one step.
         threads: of the arithmetic on a CPU, of the whole process: `torch.set_num_threads` is called, with 1 in compiled
         mode, whose kernels have threads of their own.
 
@@ -92,11 +95,12 @@ class Engine:
             ("max_batch", max_batch, 1),
             ("max_waiting", max_waiting, 0),
             ("max_waiting_tokens", max_waiting_tokens, 1),
+            ("kv_cache_memory", kv_cache_memory, 1),
             ("threads", threads, 1),
             ("tree_size", tree_size, 1),
             ("prefill_chunk", prefill_chunk, 1),
         ):
-            if name in ("max_waiting_tokens", "threads") and value is None:
+            if name in ("max_waiting_tokens", "kv_cache_memory", "threads") and value is None:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise UserError(f"{name} = {value!r}: it must be a whole number of at least {least}.")
@@ -107,17 +111,22 @@ class Engine:
         self.max_batch, self.max_waiting, self.max_waiting_tokens = max_batch, max_waiting, max_waiting_tokens
         self._queue = RequestQueue(max_waiting, max_waiting_tokens)
         self.controller = make_controller(speculation, self.speculation_length, tree_size)
+        # drafts beyond a sequence's last token need places too, and those that the head reads but does not draft
+        self._overhang = max(tree_size, BRANCHING * self.speculation_length, MAX_SPECULATION_LENGTH) + 1
         self.models = build_models(
             target,
             head if speculation != "off" else None,
             mode=mode,
             pack_in_place=pack_in_place,
             slots=self.max_batch,
-            # drafts beyond a sequence's last token need places too, and those that the head reads but that
-            # are not in its tree
-            capacity=self.max_length + max(tree_size, BRANCHING * self.speculation_length, MAX_SPECULATION_LENGTH) + 1,
+            capacity=self.max_length + self._overhang,
+            least=(max_length or 2) + self._overhang,
+            memory=kv_cache_memory,
             threads=threads,
         )
+        fitting, size = self.models.cache_size.capacity - self._overhang, self.models.cache_size
+        self.limit_note = f", which is what the KV cache holds ({size})" if fitting < self.max_length else ""
+        self.max_length = min(self.max_length, fitting)
         self.target = self.models.runner.target
         self.mode = self.models.mode  # eager or compiled
         self._decoder = Decoder(self.models.runner, self.models.proposer, self.controller, prefill_chunk=prefill_chunk)
@@ -191,7 +200,7 @@ class Engine:
         self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams], speculation: Speculation
     ) -> list[Request]:
         for prompt, each in zip(prompts, params, strict=True):
-            check_prompt(prompt, self.target.vocab_size, self.max_length, each.max_new_tokens)
+            check_prompt(prompt, self.target.vocab_size, self.max_length, each.max_new_tokens, self.limit_note)
             each.check_vocabulary(self.target.vocab_size)
         if speculation.rule is not None:
             check_choice("rule", speculation.rule, tuple(RULES))
@@ -207,13 +216,13 @@ class Engine:
             if self._active:
                 self._advance()
                 self._dismiss()
-            elif len(self._queue) and not self.models.runner.cache.free_slots:
-                raise RuntimeError("slots were lost: no request runs, and none is free")  # the loop would spin
+            elif len(self._queue) and self.cache_usage:
+                raise RuntimeError("blocks were lost: no request runs, and not all are free")  # the loop would spin
             return bool(self._active or len(self._queue))
 
     def _admit(self) -> None:
         self._queue.drop_cancelled()
-        while self.models.runner.cache.free_slots and (request := self._queue.next()) is not None:
+        while (request := self._queue.next(self._has_room)) is not None:
             request.times.started = time.monotonic()
             try:
                 self._active.append(self._activate(request))
@@ -223,6 +232,21 @@ class Engine:
             except BaseException:  # the thread ends, and would not know of this one
                 _turn_away([request])
                 raise
+
+    def _has_room(self, request: Request) -> bool:
+        return self.models.runner.cache.has_room(self._places(request))
+
+    def _places(self, request: Request) -> int:
+        """Return the places that a request may need, which are reserved for it from its start to its end."""
+        return len(request.prompt_ids) + request.params.max_new_tokens + self._overhang
+
+    def default_new_tokens(self, prompt_tokens: int) -> int:
+        """Return the most tokens of an answer without a limit of its own: `max_batch` such requests run at once.
+
+        An answer to a prompt that fills its part of the cache may have half as much again.
+        """
+        part = self.models.cache_size.blocks // self.max_batch * BLOCK - self._overhang
+        return min(self.max_length - prompt_tokens, max(1, part - prompt_tokens, part // 2))
 
     def _activate(self, request: Request) -> ActiveRequest:
         """Give a request a slot, of the target and where it drafts of the head."""
@@ -237,8 +261,9 @@ class Engine:
         processor = Processor(params, request.prompt_ids, target.vocab_size, target.eos_token_ids)
         rule = make_rule(speculation.rule or self.rule, params, seed or 0)
         acceptance = self.controller.track(cap)
-        drafting = proposer.join() if proposer is not None and cap else None
-        slot = cache.acquire()  # one is free: nothing fails after the head's slot has been taken
+        places = self._places(request)
+        drafting = proposer.join(places) if proposer is not None and cap else None
+        slot = cache.acquire(places)  # one is free: nothing fails after the head's slot has been taken
         return ActiveRequest(request, answer, processor, rule, seed, slot, cap, acceptance, drafting)
 
     def _advance(self) -> None:
@@ -323,16 +348,18 @@ class Engine:
 
     @property
     def cache_usage(self) -> float:
-        """Used places of the cache / all of them."""
+        """Reserved blocks of the cache / all of them."""
         cache = self.models.runner.cache
-        return cache.used_tokens / (len(cache.lengths) * cache.capacity)
+        return 1 - cache.free_blocks / cache.blocks
 
     def stats(self) -> dict[str, Any]:
         """Return the engine's and its controller's figures; JSON-able. Any thread may call it at any time."""
+        size = self.models.cache_size
         return {
             "running": self.running,
             "waiting": self.waiting,
             "cache_usage": self.cache_usage,
+            "kv_cache": {"bytes": size.blocks * size.block_bytes, "tokens": size.tokens, "block_tokens": BLOCK},
             "mode": self.mode,
             "seconds": self._decoder.seconds.copy(),
             "speculation": self.controller.stats(),
@@ -357,7 +384,9 @@ def check_max_length(length: int | None, target: Target) -> int:
     return length
 
 
-def check_prompt(prompt_ids: Sequence[int], vocab_size: int, max_length: int, max_new_tokens: int) -> None:
+def check_prompt(
+    prompt_ids: Sequence[int], vocab_size: int, max_length: int, max_new_tokens: int, limit_note: str = ""
+) -> None:
     if not len(prompt_ids):
         raise UserError("the prompt is empty; give at least one token.")
     if not all(isinstance(token, Integral) for token in prompt_ids):
@@ -370,6 +399,6 @@ def check_prompt(prompt_ids: Sequence[int], vocab_size: int, max_length: int, ma
     if len(prompt_ids) + max_new_tokens > max_length:
         raise UserError(
             f"the prompt has {len(prompt_ids)} tokens and max_new_tokens is {max_new_tokens}: together they exceed the "
-            f"context of {max_length}; shorten the prompt or ask for at most {max(0, max_length - len(prompt_ids))} "
-            "tokens."
+            f"context of {max_length}{limit_note}; shorten the prompt or ask for at most "
+            f"{max(0, max_length - len(prompt_ids))} tokens."
         )

@@ -175,14 +175,19 @@ class Decoder:
         return [trees.get(active, _NO_DRAFT) for active in requests]
 
     def _chunks(self, requests: list[ActiveRequest]) -> list[_Part]:
-        """Take the next parts of prompts, first come first served."""
-        room, parts = self.prefill_chunk, []
-        for active in requests:
-            ids = active.request.prompt_ids[active.read : active.read + room]
-            if not ids:
-                break
-            room -= len(ids)
-            parts.append(_Part(active, Segment(active.slot, active.read, active.read, ids), _NO_DRAFT))
+        """Take the next parts of prompts: half of the chunk for the one that came first, so that it goes on, and the
+        rest for those that end soonest, so that a long prompt does not hold up short ones."""
+        left = {active: len(active.request.prompt_ids) - active.read for active in requests}
+        counts = dict.fromkeys(requests, 0)
+        for first in requests[:1]:
+            counts[first] = min(left[first], -(-self.prefill_chunk // 2))
+        for active in sorted(requests, key=lambda active: left[active] - counts[active]):
+            counts[active] += min(left[active] - counts[active], self.prefill_chunk - sum(counts.values()))
+        parts = []
+        for active, count in counts.items():
+            ids = active.request.prompt_ids[active.read : active.read + count]
+            if ids:
+                parts.append(_Part(active, Segment(active.slot, active.read, active.read, ids), _NO_DRAFT))
         return parts
 
     def _verify(self, parts: list[_Part], logits: Tensor) -> list[tuple[Verdict | None, Tensor]]:

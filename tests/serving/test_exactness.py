@@ -16,6 +16,7 @@ from exactness import ALL, MODES, PROCESSING, PROMPTS, build, engines, margins, 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import Case, serve, submit
+from small_engines import all_free
 from tiny_targets import CONTEXT, texts_of, tiny
 
 from draft.target import Target
@@ -116,7 +117,8 @@ def fresh(target: Target, ids: list[int]) -> list[tuple[torch.Tensor, torch.Tens
     engine.submit(ids, SamplingParams(CONTEXT - len(ids)))
     engine.step()
     cache = engine.models.runner.cache
-    return [(keys[0, :, : len(ids)], values[0, :, : len(ids)]) for keys, values in cache.layers]
+    places = cache.places(0, range(len(ids)))
+    return [(keys[:, places], values[:, places]) for keys, values in cache.layers]
 
 
 @pytest.mark.parametrize("family", ALL)
@@ -133,9 +135,10 @@ def test_the_cache_after_rollbacks_is_that_of_a_fresh_pass(family: str, mode: st
     for row in engine._active:
         ids = (row.answer.prompt_ids + [token.id for token in row.answer.tokens])[:-1]
         assert cache.lengths[row.slot] == len(ids)
+        places = cache.places(row.slot, range(len(ids)))
         for (keys, values), (fresh_keys, fresh_values) in zip(cache.layers, fresh(engine.target, ids), strict=True):
-            torch.testing.assert_close(keys[row.slot, :, : len(ids)], fresh_keys, rtol=1e-12, atol=1e-12)
-            torch.testing.assert_close(values[row.slot, :, : len(ids)], fresh_values, rtol=1e-12, atol=1e-12)
+            torch.testing.assert_close(keys[:, places], fresh_keys, rtol=1e-12, atol=1e-12)
+            torch.testing.assert_close(values[:, places], fresh_values, rtol=1e-12, atol=1e-12)
     assert engine._active and all(row.stats.accepted for row in engine._active)
 
 
@@ -196,6 +199,5 @@ def test_anything_at_once(family: str, data: st.DataObject) -> None:
         prefill_chunk=chunk,
     )
     serve(engine, cases)
-    cache = engine.models.runner.cache
-    assert cache.free_slots == len(cache.lengths) and cache.used_tokens == 0
+    assert all_free(engine.models.runner.cache)
     assert not getattr(engine.models.proposer, "present", [])

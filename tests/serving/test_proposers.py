@@ -40,7 +40,7 @@ def head(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
 
 def proposer_of() -> Any:
     layers = HEAD.auxiliary_layers(TARGET)
-    return make_proposer(TARGET, HEAD, layers, slots=3, capacity=CONTEXT, kernel=torch_attention)
+    return make_proposer(TARGET, HEAD, layers, 3, CONTEXT, torch_attention)
 
 
 def observe(proposer: Any, state: Any, start: int, end: int) -> Any:
