@@ -168,7 +168,8 @@ class Service:
         if requested is None:
             return min(limit, default or self.engine.default_new_tokens(prompt_tokens), room)
         if requested > limit:
-            raise ApiError("validation", f"`{field}` must be <= {limit}. Given: {echo(requested)}", field=field)
+            note = "" if self.limits.max_new_tokens else self.engine.limit_note
+            raise ApiError("validation", f"`{field}` must be <= {limit}{note}. Given: {echo(requested)}", field=field)
         if requested > room:
             message = (
                 f"`{prompt_field}` tokens + `{field}` must be <= {context}{self.engine.limit_note}. "

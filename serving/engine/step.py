@@ -21,6 +21,7 @@ from serving.engine.sampling import Processor, SamplingParams
 from serving.engine.verification import DraftTree, Rule, Verdict, follow, greedy_choices
 
 _NO_DRAFT = DraftTree.chain([])
+MOST_UNREAD = 4096  # tokens of a sequence that the head leaves unread: their states take memory
 
 
 @dataclass(eq=False)
@@ -106,7 +107,7 @@ class Decoder:
     def step(self, requests: list[ActiveRequest]) -> None:
         """Run one pass of the target; requests may be finished afterwards."""
         decoding = [active for active in requests if not active.reading]
-        trees = self._draft(decoding)
+        trees = self._draft(decoding, requests)
         began = time.perf_counter()
         parts = []
         for active, tree in zip(decoding, trees, strict=True):  # the last token, not read yet, and the drafts after it
@@ -144,8 +145,12 @@ class Decoder:
         if self._asynchronous:
             wait_for(self.runner.target.device)
 
-    def _draft(self, requests: list[ActiveRequest]) -> list[DraftTree]:
-        """Draft a tree for each request; most often all of one shape, which the controller chooses."""
+    def _draft(self, requests: list[ActiveRequest], everyone: list[ActiveRequest]) -> list[DraftTree]:
+        """Draft a tree for each request; most often all of one shape, which the controller chooses.
+
+        everyone: those whose prompt is being read, too. Where others draft the head reads it along, so that no step
+        waits until it has read the whole of it.
+        """
         for active in requests:
             active.acceptance.cap = active.draftable if active.drafting is not None else 0
             active.acceptance.remaining = active.answer.remaining
@@ -156,15 +161,24 @@ class Decoder:
             for active, capped in self._plans.items()
             if capped != OFF
         }
-        if not jobs or self.proposer is None:
+        late = [
+            active
+            for active in everyone
+            if active.drafting is not None
+            and active.acceptance.backlog >= (1 if active in jobs or (jobs and active.reading) else MOST_UNREAD)
+        ]
+        if self.proposer is None or not (jobs or late):
             return [_NO_DRAFT] * len(requests)
         began = time.perf_counter()
-        late = [active.drafting for active in jobs if active.acceptance.backlog]
         if late:
-            tokens = self.proposer.catch_up(late)
+            tokens = self.proposer.catch_up([active.drafting for active in late])
             self._wait()
             if tokens:
                 self.controller.observe_catch_up(tokens, time.perf_counter() - began)
+            for active in late:
+                active.acceptance.backlog = 0
+        if not jobs:
+            return [_NO_DRAFT] * len(requests)
         caught_up = time.perf_counter()
         trees = dict(zip(jobs, self.proposer.propose(list(jobs.values())), strict=True))
         drafted = time.perf_counter()

@@ -105,6 +105,20 @@ def test_a_token_has_the_same_bits_alone_in_a_batch_in_a_tree_and_from_any_base(
         assert torch.equal(from_base[0, n], chain[0, i])
 
 
+@pytest.mark.parametrize("dtype", [FLOAT, HALF])
+@pytest.mark.parametrize(("tree", "window"), [(False, 0), (True, 0), (False, 21)])
+@pytest.mark.parametrize("width", [20, 64])
+def test_bits_do_not_depend_on_where_the_blocks_lie(dtype, tree, window, width):
+    case = random_case(seed=4, count=7, dtype=dtype, tree=tree, window=window, width=width, value_width=width)
+    together = torch.arange(15).view(3, 5)
+    lying = case | {"blocks": together}
+    for name in ("k_cache", "v_cache"):
+        lying[name] = case[name].clone()
+        for slot in range(3):
+            lying[name][:, places(together, slot, 80)] = case[name][:, places(case["blocks"], slot, 80)]
+    assert not torch.equal(together, case["blocks"]) and torch.equal(attend(lying), attend(case))
+
+
 def test_tokens_without_a_segment_are_zero_and_the_rest_of_the_cache_stays():
     case = random_case(seed=5, count=4)
     before = case["k_cache"].clone()
