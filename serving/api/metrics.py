@@ -36,6 +36,7 @@ _COUNTERS = {  # name -> (description, label)
 _GAUGES = {  # name -> (description, attribute of the engine)
     "num_requests_running": ("Sequences in the engine", "running"),
     "num_requests_waiting": ("Sequences in the queue", "waiting"),
+    "kv_cache_tokens": ("Tokens that the cache holds", "cache_tokens"),
     "kv_cache_usage_perc": ("Reserved blocks of the cache / all of them", "cache_usage"),
 }
 _HISTOGRAMS = {  # name -> (description, buckets)

@@ -347,6 +347,10 @@ class Engine:
         return len(self._queue)
 
     @property
+    def cache_tokens(self) -> int:
+        return self.models.cache_size.tokens
+
+    @property
     def cache_usage(self) -> float:
         """Reserved blocks of the cache / all of them."""
         cache = self.models.runner.cache

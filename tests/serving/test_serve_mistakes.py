@@ -88,6 +88,19 @@ def test_keys_prefixes_and_certificates_that_cannot_be(capfd, folders, tmp_path)
     assert "text.pem" in one_sentence(capfd, *target, "--ssl-certfile", str(tmp_path / "text.pem"))
 
 
+@pytest.mark.parametrize(
+    ("size", "told"),
+    [
+        ("4 pounds", "'4 pounds' is not a size"),
+        ("1kB", "memory is 1 kB, of which a sequence takes 16.4 kB for each 16 tokens"),
+        ("9000TB", "memory is 9e+03 TB, and "),
+    ],
+)
+def test_sizes_of_the_cache_that_cannot_be(capfd, folders, size: str, told: str) -> None:
+    arguments = ["--target", str(folders / "my-target"), "--dtype", "float64", "--kv-cache-memory", size]
+    assert told in one_sentence(capfd, *arguments)
+
+
 def test_a_place_that_cannot_be_written_to(capfd, monkeypatch) -> None:
     monkeypatch.setenv("DRAFTSMITH_CACHE", "/dev/null/cache")
     told = refused(capfd, "--port", "0", "--target", "smollm2").splitlines()[-1]  # after the log
