@@ -42,10 +42,10 @@ test: $(VENV)/installed-dev ## Install, then run ruff, mypy, import-linter and p
 	$(PY) -m pytest -q $(PARALLEL)
 
 test-exactness: $(VENV)/installed-dev ## Install, then draw 20,000 answers of each kind and compare their distributions (half an hour)
-	EXACTNESS_SAMPLES=20000 $(PY) -m pytest -q tests/serving/test_sampled_answers.py -n auto
+	EXACTNESS_SAMPLES=20000 $(PY) -m pytest -q --timeout 3600 tests/serving/test_sampled_answers.py -n auto
 
 test-kernels-all: $(VENV)/installed-dev ## Install, then compile every configuration of the GPU kernels (no GPU needed; half an hour)
-	$(PY) -m pytest -q -m every_configuration tests/kernels/test_compilation.py
+	$(PY) -m pytest -q -m every_configuration --timeout 3600 tests/kernels/test_compilation.py
 
 interop: $(VENV)/installed ## Prove exports against speculators, vLLM and llama.cpp, each in an environment of its own (an hour on two cores, and what the downloads take)
 	PY=$(PY) sh tests/interop/run.sh runs/interop

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_engines import all_free
+from oracle import all_free
 from torch import Tensor
 
 from serving.engine.kv_cache import LayerShape, RaggedBatch, Segment, SlotCache, SlotLayer, View, torch_attention

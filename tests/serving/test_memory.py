@@ -7,24 +7,48 @@ from __future__ import annotations
 
 import os
 import random
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import make_tiny_head, make_tiny_target
-from small_engines import CHAIN, HEAD, TARGET, all_free, alone, answers, finish, params
+from oracle import all_free
+from tiny_targets import tiny
 
 from draft.errors import UserError
-from serving.engine import Engine, Request, Speculation
+from serving.engine import Engine, Request, SamplingParams, Speculation
 from serving.engine.drafting import HeadProposer
 from serving.engine.kv_cache import LayerShape
 from serving.engine.memory import _rooms_of_groups, fit_cache, free_memory, in_words
 
 CPU = torch.device("cpu")
+TARGET = tiny("llama")
+HEAD = make_tiny_head(TARGET)
+CHAIN: dict[str, Any] = {"speculation": "chain", "speculation_length": 4}
 SHAPES = [LayerShape(2, 8, 4, torch.bfloat16, CPU)] * 3  # 144 bytes a token
 LONG = make_tiny_target(dtype=torch.float32, max_length=4096)
 OVERHANG = 33  # places for drafts: 8 for each of 4, and one
 REQUESTS = int(os.environ.get("LOAD_REQUESTS", 150))
+
+
+def params(count: int = 8, **fields: Any) -> SamplingParams:
+    return SamplingParams(count, **{"ignore_eos": True, **fields})
+
+
+def finish(engine: Engine) -> None:
+    while engine.step():
+        pass
+
+
+def answers(requests: Iterable[Request]) -> list[list[int]]:
+    return [request.result(timeout=0).token_ids for request in requests]
+
+
+def alone(prompts: Sequence[list[int]], each: Any) -> list[list[int]]:
+    """The answers of an engine without speculation, one prompt after the other."""
+    return [answer.token_ids for answer in Engine(TARGET, max_batch=1).generate(prompts, each)]
 
 
 def block_bytes(engine: Engine) -> int:

@@ -41,7 +41,7 @@ def reference(case: dict) -> tuple[Tensor, Tensor, Tensor]:
     return out, k_cache, v_cache
 
 
-@settings(max_examples=200)
+@settings(max_examples=100)
 @given(
     seed=st.integers(0, 10_000),
     dtype=st.sampled_from([FLOAT, HALF]),
@@ -119,7 +119,7 @@ def test_bits_do_not_depend_on_where_the_blocks_lie(dtype, tree, window, width):
     assert not torch.equal(together, case["blocks"]) and torch.equal(attend(lying), attend(case))
 
 
-def test_tokens_without_a_segment_are_zero_and_the_rest_of_the_cache_stays():
+def test_tokens_without_a_segment_are_zero_and_nan_stays_in_its_slot():
     case = random_case(seed=5, count=4)
     before = case["k_cache"].clone()
     case["segments"] = torch.tensor([[0, 10, 10, 0, 4], [1, 3, 3, 4, 0]])
@@ -127,9 +127,6 @@ def test_tokens_without_a_segment_are_zero_and_the_rest_of_the_cache_stays():
     assert not got[:, 4:].any() and got[:, :4].all()
     changed = (case["k_cache"] != before).any(-1).any(0)  # [places]
     assert changed.nonzero()[:, 0].tolist() == places(case["blocks"], 0, 14)[10:].tolist()
-
-
-def test_attention_propagates_nan_to_its_own_slot_only():
     case = random_case(seed=6, count=3)
     slot = int(case["segments"][0, 0])
     case["segments"][0, 1:3] = 20
