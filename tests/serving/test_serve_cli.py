@@ -231,8 +231,8 @@ SENTENCES = {
     f"{NEVER} --ssl-certfile {{models}}/text.pem --ssl-cert-reqs optional": "--ssl-ca-certs",
     f"{NEVER} --ssl-certfile {{models}}/text.pem": "text.pem",
     f"{NEVER} --kv-cache-memory 4pounds": "'4pounds' is not a size",
-    "--target {models}/my-target --dtype float64 --kv-cache-memory 1kB": "is 1 kB, of which a sequence takes ",
-    "--target {models}/my-target --dtype float64 --kv-cache-memory 9000TB": "is 9e+03 TB, and ",
+    "--target {models}/my-target --mode eager --kv-cache-memory 1kB": "is 1 kB, of which a sequence takes ",
+    "--target {models}/my-target --mode eager --kv-cache-memory 9000TB": "is 9e+03 TB, and ",
 }
 
 
