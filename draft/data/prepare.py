@@ -43,6 +43,7 @@ from draft.errors import UserError, plain_console
 from draft.files import read_json, write_json
 from draft.launcher import ServerEnded
 from draft.target import Target
+from draft.target.hidden_states import check_hidden_states
 
 log = logging.getLogger(__name__)
 
@@ -103,6 +104,8 @@ def prepare(
         "shards": shard and shard.count,
     }
     plan = Plan(folder, arguments)
+    if not plan.finished:
+        check_hidden_states(target)  # which the heads trained on this data will read
     plan.begin()
     if plan.finished:
         if progress:
