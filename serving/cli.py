@@ -55,6 +55,7 @@ def serve(
     dtype: Annotated[str, Option(help="Format of the weights: auto, bfloat16, float16, float32 or float64.")] = "auto",
     threads: Annotated[int | None, Option(min=1, help="Number of CPU threads that compute.")] = None,
     warm_up: Annotated[bool, Option(help="Time steps before the first request.")] = True,
+    self_check: Annotated[bool, Option(help="Check at the start that the target accepts the head's drafts.")] = True,
     max_batch: Annotated[int, Option(min=1, help="Maximum number of requests decoded at once.")] = 16,
     max_length: Annotated[
         int | None, Option(min=2, help="Maximum number of tokens of prompt and answer. Default: the target's context.")
@@ -131,7 +132,8 @@ def serve(
             max_waiting_tokens=max_waiting_tokens,
             prefill_chunk=prefill_chunk,
         )
-        load = partial(load_engine, target, head, dtype, target_adapter=target_adapter, warm_up=warm_up, **options)
+        checks = {"warm_up": warm_up, "self_check": self_check}
+        load = partial(load_engine, target, head, dtype, target_adapter=target_adapter, **checks, **options)
         models = f"{target} + {target_adapter}" if target_adapter else target
         models += f" with {head}, K = {speculation_length}, {rule}" if head else " without a draft head"
         address = listener.url("https" if tls else "http")
@@ -145,6 +147,7 @@ def load_engine(
     *,
     target_adapter: str | None = None,
     warm_up: bool,
+    self_check: bool = False,
     threads: int | None,
     **options: Any,
 ) -> Engine:
@@ -173,6 +176,8 @@ def load_engine(
     engine = Engine(loaded, draft_head, threads=threads, pack_in_place=True, **options)
     if warm_up:
         engine.warm_up()
+    if self_check:
+        engine.self_check()
     return engine
 
 
