@@ -24,6 +24,7 @@ from argparse import Namespace
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -55,11 +56,6 @@ DECIDING_LENGTH = 5  # the speculation length of the table by category, where it
 # ---- the program ----
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the benchmark with command-line arguments; returns the exit status."""
-    return shared.run_program(parse, benchmark, arguments)
-
-
 def parse(arguments: Sequence[str]) -> Namespace:
     parser = shared.Parser(MODULE, __doc__, EXAMPLES)
     several: dict[str, Any] = {"nargs": "+"}
@@ -72,7 +68,7 @@ def parse(arguments: Sequence[str]) -> Namespace:
     parser.add("--max-new-tokens", shared.whole(2), default=128, metavar="N")
     parser.add("--limit", shared.whole(1), metavar="N", help="only N prompts, the categories taking turns")
     parser.add("--seed", shared.whole(0), default=0, metavar="N")
-    parser.add("--dtype", default="auto", help="auto, bfloat16, float16, float32 or float64")
+    parser.add_dtype()
     parser.add("--mode", choices=MODES, default="auto", help="compiled kernels (CPU), or eager")
     parser.add("--threads", shared.whole(1), metavar="N", help="CPU threads (default: all of this process's)")
     parser.add_output(MODULE, check=False)
@@ -441,6 +437,8 @@ def draw(results: dict[str, Any], path: Path) -> None:
         axis.legend(fontsize=8)
     shared.save_figure(figure, path)
 
+
+main = partial(shared.run_program, parse, benchmark)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -66,11 +67,6 @@ SERVER_SECONDS = 600  # for a server of --vs to start
 # ---- the program ----
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the benchmark with command-line arguments; returns the exit status."""
-    return shared.run_program(parse, benchmark, arguments)
-
-
 def parse(arguments: Sequence[str]) -> Namespace:
     parser = shared.Parser(MODULE, __doc__, EXAMPLES)
     whole = shared.whole(1)
@@ -91,7 +87,7 @@ def parse(arguments: Sequence[str]) -> Namespace:
     parser.add("--max-new-tokens", shared.whole(2), default=128, metavar="N")
     parser.add("--baseline-tokens", shared.whole(2), default=32, metavar="N", help="of transformers' answers")
     parser.add("--seed", shared.whole(0), default=0, metavar="N")
-    parser.add("--dtype", default="bfloat16", help="auto, bfloat16, float16, float32 or float64")
+    parser.add_dtype("bfloat16")
     parser.add("--mode", choices=MODES, default="auto")
     parser.add("--threads", whole, metavar="N", help="CPU threads (default: all of this process's)")
     parser.add_output(MODULE)
@@ -717,6 +713,8 @@ def draw(results: dict[str, Any], path: Path) -> None:
         axis.set_title(f"batch {size}")
     shared.save_figure(figure, path)
 
+
+main = partial(shared.run_program, parse, benchmark)
 
 if __name__ == "__main__":
     sys.exit(main())

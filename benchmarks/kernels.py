@@ -22,6 +22,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,11 +59,6 @@ AHEAD = 2_000_000  # clock cycles, about a millisecond, in which the host enqueu
 BETA = 0.5
 
 # ---- the program ----
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the benchmark with command-line arguments; returns the exit status."""
-    return shared.run_program(parse, benchmark, arguments)
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -412,6 +408,8 @@ def draw(results: dict[str, Any], path: Path) -> None:
     axis.legend(fontsize=8, ncols=2)
     shared.save_figure(figure, path)
 
+
+main = partial(shared.run_program, parse, benchmark)
 
 if __name__ == "__main__":
     sys.exit(main())

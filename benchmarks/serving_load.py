@@ -24,6 +24,7 @@ from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any, NamedTuple
@@ -71,11 +72,6 @@ MEMORY_GROWTH = 1.05
 # ---- the program ----
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the benchmark with command-line arguments; returns the exit status."""
-    return shared.run_program(parse, benchmark, arguments)
-
-
 def parse(arguments: Sequence[str]) -> Namespace:
     parser = shared.Parser(MODULE, __doc__, EXAMPLES)
     whole = shared.whole(1)
@@ -92,7 +88,7 @@ def parse(arguments: Sequence[str]) -> Namespace:
     parser.add("--num-tokens", whole, metavar="K", help="drafted where speculation is on (default: the best)")
     parser.add("--endurance", shared.whole(10), default=2000, metavar="N", help="short requests of --check")
     parser.add("--seed", shared.whole(0), default=0, metavar="N", help="of Poisson arrivals")
-    parser.add("--dtype", default="auto", help="auto, bfloat16, float16, float32 or float64")
+    parser.add_dtype()
     parser.add("--mode", choices=ENGINE_MODES, default="auto")
     parser.add_output(MODULE)
     return parser.parse_args(arguments)
@@ -752,6 +748,8 @@ def draw(results: dict[str, Any], path: Path) -> None:
         axis.legend()
     shared.save_figure(figure, path)
 
+
+main = partial(shared.run_program, parse, benchmark)
 
 if __name__ == "__main__":
     sys.exit(main())

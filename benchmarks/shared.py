@@ -73,6 +73,9 @@ class Parser(argparse.ArgumentParser):
         self.add("--target", help="hub id, folder, .gguf file, or smollm2", **target)
         self.add("--head", help=f"a head's folder, or smollm2-eagle3{'; repeatable' if heads else ''}", **head, **more)
 
+    def add_dtype(self, default: str = "auto") -> None:
+        self.add("--dtype", default=default, help="auto, bfloat16, float16, float32 or float64")
+
     def add_prompts(self) -> None:
         self.add("--prompts", metavar="FILE", help="JSONL with turns, prompt or question (default: benchmarks/prompts)")
 
@@ -112,9 +115,9 @@ def real(low: float, high: float) -> Callable[[str], float]:
 def run_program(
     parse: Callable[[Sequence[str]], argparse.Namespace],
     benchmark: Callable[[argparse.Namespace, Sequence[str]], int],
-    arguments: Sequence[str] | None,
+    arguments: Sequence[str] | None = None,
 ) -> int:
-    """Run a benchmark with command-line arguments and return its exit status.
+    """Run a benchmark with arguments, by default those of the command line, and return its exit status.
 
     That is 2 after a user's mistake or a file error, which is printed in one sentence, and 130 after Ctrl-C.
     """

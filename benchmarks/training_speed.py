@@ -13,6 +13,7 @@ import sys
 import time
 from argparse import Namespace
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -57,16 +58,11 @@ MOST_OVER_LORA = 1.05
 # ---- the program ----
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the benchmark with command-line arguments; returns the exit status."""
-    return shared.run_program(parse, benchmark, arguments)
-
-
 def parse(arguments: Sequence[str]) -> Namespace:
     parser = shared.Parser(MODULE, __doc__, EXAMPLES)
     whole = shared.whole(1)
     parser.add_models(default=True)
-    parser.add("--dtype", default="auto", help="auto, bfloat16, float16, float32 or float64")
+    parser.add_dtype()
     parser.add("--device", default="auto", help="auto, cpu, cuda")
     parser.add("--threads", whole, help="CPU threads (default: torch's)")
     parser.add("--rows", whole, default=8, help="rows of a batch")
@@ -403,6 +399,8 @@ def draw(results: dict[str, Any], path: Path) -> None:
     right.set(ylabel="FLOP/s over the best matrix product's")
     shared.save_figure(figure, path)
 
+
+main = partial(shared.run_program, parse, benchmark)
 
 if __name__ == "__main__":
     sys.exit(main())

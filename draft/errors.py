@@ -24,8 +24,9 @@ def file_trouble(error: Exception) -> str | None:
     """One sentence about a file that could not be read or written; None: the error is about something else."""
     from safetensors import SafetensorError
 
-    if isinstance(error, SafetensorError):
-        what, reason = "a safetensors file", str(error)
+    rust = type(error) is Exception and "(os error " in str(error)  # tokenizers has no class of its own for it
+    if rust or isinstance(error, SafetensorError):
+        what, reason = "a file" if rust else "a safetensors file", str(error)
     # pyarrow keeps the number to itself; network errors, which are OSErrors too, are of classes of their own
     elif isinstance(error, OSError) and (error.errno in FILE_ERRORS or (type(error) is OSError and not error.errno)):
         what = repr(str(error.filename)) if error.filename else "a file"

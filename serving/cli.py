@@ -32,72 +32,117 @@ _KEY_VARIABLE = "DRAFTSMITH_API_KEY"
 
 cli = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
-Rule = Literal["shared-noise", "rejection"]
-Drafting = Literal["auto", "chain", "tree", "off"]
-Mode = Literal["auto", "compiled", "eager"]
 ClientCertificate = Literal["none", "optional", "required"]
+
+# Options of the command: the models and how they draft,
+Target = Annotated[str, Option(help="Target: a hub id, a folder, a .gguf file, or smollm2 (bundled).")]
+TargetAdapter = Annotated[str | None, Option(help="Folder of a PEFT LoRA adapter, merged into the target.")]
+Head = Annotated[
+    str | None, Option(help="Draft head: a folder, or smollm2-eagle3 (bundled). Default: none, plain decoding.")
+]
+Drafting = Annotated[
+    Literal["auto", "chain", "tree", "off"],
+    Option(help="Shape of the drafts; auto takes the fastest by measurement, at every step."),
+]
+DraftLength = Annotated[int, Option(min=1, help="Maximum number of tokens drafted in a row.")]
+TreeSize = Annotated[int, Option(min=1, help="Maximum number of nodes in a tree of drafted tokens.")]
+Rule = Annotated[
+    Literal["shared-noise", "rejection"], Option(help="Lossless rule that accepts drafted tokens when sampling.")
+]
+# how the engine computes, and how much at once,
+Mode = Annotated[
+    Literal["auto", "compiled", "eager"],
+    Option(help="Execution of the models: with compiled CPU kernels, or eager."),
+]
+Arithmetic = Annotated[
+    Literal["auto", "float32", "bf16", "amx"],
+    Option(help="Products of bfloat16 weights in the compiled kernels; auto takes the fastest that the CPU has."),
+]
+Dtype = Annotated[str, Option(help="Format of the weights: auto, bfloat16, float16, float32 or float64.")]
+Threads = Annotated[int | None, Option(min=1, help="Number of CPU threads that compute.")]
+WarmUp = Annotated[bool, Option(help="Time steps before the first request.")]
+SelfCheck = Annotated[bool, Option(help="Check at the start that the target accepts the head's drafts.")]
+MaxBatch = Annotated[int, Option(min=1, help="Maximum number of requests decoded at once.")]
+MaxLength = Annotated[
+    int | None, Option(min=2, help="Maximum number of tokens of prompt and answer. Default: the target's context.")
+]
+MaxWaiting = Annotated[int, Option(min=0, help="Maximum number of queued requests; others get status 429.")]
+MaxWaitingTokens = Annotated[
+    int | None, Option(min=1, help="Maximum number of queued tokens, of prompts and requested answers.")
+]
+PrefillChunk = Annotated[int, Option(min=1, help="Maximum number of prompt tokens read in one step.")]
+# limits of a request,
+MaxNewTokens = Annotated[
+    int | None, Option(min=1, help="Maximum number of tokens to generate. Default: what the context holds.")
+]
+RequestTimeout = Annotated[
+    float, Option(min=0, help="Seconds from a request's receipt to the end of its answer; 0: no limit.")
+]
+MaxBodyBytes = Annotated[int, Option(min=1, help="Maximum request body size in bytes.")]
+DrainSeconds = Annotated[
+    float, Option(min=0, help="Seconds for running requests to finish after SIGTERM; Docker kills after 10.")
+]
+# and the address, the clients and their encryption.
+Host = Annotated[str, Option(help="Address to listen on; 0.0.0.0 for all interfaces.")]
+Port = Annotated[int, Option(min=0, max=65535, help="Port to listen on; 0 takes a free one and prints it.")]
+ApiKey = Annotated[
+    str | None,
+    Option(envvar=_KEY_VARIABLE, help="Key that clients must send; the variable keeps it out of the process list."),
+]
+CorsOrigins = Annotated[
+    list[str] | None, Option(help="Origin of pages that may use the server from a browser; repeatable.")
+]
+StrictModelName = Annotated[bool, Option("--strict-model-name", help="Answer 404 to other model names.")]
+MetricsPrefix = Annotated[
+    str, Option(help="Prefix of the metrics' names; vllm is for existing dashboards and vllm bench serve.")
+]
+SslCertificate = Annotated[Path | None, Option(help="Certificate file; the server then speaks HTTPS.")]
+SslKey = Annotated[Path | None, Option(help="File of the certificate's private key, if it is another.")]
+SslPassword = Annotated[
+    str | None, Option(envvar="DRAFTSMITH_SSL_KEYFILE_PASSWORD", help="Password of the private key file.")
+]
+SslAuthorities = Annotated[Path | None, Option(help="File of the authorities that sign client certificates.")]
+SslClients = Annotated[
+    ClientCertificate | None,
+    Option(help="Demand for client certificates. Default: required with --ssl-ca-certs, none without."),
+]
 
 
 @cli.command(epilog=_EXAMPLES)
 def serve(
-    target: Annotated[str, Option(help="Target: a hub id, a folder, a .gguf file, or smollm2 (bundled).")] = "smollm2",
-    target_adapter: Annotated[str | None, Option(help="Folder of a PEFT LoRA adapter, merged into the target.")] = None,
-    head: Annotated[
-        str | None, Option(help="Draft head: a folder, or smollm2-eagle3 (bundled). Default: none, plain decoding.")
-    ] = None,
-    speculation: Annotated[
-        Drafting, Option(help="Shape of the drafts; auto takes the fastest by measurement, at every step.")
-    ] = "auto",
-    speculation_length: Annotated[int, Option(min=1, help="Maximum number of tokens drafted in a row.")] = 5,
-    tree_size: Annotated[int, Option(min=1, help="Maximum number of nodes in a tree of drafted tokens.")] = 16,
-    rule: Annotated[Rule, Option(help="Lossless rule that accepts drafted tokens when sampling.")] = "shared-noise",
-    mode: Annotated[Mode, Option(help="Execution of the models: with compiled CPU kernels, or eager.")] = "auto",
-    dtype: Annotated[str, Option(help="Format of the weights: auto, bfloat16, float16, float32 or float64.")] = "auto",
-    threads: Annotated[int | None, Option(min=1, help="Number of CPU threads that compute.")] = None,
-    warm_up: Annotated[bool, Option(help="Time steps before the first request.")] = True,
-    self_check: Annotated[bool, Option(help="Check at the start that the target accepts the head's drafts.")] = True,
-    max_batch: Annotated[int, Option(min=1, help="Maximum number of requests decoded at once.")] = 16,
-    max_length: Annotated[
-        int | None, Option(min=2, help="Maximum number of tokens of prompt and answer. Default: the target's context.")
-    ] = None,
-    max_waiting: Annotated[int, Option(min=0, help="Maximum number of queued requests; others get status 429.")] = 256,
-    max_waiting_tokens: Annotated[
-        int | None, Option(min=1, help="Maximum number of queued tokens, of prompts and requested answers.")
-    ] = None,
-    prefill_chunk: Annotated[int, Option(min=1, help="Maximum number of prompt tokens read in one step.")] = 128,
-    max_new_tokens_limit: Annotated[
-        int | None, Option(min=1, help="Maximum number of tokens to generate. Default: what the context holds.")
-    ] = None,
-    request_timeout: Annotated[
-        float, Option(min=0, help="Seconds from a request's receipt to the end of its answer; 0: no limit.")
-    ] = 600.0,
-    max_body_bytes: Annotated[int, Option(min=1, help="Maximum request body size in bytes.")] = 2_000_000,
-    drain_seconds: Annotated[
-        float, Option(min=0, help="Seconds for running requests to finish after SIGTERM; Docker kills after 10.")
-    ] = 8.0,
-    host: Annotated[str, Option(help="Address to listen on; 0.0.0.0 for all interfaces.")] = "127.0.0.1",
-    port: Annotated[int, Option(min=0, max=65535, help="Port to listen on; 0 takes a free one and prints it.")] = 8000,
-    api_key: Annotated[
-        str | None,
-        Option(envvar=_KEY_VARIABLE, help="Key that clients must send; the variable keeps it out of the process list."),
-    ] = None,
-    cors_origin: Annotated[
-        list[str] | None, Option(help="Origin of pages that may use the server from a browser; repeatable.")
-    ] = None,
-    strict_model_name: Annotated[bool, Option("--strict-model-name", help="Answer 404 to other model names.")] = False,
-    metrics_prefix: Annotated[
-        str, Option(help="Prefix of the metrics' names; vllm is for existing dashboards and vllm bench serve.")
-    ] = "draftsmith",
-    ssl_certfile: Annotated[Path | None, Option(help="Certificate file; the server then speaks HTTPS.")] = None,
-    ssl_keyfile: Annotated[Path | None, Option(help="File of the certificate's private key, if it is another.")] = None,
-    ssl_keyfile_password: Annotated[
-        str | None, Option(envvar="DRAFTSMITH_SSL_KEYFILE_PASSWORD", help="Password of the private key file.")
-    ] = None,
-    ssl_ca_certs: Annotated[Path | None, Option(help="File of the authorities that sign client certificates.")] = None,
-    ssl_cert_reqs: Annotated[
-        ClientCertificate | None,
-        Option(help="Demand for client certificates. Default: required with --ssl-ca-certs, none without."),
-    ] = None,
+    target: Target = "smollm2",
+    target_adapter: TargetAdapter = None,
+    head: Head = None,
+    speculation: Drafting = "auto",
+    speculation_length: DraftLength = 5,
+    tree_size: TreeSize = 16,
+    rule: Rule = "shared-noise",
+    mode: Mode = "auto",
+    arithmetic: Arithmetic = "auto",
+    dtype: Dtype = "auto",
+    threads: Threads = None,
+    warm_up: WarmUp = True,
+    self_check: SelfCheck = True,
+    max_batch: MaxBatch = 16,
+    max_length: MaxLength = None,
+    max_waiting: MaxWaiting = 256,
+    max_waiting_tokens: MaxWaitingTokens = None,
+    prefill_chunk: PrefillChunk = 128,
+    max_new_tokens_limit: MaxNewTokens = None,
+    request_timeout: RequestTimeout = 600.0,
+    max_body_bytes: MaxBodyBytes = 2_000_000,
+    drain_seconds: DrainSeconds = 8.0,
+    host: Host = "127.0.0.1",
+    port: Port = 8000,
+    api_key: ApiKey = None,
+    cors_origin: CorsOrigins = None,
+    strict_model_name: StrictModelName = False,
+    metrics_prefix: MetricsPrefix = "draftsmith",
+    ssl_certfile: SslCertificate = None,
+    ssl_keyfile: SslKey = None,
+    ssl_keyfile_password: SslPassword = None,
+    ssl_ca_certs: SslAuthorities = None,
+    ssl_cert_reqs: SslClients = None,
 ) -> None:
     """Serve a target, and the draft head that makes it faster, over HTTP."""
     _check_key(api_key)
@@ -110,34 +155,21 @@ def serve(
         from serving.api.service import Limits
 
         log_as_json()
-        app = create_app(
-            None,
-            head_name=head,
-            limits=Limits(max_new_tokens_limit, max_body_bytes, request_seconds=request_timeout or None),
-            api_key=api_key,
-            cors_origins=cors_origin or (),
-            strict_model_name=strict_model_name,
-            metrics_prefix=metrics_prefix,
+        limits = Limits(max_new_tokens_limit, max_body_bytes, request_seconds=request_timeout or None)
+        access: dict[str, Any] = dict(
+            api_key=api_key, cors_origins=cors_origin or (), strict_model_name=strict_model_name
         )
-        options: dict[str, Any] = dict(
-            speculation=speculation,
-            speculation_length=speculation_length,
-            tree_size=tree_size,
-            rule=rule,
-            mode=mode,
-            threads=threads,
-            max_batch=max_batch,
-            max_length=max_length,
-            max_waiting=max_waiting,
-            max_waiting_tokens=max_waiting_tokens,
-            prefill_chunk=prefill_chunk,
-        )
-        checks = {"warm_up": warm_up, "self_check": self_check}
-        load = partial(load_engine, target, head, dtype, target_adapter=target_adapter, **checks, **options)
+        app = create_app(None, head_name=head, limits=limits, metrics_prefix=metrics_prefix, **access)
+        drafts = dict(speculation=speculation, speculation_length=speculation_length, tree_size=tree_size, rule=rule)
+        sizes = dict(max_batch=max_batch, max_length=max_length, prefill_chunk=prefill_chunk)
+        queue = dict(max_waiting=max_waiting, max_waiting_tokens=max_waiting_tokens)
+        options: dict[str, Any] = dict(mode=mode, arithmetic=arithmetic, threads=threads, **drafts, **sizes, **queue)
+        start: dict[str, Any] = dict(target_adapter=target_adapter, warm_up=warm_up, self_check=self_check)
+        load = partial(load_engine, target, head, dtype, **start, **options)
         models = f"{target} + {target_adapter}" if target_adapter else target
         models += f" with {head}, K = {speculation_length}, {rule}" if head else " without a draft head"
-        address = listener.url("https" if tls else "http")
-        serve_until_stopped(app, load, listener, f"serving {models} on {address}", drain_seconds, tls)
+        serving = f"serving {models} on {listener.url('https' if tls else 'http')}"
+        serve_until_stopped(app, load, listener, serving, drain_seconds, tls)
 
 
 def load_engine(

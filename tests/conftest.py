@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +134,23 @@ def make_tiny_head(
     head.set_vocabulary(torch.arange(size))
     head.use_target_lm_head(target)
     return head.to(target.dtype).eval()
+
+
+@pytest.fixture
+def draft_train(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[Any, str]]:
+    """`draft-train` in this process: its words -> exit status, and everything printed."""
+    from draft.cli import main
+
+    def call(*words: object) -> tuple[Any, str]:
+        monkeypatch.setattr(sys, "argv", ["draft-train", *map(str, words)])
+        status: Any = 0
+        try:
+            main()
+        except SystemExit as stop:
+            status = stop.code or 0
+        return status, "".join(capsys.readouterr())
+
+    return call
 
 
 @pytest.fixture(scope="session")

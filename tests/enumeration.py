@@ -48,10 +48,6 @@ def law_of_target(params: SamplingParams, length: int = LENGTH) -> Law:
     return law
 
 
-def total_variation(law: Law, expected: Law) -> float:
-    return sum(abs(law.get(cell, 0.0) - expected.get(cell, 0.0)) for cell in {*law, *expected}) / 2
-
-
 def deviations(seen: Sequence[float], expected: Sequence[float]) -> float:
     """Chi-square in standard deviations above its mean; cells that expect fewer than 5 are taken together."""
     cells = list(zip(seen, expected, strict=True))
@@ -130,6 +126,14 @@ def law_of_speculation(monkeypatch: pytest.MonkeyPatch, rule: Rule, params: Samp
         untried += script.alternatives
     assert sum(law.values()) == pytest.approx(1, abs=1e-12)
     return law
+
+
+def distance(
+    monkeypatch: pytest.MonkeyPatch, rule: Rule, used: SamplingParams, plan: ScriptedPlan, right: SamplingParams
+) -> float:
+    """Total variation between the law of speculation, with the parameters `used`, and the right one of the target."""
+    law, expected = law_of_speculation(monkeypatch, rule, used, plan), law_of_target(right)
+    return sum(abs(law.get(cell, 0.0) - expected.get(cell, 0.0)) for cell in {*law, *expected}) / 2
 
 
 def head_law(tokens: Text, temperature: float) -> Tensor:

@@ -7,7 +7,11 @@ from typing import Any
 
 import torch
 from conftest import SHAPE, byte_tokenizer
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from torch import Tensor
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.masking_utils import AttentionMaskInterface, eager_mask
+
+from draft.target import Target
 
 CONTEXT = 160
 SHORT_ROPE = 64  # tokens from which longrope would give all others new states
@@ -52,13 +56,41 @@ def model_of(kind: str, *, seed: int = 1, **own: Any) -> PreTrainedModel:
     return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**SMALL, **own}))
 
 
+def naive_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    softcap: float | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """transformers' own formula and masks, in the dtype of its input: its softmax would be in float32."""
+    groups = query.shape[1] // key.shape[1]
+    scores = query @ key.repeat_interleave(groups, dim=1).transpose(2, 3) * scaling
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    mixed = scores.softmax(dim=-1) @ value.repeat_interleave(groups, dim=1)
+    return mixed.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register("naive", naive_attention)
+AttentionMaskInterface.register("naive", eager_mask)
+
+
+def target_of(kind: str, **own: Any) -> Target:
+    """A random target of the type `kind`, in float64."""
+    model = model_of(kind, **own).to(torch.float64)
+    if getattr(model.config, "attn_logit_softcapping", None):
+        model.config._attn_implementation = "naive"  # sdpa has no bound on scores
+    return Target(kind, model, byte_tokenizer())
+
+
 def save_model(folder: Path, kind: str, **own: Any) -> Path:
     """Save a random model and a tokenizer."""
     model_of(kind, **own).save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     return folder
-
-
-def save_family(folder: Path, family: str) -> Path:
-    kind, own = FAMILIES[family]
-    return save_model(folder, kind, **own)

@@ -59,6 +59,14 @@ def eventually(holds: Callable[[], bool], seconds: float = 120, every: float = 0
         time.sleep(every)
 
 
+async def until(holds: Callable[[], bool], seconds: float = 120) -> None:
+    """As `eventually`, while an event loop goes on."""
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline, "it never happened"
+        await asyncio.sleep(0.002)
+
+
 def idle(engine: Engine) -> bool:
     """Return True when no slot is in use."""
     return engine.running == engine.waiting == 0 and engine.cache_usage == 0

@@ -6,6 +6,7 @@ accepted in part, in whole and not at all; and it checks all that the engine tel
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections import deque
 from collections.abc import Sequence
@@ -88,26 +89,19 @@ class Oracle:
 
     def _tree(self, job: Job) -> DraftTree:
         """The right path hidden among wrong siblings and cousins, in any order that keeps parents before children."""
-        path = list[int]()
-        for token in self._right(job):
-            if self._errs() or len(path) == job.nodes:
-                break
-            path.append(token)
+        path = [*itertools.takewhile(lambda _: not self._errs(), self._right(job))][: job.nodes]
+        places = sorted(self.rng.sample(range(job.nodes), len(path)))
         tokens, parents, depths = list[int](), list[int](), list[int]()
         tip = -1  # the last node of the right path so far
-        placed = 0
-        while len(tokens) < job.nodes:
-            left = job.nodes - len(tokens)
-            if placed < len(path) and (left == len(path) - placed or self.rng.random() < 0.5):
-                parent, token = tip, path[placed]
-                tip, placed = len(tokens), placed + 1
+        for node in range(job.nodes):
+            if node in places:
+                parent, token = tip, path[places.index(node)]
+                tip = node
             else:
-                parent = self.rng.choice([-1, *(node for node, depth in enumerate(depths) if depth < job.length)])
+                parent = self.rng.choice([-1, *(above for above, depth in enumerate(depths) if depth < job.length)])
                 token = self._any()
-                if (parent, token) in zip(parents, tokens, strict=True) or (
-                    parent == tip and placed < len(path) and token == path[placed]
-                ):
-                    continue
+                while token in path or (parent, token) in zip(parents, tokens, strict=True):
+                    token = self._any()
             tokens.append(token)
             parents.append(parent)
             depths.append(1 if parent < 0 else depths[parent] + 1)
@@ -126,13 +120,7 @@ class Fickle(Controller):
         return self.rng.choice([OFF, OFF, *self.plans])
 
 
-PLANS = [
-    *(DraftPlan.chain(k) for k in range(1, 9)),
-    DraftPlan(2, 4),
-    DraftPlan(3, 4),
-    DraftPlan(5, 16),
-    DraftPlan(8, 32),
-]
+PLANS = [DraftPlan.chain(k) for k in range(1, 9)] + [DraftPlan(*shape) for shape in ((2, 4), (3, 4), (5, 16), (8, 32))]
 
 
 def engine_of(target: Target, proposer: Proposer, controller: Controller | None = None, **options: Any) -> Engine:

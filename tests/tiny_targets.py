@@ -4,68 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any
 
 import torch
-from conftest import SHAPE, byte_tokenizer, make_tiny_target
+from conftest import make_tiny_target
+from families import FAMILIES, target_of
 from torch import Tensor
-from transformers import (
-    AttentionInterface,
-    AutoModelForCausalLM,
-    Gemma2Config,
-    Gemma3TextConfig,
-    MistralConfig,
-    PretrainedConfig,
-    Qwen3Config,
-)
-from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
 from draft.target import Target
 
 CONTEXT = 72
-SMALL: dict[str, Any] = {**SHAPE, "max_position_embeddings": CONTEXT}
-FAMILIES: dict[str, PretrainedConfig] = {
-    "qwen3": Qwen3Config(**{**SMALL, "num_key_value_heads": 1, "num_hidden_layers": 9}),
-    "mistral, windows of 6": MistralConfig(**SMALL, sliding_window=6),
-    "gemma2, windows of 5 in half of the layers, bounded scores": Gemma2Config(
-        **SMALL, sliding_window=5, query_pre_attn_scalar=8, attn_logit_softcapping=3.0, final_logit_softcapping=8.0
-    ),
-    "gemma3, windows of 7 in most layers": Gemma3TextConfig(**SMALL, sliding_window=7, query_pre_attn_scalar=8),
-}
-
-
-def naive_attention(
-    module: torch.nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float,
-    softcap: float | None = None,
-    **_: Any,
-) -> tuple[Tensor, None]:
-    """transformers' own formula and masks, in the dtype of its input: its softmax would be in float32."""
-    groups = query.shape[1] // key.shape[1]
-    scores = query @ key.repeat_interleave(groups, dim=1).transpose(2, 3) * scaling
-    if softcap is not None:
-        scores = torch.tanh(scores / softcap) * softcap
-    if attention_mask is not None:
-        scores = scores + attention_mask
-    mixed = scores.softmax(dim=-1) @ value.repeat_interleave(groups, dim=1)
-    return mixed.transpose(1, 2).contiguous(), None
-
-
-AttentionInterface.register("naive", naive_attention)
-AttentionMaskInterface.register("naive", eager_mask)
-
-
-def target_of(config: PretrainedConfig, name: str = "tiny", seed: int = 1) -> Target:
-    """A random target of any family, in float64."""
-    torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config).to(torch.float64)
-    if getattr(config, "attn_logit_softcapping", None):
-        model.config._attn_implementation = "naive"  # sdpa has no bound on scores
-    return Target(name, model, byte_tokenizer())
 
 
 @dataclass(frozen=True)
@@ -81,7 +28,11 @@ class Text:
 @cache
 def tiny(family: str) -> Target:
     """The target of a family; its EOS is a token that its greedy texts contain now and then."""
-    target = make_tiny_target(max_length=CONTEXT) if family == "llama" else target_of(FAMILIES[family], family)
+    if family == "llama":
+        target = make_tiny_target(max_length=CONTEXT)
+    else:
+        kind, own = FAMILIES[family]
+        target = target_of(kind, **own, max_position_embeddings=CONTEXT)
     written = [token for text in texts_of(target) for token in text.tokens[text.written :]]
     rare = sorted((written.count(token), token) for token in set(written))
     target.__dict__["eos_token_ids"] = frozenset(token for _, token in rare[:: max(1, len(rare) // 3)])

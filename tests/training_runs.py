@@ -7,7 +7,6 @@ import multiprocessing
 import os
 import resource
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -16,9 +15,11 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import pytest
 import torch
 from conftest import save_tiny_target
 from safetensors.torch import load_file
+from torch.distributed import TCPStore
 from written_data import prepared
 
 ROOT = Path(__file__).parents[1]
@@ -51,19 +52,23 @@ def command(world: Path, mode: str, out: Path | str, *more: str, architecture: s
 
 
 class Run:
-    """`draft-train` in a process of its own, its output in a file."""
+    """`draft-train` in a process of its own, its output in a file; one that is left over ends with pytest."""
+
+    store: TCPStore | None = None  # of its group
 
     def __init__(self, arguments: list[str], **options: Any) -> None:
         """options: of `_main`."""
         rank = options.get("environment", {}).get("RANK", "")
         self.log = Path(f"{arguments[arguments.index('--out') + 1]}{rank}.log")
-        self.process = CONTEXT.Process(target=_main, args=(arguments, self.log), kwargs=options)
+        self.process = CONTEXT.Process(target=_main, args=(arguments, self.log), kwargs=options, daemon=True)
         self.process.start()
 
     def wait(self) -> int:
-        """The exit status; minus the signal's number for a killed process."""
-        self.process.join(600)
-        assert self.process.exitcode is not None, self.output()
+        """The exit status; minus the signal's number for a killed process. One that takes minutes is stuck."""
+        self.process.join(240)
+        if self.process.exitcode is None:
+            self.process.kill()
+            pytest.fail(f"it did not end: {self.output()}")
         return self.process.exitcode
 
     def succeed(self) -> Run:
@@ -80,12 +85,13 @@ def _main(
     *,
     file_size: int | None = None,
     signalled: tuple[float, int] | None = None,
+    script: str = "",
     environment: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
     """file_size: no file that it writes may grow beyond, in bytes: what a full disk does, without one.
 
     signalled: (step, number): it sends itself the signal of that number when it has logged the step; with a fraction,
-    so many tenths of a second later.
+    so many tenths of a second later. script: Python that runs before the command.
     """
     os.environ.update(environment)
     with open(log, "w") as file:
@@ -99,6 +105,7 @@ def _main(
         _signal_after(*signalled)
     from draft.cli import main
 
+    exec(script, {})
     sys.argv = ["draft-train", *arguments]
     main()
 
@@ -122,35 +129,44 @@ def _signal_after(moment: float, number: int) -> None:
 
 def run_group(arguments: list[str], *, signalled: Any = None, file_size: Any = None, **environment: str) -> list[Run]:
     """Two processes of one run, with what `torchrun` puts into their environment; `signalled` is of the first."""
-    # gloo looks for the host by its name, which need not be known where there is no network
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), **environment}
-    shared = {"GLOO_SOCKET_IFNAME": "lo", **shared}
-    return [
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # a chosen port may be another group's
+    shared = {**group_environment(store), **environment}
+    runs = [
         Run(arguments, file_size=file_size, signalled=signal, environment={**shared, "RANK": rank, "LOCAL_RANK": rank})
         for rank, signal in (("0", signalled), ("1", None))
     ]
+    runs[0].store = store
+    return runs
 
 
-def free_port() -> int:
-    """A port that no client is given meanwhile: those come from a range above. Each process of pytest has its own."""
-    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
-    for port in range(12_000 + 1000 * worker, 13_000 + 1000 * worker):
-        with socket.socket() as probe:
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-        return port
-    raise RuntimeError("no port is free")
+def group_environment(store: TCPStore, size: int = 2) -> dict[str, str]:
+    """The variables by which the processes of a group meet at this process's store, but for their ranks."""
+    agent = {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
+    # gloo looks for the host by its name, which need not be known where there is no network
+    place = {"GLOO_SOCKET_IFNAME": "lo", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+    return {"WORLD_SIZE": str(size), **agent, **place}
 
 
-def python(*arguments: str) -> subprocess.CompletedProcess[str]:
+def start_prepare(folder: Path, out: Path, *words: object, script: str = "", **environment: str) -> Run:
+    """Start `draft-train prepare` with the target in a folder."""
+    arguments = ["prepare", "--target", str(folder), "--out", str(out), *map(str, words)]
+    return Run(arguments, script=script, environment=environment)
+
+
+def python(*arguments: str, **environment: str) -> subprocess.Popen[str]:
     """An interpreter of its own: unlike a `Run`'s it is also taken down at the end."""
-    paths = f"{ROOT}:{ROOT / 'kernels'}"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
-    return subprocess.run(
-        [sys.executable, *arguments], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=600
-    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", **environment}
+    pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen([sys.executable, *arguments], env=environment, cwd=ROOT, **pipes)
+
+
+def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
+    """Its exit status, and all that it printed."""
+    try:
+        shown = process.communicate(timeout=240)[0]
+    finally:
+        process.kill()
+    return process.returncode, shown
 
 
 def last_step(folder: Path) -> int:

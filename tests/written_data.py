@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -49,17 +46,3 @@ def rows_of(dataset: Dataset | None) -> list[Row]:
     """The rows of both splits."""
     assert dataset is not None
     return [row for split in ("train", "held-out") for row in dataset.rows(split)]
-
-
-def start_prepare(
-    folder: Path, out: Path, *words: object, script: str = "", **environment: str
-) -> subprocess.Popen[str]:
-    """Start `draft-train prepare` with the target in a folder; script: runs before it in its process."""
-    arguments = ["prepare", "--target", folder, "--out", out, *words]
-    return subprocess.Popen(
-        [sys.executable, "-c", f"import draft.cli\n{script}\ndraft.cli.main()", *map(str, arguments)],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "COLUMNS": "200", **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )

@@ -1,6 +1,7 @@
 """benchmarks.acceptance_length, run as a user runs it: on folders, through `main`, judged by the files it writes."""
 
 import hashlib
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,14 @@ import pytest
 import torch
 
 from benchmarks import acceptance_length
+from draft.target import load_target
 
 PROMPTS = [
     {"id": "a", "category": "chat", "turns": ["Hello there", "And then?"]},
     {"id": "b", "category": "chat", "turns": ["What is a fox?"]},
     {"question_id": 3, "category": "code", "prompt": "print the first primes"},
 ]
+CATEGORIES = {"overall": 3, "chat": 2, "code": 1}  # prompts of each
 VARIANT_KEYS = ("temperature", "head", "rule", "speculation_length")
 
 
@@ -50,72 +53,38 @@ def members(results: dict[str, Any], row: dict[str, Any]) -> list[dict[str, Any]
     return [record for record in alike if row["category"] in ("overall", record["category"])]
 
 
-def test_every_variant_and_category_is_there(results: dict[str, Any]) -> None:
-    found = {tuple(row[key] for key in (*VARIANT_KEYS, "category")) for row in results["summary"]}
-    decoded = [(0.0, "greedy"), (1.0, "shared-noise"), (1.0, "rejection")]
-    assert found == {
-        (temperature, head, rule, length, category)
-        for temperature, rule in decoded
-        for head in ("first", "copy", "other")
-        for length in (1, 3)
-        for category in ("overall", "chat", "code")
-    }
-    assert len(found) == len(results["summary"])
-
-
-def test_acceptance_length_is_emitted_over_verifications(results: dict[str, Any]) -> None:
+def test_every_row_of_the_summary_is_what_its_records_say(results: dict[str, Any]) -> None:
+    found = [tuple(row[key] for key in (*VARIANT_KEYS, "category")) for row in results["summary"]]
+    heads, decoded = ("first", "copy", "other"), ((0.0, "greedy"), (1.0, "shared-noise"), (1.0, "rejection"))
+    parts = itertools.product(decoded, heads, (1, 3), CATEGORIES)
+    assert sorted(found) == sorted((degrees, head, rule, k, part) for (degrees, rule), head, k, part in parts)
     for row in results["summary"]:
-        records = members(results, row)
-        emitted = sum(record["tokens"] - 1 for record in records)  # the prefill gave the first token
-        verifications = sum(record["verifications"] for record in records)
-        assert row["answers"] == len(records) == {"overall": 4, "chat": 3, "code": 1}[row["category"]]
-        assert row["prompts"] == {"overall": 3, "chat": 2, "code": 1}[row["category"]]
-        tau = row["acceptance_length"]
-        assert tau["value"] == pytest.approx(emitted / verifications, rel=1e-12)
-        if row["prompts"] == 1:  # one prompt has no spread to tell
-            assert tau["low"] is tau["high"] is row["speed_up"]["low"] is row["speed_up"]["high"] is None
-            continue
-        assert tau["low"] <= tau["value"] <= tau["high"]
-        per_prompt: dict[str, list[int]] = {}
-        for record in records:
-            sums = per_prompt.setdefault(record["prompt"], [0, 0])
-            sums[0] += record["tokens"] - 1
-            sums[1] += record["verifications"]
-        ratios = [tokens / steps for tokens, steps in per_prompt.values()]
-        assert min(ratios) - 1e-12 <= tau["low"] and tau["high"] <= max(ratios) + 1e-12
-    assert any(row["acceptance_length"]["value"] > 1 for row in results["summary"])  # something was accepted
-
-
-def test_acceptance_by_position(results: dict[str, Any]) -> None:
-    for row in results["summary"]:
-        records = members(results, row)
-        length = row["speculation_length"]
-        drafted = [sum(record["drafted_per_position"][at] for record in records) for at in range(length)]
-        accepted = [sum(record["accepted_per_position"][at] for record in records) for at in range(length)]
-        assert row["acceptance_per_position"] == [a / d for a, d in zip(accepted, drafted, strict=True)]
-        assert row["acceptance_rate"] == sum(accepted) / sum(drafted)
-        assert accepted == sorted(accepted, reverse=True)  # a later token stands only behind the earlier ones
-
-
-def test_speed_up_is_against_the_plain_run_of_the_same_prompts(results: dict[str, Any]) -> None:
-    for row in results["summary"]:
+        records, length = members(results, row), row["speculation_length"]
         plain = members(results, {**row, "head": None, "rule": None, "speculation_length": 0})
-        records = members(results, row)
         assert [(r["prompt"], r["turn"]) for r in plain] == [(r["prompt"], r["turn"]) for r in records]
         assert all(record["verifications"] == record["tokens"] - 1 for record in plain)
-        speeds = [
-            sum(record["emitted"] for record in group) / sum(record["decode_seconds"] for record in group)
-            for group in (plain, records)
-        ]
+        assert (row["answers"], row["prompts"]) == (len(records), CATEGORIES[row["category"]])
+        emitted = sum(record["tokens"] - 1 for record in records)  # the prefill gave the first token
+        tau, speed_up = row["acceptance_length"], row["speed_up"]
+        assert tau["value"] == pytest.approx(emitted / sum(r["verifications"] for r in records), rel=1e-12)
+        drafted, accepted = (
+            [sum(record[name][at] for record in records) for at in range(length)]
+            for name in ("drafted_per_position", "accepted_per_position")
+        )
+        assert row["acceptance_per_position"] == [a / d for a, d in zip(accepted, drafted, strict=True)]
+        assert row["acceptance_rate"] == sum(accepted) / sum(drafted)
+        assert accepted == sorted(accepted, reverse=True)  # a later token is accepted only behind the earlier ones
+        speeds = [sum(r["emitted"] for r in part) / sum(r["decode_seconds"] for r in part) for part in (plain, records)]
         assert [row["plain_tokens_per_second"], row["tokens_per_second"]] == pytest.approx(speeds)
-        assert row["speed_up"]["value"] == pytest.approx(speeds[1] / speeds[0])
-        if row["prompts"] > 1:
-            assert row["speed_up"]["low"] <= row["speed_up"]["value"] <= row["speed_up"]["high"]
-
-
-def test_output_is_the_plain_one_except_under_rejection(results: dict[str, Any]) -> None:
-    for row in results["summary"]:
+        assert speed_up["value"] == pytest.approx(speeds[1] / speeds[0])
+        if row["prompts"] == 1:  # one prompt has no spread to tell
+            assert tau["low"] is tau["high"] is speed_up["low"] is speed_up["high"] is None
+        else:
+            assert (
+                tau["low"] <= tau["value"] <= tau["high"] and speed_up["low"] <= speed_up["value"] <= speed_up["high"]
+            )
         assert row["identical_share"] == (None if row["rule"] == "rejection" else 1.0), row
+    assert any(row["acceptance_length"]["value"] > 1 for row in results["summary"])  # something was accepted
     rejected = [record for record in results["records"] if record["rule"] == "rejection"]
     assert any(record["first_difference"] is not None for record in rejected)  # so a difference would be seen
 
@@ -137,7 +106,7 @@ def test_a_second_turn_follows_the_plain_answer(results: dict[str, Any], models:
     first, second = [record for record in plain if record["prompt"] == "a"]
     template = len("<>user\n<>\n") + len("<>assistant\n")  # one token for each of the chat marks
     assert first["prompt_tokens"] == len("Hello there") + template - 2 - 1
-    target = acceptance_length.load_target(str(models / "target"), "float64")
+    target = load_target(str(models / "target"), "float64")
     ids = target.encode_chat([{"role": "user", "content": "Hello there"}], add_generation_prompt=True)
     answer = target.model.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False)[0, len(ids) :].tolist()
     assert len(answer) == first["tokens"]
@@ -147,22 +116,24 @@ def test_a_second_turn_follows_the_plain_answer(results: dict[str, Any], models:
 
 
 def test_identical_heads_gain_nothing_and_others_are_compared(results: dict[str, Any]) -> None:
-    pairs = {(row["baseline"], row["candidate"]) for row in results["comparisons"]}
-    assert pairs == {("first", "copy"), ("first", "other")}
+    assert {(row["baseline"], row["candidate"]) for row in results["comparisons"]} == {
+        ("first", "copy"),
+        ("first", "other"),
+    }
     summary = {tuple(row[key] for key in (*VARIANT_KEYS, "category")): row for row in results["summary"]}
     for row in results["comparisons"]:
-        if row["candidate"] == "copy":
-            assert row["value"] == 0
-            assert row["low"] == row["high"] == (0 if row["prompts"] > 1 else None)
-        taus = [
-            summary[row["temperature"], head, row["rule"], row["speculation_length"], row["category"]]
-            for head in (row["baseline"], row["candidate"])
-        ]
-        below, above = (tau["acceptance_length"]["value"] for tau in taus)
-        assert row["value"] == pytest.approx(above / below - 1, abs=1e-12)
-        if row["prompts"] > 1:
+        below, above = (
+            summary[row["temperature"], row[side], row["rule"], row["speculation_length"], row["category"]]
+            for side in ("baseline", "candidate")
+        )
+        ratio = above["acceptance_length"]["value"] / below["acceptance_length"]["value"]
+        assert row["value"] == pytest.approx(ratio - 1, abs=1e-12)
+        assert row["candidate"] == "other" or row["value"] == 0
+        assert row["prompts"] == CATEGORIES[row["category"]]
+        if row["prompts"] == 1:
+            assert row["low"] is row["high"] is None
+        else:
             assert row["low"] <= row["value"] + 1e-12 and row["value"] - 1e-12 <= row["high"]
-        assert row["prompts"] == {"overall": 3, "chat": 2, "code": 1}[row["category"]]
     assert any(row["value"] != 0 for row in results["comparisons"])
 
 
@@ -185,34 +156,30 @@ def test_gain_is_paired_by_prompt() -> None:
 
 
 def test_provenance_and_picture(results: dict[str, Any], outcome: Path, models: Path) -> None:
-    assert results["commit"]
-    assert results["command"].startswith("python -m benchmarks.acceptance_length --target")
-    assert results["machine"]["dtype"] == "float64"
-    assert results["machine"]["cpu"] and results["machine"]["cores"] >= 1
+    assert results["commit"] and results["command"].startswith("python -m benchmarks.acceptance_length --target")
+    assert results["machine"].items() >= {"dtype": "float64"}.items() and results["machine"]["cores"] >= 1
     file = outcome.parent.parent / "prompts.jsonl"
-    assert results["prompts"] == {
-        "files": [str(file)],
-        "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
-        "count": 3,
-    }
-    target = acceptance_length.load_target(str(models / "target"), "float64")
-    assert results["target"]["fingerprint"] == target.fingerprint
+    sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
+    assert results["prompts"] == {"files": [str(file)], "sha256": sha256, "count": 3}
+    assert results["target"]["fingerprint"] == load_target(str(models / "target"), "float64").fingerprint
     weights = (models / "first" / "model.safetensors").read_bytes()
     assert results["heads"][0]["sha256"] == hashlib.sha256(weights).hexdigest()
     assert (outcome / "acceptance_length.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     assert sorted(path.name for path in outcome.iterdir()) == ["acceptance_length.json", "acceptance_length.png"]
 
 
-def test_prints_the_tables(
+def test_prints_the_tables_and_leaves_out_prompts_too_long_for_the_context(
     models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "400")  # heads of one name are told apart by their paths, which are long here
-    file = write_jsonl(tmp_path / "p.jsonl", [{"category": "[/red]", "question": "Hi"}])
-    options = ("--prompts", str(file), "--temperature", "0", "--speculation-length", "2")
-    assert run(models, tmp_path / "out", *options, heads=("first", "first")) == 0
-    printed = capsys.readouterr().out
+    prompts = [{"id": "long", "turns": ["x" * 500]}, {"id": "short", "category": "[/red]", "question": "Hi"}]
+    options = ("--prompts", str(write_jsonl(tmp_path / "p.jsonl", prompts)), "--speculation-length", "2")
+    assert run(models, tmp_path, *options, "--temperature", "0", heads=("first", "first")) == 0
+    printed = capsys.readouterr().out.replace(str(models) + "/", "")
     for words in ("All categories", "By category at K = 2", "[/red]", "first (1)", "first (2)", "no difference shown"):
-        assert words in printed.replace(str(models) + "/", "")
+        assert words in printed
+    results = json.loads((tmp_path / "acceptance_length.json").read_text())
+    assert results["skipped"] == ["long"] and {record["prompt"] for record in results["records"]} == {"short"}
 
 
 def test_an_interrupted_run_keeps_complete_prompts(
@@ -231,11 +198,3 @@ def test_an_interrupted_run_keeps_complete_prompts(
     results = json.loads((tmp_path / "acceptance_length.json").read_text())
     assert results["interrupted"] is True
     assert {record["prompt"] for record in results["records"]} == {"a", "3"}  # categories take turns
-
-
-def test_prompts_too_long_for_the_context_are_left_out_and_named(models: Path, tmp_path: Path) -> None:
-    file = write_jsonl(tmp_path / "p.jsonl", [{"id": "long", "turns": ["x" * 500]}, {"id": "short", "turns": ["y"]}])
-    options = ("--prompts", str(file), "--temperature", "0", "--speculation-length", "2")
-    assert run(models, tmp_path, *options) == 0
-    results = json.loads((tmp_path / "acceptance_length.json").read_text())
-    assert results["skipped"] == ["long"] and {record["prompt"] for record in results["records"]} == {"short"}

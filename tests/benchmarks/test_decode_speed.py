@@ -5,13 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_tiny_head, make_tiny_target, save_tiny_target
+from conftest import make_tiny_target
 
 from benchmarks import decode_speed
 from benchmarks.decode_speed import Key, Timing
 from cpu_kernels.ops import load_kernels
 from draft.files import cache_folder
-from draft.heads.checkpoint import save_head
 from serving.engine import Engine
 
 
@@ -29,12 +28,6 @@ def test_ratios_are_taken_within_a_repeat() -> None:
     assert chain["over_plain"] == {"median": 2.0, "least": 2.0, "most": 2.0}
     assert chain["acceptance_length"] == 2.0 and plain["acceptance_length"] == 1.0
     assert plain["identical"] == 1.0 and chain["identical"] == 0.0
-
-
-def test_pooling_adds_batches() -> None:
-    pooled = decode_speed.pool([timing(3, 1.0, 2), timing(5, 3.0, 4)])
-    assert (pooled.tokens, pooled.seconds, pooled.verifications, pooled.rate) == (8, 4.0, 6, 2.0)
-    assert dict(pooled.parts) == {"target": 4.0} and len(pooled.outputs) == 2
 
 
 def results(tau: float) -> dict:  # type: ignore[type-arg]
@@ -61,34 +54,25 @@ def test_the_prediction_and_the_bars() -> None:
     assert bars["verifying 8 tokens / plain step"]["met"] is True
     assert bars["verifying 16 tokens / plain step"]["met"] is False
     assert bars["plain / transformers generate"]["met"] is None
-    assert bars["automatic / plain, batch 1"] == {
-        "bar": "automatic / plain, batch 1",
-        "figure": pytest.approx(1.8),
-        "limit": "at least 1.1",
-        "met": True,
-    }
+    owed = bars["automatic / plain, batch 1"]
+    assert (owed["figure"], owed["limit"], owed["met"]) == (pytest.approx(1.8), "at least 1.1", True)
     better = results(tau=3.0)
     better["predicted"] = decode_speed.predict(better)
     owed = next(bar for bar in decode_speed.judge(better) if bar["bar"] == "automatic / plain, batch 1")
     assert owed["limit"] == "at least 1.6"
 
 
-def test_a_whole_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    target = save_tiny_target(tmp_path / "target")
-    head = make_tiny_head(target)
-    save_head(head, tmp_path / "head", dtype=target.dtype, about={})
-    (tmp_path / "prompts.jsonl").write_text('{"prompt": "Hi"}\n{"prompt": "Count to three"}\n')
+def test_a_whole_run(small: str, two_prompts: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status = decode_speed.main(
-        f"--target {tmp_path}/target --head {tmp_path}/head --prompts {tmp_path}/prompts.jsonl --out {tmp_path}/out "
-        "--dtype float32 --mode eager --batch 1 2 --speculation-length 2 --tree 4 --baseline none --repeats 1 "
-        "--limit 2 --max-new-tokens 5".split()
+        f"{small} {two_prompts} --out {tmp_path} --mode eager --batch 1 2 --speculation-length 2 --tree 4 "
+        "--baseline none --repeats 1 --limit 2 --max-new-tokens 5".split()
     )
     assert status == 0
-    written = json.loads((tmp_path / "out/decode_speed.json").read_text())
+    written = json.loads((tmp_path / "decode_speed.json").read_text())
     names = [(row["batch"], row["name"]) for row in written["rates"]]
     assert names == [(batch, name) for batch in (1, 2) for name in ("plain", "chain 2", "tree 4", "automatic")]
     assert all(row["identical"] == 1.0 for row in written["rates"])  # float32, one machine, tiny: no rounding decides
-    assert (tmp_path / "out/decode_speed.png").stat().st_size > 0
+    assert (tmp_path / "decode_speed.png").stat().st_size > 0
     assert "floor of a plain step" in capsys.readouterr().out
 
 
@@ -102,13 +86,14 @@ def test_a_tree_needs_more_nodes_than_it_is_deep(capsys: pytest.CaptureFixture[s
 def test_each_weight_is_counted_once(tied: bool) -> None:
     target = make_tiny_target(dtype=torch.bfloat16, tie_word_embeddings=tied)
     linears = [module for module in target.decoder.modules() if isinstance(module, torch.nn.Linear)]
-    norms = [module.weight for module in target.decoder.modules() if "Norm" in type(module).__name__]
-    numbers = sum(linear.weight.numel() for linear in linears) + sum(norm.numel() for norm in norms)
+    norms = sum(module.weight.numel() for module in target.decoder.modules() if "Norm" in type(module).__name__)
     load_kernels(cache_folder())
     panel = torch.ops.draftsmith.panel_width()
     rotary = sum(buffer.nbytes for buffer in target.decoder.rotary_emb.buffers())
-    for mode, rows in (("eager", target.vocab_size), ("compiled", -(-target.vocab_size // panel) * panel)):
-        engine = Engine(target, None, mode=mode)
-        counted = decode_speed.weight_bytes(engine)
-        padded = sum((-linear.out_features % panel) * linear.in_features for linear in linears) * (mode == "compiled")
-        assert counted == 2 * (numbers + padded + rows * target.hidden_size) + rotary, mode
+    for mode, (wide, deep) in {"eager": (1, 1), "compiled": (panel, 32)}.items():  # packed weights are padded
+        numbers = sum(
+            -(-each.out_features // wide) * wide * (-(-each.in_features // deep) * deep)
+            for each in (*linears, target.lm_head)
+        )
+        counted = decode_speed.weight_bytes(Engine(target, None, mode=mode))
+        assert counted == 2 * (numbers + norms) + rotary, mode

@@ -4,12 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import make_tiny_head, save_tiny_target
 
 from benchmarks import serving_load
 from benchmarks.serving_load import Cores, Key, Load, Plan, Rates, Request, Trace, closed_loop, poisson
 from draft.errors import UserError
-from draft.heads.checkpoint import save_head
 from draft.launcher import draft_serve
 
 
@@ -17,22 +15,16 @@ def trace(sent: float, first: float, ended: float, tokens: int, **more: int | st
     return Trace(sent, first, ended, tokens, **more)  # type: ignore[arg-type]
 
 
-def test_latencies_of_a_trace() -> None:
+def test_latencies_are_of_good_requests_of_all_repeats() -> None:
     # sent at 10, first token after 0.5 s, the other 4 within 2 s
     one = trace(10.0, 10.5, 12.5, 5)
     assert (one.first_token_seconds, one.seconds_per_token, one.seconds) == (0.5, 0.5, 2.5)
     assert trace(10.0, 10.5, 10.5, 1).seconds_per_token is None  # nothing came after the first
     assert trace(10.0, 0.0, 11.0, 5).first_token_seconds is None  # was not streamed
-
-
-def test_percentiles_are_over_all_requests_of_all_repeats() -> None:
-    loads = [
-        Load([trace(0.0, 0.001 * place, 1.0, 3) for place in range(1, 51)], 1.0),
-        Load([trace(0.0, 0.001 * place, 1.0, 3) for place in range(51, 102)], 1.0),
-        Load([trace(0.0, 9.0, 9.0, 0, error="status 500")], 1.0),  # is in no percentile
-    ]
-    ttft = serving_load.latencies(loads)["ttft"]
-    assert ttft == {"p50": pytest.approx(0.051), "p99": pytest.approx(0.100)}
+    firsts = (range(1, 51), range(51, 102))
+    loads = [Load([trace(0.0, 0.001 * place, 1.0, 3) for place in each], 1.0) for each in firsts]
+    loads += [Load([trace(0.0, 9.0, 9.0, 0, error="status 500")], 1.0)]  # is in no percentile
+    assert serving_load.latencies(loads)["ttft"] == {"p50": pytest.approx(0.051), "p99": pytest.approx(0.100)}
     assert serving_load.percentiles([None, None]) is None
     assert serving_load.percentiles([1.0, 2.0]) == {"p50": 1.5, "p99": pytest.approx(1.99)}
 
@@ -40,15 +32,13 @@ def test_percentiles_are_over_all_requests_of_all_repeats() -> None:
 def test_rates_count_good_requests_and_tau_pools_steps() -> None:
     traces = [trace(0, 1, 2, 10, accepted=6, steps=3), trace(0, 1, 2, 20, accepted=0, steps=1)]
     failed = trace(0, 1, 2, 99, error="ReadError", accepted=50, steps=1)
-    load = Load([*traces, failed], 2.0)
+    load, plain = Load([*traces, failed], 2.0), Load([trace(0, 1, 2, 10)], 2.0)
     assert (load.rate, load.requests_per_second) == (15.0, 1.0)
-    [row] = serving_load.summarise({Key("closed", 2, "on"): [load]}, {})
-    assert row["acceptance_length"] == pytest.approx((6 + 4) / 4)  # bonus tokens included
-    assert (row["requests"], row["errors"]) == (3, ["ReadError"])
-    [row] = serving_load.summarise(
-        {Key("closed", 2, "off"): [Load([trace(0, 1, 2, 10)], 2.0)], Key("closed", 2, "on"): []}, {}
-    )
-    assert row["acceptance_length"] is None and row["mode"] == "off"
+    loads = {Key("closed", 2, "on"): [load], Key("closed", 2, "off"): [plain], Key("closed", 2, "automatic"): []}
+    on, off = serving_load.summarise(loads, {})
+    assert on["acceptance_length"] == pytest.approx((6 + 4) / 4)  # bonus tokens included
+    assert (on["requests"], on["errors"]) == (3, ["ReadError"])
+    assert (off["acceptance_length"], off["mode"]) == (None, "off")
 
 
 def rows(automatic: list[float], on: list[float], off: list[float]) -> list[dict]:  # type: ignore[type-arg]
@@ -115,16 +105,15 @@ def test_what_goes_wrong_is_told_by_the_trace() -> None:
         assert all(each.error and each.error.startswith("ConnectError") for each in load.traces)
 
 
-def test_a_whole_run_with_its_bars(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    target = save_tiny_target(tmp_path / "target")
-    save_head(make_tiny_head(target), tmp_path / "head", dtype=target.dtype, about={})
-    (tmp_path / "prompts.jsonl").write_text('{"prompt": "Hi"}\n{"prompt": "Count to three"}\n')
+def test_a_whole_run_with_its_bars(
+    small: str, two_prompts: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serving_load, "HTTP_CONCURRENCY", 2)
     status = serving_load.main(
-        f"--target {tmp_path}/target --head {tmp_path}/head --prompts {tmp_path}/prompts.jsonl --out {tmp_path}/out "
-        "--dtype float32 --mode eager --concurrency 1 2 --requests 2 --repeats 1 --max-new-tokens 4 --num-tokens 2 "
-        "--endurance 30 --check".split()
+        f"{small} {two_prompts} --out {tmp_path} --mode eager --concurrency 1 2 --requests 2 --repeats 1 "
+        "--max-new-tokens 4 --num-tokens 2 --endurance 10 --check".split()
     )
-    written = json.loads((tmp_path / "out/serving_load.json").read_text())
+    written = json.loads((tmp_path / "serving_load.json").read_text())
     keys = [(row["arrivals"], row["concurrency"], row["mode"]) for row in written["loads"]]
     modes = ("off", "on", "automatic")
     assert keys == [(arrivals, n, mode) for arrivals in ("closed", "poisson") for n in (1, 2) for mode in modes]
@@ -133,21 +122,18 @@ def test_a_whole_run_with_its_bars(tmp_path: Path, capsys: pytest.CaptureFixture
         assert all(0 < row[name]["p50"] <= row[name]["p99"] for name in ("ttft", "tpot", "e2e"))
         assert (row["acceptance_length"] is None) == (row["mode"] == "off") or row["mode"] == "automatic"
         assert (row["arrivals_per_second"] is None) == (row["arrivals"] == "closed")
-    assert (written["endurance"]["requests"], written["endurance"]["errors"]) == (30, 0)
+    assert (written["endurance"]["requests"], written["endurance"]["errors"]) == (10, 0)
     assert written["endurance"]["memory_late"] > 2**20 and written["http"]["over_http"]["median"] > 0
     assert status == (1 if any(bar["met"] is False for bar in written["bars"]) else 0)
     assert len(written["bars"]) == 2 + 3 and None not in [bar["met"] for bar in written["bars"]]
-    assert (tmp_path / "out/serving_load.png").stat().st_size > 0
+    assert (tmp_path / "serving_load.png").stat().st_size > 0
     assert written["command"].startswith("python -m benchmarks.serving_load --target") and written["commit"]
     printed = capsys.readouterr().out
-    assert "engine on core" in printed and "minutes from now" in printed and "errors in 30 requests" in printed
+    assert "engine on core" in printed and "minutes from now" in printed and "errors in 10 requests" in printed
 
 
-def test_mistakes_are_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    save_tiny_target(tmp_path / "target")
-    capsys.readouterr()  # transformers shows that it saves
-    arguments = f"--target {tmp_path}/target --head {tmp_path} --dtype float32 --mode eager --out {tmp_path}/out"
-    assert serving_load.main(arguments.split()) == 2
+def test_mistakes_are_one_sentence(small: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert serving_load.main(f"{small} --head {tmp_path} --mode eager --out {tmp_path}/out".split()) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and str(tmp_path) in error
     with pytest.raises(UserError, match="No such option"), draft_serve(["--no-such-option"]):

@@ -1,6 +1,7 @@
-"""Command lines, prompts and errors of all benchmarks."""
+"""Command lines, errors and prompts of all benchmarks."""
 
 import json
+import re
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 from conftest import make_tiny_head, make_tiny_target
 
 from benchmarks import acceptance_length, shared
+from draft.data.records import records
 from draft.heads.checkpoint import save_head
 
 
@@ -88,3 +90,24 @@ def test_default_prompts_and_the_columns_that_are_read(tmp_path: Path) -> None:
         "file-2": ("file", ("three",)),
         "x": ("file", ("four \u2028 five",)),
     }
+
+
+def normalised(text: str) -> str:
+    """Keep letters and digits only, so that a change of spacing or punctuation does not hide a duplicate."""
+    return " ".join("".join(c if c.isalnum() else " " for c in text.casefold()).split())
+
+
+def sentences(texts: list[str]) -> set[str]:
+    return {normalised(part) for text in texts for part in re.split(r"[.?!\n]", text) if len(part.split()) >= 4}
+
+
+def test_shipped_prompts_are_different_and_are_not_trained_on() -> None:
+    """The demonstration trains on answers to the word problems: not one sentence may be a benchmark sentence."""
+    turns = [turn for prompt in shared.load_prompts().prompts for turn in prompt.turns]
+    assert len({normalised(turn) for turn in turns}) == len(turns) >= 80
+    assert all(turn == turn.strip() and 3 <= len(turn.split()) <= 200 for turn in turns)
+    problems = [row["prompt"] for _, row in records(str(shared.ROOT / "draft/data/word_problems.jsonl"))]
+    wordings = {normalised(re.sub(r"\d", "", problem)) for problem in problems}  # not one with other numbers
+    assert len(wordings) == len(problems) >= 150
+    benchmark, trained = sentences(turns), sentences(problems)
+    assert len(benchmark) > 100 and len(trained) > 300 and not benchmark & trained

@@ -1,32 +1,25 @@
 """The training benchmark on a tiny target, and what its figures mean."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_tiny_head, save_tiny_target
 
 from benchmarks import training_speed
 from benchmarks.training_speed import make_rows, spread_lengths
 from draft.data.examples import collate
-from draft.heads.checkpoint import save_head
 
 
-@pytest.fixture(scope="module")
-def arguments(tmp_path_factory):
-    root = tmp_path_factory.mktemp("tiny")
-    target = save_tiny_target(root / "target")
-    save_head(make_tiny_head(target), root / "head", dtype=target.dtype, about={})
-    options = f"--target {root}/target --head {root}/head --out {root}/out --dtype float32 --device cpu --rows 2 "
-    return (options + "--length 32 --rank 4 --repeats 2 --conversations 8 --packing-repeats 1").split()
+@pytest.fixture
+def arguments(small, tmp_path) -> list[str]:
+    options = f"{small} --out {tmp_path} --device cpu --rows 2 --length 32 --rank 4 --repeats 2 --conversations 8"
+    return f"{options} --packing-repeats 1 --check".split()
 
 
-def test_a_whole_run(arguments, capsys, monkeypatch) -> None:
+def test_a_whole_run(arguments, tmp_path, capsys, monkeypatch) -> None:
     monkeypatch.setattr(training_speed, "SIZES", (128, 256))
-    assert training_speed.main(arguments) == 0
-    out = Path(arguments[arguments.index("--out") + 1])
-    results = json.loads((out / "training_speed.json").read_text())
+    status = training_speed.main(arguments)
+    results = json.loads((tmp_path / "training_speed.json").read_text())
     rows = {row["method"]: row for row in results["methods"]}
     assert list(rows) == ["pretrain", "lora", "afa-lora"]
     for row in rows.values():
@@ -34,12 +27,10 @@ def test_a_whole_run(arguments, capsys, monkeypatch) -> None:
         assert sum(row["parts"].values()) == pytest.approx(row["seconds"]["median"], rel=0.5)
         assert 0 < row["share_of_product"] < 1 and row["memory_peak_bytes"] > 2**20
     assert results["products"].keys() == {"bfloat16", "float32"}
-    assert results["packing"]["padding"]["packed"] < 0.5 and (out / "training_speed.png").stat().st_size > 0
+    assert results["packing"]["padding"]["packed"] < 0.5 and (tmp_path / "training_speed.png").stat().st_size > 0
     printed = capsys.readouterr().out
     assert "best float32 product" in printed and "AFA-LoRA step / LoRA step" in printed
-    status = training_speed.main([*arguments, "--check"])
-    missed = "MISSED" in capsys.readouterr().out
-    assert status == int(missed)
+    assert status == int("MISSED" in printed)
 
 
 def test_counted_operations_are_those_of_the_formula(arguments) -> None:
@@ -61,7 +52,7 @@ def test_counted_operations_are_those_of_the_formula(arguments) -> None:
     assert step.flops(batch) == pytest.approx(expected, rel=1e-9)
 
 
-def test_bars(arguments) -> None:
+def test_bars() -> None:
     rows = [{"method": "afa-lora", "share_of_product": 0.46}]
     results = {"methods": rows, "settings": {"dtype": "float32"}, "afa_over_lora": {"median": 1.06}}
     assert [bar["met"] for bar in training_speed.judge(results)] == [True, False]

@@ -10,7 +10,6 @@ from interop.cases import CASES, OTHERS, random_head, tiny_target
 from interop.prepare import export_for_vllm
 from safetensors.torch import load_file
 
-from draft.errors import UserError
 from draft.heads.checkpoint import save_head
 from draft.interop.exporting import export_head
 
@@ -56,15 +55,3 @@ def test_what_speculators_loaded_is_what_is_written(tmp_path, case):
     assert {key: config[key] for key in written["config"]} == written["config"]
     assert "model_type" not in config and sorted(config) == written["keys"]
     assert sorted(config["transformer_layer_config"]) == written["layer_keys"]
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_the_plain_format_is_what_vllm_loaded_too(exports, tmp_path, case):
-    folder, _ = exports
-    try:
-        export_head(folder / "heads" / case, "plain", tmp_path / "out")
-    except UserError as error:
-        assert case == "norm_before_residual" and "SGLang has no norm_before_residual" in str(error)
-        return
-    for file in ("model.safetensors", "config.json"):
-        assert (tmp_path / "out" / file).read_bytes() == (folder / "vllm" / case / file).read_bytes()

@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from conftest import SHAPE
 from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from draft.heads.registry import ARCHITECTURES
 from draft.target import Target
 
-VOCAB = 259
+VOCAB = SHAPE["vocab_size"]
 CASES: dict[str, dict[str, Any]] = {
     "default": {},
     "norm_before_residual": {"norm_before_residual": True},
@@ -36,11 +37,7 @@ VLLM_HEAD_DIM = 32  # the smallest that its attention on a CPU has
 def tiny_target(folder: Path, head_dim: int = 8) -> Target:
     """A random Llama of 8 layers, written to `folder` in float32 and named by it."""
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=8, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=head_dim, max_position_embeddings=512, bos_token_id=1, eos_token_id=2,
-        pad_token_id=2, initializer_range=0.2, tie_word_embeddings=True,
-    )  # fmt: skip
+    config = LlamaConfig(**SHAPE | {"head_dim": head_dim}, max_position_embeddings=512, tie_word_embeddings=True)
     words = Tokenizer(models.WordLevel({f"<{index}>": index for index in range(VOCAB)}, unk_token="<0>"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<0>", eos_token="<2>")
     target = Target(str(folder), LlamaForCausalLM(config), tokenizer)

@@ -36,7 +36,10 @@ def served(command: list[str], log: Path) -> Iterator[str]:
         yield address
     finally:
         process.terminate()
-        process.wait()
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            process.kill()
 
 
 def _answers(address: str) -> bool:

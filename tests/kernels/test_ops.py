@@ -1,4 +1,4 @@
-"""The choice of an implementation, and the memory of the fastest blocks; no kernel runs here."""
+"""The choice of an implementation, the memory of the fastest blocks, and the kernels as Triton interprets them."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from kernel_cases import INTERPRETING, make_case
 
 from afa_kernels import KernelsError, afa_lora_linear, ops, reference
 
+ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.skipif(INTERPRETING or torch.cuda.is_available(), reason="about machines without kernels")
 
 
@@ -22,14 +23,13 @@ def arguments(**replaced: object) -> dict[str, object]:
     return {name: getattr(case, name) for name in names} | replaced
 
 
-@pytest.mark.parametrize("choice", [None, "", "auto", "reference"])
-def test_a_cpu_takes_pytorch_without_a_word(
-    choice: str | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_cpu_takes_pytorch_without_a_word(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    expected = reference.afa_lora_linear(**arguments())
     monkeypatch.delenv("AFA_KERNELS", raising=False)
-    if choice is not None:
+    assert torch.equal(afa_lora_linear(**arguments()), expected)
+    for choice in ("", "auto", "reference"):
         monkeypatch.setenv("AFA_KERNELS", choice)
-    assert torch.equal(afa_lora_linear(**arguments()), reference.afa_lora_linear(**arguments()))
+        assert torch.equal(afa_lora_linear(**arguments()), expected)
     ops.fall_back("LoRA dropout is 0.1", "cpu")
     assert not caplog.records
 
@@ -41,19 +41,15 @@ def test_beta_gets_no_gradient() -> None:
 
 
 def test_an_impossible_force_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AFA_KERNELS", "cuda")
+    with pytest.raises(KernelsError, match="AFA_KERNELS is 'cuda': set it to one of auto, reference, triton"):
+        afa_lora_linear(**arguments())
     monkeypatch.setenv("AFA_KERNELS", "triton")
     with pytest.raises(KernelsError, match="x is on 'cpu' and not on a CUDA device, and TRITON_INTERPRET is not 1"):
         afa_lora_linear(**arguments())
     with pytest.raises(KernelsError, match="dropout"):
         ops.fall_back("LoRA dropout is 0.1", "cpu")
-    monkeypatch.setenv("AFA_KERNELS", "cuda")
-    with pytest.raises(KernelsError, match="AFA_KERNELS is 'cuda': set it to one of auto, reference, triton"):
-        afa_lora_linear(**arguments())
-
-
-def test_interpreting_must_be_chosen_first(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
-    monkeypatch.setenv("AFA_KERNELS", "triton")
     assert ops._no_triton("cuda") is None
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(KernelsError, match="Triton was imported before TRITON_INTERPRET=1"):
@@ -75,8 +71,8 @@ except KernelsError as error: assert "Triton can't be imported" in str(error)
 else: raise SystemExit(1)
 """
     environment = {k: v for k, v in os.environ.items() if not k.startswith("AFA_")} | {"PYTHONPATH": "kernels"}
-    root = Path(__file__).resolve().parents[2]
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, cwd=root)
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT, timeout=300)
     assert done.returncode == 0, done.stderr
 
 
@@ -151,3 +147,26 @@ def test_shape_classes() -> None:
     with tuning.only("update"), tuning.only("fused"):
         assert tuning.product_variants() == ("fused",)
     assert tuning.product_variants() == ("fused", "update")
+
+
+# ---- the kernels, in a process that interprets Triton ----
+
+
+def test_the_kernels_as_triton_interprets_them() -> None:
+    pytest.importorskip("triton")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("AFA_KERNELS")} | {"TRITON_INTERPRET": "1"}
+    # Core and thread counts are the caller's; the cache is not, since two pytests would write it.
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-W",
+        "ignore::RuntimeWarning",
+        ROOT / "tests/kernels/on_triton",
+    ]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT, timeout=280)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout

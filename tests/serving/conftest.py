@@ -18,13 +18,8 @@ def folders(tmp_path_factory, tiny_target: Target, tiny_head: Eagle3Head) -> Pat
     folder = tmp_path_factory.mktemp("models")
     tiny_target.model.save_pretrained(folder / "my-target")
     tiny_target.tokenizer.save_pretrained(folder / "my-target")
-    about = {"target_fingerprint": tiny_target.fingerprint}
-    save_head(tiny_head, folder / "my-head", dtype=torch.float64, about=about)
     other = make_tiny_target(seed=1)
-    save_head(
-        make_tiny_head(other),
-        folder / "other-head",
-        dtype=torch.float64,
-        about={"target_fingerprint": other.fingerprint},
-    )
+    for name, target, head in (("my-head", tiny_target, tiny_head), ("other-head", other, make_tiny_head(other))):
+        about = {"target_fingerprint": target.fingerprint}
+        save_head(head, folder / name, dtype=torch.float64, about=about)
     return folder

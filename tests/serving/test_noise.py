@@ -11,34 +11,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from serving.engine import noise
-from serving.engine.noise import (
-    GROUP,
-    Purpose,
-    _stream,
-    _stream_array,
-    _stream_tensor,
-    _unit,
-    _unit_array,
-    choose,
-    gumbel,
-    uniform,
-)
+from serving.engine.noise import GROUP, Purpose, _stream, choose, gumbel, uniform
 
 
 def test_the_stream_is_splitmix64() -> None:
     # the first outputs of the published generator for the seed 0
     expected = [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]
     assert [_stream(0, counter) for counter in range(3)] == expected
-    assert [bits % 2**64 for bits in _stream_tensor(0, torch.arange(3)).tolist()] == expected
-    assert _stream_array(np.zeros(3, dtype=np.uint64), np.arange(3, dtype=np.uint64)).tolist() == expected
+    assert [bits % 2**64 for bits in noise._stream_tensor(0, torch.arange(3)).tolist()] == expected
+    assert noise._stream_array(np.zeros(3, dtype=np.uint64), np.arange(3, dtype=np.uint64)).tolist() == expected
 
 
 @given(key=st.integers(0, 2**64 - 1), counter=st.integers(0, 2**40))
 def test_the_stream_of_tensors_and_arrays_is_that_of_integers(key: int, counter: int) -> None:
-    tensor = _stream_tensor(key, torch.tensor([counter]))
-    array = _stream_array(np.array([key], dtype=np.uint64), np.array([counter], dtype=np.uint64))
+    tensor = noise._stream_tensor(key, torch.tensor([counter]))
+    array = noise._stream_array(np.array([key], dtype=np.uint64), np.array([counter], dtype=np.uint64))
     assert tensor.item() % 2**64 == _stream(key, counter) == array.item()
-    assert _unit(tensor).item() == _unit_array(array).item()
+    assert noise._unit(tensor).item() == noise._unit_array(array).item()
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2**63 - 1])

@@ -14,9 +14,8 @@ from torch import Tensor
 from serving.engine import Engine, SamplingParams, drafting
 from serving.engine.drafting import AtOnceProposer, HeadProposer, Job
 from serving.engine.kv_cache import torch_attention
-from serving.engine.sampling import Processor
 from serving.engine.setup import make_proposer
-from serving.engine.verification import DraftTree, Rule, Verdict, make_rule
+from serving.engine.verification import DraftTree, Rule, make_rule
 
 TARGET = tiny("llama")
 TEXT = texts_of(TARGET)[0]
@@ -84,9 +83,6 @@ class Recorder:
         self.positions += positions
         self.logits += list(logits)
         return self.scores.candidate_scores(logits, vocabulary, positions)
-
-    def verify(self, logits: Tensor, tree: DraftTree, position: int, processor: Processor) -> Verdict:
-        raise AssertionError("a proposer does not verify")
 
 
 def test_chains_read_what_training_time_test_read() -> None:

@@ -92,9 +92,7 @@ CASES += [("rejection", shape, head, "plain") for shape in ("chain", "tree") for
 
 
 @pytest.mark.parametrize(("rule", "shape", "architecture", "processing"), CASES)
-def test_sampled_answers_follow_the_law_of_the_target(
-    rule: str, shape: str, architecture: str, processing: str
-) -> None:
+def test_sampled_answers_follow_the_law(rule: str, shape: str, architecture: str, processing: str) -> None:
     law = exact_law(PROCESSING[processing])
     seen, accepted = draw(rule, shape, PROCESSING[processing], architecture=architecture)
     assert deviations_of(seen, law) < 5

@@ -1,4 +1,4 @@
-"""Warping and penalties against transformers' own processors and a plain oracle, with drafted tokens and without."""
+"""Parameters and their limits; warping and penalties against transformers' processors and a plain oracle."""
 
 import math
 from collections import Counter
@@ -7,15 +7,38 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers.generation.logits_process import (
-    MinPLogitsWarper,
-    RepetitionPenaltyLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+from draft.errors import UserError
 from serving.engine.sampling import Processor, SamplingParams, warp
+
+# parameters
+
+
+WRONG = {"max_new_tokens": 2.5, "temperature": math.nan, "top_k": True, "min_new_tokens": 129, "seed": 2**63}
+WRONG |= {"logit_bias": {True: 1.0}, "stop": ("a", ""), "made_up": 1}
+
+
+@pytest.mark.parametrize(("field", "value"), [*WRONG.items(), ("max_new_tokens", 0), ("stop", "abc")])
+def test_a_wrong_value_is_refused_by_name_and_value(field: str, value: object) -> None:
+    with pytest.raises(UserError) as error:
+        SamplingParams(**{field: value})  # type: ignore[arg-type]
+    assert str(error.value).startswith(f"{field} = {value!r}: ") and str(error.value).endswith(".")
+
+
+def test_parameters_are_values_and_the_limits_themselves_are_allowed() -> None:
+    SamplingParams(max_new_tokens=1, temperature=0, top_p=1, top_k=0, seed=0)
+    SamplingParams(min_p=1, presence_penalty=-2, frequency_penalty=2, repetition_penalty=1e-9, logprobs=20)
+    SamplingParams(seed=2**63 - 1, min_new_tokens=128, logprobs=0)
+    bias = {7: 1, 3: -100.0}
+    params = SamplingParams(logit_bias=bias, stop_ids=[4], stop=["a", "b"])
+    bias[3] = 0.0
+    same = SamplingParams(logit_bias={3: -100.0, 7: 1}, stop_ids=(4,), stop=("a", "b"))
+    assert params == same and hash(params) == hash(same) and params != SamplingParams(stop_ids=[4])
+    assert (params.stop_ids, params.stop, dict(params.logit_bias)) == ((4,), ("a", "b"), {3: -100.0, 7: 1})
+
+
+# warping
 
 
 @given(
@@ -111,9 +134,7 @@ def adjusted_plainly(row: list[float], params: SamplingParams, prompt: list[int]
 
 @given(request=requests(), seed=st.integers(0, 1000))
 @settings(max_examples=120)
-def test_adjusting_sees_the_tokens_before_each_row(
-    request: tuple[SamplingParams, list[int], list[int], list[list[int]]], seed: int
-) -> None:
+def test_adjusting_sees_the_tokens_before_each_row(request: tuple[SamplingParams, list, list, list], seed: int) -> None:
     params, prompt, output, prefixes = request
     logits = torch.randn(len(prefixes), 12, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 3
     before = logits.clone()
@@ -132,14 +153,6 @@ def test_adjusting_sees_the_tokens_before_each_row(
     assert torch.equal(logits, before)
 
 
-def test_the_repetition_penalty_is_that_of_transformers() -> None:
-    logits = torch.randn(1, 50, dtype=torch.float64)
-    processor = Processor(SamplingParams(repetition_penalty=1.7), [3, 4, 4], 50)
-    processor.append(9)
-    theirs = RepetitionPenaltyLogitsProcessor(1.7)(torch.tensor([[3, 4, 4, 9]]), logits.clone())
-    torch.testing.assert_close(processor.adjust(logits, [[]]), theirs)
-
-
 def test_logits_that_need_nothing_are_passed_on() -> None:
     logits = torch.randn(2, 12)
     assert Processor(SamplingParams(), [1], 12, [2]).adjust(logits, [[], [3]]) is logits
@@ -147,10 +160,7 @@ def test_logits_that_need_nothing_are_passed_on() -> None:
     assert short.adjust(logits, [[], [3]]).isinf().nonzero().tolist() == [[0, 2]]
     short.append(5)
     assert short.adjust(logits, [[], [3]]) is logits
-
-
-def test_half_precision_is_adjusted_in_float32() -> None:
-    logits = torch.tensor([[3.0, 1.0]], dtype=torch.bfloat16)
-    adjusted = Processor(SamplingParams(frequency_penalty=0.001), [], 2)
-    adjusted.append(0)
-    assert adjusted.adjust(logits, [[]])[0, 0].item() == pytest.approx(2.999, rel=1e-6)
+    half = Processor(SamplingParams(frequency_penalty=0.001), [], 2)  # half precision is adjusted in float32
+    half.append(0)
+    adjusted = half.adjust(torch.tensor([[3.0, 1.0]], dtype=torch.bfloat16), [[]])
+    assert adjusted[0, 0].item() == pytest.approx(2.999, rel=1e-6)

@@ -4,7 +4,6 @@ from dataclasses import replace
 from typing import NamedTuple
 from unittest.mock import patch
 
-import pytest
 from conftest import byte_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -101,9 +100,8 @@ def ending(ids: list[int], params: SamplingParams) -> Ending:
 
 @st.composite
 def cases(draw: st.DrawFn) -> tuple[list[int], SamplingParams]:
-    ids = draw(
-        st.lists(st.sampled_from([*TOKEN_IDS, EOS] if draw(st.booleans()) else TOKEN_IDS), min_size=1, max_size=30)
-    )
+    token = st.sampled_from([*TOKEN_IDS, EOS] if draw(st.booleans()) else TOKEN_IDS)
+    ids = draw(st.lists(token, min_size=1, max_size=30))
     pieces = st.text(alphabet="abEND é日!", min_size=1, max_size=4)
     stops = draw(st.lists(pieces | st.sampled_from(["END", "aba", "bab", "日", "é!", "abab"]), max_size=3))
     if draw(st.booleans()):  # a stop string that is in the text
@@ -123,7 +121,7 @@ def cases(draw: st.DrawFn) -> tuple[list[int], SamplingParams]:
 
 
 @given(case=cases())
-@settings(max_examples=500)
+@settings(max_examples=300)
 def test_an_answer_ends_where_an_oracle_ends_it(case: tuple[list[int], SamplingParams]) -> None:
     ids, params = case
     expected = ending(ids, params)
@@ -135,6 +133,7 @@ def test_an_answer_ends_where_an_oracle_ends_it(case: tuple[list[int], SamplingP
         released += [replace(token) for token in state.release()]
         assert state.finish_reason == "cancelled"
     else:
+        state.cancel()  # does not end what has ended
         assert (state.finish_reason, state.stop_reason) == (expected.finish_reason, expected.stop_reason)
         assert state.text == expected.text
     # tokens, logprobs and what else they carry go together
@@ -156,50 +155,9 @@ def test_text_is_held_back_only_while_it_may_be_a_stop_string() -> None:
             steps.append("".join(texts(state.release())))
         assert steps == (list("a ENEND") if keep_stop else ["a", " ", "", "", "EN", "", ""])
         assert state.text == ("a ENEND" if keep_stop else "a EN") and state.stop_reason == "END"
-    state = sequence(SamplingParams(stop=("END",), keep_stop=False))
-    assert texts(feed(state, encode("aEN"))) == ["a"]
-    state.cancel()
-    assert texts(state.release()) == ["E", "N"] and state.text == "aEN"
 
 
 A, B = encode("ab")
-PIECE = TOKENIZER.convert_tokens_to_ids("ENDE")
-
-
-@pytest.mark.parametrize(
-    ("fields", "ids", "kept", "reason", "stop"),
-    [
-        # a token that brings more than the stop string keeps what is before
-        ({"stop": ("END",)}, [A, PIECE, B], ["a", "END"], "stop_sequence", "END"),
-        ({"stop": ("ND",), "keep_stop": False}, [A, PIECE, B], ["a", "E"], "stop_sequence", "ND"),
-        # the stop string that is complete first counts, and of two the longer
-        ({"stop": ("b日", "ab", "b"), "keep_stop": False}, encode("xab日"), ["x"], "stop_sequence", "ab"),
-        # neither the prompt nor the first tokens are part of one
-        ({"stop": ("xa",), "max_new_tokens": 2}, encode("ab"), ["a", "b"], "length", None),
-        (
-            {"stop": ("ab",), "min_new_tokens": 3, "keep_stop": False},
-            encode("ababab"),
-            [*"abab"],
-            "stop_sequence",
-            "ab",
-        ),
-        # a stop id goes with its text; the order is EOS, stop id, stop string, length
-        ({"stop_ids": (B,)}, [A, B], ["a", "b"], "stop_sequence", B),
-        ({"stop_ids": (B,), "keep_stop": False}, [A, B], ["a"], "stop_sequence", B),
-        ({"stop_ids": (EOS,), "max_new_tokens": 2}, [A, EOS], ["a"], "eos_token", None),
-        ({"stop_ids": (EOS,), "ignore_eos": True}, [A, EOS], ["a"], "stop_sequence", EOS),
-        ({"stop_ids": (B,), "stop": ("b",)}, [A, B], ["a", "b"], "stop_sequence", B),
-        ({"stop": ("b",), "max_new_tokens": 2}, [A, B], ["a", "b"], "stop_sequence", "b"),
-        ({"max_new_tokens": 1}, [A], ["a"], "length", None),
-    ],
-)
-def test_examples_of_ends(fields: dict, ids: list[int], kept: list[str], reason: str, stop: str | int | None) -> None:
-    state = sequence(SamplingParams(**fields))
-    feed(state, ids)
-    assert texts(state.tokens) == kept and state.text == "".join(kept)
-    assert [token.text for token in state.tokens if token.special] == ["<|im_end|>"] * (EOS in ids)
-    state.cancel()  # does not end what has ended
-    assert (state.finish_reason, state.stop_reason) == (reason, stop)
 
 
 def test_characters_of_several_tokens_appear_when_they_are_whole() -> None:
@@ -210,6 +168,11 @@ def test_characters_of_several_tokens_appear_when_they_are_whole() -> None:
     for ids in (encode("é日!")[:3], [*encode("é日!")[:3], EOS]):
         state = sequence(SamplingParams(max_new_tokens=len(ids)))
         assert "".join(texts(feed(state, ids))) == state.text == decode(ids)
+    # bytes that are no characters are not waited for
+    stray = BYTES.convert_tokens_to_ids(BYTES.tokenize("é")[1])  # never begins a character
+    state = sequence(SamplingParams())
+    released = texts(feed(state, [stray] * 100))
+    assert state.text == "\N{REPLACEMENT CHARACTER}" * 97 and len(released) == 99
 
 
 @given(ids=st.lists(st.integers(3, 258) | st.sampled_from(encode("é日")), max_size=60))
@@ -223,33 +186,20 @@ def test_any_bytes_give_the_text_of_the_tokenizer_at_a_bounded_cost(ids: list[in
     assert decoded.call_count <= 3 * len(ids) + 2
 
 
-def test_bytes_that_are_no_characters_are_not_waited_for() -> None:
-    stray = BYTES.convert_tokens_to_ids(BYTES.tokenize("é")[1])  # never begins a character
-    state = sequence(SamplingParams())
-    released = texts(feed(state, [stray] * 100))
-    assert state.text == "\N{REPLACEMENT CHARACTER}" * 97 and len(released) == 99
-
-
 def test_special_tokens_that_are_only_added_are_not_in_the_text() -> None:
-    tokenizer = byte_tokenizer()
+    tokenizer, none = byte_tokenizer(), frozenset[int]()
     tokenizer.add_tokens([AddedToken("<|tool|>", special=True)])
-    assert 259 not in tokenizer.all_special_ids and 259 in special_ids(tokenizer, frozenset())
-    state = GrowingAnswer(
-        [5], SamplingParams(max_new_tokens=9), tokenizer, frozenset(), special_ids(tokenizer, frozenset())
-    )
-    feed(state, [*encode("a"), 259, *encode("b")])
-    assert state.text == "ab" == tokenizer.decode([*encode("a"), 259, *encode("b")], skip_special_tokens=True)
+    assert 259 not in tokenizer.all_special_ids and 259 in special_ids(tokenizer, none)
+    state = GrowingAnswer([5], SamplingParams(max_new_tokens=9), tokenizer, none, special_ids(tokenizer, none))
+    feed(state, [A, 259, B])
+    assert state.text == "ab" == tokenizer.decode([A, 259, B], skip_special_tokens=True)
 
 
 def test_figures_are_settled_when_a_stop_string_takes_tokens_back() -> None:
     stats = SpeculationStats()
     stats.count(depth=3, drafted=3, accepted=2, emitted=3)
     stats.count(depth=2, drafted=2, accepted=1, emitted=2)
-    assert (stats.emitted, stats.accepted, stats.accepted_per_position) == (5, 3, [2, 1, 0])
-    stats.settle(5)
-    assert (stats.emitted, stats.accepted, stats.accepted_per_position) == (5, 3, [2, 1, 0])
-    stats.settle(1)
-    assert (stats.emitted, stats.accepted, stats.accepted_per_position) == (1, 1, [1, 0, 0])
+    for kept, accepted in ((5, [2, 1, 0]), (1, [1, 0, 0])):
+        stats.settle(kept)
+        assert (stats.emitted, stats.accepted, stats.accepted_per_position) == (kept, sum(accepted), accepted)
     assert (stats.verifications, stats.drafted, stats.drafted_per_position) == (2, 5, [2, 2, 1])
-    stats.settle(0)
-    assert stats.emitted == 0

@@ -1,32 +1,42 @@
-"""draft-serve as a process on a real port."""
+"""draft-serve as a process on a real port, its error messages and its defaults."""
 
 from __future__ import annotations
 
+import inspect
 import json
+import logging
 import os
 import re
 import signal
+import socket
 import ssl
 import subprocess
 import sys
-import threading
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from http_testing import eventually, series
+import uvicorn
+from conftest import make_tiny_target
+from http_testing import events, eventually, series
 
+from serving import cli
+from serving.api.app import create_app
+from serving.api.service import Service
+from serving.server import _Server
+
+CLIENTS = ThreadPoolExecutor(24)
 ROOT = Path(__file__).parents[2]
 PROMPT = "<|im_start|>user\nTell me about zebras.<|im_end|>\n<|im_start|>assistant\n"
+UNWANTED = ("matplotlib", "datasets", "tensorboardX", "wandb", "draft.training", "draft.interop", "draft.data")
 # draft-serve, which takes no answer beyond 10 tokens while there is a file `hold` where it runs: a request that a test
 # needs to be running does not end first, however fast the machine is
 SERVE = """
-import pathlib, time
+import pathlib, sys, time
 from serving.cli import main
 from serving.engine.step import Decoder
 
@@ -37,57 +47,31 @@ def held(self, rows):
     step(self, going) if going else time.sleep(0.005)
 
 Decoder.step = held
-main()
+try:
+    main()
+finally:
+    pathlib.Path("modules").write_text(" ".join(sys.modules))
 """
 
 
-@dataclass
-class Server:
-    process: subprocess.Popen[str]
-    ready_line: str
-    log: Path
-
-    @property
-    def url(self) -> str:
-        found = re.search(r"https?://\S+", self.ready_line)
-        assert found, self.ready_line + self.log.read_text()
-        return found.group()
-
-    def generate(self, **parameters: Any) -> httpx.Response:
-        body = {"inputs": PROMPT, "parameters": {"details": True, **parameters}}
-        return httpx.post(f"{self.url}/generate", json=body, timeout=120)
-
-    def metric(self, name: str) -> float:
-        return series(httpx.get(f"{self.url}/metrics", timeout=30).text, name)
-
-
-@pytest.fixture(scope="module")
-def server(folders: Path) -> Iterator[Server]:
-    models = ["--target", str(folders / "my-target"), "--head", str(folders / "my-head"), "--dtype", "float64"]
-    with started(
-        folders, *models, "--speculation-length", "4", "--speculation", "chain", "--drain-seconds", "60"
-    ) as it:
-        yield it
-
-
 @contextmanager
-def started(folder: Path, *flags: str, **variables: str) -> Iterator[Server]:
-    """draft-serve with these flags, on a free port, once it is ready."""
-    command = [sys.executable, "-c", SERVE, *flags, "--port", "0", "--threads", "1", "--mode", "eager"]
+def started(folder: Path, *flags: str, **variables: str) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+    """draft-serve with these flags and the target, on a free port, once it is ready; the process and its ready line."""
+    command = [sys.executable, "-c", SERVE, "--target", str(folder / "my-target"), *flags, "--port", "0"]
     paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))} | variables
-    log = folder / f"server-{time.monotonic()}.log"
-    with log.open("w") as stderr:
+    out, log = folder / "out", folder / "log"
+    with out.open("w") as stdout, log.open("w") as stderr:
         process = subprocess.Popen(
-            command, cwd=folder, env=environment, text=True, stdout=subprocess.PIPE, stderr=stderr
+            [*command, "--threads", "1", "--mode", "eager"], cwd=folder, env=environment, stdout=stdout, stderr=stderr
         )
-    assert process.stdout is not None
     try:
-        yield Server(process, process.stdout.readline(), log)
+        eventually(lambda: out.read_text().endswith("\n") or process.poll() is not None)
+        assert process.poll() is None, log.read_text()
+        yield process, out.read_text()
     finally:
         process.kill()
-        process.wait()
-        process.stdout.close()
+        process.wait(60)
 
 
 @contextmanager
@@ -100,117 +84,193 @@ def held(folder: Path) -> Iterator[None]:
         (folder / "hold").unlink()
 
 
-def test_it_says_when_it_is_ready_and_what_it_serves(server, folders) -> None:
-    assert re.fullmatch(
-        r"serving .*my-target with .*my-head, K = 4, shared-noise on http://127\.0\.0\.1:\d+\n", server.ready_line
-    )
-    assert httpx.get(f"{server.url}/health", timeout=30).json() == {"status": "ok"}
-    info = httpx.get(f"{server.url}/info", timeout=30)
-    assert (info.json()["model_id"], info.json()["head"]["name"]) == ("my-target", "my-head")
-    assert (info.json()["speculation_length"], info.json()["dtype"]) == (4, "float64")
-    assert str(folders) not in info.text
+def test_a_server_from_its_ready_line_to_sigterm_under_load(folders) -> None:
+    """No accepted request is lost: half of the requests stream; 16 run and 8 wait."""
 
-
-def test_sigterm_under_load_loses_no_accepted_request(server, folders) -> None:
-    """The last test of this server: it stops it. Half of the requests stream; 16 run and 8 wait."""
-    answers: list[httpx.Response] = []
-
-    def ask(index: int) -> None:
+    def ask(index: int) -> httpx.Response:
         body = {"inputs": PROMPT, "stream": index % 2 == 0, "parameters": {"max_new_tokens": 80}}
-        answers.append(httpx.post(f"{server.url}/generate", json=body, timeout=120))
+        return httpx.post(f"{url}/generate", json=body, timeout=120)
 
-    clients = [threading.Thread(target=ask, args=(index,)) for index in range(24)]
-    with held(folders):
-        for client in clients:
-            client.start()
-        eventually(lambda: server.metric("num_requests_running") == 16 and server.metric("num_requests_waiting") == 8)
-        server.process.send_signal(signal.SIGTERM)
-        eventually(lambda: httpx.get(f"{server.url}/ready", timeout=30).status_code == 503)
-        assert httpx.get(f"{server.url}/health", timeout=30).status_code == 200
-        assert server.generate(max_new_tokens=1).status_code == 503
-    assert server.process.wait(90) == 0
-    for client in clients:
-        client.join(30)
+    def metric(name: str) -> float:
+        return series(httpx.get(f"{url}/metrics", timeout=30).text, name)
+
+    flags = ["--head", str(folders / "my-head"), "--dtype", "float64", "--speculation-length", "4"]
+    with started(folders, *flags, "--speculation", "chain", "--drain-seconds", "60") as (process, ready):
+        what = r"serving .*my-target with .*my-head, K = 4, shared-noise on http://127\.0\.0\.1:\d+\n"
+        assert re.fullmatch(what, ready)
+        url = ready.split()[-1]
+        assert httpx.get(f"{url}/health", timeout=30).json() == {"status": "ok"}
+        info = httpx.get(f"{url}/info", timeout=30)
+        assert (info.json()["model_id"], info.json()["head"]["name"]) == ("my-target", "my-head")
+        assert (info.json()["speculation_length"], info.json()["dtype"]) == (4, "float64")
+        assert str(folders) not in info.text
+        with held(folders):
+            clients = [CLIENTS.submit(ask, index) for index in range(24)]
+            eventually(lambda: metric("num_requests_running") == 16 and metric("num_requests_waiting") == 8)
+            process.send_signal(signal.SIGTERM)
+            eventually(lambda: httpx.get(f"{url}/ready", timeout=30).status_code == 503)
+            assert httpx.get(f"{url}/health", timeout=30).status_code == 200
+            assert httpx.post(f"{url}/generate", json={"inputs": PROMPT}, timeout=30).status_code == 503
+        answers = [client.result(120) for client in clients]
+        assert process.wait(60) == 0
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(f"{url}/health")
     assert [answer.status_code for answer in answers] == [200] * 24
     assert all('"generated_text":"' in answer.text and '"error"' not in answer.text for answer in answers)
-    lines = [json.loads(line) for line in server.log.read_text().splitlines()]
+    lines = [json.loads(line) for line in (folders / "log").read_text().splitlines()]
     assert all(line["request_id"] for line in lines if line["message"] == "request")
     assert "Traceback" not in str(lines) and "zebras" not in str(lines)
-    with pytest.raises(httpx.ConnectError):
-        httpx.get(f"{server.url}/health")
+    # it installs without the extras of training
+    loaded = (folders / "modules").read_text().split()
+    assert "torch" in loaded and not [name for name in loaded if name.startswith(UNWANTED)]
 
 
-def test_what_does_not_finish_within_the_drain_ends_with_an_error_and_a_key_guards(folders) -> None:
-    flags = ["--target", str(folders / "my-target"), "--drain-seconds", "0.3", "--max-batch", "1"]
-    with held(folders), started(folders, *flags, DRAFTSMITH_API_KEY="a-key") as server:
-        assert httpx.get(f"{server.url}/info").status_code == 401
-        headers = {"authorization": "Bearer a-key"}
-        told = {"/generate_stream": "", "/v1/completions": ""}
-
-        def ask(path: str, body: dict[str, Any]) -> None:
-            with httpx.stream("POST", server.url + path, json=body, headers=headers, timeout=60) as answer:
-                for part in answer.iter_text():
-                    told[path] += part
-
-        bodies = {
-            "/generate_stream": {"inputs": PROMPT, "parameters": {"max_new_tokens": 400}},
-            "/v1/completions": {"prompt": PROMPT, "max_tokens": 400, "stream": True, "ignore_eos": True},
-        }
-        clients = [threading.Thread(target=ask, args=each) for each in bodies.items()]
-        for client in clients:
-            client.start()
-        eventually(lambda: "num_requests_waiting 1.0" in httpx.get(f"{server.url}/metrics", headers=headers).text)
-        eventually(lambda: any(told.values()))  # its stream has begun
-        server.process.send_signal(signal.SIGTERM)
-        assert server.process.wait(60) == 0
-        for client in clients:
-            client.join(30)
-    # one was running; the other one waited and got a status of its own
-    assert sum(text.startswith("data:") for text in told.values()) == 1
-    for path, text in told.items():
-        error = {"error": "the server is shutting down", "error_type": "unavailable"}
-        done = ""
-        if path.startswith("/v1"):
-            shape = {"type": "unavailable_error", "param": None, "code": None}
-            error = {"error": {"message": error["error"], **shape}}
-            done = "data: [DONE]\n\n"
-        if not text.startswith("data:"):
-            assert json.loads(text) == error
-            continue
-        assert text.endswith(done) and "[DONE]" not in text.removesuffix(done)
-        *tokens, last = text.removesuffix(done).strip().split("\n\n")
-        assert tokens and json.loads(last.removeprefix("data:")) == error
-
-
-def test_https_for_known_clients_and_a_second_signal_that_ends_it_at_once(folders, tmp_path) -> None:
+def test_https_a_key_and_a_drain_that_ends_what_has_not_finished(folders, tmp_path) -> None:
     key, certificate = tmp_path / "key.pem", tmp_path / "cert.pem"
     subprocess.run(
         ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=localhost",
          "-keyout", str(key), "-out", str(certificate)],
-        check=True, capture_output=True,
+        check=True, capture_output=True, timeout=60,
     )  # fmt: skip
-    flags = ["--ssl-certfile", str(certificate), "--ssl-keyfile", str(key), "--drain-seconds", "60"]
-    flags += ["--ssl-ca-certs", str(certificate)]
+    flags = ["--ssl-certfile", str(certificate), "--ssl-keyfile", str(key), "--ssl-ca-certs", str(certificate)]
+    flags += ["--drain-seconds", "0.3", "--max-batch", "1"]
     stranger, known = (ssl.create_default_context(cafile=str(certificate)) for _ in range(2))
     known.load_cert_chain(certificate, key)
     for context in (stranger, known):
         context.check_hostname = False
-    with held(folders), started(folders, "--target", str(folders / "my-target"), *flags) as server:
-        assert server.url.startswith("https://")
+    told = {"/generate_stream": "", "/v1/completions": ""}
+    parameters = {"max_tokens": 400, "stream": True, "ignore_eos": True}
+    bodies = [{"inputs": PROMPT, "parameters": {"max_new_tokens": 400}}, {"prompt": PROMPT, **parameters}]
+    with held(folders), started(folders, *flags, DRAFTSMITH_API_KEY="a-key") as (process, ready):
+        url = ready.split()[-1]
+        assert url.startswith("https://")
         with pytest.raises(httpx.TransportError):
-            httpx.get(f"{server.url}/health", verify=stranger, timeout=60)
-        with httpx.Client(base_url=server.url, verify=known, timeout=60) as client:
-            assert client.get("/health").status_code == 200
+            httpx.get(f"{url}/health", verify=stranger, timeout=60)
+        assert httpx.get(f"{url}/info", verify=known).status_code == 401
+        headers = {"authorization": "Bearer a-key"}
+        with httpx.Client(base_url=url, verify=known, headers=headers, timeout=60) as client:
 
-            def ask() -> None:
-                with suppress(httpx.HTTPError):
-                    client.post("/generate", json={"inputs": PROMPT, "parameters": {"max_new_tokens": 400}})
+            def ask(path: str, body: dict[str, Any]) -> None:
+                with client.stream("POST", path, json=body) as answer:
+                    for part in answer.iter_text():
+                        told[path] += part
 
-            thread = threading.Thread(target=ask)
-            thread.start()
-            eventually(lambda: "num_requests_running 1.0" in client.get("/metrics").text)
-            server.process.send_signal(signal.SIGTERM)
-            eventually(lambda: client.get("/ready").status_code == 503)
-            server.process.send_signal(signal.SIGTERM)
-            assert server.process.wait(60) == 128 + signal.SIGTERM
-            thread.join(30)
+            clients = [CLIENTS.submit(ask, *each) for each in zip(told, bodies, strict=True)]
+            eventually(lambda: "num_requests_waiting 1.0" in client.get("/metrics").text)
+            eventually(lambda: any(told.values()))  # its stream has begun
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(60) == 0
+            assert not wait(clients, 60).not_done
+    # one was running; the other one waited and got a status of its own
+    assert sum(text.startswith("data:") for text in told.values()) == 1
+    for path, text in told.items():
+        parts = events(text) if text.startswith("data:") else [json.loads(text)]
+        if path == "/v1/completions":
+            error = {"type": "unavailable_error", "param": None, "code": None, "message": "the server is shutting down"}
+            assert {"error": error} in parts[-2:] and parts.count("[DONE]") == (len(parts) > 1)
+        else:
+            assert parts[-1] == {"error": "the server is shutting down", "error_type": "unavailable"}
+
+
+def test_a_second_signal_ends_the_process_at_once(monkeypatch) -> None:
+    ended = list[int]()
+    monkeypatch.setattr(os, "_exit", ended.append)
+    server = _Server(uvicorn.Config(create_app(None)), lambda: pytest.fail("it loads"), "", 60.0)
+    server.handle_exit(signal.SIGTERM, None)
+    assert not ended
+    server.handle_exit(signal.SIGTERM, None)
+    assert ended == [128 + signal.SIGTERM]
+
+
+# mistakes
+
+Run = Callable[..., tuple[Any, str, str]]
+
+
+@pytest.fixture
+def run(capfd, monkeypatch) -> Run:
+    """Return draft-serve in this process: arguments -> exit status, stdout, stderr."""
+
+    def serves(*_: object) -> None:
+        raise AssertionError("it serves")  # and would for ever
+
+    def run(*arguments: str) -> tuple[Any, str, str]:
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "argv", ["draft-serve", *arguments])
+            patch.setattr(signal, "signal", lambda *_: None)  # the handlers of a server that has ended
+            patch.setattr(logging.root, "handlers", [])  # main's writes to a stderr that is captured here only
+            patch.setattr(Service, "attach", serves)
+            with pytest.raises(SystemExit) as stopped:
+                cli.main()
+        return stopped.value.code, *capfd.readouterr()
+
+    return run
+
+
+FLAGS = {
+    "--speculation-length 0": "speculation-length",
+    "--port 70000": "port",
+    "--rule typical": "rejection",
+    "--tarrget smollm2": "tarrget",
+    "smollm2": "smollm2",
+}
+NEVER = "--target never-loaded"
+# flags, with the folder of the models and one that holds nothing -> words of the sentence
+SENTENCES = {
+    f"{NEVER} --host 203.0.113.7": "203.0.113.7",
+    "--target {empty}": "config.json",
+    "--target {empty}/absent.gguf": "no such file",
+    "--target {models}/my-target --dtype float64 --head {empty}": "{empty}",
+    "--target {models}/my-target --dtype float12": "float12",
+    f"{NEVER} --api-key é": "--api-key",
+    f"{NEVER} --metrics-prefix a-b": "--metrics-prefix",
+    f"{NEVER} --ssl-certfile {{empty}}/absent.pem": "absent.pem",
+    f"{NEVER} --ssl-keyfile {{empty}}/absent.pem": "--ssl-certfile",
+    f"{NEVER} --ssl-ca-certs {{models}}/text.pem": "--ssl-certfile",
+    f"{NEVER} --ssl-cert-reqs required": "--ssl-certfile",
+    f"{NEVER} --ssl-certfile {{models}}/text.pem --ssl-cert-reqs optional": "--ssl-ca-certs",
+    f"{NEVER} --ssl-certfile {{models}}/text.pem": "text.pem",
+}
+
+
+@pytest.mark.parametrize("flags", FLAGS)
+def test_wrong_flags(run: Run, flags: str) -> None:
+    status, out, error = run(*flags.split())
+    assert (status, out) == (2, "") and FLAGS[flags] in error and "Traceback" not in error
+
+
+def sentence(run: Run, *arguments: str) -> str:
+    status, out, error = run("--port", "0", *arguments)
+    assert (status, out) == (2, "") and error.startswith("draft-serve: ") and error.count("\n") == 1
+    return error
+
+
+@pytest.mark.parametrize("flags", SENTENCES)
+def test_a_mistake_is_one_sentence(run: Run, flags: str, folders, tmp_path) -> None:
+    (folders / "text.pem").write_text("no certificate")
+    names = {"models": str(folders), "empty": str(tmp_path)}
+    assert SENTENCES[flags].format(**names) in sentence(run, *flags.format(**names).split())
+
+
+def test_a_head_of_another_target_is_refused_with_both_fingerprints(run: Run, folders, tiny_target) -> None:
+    head = ["--dtype", "float64", "--head", str(folders / "other-head")]
+    error = sentence(run, "--target", str(folders / "my-target"), *head)
+    assert tiny_target.fingerprint in error and make_tiny_target(seed=1).fingerprint in error
+
+
+def test_a_port_a_key_and_a_folder_that_cannot_be_had(run: Run, monkeypatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        assert f"port {port}" in sentence(run, "--port", port, *NEVER.split())
+    monkeypatch.setenv("DRAFTSMITH_CACHE", "/dev/null/cache")
+    told = run("--port", "0", "--target", "smollm2")[2].splitlines()[-1]  # after the log
+    assert told.startswith("draft-serve: '/dev/null/cache") and "could not be read or written" in told
+    monkeypatch.setenv("DRAFTSMITH_API_KEY", "")
+    assert "DRAFTSMITH_API_KEY is empty" in sentence(run, *NEVER.split())
+
+
+def test_help_shows_examples_and_two_hundred_requests_fit_into_the_queue_by_default(run: Run) -> None:
+    status, out, _ = run("--help")
+    assert status == 0 and "draft-serve --head smollm2-eagle3\n" in out
+    defaults = {name: each.default for name, each in inspect.signature(cli.serve).parameters.items()}
+    assert defaults["max_batch"] + defaults["max_waiting"] >= 200

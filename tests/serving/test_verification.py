@@ -1,4 +1,4 @@
-"""The rules on chains and trees: what is accepted, what must not matter, and the text of shared noise.
+"""The rules on chains and trees: what is accepted, what must not matter, and the text of shared noise; tree growth.
 
 That the laws are exact is the subject of test_distribution.py.
 """
@@ -14,21 +14,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 from toy_decoding import Model, Text, decode, drafted_chain, drafted_tree, new_processor, nothing, rows_of
 
+from serving.engine import verification
+from serving.engine.drafting import Frontier, TreeGrower
 from serving.engine.noise import choose
 from serving.engine.sampling import SamplingParams
-from serving.engine.verification import (
-    RULES,
-    DraftTree,
-    Greedy,
-    Rejection,
-    Rule,
-    SharedNoise,
-    Verdict,
-    draft_acceptance,
-    follow,
-    greedy_choices,
-    make_rule,
-)
+from serving.engine.verification import RULES, DraftTree, Greedy, Rejection, Rule, SharedNoise, Verdict, make_rule
 
 VOCAB = 7
 VOCABULARY = torch.tensor([0, 2, 3, 4, 6])  # the head lacks tokens
@@ -38,14 +28,11 @@ CASES = int(os.environ.get("EXACTNESS_CASES", "150"))  # of each property
 def random_tree(seed: int) -> DraftTree:
     """Any tree at all; no head would grow most of them."""
     source = random.Random(seed)
-    tokens: list[int] = []
-    parents: list[int] = []
+    nodes: list[tuple[int, int]] = []
     for _ in range(source.randint(0, 9)):
-        parent, token = source.randint(-1, len(tokens) - 1), source.randrange(VOCAB)
-        if (parent, token) not in zip(parents, tokens, strict=True):
-            tokens.append(token)
-            parents.append(parent)
-    return DraftTree(tokens, parents)
+        node = source.randint(-1, len(nodes) - 1), source.randrange(VOCAB)
+        nodes += [node] * (node not in nodes)
+    return DraftTree([token for _, token in nodes], [parent for parent, _ in nodes])
 
 
 @st.composite
@@ -84,21 +71,16 @@ def plan_of(rule: Rule, head: Model, seed: int) -> Callable[[Text], DraftTree]:
     return plan
 
 
-@given(
-    tree=st.integers(0, 10**6).map(random_tree), choices=st.lists(st.integers(0, VOCAB - 1), min_size=10, max_size=10)
-)
-def test_the_longest_path_that_equals_the_choices_is_accepted(tree: DraftTree, choices: list[int]) -> None:
-    verdict = follow(tree, choices.__getitem__)
+@given(seed=st.integers(0, 10**6), choices=st.lists(st.integers(0, VOCAB - 1), min_size=10, max_size=10))
+def test_the_longest_path_that_equals_the_choices_is_accepted(seed: int, choices: list[int]) -> None:
+    tree = random_tree(seed)
+    verdict = verification.follow(tree, choices.__getitem__)
 
     def chosen(node: int) -> bool:
         return all(choices[tree.parents[n] + 1] == tree.tokens[n] for n in tree.path(node))
 
     longest = max((tree.path(node) for node in range(len(tree)) if chosen(node)), key=len, default=[])
     assert verdict == Verdict(longest, choices[longest[-1] + 1 if longest else 0])
-
-
-def test_greedy_choices_are_the_largest_logits() -> None:
-    assert greedy_choices(torch.tensor([[0.0, 2.0, 1.0], [3.0, 2.0, 1.0]])) == [1, 0]
 
 
 @pytest.mark.parametrize("temperatures", [(0.0,), (0.3, 1.0, 1.7)], ids=["greedy", "shared noise"])
@@ -160,18 +142,15 @@ def test_rows_off_the_path_do_not_matter(name: str, seed: int) -> None:
 @pytest.mark.parametrize("name", list(RULES))
 def test_a_head_that_is_the_target_is_always_right(name: str) -> None:
     target, params = Model(5, VOCAB), SamplingParams(temperature=0.8)
+    assert isinstance(make_rule(name, SamplingParams(temperature=0.0), 0), Greedy)
     for seed in range(25):
         rule = make_rule(name, params, seed)
+        # without drafts, both rules choose alike
+        plain = decode(rule, target, params, nothing, 4)
+        assert plain == decode(SharedNoise(params, seed), target, params, nothing, 4)
         chain = drafted_chain(rule, target, torch.arange(VOCAB).flip(0), (1, 2), 4)
         verdict = rule.verify(rows_of(target, (1, 2), chain), chain, 2, new_processor(params, VOCAB))
         assert verdict.path == [0, 1, 2, 3]
-
-
-def test_without_drafts_both_rules_choose_alike() -> None:
-    target, params = Model(5, VOCAB), SamplingParams(temperature=0.8)
-    for seed in range(25):
-        first, second = (decode(rule(params, seed), target, params, nothing, 4) for rule in RULES.values())
-        assert first == second
 
 
 def test_what_replaces_a_draft_is_drawn_by_its_position() -> None:
@@ -184,20 +163,6 @@ def test_what_replaces_a_draft_is_drawn_by_its_position() -> None:
             assert verdict == Verdict([0], int(choose(logits[1:2].log_softmax(dim=-1), seed, [position + 1])))
 
 
-def test_temperature_zero_is_greedy_under_both_rules() -> None:
-    for name in RULES:
-        assert isinstance(make_rule(name, SamplingParams(temperature=0.0), 0), Greedy)
-
-
-def test_rounding_makes_no_impossible_draft_acceptable() -> None:
-    p, q = torch.tensor([0.0, 1.0]), torch.tensor([0.0, 1.0])
-    assert (
-        draft_acceptance(p, q, 0) == 0.0
-        and draft_acceptance(p, q, 1) == 1.0
-        and draft_acceptance(q, p.flip(0), 1) == 0.0
-    )
-
-
 def test_a_candidate_that_is_certain_but_for_rounding_is_accepted() -> None:
     params, tree = SamplingParams(temperature=1.0), DraftTree([1, 0], [-1, -1])
     logits = torch.tensor([[-200.0, 50.0, -200.0]]).repeat(3, 1)
@@ -205,15 +170,12 @@ def test_a_candidate_that_is_certain_but_for_rounding_is_accepted() -> None:
         assert Rejection(params, seed).verify(logits, tree, 0, new_processor(params, 3)) == Verdict([0], 1)
 
 
-@pytest.mark.parametrize("rule", [Greedy, SharedNoise, Rejection])
-def test_scores_are_log_probabilities(rule: type[Greedy] | type[SharedNoise] | type[Rejection]) -> None:
+def test_scores_are_log_probabilities_and_a_frontier_shares_the_noise_of_its_position() -> None:
     logits = torch.randn(3, 5, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
-    scores = rule(SamplingParams(temperature=0.7), 1).candidate_scores(logits, VOCABULARY, [4, 4, 5])
-    assert scores.shape == (3, 5) and scores.dtype == torch.float32
-    assert scores.exp().sum(dim=-1).allclose(torch.ones(3)) and (scores <= 0).all()
-
-
-def test_a_frontier_shares_the_noise_of_its_position() -> None:
+    for each in (Greedy, SharedNoise, Rejection):
+        scores = each(SamplingParams(temperature=0.7), 1).candidate_scores(logits, VOCABULARY, [4, 4, 5])
+        assert scores.shape == (3, 5) and scores.dtype == torch.float32
+        assert scores.exp().sum(dim=-1).allclose(torch.ones(3)) and (scores <= 0).all()
     logits = torch.zeros(3, 5)
     rule = SharedNoise(SamplingParams(temperature=1.0), 1)
     first, second, other = rule.candidate_scores(logits, VOCABULARY, [4, 4, 5])
@@ -240,12 +202,114 @@ def test_scores_with_noise_make_the_best_trees() -> None:
     params, vocab = SamplingParams(temperature=1.0), 20
     accepted = dict.fromkeys((SharedNoise, RankedWithoutNoise, WithoutNoise), 0)
     for seed in range(60):
-        target = Model(seed, vocab)
+        target, processor = Model(seed, vocab), new_processor(params, vocab)
         head = Model(seed + 1000, vocab, like=target, likeness=0.6)
         for rule_type in accepted:
             rule = rule_type(params, seed)
             tree = drafted_tree(rule, head, torch.arange(vocab), (), top_k=3, depth=4, size=8)
-            accepted[rule_type] += len(
-                rule.verify(rows_of(target, (), tree), tree, 0, new_processor(params, vocab)).path
-            )
+            accepted[rule_type] += len(rule.verify(rows_of(target, (), tree), tree, 0, processor).path)
     assert accepted[SharedNoise] > 1.3 * max(accepted[RankedWithoutNoise], accepted[WithoutNoise])
+
+
+# trees
+
+#   root - 5 - 7 - 5
+#        \   \ 8
+#         6 - 7
+TREE = DraftTree([5, 6, 7, 8, 7, 5], [-1, -1, 0, 0, 1, 2])
+
+
+def test_a_tree_knows_its_shape() -> None:
+    assert len(TREE) == 6 and TREE.depth == 3 and TREE.depths == [1, 1, 2, 2, 2, 3]
+    assert TREE.path(5) == [0, 2, 5] and TREE.path(1) == [1] and TREE.path(-1) == []
+    assert [TREE.prefix(row) for row in range(7)] == [[], [5], [6], [5, 7], [5, 8], [6, 7], [5, 7, 5]]
+    assert TREE.children == [{5: 0, 6: 1}, {7: 2, 8: 3}, {7: 4}, {5: 5}, {}, {}, {}]
+    assert not TREE.is_chain
+
+
+def test_a_chain_and_nothing_are_trees() -> None:
+    chain, nothing = DraftTree.chain([3, 3, 3]), DraftTree.chain([])
+    assert chain.parents == [-1, 0, 1] and chain.depths == [1, 2, 3] and chain.is_chain
+    assert len(nothing) == nothing.depth == 0 and nothing.is_chain and nothing == DraftTree()
+
+
+@pytest.mark.parametrize(
+    ("tokens", "parents", "q", "message"),
+    [
+        ([1, 2], [-1], None, "2 tokens have 1 parents"),
+        ([1, 2], [1, -1], None, "precede"),
+        ([1, 2, 2], [-1, 0, 0], None, "the same token"),
+        ([1, 2], [-1, 0], torch.ones(1, 4), "only a chain"),
+    ],
+)
+def test_what_is_no_tree_is_refused(tokens: list[int], parents: list[int], q: Tensor | None, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        DraftTree(tokens, parents, q)
+
+
+Path = tuple[int, ...]
+Scores = Callable[[Path], Tensor]  # a head in the form of a function: tokens on a path -> scores [vocab] after it
+
+
+def grow(scores: Scores, vocabulary: Tensor, grower: TreeGrower) -> list[Frontier]:
+    """Drive a grower as the engine does, and check what it says of the nodes that are to be read."""
+    frontiers: list[Frontier] = []
+    paths: list[Path] = []  # of all nodes that were read; from the grower's places
+    last: list[Path] = [()]  # of the rows of scores
+    frontier = grower.grow(scores(())[None], vocabulary)
+    while frontier is not None:
+        frontiers.append(frontier)
+        new = []
+        for token, row, parent in zip(frontier.tokens, frontier.rows, frontier.parents, strict=True):
+            above = paths[parent] if parent >= 0 else ()
+            assert last[row] == above
+            new.append((*above, token))
+        paths += new
+        assert grower.read_parents == [parent for frontier in frontiers for parent in frontier.parents]
+        last = new
+        frontier = grower.grow(torch.stack([scores(path) for path in new]), vocabulary)
+    return frontiers
+
+
+def best_nodes(scores: Scores, vocabulary: list[int], top_k: int, depth: int, size: int) -> list[Path]:
+    """EAGLE-2 as it is published, nothing left out: expand the best `top_k` of each depth, rerank all candidates."""
+    candidates: list[tuple[Path, float]] = []
+    frontier: list[tuple[Path, float]] = [((), 0.0)]
+    for _ in range(depth):
+        found = []
+        for path, value in frontier:
+            best = scores(path).topk(min(top_k, len(vocabulary)))
+            for index, score in zip(best.indices.tolist(), best.values.tolist(), strict=True):
+                found.append(((*path, vocabulary[index]), value + score))
+        candidates += found
+        frontier = sorted(found, key=lambda candidate: -candidate[1])[:top_k]
+    return [path for path, _ in sorted(candidates, key=lambda candidate: -candidate[1])[:size]]
+
+
+@given(
+    st.integers(0, 10**6), st.integers(1, 6), st.integers(1, 5), st.integers(1, 4), st.integers(1, 20), st.booleans()
+)
+@settings(max_examples=200)
+def test_growth_keeps_the_best_nodes(seed: int, vocab: int, top_k: int, depth: int, size: int, ties: bool) -> None:
+    model = Model(seed, vocab)
+
+    def scores(path: Path) -> Tensor:
+        return -model(path).abs().round() if ties else (model(path) * 1.5).log_softmax(dim=-1)
+
+    vocabulary = list(range(100, 100 + 3 * vocab, 3))
+    grower = TreeGrower(top_k, depth, size)
+    frontiers = grow(scores, torch.tensor(vocabulary), grower)
+    tree = grower.tree()
+    nodes = [tuple(tree.prefix(node + 1)) for node in range(len(tree))]
+    assert nodes == best_nodes(scores, vocabulary, top_k, depth, size)
+    assert len(tree) <= size and tree.depth <= depth
+    # what cannot have children in the tree is not read
+    assert len(frontiers) < depth and all(len(frontier.tokens) <= min(top_k, size - 1) for frontier in frontiers)
+
+
+def test_a_sure_token_does_not_come_before_its_parent() -> None:
+    sure = torch.tensor([[0.0, -torch.inf]])
+    grower = TreeGrower(top_k=2, depth=3, size=3)
+    while grower.grow(sure, torch.tensor([8, 9])) is not None:
+        pass
+    assert grower.tree() == DraftTree.chain([8, 8, 8])  # and what is impossible is no candidate

@@ -13,13 +13,7 @@ from afa_models import PLACEMENTS, Head, X, adapted, close, randomise
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from draft.afa import (
-    AfaLinear,
-    AfaLoraConfig,
-    add_adapter,
-    beta_at,
-    set_annealing_step,
-)
+from draft.afa import AfaLinear, AfaLoraConfig, add_adapter, beta_at, set_annealing_step
 from draft.errors import UserError
 
 SIGMA: dict[str, Callable[[Tensor], Tensor]] = {
@@ -54,10 +48,14 @@ def expected_fc(model: PeftModel, names: dict[str, tuple[float, str, str]], scal
 # ---- schedule and configuration ----
 
 
-def test_linear_schedule() -> None:
+def test_schedule_formulas_at_some_steps() -> None:
     assert [beta_at(step, 10) for step in range(11)] == pytest.approx([1, 2 / 3, 1 / 3] + [0] * 8)
     assert beta_at(3, 10) == 0.0 and beta_at(7, 100, 0.07) == 0.0  # exactly, though 0.07 * 100 > 7 in binary
     assert beta_at(1, 1, 1.0) == 0.0
+    assert beta_at(15, 100, 0.3, "cosine") == pytest.approx(0.5)
+    assert beta_at(10, 100, 0.3, "cosine") == pytest.approx(0.75)
+    tail = math.exp(-5)
+    assert beta_at(15, 100, 0.3, "exponential") == pytest.approx((math.exp(-2.5) - tail) / (1 - tail))
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "exponential"])
@@ -68,13 +66,6 @@ def test_every_schedule_falls_from_one_to_exactly_zero(schedule: str, total: int
     assert all((beta == 0.0) == (step >= ratio * total - 1e-9) for step, beta in enumerate(betas) if step)
 
 
-def test_schedule_formulas() -> None:
-    assert beta_at(15, 100, 0.3, "cosine") == pytest.approx(0.5)
-    assert beta_at(10, 100, 0.3, "cosine") == pytest.approx(0.75)
-    tail = math.exp(-5)
-    assert beta_at(15, 100, 0.3, "exponential") == pytest.approx((math.exp(-2.5) - tail) / (1 - tail))
-
-
 @pytest.mark.parametrize(
     ("options", "word"),
     [
@@ -82,7 +73,6 @@ def test_schedule_formulas() -> None:
         ({"placement": "A-B-s"}, "A-B-s"),
         ({"schedule": "step"}, "step"),
         ({"decay_ratio": 0.0}, "decay_ratio is 0.0"),
-        ({"decay_ratio": 1.5}, "1.5"),
         ({"decay_ratio": float("nan")}, "nan"),
         ({"beta": -0.1}, "-0.1"),
         ({"step": -1, "total_steps": 4}, "-1"),
@@ -173,14 +163,6 @@ def test_dropout_acts_in_training_only() -> None:
     close(fc(X), base + 1.5 * delta(dropped, a, b, 0.4, "silu", "A-s-B"))
 
 
-def test_disabled_adapter_is_the_base() -> None:
-    model = adapted(beta=0.4)
-    base = Head()(X)
-    with model.disable_adapter():
-        close(model(X), base)
-    assert not torch.allclose(model(X), base)
-
-
 @pytest.mark.parametrize("plain_first", [False, True])
 def test_plain_lora_beside_afa_on_the_same_layers(plain_first: bool) -> None:
     shared = {"r": 4, "lora_alpha": 6, "target_modules": ["fc", "lm_head"]}
@@ -221,21 +203,6 @@ def test_beta_moved_in_inference_mode_can_be_trained_with() -> None:
         model(X)
         moved = variant.beta_on(torch.device("meta"))  # as by the first forward on a GPU
     assert moved.device.type == "meta" and not moved.is_inference()
-
-
-def test_relu_after_b_moves_by_the_second_step() -> None:
-    options = {"placement": "s-A-B-s", "activation": "relu", "r": 4, "target_modules": ["fc"]}
-    model = add_adapter(Head(), AfaLoraConfig(**options))
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    b = model.get_base_model().fc.lora_B["default"].weight
-    moved = []
-    for step in range(2):
-        set_annealing_step(model, step, 10)
-        model(X).square().sum().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        moved.append(bool(b.abs().sum() > 0))
-    assert moved == [False, True]
 
 
 # ---- refusals ----

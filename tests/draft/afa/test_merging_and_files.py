@@ -78,11 +78,6 @@ def test_merging_is_refused_while_beta_is_not_zero(convert: Callable[[PeftModel]
     convert(model)
 
 
-def test_merging_without_a_total_says_so() -> None:
-    with pytest.raises(UserError, match="no number of steps is set"):
-        merge_adapter(adapted())
-
-
 def test_merge_refuses_what_it_would_get_wrong() -> None:
     with pytest.raises(UserError, match="no adapter"):
         merge_adapter(Head())

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,7 +17,7 @@ from conftest import make_writing_target
 from fastapi import FastAPI, Request, Response
 from http_testing import live
 from openai import _base_client
-from written_data import responses, rows_of, served, start_prepare
+from written_data import responses, rows_of, served
 
 from draft.data import generate as module
 from draft.data.dataset import Dataset, Row
@@ -290,36 +287,6 @@ def test_self_prompts_of_a_server_that_returns_only_text(tmp_path: Path) -> None
     assert len(rows) == 3 and {row.source for row in rows} == {"self-prompted"}
     with pytest.raises(EndpointError, match="continues no text outside a chat .400: unknown field.*--prompts FILE"):
         run(only_chat, "none")
-
-
-def test_kill_and_go_on(write: Any, folder: Path, server: str, tmp_path: Path) -> None:
-    questions = write_questions(tmp_path, 24)
-    slow = threading.Event()
-
-    def trouble(count: int, _: Any) -> Response | None:
-        if count > 20:  # it hangs
-            slow.set()
-            return problem(503, **{"retry-after": "30"})
-        return None
-
-    shape = {"greedy_share": 1.0, "count": 24}
-    with proxy(server, trouble) as (address, _):
-        words = ("--prompts", questions, "--endpoint", address, "--max-new-tokens", 10, "--concurrency", 2,
-                 "--held-out-share", 0.25, "--max-length", 200, "--greedy-share", 1)  # fmt: skip
-        script = "import draft.data.dataset as d; d._SECONDS_PER_PART = 0"
-        process = start_prepare(folder, tmp_path / "data", *words, script=script)
-        try:
-            assert slow.wait(120)
-            time.sleep(0.5)
-            with pytest.raises(UserError, match="being written by another process"):
-                write("data", address, **shape)
-        finally:
-            os.kill(process.pid, signal.SIGKILL)
-            process.communicate()
-    with proxy(server) as (address, seen):
-        data = write("data", address, **shape)
-    assert seen.count <= 36 - 18 + 1  # what was stored before was not asked again
-    assert rows_of(data) == rows_of(write("alone", server, **shape))
 
 
 def test_data_sets_from_before_rows_had_the_mark(write: Any, server: str) -> None:

@@ -6,6 +6,7 @@ import io
 import json
 import re
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,14 @@ def test_answers_to_a_file(run: Any, target: Target, questions: Path, tmp_path: 
     assert not (tmp_path / "data" / "parts").exists()
     assert pq.read_schema(tmp_path / "data" / "train.parquet").names[:3] == ["id", "input_ids", "loss_mask"]
 
+    out = io.StringIO()
+    inspect(dataset.folder, examples=2, console=Console(file=out, width=120))
+    assert target.fingerprint in out.getvalue() and "questions.jsonl: 16" in out.getvalue()
+    assert out.getvalue().count("<|im_start|>user") == 2
+    text = coloured(rows[0], target.tokenizer)
+    green = "".join(text.plain[span.start : span.end] for span in text.spans if "green" in str(span.style))
+    assert green == target.tokenizer.decode(rows[0].ids[rows[0].prompt_length :])
+
 
 def test_self_prompting(run: Any, target: Target, server: EndpointSettings, uninterrupted: Any, tmp_path: Path) -> None:
     dataset = run(tmp_path / "data", **SELF_PROMPTED, server=server.model_copy(update={"concurrency": 3}))
@@ -102,37 +111,29 @@ def test_a_target_without_usable_prompts(tmp_path: Path, monkeypatch: pytest.Mon
     assert not (tmp_path / "data").exists()
 
 
-class Counting:
-    """The server's answers, with a count of finished responses, and a power cut at one of them."""
+@contextmanager
+def counted(stop_at: int | None = None) -> Iterator[list[Any]]:
+    """The responses as a server finishes them, with a power cut at one of them."""
+    answer, written = Endpoint.answer, []
 
-    def __init__(self, stop_at: int | None = None) -> None:
-        self.stop_at = stop_at
-        self.written = 0
+    def counting(endpoint: Endpoint, questions: Any) -> Iterator[Any]:
+        for result in answer(endpoint, questions):
+            if len(written) + 1 == stop_at:
+                raise RuntimeError("power cut")
+            written.append(result)
+            yield result
 
-    def patch(self, monkeypatch: pytest.MonkeyPatch) -> Counting:
-        answer = Endpoint.answer
-
-        def counted(endpoint: Endpoint, questions: Any) -> Iterator[Any]:
-            for result in answer(endpoint, questions):
-                if self.written + 1 == self.stop_at:
-                    raise RuntimeError("power cut")
-                self.written += 1
-                yield result
-
-        monkeypatch.setattr(Endpoint, "answer", counted)
-        return self
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Endpoint, "answer", counting)
+        yield written
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(
-    target: Target, server: EndpointSettings, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[list[Any], int]:
+def uninterrupted(target: Target, server: EndpointSettings, tmp_path_factory: Any) -> tuple[list[Any], int]:
     options = {"max_new_tokens": 12, "server": server, "progress": False}
-    with pytest.MonkeyPatch.context() as patch:
-        counting = Counting().patch(patch)
+    with counted() as written:
         dataset = prepare(target, tmp_path_factory.mktemp("whole") / "data", **SELF_PROMPTED, **options)
-    assert dataset is not None
-    return rows_of(dataset), counting.written
+    return rows_of(dataset), len(written)
 
 
 @pytest.mark.parametrize("stop_at", [7, -3])  # among the prompts, and among the responses
@@ -142,16 +143,15 @@ def test_an_interrupted_run_goes_on(
     whole, total = uninterrupted
     monkeypatch.setattr(draft.data.dataset, "_ROWS_PER_PART", 4)
     out = tmp_path / "data"
-    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="power cut"):
-        first = Counting(stop_at % total).patch(patch)
+    with counted(stop_at % total) as first, pytest.raises(RuntimeError, match="power cut"):
         run(out, **SELF_PROMPTED)
     with pytest.raises(UserError, match="unfinished; repeat"):
         open_dataset(out)
     with pytest.raises(UserError, match=r"begun with max_new_tokens = 12, and this call has 13; choose another"):
         run(out, **SELF_PROMPTED, max_new_tokens=13)
-    second = Counting().patch(monkeypatch)
-    assert rows_of(run(out, **SELF_PROMPTED)) == whole
-    assert first.written + second.written == total  # nothing is written twice
+    with counted() as second:
+        assert rows_of(run(out, **SELF_PROMPTED)) == whole
+    assert len(first) + len(second) == total  # nothing is written twice
 
 
 def test_a_finished_data_set_is_left_alone(
@@ -161,6 +161,8 @@ def test_a_finished_data_set_is_left_alone(
     monkeypatch.setattr(Endpoint, "answer", None)
     assert rows_of(run(tmp_path / "data", prompts=[questions], progress=True)) == first
     assert "complete" in capsys.readouterr().out
+    with pytest.raises(UserError, match="begun with target_fingerprint"):
+        run(tmp_path / "data", make_tiny_target(seed=9), prompts=[questions])
     questions.write_text(questions.read_text().replace("number 3", "number 33"))
     with pytest.raises(UserError, match="begun with prompts_hash"):
         run(tmp_path / "data", prompts=[questions])
@@ -242,31 +244,15 @@ def test_kept_responses(run: Any, target: Target, tmp_path: Path) -> None:
     again = run(tmp_path / "copy", prompts=[answered.folder / "train.parquet"], keep_responses=True)
     copied = sorted((r.id, r.ids, r.temperature) for r in rows_of(again))
     assert copied == sorted((row.id, row.ids, row.temperature) for row in answered.rows("train"))
-
-
-def test_rows_of_tokens_are_checked_against_the_vocabulary(run: Any, tmp_path: Path) -> None:
-    path = tmp_path / "tokens.jsonl"
     path.write_text(json.dumps({"prompt_ids": [1, 5], "response_ids": [300]}))
     with pytest.raises(UserError, match="line 1: token 300 is beyond the target's vocabulary of 259"):
-        run(tmp_path / "data", prompts=[path], keep_responses=True)
-
-
-def test_another_target_is_refused(run: Any, target: Target, questions: Path, tmp_path: Path) -> None:
-    dataset = run(tmp_path / "data", prompts=[questions], max_new_tokens=2)
-    dataset.check_target(target)
-    other = make_tiny_target(seed=9)
-    with pytest.raises(UserError) as refusal:
-        dataset.check_target(other)
-    assert target.fingerprint in str(refusal.value) and other.fingerprint in str(refusal.value)
-    with pytest.raises(UserError, match="begun with target_fingerprint"):
-        run(tmp_path / "data", other, prompts=[questions], max_new_tokens=2)
+        run(tmp_path / "beyond", prompts=[path], keep_responses=True)
 
 
 @pytest.mark.parametrize(
     ("arguments", "what"),
     [
         ({"greedy_share": 1.5}, "--greedy-share is 1.5"),
-        ({"num_prompts": 0}, "--num-prompts is 0"),
         ({"max_new_tokens": 0}, "--max-new-tokens is 0"),
         ({"keep_responses": True}, "give --prompts FILE"),
         ({"keep_responses": True, "prompts": ["x"], "max_new_tokens": 5}, "--max-new-tokens 5 is about writing"),
@@ -281,10 +267,16 @@ def test_bad_arguments(run: Any, tmp_path: Path, arguments: dict[str, Any], what
     assert not (tmp_path / "data").exists()
 
 
-def test_damaged_data_sets_are_named(run: Any, questions: Path, tmp_path: Path) -> None:
+def test_damaged_data_sets_and_another_target_are_named(
+    run: Any, target: Target, questions: Path, tmp_path: Path
+) -> None:
     with pytest.raises(UserError, match="holds no data set"):
         open_dataset(tmp_path / "absent")
     dataset = run(tmp_path / "data", prompts=[questions], max_new_tokens=2)
+    dataset.check_target(target)
+    other = make_tiny_target(seed=9)
+    with pytest.raises(UserError, match=f"{target.fingerprint}.*{other.fingerprint}"):
+        dataset.check_target(other)
     with pytest.raises(UserError, match="split 'test' is unknown"):
         dataset.rows("test")
     (dataset.folder / "train.parquet").write_bytes(b"PAR1")
@@ -299,16 +291,3 @@ def test_damaged_data_sets_are_named(run: Any, questions: Path, tmp_path: Path) 
         (dataset.folder / "manifest.json").write_text(json.dumps(damaged))
         with pytest.raises(UserError, match="damaged.*; prepare it again|holds a list .*; restore it"):
             open_dataset(dataset.folder)
-
-
-def test_inspect_colours_what_is_trained_on(run: Any, target: Target, questions: Path, tmp_path: Path) -> None:
-    dataset = run(tmp_path / "data", prompts=[questions])
-    out = io.StringIO()
-    inspect(dataset.folder, examples=2, console=Console(file=out, width=120))
-    shown = out.getvalue()
-    assert target.fingerprint in shown and "questions.jsonl: 18" in shown
-    assert shown.count("<|im_start|>user") == 2
-    row = dataset.rows("train")[0]
-    text = coloured(row, target.tokenizer)
-    green = "".join(text.plain[span.start : span.end] for span in text.spans if "green" in str(span.style))
-    assert green == target.tokenizer.decode(row.ids[row.prompt_length :])

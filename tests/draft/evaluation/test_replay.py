@@ -11,7 +11,7 @@ from conftest import make_tiny_head, make_tiny_target
 from trained_heads import make_row, responses_of, train_briefly
 
 from draft.errors import UserError
-from draft.evaluation.replay import Acceptance, ReplayResult, Span, generations, replay, replay_acceptance_length, walk
+from draft.evaluation.replay import Acceptance, ReplayResult, Span, generations, replay, replay_acceptance_length
 from draft.heads import Eagle3Head
 from serving.engine import Engine, SamplingParams, Speculation
 
@@ -20,6 +20,7 @@ PROMPTS = [[5, 9, 200], [70, 71, 72, 73, 74, 75, 76], [33, 250, 12, 99, 180], [1
 # (prompt, tokens at most, whether EOS is ignored): the prefill alone, a single verification, longer ones, two with EOS
 REQUESTS = [(0, 1, True), (1, 2, True), (2, 15, True), (3, 20, True), (0, 40, False), (1, 40, False)]
 MAX_STEPS = 8
+LENGTHS = (1, 2, 3, 5, 8)
 
 
 @pytest.fixture(scope="module")
@@ -57,9 +58,7 @@ def completions(target, head):
     engine = Engine(target, head, speculation="chain", speculation_length=MAX_STEPS)
     prompts = [PROMPTS[index] for index, _, _ in REQUESTS]
     params = [SamplingParams(limit, ignore_eos=ignore) for _, limit, ignore in REQUESTS]
-    return {
-        length: engine.generate(prompts, params, Speculation(num_tokens=length)) for length in range(1, MAX_STEPS + 1)
-    }
+    return {length: engine.generate(prompts, params, Speculation(num_tokens=length)) for length in LENGTHS}
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +66,7 @@ def rows(completions):
     return [make_row(c.prompt_ids, c.token_ids, id=str(i)) for i, c in enumerate(completions[1])]
 
 
-@pytest.mark.parametrize("length", range(1, MAX_STEPS + 1))
+@pytest.mark.parametrize("length", LENGTHS)
 def test_replay_equals_the_engine(target, head, rows, completions, length):
     result = replay(target, {"head": head}, rows, MAX_STEPS)["head"]
     stats = [c.stats for c in completions[length]]
@@ -136,15 +135,6 @@ def test_tokens_outside_the_draft_vocabulary_are_misses(target, eagle3, rows):
     assert results["whole"].tau(3) > 1.4
     assert results["blind"].tau(3) == 1.0
     assert results["blind"].accepted(3) == [0, 0, 0]
-
-
-def test_walk_by_hand():
-    # tokens 4..9, the first from the prefill; after token 4 three drafts are right, after 8 none
-    leading = [0, 0, 0, 3, 2, 1, 0, 0, 0, 0]
-    assert list(walk(leading, Span(4, 10, False), 2)) == [(2, 2, 3), (1, 0, 1), (0, 0, 1)]
-    assert list(walk(leading, Span(4, 10, True), 4)) == [(4, 3, 4), (4, 0, 1)]
-    assert list(walk([0, 0, 0, 5], Span(4, 7, True), 5)) == [(5, 2, 2)]  # the EOS was drafted: no bonus token
-    assert list(walk([0, 0, 0, 5], Span(4, 5, False), 5)) == []
 
 
 def test_generations():

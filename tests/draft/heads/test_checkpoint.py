@@ -5,29 +5,16 @@ import math
 
 import pytest
 import torch
-from conftest import make_tiny_head, make_tiny_target
+from conftest import make_tiny_target
 from safetensors.torch import load_file, save_file
 
 from draft.errors import UserError
 from draft.heads.checkpoint import attach_head, head_sha256, load_head, save_head
 
-PLAIN_NAMES = {
-    "fc.weight",
-    "midlayer.hidden_norm.weight",
-    "midlayer.input_layernorm.weight",
-    "midlayer.post_attention_layernorm.weight",
-    "midlayer.self_attn.q_proj.weight",
-    "midlayer.self_attn.k_proj.weight",
-    "midlayer.self_attn.v_proj.weight",
-    "midlayer.self_attn.o_proj.weight",
-    "midlayer.mlp.gate_proj.weight",
-    "midlayer.mlp.up_proj.weight",
-    "midlayer.mlp.down_proj.weight",
-    "norm.weight",
-    "lm_head.weight",
-    "d2t",
-    "t2d",
-}
+NORMS = ("hidden_norm", "input_layernorm", "post_attention_layernorm")
+MATRICES = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj", *(f"self_attn.{letter}_proj" for letter in "qkvo"))
+PLAIN_NAMES = {"fc.weight", "norm.weight", "lm_head.weight", "d2t", "t2d"}
+PLAIN_NAMES |= {f"midlayer.{name}.weight" for name in NORMS + MATRICES}
 
 
 @pytest.fixture
@@ -101,7 +88,6 @@ def test_names_of_other_trainers_are_understood(folder, tiny_head):
         ("architectures", ["OtherModel"], "OtherModel"),
         ("rms_norm_eps", None, "rms_norm_eps"),
         ("rms_norm_eps", math.inf, "rms_norm_eps = inf"),
-        ("eagle_aux_hidden_state_layer_ids", [1, 3, 9], r"\[1, 3, 9\] and the target has 8 layers"),
         ("eagle_aux_hidden_state_layer_ids", [3, 1, 4], r"\[3, 1, 4\].*must rise"),
         ("eagle_config", {"eagle_aux_hidden_state_layer_ids": [1, 3, 5]}, "1,3,5 as vLLM reads it, 2,4,6 as SGLang"),
         ("num_attention_heads", 0, "num_attention_heads = 0"),
@@ -162,10 +148,3 @@ def test_another_target_is_refused_with_both_fingerprints(folder, tiny_target):
     attach_head(head, about, tiny_target)
     with pytest.raises(UserError, match=f"{tiny_target.fingerprint}.*{other.fingerprint}"):
         attach_head(head, about, other)
-
-
-def test_a_head_of_another_width_is_refused(tiny_target):
-    head = make_tiny_head(tiny_target)
-    head.config.hidden_size = 64
-    with pytest.raises(UserError, match=r"hidden size is 64 and the target's is 32"):
-        attach_head(head, {}, tiny_target)

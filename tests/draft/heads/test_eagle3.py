@@ -73,7 +73,3 @@ def test_a_new_vocabulary_gives_a_head_that_shares_an_lm_head_one(tiny_target):
 def test_a_reduced_vocabulary_needs_an_lm_head(tiny_target):
     with pytest.raises(UserError, match="over 259 tokens, and draft_vocab_size is 200"):
         Eagle3Config.for_target(tiny_target, 200, shared_lm_head=True)
-
-
-def test_the_default_layers_are_the_targets(tiny_target, tiny_head):
-    assert tiny_head.auxiliary_layers(tiny_target) == (2, 4, 5)

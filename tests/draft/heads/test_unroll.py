@@ -2,10 +2,8 @@
 
 import pytest
 import torch
-from conftest import make_tiny_head, make_tiny_target
+from conftest import make_tiny_target
 from interop.cases import random_head
-
-from draft.heads.unroll import shift_left
 
 STEPS = 5
 
@@ -42,7 +40,7 @@ def decode_step_by_step(head, embeds, auxiliary, steps):
 
 OPTIONS = {
     "default": {},
-    "grouped values": {"num_key_value_heads": 2},
+    "grouped values": {},
     "norm_before_residual": {"norm_before_residual": True},
     "norm_before_fc": {"norm_before_fc": True},
     "fc_norm": {"fc_norm": True},
@@ -54,21 +52,13 @@ OPTIONS = {
 }
 
 
-def with_options(target, options):
-    if "architecture" in options:
-        return make_tiny_head(target, **options)
-    values = {"draft_vocab_size": 200, **options}
-    head = random_head(target, **{key: value for key, value in values.items() if key != "num_key_value_heads"})
-    if "num_key_value_heads" in options:
-        head.config.num_key_value_heads = options["num_key_value_heads"]
-        head = type(head)(head.config).to(torch.float64)
-    return head
-
-
 @pytest.mark.parametrize("option", OPTIONS)
 def test_training_time_test_equals_decoding_through_the_cache(option):
     target = make_tiny_target()
-    head = with_options(target, OPTIONS[option])
+    head = random_head(target, **OPTIONS[option])
+    if option == "grouped values":
+        head.config.num_key_value_heads = 2
+        head = type(head)(head.config).to(torch.float64)
     ids = torch.randint(3, 259, (1, 24), generator=torch.Generator().manual_seed(1))
     output = target.forward(ids, layers=head.auxiliary_layers(target))
     embeds = target.embedding(ids)
@@ -92,7 +82,3 @@ def test_right_padding_changes_nothing(tiny_target, tiny_head):
             runs.append([hidden[:, :8] for hidden in steps])
     for alone, batched in zip(*runs, strict=True):
         torch.testing.assert_close(alone, batched, atol=1e-10, rtol=0)
-
-
-def test_shift_left():
-    assert shift_left(torch.tensor([[[1], [2], [3]]])).flatten().tolist() == [2, 3, 0]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from filelock import FileLock
 from rich.console import Console
-from training_runs import Run, command, logged, make_world, weights
+from training_runs import Run, command, logged, weights
 
 from draft.data.dataset import open_dataset
 from draft.errors import UserError
@@ -20,10 +20,9 @@ from draft.training.hidden_states import HiddenStateCache
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    root = make_world(tmp_path_factory.mktemp("world"))
-    Run(command(root, "pretrain", root / "plain", "--max-steps", "8", "--no-keep-hidden-states")).succeed()
-    return root
+def world(made):
+    Run(command(made, "pretrain", made / "plain", "--max-steps", "8", "--no-keep-hidden-states")).succeed()
+    return made
 
 
 def test_the_run_is_the_same_and_the_states_are_used_again(world, tmp_path):
@@ -108,7 +107,8 @@ def test_a_second_run_waits_until_the_first_has_filled_the_folder(parts, tmp_pat
         second.start()
         second.join(0.3)
         assert second.is_alive() and not shards(tmp_path)
-    second.join()
+    second.join(60)
+    assert not second.is_alive()
     passes = parts[2].passes
     assert passes == len(shards(tmp_path)) and fill(tmp_path, *parts) and parts[2].passes == passes
 
@@ -127,12 +127,3 @@ def test_a_disk_that_is_too_small_is_said_before_the_work(parts, tmp_path, monke
     with pytest.raises(UserError, match=rf"{tokens:,} tokens take {tokens * 512 / 1e6:.1f} MB and .* has 0.0 MB free"):
         fill(tmp_path, *parts)
     assert parts[2].passes == 0 and not shards(tmp_path)
-
-
-def test_a_disk_that_fills_up_leaves_whole_shards(world, tmp_path):
-    settings = ["--max-steps", "2", "--cache-hidden-states", str(tmp_path / "states")]
-    run = Run(command(world, "pretrain", tmp_path / "run", *settings), file_size=50_000)
-    assert run.wait() == 2 and "could not be read or written" in run.output() and "Traceback" not in run.output()
-    assert [path.name for path in (tmp_path / "states").glob("[!.]*")] == ["manifest.json"]
-    assert not list((tmp_path / "states").glob("*.tmp"))
-    Run(command(world, "pretrain", tmp_path / "run", *settings)).succeed()

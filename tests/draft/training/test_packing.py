@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import make_tiny_head, make_tiny_target
+from tiny_targets import FAMILIES, target_of
 
 from draft.data.dataset import Row
 from draft.data.examples import batches, collate, packed_batches
@@ -56,17 +57,7 @@ def test_packed_rows_have_the_same_loss(dtype, bound, architecture, loss):
 
 
 def test_a_sliding_window_ends_at_its_conversation():
-    from transformers import MistralConfig, MistralForCausalLM
-
-    from draft.target import Target
-
-    torch.manual_seed(0)
-    config = MistralConfig(
-        vocab_size=259, hidden_size=32, intermediate_size=48, num_hidden_layers=8, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, sliding_window=6, initializer_range=0.2, eos_token_id=2,
-    )  # fmt: skip
-    tokenizer = make_tiny_target().tokenizer
-    target = Target("windowed", MistralForCausalLM(config).to(torch.float64), tokenizer)
+    target = target_of(FAMILIES["mistral, windows of 6"])
     rows = make_rows([17, 12, 30, 9])
     apart, packed = (loss_and_gradients(target, rows, capacity, "kl")[0] for capacity in (None, 50))
     assert packed.item() == pytest.approx(apart.item(), rel=1e-12)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from cpu_kernels import load_kernels, set_threads
+from cpu_kernels import arithmetic, load_kernels, set_arithmetic, set_threads
 from cpu_kernels.ops import threads
 from draft.files import cache_folder
 
@@ -12,6 +12,7 @@ from draft.files import cache_folder
 @pytest.fixture(autouse=True)
 def _kernels():
     load_kernels(cache_folder())
-    before = threads()
+    before, products = threads(), arithmetic()
     yield
     set_threads(before)
+    set_arithmetic(products)

@@ -39,7 +39,7 @@ def reference(case: dict) -> tuple[Tensor, Tensor, Tensor]:
     return out, k_slots, v_slots
 
 
-@settings(max_examples=200)
+@settings(max_examples=100)
 @given(
     seed=st.integers(0, 10_000),
     dtype=st.sampled_from([FLOAT, HALF]),
@@ -101,7 +101,7 @@ def test_a_token_has_the_same_bits_alone_in_a_batch_in_a_tree_and_from_any_base(
         assert torch.equal(from_base[0, n], chain[0, i])
 
 
-def test_tokens_without_a_segment_are_zero_and_their_slots_stay():
+def test_tokens_without_a_segment_are_zero_and_nan_stays_in_its_slot():
     case = random_case(seed=5, count=4)
     before = case["k_slots"].clone()
     case["segments"] = torch.tensor([[0, 10, 10, 0, 4], [1, 3, 3, 4, 0]])
@@ -109,9 +109,6 @@ def test_tokens_without_a_segment_are_zero_and_their_slots_stay():
     assert not got[:, 4:].any() and got[:, :4].all()
     changed = (case["k_slots"] != before).any(-1).any(1)  # [slots, entries]
     assert changed.nonzero().tolist() == [[0, 10], [0, 11], [0, 12], [0, 13]]
-
-
-def test_attention_propagates_nan_to_its_own_slot_only():
     case = random_case(seed=6, count=3)
     slot = int(case["segments"][0, 0])
     case["segments"][0, 1:3] = 20

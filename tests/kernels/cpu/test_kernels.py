@@ -1,4 +1,4 @@
-"""The CPU kernels together: threads, the schemas of operators, and building."""
+"""The CPU kernels: threads, schemas of operators, building; packed linear layers against the product in float64."""
 
 from __future__ import annotations
 
@@ -11,10 +11,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from cpu_cases import HALF, attend, random_case
+from conftest import make_tiny_target
+from cpu_cases import FLOAT, HALF, attend, random_case, relative
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional
 
-from cpu_kernels import KernelsUnavailable, build, set_threads
-from cpu_kernels.ops import pack, packed_linear, threads
+from cpu_kernels import KernelsUnavailable, arithmetics, build, set_arithmetic, set_threads
+from cpu_kernels.ops import pack, pack_linears, packed_linear, threads
 
 
 def test_threads_do_not_change_bits():
@@ -83,3 +88,99 @@ def test_a_missing_or_failing_compiler_is_one_sentence(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
     with pytest.raises(KernelsUnavailable, match="install g"):
         build.built_library(tmp_path)
+
+
+# ---- packed linear layers ----
+
+
+@settings(max_examples=80)
+@given(
+    rows=st.integers(0, 40),
+    size_in=st.integers(1, 200),
+    size_out=st.integers(1, 200),
+    stored=st.sampled_from([FLOAT, HALF]),
+    given_in=st.sampled_from([FLOAT, HALF]),
+    biased=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_packed_linear_is_the_matrix_product(rows, size_in, size_out, stored, given_in, biased, seed):
+    torch.manual_seed(seed)
+    weight = torch.randn(size_out, size_in).to(stored)
+    bias = torch.randn(size_out) if biased else None
+    x = torch.randn(rows, size_in).to(given_in)
+    packed = pack(weight)
+    for products in arithmetics():
+        set_arithmetic(products)
+        got = packed_linear(x, packed, size_out, bias)
+        read = x if stored == FLOAT or products == "float32" else x.to(HALF)
+        expected = functional.linear(read.double(), weight.double(), None if bias is None else bias.double())
+        assert got.shape == expected.shape and got.dtype == given_in
+        if rows:
+            # beside the sums of magnitudes: what a sum leaves after its terms cancel says nothing about rounding
+            magnitudes = (read.double().abs(), weight.double().abs(), None if bias is None else bias.double().abs())
+            error = (got.double() - expected).norm() / functional.linear(*magnitudes).norm()
+            assert error < (1e-6 if given_in == FLOAT else 1e-2), products
+
+
+def on_this_machine(name: str) -> None:
+    """Choose an arithmetic, or skip the test where the CPU lacks it."""
+    if name not in arithmetics():
+        pytest.skip(f"this CPU has no {name} products")
+    set_arithmetic(name)
+
+
+@pytest.mark.parametrize(("stored", "products"), [(FLOAT, "float32"), (HALF, "float32"), (HALF, "bf16"), (HALF, "amx")])
+@pytest.mark.parametrize(("size_in", "size_out"), [(576, 1100), (1700, 130)])  # 1700: several blocks of inputs
+def test_a_row_has_the_same_bits_in_any_batch(stored, products, size_in, size_out):
+    on_this_machine(products)
+    packed = pack(torch.randn(size_out, size_in).to(stored))
+    x = torch.randn(230, size_in).to(HALF).float()  # which no arithmetic rounds
+    whole = packed_linear(x, packed, size_out)
+    assert relative(whole[:, :16], x.double() @ packed_columns(packed, size_in)) < 1e-5
+    for rows in (*range(1, 65), 97, 200):
+        assert torch.equal(packed_linear(x[:rows], packed, size_out), whole[:rows]), rows
+    assert torch.equal(packed_linear(x[113:114], packed, size_out), whole[113:114])
+
+
+def packed_columns(packed: Tensor, size_in: int) -> Tensor:
+    """The first 16 features [in, 16] of a packed weight, by the product with the identity."""
+    return packed_linear(torch.eye(size_in), packed, packed.shape[0] * packed.shape[2])[:, :16].double()
+
+
+def test_packed_linear_takes_any_shape_and_strides():
+    weight = torch.randn(33, 24)
+    x = torch.randn(24, 5, 2).permute(2, 1, 0)  # [2, 5, 24], transposed in memory
+    assert relative(packed_linear(x, pack(weight.T.contiguous().T), 33), x.double() @ weight.double().T) < 1e-5
+    assert packed_linear(torch.randn(3, 0, 24), pack(weight), 33).shape == (3, 0, 33)
+    with pytest.raises(RuntimeError, match="ends in 23 features"):
+        packed_linear(torch.randn(2, 23), pack(weight), 33)
+    with pytest.raises(RuntimeError, match="this machine does not have bf8"):
+        set_arithmetic("bf8")
+    with pytest.raises(RuntimeError, match="float32 or bfloat16"):
+        packed_linear(torch.randn(2, 24).double(), pack(weight), 33)
+
+
+@pytest.mark.parametrize("products", ["float32", "bf16", "amx"])
+def test_nan_and_infinity_stay_in_their_row(products):
+    on_this_machine(products)
+    packed = pack(torch.randn(40, 30).to(HALF))
+    x = torch.randn(4, 30)
+    clean = packed_linear(x, packed, 40)
+    x[1, 7], x[2, 3] = float("nan"), float("inf")
+    for kind in (FLOAT, HALF):
+        got = packed_linear(x.to(kind), packed, 40)
+        assert got[1].isnan().all() and got[2].isinf().all()
+        assert torch.equal(got[[0, 3]], packed_linear(x[[0, 3]].to(kind), packed, 40))
+    assert torch.equal(packed_linear(x, packed, 40)[[0, 3]], clean[[0, 3]])
+
+
+def test_pack_linears_replaces_all_and_leaves_a_tied_embedding():
+    model = make_tiny_target(dtype=torch.float32).model  # its own: it is packed in place
+    ids = torch.arange(1, 12)[None]
+    with torch.inference_mode():
+        expected = model(ids).logits
+        assert model.lm_head.weight is model.get_input_embeddings().weight
+        pack_linears(model, FLOAT)
+        assert not any(type(m) is nn.Linear for m in model.modules())
+        assert isinstance(model.get_input_embeddings().weight, nn.Parameter)
+        torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-4)

@@ -1,6 +1,6 @@
 """Tests of the Triton kernels, on a card or with TRITON_INTERPRET=1, which must be set before Triton is imported.
 
-Without either there is nothing here to collect; `tests/kernels/test_interpreted.py` then runs this folder in a
+Without either there is nothing here to collect; `tests/kernels/test_ops.py` then runs this folder in a
 process of its own.
 """
 

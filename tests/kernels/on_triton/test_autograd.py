@@ -1,17 +1,13 @@
-"""The kernels inside the machinery of training: autocast, checkpointing, torch.compile, DDP, no gradients."""
+"""The kernels inside the machinery of training: autocast, checkpointing, torch.compile, no gradients."""
 
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
-from kernel_cases import DEVICE, INTERPRETING, OUTPUTS, limit, make_case, relative_error, run
+from kernel_cases import DEVICE, OUTPUTS, exact, limit, make_case, relative_error, run
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from afa_kernels import KernelsError, afa_lora_linear, ops, reference, triton_kernels, tuning
@@ -49,10 +45,11 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 X = make_case(6, 33, 1, 1, seed=4).x.reshape(2, 3, 33)
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpoint(reentrant: bool) -> None:
+def test_checkpoint() -> None:
     layer = Layer()
-    assert same(gradients(layer, X), gradients(layer, X, lambda x: checkpoint(layer, x, use_reentrant=reentrant)))
+    expected = gradients(layer, X)
+    for reentrant in (False, True):
+        assert same(expected, gradients(layer, X, lambda x, way=reentrant: checkpoint(layer, x, use_reentrant=way)))
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -61,13 +58,11 @@ def test_compiling_the_surrounding_model_keeps_one_graph(dynamic: bool) -> None:
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=dynamic)
-    for beta, x in ((0.3, X), (0.0, X), (1.0, X), *((0.5, x) for x in (X[:1], X[:, :2]) if dynamic)):
+    for beta, x in ((0.3, X), (0.0, X), *((0.5, x) for x in (X[:1], X[:, :2]) if dynamic)):
         layer.beta.fill_(beta)
         assert same(gradients(layer, x), gradients(layer, x, compiled))
         if x is X:
             assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1  # a new beta is no new graph
-    with torch.no_grad():
-        assert torch.equal(compiled(X), layer(X))
 
 
 def test_the_operators_keep_torchs_contract() -> None:
@@ -82,35 +77,34 @@ def test_the_operators_keep_torchs_contract() -> None:
         torch.library.opcheck(backward_op, (*args, torch.float32, torch.bfloat16))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_autocast(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    case = make_case(24, 33, 28, 4, dtypes="fp32" if dtype == torch.float32 else "bf16+fp32")
-    with torch.autocast(DEVICE, dtype=torch.bfloat16):
-        got = run(case)
-    expected = run(case.to(torch.float64), reference.afa_lora_linear)
-    assert got["y"].dtype == torch.bfloat16 and got["dx"].dtype == dtype
-    assert got["dA"].dtype == got["dB"].dtype == torch.float32
-    case.dy = case.dy.bfloat16()
-    assert all(relative_error(got[name], expected[name]) < limit(torch.bfloat16) for name in OUTPUTS)
-
-
-def test_autocast_around_the_backward_changes_nothing() -> None:
+def test_autocast() -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        case = make_case(24, 33, 28, 4, dtypes="fp32" if dtype == torch.float32 else "bf16+fp32")
+        with torch.autocast(DEVICE, dtype=torch.bfloat16):
+            got = run(case)
+        expected = exact(case)
+        assert got["y"].dtype == torch.bfloat16 and got["dx"].dtype == dtype
+        assert got["dA"].dtype == got["dB"].dtype == torch.float32
+        assert all(relative_error(got[name], expected[name]) < limit(torch.bfloat16) for name in OUTPUTS)
     layer = Layer()
     with tuning.only("update"):  # whose frozen product is torch's, and would be cast
         x = X.clone().requires_grad_()
         (plain,) = torch.autograd.grad(layer(x).sum(), x)
         y = layer(x)
-        with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        with torch.autocast(DEVICE, dtype=torch.bfloat16):  # around the backward pass alone, it changes nothing
             (under,) = torch.autograd.grad(y.sum(), x)
     assert torch.equal(plain, under)
 
 
-@pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
-def test_gradients_switched_off(off) -> None:
+def test_gradients_switched_off_and_none_of_beta() -> None:
     layer = Layer()
-    with off():
-        y = layer(X)
-    assert torch.equal(y, layer(X).detach()) and not y.requires_grad
+    layer.beta.requires_grad_()
+    expected = gradients(layer, X)["y"]
+    assert layer.beta.grad is None
+    for off in (torch.no_grad, torch.inference_mode):
+        with off():
+            y = layer(X)
+        assert torch.equal(y, expected) and not y.requires_grad
 
 
 def test_double_backward_is_refused() -> None:
@@ -121,24 +115,16 @@ def test_double_backward_is_refused() -> None:
         dx.sum().backward()
 
 
-@pytest.mark.parametrize("wanted", ["x", "lora_a", "lora_b"])
-def test_only_the_gradients_that_are_wanted(wanted: str) -> None:
+def test_only_the_gradients_that_are_wanted() -> None:
     case = make_case(9, 8, 7, 3, bias=True)
     everything = run(case)
-    tensors = {k: getattr(case, k).detach().clone() for k in ("x", "weight", "bias", "lora_a", "lora_b")}
-    tensors[wanted].requires_grad_()
-    y = afa_lora_linear(**tensors, beta=case.beta, scaling=case.scaling, activation=case.activation)
-    y.backward(case.dy)
-    name = {"x": "dx", "lora_a": "dA", "lora_b": "dB"}[wanted]
-    assert torch.equal(tensors[wanted].grad, everything[name])
-    assert all(t.grad is None for k, t in tensors.items() if k != wanted)
-
-
-def test_beta_gets_no_gradient() -> None:
-    layer = Layer()
-    layer.beta.requires_grad_()
-    gradients(layer, X)
-    assert layer.beta.grad is None
+    for wanted, name in (("x", "dx"), ("lora_a", "dA"), ("lora_b", "dB")):
+        tensors = {k: getattr(case, k).detach().clone() for k in ("x", "weight", "bias", "lora_a", "lora_b")}
+        tensors[wanted].requires_grad_()
+        y = afa_lora_linear(**tensors, beta=case.beta, scaling=case.scaling, activation=case.activation)
+        y.backward(case.dy)
+        assert torch.equal(tensors[wanted].grad, everything[name])
+        assert all(t.grad is None for k, t in tensors.items() if k != wanted)
 
 
 # ---- what takes the reference path, and says so ----
@@ -173,24 +159,3 @@ def test_a_layer_that_the_kernels_do_not_cover(
             y = afa_lora_linear(**tensors, **options)
     assert torch.equal(y, reference.afa_lora_linear(**tensors, **options))
     assert [word in record.message for record in caplog.records] == [True]
-
-
-# ---- DDP ----
-
-
-def _train(rank: int, folder: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    layer = DistributedDataParallel(Layer())
-    torch.save(gradients(layer, X[rank : rank + 1]), f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
-
-
-@pytest.mark.skipif(not INTERPRETING, reason="two processes on one card need no gloo")
-def test_two_processes_share_their_gradients(tmp_path: Path) -> None:
-    mp.start_processes(_train, (str(tmp_path),), nprocs=2, start_method="fork")
-    alone = [gradients(Layer(), X[rank : rank + 1]) for rank in range(2)]
-    for rank in range(2):
-        got = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
-        assert torch.equal(got["y"], alone[rank]["y"])
-        for name in ("dA", "dB"):
-            torch.testing.assert_close(got[name], (alone[0][name] + alone[1][name]) / 2)

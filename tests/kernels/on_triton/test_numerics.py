@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +24,7 @@ from kernel_cases import (
 )
 from torch import Tensor
 
+import afa_kernels
 from afa_kernels import ACTIVATIONS, afa_lora_linear, ops, reference, triton_kernels, tuning
 
 # On a card, and where the frozen product is rounded before the LoRA term is added, the terms of a single number
@@ -29,7 +32,7 @@ from afa_kernels import ACTIVATIONS, afa_lora_linear, ops, reference, triton_ker
 SMALLEST = 1 if INTERPRETING else 8
 
 
-@settings(max_examples=20)
+@settings(max_examples=10)
 @given(
     sizes=st.tuples(*[st.integers(SMALLEST, 50)] * 3, st.integers(1, 40)),
     dtypes=st.sampled_from(list(DTYPES)),
@@ -48,14 +51,22 @@ def test_any_shape(
 
 @pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_every_activation(activation: str, beta: float) -> None:
-    assert_exact(make_case(21, 40, 18, 5, activation=activation, beta=beta))
+def test_every_activation_and_nan_and_infinity_pass_as_in_the_reference(activation: str, beta: float) -> None:
+    case = make_case(40, 18, 11, 3, activation=activation, beta=beta)
+    assert_exact(case)
+    case.x[1, 2], case.x[3, 17], case.x[35, 0] = float("nan"), float("inf"), -float("inf")
+    case.dy[5, 1], case.dy[38, 10] = float("inf"), float("nan")
+    got, expected = run(case), run(case, reference.afa_lora_linear)
+    for name in OUTPUTS:
+        for what in (torch.isnan, torch.isposinf, torch.isneginf):
+            assert torch.equal(what(got[name]), what(expected[name])), (name, what)
+    assert torch.isfinite(got["y"]).sum() == 37 * 11  # rows of their own stay clean
 
 
 @pytest.mark.parametrize("dtypes", DTYPES)
 def test_the_update_in_place(dtypes: str) -> None:
     with tuning.only("update"):
-        assert_exact(make_case(35, 33, 47, 9, dtypes=dtypes))
+        assert_exact(make_case(33, 17, 35, 9, dtypes=dtypes))
 
 
 @pytest.mark.parametrize("rank", [64, 100, 129, 256])
@@ -69,7 +80,7 @@ def test_the_blocks_of_a_card(dtypes: str, monkeypatch: pytest.MonkeyPatch) -> N
     size = DTYPES[dtypes][0].itemsize
     first = {"thin": tuning.thin_blocks(size, 8)[0], "linear": tuning.LINEAR[size][0], "outer": tuning.OUTER[size][0]}
     monkeypatch.setattr(tuning, "INTERPRETED", first)
-    shape = (130, 129, 131) if size == 2 else (65, 33, 66)
+    shape = (130, 65, 131) if size == 2 else (65, 33, 66)
     assert_exact(make_case(*shape, 8, dtypes=dtypes))
 
 
@@ -79,7 +90,6 @@ def test_sums_over_tokens_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     splits, share = triton_kernels._splits(90, 40, tuning.INTERPRETED["outer"], torch.device(DEVICE))
     assert splits > 2 and (splits - 1) * share < 90 <= splits * share
     assert_exact(make_case(90, 40, 20, 6))
-    assert_exact(make_case(90, 40, 20, 6, dtypes="bf16"))
 
 
 @pytest.mark.parametrize("variant", ["fused", "update"])
@@ -127,19 +137,6 @@ def test_an_expanded_gradient_and_more_dimensions() -> None:
     assert row.shape == (12,)
 
 
-@pytest.mark.parametrize("beta", [0.0, 0.4, 1.0])
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_nan_and_infinity_pass_as_in_the_reference(activation: str, beta: float) -> None:
-    case = make_case(40, 18, 11, 3, activation=activation, beta=beta)
-    case.x[1, 2], case.x[3, 17], case.x[35, 0] = float("nan"), float("inf"), -float("inf")
-    case.dy[5, 1], case.dy[38, 10] = float("inf"), float("nan")
-    got, expected = run(case), run(case, reference.afa_lora_linear)
-    for name in OUTPUTS:
-        for what in (torch.isnan, torch.isposinf, torch.isneginf):
-            assert torch.equal(what(got[name]), what(expected[name])), (name, what)
-    assert torch.isfinite(got["y"]).sum() == 37 * 11  # rows of their own stay clean
-
-
 @pytest.mark.parametrize("variant", ["fused", "update"])
 def test_every_output_element_is_written_and_nothing_else(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_kernels, "_processors", lambda device: 2)
@@ -167,16 +164,74 @@ def test_the_backward_keeps_and_writes_nothing_of_the_outputs_size(monkeypatch: 
     assert 48 * 20 in sizes and max(sizes) == 48 * 20  # dx
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("dtypes", ["bf16+fp32", "fp32"])
-def test_beta_zero_is_bitwise_the_kernels_without_an_activation(dtypes: str, activation: str) -> None:
-    case = make_case(33, 36, 34, 6, dtypes=dtypes, beta=0.0)
+@pytest.mark.parametrize(("activation", "dtypes"), [*((name, "bf16+fp32") for name in ACTIVATIONS), ("silu", "fp32")])
+def test_beta_zero_is_bitwise_the_kernels_without_an_activation(activation: str, dtypes: str) -> None:
+    case = make_case(33, 20, 18, 6, dtypes=dtypes, beta=0.0)
     case.x[0] = 0
     x, weight, bias = case.x, case.weight, case.bias
     a, b = (t.to(triton_kernels.operand_dtype(x)) for t in (case.lora_a, case.lora_b))
     results = []
     for name in (activation, "identity"):
         y, z = ops.forward_op(x, weight, bias, a, b, case.beta, 1.3, name)
-        dtypes = [True] * 3, torch.float32, torch.float32
-        results.append((y, z, *ops.backward_op(case.dy, x, weight, a, b, z, case.beta, 1.3, name, *dtypes)))
+        wanted = [True] * 3, torch.float32, torch.float32
+        results.append((y, z, *ops.backward_op(case.dy, x, weight, a, b, z, case.beta, 1.3, name, *wanted)))
     assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+
+
+# ---- broken kernels fail: each line below is changed in a copy of the sources, and the copy is run ----
+
+MUTABLE = pytest.mark.skipif(not INTERPRETING, reason="on a card it would read and write other memory")
+TOKEN_MASK = "mask = (rows < tokens)[:, None] & (cols < columns)[None, :]"
+# What is broken: the activation of the case that must notice, the text as it is, and as it would be.
+MUTATIONS = {
+    "silu's derivative": ("silu", "(1 + z * (1 - logistic))", "(1 - z * (1 - logistic))"),
+    "gelu's derivative": ("gelu", "+ z * density", "- z * density"),
+    "tanh's derivative": ("tanh", "curved *= 1 - value * value", "curved *= 1 - value"),
+    "relu's derivative": ("relu", "tl.where(z <= 0, 0.0, curved)", "curved"),
+    "the derivative's linear part": ("silu", "return curved + dh * (1 - beta)", "return curved"),
+    "scaling of y": ("silu", "acc *= scaling", "acc *= 1.0"),
+    "scaling of dz": ("silu", "dh = scaling * _times_factor", "dh = _times_factor"),
+    "scaling of dB": ("silu", "_cast(acc * scaling, out_ptr", "_cast(acc, out_ptr"),
+    "the mask of a product's left side": (
+        "silu",
+        "(p_ptrs, mask=(ks < width - start)[None, :], other=0.0)",
+        "(p_ptrs)",
+    ),
+    "the mask of its right side": ("silu", "(q_ptrs, mask=(ks < width - start)[:, None], other=0.0)", "(q_ptrs)"),
+    "the mask of the rank": ("silu", "mask=(r < rank)[None, :], other=0.0", "mask=None"),
+    "the mask of the tokens": ("silu", "mask=inside, other=0.0)\n        q", "mask=None)\n        q"),
+    "the mask of y": ("silu", TOKEN_MASK, TOKEN_MASK.replace("rows < tokens", "rows > -1")),
+    "the bias": ("silu", "acc += tl.load(bias_ptr", "acc += 0 * tl.load(bias_ptr"),
+    "beta in dB": ("silu", "beta = tl.load(beta_ptr).to(tl.float32)\n    safe", "beta = 1.0\n    safe"),
+}
+
+
+def noticed(activation: str, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Test that a ragged case differs from the reference, or that memory beside an output was written."""
+    case = make_case(33, 35, 17, 5, activation=activation)
+    made = guard_new_empty(monkeypatch)
+    try:
+        assert_exact(case)
+    except AssertionError:
+        return True
+    return not all(guards.intact() for guards in made)
+
+
+@MUTABLE
+def test_the_kernels_as_they_are_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not noticed("silu", monkeypatch)
+
+
+@MUTABLE
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_a_broken_kernel_is_noticed(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    activation, old, new = MUTATIONS[name]
+    source = Path(triton_kernels.__file__).read_text()
+    assert source.count(old) == 1
+    path = tmp_path / "mutant.py"
+    path.write_text(source.replace(old, new))
+    spec = importlib.util.spec_from_file_location("mutant", path)
+    mutant = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(mutant)
+    monkeypatch.setattr(afa_kernels, "triton_kernels", mutant)  # where the operators import it from
+    assert noticed(activation, monkeypatch)

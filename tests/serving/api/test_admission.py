@@ -1,30 +1,27 @@
-"""The line of requests, clients that leave, failures, and the engine's end."""
+"""The queue of requests, clients that leave, failures, and the engine's end."""
 
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import Callable
 from typing import Any
 
 import httpx
 from fastapi.testclient import TestClient
-from http_testing import PROMPT, in_process, series
+from http_testing import MESSAGES, PROMPT, in_process, series, until
 
 from serving.api.app import create_app
 from serving.engine import Engine
 
-
-async def until(holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 120
-    while not holds():
-        assert time.monotonic() < deadline, "it never happened"
-        await asyncio.sleep(0.002)
+OPENAI: dict[str, dict[str, Any]] = {"completions": {"prompt": "a"}, "chat/completions": {"messages": MESSAGES}}
 
 
 def post(client: httpx.AsyncClient, inputs: str = PROMPT, **parameters: Any) -> asyncio.Task[httpx.Response]:
     body = {"inputs": inputs, "parameters": {"max_new_tokens": 6, **parameters}}
     return asyncio.ensure_future(client.post("/generate", json=body))
+
+
+async def statuses(*requests: asyncio.Task[httpx.Response]) -> list[int]:
+    return [(await request).status_code for request in requests]
 
 
 def test_health_and_metrics_answer_during_generation_and_a_full_line_is_429(gated) -> None:
@@ -34,8 +31,7 @@ def test_health_and_metrics_answer_during_generation_and_a_full_line_is_429(gate
         refused = await post(client)
         assert refused.status_code == 429 and refused.headers["retry-after"] == "1"
         assert refused.json() == {"error": "Model is overloaded", "error_type": "overloaded"}
-        for path, body in (("completions", {"prompt": "a"}), ("chat/completions", {"messages": [
-            {"role": "user", "content": "a"}]})):  # fmt: skip
+        for path, body in OPENAI.items():
             answer = await client.post(f"/v1/{path}", json=body)
             assert answer.status_code == 429 and answer.headers["retry-after"] == "1"
             assert answer.json()["error"]["type"] == "rate_limit_error"
@@ -45,7 +41,7 @@ def test_health_and_metrics_answer_during_generation_and_a_full_line_is_429(gate
         assert series(text, 'request_failure_total{reason="overloaded"}') == 3
         assert not any(task.done() for task in accepted)
         gated.gate.set()
-        assert [(await task).status_code for task in accepted] == [200] * 3
+        assert await statuses(*accepted) == [200] * 3
         assert (await post(client)).status_code == 200  # there is room again
 
     in_process(create_app(gated), conversation)
@@ -63,76 +59,58 @@ def test_the_line_is_bounded_by_tokens_too(make_gated) -> None:
         small = post(client, "a", max_new_tokens=10)
         await until(lambda: gated.waiting == 2)
         gated.gate.set()
-        assert [(await task).status_code for task in (running, waiting, small)] == [200] * 3
+        assert await statuses(running, waiting, small) == [200] * 3
 
     in_process(create_app(gated), conversation)
 
 
-def test_several_choices_are_taken_all_or_none(gated) -> None:
+def test_several_choices_are_taken_all_or_none(gated, make_gated) -> None:
     """More than ever fit are the client's mistake, more than fit now are not."""
 
-    def several(client: httpx.AsyncClient, choices: int, path: str = "completions") -> Any:
-        prompt: dict[str, Any] = {"messages": [{"role": "user", "content": "a"}]} if "chat" in path else {"prompt": "a"}
-        return client.post(f"/v1/{path}", json={**prompt, "n": choices, "max_tokens": 2})
-
     async def conversation(client: httpx.AsyncClient) -> None:
-        for path in ("completions", "chat/completions"):
-            answer = await several(client, 4, path)
+        def several(choices: int, path: str = "completions") -> Any:
+            return client.post(f"/v1/{path}", json={**OPENAI[path], "n": choices, "max_tokens": 2})
+
+        for path in OPENAI:
+            answer = await several(4, path)
             assert answer.status_code == 400 and answer.json()["error"]["param"] == "n" and "<= 3" in answer.text
         answer = await client.post("/v1/completions", json={"prompt": ["a"] * 2, "n": 2})
         assert answer.status_code == 400
         running = post(client)
         await until(lambda: gated.running == 1)
-        refused = await several(client, 3)
-        assert refused.status_code == 429 and gated.waiting == 0
-        taken = asyncio.ensure_future(several(client, 2))
+        assert (await several(3)).status_code == 429 and gated.waiting == 0
+        taken = asyncio.ensure_future(several(2))
         await until(lambda: gated.waiting == 2)
         gated.gate.set()
-        assert (await running).status_code == 200 == (await taken).status_code
-        assert (await several(client, 3)).status_code == 200
+        assert await statuses(running, taken) == [200] * 2 and (await several(3)).status_code == 200
 
     in_process(create_app(gated), conversation)
+    unqueued = make_gated(max_batch=3, max_waiting=0)
+    unqueued.gate.set()
+    with TestClient(create_app(unqueued)) as client:
+        answers = [client.post("/v1/completions", json={"prompt": "a", "n": n, "max_tokens": 2}) for n in (3, 4)]
+    assert [answer.status_code for answer in answers] == [200, 400]
 
 
-def test_a_full_batch_of_choices_is_taken_without_a_line(make_gated) -> None:
-    gated = make_gated(max_batch=3, max_waiting=0)
+def test_an_engine_error_costs_its_requests_and_tells_only_the_log(gated, monkeypatch, log_lines) -> None:
     gated.gate.set()
+    asked = {"headers": {"x-request-id": "trace-42"}, "json": {"inputs": PROMPT, "parameters": {"max_new_tokens": 6}}}
     with TestClient(create_app(gated)) as client:
-        for choices, status in ((3, 200), (4, 400)):
-            answer = client.post("/v1/completions", json={"prompt": "a", "n": choices, "max_tokens": 2})
-            assert answer.status_code == status
-
-
-def test_an_engine_error_costs_its_requests_and_tells_nothing(gated, caplog) -> None:
-    gated.gate.set()
-    gated.failure = RuntimeError("/home/secret/weights exploded")
-
-    async def conversation(client: httpx.AsyncClient) -> None:
-        failed = await post(client)
+        gated.failure = RuntimeError("/home/secret/weights exploded")
+        failed = client.post("/generate", **asked)
         assert failed.status_code == 424
         assert failed.json() == {"error": "Request failed during generation", "error_type": "generation"}
+        assert [line["request_id"] for line in log_lines() if "this request" in line["message"]] == ["trace-42"]
         gated.failure = None
-        assert (await client.get("/health")).status_code == 200
-        assert (await post(client)).status_code == 200
-        text = (await client.get("/metrics")).text
+        assert client.get("/health").status_code == 200 == client.post("/generate", **asked).status_code
+        text = client.get("/metrics").text
         assert series(text, 'request_failure_total{reason="generation"}') == 1
         assert series(text, 'request_success_total{finished_reason="error"}') == 1
-
-    in_process(create_app(gated), conversation)
-    assert "zebras" not in caplog.text and "exploded" in caplog.text
-
-
-def test_what_the_engine_logs_of_a_request_has_its_id(gated, monkeypatch, log_lines) -> None:
-    gated.gate.set()
-    ids = {"headers": {"x-request-id": "trace-42"}, "json": {"inputs": "a"}}
-    with TestClient(create_app(gated)) as client:
-        gated.failure = RuntimeError("exploded")
-        assert client.post("/generate", **ids).status_code == 424
-        assert [line["request_id"] for line in log_lines() if "this request" in line["message"]] == ["trace-42"]
         monkeypatch.setattr(gated, "_activate", lambda request: 1 / 0)
-        assert client.post("/generate", **ids).status_code == 424
+        assert client.post("/generate", **asked).status_code == 424
     [line] = [line for line in log_lines() if "ZeroDivisionError" in line.get("exception", "")]
     assert (line["request_id"], line["level"]) == ("trace-42", "error") and line["logger"].startswith("serving.engine")
+    assert "zebras" not in str(log_lines()) and "exploded" in str(log_lines())
 
 
 def test_when_the_engine_s_thread_dies_nobody_hangs(make_gated) -> None:
@@ -146,25 +124,25 @@ def test_when_the_engine_s_thread_dies_nobody_hangs(make_gated) -> None:
         gated.gate.set()
         for answer in [await task for task in requests] + [await post(client)]:
             assert answer.status_code == 503 and answer.headers["retry-after"]
-        unhealthy = await client.get("/health")
-        unready = await client.get("/ready")
-        assert unhealthy.status_code == 503 == unready.status_code
-        assert unhealthy.headers["retry-after"] and unready.headers["retry-after"]
-        assert unhealthy.json() == {"error": "unhealthy", "error_type": "healthcheck"}
+        for answer in (await client.get("/ready"), await client.get("/health")):
+            assert answer.status_code == 503 and answer.headers["retry-after"]
+        assert answer.json() == {"error": "unhealthy", "error_type": "healthcheck"}
         text = (await client.get("/metrics")).text
         assert series(text, "num_requests_running") == series(text, "num_requests_waiting") == 0
 
     in_process(create_app(gated), conversation)
 
 
+def streamed(client: httpx.AsyncClient) -> asyncio.Task[httpx.Response]:
+    body = {"inputs": PROMPT, "parameters": {"max_new_tokens": 6}}
+    return asyncio.ensure_future(client.post("/generate_stream", json=body))
+
+
 def test_draining_finishes_what_runs_and_takes_nothing_new(gated) -> None:
     app = create_app(gated)
 
     async def conversation(client: httpx.AsyncClient) -> None:
-        stream = asyncio.ensure_future(
-            client.post("/generate_stream", json={"inputs": "a", "parameters": {"max_new_tokens": 6}})
-        )
-        requests = [post(client), post(client)]
+        requests = [streamed(client), post(client), post(client)]
         await until(lambda: gated.running == 1 and gated.waiting == 2)
         draining = asyncio.ensure_future(app.state.service.drain(240))  # longer than the conversation may last
         await until(lambda: app.state.service.draining)
@@ -172,10 +150,10 @@ def test_draining_finishes_what_runs_and_takes_nothing_new(gated) -> None:
         assert (await client.get("/ready")).status_code == 503
         turned_away = await post(client)
         assert turned_away.status_code == 503 and turned_away.headers["retry-after"]
-        assert not any(task.done() for task in (draining, stream, *requests))
+        assert not any(task.done() for task in (draining, *requests))
         gated.gate.set()
         await draining
-        assert [(await task).status_code for task in (stream, *requests)] == [200] * 3
+        assert await statuses(*requests) == [200] * 3
 
     in_process(app, conversation)
 
@@ -184,11 +162,10 @@ def test_draining_ends_what_has_not_finished_in_time(gated) -> None:
     app = create_app(gated)
 
     async def conversation(client: httpx.AsyncClient) -> None:
-        stream = asyncio.ensure_future(client.post("/generate_stream", json={"inputs": PROMPT}))
-        requests = [post(client), post(client)]
+        requests = [streamed(client), post(client), post(client)]
         await until(lambda: gated.running == 1 and gated.waiting == 2)
         await app.state.service.drain(0.05)  # the gate stays shut
-        for answer in [await stream, *[await task for task in requests]]:
+        for answer in [await request for request in requests]:
             assert answer.status_code == 503 and "shutting down" in answer.json()["error"]
 
     in_process(app, conversation)
@@ -196,17 +173,13 @@ def test_draining_ends_what_has_not_finished_in_time(gated) -> None:
 
 def test_while_the_model_is_loaded_the_server_is_alive_but_not_ready(tiny_target) -> None:
     app = create_app(None)
+    asked = {"inputs": "a"}
     with TestClient(app) as client:
         assert client.get("/health").status_code == 200 == client.get("/metrics").status_code
-        for answer in (
-            client.get("/ready"),
-            client.get("/info"),
-            client.get("/v1/models"),
-            client.post("/generate", json={"inputs": "a"}),
-            client.post("/v1/completions", json={"prompt": "a"}),
-            client.post("/tokenize", json={"inputs": "a"}),
-        ):
-            assert answer.status_code == 503 and answer.headers["retry-after"]
+        answers = [client.get(path) for path in ("/ready", "/info", "/v1/models")]
+        answers += [client.post(path, json=asked) for path in ("/generate", "/tokenize")]
+        answers += [client.post("/v1/completions", json={"prompt": "a"})]
+        assert all(answer.status_code == 503 and answer.headers["retry-after"] for answer in answers)
         app.state.service.attach(Engine(tiny_target))
         assert client.get("/ready").status_code == 200
-        assert client.post("/generate", json={"inputs": "a", "parameters": {"max_new_tokens": 1}}).status_code == 200
+        assert client.post("/generate", json=asked).status_code == 200

@@ -1,16 +1,18 @@
-"""POST /generate: TGI's contract, in process."""
+"""TGI's contract, in process: POST /generate, and the same answers as server-sent events."""
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
-from http_testing import PROMPT, ask
+from http_testing import MESSAGES, PROMPT, GatedEngine, ask, events
 
 from serving.api.app import create_app
 from serving.api.schemas import GenerateParameters
 from serving.api.service import Limits
+from serving.api.streaming import event
 from serving.engine import Engine, SamplingParams
 
 
@@ -41,26 +43,25 @@ def test_a_request_of_inputs_alone_is_greedy_and_null_means_default(tiny_target,
 
 
 @pytest.mark.parametrize(
-    ("parameters", "samples"),
+    ("samples", "parameters"),
     [
-        ({}, False),
-        ({"seed": 3}, False),
-        ({"do_sample": True}, True),
-        ({"temperature": 0.8}, True),
-        ({"top_p": 0.9}, True),
-        ({"top_k": 10**30}, True),
-        ({"do_sample": False, "top_k": 20}, True),
-        ({"temperature": 0, "do_sample": True, "top_p": 1.0}, False),
+        (False, {}),
+        (False, {"seed": 3}),
+        (True, {"do_sample": True}),
+        (True, {"temperature": 0.8}),
+        (True, {"top_p": 0.9}),
+        (True, {"top_k": 10**30}),
+        (True, {"do_sample": False, "top_k": 20}),
+        (False, {"temperature": 0, "do_sample": True, "top_p": 1.0}),
     ],
 )
 def test_what_turns_sampling_on(client, parameters, samples) -> None:
     greedy = ask(client).json()["generated_text"]
-    texts = {ask(client, **{"seed": seed, **parameters}).json()["generated_text"] for seed in range(2)}
-    assert (texts == {greedy}) != samples
+    drawn = [ask(client, details=True, **{"seed": seed, **parameters}).json() for seed in (0, None)]
+    assert ({each["generated_text"] for each in drawn} == {greedy}) != samples
     if samples:
-        drawn = ask(client, details=True, **parameters).json()
-        again = ask(client, **{**parameters, "seed": drawn["details"]["seed"]}).json()
-        assert again["generated_text"] == drawn["generated_text"]
+        again = ask(client, **parameters, seed=drawn[1]["details"]["seed"]).json()
+        assert again["generated_text"] == drawn[1]["generated_text"]
 
 
 def test_the_same_seed_gives_the_same_text_whatever_speculation_does(client, tiny_target, tiny_head) -> None:
@@ -68,12 +69,8 @@ def test_the_same_seed_gives_the_same_text_whatever_speculation_does(client, tin
         settings = {"temperature": 1.0, "seed": 7, "details": True, "max_new_tokens": 16}
         return ask(client, **settings, speculative=speculative).json()
 
-    default, off, two, many = (
-        speculating(),
-        speculating(enabled=False),
-        speculating(num_tokens=2),
-        speculating(num_tokens=99, enabled=True),
-    )
+    settings = ({}, {"enabled": False}, {"num_tokens": 2}, {"num_tokens": 99, "enabled": True})
+    default, off, two, many = (speculating(**each) for each in settings)
     assert default["generated_text"] == off["generated_text"] == two["generated_text"] == many["generated_text"]
     lengths = [each["details"]["speculative"]["speculation_length"] for each in (default, off, two, many)]
     assert lengths == [5, 0, 2, 5]  # capped by the server's
@@ -100,19 +97,8 @@ def test_figures_of_speculation_are_the_engine_s(client, tiny_target, tiny_head)
     pairs = zip(stats.accepted_per_position, stats.drafted_per_position, strict=True)
     assert figures["acceptance_per_position"] == [accepted / drafted for accepted, drafted in pairs]
     assert (figures["enabled"], figures["speculation_length"], figures["rule"]) == (True, 5, "shared-noise")
-
-
-def test_one_token_has_no_acceptance_length(client) -> None:
     figures = ask(client, details=True, max_new_tokens=1).json()["details"]["speculative"]
     assert (figures["acceptance_length"], figures["verifications"]) == (None, 0)
-
-
-def test_stop_strings_end_the_text_and_stay_in_it(client) -> None:
-    text = ask(client, max_new_tokens=24).json()["generated_text"]
-    stop = next(character for character in text if character.isascii())  # the random model's bytes are rarely UTF-8
-    stopped = ask(client, max_new_tokens=24, stop=["\u2603", stop], details=True).json()
-    assert stopped["details"]["finish_reason"] == "stop_sequence"
-    assert stopped["generated_text"] == text[: text.index(stop) + len(stop)]
 
 
 def test_the_context_is_filled_to_its_last_token_and_no_further(tiny_target) -> None:
@@ -133,24 +119,141 @@ def test_the_context_is_filled_to_its_last_token_and_no_further(tiny_target) -> 
         assert ask(client, PROMPT + "zzzz", max_new_tokens=1).status_code == 200
 
 
-def test_chat_puts_the_inputs_into_the_template(client) -> None:
+def test_chat_puts_the_inputs_into_the_template(client, tiny_target, monkeypatch) -> None:
     wishes = {"max_new_tokens": 12, "temperature": 1.0, "seed": 3, "details": True}
-    said = "A secretive prompt about zebras."
+    said = MESSAGES[0]["content"]
     asked = ask(client, said, chat=True, **wishes).json()
     assert asked == ask(client, PROMPT, **wishes).json()  # which is the template around it
     assert asked != ask(client, said, **wishes).json() == ask(client, said, chat=False, **wishes).json()
-    assert ask(client, said, chat=True, return_full_text=True, **wishes).json()["generated_text"] == (
-        said + asked["generated_text"]
-    )
-
-
-def test_chat_without_a_template_is_refused(client) -> None:
-    tokenizer = client.app.state.service.engine.target.tokenizer
-    template, tokenizer.chat_template = tokenizer.chat_template, None
-    try:
-        assert client.get("/info").json()["chat_template"] is False
-        answer = ask(client, "a", chat=True)
-    finally:
-        tokenizer.chat_template = template
-    assert answer.status_code == 422 and "chat template" in answer.json()["error"]
+    full = ask(client, said, chat=True, return_full_text=True, **wishes).json()
+    assert full["generated_text"] == said + asked["generated_text"]
     assert client.get("/info").json()["chat_template"] is True
+    monkeypatch.setattr(tiny_target.tokenizer, "chat_template", None)
+    assert client.get("/info").json()["chat_template"] is False
+    answer = ask(client, "a", chat=True)
+    assert answer.status_code == 422 and "chat template" in answer.json()["error"]
+
+
+# --- streams
+
+SAMPLED = {"temperature": 1.0, "seed": 7, "max_new_tokens": 24}
+
+
+def stream(client: Any, path: str = "/generate_stream", **parameters: Any) -> list[dict[str, Any]]:
+    body = {"inputs": PROMPT, "parameters": {"max_new_tokens": 8, **parameters}}
+    answer = client.post(path, json=body if path == "/generate_stream" else body | {"stream": True})
+    assert answer.status_code == 200 and answer.headers["content-type"].startswith("text/event-stream")
+    return events(answer.text)
+
+
+@pytest.mark.parametrize("path", ["/generate_stream", "/generate", "/"])
+def test_one_event_a_token_and_the_last_has_all(client, path) -> None:
+    whole = ask(client, **SAMPLED, details=True).json()
+    told = stream(client, path, **SAMPLED)
+    assert whole["details"]["speculative"]["accepted"] > 0  # several tokens in one step, one event each all the same
+    assert [each["token"] for each in told] == whole["details"]["tokens"]
+    assert [each["index"] for each in told] == list(range(1, len(told) + 1))
+    assert all(each["generated_text"] is None and each["details"] is None for each in told[:-1])
+    last = told[-1]
+    assert last["generated_text"] == whole["generated_text"]
+    assert last["generated_text"] == "".join(each["token"]["text"] for each in told if not each["token"]["special"])
+    expected = {name: whole["details"][name] for name in ("finish_reason", "generated_tokens", "seed", "speculative")}
+    assert last["details"] == expected | {"input_length": last["details"]["input_length"]}
+
+
+def test_stop_strings_end_the_text_stay_in_it_and_are_the_same_streamed(client) -> None:
+    text = ask(client, max_new_tokens=24).json()["generated_text"]
+    stop = next(character for character in text if character.isascii())  # the random model's bytes are rarely UTF-8
+    wishes = {"max_new_tokens": 24, "stop": ["\u2603", stop]}
+    stopped = ask(client, **wishes, details=True).json()
+    assert stopped["details"]["finish_reason"] == "stop_sequence"
+    assert stopped["generated_text"] == text[: text.index(stop) + len(stop)]
+    told = stream(client, **wishes, return_full_text=True)[-1]
+    assert told["generated_text"] == PROMPT + stopped["generated_text"]
+    assert told["details"]["finish_reason"] == "stop_sequence"
+
+
+def test_origins_say_which_tokens_were_drafted_and_what_fell(client) -> None:
+    plain = stream(client, **SAMPLED)
+    told = stream(client, **SAMPLED, speculative={"origin": True})
+    assert all("origin" not in each["token"] for each in plain)
+    origins = [each["token"].pop("origin") for each in told]
+    assert [each["token"] for each in told] == [each["token"] for each in plain]
+    figures = told[-1]["details"]["speculative"]
+    assert sum(origin["source"] == "draft" for origin in origins) == figures["accepted"] > 0
+    assert origins[0] == {"source": "target", "position": None, "rejected": None, "drafted": 0}  # the prefill's
+    verified = origins[1:]
+    begins = [index for index, origin in enumerate(verified) if index == 0 or verified[index - 1]["source"] == "target"]
+    assert len(begins) == figures["verifications"]
+    assert sum(verified[index]["drafted"] for index in begins) == figures["drafted"]  # chains: none beside another
+    for begin, end in zip(begins, [*begins[1:], len(verified)], strict=True):
+        assert len({origin["drafted"] for origin in verified[begin:end]}) == 1 and verified[begin]["drafted"] <= 5
+    previous = 0
+    for token, origin in zip(told, origins, strict=True):
+        if origin["source"] == "draft":
+            assert origin["position"] == previous + 1 and origin["rejected"] is None
+        elif origin["rejected"] is not None:
+            assert origin["rejected"]["id"] != token["token"]["id"] and isinstance(origin["rejected"]["text"], str)
+        previous = origin["position"] or 0
+    assert sum(origin["rejected"] is not None for origin in origins) > 0
+    whole = ask(client, **SAMPLED, details=True, speculative={"origin": True}).json()["details"]["tokens"]
+    assert [token["origin"] for token in whole] == origins
+
+
+def test_top_tokens(client) -> None:
+    told = stream(client, top_n_tokens=3)
+    assert all([top["id"] for top in each["top_tokens"]][0] == each["token"]["id"] for each in told)  # greedy
+    assert all(len(each["top_tokens"]) == 3 for each in told)
+    details = ask(client, details=True, top_n_tokens=3).json()["details"]
+    assert details["top_tokens"] == [each["top_tokens"] for each in told]
+    assert "top_tokens" not in ask(client, details=True).json()["details"]
+
+
+def test_an_event_is_one_line_to_all_who_split_lines() -> None:
+    """httpx ends lines wherever Unicode has line ends, as U+0085, U+2028 and U+2029, which models write."""
+    text = "a\u0085b\u2028c\u2029d\x0be\x1cf\r\n\u00e9\U0001f993"
+    line, blank = event({"text": text}).decode().splitlines()
+    assert json.loads(line.removeprefix("data: ")) == {"text": text} and not blank
+
+
+def failing(engine: GatedEngine, after: int, failure: BaseException) -> None:
+    """Let `after` steps of the engine succeed."""
+    inner, count = engine._decoder.step, iter(range(after + 1))
+
+    def step(rows: Any) -> None:
+        if next(count) == after:
+            raise failure
+        inner(rows)
+
+    engine.gate.set()
+    engine._decoder.step = step  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("failure", [RuntimeError("/home/secret exploded"), SystemExit("the thread is gone")])
+def test_a_failure_in_the_middle_is_the_last_event(gated, failure) -> None:
+    failing(gated, 3, failure)
+    with TestClient(create_app(gated), raise_server_exceptions=False) as client:
+        text = client.post("/generate_stream", json={"inputs": PROMPT, "parameters": {"max_new_tokens": 40}}).text
+    *tokens, error = events(text)
+    assert tokens and all("token" in each for each in tokens) and "secret" not in text
+    assert error.keys() == {"error", "error_type"}
+
+
+def test_a_failure_before_the_first_token_has_a_status(gated) -> None:
+    with TestClient(create_app(gated), raise_server_exceptions=False) as client:
+        for path, body, status in (
+            ("/generate_stream", {"inputs": "a"}, 424),
+            ("/v1/completions", {"prompt": "a"}, 500),
+        ):
+            failing(gated, 0, RuntimeError("/home/secret exploded"))
+            answer = client.post(path, json=body | {"stream": True})
+            assert answer.status_code == status and "secret" not in answer.text
+            assert answer.headers["x-should-retry"] == "false"
+
+
+def test_the_deadline_ends_a_stream_with_an_error(gated) -> None:
+    with TestClient(create_app(gated, limits=Limits(request_seconds=0.2))) as client:
+        for path, field in (("/generate_stream", "inputs"), ("/generate", "inputs"), ("/v1/completions", "prompt")):
+            answer = client.post(path, json={field: PROMPT})
+            assert answer.status_code == 504 and "0.2 seconds" in answer.text
+            assert answer.headers["x-should-retry"] == "false"

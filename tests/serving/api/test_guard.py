@@ -19,7 +19,6 @@ from serving.api.service import Limits
 from serving.engine import Engine
 
 KEY = "a-key-of-some-length"
-OPEN = {("GET", "/health"), ("GET", "/ready"), ("GET", "/")}
 GUARDED = [("GET", "/info"), ("GET", "/metrics"), ("GET", "/v1/models"), ("GET", "/openapi.json"), ("GET", "/docs"),
            ("POST", "/generate"), ("POST", "/generate_stream"), ("POST", "/"), ("POST", "/tokenize"),
            ("POST", "/v1/completions"), ("POST", "/v1/chat/completions"), ("GET", "/made-up")]  # fmt: skip
@@ -42,11 +41,7 @@ def test_without_the_key_there_is_401_in_the_surface_s_shape(locked, method, pat
         assert (error["code"] == "invalid_api_key") if path.startswith("/v1") else isinstance(error, str)
         assert answer.headers["x-request-id"]
     assert locked.request(method, path, headers={"authorization": f"bearer {KEY}"}).status_code != 401
-
-
-def test_what_is_open_without_the_key(locked) -> None:
-    for method, path in OPEN:
-        assert locked.request(method, path).status_code != 401
+    assert all(locked.get(open_to_all).status_code != 401 for open_to_all in ("/health", "/ready", "/"))
 
 
 def test_cors_only_where_it_is_asked_for(locked, client) -> None:
@@ -61,27 +56,25 @@ def test_cors_only_where_it_is_asked_for(locked, client) -> None:
 
 
 def test_only_json_is_taken_and_the_way_out_is_named(client) -> None:
-    for headers in ({"content-type": "application/x-www-form-urlencoded"}, {"content-type": "text/plain"}, {}):
-        answer = client.post("/generate", content=b'{"inputs": "a"}', headers=headers)
-        assert answer.status_code == 415 and "application/json" in answer.json()["error"]
-    zipped = {"content-type": "application/json", "content-encoding": "gzip"}
-    assert client.post("/generate", content=b"\x1f\x8b", headers=zipped).status_code == 415
-    told = client.post("/v1/completions", content=b"{}").json()
-    assert "application/json" in told["error"]["message"]
-    body = b'{"inputs": "a", "parameters": {"max_new_tokens": 1}}'
-    odd = {"content-type": "Application/JSON; charset=utf-8"}
-    assert client.post("/generate", content=body, headers=odd).status_code == 200
+    body, json_type = b'{"inputs": "a", "parameters": {"max_new_tokens": 1}}', "Application/JSON; charset=utf-8"
+    for headers, path in (
+        ({"content-type": "application/x-www-form-urlencoded"}, "/generate"),
+        ({"content-type": "text/plain"}, "/generate"),
+        ({"content-type": json_type, "content-encoding": "gzip"}, "/generate"),
+        ({}, "/v1/completions"),
+    ):
+        answer = client.post(path, content=body, headers=headers)
+        assert answer.status_code == 415 and ("application/json" in answer.text or "content-encoding" in headers)
+    assert client.post("/generate", content=body, headers={"content-type": json_type}).status_code == 200
 
 
 def test_a_body_past_the_limit_is_413_whether_or_not_it_says_its_length(tiny_target) -> None:
-    app = create_app(Engine(tiny_target), limits=Limits(max_body_bytes=1000))
-    body = json.dumps({"inputs": "z" * 2000}).encode()
-    with TestClient(app) as client:
-        for content in (body, iter([body[:600], body[600:]])):
-            answer = client.post("/generate", content=content, headers={"content-type": "application/json"})
-            assert answer.status_code == 413 and "1000" in answer.json()["error"]
-        answer = client.post("/v1/completions", content=body, headers={"content-type": "application/json"})
-        assert answer.status_code == 413 and "1000" in answer.json()["error"]["message"]
+    body, json_type = json.dumps({"inputs": "z" * 2000}).encode(), {"content-type": "application/json"}
+    with TestClient(create_app(Engine(tiny_target), limits=Limits(max_body_bytes=1000))) as client:
+        parts = iter([body[:600], body[600:]])
+        for path, content in (("/generate", body), ("/generate", parts), ("/v1/completions", body)):
+            answer = client.post(path, content=content, headers=json_type)
+            assert answer.status_code == 413 and "1000" in answer.text
         assert ask(client, "short", max_new_tokens=2).status_code == 200
 
 
@@ -113,14 +106,11 @@ def test_a_body_that_does_not_come_is_408(tiny_target) -> None:
         await asyncio.sleep(30)
 
     async def conversation(client):
-        headers = {"content-type": "application/json"}
-        paths = ("/generate", "/v1/completions", "/v1/chat/completions")
+        paths, headers = ("/generate", "/v1/completions", "/v1/chat/completions"), {"content-type": "application/json"}
         return [await client.post(path, content=slowly(), headers=headers) for path in paths]
 
     for answer in in_process(app, conversation):
-        error = answer.json()["error"]
-        assert answer.status_code == 408 and "0.1 seconds" in (error if isinstance(error, str) else error["message"])
-        assert isinstance(error, str) or error["type"] == "invalid_request_error"
+        assert answer.status_code == 408 and "0.1 seconds" in answer.text
 
 
 def test_a_prompt_of_no_tokens_is_refused(tiny_target) -> None:

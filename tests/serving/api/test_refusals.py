@@ -61,22 +61,17 @@ def test_a_wrong_value_is_refused_by_name(client, path, field, value, reason) ->
     if path == "/generate":
         answer = ask(client, **fields)
         error = answer.json()
-        assert (
-            answer.status_code == 422
-            and error["error_type"] == "validation"
-            and error.keys() == {"error", "error_type"}
-        )
+        assert (answer.status_code, error["error_type"]) == (422, "validation") and len(error) == 2
         message = error["error"]
     else:
         body = {"messages": MESSAGES, "max_tokens": 3} if "chat" in path else {"prompt": PROMPT, "max_tokens": 12}
         answer = client.post(path, json=body | fields)
         error = answer.json()["error"]
-        assert answer.status_code == 400 and error["type"] == "invalid_request_error", answer.text
+        assert (answer.status_code, error["type"]) == (400, "invalid_request_error"), answer.text
         assert error.keys() == {"message", "type", "param", "code"}
         message = error["message"]
         assert error["param"].startswith(field) or (field, error["param"]) == ("max_completion_tokens", "max_tokens")
-    assert name in message and reason in message and len(message) <= 500
-    assert "zebras" not in answer.text
+    assert name in message and reason in message and len(message) <= 500 and "zebras" not in answer.text
 
 
 DEEP = b'{"inputs": "a", "parameters": {"grammar": ' + b"[" * 63 + b"]" * 63 + b"}}"

@@ -8,6 +8,7 @@ import operator
 import threading
 from typing import Any
 
+import httpx
 import pytest
 from http_testing import PROMPT, ask, eventually, idle
 
@@ -17,8 +18,6 @@ SAMPLED = {"temperature": 1.0, "seed": 7, "max_new_tokens": 24}
 @pytest.fixture
 def told(url, engine) -> dict[str, Any]:
     """The API's answer to the same request."""
-    import httpx
-
     engine.gate.set()
     with httpx.Client(base_url=url) as client:
         return ask(client, **SAMPLED, details=True, speculative={"origin": True}).json()
@@ -46,9 +45,7 @@ def as_percent(share: float | None) -> str:
 
 def test_tokens_are_coloured_by_origin_as_the_api_tells_it(page, told) -> None:
     page.choose("raw")
-    page.fill(prompt=PROMPT, **SAMPLED)
-    page.click("#run")
-    page.wait()
+    page.run(prompt=PROMPT, **SAMPLED)
     tokens, expected = page.tokens(), told["details"]["tokens"]
     assert [token["kind"] for token in tokens] == [kind_of(token) for token in expected]
     assert [token["position"] and int(token["position"]) for token in tokens] == [
@@ -71,8 +68,6 @@ def test_tokens_are_coloured_by_origin_as_the_api_tells_it(page, told) -> None:
 
 
 def test_the_text_is_the_answer_s_with_characters_of_several_tokens(page, url) -> None:
-    import httpx
-
     wishes = {"temperature": 3.0, "seed": 5, "max_new_tokens": 160}
     page.fill(prompt="zebras", **wishes)
     page.find("#prompt").send_keys("\ue009\ue007")  # Control and Enter
@@ -92,9 +87,7 @@ def test_the_text_is_the_answer_s_with_characters_of_several_tokens(page, url) -
 
 def test_what_is_known_of_a_token_by_pointer_and_by_keyboard(page, told) -> None:
     page.choose("raw")
-    page.fill(prompt=PROMPT, **SAMPLED)
-    page.click("#run")
-    page.wait()
+    page.run(prompt=PROMPT, **SAMPLED)
     expected = told["details"]["tokens"]
     index = next(index for index, token in enumerate(expected) if index and token["origin"]["rejected"])
     elements = page.driver.find_elements("css selector", ".token")
@@ -161,9 +154,7 @@ def test_figures_live_and_stop(page, engine) -> None:
 
 
 def test_the_comparison_runs_both_with_one_seed(page) -> None:
-    page.fill(prompt="zebras", max_new_tokens=40, temperature=1)  # no seed: one is drawn for both
-    page.click("#compare")
-    page.wait()
+    page.run("#compare", prompt="zebras", max_new_tokens=40, temperature=1)  # no seed: one is drawn for both
     sent = [json.loads(each["postData"])["parameters"] for each in page.requests() if "postData" in each]
     assert [each["speculative"].get("enabled") for each in sent] == [True, False]
     assert sent[0]["seed"] == sent[1]["seed"]
@@ -180,9 +171,7 @@ def test_the_comparison_runs_both_with_one_seed(page) -> None:
 def test_a_comparison_of_different_texts_says_so(page, engine) -> None:
     rule, engine.rule = engine.rule, "rejection"
     try:
-        page.fill(prompt="zebras", max_new_tokens=40, temperature=1, seed=2)
-        page.click("#compare")
-        page.wait()
+        page.run("#compare", prompt="zebras", max_new_tokens=40, temperature=1, seed=2)
     finally:
         engine.rule = rule
     texts = [[token["text"] for token in page.tokens(card)] for card in (0, 1)]
@@ -192,23 +181,10 @@ def test_a_comparison_of_different_texts_says_so(page, engine) -> None:
 
 
 def test_every_setting_is_sent(page) -> None:
+    settings = {"max_new_tokens": 3, "temperature": 0.5, "top_p": 0.9, "top_k": 40, "seed": 2**63 - 1}
     page.choose("raw")
-    page.fill(prompt="one\ntwo", max_new_tokens=3, temperature=0.5, top_p=0.9, top_k=40, num_tokens=2)
-    page.fill(seed=2**63 - 1, stop_strings="\\n\\n\nEND")
-    page.click("#run")
-    page.wait()
+    page.run(prompt="one\ntwo", num_tokens=2, stop_strings="\\n\\n\nEND", **settings)
     [body] = [json.loads(each["postData"]) for each in page.requests() if "postData" in each]
-    assert body == {
-        "inputs": "one\ntwo",
-        "parameters": {
-            "chat": False,
-            "max_new_tokens": 3,
-            "temperature": 0.5,
-            "top_p": 0.9,
-            "top_k": 40,
-            "stop": ["\n\n", "END"],
-            "speculative": {"origin": True, "num_tokens": 2},
-            "seed": 2**63 - 1,
-        },
-    }
+    sent = {"chat": False, "stop": ["\n\n", "END"], "speculative": {"origin": True, "num_tokens": 2}, **settings}
+    assert body == {"inputs": "one\ntwo", "parameters": sent}
     assert page.text("#progress").startswith("Done: 3 tokens")

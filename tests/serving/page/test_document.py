@@ -20,11 +20,8 @@ def answer():
         assert client.get("/info").status_code == 401
         head = client.head("/")
         answer = client.get("/")
-    assert (
-        head.status_code == 200
-        and head.text == ""
-        and head.headers.items() >= answer.headers.items() - {("x-request-id", answer.headers["x-request-id"])}
-    )
+    assert (head.status_code, head.text) == (200, "")
+    assert {**head.headers, "x-request-id": ""} == {**answer.headers, "x-request-id": ""}
     return answer
 
 
@@ -51,15 +48,9 @@ def test_the_policy_allows_this_style_this_script_and_this_server(answer) -> Non
         [text] = re.findall(rf"<{tag}[^>]*>(.*?)</{tag}>", answer.text, re.DOTALL)
         digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
         assert policy.pop(directive) == f"'sha256-{digest}'"
-    assert policy == {
-        "default-src": "'none'",
-        "img-src": "data:",
-        "connect-src": "'self'",
-        "base-uri": "'none'",
-        "form-action": "'none'",
-        "frame-ancestors": "'none'",
-        "require-trusted-types-for": "'script'",
-    }
+    nothing = dict.fromkeys(("default-src", "base-uri", "form-action", "frame-ancestors"), "'none'")
+    allowed = {"img-src": "data:", "connect-src": "'self'", "require-trusted-types-for": "'script'"}
+    assert policy == nothing | allowed
 
 
 def test_every_field_has_a_label(answer) -> None:
@@ -68,3 +59,31 @@ def test_every_field_has_a_label(answer) -> None:
         ["prompt", "max_new_tokens", "temperature", "top_p", "top_k", "seed", "stop_strings", "num_tokens", "key"]
     )
     assert ids == set(re.findall(r"<label for=\"(\w+)\"", answer.text))
+
+
+def luminance(colour: str) -> float:
+    """As WCAG 2.2 has it, of #rgb or #rrggbb."""
+    digits = colour.removeprefix("#")
+    pairs = [digit * 2 for digit in digits] if len(digits) == 3 else re.findall("..", digits)
+    shares = [int(pair, 16) / 255 for pair in pairs]
+    linear = [share / 12.92 if share <= 0.04045 else ((share + 0.055) / 1.055) ** 2.4 for share in shares]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def test_all_text_has_enough_contrast_in_both_schemes(answer) -> None:
+    schemes = [
+        dict(re.findall(r"--([\w-]+): (#\w+)", block)) for block in re.findall(r":root \{(.*?)\}", answer.text, re.S)
+    ]
+    papers = {
+        "text": "paper surface note-paper target d1 d2 d3 d4 d5",
+        "muted": "paper surface",
+        "on-accent": "accent",
+        "bad": "bad-paper",
+    }
+    for scheme in schemes:
+        for ink, names in papers.items():
+            for paper in names.split():
+                low, high = sorted(luminance(scheme[name]) for name in (ink, paper))
+                assert (high + 0.05) / (low + 0.05) >= 4.5, (ink, paper)
+        assert len({scheme[name] for name in ("target", "d1", "d2", "d3", "d4", "d5")}) == 6  # a shade each
+    assert [luminance(scheme["paper"]) > 0.5 for scheme in schemes] == [True, False]
