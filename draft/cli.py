@@ -9,7 +9,6 @@ import signal
 import sys
 import time
 import typing
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -44,13 +43,11 @@ Device = Annotated[str, typer.Option(help="Device of the target: auto, cpu, cuda
 def main() -> None:
     """Run a command; a user's mistake ends in one sentence and exit status 2."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    for noisy in ("httpx", "httpx2", "openai", "transformers", "accelerate"):
-        logging.getLogger(noisy).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module="accelerate|peft|torch")
-    from transformers.utils import logging as transformers_logging
+    for chatty in ("httpx", "httpx2", "openai", "accelerate"):  # they report each request; their warnings are shown
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+    from transformers.utils.logging import disable_progress_bar
 
-    transformers_logging.disable_progress_bar()  # its bars for loading weights would interleave with ours
-    transformers_logging.set_verbosity_error()
+    disable_progress_bar()  # its bars for loading weights would interleave with ours
     try:
         _run()
     except SystemExit as end:

@@ -8,7 +8,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -21,7 +21,16 @@ from torch import Tensor, nn
 from draft.errors import UserError
 from draft.target.adapter import Adapter, merge_into_target, read_adapter, warn_of_other_template
 from draft.target.bundled import BUNDLED_TARGET, bundled_target_folder, dequantise_options
-from draft.target.support import check_config, check_model, decoder_of, rope_limit
+from draft.target.support import (
+    LoadReport,
+    check_code,
+    check_config,
+    check_loaded,
+    check_model,
+    decoder_of,
+    rope_limit,
+    weight_files,
+)
 
 log = logging.getLogger(__name__)
 
@@ -35,28 +44,29 @@ def load_target(
     adapter: folder of a PEFT LoRA adapter, which is merged into the weights in memory.
 
     Raises:
-        UserError: when it cannot be found, is of an architecture that heads cannot be attached to, is quantised or
-            larger than the device, or when the adapter is not one for it.
+        UserError: when it cannot be found, is of an architecture that heads cannot be attached to, needs code of its
+            own, is quantised, incomplete, not finite or larger than the device, or when the adapter is not one for it.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     place = resolve_device(device)
     wanted = resolve_dtype(dtype, place)
     tokenizer = load_tokenizer(name)
     source, options = locate(name)
     with _loading(name):
-        config = AutoConfig.from_pretrained(source, **options)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False, **options)
     if config.get_text_config() is not config:
         log.info("target %r is a model of text and other media: its text part is used", name)
+    files: list[Path] = []
     if not options:  # a GGUF file's layers are known once it is read, and are dequantised
         check_config(name, config)
         check_model(name, config, wanted, place)
+        with _loading(name):  # nothing is downloaded that does not fit
+            files = weight_files(name, _finder(source))
     found = read_adapter(adapter) if adapter is not None else None
     if found is not None:
         warn_of_other_template(found, tokenizer)
-    with _loading(name):
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=wanted, **options, **dequantise_options(options))
-        model.to(place)  # type: ignore[arg-type]
+    model = load_model(name, wanted, files).to(place)
     target = Target(name, model, tokenizer, config.dtype)
     if target.rope_limit:
         log.info("%s", target.limit_reason)
@@ -66,13 +76,71 @@ def load_target(
     return target
 
 
+def load_model(name: str, dtype: torch.dtype | str, files: Sequence[Path]) -> Any:
+    """The model of a target on the CPU, whole and finite; names and errors as in `load_target`.
+
+    files: of its weights, safetensors.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import get_logger
+
+    source, options = locate(name)
+    logger, report = get_logger("transformers.modeling_utils"), LoadReport()
+    logger.addFilter(report)
+    try:
+        with _loading(name):
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                source, dtype=dtype, trust_remote_code=False, use_safetensors=True, output_loading_info=True,
+                ignore_mismatched_sizes=True, **options, **dequantise_options(options),
+            )  # fmt: skip
+    except UserError as error:
+        if report.unmade is None:
+            raise
+        raise UserError(
+            f"target {name!r}: tensor {report.unmade} cannot be made of its parts, of which some are missing or of "
+            "another shape; get the whole model, or correct its config.json."
+        ) from error
+    finally:
+        logger.removeFilter(report)
+    model, info = loaded
+    check_loaded(name, model, info, files)
+    return model
+
+
 def load_tokenizer(name: str) -> Any:
-    """The tokenizer of a target, without its weights; names and errors as in `load_target`."""
+    """The tokenizer of a target, without its weights; names and errors as in `load_target`.
+
+    Of several named chat templates it has the one called `default`.
+    """
     from transformers import AutoTokenizer
 
     source, options = locate(name)
     with _loading(name):
-        return AutoTokenizer.from_pretrained(source, **options)
+        if not options:
+            check_code(name, _finder(source))
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **options)
+    templates = tokenizer.chat_template
+    if isinstance(templates, dict):
+        if "default" not in templates:
+            raise UserError(
+                f"target {name!r} has chat templates called {', '.join(sorted(templates))} and none called default; "
+                "save the right one as its chat_template.jinja."
+            )
+        tokenizer.chat_template = templates["default"]
+        log.info("target %r has the chat templates %s: default is used", name, ", ".join(sorted(templates)))
+    return tokenizer
+
+
+def _finder(source: str) -> Callable[[str], str | None]:
+    """A function that gives the path of one of the target's files by its name; None where it has none of that name."""
+    from transformers.utils import cached_file
+
+    def find(file: str) -> str | None:
+        if Path(source).is_dir():
+            return str(Path(source, file)) if Path(source, file).is_file() else None
+        return cached_file(source, file, _raise_exceptions_for_missing_entries=False)
+
+    return find
 
 
 def locate(name: str) -> tuple[str, dict[str, str]]:
@@ -94,6 +162,8 @@ def _loading(name: str) -> Iterator[None]:
     """Turn what transformers raises about the target's files, which may be anything, into a UserError."""
     try:
         yield
+    except UserError:
+        raise
     except Exception as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
         if isinstance(error, OSError) and not Path(name).expanduser().exists():
@@ -167,7 +237,8 @@ class Target:
         ids: set[int] = set()
         for value in (getattr(generation, "eos_token_id", None), self.config.eos_token_id, self.tokenizer.eos_token_id):
             ids.update(value if isinstance(value, (list, tuple)) else [] if value is None else [value])
-        return frozenset(ids)
+        # a tokenizer may know tokens that the model has no row for, and never writes
+        return frozenset(token for token in ids if isinstance(token, int) and 0 <= token < self.vocab_size)
 
     def forward(self, input_ids: Tensor, *, layers: Sequence[int] = (), **options: Any) -> TargetOutput:
         """One forward pass without the LM head (see `logits`), capturing the residual stream at `layers`.
