@@ -260,7 +260,7 @@ def test_requests_that_sample_wildly_are_not_judged(tiny_target: Target, head: A
     engine = engine_of(tiny_target, broken, **CHAIN)
     engine._decoder.watch = AcceptanceWatch(SelfCheck(SpeculationStats(60, 80, [(3, 3)] * 20)))  # all were accepted
     for temperature, degraded in ((1.5, False), (1.0, True)):
-        engine.generate([[5, 6]] * 8, SamplingParams(50, temperature=temperature, seed=1, ignore_eos=True))
+        engine.generate([[5, 6]] * 8, SamplingParams(50, temperature=temperature, top_k=1, seed=1, ignore_eos=True))
         assert engine.watch.is_degraded is degraded
 
 
