@@ -62,6 +62,7 @@ Arithmetic = Annotated[
 Dtype = Annotated[str, Option(help="Format of the weights: auto, bfloat16, float16, float32 or float64.")]
 Threads = Annotated[int | None, Option(min=1, help="Number of CPU threads that compute.")]
 WarmUp = Annotated[bool, Option(help="Time steps before the first request.")]
+SelfCheck = Annotated[bool, Option(help="Check at the start that the target accepts the head's drafts.")]
 MaxBatch = Annotated[int, Option(min=1, help="Maximum number of requests decoded at once.")]
 MaxLength = Annotated[
     int | None, Option(min=2, help="Maximum number of tokens of prompt and answer. Default: the target's context.")
@@ -123,6 +124,7 @@ def serve(
     dtype: Dtype = "auto",
     threads: Threads = None,
     warm_up: WarmUp = True,
+    self_check: SelfCheck = True,
     max_batch: MaxBatch = 16,
     max_length: MaxLength = None,
     max_waiting: MaxWaiting = 256,
@@ -162,8 +164,8 @@ def serve(
         sizes = dict(max_batch=max_batch, max_length=max_length, prefill_chunk=prefill_chunk)
         queue = dict(max_waiting=max_waiting, max_waiting_tokens=max_waiting_tokens)
         options: dict[str, Any] = dict(mode=mode, arithmetic=arithmetic, threads=threads, **drafts, **sizes, **queue)
-        model: Any = dict(target_adapter=target_adapter, chat_template=chat_template, warm_up=warm_up)
-        load = partial(load_engine, target, head, dtype, **model, **options)
+        start: dict[str, Any] = dict(chat_template=chat_template, warm_up=warm_up, self_check=self_check)
+        load = partial(load_engine, target, head, dtype, target_adapter=target_adapter, **start, **options)
         models = f"{target} + {target_adapter}" if target_adapter else target
         models += f" with {head}, K = {speculation_length}, {rule}" if head else " without a draft head"
         serving = f"serving {models} on {listener.url('https' if tls else 'http')}"
@@ -178,6 +180,7 @@ def load_engine(
     target_adapter: str | None = None,
     chat_template: Path | None = None,
     warm_up: bool,
+    self_check: bool = False,
     threads: int | None,
     **options: Any,
 ) -> Engine:
@@ -209,6 +212,8 @@ def load_engine(
     engine = Engine(loaded, draft_head, threads=threads, pack_in_place=True, **options)
     if warm_up:
         engine.warm_up()
+    if self_check:
+        engine.self_check()
     return engine
 
 

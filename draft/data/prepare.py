@@ -54,6 +54,7 @@ from draft.errors import UserError, plain_console
 from draft.files import read_json, write_json
 from draft.launcher import ServerEnded
 from draft.target import Target
+from draft.target.hidden_states import check_hidden_states
 
 log = logging.getLogger(__name__)
 
@@ -102,6 +103,8 @@ def prepare(
     given = _given_prompts([str(source) for source in prompts], column, chosen, skipped) if prompts else None
     folder = Path(out)
     plan = Plan(folder, _arguments(target, prompts or (), given, chosen, shard, server))
+    if not plan.finished:
+        check_hidden_states(target)  # which the heads trained on this data will read
     plan.begin()
     if plan.finished:
         if progress:
