@@ -91,7 +91,8 @@ def warn_of_other_template(adapter: Adapter, tokenizer: Any) -> None:
         theirs = read_json(settings).get("chat_template")
     if isinstance(theirs, list):  # several, each with a name
         theirs = {each.get("name"): each.get("template") for each in theirs if isinstance(each, dict)}.get("default")
-    if theirs and theirs != tokenizer.chat_template:
+    ours = tokenizer.chat_template
+    if theirs and theirs != (ours.get("default") if isinstance(ours, dict) else ours):
         log.warning(
             "target adapter %r comes with another chat template than the target's, which is used; where it was "
             "fine-tuned with that one, save it as the target's chat_template.jinja",

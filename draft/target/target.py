@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,14 @@ from draft.target.support import (
     decoder_of,
     rope_limit,
     weight_files,
+)
+from draft.target.template import (
+    check_chat_template,
+    generation_spans,
+    reads_clock,
+    render_template,
+    template_hash,
+    template_of,
 )
 
 log = logging.getLogger(__name__)
@@ -108,27 +117,14 @@ def load_model(name: str, dtype: torch.dtype | str, files: Sequence[Path]) -> An
 
 
 def load_tokenizer(name: str) -> Any:
-    """The tokenizer of a target, without its weights; names and errors as in `load_target`.
-
-    Of several named chat templates it has the one called `default`.
-    """
+    """The tokenizer of a target, without its weights; names and errors as in `load_target`."""
     from transformers import AutoTokenizer
 
     source, options = locate(name)
     with _loading(name):
         if not options:
             check_code(name, _finder(source))
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **options)
-    templates = tokenizer.chat_template
-    if isinstance(templates, dict):
-        if "default" not in templates:
-            raise UserError(
-                f"target {name!r} has chat templates called {', '.join(sorted(templates))} and none called default; "
-                "save the right one as its chat_template.jinja."
-            )
-        tokenizer.chat_template = templates["default"]
-        log.info("target %r has the chat templates %s: default is used", name, ", ".join(sorted(templates)))
-    return tokenizer
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False, **options)
 
 
 def _finder(source: str) -> Callable[[str], str | None]:
@@ -195,6 +191,8 @@ class Target:
         self.stored_dtype = dtype or model.dtype
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
+        self.chat_template: str | None = None  # that of a file; None: the tokenizer's
+        self.rendering_time: datetime | None = None  # that templates read as today's; None: now
         self.config = model.config.get_text_config()
         self.decoder = decoder_of(name, model)
         if getattr(self.config, "attn_logit_softcapping", None) and self.config._attn_implementation == "sdpa":
@@ -279,24 +277,59 @@ class Target:
         cap = getattr(self.config, "final_logit_softcapping", None)
         return scores if cap is None else torch.tanh(scores / cap) * cap
 
-    def encode_chat(self, messages: list[dict[str, str]], *, add_generation_prompt: bool) -> list[int]:
+    def use_chat_template(self, template: str) -> None:
+        """Render with this template instead of the tokenizer's; UserError where it renders no user turn."""
+        check_chat_template(self.tokenizer, template)
+        self.chat_template = template
+
+    def template_for(self, tools: list[Any] | None = None) -> str:
+        """The template of a conversation with these tools; UserError where there is none."""
+        return self.chat_template or template_of(self.tokenizer, tools)
+
+    @property
+    def reads_clock(self) -> bool:
+        """True where the chat template writes today's date."""
+        templates = self.chat_template or self.tokenizer.chat_template or ""
+        return any(map(reads_clock, templates.values() if isinstance(templates, dict) else [templates]))
+
+    def encode_chat(self, messages: list[dict[str, Any]], *, add_generation_prompt: bool) -> list[int]:
         """Token ids of a conversation under the target's chat template."""
         text = self.render_chat(messages, add_generation_prompt=add_generation_prompt)
         return self.tokenizer(text, add_special_tokens=False).input_ids
 
-    def render_chat(self, messages: list[dict[str, str]], *, add_generation_prompt: bool) -> str:
-        return render_chat(self.tokenizer, messages, add_generation_prompt=add_generation_prompt)
+    def render_chat(
+        self,
+        messages: list[dict[str, Any]],
+        *,
+        add_generation_prompt: bool,
+        tools: list[Any] | None = None,
+        at: datetime | None = None,
+    ) -> str:
+        """A conversation as text; at: the time that the template reads, None for `rendering_time`."""
+        return render_template(
+            self.tokenizer,
+            self.template_for(tools),
+            messages,
+            generation_prompt=add_generation_prompt,
+            tools=tools,
+            at=at or self.rendering_time,
+        )
+
+    def generation_spans(self, messages: list[dict[str, Any]], tools: list[Any] | None) -> list[tuple[int, int]]:
+        """(first character, end) of what the template's `{% generation %}` marks in the rendered conversation."""
+        template = self.template_for(tools)
+        return generation_spans(self.tokenizer, template, messages, tools=tools, at=self.rendering_time)
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
-    @cached_property
+    @property
     def template_hash(self) -> str:
-        return hashlib.sha256((self.tokenizer.chat_template or "").encode()).hexdigest()[:16]
+        return template_hash(self.chat_template or self.tokenizer.chat_template)
 
     @cached_property
     def fingerprint(self) -> str:
-        """Identifies weights, tokenizer and template together, whatever dtype or device they were loaded to.
+        """Identifies weights, tokenizer and its template together, whatever dtype or device they were loaded to.
 
         (In float16 that holds for checkpoints stored in half precision; wider ones are rounded twice.)
 
@@ -306,7 +339,7 @@ class Target:
         """
         if self.adapter:
             return self.adapter.fingerprint
-        digest = hashlib.sha256(self.template_hash.encode())
+        digest = hashlib.sha256(template_hash(self.tokenizer.chat_template).encode())
         digest.update(json.dumps(sorted(self.tokenizer.get_vocab().items())).encode())
         for name, weight in sorted(self.model.named_parameters()):
             flat = weight.detach().flatten()
@@ -336,9 +369,8 @@ class TargetOutput:
 
 def render_chat(tokenizer: Any, messages: list[dict[str, str]], *, add_generation_prompt: bool) -> str:
     """A conversation as text under the tokenizer's chat template."""
-    if not tokenizer.chat_template:
-        raise UserError("the target's tokenizer has no chat template; save one as chat_template.jinja beside it.")
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+    template = template_of(tokenizer)
+    return render_template(tokenizer, template, messages, generation_prompt=add_generation_prompt)
 
 
 @contextmanager

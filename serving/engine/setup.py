@@ -94,7 +94,6 @@ def build_models(
     shapes = [shape for shape, _ in probe.found.values()]
     of_head = [head_shape(head)] if isinstance(head, StepwiseHead) else []
     size = fit_cache([*shapes, *of_head], slots, capacity, least, memory)
-    log.info("KV cache: %s", size)
     proposer = None if head is None else make_proposer(target, head, layers, slots, size.capacity, kernel, size.blocks)
     runner = TargetRunner(target, probe, SlotCache(shapes, slots, size.capacity, size.blocks), kernel, layers)
     if mode == "compiled":

@@ -294,21 +294,6 @@ def test_code_for_another_class_of_a_known_kind_is_refused(saved, tmp_path):
         load_target(str(folder))
 
 
-def test_of_several_chat_templates_the_default_is_used(saved, tmp_path):
-    folder = shutil.copytree(saved, tmp_path / "target")
-    tokenizer = byte_tokenizer()
-    default = tokenizer.chat_template
-    tokenizer.chat_template = {"default": default, "tool_use": "TOOLS " + default}
-    tokenizer.save_pretrained(folder)
-    assert load_target(str(folder)).fingerprint == load_target(str(saved)).fingerprint
-    tokenizer.chat_template = {"rag": default, "tool_use": "TOOLS " + default}
-    shutil.rmtree(folder / "additional_chat_templates", ignore_errors=True)
-    (folder / "chat_template.jinja").unlink(missing_ok=True)
-    tokenizer.save_pretrained(folder)
-    with pytest.raises(UserError, match="called rag, tool_use and none called default"):
-        load_target(str(folder))
-
-
 def test_tokens_that_the_model_has_no_row_for_end_no_text(saved, tmp_path):
     folder = shutil.copytree(saved, tmp_path / "target")
     tokenizer = byte_tokenizer()
