@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import psutil
@@ -12,9 +15,11 @@ from http_testing import eventually
 from training_runs import start_prepare
 from written_data import prepared, rows_of
 
+from draft import launcher
 from draft.data.dataset import open_dataset
 from draft.data.generate import _visible_devices, check_local
 from draft.errors import UserError
+from draft.launcher import ServerEnded, draft_serve
 from draft.target import Target
 
 SHAPE = ["--max-new-tokens", "12", "--max-length", "200", "--dtype", "float32", "--seed", "3"]
@@ -59,6 +64,23 @@ def test_what_it_cannot_load_is_its_own_sentence(folder: Path, questions: Path, 
     assert run.wait() == 2 and run.output().count("no-head") == 2  # in what is started, and in what is wrong
     assert run.output().splitlines()[-1].startswith("draft-train: ") and "Traceback" not in run.output()
     assert not (tmp_path / "data").exists()
+
+
+def test_one_that_is_never_ready_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ServerEnded, match="No such option"), draft_serve(["--no-such-option"]):
+        pass
+    monkeypatch.setattr(launcher, "_READY_SECONDS", 0.01)  # no process has imported all that it needs
+    with pytest.raises(ServerEnded, match="not ready after 0.01 seconds; read its log: ") as late, draft_serve([]):
+        pass
+    Path(str(late.value).rpartition(" ")[2]).unlink()
+    assert not [each for each in psutil.Process().children() if "serving.cli" in each.cmdline()]
+
+
+def test_one_whose_starter_has_ended_does_not_begin() -> None:
+    command = [sys.executable, "-m", "serving.cli", "--no-such-option"]
+    variables = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), launcher._STARTER: "0"}
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (1, "")
 
 
 def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
