@@ -1,7 +1,5 @@
 """A small module with an annealed adapter, as if trained, for tests of the adapter."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,10 +1,7 @@
 """Tiny random models of the bundled target's family: fast enough for float64 and thousands of cases."""
 
-from __future__ import annotations
-
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +12,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from benchmarks.shared import cores
-from draft.heads import Eagle3Head
 from draft.heads.registry import ARCHITECTURES
 from draft.target import Target
 
@@ -137,11 +133,11 @@ def make_tiny_head(
 
 
 @pytest.fixture
-def draft_train(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[Any, str]]:
+def draft_train(monkeypatch, capsys):
     """`draft-train` in this process: its words -> exit status, and everything printed."""
     from draft.cli import main
 
-    def call(*words: object) -> tuple[Any, str]:
+    def call(*words):
         monkeypatch.setattr(sys, "argv", ["draft-train", *map(str, words)])
         status: Any = 0
         try:
@@ -154,10 +150,10 @@ def draft_train(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
 
 
 @pytest.fixture(scope="session")
-def tiny_target() -> Target:
+def tiny_target():
     return make_tiny_target()
 
 
 @pytest.fixture(scope="session")
-def tiny_head(tiny_target: Target) -> Eagle3Head:
+def tiny_head(tiny_target):
     return make_tiny_head(tiny_target)

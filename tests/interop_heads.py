@@ -1,7 +1,5 @@
 """Shared parts of the tests of imports and exports: a target with heads beside it, foreign heads, file comparison."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

@@ -1,7 +1,5 @@
 """Text and data sets that a target in this process writes, through its engine or a server of it."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path

@@ -21,20 +21,20 @@ def save_models(folder: Path, target: Target) -> Path:
 
 
 @pytest.fixture(scope="session")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def models(tmp_path_factory):
     """A folder of models in float64."""
     return save_models(tmp_path_factory.mktemp("models"), make_tiny_target())
 
 
 @pytest.fixture(scope="session")
-def small(tmp_path_factory: pytest.TempPathFactory) -> str:
+def small(tmp_path_factory):
     """Options that name a target and a head in float32."""
     folder = save_models(tmp_path_factory.mktemp("small"), make_tiny_target(dtype=torch.float32))
     return f"--target {folder}/target --head {folder}/first --dtype float32"
 
 
 @pytest.fixture(scope="session")
-def two_prompts(tmp_path_factory: pytest.TempPathFactory) -> str:
+def two_prompts(tmp_path_factory):
     """An option that names a file of two prompts."""
     file = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
     file.write_text('{"prompt": "Hi"}\n{"prompt": "Count to three"}\n')

@@ -1,9 +1,6 @@
 """A run's folder whose files are damaged is named, and nothing is written."""
 
-from __future__ import annotations
-
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -25,7 +22,7 @@ from draft.training.merge import merge_run
         ("config.yaml", "model: {head: null}", "names no base head"),
     ],
 )
-def test_a_damaged_run_is_named(tmp_path: Path, name: str, content: str | None, words: str) -> None:
+def test_a_damaged_run_is_named(tmp_path, name, content, words):
     head, run = tmp_path / "head", tmp_path / "run"
     save_head(make_tiny_head(make_tiny_target()), head, dtype=torch.float64, about={})
     run.mkdir()

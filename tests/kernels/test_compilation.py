@@ -5,8 +5,6 @@ activation and three kernels in fp32. `make test-kernels-all` compiles every con
 Triton caches what it compiled.
 """
 
-from __future__ import annotations
-
 import re
 import subprocess
 import tempfile
@@ -187,24 +185,24 @@ def check(arch: int, kernel: Kernel) -> None:
 
 
 @pytest.mark.parametrize(("arch", "kernel"), SUBSET, ids=map(name, SUBSET))
-def test_it_compiles(arch: int, kernel: Kernel) -> None:
+def test_it_compiles(arch, kernel):
     check(arch, kernel)
 
 
 @pytest.mark.every_configuration
 @pytest.mark.parametrize(("arch", "kernel"), ALL, ids=map(name, ALL))
-def test_every_configuration_compiles(arch: int, kernel: Kernel) -> None:
+def test_every_configuration_compiles(arch, kernel):
     check(arch, kernel)
 
 
-def test_the_limits_are_read_from_the_compiler() -> None:
+def test_the_limits_are_read_from_the_compiler():
     spills = Kernel("update", "bf16", tuning.Blocks(256, 128, 32, 4, 1))
     assert compile_kernel(spills, 90).spilled > SPILL_LIMIT
     hungry = Kernel("linear", "bf16", tuning.LINEAR[2][0]._replace(stages=8))
     assert compile_kernel(hungry, 80).shared > SHARED_MEMORY[80]
 
 
-def test_a_new_beta_or_number_of_tokens_is_no_new_kernel() -> None:
+def test_a_new_beta_or_number_of_tokens_is_no_new_kernel():
     kernels = [value for name, value in vars(triton_kernels).items() if name.endswith("_kernel")]
     assert len(kernels) == 4
     for kernel in kernels:

@@ -1,7 +1,5 @@
 """The choice of an implementation, the memory of the fastest blocks, and the kernels as Triton interprets them."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys
@@ -23,7 +21,7 @@ def arguments(**replaced: object) -> dict[str, object]:
     return {name: getattr(case, name) for name in names} | replaced
 
 
-def test_a_cpu_takes_pytorch_without_a_word(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_cpu_takes_pytorch_without_a_word(monkeypatch, caplog):
     expected = reference.afa_lora_linear(**arguments())
     monkeypatch.delenv("AFA_KERNELS", raising=False)
     assert torch.equal(afa_lora_linear(**arguments()), expected)
@@ -34,13 +32,13 @@ def test_a_cpu_takes_pytorch_without_a_word(monkeypatch: pytest.MonkeyPatch, cap
     assert not caplog.records
 
 
-def test_beta_gets_no_gradient() -> None:
+def test_beta_gets_no_gradient():
     case = arguments(beta=torch.tensor(0.5, requires_grad=True), lora_a=torch.ones(2, 5, requires_grad=True))
     afa_lora_linear(**case).sum().backward()
     assert case["beta"].grad is None and case["lora_a"].grad is not None
 
 
-def test_an_impossible_force_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_impossible_force_says_why(monkeypatch):
     monkeypatch.setenv("AFA_KERNELS", "cuda")
     with pytest.raises(KernelsError, match="AFA_KERNELS is 'cuda': set it to one of auto, reference, triton"):
         afa_lora_linear(**arguments())
@@ -56,7 +54,7 @@ def test_an_impossible_force_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
         afa_lora_linear(**arguments())
 
 
-def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_triton(monkeypatch):
     code = """
 import sys, torch
 sys.modules["triton"] = None
@@ -90,7 +88,7 @@ else: raise SystemExit(1)
         ({"weight": torch.ones(4, 5, device="meta")}, ValueError, "x is on cpu"),
     ],
 )
-def test_what_does_not_fit_is_named(replaced: dict[str, object], error: type[Exception], word: str) -> None:
+def test_what_does_not_fit_is_named(replaced, error, word):
     with pytest.raises(error, match=word):
         afa_lora_linear(**arguments(**replaced))
 
@@ -98,18 +96,18 @@ def test_what_does_not_fit_is_named(replaced: dict[str, object], error: type[Exc
 # ---- the measured choice ----
 
 
-def test_the_fastest_is_measured_once_and_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_fastest_is_measured_once_and_remembered(tmp_path, monkeypatch):
     tuning = pytest.importorskip("afa_kernels.tuning")
     candidates = [tuning.Blocks(*[n] * 5) for n in (1, 2, 3)]
     took = {1: 0.5, 3: 0.2}
     runs: list[int] = []
 
-    def run(blocks: object) -> None:
+    def run(blocks):
         runs.append(blocks.tokens)
         if blocks.tokens == 2:
             raise tuning.triton.OutOfResources(300_000, 200_000, "shared memory")
 
-    def milliseconds(measured) -> float:
+    def milliseconds(measured):
         measured()
         return took[runs[-1]]
 
@@ -118,7 +116,7 @@ def test_the_fastest_is_measured_once_and_remembered(tmp_path: Path, monkeypatch
     monkeypatch.setattr(tuning, "_milliseconds", milliseconds)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
 
-    def choose(key: int = 0) -> int:
+    def choose(key=0):
         return tuning.choose("product", (torch.bfloat16, key), candidates, run).tokens
 
     assert choose() == 1 and not runs  # without a card, the first
@@ -139,7 +137,7 @@ def test_the_fastest_is_measured_once_and_remembered(tmp_path: Path, monkeypatch
     tuning._remembered.cache_clear()
 
 
-def test_shape_classes() -> None:
+def test_shape_classes():
     tuning = pytest.importorskip("afa_kernels.tuning")
     assert tuning.shape_class(1000, 4096, 8192, 12) == (1024, 4096, 8192, 16)
     with pytest.raises(ValueError, match="'cublas'"), tuning.only("cublas"):
@@ -152,7 +150,7 @@ def test_shape_classes() -> None:
 # ---- the kernels, in a process that interprets Triton ----
 
 
-def test_the_kernels_as_triton_interprets_them() -> None:
+def test_the_kernels_as_triton_interprets_them():
     pytest.importorskip("triton")
     environment = {k: v for k, v in os.environ.items() if not k.startswith("AFA_KERNELS")} | {"TRITON_INTERPRET": "1"}
     # Core and thread counts are the caller's; the cache is not, since two pytests would write it.

@@ -1,7 +1,5 @@
 """The reference arithmetic of AFA-LoRA against the formula, written out again without torch's layers."""
 
-from __future__ import annotations
-
 import math
 from functools import partial
 
@@ -40,7 +38,7 @@ def make(dtype: torch.dtype = torch.float64, adapter_dtype: torch.dtype | None =
     return {k: v.to(other if k.startswith("lora") else dtype) for k, v in tensors.items()}
 
 
-def test_tables_are_complete() -> None:
+def test_tables_are_complete():
     assert set(ACTIVATIONS) == set(SIGMA)
     assert set(PLACEMENTS) == {"A-s-B", "s-A-B", "s-A-B-s", "s-A-s-B", "s-A-s-B-s"}
 
@@ -48,7 +46,7 @@ def test_tables_are_complete() -> None:
 @pytest.mark.parametrize("beta", BETAS)
 @pytest.mark.parametrize("activation", SIGMA)
 @pytest.mark.parametrize("placement", PLACEMENTS)
-def test_every_placement_is_the_formula(placement: str, activation: str, beta: float) -> None:
+def test_every_placement_is_the_formula(placement, activation, beta):
     t = make()
     options = {"beta": torch.tensor(beta, dtype=torch.float64), "scaling": 1.7, "activation": activation}
     delta = 1.7 * formula(t["x"], t["lora_a"], t["lora_b"], beta, activation, placement)
@@ -61,7 +59,7 @@ def test_every_placement_is_the_formula(placement: str, activation: str, beta: f
 
 @pytest.mark.parametrize("activation", SIGMA)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_beta_zero_is_plain_lora_bit_for_bit(dtype: torch.dtype, activation: str) -> None:
+def test_beta_zero_is_plain_lora_bit_for_bit(dtype, activation):
     t = make(dtype)
     base = torch.nn.functional.linear(t["x"], t["weight"], t["bias"])
     plain = base + 2.0 * torch.nn.functional.linear(torch.nn.functional.linear(t["x"], t["lora_a"]), t["lora_b"])
@@ -70,13 +68,13 @@ def test_beta_zero_is_plain_lora_bit_for_bit(dtype: torch.dtype, activation: str
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
-def test_fp32_adapters_beside_bf16_never_cast_x_up(placement: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fp32_adapters_beside_bf16_never_cast_x_up(placement, monkeypatch):
     t = make(torch.bfloat16, torch.float32)
     t["lora_a"].requires_grad_(), t["lora_b"].requires_grad_()
     seen: list[torch.dtype] = []
     linear = torch.nn.functional.linear
 
-    def spy(x: Tensor, *rest: Tensor) -> Tensor:
+    def spy(x, *rest):
         seen.append(x.dtype)
         return linear(x, *rest)
 
@@ -93,11 +91,11 @@ def test_fp32_adapters_beside_bf16_never_cast_x_up(placement: str, monkeypatch: 
 
 
 @pytest.mark.parametrize("activation", ["silu", "gelu", "tanh", "relu"])
-def test_gradients(activation: str) -> None:
+def test_gradients(activation):
     t = {k: v.requires_grad_() for k, v in make().items()}
     beta = torch.tensor(0.6, dtype=torch.float64)
 
-    def layer(*tensors: Tensor) -> Tensor:
+    def layer(*tensors):
         return afa_lora_linear(*tensors, beta=beta, scaling=1.3, activation=activation)
 
     assert torch.autograd.gradcheck(layer, tuple(t.values()))
@@ -106,7 +104,7 @@ def test_gradients(activation: str) -> None:
         assert torch.autograd.gradcheck(delta, (t["x"], t["lora_a"], t["lora_b"]))
 
 
-def test_names() -> None:
+def test_names():
     t = make()
     options = {"beta": torch.tensor(0.5), "scaling": 1.0, "activation": "tanh"}
     adapter = (t["x"], t["lora_a"], t["lora_b"])
@@ -118,7 +116,7 @@ def test_names() -> None:
         annealed_activation(t["x"], torch.tensor(0.5), "swish")
 
 
-def test_no_bias() -> None:
+def test_no_bias():
     t = make() | {"bias": None}
     got = afa_lora_linear(**t, beta=torch.tensor(0.0), scaling=1.0, activation="silu")
     torch.testing.assert_close(got, t["x"] @ (t["weight"] + t["lora_b"] @ t["lora_a"]).T)

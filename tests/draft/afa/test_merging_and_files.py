@@ -1,11 +1,6 @@
 """Out of AFA-LoRA again: merging, guarded by beta, and adapter files for plain PEFT and for our own loader."""
 
-from __future__ import annotations
-
 import json
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -22,7 +17,7 @@ from draft.errors import UserError
 
 
 @pytest.mark.parametrize("config_class", [AfaLoraConfig, LoraConfig])
-def test_merge_gives_the_plain_module_back(config_class: type[LoraConfig]) -> None:
+def test_merge_gives_the_plain_module_back(config_class):
     model = add_adapter(Head(), config_class(r=4, lora_alpha=6, target_modules=["fc", "lm_head"]))
     randomise(model)
     if config_class is AfaLoraConfig:
@@ -34,7 +29,7 @@ def test_merge_gives_the_plain_module_back(config_class: type[LoraConfig]) -> No
     close(merged(X), before)
 
 
-def test_merge_rounds_once_from_float64() -> None:
+def test_merge_rounds_once_from_float64():
     model = adapted(torch.bfloat16, beta=0.0)
     fc = model.get_base_model().fc
     product = fc.lora_B["default"].weight.double() @ fc.lora_A["default"].weight.double()
@@ -43,7 +38,7 @@ def test_merge_rounds_once_from_float64() -> None:
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
-def test_peft_merges_at_beta_zero_and_unmerges(placement: str) -> None:
+def test_peft_merges_at_beta_zero_and_unmerges(placement):
     model = adapted(beta=0.0, placement=placement)
     before, base = model(X), Head()(X)
     for safe in (False, True):
@@ -67,7 +62,7 @@ def test_peft_merges_at_beta_zero_and_unmerges(placement: str) -> None:
         lambda m: lora.convert_to_lora(m, rank=2),
     ],
 )
-def test_merging_is_refused_while_beta_is_not_zero(convert: Callable[[PeftModel], Any]) -> None:
+def test_merging_is_refused_while_beta_is_not_zero(convert):
     model = adapted()
     set_annealing_step(model, 2, 20)
     before = model(X)
@@ -78,7 +73,7 @@ def test_merging_is_refused_while_beta_is_not_zero(convert: Callable[[PeftModel]
     convert(model)
 
 
-def test_merge_refuses_what_it_would_get_wrong() -> None:
+def test_merge_refuses_what_it_would_get_wrong():
     with pytest.raises(UserError, match="no adapter"):
         merge_adapter(Head())
     model = adapted(beta=0.0)
@@ -99,7 +94,7 @@ def test_merge_refuses_what_it_would_get_wrong() -> None:
 # ---- saving ----
 
 
-def test_saved_at_beta_zero_it_is_an_ordinary_lora_adapter(tmp_path: Path) -> None:
+def test_saved_at_beta_zero_it_is_an_ordinary_lora_adapter(tmp_path):
     model = adapted(beta=0.0, placement="s-A-s-B", activation="tanh")
     model.save_pretrained(tmp_path)
     LoraConfig(target_modules=["fc"]).save_pretrained(tmp_path / "plain")
@@ -114,7 +109,7 @@ def test_saved_at_beta_zero_it_is_an_ordinary_lora_adapter(tmp_path: Path) -> No
     close(load_afa_adapter(Head(), tmp_path).eval()(X), model(X))
 
 
-def test_saved_at_beta_above_zero_only_our_loader_opens_it(tmp_path: Path) -> None:
+def test_saved_at_beta_above_zero_only_our_loader_opens_it(tmp_path):
     model = adapted(placement="s-A-B-s", activation="gelu", schedule="cosine", decay_ratio=0.5)
     set_annealing_step(model, 2, 8)
     model.save_pretrained(tmp_path)
@@ -133,7 +128,7 @@ def test_saved_at_beta_above_zero_only_our_loader_opens_it(tmp_path: Path) -> No
     close(loaded(X), model(X))
 
 
-def test_damaged_adapters_are_refused(tmp_path: Path) -> None:
+def test_damaged_adapters_are_refused(tmp_path):
     with pytest.raises(UserError, match="adapter_config.json. is not readable"):
         load_afa_adapter(Head(), tmp_path / "missing")
     adapted().save_pretrained(tmp_path)

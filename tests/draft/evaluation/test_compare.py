@@ -1,7 +1,5 @@
 """The paired comparison, its gate, and what it writes."""
 
-from __future__ import annotations
-
 import hashlib
 import io
 import json

@@ -1,7 +1,5 @@
 """Replay says what the engine would have done with the same text."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import numpy as np

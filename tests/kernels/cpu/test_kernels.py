@@ -1,7 +1,5 @@
 """The CPU kernels: threads, schemas of operators, building; packed linear layers against the product in float64."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

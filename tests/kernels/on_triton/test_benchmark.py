@@ -1,9 +1,6 @@
 """benchmarks.kernels on a tiny interpreted layer."""
 
-from __future__ import annotations
-
 import json
-from pathlib import Path
 
 import pytest
 from kernel_cases import INTERPRETING
@@ -12,7 +9,7 @@ from benchmarks import kernels
 
 
 @pytest.mark.skipif(not INTERPRETING, reason="a card is measured by the benchmark itself")
-def test_a_whole_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_whole_run(tmp_path, capsys):
     options = "--device cpu --shapes 24x40 --tokens 20 --ranks 4 --repeats 1 --check"
     assert kernels.main([*options.split(), "--out", str(tmp_path)]) == 1  # the interpreter is slow: the bars are missed
     printed = capsys.readouterr().out

@@ -1,9 +1,6 @@
 """The PEFT layer of draft.afa: what goes through the kernels, what does not, and that both give the same."""
 
-from __future__ import annotations
-
 import logging
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -53,13 +50,13 @@ def trained(model: nn.Module, x: Tensor) -> list[Tensor]:
 
 
 @pytest.fixture
-def compare(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+def compare(monkeypatch):
     """compare(model, x): how often the kernels ran; both ways gave the same."""
     calls: list[int] = []
     down = triton_kernels.down
     monkeypatch.setattr(triton_kernels, "down", lambda *args: calls.append(1) or down(*args))
 
-    def compare(model: nn.Module, x: Tensor = X) -> int:
+    def compare(model, x=X):
         calls.clear()
         monkeypatch.setenv("AFA_KERNELS", "auto")
         got = trained(model, x)
@@ -78,14 +75,14 @@ def compare(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     [("silu", torch.float32), ("silu", torch.bfloat16), ("gelu", torch.float32), ("tanh", torch.float32)],
     ids=str,
 )
-def test_one_adapter_is_fused(activation: str, dtype: torch.dtype, compare: Callable[..., int]) -> None:
+def test_one_adapter_is_fused(activation, dtype, compare):
     model = adapted(dtype, activation=activation)
     for step in (0, 3):
         set_annealing_step(model, step, 10)
         assert compare(model, X.to(dtype)) == 1
 
 
-def test_other_placements_and_a_hooked_base_layer_are_not(compare: Callable[..., int]) -> None:
+def test_other_placements_and_a_hooked_base_layer_are_not(compare):
     for placement in ("s-A-B", "s-A-B-s", "s-A-s-B", "s-A-s-B-s"):
         assert compare(adapted(placement=placement)) == 0
     model = adapted()
@@ -94,7 +91,7 @@ def test_other_placements_and_a_hooked_base_layer_are_not(compare: Callable[...,
     assert compare(model) == 0 and len(seen) == 2
 
 
-def test_two_adapters_are_not(compare: Callable[..., int]) -> None:
+def test_two_adapters_are_not(compare):
     model = adapted()
     add_adapter(model, AfaLoraConfig(r=2, lora_alpha=6, target_modules=["fc"], beta=0.7), "two")
     give_values(model)
@@ -106,7 +103,7 @@ def test_two_adapters_are_not(compare: Callable[..., int]) -> None:
     assert compare(model) == 1
 
 
-def test_disabled_and_merged_adapters_are_not(compare: Callable[..., int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_disabled_and_merged_adapters_are_not(compare, monkeypatch):
     model = adapted(beta=0.0)
     assert compare(model) == 1
     calls: list[int] = []
@@ -121,9 +118,7 @@ def test_disabled_and_merged_adapters_are_not(compare: Callable[..., int], monke
     assert not calls
 
 
-def test_dropout_takes_pytorch_and_says_so_once(
-    compare: Callable[..., int], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_dropout_takes_pytorch_and_says_so_once(compare, monkeypatch, caplog):
     model = adapted(lora_dropout=0.25)
     assert compare(model.eval()) == 1
     model.train()
@@ -140,7 +135,7 @@ def test_dropout_takes_pytorch_and_says_so_once(
         adapted(r=257)(X)
 
 
-def test_compiling_a_model_with_adapted_layers() -> None:
+def test_compiling_a_model_with_adapted_layers():
     model = adapted()
     torch._dynamo.reset()
     compiled = torch.compile(model.get_base_model(), fullgraph=True, backend="aot_eager")

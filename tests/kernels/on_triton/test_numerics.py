@@ -1,7 +1,5 @@
 """y, dx, dA and dB of the kernels against the reference in float64, for any shape, stride and value."""
 
-from __future__ import annotations
-
 import importlib.util
 from dataclasses import replace
 from pathlib import Path
@@ -41,9 +39,7 @@ SMALLEST = 1 if INTERPRETING else 8
     bias=st.booleans(),
     seed=st.integers(0, 99),
 )
-def test_any_shape(
-    sizes: tuple[int, int, int, int], dtypes: str, activation: str, beta: float, bias: bool, seed: int
-) -> None:
+def test_any_shape(sizes, dtypes, activation, beta, bias, seed):
     case = make_case(*sizes, dtypes=dtypes, activation=activation, beta=beta, bias=bias, seed=seed)
     with tuning.only("fused"):
         assert_exact(case)
@@ -51,7 +47,7 @@ def test_any_shape(
 
 @pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_every_activation_and_nan_and_infinity_pass_as_in_the_reference(activation: str, beta: float) -> None:
+def test_every_activation_and_nan_and_infinity_pass_as_in_the_reference(activation, beta):
     case = make_case(40, 18, 11, 3, activation=activation, beta=beta)
     assert_exact(case)
     case.x[1, 2], case.x[3, 17], case.x[35, 0] = float("nan"), float("inf"), -float("inf")
@@ -64,19 +60,19 @@ def test_every_activation_and_nan_and_infinity_pass_as_in_the_reference(activati
 
 
 @pytest.mark.parametrize("dtypes", DTYPES)
-def test_the_update_in_place(dtypes: str) -> None:
+def test_the_update_in_place(dtypes):
     with tuning.only("update"):
         assert_exact(make_case(33, 17, 35, 9, dtypes=dtypes))
 
 
 @pytest.mark.parametrize("rank", [64, 100, 129, 256])
-def test_ranks_of_several_blocks(rank: int) -> None:
+def test_ranks_of_several_blocks(rank):
     assert_exact(make_case(19, 34, 37, rank))
 
 
 @pytest.mark.skipif(not INTERPRETING, reason="a card uses these blocks in every test")
 @pytest.mark.parametrize("dtypes", ["bf16+fp32", "fp32"])
-def test_the_blocks_of_a_card(dtypes: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_blocks_of_a_card(dtypes, monkeypatch):
     size = DTYPES[dtypes][0].itemsize
     first = {"thin": tuning.thin_blocks(size, 8)[0], "linear": tuning.LINEAR[size][0], "outer": tuning.OUTER[size][0]}
     monkeypatch.setattr(tuning, "INTERPRETED", first)
@@ -84,7 +80,7 @@ def test_the_blocks_of_a_card(dtypes: str, monkeypatch: pytest.MonkeyPatch) -> N
     assert_exact(make_case(*shape, 8, dtypes=dtypes))
 
 
-def test_sums_over_tokens_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sums_over_tokens_in_parts(monkeypatch):
     monkeypatch.setattr(triton_kernels, "_processors", lambda device: 3)
     monkeypatch.setitem(tuning.INTERPRETED, "outer", tuning.Blocks(16, 32, 0, 1, 1))
     splits, share = triton_kernels._splits(90, 40, tuning.INTERPRETED["outer"], torch.device(DEVICE))
@@ -93,7 +89,7 @@ def test_sums_over_tokens_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("variant", ["fused", "update"])
-def test_no_tokens(variant: str) -> None:
+def test_no_tokens(variant):
     case = make_case(0, 5, 7, 3, dtypes="bf16+fp32")
     with tuning.only(variant):
         got = run(case)
@@ -113,7 +109,7 @@ def strided(t: Tensor, kind: str) -> Tensor:
 
 @pytest.mark.parametrize("kind", ["transposed", "every second"])
 @pytest.mark.parametrize("variant", ["fused", "update"])
-def test_inputs_that_are_not_contiguous(variant: str, kind: str) -> None:
+def test_inputs_that_are_not_contiguous(variant, kind):
     case = make_case(20, 37, 33, 5)
     tensors = {k: strided(v, kind) for k, v in vars(case).items() if isinstance(v, Tensor) and v.dim()}
     assert not any(t.is_contiguous() for t in tensors.values())
@@ -121,7 +117,7 @@ def test_inputs_that_are_not_contiguous(variant: str, kind: str) -> None:
         assert_exact(replace(case, **tensors))
 
 
-def test_an_expanded_gradient_and_more_dimensions() -> None:
+def test_an_expanded_gradient_and_more_dimensions():
     case = make_case(24, 10, 12, 4)
     x = case.x.reshape(2, 3, 4, 10).transpose(0, 2).detach().requires_grad_()
     rest = (case.weight, case.bias, case.lora_a, case.lora_b)
@@ -138,7 +134,7 @@ def test_an_expanded_gradient_and_more_dimensions() -> None:
 
 
 @pytest.mark.parametrize("variant", ["fused", "update"])
-def test_every_output_element_is_written_and_nothing_else(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_output_element_is_written_and_nothing_else(variant, monkeypatch):
     monkeypatch.setattr(triton_kernels, "_processors", lambda device: 2)
     case = make_case(41, 35, 67, 5)
     expected = exact(case)
@@ -150,7 +146,7 @@ def test_every_output_element_is_written_and_nothing_else(variant: str, monkeypa
     assert all(relative_error(got[name], expected[name]) < 1e-5 for name in OUTPUTS)
 
 
-def test_the_backward_keeps_and_writes_nothing_of_the_outputs_size(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_backward_keeps_and_writes_nothing_of_the_outputs_size(monkeypatch):
     case = make_case(48, 20, 30, 4)
     x, a, b = (t.detach().requires_grad_() for t in (case.x, case.lora_a, case.lora_b))
     saved: list[Tensor] = []
@@ -165,7 +161,7 @@ def test_the_backward_keeps_and_writes_nothing_of_the_outputs_size(monkeypatch: 
 
 
 @pytest.mark.parametrize(("activation", "dtypes"), [*((name, "bf16+fp32") for name in ACTIVATIONS), ("silu", "fp32")])
-def test_beta_zero_is_bitwise_the_kernels_without_an_activation(activation: str, dtypes: str) -> None:
+def test_beta_zero_is_bitwise_the_kernels_without_an_activation(activation, dtypes):
     case = make_case(33, 20, 18, 6, dtypes=dtypes, beta=0.0)
     case.x[0] = 0
     x, weight, bias = case.x, case.weight, case.bias
@@ -218,13 +214,13 @@ def noticed(activation: str, monkeypatch: pytest.MonkeyPatch) -> bool:
 
 
 @MUTABLE
-def test_the_kernels_as_they_are_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_kernels_as_they_are_pass(monkeypatch):
     assert not noticed("silu", monkeypatch)
 
 
 @MUTABLE
 @pytest.mark.parametrize("name", MUTATIONS)
-def test_a_broken_kernel_is_noticed(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_broken_kernel_is_noticed(name, tmp_path, monkeypatch):
     activation, old, new = MUTATIONS[name]
     source = Path(triton_kernels.__file__).read_text()
     assert source.count(old) == 1

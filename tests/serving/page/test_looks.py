@@ -1,13 +1,11 @@
 """The page on narrow and wide screens."""
 
-from __future__ import annotations
-
 import pytest
 from browser_testing import resize
 
 
 @pytest.mark.parametrize("width", [360, 1280])
-def test_nothing_is_wider_than_the_screen(page, width) -> None:
+def test_nothing_is_wider_than_the_screen(page, width):
     resize(page.driver, width, 740)
     overflow = "return document.documentElement.scrollWidth - document.documentElement.clientWidth"
     page.script("for (const each of document.querySelectorAll('details')) each.open = true")
