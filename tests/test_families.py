@@ -6,6 +6,7 @@ All in float64, where the three ways of decoding must give the same tokens, and 
 import json
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from families import (
 from oracle import PLANS, Case, Fickle, Oracle, engine_of, serve
 from rich.console import Console
 from tiny_targets import texts_from
+from trained_heads import responses_of
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 from written_data import prepared
 
@@ -35,7 +37,7 @@ from draft.data.dataset import Row
 from draft.errors import UserError
 from draft.evaluation.replay import replay
 from draft.heads.checkpoint import load_head
-from draft.target import Target, load_target
+from draft.target import load_target
 from draft.training.config import resolve
 from draft.training.merge import merge_run
 from draft.training.trainer import Trainer
@@ -55,13 +57,7 @@ def train(mode: Any, out: Path, **flags: Any) -> Path:
     return Trainer(resolve(mode, str(out), flags={**common, **flags}), Console(quiet=True)).train()
 
 
-def answers(target: Target, prompts: list[list[int]]) -> list[list[int]]:
-    """transformers' own, one prompt after the other."""
-    options = {"do_sample": False, "max_new_tokens": NEW, "pad_token_id": 2}
-    options |= {"eos_token_id": sorted(target.eos_token_ids)}
-    each = [torch.tensor([prompt]) for prompt in prompts]
-    written = [target.model.generate(ids, attention_mask=torch.ones_like(ids), **options) for ids in each]
-    return [ids[0, len(prompt) :].tolist() for ids, prompt in zip(written, prompts, strict=True)]
+answers = partial(responses_of, max_new_tokens=NEW)
 
 
 def decoded(engine: Engine, prompts: list[list[int]], **fields: Any) -> list[list[int]]:

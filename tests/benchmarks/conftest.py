@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_tiny_head, make_tiny_target
+from conftest import make_tiny_head, make_tiny_target, save_target
 
 from draft.heads.checkpoint import save_head
 from draft.target import Target
@@ -12,8 +12,7 @@ from draft.target import Target
 
 def save_models(folder: Path, target: Target) -> Path:
     """Write `target`, head `first`, its copy `copy`, and `other`, of another architecture; returns the folder."""
-    target.model.save_pretrained(folder / "target")
-    target.tokenizer.save_pretrained(folder / "target")
+    save_target(folder / "target", target)
     for name, seed, architecture in (("first", 0, "eagle3"), ("copy", 0, "eagle3"), ("other", 1, "medusa")):
         head = make_tiny_head(target, seed, architecture=architecture)
         save_head(head, folder / name, dtype=target.dtype, about={})

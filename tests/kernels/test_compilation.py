@@ -10,7 +10,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 from kernel_cases import INTERPRETING
@@ -44,13 +44,12 @@ class Kernel:
     bias: bool = False
 
 
-@dataclass(frozen=True)
-class Resources:
-    """Figures of ptxas and Triton about a compiled kernel."""
+class Resources(NamedTuple):
+    """Figures of ptxas and Triton: registers of a thread, bytes that it spills, and shared bytes of a block."""
 
-    registers: int  # of a thread
-    spilled: int  # bytes that a thread stores and loads for want of registers
-    shared: int  # bytes of a block
+    registers: int
+    spilled: int
+    shared: int
 
 
 def every_kernel(arch: int) -> Iterator[Kernel]:
@@ -177,22 +176,15 @@ def name(case: tuple[int, Kernel]) -> str:
     return f"sm{arch}-{k.name}-{k.dtype}-{blocks}-r{k.rank}-{k.activation}{'' if k.even else '-ragged'}"
 
 
-def check(arch: int, kernel: Kernel) -> None:
+EVERY = [pytest.param(*case, id=f"all-{name(case)}", marks=pytest.mark.every_configuration) for case in ALL]
+
+
+@pytest.mark.parametrize(("arch", "kernel"), [*(pytest.param(*case, id=name(case)) for case in SUBSET), *EVERY])
+def test_it_compiles(arch, kernel):
     used = compile_kernel(kernel, arch)
     assert used.spilled <= SPILL_LIMIT, used
     assert used.shared <= SHARED_MEMORY[arch], used
     assert 16 <= used.registers <= 255, used
-
-
-@pytest.mark.parametrize(("arch", "kernel"), SUBSET, ids=map(name, SUBSET))
-def test_it_compiles(arch, kernel):
-    check(arch, kernel)
-
-
-@pytest.mark.every_configuration
-@pytest.mark.parametrize(("arch", "kernel"), ALL, ids=map(name, ALL))
-def test_every_configuration_compiles(arch, kernel):
-    check(arch, kernel)
 
 
 def test_the_limits_are_read_from_the_compiler():

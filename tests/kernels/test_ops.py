@@ -1,17 +1,12 @@
 """The choice of an implementation, the memory of the fastest blocks, and the kernels as Triton interprets them."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from conftest import ended, python
 from kernel_cases import INTERPRETING, make_case
 
 from afa_kernels import KernelsError, afa_lora_linear, ops, reference
 
-ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.skipif(INTERPRETING or torch.cuda.is_available(), reason="about machines without kernels")
 
 
@@ -68,10 +63,8 @@ try: call()
 except KernelsError as error: assert "Triton can't be imported" in str(error)
 else: raise SystemExit(1)
 """
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("AFA_")} | {"PYTHONPATH": "kernels"}
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT, timeout=300)
-    assert done.returncode == 0, done.stderr
+    status, shown = ended(python("-c", code, AFA_KERNELS=""))
+    assert status == 0, shown
 
 
 @pytest.mark.parametrize(
@@ -152,19 +145,7 @@ def test_shape_classes():
 
 def test_the_kernels_as_triton_interprets_them():
     pytest.importorskip("triton")
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("AFA_KERNELS")} | {"TRITON_INTERPRET": "1"}
-    # Core and thread counts are the caller's; the cache is not, since two pytests would write it.
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "-W",
-        "ignore::RuntimeWarning",
-        ROOT / "tests/kernels/on_triton",
-    ]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT, timeout=280)
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout
+    # the cache is not the caller's, since two pytests would write it
+    options = "-q -p no:cacheprovider -W ignore::RuntimeWarning tests/kernels/on_triton"
+    status, shown = ended(python("-m", "pytest", *options.split(), TRITON_INTERPRET="1", AFA_KERNELS=""))
+    assert status == 0 and " passed" in shown, shown[-8000:]

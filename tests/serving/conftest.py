@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import make_tiny_head, make_tiny_target
+from conftest import make_tiny_head, make_tiny_target, save_target
 
 from draft.heads.checkpoint import save_head
 
@@ -10,8 +10,7 @@ from draft.heads.checkpoint import save_head
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory, tiny_target, tiny_head):
     folder = tmp_path_factory.mktemp("models")
-    tiny_target.model.save_pretrained(folder / "my-target")
-    tiny_target.tokenizer.save_pretrained(folder / "my-target")
+    save_target(folder / "my-target", tiny_target)
     other = make_tiny_target(seed=1)
     for name, target, head in (("my-head", tiny_target, tiny_head), ("other-head", other, make_tiny_head(other))):
         about = {"target_fingerprint": target.fingerprint}

@@ -108,7 +108,8 @@ def test_a_server_from_its_ready_line_to_sigterm_under_load(folders):
             process.send_signal(signal.SIGTERM)
             eventually(lambda: httpx.get(f"{url}/ready", timeout=30).status_code == 503)
             assert httpx.get(f"{url}/health", timeout=30).status_code == 200
-            assert httpx.post(f"{url}/generate", json={"inputs": PROMPT}, timeout=30).status_code == 503
+            turned_away = httpx.post(f"{url}/generate", json={"inputs": PROMPT}, timeout=30)
+            assert turned_away.status_code == 503 and turned_away.headers["retry-after"]
         answers = [client.result(120) for client in clients]
         assert process.wait(60) == 0
         with pytest.raises(httpx.ConnectError):

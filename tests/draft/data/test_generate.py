@@ -15,7 +15,8 @@ from conftest import make_writing_target
 from fastapi import FastAPI, Request, Response
 from http_testing import live
 from openai import _base_client
-from written_data import responses, rows_of, served
+from trained_heads import responses_of
+from written_data import rows_of, served
 
 from draft.data import generate as module
 from draft.data.generate import Endpoint, EndpointError
@@ -120,8 +121,8 @@ def test_exact_rows_are_those_of_the_target(write, target, server):
     assert remote == rows_of(alone) and len(remote) == 12 and not any(row.retokenised for row in remote)
     greedy = [row for row in remote if row.temperature == 0]
     assert len(greedy) == 6
-    for row, ids in zip(greedy, responses(target, [row.ids[: row.prompt_length] for row in greedy], 10), strict=True):
-        assert row.ids[row.prompt_length :][: len(ids)] == ids
+    expected = responses_of(target, [row.ids[: row.prompt_length] for row in greedy], 10)
+    assert [row.ids[row.prompt_length :][: len(ids)] for row, ids in zip(greedy, expected, strict=True)] == expected
     assert seen.most == 3
     asked = seen.bodies[1:]  # the first one asked whether the server knows this way
     assert all(isinstance(body["prompt"][0], int) and body["return_token_ids"] for body in asked)

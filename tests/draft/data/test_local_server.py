@@ -1,14 +1,12 @@
 """The draft-serve that `prepare` starts: what it writes, how its errors are shown, and that none is left behind."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import psutil
 import pytest
+from conftest import ended, python
 from http_testing import eventually
 from training_runs import start_prepare
 from written_data import prepared, rows_of
@@ -72,10 +70,7 @@ def test_one_that_is_never_ready_is_given_up(monkeypatch):
 
 
 def test_one_whose_starter_has_ended_does_not_begin():
-    command = [sys.executable, "-m", "serving.cli", "--no-such-option"]
-    variables = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), launcher._STARTER: "0"}
-    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=120)
-    assert (done.returncode, done.stderr) == (1, "")
+    assert ended(python("-m", "serving.cli", "--no-such-option", **{launcher._STARTER: "0"})) == (1, "")
 
 
 def test_devices(monkeypatch):

@@ -9,9 +9,9 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-import torch
 from conftest import make_tiny_target, make_writing_target
 from rich.console import Console
+from trained_heads import responses_of
 from written_data import prepared, rows_of, served
 
 import draft.data.dataset
@@ -68,9 +68,8 @@ def test_answers_to_a_file(run, target, questions, tmp_path):
         assert row.trained == 12 or row.ids[-1] == 2
         assert row.top_p == 1.0 and row.source == "questions.jsonl"
     greedy = next(row for row in rows if row.temperature == 0)
-    ids = torch.tensor([greedy.ids[: greedy.prompt_length]])
-    answer = target.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
-    assert answer[0].tolist() == greedy.ids
+    prompt, answer = greedy.ids[: greedy.prompt_length], greedy.ids[greedy.prompt_length :]
+    assert responses_of(target, [prompt], 12) == [answer]
 
     manifest = json.loads((tmp_path / "data" / "manifest.json").read_text())
     assert manifest["target_fingerprint"] == target.fingerprint and manifest["template_hash"] == target.template_hash
@@ -197,9 +196,7 @@ def test_turns_are_answered_one_after_the_other(run, target, tmp_path):
     parts = target.tokenizer.decode(row.ids).split("<|im_start|>")
     assert [part.split("\n")[0] for part in parts[1:]] == ["user", "assistant", "user", "assistant"]
     second = len(row.mask) - row.mask[::-1].index(False)  # where the last response begins
-    ids = torch.tensor([row.ids[:second]])
-    answer = target.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
-    assert answer[0].tolist() == row.ids
+    assert responses_of(target, [row.ids[:second]], 12) == [row.ids[second:]]
     assert row.mask[row.prompt_length] and not row.mask[second - 1] and sum(row.mask) > len(row.ids) - second
     assert dataset.rows("held-out") == []
 

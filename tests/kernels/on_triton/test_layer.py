@@ -2,6 +2,7 @@
 
 import logging
 
+import afa_models
 import pytest
 import torch
 from kernel_cases import DEVICE, limit, relative_error
@@ -12,39 +13,19 @@ from draft.afa import AfaLoraConfig, add_adapter, set_annealing_step
 from draft.errors import UserError
 
 
-class Head(nn.Module):
-    def __init__(self, dtype: torch.dtype) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.fc = nn.Linear(18, 21, dtype=dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc(x)
-
-
 def adapted(dtype: torch.dtype = torch.float32, **options: object) -> nn.Module:
-    options = {"r": 3, "lora_alpha": 6, "target_modules": ["fc"], "beta": 0.4} | options
-    model = add_adapter(Head(dtype), AfaLoraConfig(**options))
-    give_values(model)
-    return model.to(DEVICE)
+    options = {"r": 3, "target_modules": ["fc"], "beta": 0.4} | options
+    return afa_models.adapted(dtype, **options).train().to(DEVICE)
 
 
-def give_values(model: nn.Module) -> None:
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) / 4)
-
-
-X = torch.randn(2, 5, 18, generator=torch.Generator().manual_seed(2)).to(DEVICE)
+X = afa_models.X.float().to(DEVICE)
 
 
 def trained(model: nn.Module, x: Tensor) -> list[Tensor]:
     """The output and every gradient."""
     x = x.detach().requires_grad_()
     model.zero_grad()
-    y = model(x)
+    y = model.get_base_model().fc(x)
     y.float().square().sum().backward()
     return [y.detach(), x.grad, *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
 
@@ -94,7 +75,7 @@ def test_other_placements_and_a_hooked_base_layer_are_not(compare):
 def test_two_adapters_are_not(compare):
     model = adapted()
     add_adapter(model, AfaLoraConfig(r=2, lora_alpha=6, target_modules=["fc"], beta=0.7), "two")
-    give_values(model)
+    afa_models.randomise(model)
     model.to(DEVICE)
     assert compare(model) == 1  # "two" is there and not active
     model.base_model.set_adapter(["default", "two"])
@@ -110,7 +91,8 @@ def test_disabled_and_merged_adapters_are_not(compare, monkeypatch):
     monkeypatch.setattr(triton_kernels, "down", lambda *args: calls.append(1))
     monkeypatch.setenv("AFA_KERNELS", "auto")
     with torch.no_grad():
-        base = model.get_base_model().fc.base_layer(X)
+        head = model.get_base_model()
+        base = head.lm_head(torch.tanh(head.fc.base_layer(X)))
         with model.disable_adapter():
             torch.testing.assert_close(model(X), base)
         model.merge_adapter()

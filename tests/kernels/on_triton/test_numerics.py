@@ -1,6 +1,7 @@
-"""y, dx, dA and dB of the kernels against the reference in float64, for any shape, stride and value."""
+"""y, dx, dA and dB of the kernels against the reference in float64, for any shape, stride and value; the benchmark."""
 
 import importlib.util
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from torch import Tensor
 
 import afa_kernels
 from afa_kernels import ACTIVATIONS, afa_lora_linear, ops, reference, triton_kernels, tuning
+from benchmarks import kernels
 
 # On a card, and where the frozen product is rounded before the LoRA term is added, the terms of a single number
 # may cancel; the norm of a few dozen can't.
@@ -231,3 +233,23 @@ def test_a_broken_kernel_is_noticed(name, tmp_path, monkeypatch):
     spec.loader.exec_module(mutant)
     monkeypatch.setattr(afa_kernels, "triton_kernels", mutant)  # where the operators import it from
     assert noticed(activation, monkeypatch)
+
+
+# ---- the benchmark of kernels, on a tiny layer ----
+
+
+@pytest.mark.skipif(not INTERPRETING, reason="a card is measured by the benchmark itself")
+def test_a_whole_run(tmp_path, capsys):
+    options = "--device cpu --shapes 24x40 --tokens 20 --ranks 4 --repeats 1 --check"
+    assert kernels.main([*options.split(), "--out", str(tmp_path)]) == 1  # the interpreter is slow: the bars are missed
+    printed = capsys.readouterr().out
+    assert "MISSED" in printed and "interpreted on the CPU" in printed and "40" in printed
+    results = json.loads((tmp_path / "kernels-cpu.json").read_text())
+    phases = [(row["in"], row["out"], row["phase"]) for row in results["rows"]]
+    assert phases == [(24, 40, phase) for phase in ("forward", "backward", "both")]
+    for row in results["rows"]:
+        assert set(row["ms"]) == set(row["peak_mib"]) == set(kernels.CONTENDERS) and all(row["ms"].values())
+        assert set(row["errors"]) == {"y", "dx", "dA", "dB"} and max(row["errors"].values()) < 1e-2
+        assert row["floor_ms"] > 0
+    assert results["device"] == "cpu" and results["ceilings"]["flops"] > 0 and "--tokens 20" in results["command"]
+    assert (tmp_path / "kernels-cpu.png").read_bytes()[:4] == b"\x89PNG"
