@@ -55,6 +55,10 @@ Mode = Annotated[
     Literal["auto", "compiled", "eager"],
     Option(help="Execution of the models: with compiled CPU kernels, or eager."),
 ]
+Arithmetic = Annotated[
+    Literal["auto", "float32", "bf16", "amx"],
+    Option(help="Products of bfloat16 weights in the compiled kernels; auto takes the fastest that the CPU has."),
+]
 Dtype = Annotated[str, Option(help="Format of the weights: auto, bfloat16, float16, float32 or float64.")]
 Threads = Annotated[int | None, Option(min=1, help="Number of CPU threads that compute.")]
 WarmUp = Annotated[bool, Option(help="Time steps before the first request.")]
@@ -114,6 +118,7 @@ def serve(
     tree_size: TreeSize = 16,
     rule: Rule = "shared-noise",
     mode: Mode = "auto",
+    arithmetic: Arithmetic = "auto",
     dtype: Dtype = "auto",
     threads: Threads = None,
     warm_up: WarmUp = True,
@@ -157,7 +162,7 @@ def serve(
         drafts = dict(speculation=speculation, speculation_length=speculation_length, tree_size=tree_size, rule=rule)
         sizes = dict(max_batch=max_batch, max_length=max_length, prefill_chunk=prefill_chunk)
         queue = dict(max_waiting=max_waiting, max_waiting_tokens=max_waiting_tokens)
-        options: dict[str, Any] = dict(mode=mode, threads=threads, **drafts, **sizes, **queue)
+        options: dict[str, Any] = dict(mode=mode, arithmetic=arithmetic, threads=threads, **drafts, **sizes, **queue)
         load = partial(load_engine, target, head, dtype, target_adapter=target_adapter, warm_up=warm_up, **options)
         models = f"{target} + {target_adapter}" if target_adapter else target
         models += f" with {head}, K = {speculation_length}, {rule}" if head else " without a draft head"

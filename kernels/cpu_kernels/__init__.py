@@ -7,6 +7,25 @@ rows it is batched with, so the width of a verification does not change greedy t
 from __future__ import annotations
 
 from cpu_kernels.build import KernelsUnavailable
-from cpu_kernels.ops import PackedLinear, load_kernels, pack_linears, set_threads, slot_attention
+from cpu_kernels.ops import (
+    PackedLinear,
+    arithmetic,
+    arithmetics,
+    load_kernels,
+    pack_linears,
+    set_arithmetic,
+    set_threads,
+    slot_attention,
+)
 
-__all__ = ["KernelsUnavailable", "PackedLinear", "load_kernels", "pack_linears", "set_threads", "slot_attention"]
+__all__ = [
+    "KernelsUnavailable",
+    "PackedLinear",
+    "arithmetic",
+    "arithmetics",
+    "load_kernels",
+    "pack_linears",
+    "set_arithmetic",
+    "set_threads",
+    "slot_attention",
+]

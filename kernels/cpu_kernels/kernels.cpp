@@ -5,7 +5,9 @@
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
+#include <string>
 #include <type_traits>
+#include <utility>
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -50,11 +52,11 @@ at::Tensor pack(const at::Tensor& weight) {
   const at::Tensor rows = weight.contiguous();
   const int64_t features = rows.size(0), in = rows.size(1);
   const int64_t panels = (features + kPanel - 1) / kPanel;
-  const at::Tensor packed = weight_memory(panels * in * kPanel * rows.element_size())
-                                .view(rows.scalar_type())
-                                .view({panels, in, kPanel});
+  at::Tensor packed;
   with_type(rows.scalar_type(), "the weight", [&](auto kind) {
     using T = decltype(kind);
+    const int64_t depth = packed_depth<T>(in);
+    packed = weight_memory(panels * depth * kPanel * sizeof(T)).view(rows.scalar_type()).view({panels, depth, kPanel});
     pack_panels(const_data<T>(rows), features, in, static_cast<T*>(packed.data_ptr()));
   });
   return packed;
@@ -62,9 +64,10 @@ at::Tensor pack(const at::Tensor& weight) {
 
 at::Tensor packed_linear_op(const at::Tensor& x, const at::Tensor& packed, int64_t features,
                             const std::optional<at::Tensor>& bias) {
-  const int64_t in = packed.size(1);
-  TORCH_CHECK(x.dim() > 0 && x.size(-1) == in, "packed_linear: x ends in ", x.dim() ? x.size(-1) : 0,
-              " features, the weight takes ", in);
+  const int64_t in = x.dim() ? x.size(-1) : 0;
+  const int64_t depth = packed.scalar_type() == at::kFloat ? packed_depth<float>(in) : packed_depth<BFloat16>(in);
+  TORCH_CHECK(x.dim() > 0 && depth == packed.size(1), "packed_linear: x ends in ", in, " features, the weight takes ",
+              packed.size(1));
   TORCH_CHECK((features + kPanel - 1) / kPanel == packed.size(0) && packed.size(2) == kPanel,
               "packed_linear: the weight was not packed for ", features, " features on this machine");
   auto shape = x.sizes().vec();
@@ -151,12 +154,14 @@ at::Tensor slot_attention_op(const at::Tensor& q, const at::Tensor& k, const at:
 enum { kInputNorm, kEmbedNorm, kQkv, kQkvBias, kQNorm, kKNorm, kO, kOBias, kPostNorm, kGateUp, kGateUpBias, kDown, kDownBias, kTensorsALayer };
 
 template <typename T>
-Packed<T> packed_weight(const at::Tensor* weights, int place, int64_t out) {
+Packed<T> packed_weight(const at::Tensor* weights, int place, int64_t in, int64_t out) {
   const at::Tensor &weight = weights[place], &bias = weights[place + 1];
-  TORCH_CHECK(weight.dim() == 3 && weight.size(0) * kPanel == out && weight.size(2) == kPanel,
-              "decoder_layers: weight ", place, " of shape ", weight.sizes(), " was not packed for ", out, " features");
+  TORCH_CHECK(weight.dim() == 3 && weight.size(0) * kPanel == out && weight.size(1) == packed_depth<T>(in) &&
+                  weight.size(2) == kPanel,
+              "decoder_layers: weight ", place, " of shape ", weight.sizes(), " was not packed for ", in, " and ", out,
+              " features");
   TORCH_CHECK(bias.numel() == 0 || bias.numel() == out, "decoder_layers: bias ", place + 1, " is not of ", out, " features");
-  return {const_data<T>(weight), bias.numel() ? const_data<float>(bias) : nullptr, weight.size(1), out};
+  return {const_data<T>(weight), bias.numel() ? const_data<float>(bias) : nullptr, in, out};
 }
 
 const float* norm_weight(const at::Tensor& weight, int64_t size) {
@@ -199,16 +204,18 @@ at::Tensor decoder_layers_op(const at::Tensor& hidden, const at::Tensor& embeds,
       const at::Tensor seen = masks[layer].contiguous();
       const bool masked = seen.numel() > 0;
       const int64_t key_heads = keys.size(1), width = keys.size(3), value_width = values.size(3);
-      const int64_t mask_width = masked ? seen.size(1) : 0, inner = own[kDown].size(1);
+      const int64_t mask_width = masked ? seen.size(1) : 0, inner = own[kGateUp].size(0) * kPanel / 2;
+      const int64_t entering = own[kEmbedNorm].numel() ? 2 * size : size;
       TORCH_CHECK(shape.rotary <= width && heads % key_heads == 0 && keys.stride(3) == 1 && values.stride(3) == 1 &&
                       (!masked || seen.size(0) == tokens) && values.scalar_type() == keys.scalar_type(),
                   "decoder_layers: slots, heads or mask of layer ", layer, " do not fit");
       check_segments(first, rows.size(0), keys.size(0), keys.size(2), tokens, mask_width, masked);
       const LayerWeights<T> weight{
           norm_weight(own[kInputNorm], size), norm_weight(own[kEmbedNorm], size),
-          packed_weight<T>(own, kQkv, heads * width + key_heads * (width + value_width)), norm_weight(own[kQNorm], width),
-          norm_weight(own[kKNorm], width), packed_weight<T>(own, kO, size), norm_weight(own[kPostNorm], size),
-          packed_weight<T>(own, kGateUp, 2 * inner), packed_weight<T>(own, kDown, size)};
+          packed_weight<T>(own, kQkv, entering, heads * width + key_heads * (width + value_width)),
+          norm_weight(own[kQNorm], width), norm_weight(own[kKNorm], width),
+          packed_weight<T>(own, kO, heads * value_width, size), norm_weight(own[kPostNorm], size),
+          packed_weight<T>(own, kGateUp, size, 2 * inner), packed_weight<T>(own, kDown, inner, size)};
       for (int place : {kQkv, kO, kGateUp, kDown})
         TORCH_CHECK(own[place].scalar_type() == keys.scalar_type(), "decoder_layers: weights and slots share one dtype");
       decoder_layer(shape, weight,
@@ -245,6 +252,29 @@ void set_threads(int64_t threads) {
   PoolHolder::get().set_threads(int(threads));
 }
 
+constexpr std::pair<const char*, Arithmetic> kArithmetics[] = {
+    {"float32", Arithmetic::kFloat32}, {"bf16", Arithmetic::kPairs}, {"amx", Arithmetic::kTiles}};
+
+/// The names of what this machine has, the fastest last.
+std::vector<std::string> arithmetics() {
+  std::vector<std::string> names;
+  for (const auto& [name, kind] : kArithmetics)
+    if (has_arithmetic(kind)) names.push_back(name);
+  return names;
+}
+
+void set_arithmetic(const std::string& wanted) {
+  for (const auto& [name, kind] : kArithmetics)
+    if (wanted == name && has_arithmetic(kind)) return arithmetic().store(kind);
+  TORCH_CHECK(false, "set_arithmetic: this machine does not have ", wanted);
+}
+
+std::string get_arithmetic() {
+  for (const auto& [name, kind] : kArithmetics)
+    if (arithmetic().load() == kind) return name;
+  return "";
+}
+
 int64_t get_threads() { return PoolHolder::get().threads(); }
 
 }  // namespace
@@ -264,6 +294,9 @@ TORCH_LIBRARY(draftsmith, library) {
   library.def("weight_memory(int bytes) -> Tensor", &draftsmith::weight_memory);
   library.def("set_threads(int threads) -> ()", &draftsmith::set_threads);
   library.def("get_threads() -> int", &draftsmith::get_threads);
+  library.def("arithmetics() -> str[]", &draftsmith::arithmetics);
+  library.def("set_arithmetic(str name) -> ()", [](std::string name) { draftsmith::set_arithmetic(name); });
+  library.def("get_arithmetic() -> str", &draftsmith::get_arithmetic);
   library.def("panel_width() -> int", [] { return int64_t(draftsmith::kPanel); });
 }
 

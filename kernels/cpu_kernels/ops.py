@@ -29,7 +29,8 @@ def load_kernels(cache: Path) -> None:
 def pack(weight: Tensor) -> Tensor:
     """Put a linear layer's weight [out, in], float32 or bfloat16, in the order in which `packed_linear` reads it.
 
-    Returns [panels, in, panel width]: for this machine and process only, never to be saved.
+    Returns [panels, in, panel width], with inputs in bfloat16 padded to a multiple of 32: for this machine and process
+    only, never to be saved.
     """
     return torch.ops.draftsmith.pack(weight)
 
@@ -42,7 +43,8 @@ def weight_memory(size: int) -> Tensor:
 def packed_linear(x: Tensor, packed: Tensor, out_features: int, bias: Tensor | None = None) -> Tensor:
     """Multiply x [..., in] (float32 or bfloat16) by a packed weight: [..., out_features] in x's dtype.
 
-    Products are summed in float32, in the order of the inputs, whatever the number of rows.
+    Products are summed in float32, in one order whatever the number of rows. What is multiplied with a bfloat16 weight
+    depends on `arithmetic`: x itself, or x rounded to bfloat16.
     """
     return torch.ops.draftsmith.packed_linear(x, packed, out_features, bias)
 
@@ -82,6 +84,25 @@ def set_threads(count: int) -> None:
 def threads() -> int:
     """Return the number of threads that the operators share."""
     return torch.ops.draftsmith.get_threads()
+
+
+def arithmetics() -> list[str]:
+    """Return the ways in which this machine can multiply bfloat16 weights, the fastest last.
+
+    float32: weights become floats. bf16: x is rounded to bfloat16, for dot products of pairs (AVX512-BF16). amx: the
+    same by tiles of matrices. Sums are float32 in all, and a row's result does not depend on the rows beside it.
+    """
+    return torch.ops.draftsmith.arithmetics()
+
+
+def set_arithmetic(name: str) -> None:
+    """Choose one of `arithmetics` for this process; at first it is the fastest."""
+    torch.ops.draftsmith.set_arithmetic(name)
+
+
+def arithmetic() -> str:
+    """Return the one of `arithmetics` in use."""
+    return torch.ops.draftsmith.get_arithmetic()
 
 
 @dataclass(frozen=True)

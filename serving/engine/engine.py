@@ -58,6 +58,7 @@ class Engine:
         tree_size: int = 16,
         rule: str = "shared-noise",
         mode: str = "auto",
+        arithmetic: str = "auto",
         pack_in_place: bool = False,
         max_batch: int = 16,
         max_length: int | None = None,
@@ -70,8 +71,9 @@ class Engine:
         speculation: `auto` chooses at every step what should give the most tokens per second, plain decoding and trees
         included; `chain` and `tree` always draft, `off` never. speculation_length: the most tokens drafted in a row,
         or as many as the head knows positions of. tree_size: the most nodes of a tree.
-        mode: see `build_models`. pack_in_place: the compiled mode replaces the linear layers of `target` itself, which
-        then serves nothing else; by default it packs a copy, and the caller's target keeps its weights, too.
+        mode, arithmetic: see `build_models`. pack_in_place: the compiled mode replaces the linear layers of `target`
+        itself, which then serves nothing else; by default it packs a copy, and the caller's target keeps its weights,
+        too.
         max_batch: requests decoded at once. max_length: the most tokens of prompt and answer together (default: what
         the target was made for). max_waiting, max_waiting_tokens: what may wait behind those that run. prefill_chunk:
         prompt tokens read in one step.
@@ -111,6 +113,7 @@ class Engine:
             target,
             head if speculation != "off" else None,
             mode=mode,
+            arithmetic_name=arithmetic,
             pack_in_place=pack_in_place,
             slots=self.max_batch,
             # drafts beyond a sequence's last token need places too, and those that the head reads but that
@@ -334,6 +337,7 @@ class Engine:
             "waiting": self.waiting,
             "cache_usage": self.cache_usage,
             "mode": self.mode,
+            "arithmetic": self.models.arithmetic,
             "seconds": self._decoder.seconds.copy(),
             "speculation": self.controller.stats(),
         }

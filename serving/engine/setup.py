@@ -12,7 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cpu_kernels import KernelsUnavailable, load_kernels, pack_linears, set_threads, slot_attention
+from cpu_kernels import (
+    KernelsUnavailable,
+    arithmetic,
+    arithmetics,
+    load_kernels,
+    pack_linears,
+    set_arithmetic,
+    set_threads,
+    slot_attention,
+)
 from draft.errors import UserError
 from draft.files import cache_folder
 from draft.heads import DraftHead, MedusaHead, StepwiseHead
@@ -25,6 +34,7 @@ from serving.engine.model import HeadRunner, TargetRunner
 log = logging.getLogger(__name__)
 
 MODES = ("auto", "compiled", "eager")
+ARITHMETICS = ("auto", "float32", "bf16", "amx")
 WIDTHS = (1, 2, 4, 8, 16, 32)  # tokens of a pass, from plain decoding to a tree
 _REPEATS = 3
 
@@ -36,6 +46,7 @@ class Models:
     runner: TargetRunner
     proposer: Proposer | None
     mode: str  # eager or compiled
+    arithmetic: str  # of the compiled kernels with bfloat16 weights; otherwise the dtype's name
 
 
 def build_models(
@@ -47,6 +58,7 @@ def build_models(
     slots: int,
     capacity: int,
     threads: int | None,
+    arithmetic_name: str = "auto",
 ) -> Models:
     """
     mode: `eager` runs the models as they are; `compiled`, on a CPU in float32 or bfloat16, replaces linear layers by
@@ -55,11 +67,14 @@ def build_models(
     pack_in_place: in compiled mode the linear layers of `target` itself are replaced, instead of a copy's.
     threads: of the compiled kernels, all cores of this process by default; PyTorch itself is left with one then,
     because its threads wait for each other actively, and stall when another process takes a core.
+    arithmetic_name: of bfloat16 weights in compiled mode, for the whole process: one of `cpu_kernels.arithmetics`, or
+    `auto` for the fastest of them.
 
     Raises:
         UserError: for a mode that is impossible here, with the reason.
     """
     mode = _choose_mode(mode, target)
+    products = _choose_arithmetic(arithmetic_name, mode, target)
     kernel: Kernel = torch_attention
     if mode == "compiled":
         target, head = _pack(target, head, pack_in_place)
@@ -77,7 +92,7 @@ def build_models(
         fuse_target(runner)
         if isinstance(proposer, HeadProposer):
             fuse_head(proposer.runner)
-    return Models(runner, proposer, mode)
+    return Models(runner, proposer, mode, products)
 
 
 def make_proposer(target: Target, head: DraftHead, layers: tuple[int, ...], **options: Any) -> Proposer:
@@ -126,6 +141,26 @@ def _choose_mode(mode: str, target: Target) -> str:
     if reason:
         log.info("decoding without compiled kernels: %s", reason)
     return "eager" if reason else "compiled"
+
+
+def _choose_arithmetic(name: str, mode: str, target: Target) -> str:
+    """Set how the process multiplies bfloat16 weights, and return its name."""
+    if name not in ARITHMETICS:
+        raise UserError(f"arithmetic = {name!r}: it must be one of {', '.join(ARITHMETICS)}.")
+    dtype = str(target.dtype).removeprefix("torch.")
+    if mode == "eager" or dtype != "bfloat16":
+        if name not in ("auto", dtype):
+            raise UserError(
+                f"arithmetic = {name!r} is of bfloat16 weights in compiled mode, and this is {dtype} in {mode} mode; "
+                "leave it at auto."
+            )
+        return dtype
+    if name != "auto" and name not in arithmetics():
+        raise UserError(
+            f"arithmetic = {name!r} is not there on this CPU; use auto or one of {', '.join(arithmetics())}."
+        )
+    set_arithmetic(arithmetics()[-1] if name == "auto" else name)
+    return arithmetic()
 
 
 def _why_no_kernels() -> str | None:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from cpu_kernels import load_kernels, set_threads
+from cpu_kernels import arithmetic, load_kernels, set_arithmetic, set_threads
 from cpu_kernels.ops import threads
 from draft.files import cache_folder
 
@@ -10,6 +10,7 @@ from draft.files import cache_folder
 @pytest.fixture(autouse=True)
 def _kernels():
     load_kernels(cache_folder())
-    before = threads()
+    before, products = threads(), arithmetic()
     yield
     set_threads(before)
+    set_arithmetic(products)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cpu_kernels import KernelsUnavailable, build, set_threads
+from cpu_kernels import KernelsUnavailable, arithmetics, build, set_arithmetic, set_threads
 from cpu_kernels.ops import pack, pack_linears, packed_linear, threads
 
 
@@ -100,24 +100,36 @@ def test_packed_linear_is_the_matrix_product(rows, size_in, size_out, stored, gi
     weight = torch.randn(size_out, size_in).to(stored)
     bias = torch.randn(size_out) if biased else None
     x = torch.randn(rows, size_in).to(given_in)
-    got = packed_linear(x, pack(weight), size_out, bias)
-    expected = functional.linear(x.double(), weight.double(), None if bias is None else bias.double())
-    assert got.shape == expected.shape and got.dtype == given_in
-    if rows:
-        # beside the sums of magnitudes: what a sum leaves after its terms cancel says nothing about rounding
-        size = functional.linear(x.double().abs(), weight.double().abs(), None if bias is None else bias.double().abs())
-        error = (got.double() - expected).norm() / size.norm()
-        assert error < (1e-6 if given_in == FLOAT else 1e-2)
+    packed = pack(weight)
+    for products in arithmetics():
+        set_arithmetic(products)
+        got = packed_linear(x, packed, size_out, bias)
+        read = x if stored == FLOAT or products == "float32" else x.to(HALF)
+        expected = functional.linear(read.double(), weight.double(), None if bias is None else bias.double())
+        assert got.shape == expected.shape and got.dtype == given_in
+        if rows:
+            # beside the sums of magnitudes: what a sum leaves after its terms cancel says nothing about rounding
+            magnitudes = (read.double().abs(), weight.double().abs(), None if bias is None else bias.double().abs())
+            error = (got.double() - expected).norm() / functional.linear(*magnitudes).norm()
+            assert error < (1e-6 if given_in == FLOAT else 1e-2), products
 
 
-@pytest.mark.parametrize("stored", [FLOAT, HALF])
+def on_this_machine(name: str) -> None:
+    """Choose an arithmetic, or skip the test where the CPU lacks it."""
+    if name not in arithmetics():
+        pytest.skip(f"this CPU has no {name} products")
+    set_arithmetic(name)
+
+
+@pytest.mark.parametrize(("stored", "products"), [(FLOAT, "float32"), (HALF, "float32"), (HALF, "bf16"), (HALF, "amx")])
 @pytest.mark.parametrize(("size_in", "size_out"), [(576, 1100), (1700, 130)])  # 1700: several blocks of inputs
-def test_a_row_has_the_same_bits_in_any_batch(stored, size_in, size_out):
+def test_a_row_has_the_same_bits_in_any_batch(stored, products, size_in, size_out):
+    on_this_machine(products)
     packed = pack(torch.randn(size_out, size_in).to(stored))
-    x = torch.randn(230, size_in)
+    x = torch.randn(230, size_in).to(HALF).float()  # which no arithmetic rounds
     whole = packed_linear(x, packed, size_out)
     assert relative(whole[:, :16], x.double() @ packed_columns(packed, size_in)) < 1e-5
-    for rows in (*range(1, 27), 97, 200):
+    for rows in (*range(1, 65), 97, 200):
         assert torch.equal(packed_linear(x[:rows], packed, size_out), whole[:rows]), rows
     assert torch.equal(packed_linear(x[113:114], packed, size_out), whole[113:114])
 
@@ -134,11 +146,15 @@ def test_packed_linear_takes_any_shape_and_strides():
     assert packed_linear(torch.randn(3, 0, 24), pack(weight), 33).shape == (3, 0, 33)
     with pytest.raises(RuntimeError, match="ends in 23 features"):
         packed_linear(torch.randn(2, 23), pack(weight), 33)
+    with pytest.raises(RuntimeError, match="this machine does not have bf8"):
+        set_arithmetic("bf8")
     with pytest.raises(RuntimeError, match="float32 or bfloat16"):
         packed_linear(torch.randn(2, 24).double(), pack(weight), 33)
 
 
-def test_nan_and_infinity_stay_in_their_row():
+@pytest.mark.parametrize("products", ["float32", "bf16", "amx"])
+def test_nan_and_infinity_stay_in_their_row(products):
+    on_this_machine(products)
     packed = pack(torch.randn(40, 30).to(HALF))
     x = torch.randn(4, 30)
     clean = packed_linear(x, packed, 40)
