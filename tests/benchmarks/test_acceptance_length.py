@@ -80,9 +80,7 @@ def test_every_row_of_the_summary_is_what_its_records_say(results):
         if row["prompts"] == 1:  # one prompt has no spread to tell
             assert tau["low"] is tau["high"] is speed_up["low"] is speed_up["high"] is None
         else:
-            assert (
-                tau["low"] <= tau["value"] <= tau["high"] and speed_up["low"] <= speed_up["value"] <= speed_up["high"]
-            )
+            assert all(each["low"] <= each["value"] <= each["high"] for each in (tau, speed_up))
         assert row["identical_share"] == (None if row["rule"] == "rejection" else 1.0), row
     assert any(row["acceptance_length"]["value"] > 1 for row in results["summary"])  # something was accepted
     rejected = [record for record in results["records"] if record["rule"] == "rejection"]
@@ -116,10 +114,8 @@ def test_a_second_turn_follows_the_plain_answer(results, models):
 
 
 def test_identical_heads_gain_nothing_and_others_are_compared(results):
-    assert {(row["baseline"], row["candidate"]) for row in results["comparisons"]} == {
-        ("first", "copy"),
-        ("first", "other"),
-    }
+    pairs = {(row["baseline"], row["candidate"]) for row in results["comparisons"]}
+    assert pairs == {("first", "copy"), ("first", "other")}
     summary = {tuple(row[key] for key in (*VARIANT_KEYS, "category")): row for row in results["summary"]}
     for row in results["comparisons"]:
         below, above = (

@@ -97,9 +97,8 @@ def compile_kernel(kernel: Kernel, arch: int) -> Resources:
         file.flush()
         # as Triton calls it, but for its report
         command = [get_ptxas(arch).path, "-v", f"--gpu-name={sm_arch_from_capability(arch)}", file.name]
-        report = subprocess.run(
-            [*command, "-o", "/dev/null"], capture_output=True, text=True, check=True, timeout=120
-        ).stderr
+        command += ["-o", "/dev/null"]
+        report = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stderr
     used = re.search(r"Used (\d+) registers", report)
     assert used, report
     spilled = sum(int(size) for size in re.findall(r"(\d+) bytes spill", report))

@@ -147,11 +147,7 @@ def test_damaged_adapters_are_refused(tmp_path):
     weights.write_bytes(b"no tensors")
     with pytest.raises(UserError, match="not a whole safetensors file"):
         load_afa_adapter(Head(), tmp_path)
-    for change, word in (
-        ({"peft_type": "IA3"}, "IA3"),
-        ({"colour": 1}, "colour"),
-        ({"activation": "x"}, "'x'"),
-    ):
+    for change, word in (({"peft_type": "IA3"}, "IA3"), ({"colour": 1}, "colour"), ({"activation": "x"}, "'x'")):
         config.write_text(json.dumps(good | change))
         with pytest.raises(UserError, match=word):
             load_afa_adapter(Head(), tmp_path)

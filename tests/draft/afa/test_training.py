@@ -126,9 +126,8 @@ def test_the_best_checkpoint_is_loaded_only_at_beta_zero(tmp_path, greater_is_be
     model = adapted(decay_ratio=0.5)
     every_step = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
     best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss"}
-    trainer = make_trainer(
-        tmp_path, model, AnnealingCallback(), greater_is_better=greater_is_better, **every_step, **best
-    )
+    best |= {"greater_is_better": greater_is_better}
+    trainer = make_trainer(tmp_path, model, AnnealingCallback(), **every_step, **best)
     if not greater_is_better:  # the loss falls, so a late checkpoint is the best
         trainer.train()
         assert int(trainer.state.best_model_checkpoint.rpartition("-")[2]) >= 5

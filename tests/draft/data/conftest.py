@@ -1,7 +1,8 @@
-"""A float32 tiny target as a user has it: in a folder, and loaded from there."""
+"""A float32 tiny target as a user has it: in a folder, loaded from there, and served."""
 
 import pytest
 from conftest import save_tiny_target
+from written_data import served
 
 from draft.target import load_target
 
@@ -16,3 +17,9 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def target(folder):
     return load_target(str(folder), "float32")
+
+
+@pytest.fixture(scope="module")
+def server(target):
+    with served(target) as settings:
+        yield settings

@@ -3,11 +3,10 @@
 import random
 
 import pytest
-import torch
 from conftest import TEMPLATE, make_tiny_target
 
 from draft.data.dataset import Row, coverage, draft_vocabulary
-from draft.data.examples import batches, collate, encode_kept, first_prompt, next_prompt
+from draft.data.examples import batches, encode_kept, first_prompt, next_prompt
 from draft.errors import UserError
 from draft.target import Target
 
@@ -84,14 +83,6 @@ def test_batches_hold_every_row_once_within_the_budget():
     assert sum(len(r.ids) for r in rows) / sum(sizes) > 0.9  # little padding
     assert batches(rows, 1000, seed=1, epoch=0) == made
     assert batches(rows, 1000, seed=1, epoch=1) != made != batches(rows, 1000, seed=2, epoch=0)
-
-
-def test_collate_pads_on_the_right():
-    batch = collate([row([5, 6, 7], [False, True, True]), row([8], [True])])
-    assert batch.input_ids.tolist() == [[5, 6, 7], [8, 0, 0]]
-    assert batch.attention_mask.tolist() == [[1, 1, 1], [1, 0, 0]]
-    assert batch.loss_mask.tolist() == [[False, True, True], [True, False, False]]
-    assert batch.input_ids.dtype == torch.int64 and batch.to("cpu").loss_mask.dtype == torch.bool
 
 
 def test_the_vocabulary_holds_the_tokens_trained_on_most():

@@ -79,9 +79,6 @@ def test_devices(monkeypatch):
     assert _visible_devices("cuda:1") == {"CUDA_VISIBLE_DEVICES": "1"}
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
     assert _visible_devices("cuda:1") == {"CUDA_VISIBLE_DEVICES": "6"}
-    for dtype, device, words in (
-        ("auto", "meta", "--device meta is none that draft-serve"),
-        ("float8", "cpu", "float8"),
-    ):
+    for dtype, device, words in (("auto", "meta", "--device meta is none that"), ("float8", "cpu", "float8")):
         with pytest.raises(UserError, match=words):
             check_local(dtype, device)

@@ -12,7 +12,7 @@ import pytest
 from conftest import make_tiny_target, make_writing_target
 from rich.console import Console
 from trained_heads import responses_of
-from written_data import prepared, rows_of, served
+from written_data import prepared, rows_of
 
 import draft.data.dataset
 import draft.data.prompts
@@ -30,12 +30,6 @@ QUESTIONS = [f"Question number {number}?" for number in range(20)]
 @pytest.fixture(scope="module")
 def target():
     return make_writing_target()
-
-
-@pytest.fixture(scope="module")
-def server(target):
-    with served(target) as settings:
-        yield settings
 
 
 @pytest.fixture

@@ -19,12 +19,6 @@ SHAPE = {"max_new_tokens": 8, "progress": False, "held_out_share": 0.25, "max_le
 COMMAND = ["--max-new-tokens", "8", "--held-out-share", "0.25", "--max-length", "150"]
 
 
-@pytest.fixture(scope="module")
-def server(target):
-    with served(target) as settings:
-        yield settings
-
-
 @pytest.fixture
 def questions(tmp_path):
     """Some with two turns, one too long, one twice."""

@@ -117,9 +117,7 @@ def test_rows_that_either_head_was_trained_on_are_refused(tiny_target, tiny_head
     record = sorted(row_ids(rows[:3])) if listed else record_trained_rows(rows[:3], {})
     base = contender("base", tiny_head)
     trained = contender("new", tiny_head, trained_rows=record)
-    with pytest.raises(
-        UserError, match=f"3 of the {ROWS} domain rows .*the candidate was.* held-out split .* other prompts"
-    ):
+    with pytest.raises(UserError, match=f"3 of the {ROWS} domain .*the candidate was.* held-out .* other prompts"):
         compare(tiny_target, base, trained, rows[:ROWS], max_steps=1, deciding_length=1)
     with pytest.raises(UserError, match="3 of the 4 general rows"):
         compare(tiny_target, base, trained, rows[4:ROWS], rows[:4], max_steps=1, deciding_length=1)

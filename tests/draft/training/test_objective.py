@@ -85,7 +85,13 @@ def test_where_conversations_lie():
     assert batch.input_ids[1].tolist() == rows[2].ids + rows[3].ids
     plain = collate(rows)
     assert plain.places == ((0, 0, 4), (1, 0, 3), (2, 0, 5), (3, 0, 2)) and plain.position_ids is None
-    assert plain.attention_mask.tolist()[3] == [1, 1, 0, 0, 0]
+    assert plain.attention_mask.tolist()[3] == [1, 1, 0, 0, 0] and plain.input_ids[3].tolist() == [
+        *rows[3].ids,
+        0,
+        0,
+        0,
+    ]
+    assert plain.loss_mask[3].tolist() == [*rows[3].mask, False, False, False]
 
 
 def test_packed_batches_hold_every_row_once_and_waste_less():
@@ -231,7 +237,10 @@ def test_remembered_hidden_states_are_those_of_one_pass(tiny_target, layers):
     source.layers = layers
     first, features = source.get(alone, [5]), source.get(batch, [5, 8])
     assert asked == [5]
+    plain = FeatureSource(tiny_target)
+    plain.layers = layers
     kept, passed = batch.attention_mask.bool(), tiny_target.forward(batch.input_ids, layers=layers)
-    assert torch.equal(features.auxiliary[kept], passed.auxiliary[kept])
-    assert torch.equal(features.last_hidden[kept], passed.last_hidden[kept])
+    for got in (features, plain.get(batch, [5, 8])):
+        assert torch.equal(got.auxiliary[kept], passed.auxiliary[kept])
+        assert torch.equal(got.last_hidden[kept], passed.last_hidden[kept])
     assert all(torch.equal(getattr(first, name)[0], getattr(features, name)[0]) for name in ("auxiliary", "embeds"))

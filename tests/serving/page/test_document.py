@@ -53,9 +53,8 @@ def test_the_policy_allows_this_style_this_script_and_this_server(answer):
 
 def test_every_field_has_a_label(answer):
     ids = set(re.findall(r"<(?:input|textarea) id=\"(\w+)\"", answer.text))
-    assert ids == set(
-        ["prompt", "max_new_tokens", "temperature", "top_p", "top_k", "seed", "stop_strings", "num_tokens", "key"]
-    )
+    fields = ["prompt", "max_new_tokens", "temperature", "top_p", "top_k", "seed", "stop_strings", "num_tokens", "key"]
+    assert ids == set(fields)
     assert ids == set(re.findall(r"<label for=\"(\w+)\"", answer.text))
 
 
