@@ -9,7 +9,6 @@ import signal
 import sys
 import time
 import typing
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -44,13 +43,11 @@ Device = Annotated[str, typer.Option(help="Device of the target: auto, cpu, cuda
 def main() -> None:
     """Run a command; a user's mistake ends in one sentence and exit status 2."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    for noisy in ("httpx", "httpx2", "openai", "transformers", "accelerate"):
-        logging.getLogger(noisy).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module="accelerate|peft|torch")
-    from transformers.utils import logging as transformers_logging
+    for chatty in ("httpx", "httpx2", "openai", "accelerate"):  # they report each request; their warnings are shown
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+    from transformers.utils.logging import disable_progress_bar
 
-    transformers_logging.disable_progress_bar()  # its bars for loading weights would interleave with ours
-    transformers_logging.set_verbosity_error()
+    disable_progress_bar()  # its bars for loading weights would interleave with ours
     try:
         _run()
     except SystemExit as end:
@@ -147,13 +144,18 @@ def prepare(
     prompts: Annotated[
         list[str] | None,
         typer.Option(
-            help="JSONL, JSON, Parquet or CSV file, or hub data set; repeatable. None: the target writes them."
+            help="JSONL, JSON, Parquet or CSV file, or hub data set as owner/name, owner/name:split or "
+            "owner/name:configuration:split; repeatable. None: the target writes them."
         ),
     ] = None,
     more: Annotated[
         list[str] | None, typer.Argument(metavar="[FILE]...", help="Further files: --prompts A B.", show_default=False)
     ] = None,
     column: Annotated[str | None, typer.Option(help="Column that holds the prompt or conversation.")] = None,
+    chat_template: Annotated[
+        Path | None,
+        typer.Option(help="File of a Jinja chat template [default: the target's own].", show_default=False),
+    ] = None,
     shard: Shard = None,
     **flags: Any,
 ) -> None:
@@ -162,7 +164,7 @@ def prepare(
     from draft.data.generate import check_local
     from draft.data.prepare import parse_shard
     from draft.data.prepare import prepare as run
-    from draft.target import load_target
+    from draft.target import load_target, read_chat_template
     from draft.target.target import device_of_process
 
     if more and not prompts:
@@ -178,8 +180,11 @@ def prepare(
         server = LocalServer.checked({"dtype": dtype, "device": device, **_given(LocalServer, flags)})
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # as Ctrl-C: store, and end the server
     files = [*prompts, *(more or ())] if prompts else None
+    template = None if chat_template is None else read_chat_template(chat_template)
     try:
         identity = load_target(target, "bfloat16", "cpu", target_adapter)  # and tokenizer: the server computes
+        if template is not None:
+            identity.use_chat_template(template)
         dataset = run(identity, out, prompts=files, column=column, shard=part, server=server, **settings)
     except KeyboardInterrupt:
         console.print(f"Interrupted; the same command goes on with {out}.", soft_wrap=True)

@@ -38,6 +38,7 @@ ClientCertificate = Literal["none", "optional", "required"]
 # Options of the command: the models and how they draft,
 Target = Annotated[str, Option(help="Target: a hub id, a folder, a .gguf file, or smollm2 (bundled).")]
 TargetAdapter = Annotated[str | None, Option(help="Folder of a PEFT LoRA adapter, merged into the target.")]
+ChatTemplate = Annotated[Path | None, Option(help="File of a Jinja chat template. Default: the target's own.")]
 Head = Annotated[
     str | None, Option(help="Draft head: a folder, or smollm2-eagle3 (bundled). Default: none, plain decoding.")
 ]
@@ -62,6 +63,7 @@ Arithmetic = Annotated[
 Dtype = Annotated[str, Option(help="Format of the weights: auto, bfloat16, float16, float32 or float64.")]
 Threads = Annotated[int | None, Option(min=1, help="Number of CPU threads that compute.")]
 WarmUp = Annotated[bool, Option(help="Time steps before the first request.")]
+SelfCheck = Annotated[bool, Option(help="Check at the start that the target accepts the head's drafts.")]
 MaxBatch = Annotated[int, Option(min=1, help="Maximum number of requests decoded at once.")]
 MaxLength = Annotated[
     int | None, Option(min=2, help="Maximum number of tokens of prompt and answer. Default: the target's context.")
@@ -112,6 +114,7 @@ SslClients = Annotated[
 def serve(
     target: Target = "smollm2",
     target_adapter: TargetAdapter = None,
+    chat_template: ChatTemplate = None,
     head: Head = None,
     speculation: Drafting = "auto",
     speculation_length: DraftLength = 5,
@@ -122,6 +125,7 @@ def serve(
     dtype: Dtype = "auto",
     threads: Threads = None,
     warm_up: WarmUp = True,
+    self_check: SelfCheck = True,
     max_batch: MaxBatch = 16,
     max_length: MaxLength = None,
     max_waiting: MaxWaiting = 256,
@@ -155,15 +159,14 @@ def serve(
 
         log_as_json()
         limits = Limits(max_new_tokens_limit, max_body_bytes, request_seconds=request_timeout or None)
-        access: dict[str, Any] = dict(
-            api_key=api_key, cors_origins=cors_origin or (), strict_model_name=strict_model_name
-        )
-        app = create_app(None, head_name=head, limits=limits, metrics_prefix=metrics_prefix, **access)
+        access: Any = dict(api_key=api_key, strict_model_name=strict_model_name, metrics_prefix=metrics_prefix)
+        app = create_app(None, head_name=head, limits=limits, cors_origins=cors_origin or (), **access)
         drafts = dict(speculation=speculation, speculation_length=speculation_length, tree_size=tree_size, rule=rule)
         sizes = dict(max_batch=max_batch, max_length=max_length, prefill_chunk=prefill_chunk)
         queue = dict(max_waiting=max_waiting, max_waiting_tokens=max_waiting_tokens)
         options: dict[str, Any] = dict(mode=mode, arithmetic=arithmetic, threads=threads, **drafts, **sizes, **queue)
-        load = partial(load_engine, target, head, dtype, target_adapter=target_adapter, warm_up=warm_up, **options)
+        start: dict[str, Any] = dict(chat_template=chat_template, warm_up=warm_up, self_check=self_check)
+        load = partial(load_engine, target, head, dtype, target_adapter=target_adapter, **start, **options)
         models = f"{target} + {target_adapter}" if target_adapter else target
         models += f" with {head}, K = {speculation_length}, {rule}" if head else " without a draft head"
         serving = f"serving {models} on {listener.url('https' if tls else 'http')}"
@@ -176,7 +179,9 @@ def load_engine(
     dtype: str,
     *,
     target_adapter: str | None = None,
+    chat_template: Path | None = None,
     warm_up: bool,
+    self_check: bool = False,
     threads: int | None,
     **options: Any,
 ) -> Engine:
@@ -189,7 +194,7 @@ def load_engine(
     from transformers.utils.logging import disable_progress_bar
 
     from draft.heads.checkpoint import attach_head, load_head
-    from draft.target import load_target
+    from draft.target import load_target, read_chat_template
     from serving.engine import Engine
     from serving.engine.setup import decoding_dtype
 
@@ -197,7 +202,10 @@ def load_engine(
         torch.set_num_threads(threads)
     if not sys.stderr.isatty():
         disable_progress_bar()
+    template = None if chat_template is None else read_chat_template(chat_template)
     loaded = load_target(target, decoding_dtype(dtype, options["mode"]), adapter=target_adapter)
+    if template is not None:
+        loaded.use_chat_template(template)
     draft_head = None
     if head is not None:
         draft_head, about = load_head(head, dtype=loaded.dtype, device=loaded.device)
@@ -205,6 +213,8 @@ def load_engine(
     engine = Engine(loaded, draft_head, threads=threads, pack_in_place=True, **options)
     if warm_up:
         engine.warm_up()
+    if self_check:
+        engine.self_check()
     return engine
 
 

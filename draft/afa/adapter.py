@@ -9,11 +9,12 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.tuners import lora
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import AuxiliaryTrainingWrapper
+from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 from transformers import TrainerCallback
 
 from draft.afa.layer import (
+    FLOAT_DTYPES,
     AfaLoraConfig,
     AfaVariant,
     active_present,
@@ -67,6 +68,8 @@ def merge_adapter(model: nn.Module) -> nn.Module:
     Returns the module that the adapter was put on, changed in place: plain nn.Linear layers, the parameter
     names it had before, still frozen. W + scaling * B A is computed in float64 and rounded once to W's dtype.
 
+    Modules that were trained as a whole (`modules_to_save`) take the place of those that they were copied from.
+
     Raises UserError, before anything is changed, while an adapter's beta is above 0 (naming the step where it
     is 0), and for layers that hold anything but LoRA on a plain nn.Linear.
     """
@@ -84,6 +87,11 @@ def merge_adapter(model: nn.Module) -> nn.Module:
         linear.weight = nn.Parameter(weight.to(linear.weight), requires_grad=linear.weight.requires_grad)
         parent, _, child = name.rpartition(".")
         setattr(base.get_submodule(parent), child, linear)
+    for name, wrapper in [item for item in base.named_modules() if isinstance(item[1], ModulesToSaveWrapper)]:
+        trained = [wrapper.modules_to_save[name] for name in wrapper.active_adapters if name in wrapper.modules_to_save]
+        kept = (trained or [wrapper.original_module])[0]
+        parent, _, child = name.rpartition(".")
+        setattr(base.get_submodule(parent), child, kept.requires_grad_(False))
     if hasattr(base, "peft_config"):
         del base.peft_config  # PEFT's mark on a module that has adapters
     return base
@@ -92,8 +100,10 @@ def merge_adapter(model: nn.Module) -> nn.Module:
 def _check_mergeable(base: nn.Module, layers: dict[str, BaseTunerLayer]) -> None:
     """Refuse all but LoRA over a plain, untied nn.Linear, with adapters that are matrices."""
     for name, module in base.named_modules():
-        if isinstance(module, AuxiliaryTrainingWrapper):
-            raise UserError(f"{name!r} was trained as a whole (modules_to_save): use PEFT's merge_and_unload")
+        if isinstance(module, AuxiliaryTrainingWrapper) and not isinstance(module, ModulesToSaveWrapper):
+            raise UserError(f"some tokens of {name!r} were trained (trainable_token_indices): merge it with PEFT")
+        if isinstance(module, ModulesToSaveWrapper) and not all(p.isfinite().all() for p in module.parameters()):
+            raise UserError(f"{name!r}, trained as a whole, holds NaN or infinity: train it with a lower rate")
     names_of: dict[int, list[str]] = {}
     for name, parameter in base.named_parameters(remove_duplicate=False):
         names_of.setdefault(id(parameter), []).append(name)
@@ -137,6 +147,9 @@ def load_afa_adapter(
         raise UserError(f"{folder} was written by another version ({error}): save it again with this one") from error
     config.inference_mode = not is_trainable
     tensors = read_tensors(folder / "adapter_model.safetensors")
+    for key, value in tensors.items():
+        if value.dtype not in FLOAT_DTYPES:
+            raise UserError(f"the adapter in {folder} has {key} of {value.dtype}, no plain float: save it again")
     peft_model = add_adapter(model, config, adapter_name)
     try:
         result: Any = set_peft_model_state_dict(peft_model, tensors, adapter_name=adapter_name)

@@ -1,7 +1,7 @@
 """A prepared data set on disk: two Parquet files, a manifest, and, while it is being written, what is done so far.
 
 manifest.json       written last: a folder without it is unfinished
-train.parquet       one row a conversation, see `Row`
+train.parquet       one row a conversation, or an answer with a prompt of its own, see `Row`
 held-out.parquet    the same; no prompt of it is in train.parquet
 tokenizer/          the target's, so that the rows can be read without loading the target
 plan.json           the resolved arguments, while it is unfinished and afterwards
@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from torch import Tensor
@@ -48,6 +49,7 @@ _SCHEMA = pa.schema(
         "retokenised": pa.bool_(),
     }
 )
+_NEEDED = ("id", "input_ids", "loss_mask", "prompt_length")
 _MANIFEST: dict[str, type] = {  # what others rely on
     "target": str,
     "target_fingerprint": str,
@@ -72,12 +74,12 @@ class Response:
 
 @dataclass(frozen=True)
 class Row:
-    """One conversation."""
+    """One conversation, or one answer of it where the template renders its prompt anew; such rows share the id."""
 
     id: str  # hash of the tokens before the first response: the same prompt has the same id in every data set
-    ids: list[int]  # the whole conversation
+    ids: list[int]  # the conversation, up to the last answer of the row
     mask: list[bool]  # the tokens to train on: the assistant's, end-of-turn token included
-    prompt_length: int  # tokens before the first response
+    prompt_length: int  # tokens before the first response of the row
     temperature: float | None  # how the target wrote it (0: greedily); None: not written by the target
     top_p: float | None
     source: str  # the file it came from, or "self-prompted"
@@ -163,10 +165,16 @@ class Dataset:
             raise UserError(f"split {split!r} is unknown; choose one of {', '.join(SPLITS)}.")
         path = self.folder / f"{split}.parquet"
         try:
-            columns = pq.read_table(path, schema=_SCHEMA).to_pydict()
-        except (OSError, pa.ArrowException) as error:
-            raise UserError(f"{str(path)!r} is not a whole Parquet file ({error}); prepare the data again.") from error
+            table = pq.read_table(path, schema=_SCHEMA)
+            columns = table.to_pydict()
+        except (OSError, pa.ArrowException, ValueError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"{str(path)!r} is not a whole Parquet file ({reason}); prepare the data again.") from error
+        if table.num_rows and not _whole(table, self.manifest.get("vocab_size")):
+            raise UserError(f"{str(path)!r} has rows that no data set has; prepare the data again.")
         columns["ids"], columns["mask"] = columns.pop("input_ids"), columns.pop("loss_mask")
+        columns["source"] = [source or "" for source in columns["source"]]
+        columns["split"] = [split] * len(columns["ids"])
         columns["retokenised"] = [bool(value) for value in columns["retokenised"]]  # older files have no such column
         return [Row(**dict(zip(columns, values, strict=True))) for values in zip(*columns.values(), strict=True)]
 
@@ -180,6 +188,24 @@ class Dataset:
                 f"data set {str(self.folder)!r} was prepared for target {made_for} with fingerprint "
                 f"{ours}, and target {target.title} has {theirs}; prepare data with this target, or use that one."
             )
+
+
+def _whole(table: pa.Table, vocab_size: Any) -> bool:
+    """True where every row has an id, tokens of the vocabulary, as many mask values, and a prompt inside of them."""
+    ids, mask = pc.list_flatten(table["input_ids"]), pc.list_flatten(table["loss_mask"])
+    if any(column.null_count for column in (*(table[name] for name in _NEEDED), ids, mask)):
+        return False
+    sizes, lengths = pc.list_value_length(table["input_ids"]), table["prompt_length"]
+    tokens, prompts = pc.min_max(ids).as_py(), pc.min_max(lengths).as_py()
+    return bool(
+        pc.min(sizes).as_py() > 0
+        and pc.all(pc.equal(sizes, pc.list_value_length(table["loss_mask"]))).as_py()
+        and tokens["min"] >= 0
+        and (type(vocab_size) is not int or tokens["max"] < vocab_size)
+        and prompts["min"] >= 0
+        and pc.all(pc.less_equal(lengths, sizes)).as_py()
+        and all(value is None or value >= 0 for value in table["temperature"].unique().to_pylist())
+    )
 
 
 def open_dataset(folder: str | Path) -> Dataset:
@@ -273,6 +299,7 @@ class Plan:
                 raise UserError(f"{str(self.folder)!r} exists and is no data set; choose another --out, or delete it.")
             write_json(path, self.arguments, replace=False)
         before = read_json(path)
+        self.arguments["rendering_time"] = before.get("rendering_time")  # what goes on renders as it began
         for name in sorted({*before, *self.arguments}):
             old, new = before.get(name), self.arguments.get(name)
             if old != new:

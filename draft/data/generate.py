@@ -23,8 +23,10 @@ from urllib.parse import urlsplit
 from anyio.from_thread import start_blocking_portal
 from openai import APIConnectionError, APIStatusError, AsyncOpenAI, DefaultAsyncHttpxClient, Omit, Timeout
 
+from draft.data.conversations import tool_calls
 from draft.data.dataset import Response, hashed
-from draft.data.examples import Message, end_of_turn, tokenise
+from draft.data.examples import Message, check_ids, continuation, end_of_turn, prompt_ids, render
+from draft.data.records import BadRow
 from draft.data.settings import EndpointSettings, LocalServer
 from draft.errors import UserError
 from draft.launcher import draft_serve
@@ -44,6 +46,7 @@ _REFUSALS = frozenset({400, 413, 422})  # of one row, for what is in it
 _NO_MODEL = re.compile(r"model.*(does not exist|not[ _]found|unknown)|(no such|unknown) model", re.IGNORECASE)
 # servers take defaults from the model's generation_config.json; rows must come from the target's own distribution
 _NEUTRAL = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
+_THINK, _THOUGHT = "<think>", "</think>"
 _IDS = {"return_token_ids": True}
 
 
@@ -62,6 +65,7 @@ class Question:
     limit: int  # most tokens of the response
     temperature: float
     top_p: float = 1.0
+    tools: Sequence[dict[str, Any]] = ()  # that the messages may use
     later: bool = False  # whether `messages` hold the target's own answers, which the user has not written
 
 
@@ -78,9 +82,24 @@ class _Dialect:
         return self.path == "completions" and bool(self.more)
 
     def body(self, question: Question) -> dict[str, Any]:
-        content = {"prompt": question.prompt} if self.path == "completions" else {"messages": question.messages}
+        content: dict[str, Any] = {"prompt": question.prompt}
+        if self.path != "completions":
+            content = {"messages": [_as_sent(message) for message in question.messages]}
+            content |= {"tools": list(question.tools)} if question.tools else {}
         numbers = {self.limit: question.limit, "temperature": question.temperature, "top_p": question.top_p}
         return content | numbers | self.more
+
+
+def _as_sent(message: Message) -> Message:
+    """The message as OpenAI's API has it: templates read the arguments of calls as objects, it has them as JSON."""
+    if not message.get("tool_calls"):
+        return message
+    calls = [(call, call["function"]) for call in message["tool_calls"]]
+    written = [(value if isinstance(value := each["arguments"], str) else json.dumps(value)) for _, each in calls]
+    sent = [
+        {**call, "function": {**each, "arguments": text}} for (call, each), text in zip(calls, written, strict=True)
+    ]
+    return {**message, "tool_calls": sent}
 
 
 # the first that a server accepts is used for all rows
@@ -178,8 +197,8 @@ class Endpoint:
         return str(names[0])
 
     async def _find_dialect(self) -> _Dialect:
-        prompt = self.target.encode_chat([{"role": "user", "content": "Hi"}], add_generation_prompt=True)
-        question = Question("a first request", "", prompt, [{"role": "user", "content": "Hi"}], 1, 0.0)
+        messages = [{"role": "user", "content": "Hi"}]
+        question = Question("a first request", "", prompt_ids(self.target, messages), messages, 1, 0.0)
         refusal = ""
 
         async def accepted(dialect: _Dialect, retries: int | None) -> bool | None:
@@ -244,9 +263,47 @@ class Endpoint:
                 )
             whole = ids[-1] in self.target.eos_token_ids or not ended
             return Response(ids if whole else [*ids, self._end], retokenised=not whole)
-        text = choice.get("text") if "text" in choice else (choice.get("message") or {}).get("content")
-        ids = tokenise(self.target, text)[: question.limit] if isinstance(text, str) and text else []
+        message = choice["message"] if isinstance(choice.get("message"), dict) else {}
+        text = choice.get("text") if "text" in choice else message.get("content")
+        thought, calls = message.get("reasoning_content") or message.get("reasoning"), message.get("tool_calls")
+        if not (isinstance(text, str) and text.strip()) and not calls:
+            return Response([], retokenised=True)  # no answer, or one that the limit cut off while it was thought about
+        ended = ended or choice.get("finish_reason") == "tool_calls"
+        if thought or calls:
+            text = self._as_the_template_writes(question, {"content": text or "", "tool_calls": calls}, thought)
+        before = self.target.tokenizer.decode(question.prompt)
+        if question.messages:
+            before = render(self.target, question.messages, add_generation_prompt=True, tools=question.tools)
+        ids = continuation(self.target, before, str(text))
+        if thought or calls:
+            ids = ids[: next((place for place, id in enumerate(ids) if id in self.target.eos_token_ids), len(ids))]
+        ids = ids[: question.limit]
+        try:
+            check_ids(self.target, ids)
+        except BadRow as error:
+            raise EndpointError(f"{question.where}: {self._title} answers with a text that has a {error}") from error
         return Response([*ids, self._end] if ended else ids, retokenised=True)
+
+    def _as_the_template_writes(self, question: Question, message: dict[str, Any], thought: Any) -> str:
+        """The answer as one text, where the server took it apart into thoughts, calls and text."""
+        answer: Message = {"role": "assistant", "content": message["content"]}
+        if calls := message["tool_calls"]:
+            answer["tool_calls"] = tool_calls(calls, question.where)
+        if isinstance(thought, str) and thought.strip():
+            answer["reasoning_content"] = thought
+        before = render(self.target, question.messages, add_generation_prompt=True, tools=question.tools)
+        messages = [*question.messages, answer]
+        after = render(self.target, messages, add_generation_prompt=False, tools=question.tools)
+        thinks = "reasoning_content" in answer
+        if after.startswith(before) and (not thinks or answer["reasoning_content"].strip() in after[len(before) :]):
+            return after[len(before) :]
+        if thinks and not calls and before.rstrip().endswith(_THINK):  # the prompt has opened the thoughts
+            return f"{thought.rstrip()}\n{_THOUGHT}\n\n{answer['content'].lstrip()}"
+        raise EndpointError(
+            f"{question.where}: {self._title} takes thoughts or calls out of the answer, and the chat template does "
+            "not put them back; start the server without a parser of them, or give a template that renders them "
+            "with --chat-template."
+        )
 
     async def _ask(self, dialect: _Dialect, question: Question, retries: int | None) -> dict[str, Any]:
         """The server's first choice, with the ids of the prompt that it read, or None for them."""

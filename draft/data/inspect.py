@@ -43,7 +43,7 @@ def inspect(folder: str | Path, *, examples: int = 3, console: Console | None = 
     console.print(table)
     shown = [row for split in SPLITS for row in rows[split]][:examples]
     if (dataset.folder / "tokenizer").is_dir():
-        tokenizer = AutoTokenizer.from_pretrained(dataset.folder / "tokenizer")
+        tokenizer = AutoTokenizer.from_pretrained(dataset.folder / "tokenizer", trust_remote_code=False)
     else:  # a data set that ships without one
         tokenizer = load_target(manifest["target"]).tokenizer
     for row in shown:

@@ -9,12 +9,14 @@ import os
 import random
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from datetime import datetime
 from functools import cached_property
+from itertools import repeat
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from filelock import FileLock, Timeout
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn
@@ -35,18 +37,29 @@ from draft.data.dataset import (
     split_counts,
     write_dataset,
 )
-from draft.data.examples import first_prompt, next_prompt, up_to_user_turn
+from draft.data.examples import (
+    SENTINEL,
+    answer_places,
+    next_prompt,
+    prompt_id,
+    prompt_ids,
+    render,
+    up_to_answer,
+)
 from draft.data.generate import Endpoint, EndpointError, Question, started
-from draft.data.prompts import SELF_PROMPTED, Prompt, kept_row, load_prompts, self_prompts
+from draft.data.prompts import SELF_PROMPTED, Prompt, kept_rows, load_prompts, self_prompts
+from draft.data.records import BadRow
 from draft.data.settings import EndpointSettings, LocalServer, Settings
 from draft.errors import UserError, plain_console
 from draft.files import read_json, write_json
 from draft.launcher import ServerEnded
 from draft.target import Target
+from draft.target.hidden_states import check_hidden_states
 
 log = logging.getLogger(__name__)
 
 _SELF_PROMPTS = 500  # when the user does not say how many
+_Used = TypeVar("_Used")
 _TOO_MANY = 8  # conversations refused by an endpoint, and none answered
 
 
@@ -86,23 +99,12 @@ def prepare(
             "max_length": min(chosen.max_length, target.max_length),
         }
     )
-    given = _given_prompts([str(source) for source in prompts], column, chosen) if prompts else None
+    skipped: Counter[str] = Counter()
+    given = _given_prompts([str(source) for source in prompts], column, chosen, skipped) if prompts else None
     folder = Path(out)
-    messages = [
-        (prompt.messages, prompt.text, prompt.row and (prompt.row.ids, prompt.row.mask)) for prompt in given or ()
-    ]
-    answered_by = None
-    if isinstance(server, EndpointSettings):  # an address may change between two calls; the model that answers may not
-        answered_by = server.endpoint_model or "the endpoint's model"
-    arguments = {  # that a repeated call must agree on, conversations included: a file may have changed since
-        "target_fingerprint": target.fingerprint,
-        "prompts": [Path(source).name for source in prompts or ()],
-        "prompts_hash": hashlib.sha256(json.dumps(messages).encode()).hexdigest()[:16] if given else None,
-        **chosen.model_dump(),
-        "answered_by": answered_by,
-        "shards": shard and shard.count,
-    }
-    plan = Plan(folder, arguments)
+    plan = Plan(folder, _arguments(target, prompts or (), given, chosen, shard, server))
+    if not plan.finished:
+        check_hidden_states(target)  # which the heads trained on this data will read
     plan.begin()
     if plan.finished:
         if progress:
@@ -110,8 +112,37 @@ def prepare(
         return open_dataset(folder)
     busy = f"{str(folder)!r} is being written by another process with {f'--shard {shard}' if shard else 'this --out'}"
     with ExitStack() as closing, _locked(folder, shard.name if shard else "whole", f"{busy}; let it finish."):
-        writer = Writer(target, chosen, plan, given, server, progress, closing)
+        if began := plan.arguments["rendering_time"]:  # a run that goes on renders as it began
+            closing.callback(setattr, target, "rendering_time", target.rendering_time)
+            target.rendering_time = datetime.fromisoformat(began)
+        writer = Writer(target, chosen, plan, given, server, progress, closing, skipped)
         return writer.all() if shard is None else writer.part(shard)
+
+
+def _arguments(
+    target: Target,
+    prompts: Sequence[str | Path],
+    given: list[Prompt] | None,
+    settings: Settings,
+    shard: Shard | None,
+    server: EndpointSettings | LocalServer,
+) -> dict[str, Any]:
+    """What a repeated call must agree on, conversations included: a file may have changed since."""
+    messages = [_content(prompt, prompt.row and (prompt.row.ids, prompt.row.mask)) for prompt in given or ()]
+    answered_by = None
+    if isinstance(server, EndpointSettings):  # an address may change between two calls; the model that answers may not
+        answered_by = server.endpoint_model or "the endpoint's model"
+    return {
+        "target_fingerprint": target.fingerprint,
+        "prompts": [Path(source).name for source in prompts],
+        "prompts_hash": hashlib.sha256(json.dumps(messages).encode()).hexdigest()[:16] if given else None,
+        **settings.model_dump(),
+        "skip_invalid": settings.skip_invalid or None,
+        "answered_by": answered_by,
+        "shards": shard and shard.count,
+        "chat_template": target.template_hash if target.chat_template else None,
+        "rendering_time": datetime.now().isoformat(timespec="minutes") if target.reads_clock else None,
+    }
 
 
 def _check_kept(settings: Settings, given: bool, shared: bool) -> None:
@@ -129,13 +160,26 @@ def _check_kept(settings: Settings, given: bool, shared: bool) -> None:
             )
 
 
-def _given_prompts(sources: list[str], column: str | None, settings: Settings) -> list[Prompt]:
-    keep = settings.keep_responses
-    prompts = [prompt for source in sources for prompt in load_prompts(source, column=column, keep_responses=keep)]
+def _given_prompts(sources: list[str], column: str | None, settings: Settings, skipped: Counter[str]) -> list[Prompt]:
+    """The conversations in the files, or a random sample of them; skipped: counts rows left out by reason."""
+    counter = skipped if settings.skip_invalid else None
+    options: dict[str, Any] = {"column": column, "keep_responses": settings.keep_responses, "skipped": counter}
+    prompts = [prompt for source in sources for prompt in load_prompts(source, **options)]
+    if not prompts:
+        raise UserError(f"no row of {', '.join(sources)} can be used ({_listed(skipped)}); mend the data.")
     if settings.num_prompts is None or settings.num_prompts >= len(prompts):
         return prompts
     chosen = random.Random(hashed(settings.seed, "sample")).sample(range(len(prompts)), settings.num_prompts)
     return [prompts[index] for index in sorted(chosen)]
+
+
+def _listed(skipped: Counter[str]) -> str:
+    return ", ".join(f"{reason}: {count}" for reason, count in skipped.most_common())
+
+
+def _content(prompt: Prompt, tokens: Any) -> tuple[Any, ...]:
+    """Return what tells a prompt from others."""
+    return (prompt.messages, prompt.text, tokens, *([prompt.tools] if prompt.tools else []))
 
 
 def parse_shard(text: str | None) -> Shard | None:
@@ -183,6 +227,7 @@ class Writer:
     server: EndpointSettings | LocalServer
     show: bool  # a progress bar
     closing: ExitStack
+    skipped: Counter[str] = field(default_factory=Counter)  # rows that cannot be used, by reason
     shard: Shard | None = None  # whose conversations are answered; None: all
     counts: Counter[str] = field(default_factory=Counter)
 
@@ -207,6 +252,8 @@ class Writer:
                 self.plan.abandon()
             raise
         self.target.tokenizer.save_pretrained(self.plan.folder / "tokenizer")
+        if self.skipped:
+            log.warning("rows left out: %d (%s)", self.skipped.total(), _listed(self.skipped))
         dataset = write_dataset(self.plan.folder, rows, self._manifest(rows))
         shutil.rmtree(self.parts.folder, ignore_errors=True)
         return dataset
@@ -214,7 +261,7 @@ class Writer:
     def part(self, shard: Shard) -> Dataset | None:
         """Answer the conversations of one shard; whoever finds all shards done puts them together."""
         folder = self.plan.folder
-        whole = replace(self, counts=Counter())
+        whole = replace(self, counts=Counter(), skipped=self.skipped.copy())
         self.shard = shard
         self._answered(self._prompts())
         (folder / "parts" / f"{shard.name}.done").touch()
@@ -227,18 +274,23 @@ class Writer:
         """The rows of all conversations that are not too long; splits are not assigned yet."""
         prompts, longest = self._prompts(), self.settings.max_length
         if self.settings.keep_responses:
-            rows = [kept_row(self.target, prompt) for prompt in prompts]
+            rows = [
+                row for prompt in prompts for row in self._usable(prompt, lambda p: kept_rows(self.target, p)) or ()
+            ]
         else:
             rows = self._answered(prompts)
         self.counts["without_response"] = sum(not any(row.mask) for row in rows)
         rows = [row for row in rows if any(row.mask)]
         self.counts["too_long"] += sum(len(row.ids) > longest for row in rows)
         rows = [row for row in rows if len(row.ids) <= longest]
+        if self.skipped:
+            self.counts["skipped_rows"] = self.skipped.total()
         if not rows:
             counts = ", ".join(f"{name} {count}" for name, count in self.counts.items())
-            raise UserError(
-                f"no conversation is left ({counts}); raise --max-length, now {longest}, or give other prompts."
-            )
+            limits = f"--max-length, now {longest}"
+            if self.counts["empty_answers"]:  # cut off while the target was thinking, maybe
+                limits += f", or --max-new-tokens, now {self.settings.max_new_tokens}"
+            raise UserError(f"no conversation is left ({counts}); raise {limits}, or give other prompts.")
         return rows
 
     def _prompts(self) -> list[Prompt]:
@@ -256,75 +308,149 @@ class Writer:
             self.counts["self_prompts_refused"] = int(stored["refused"])
             messages = ([{"role": "user", "content": text}] for text in stored["prompts"])
             prompts = [Prompt(SELF_PROMPTED, messages=each) for each in messages]
+        self._note_tools(prompts)
         different = {
-            json.dumps((prompt.messages, prompt.text, prompt.row and prompt.row.ids)): prompt
-            for prompt in reversed(prompts)
+            json.dumps(_content(prompt, prompt.row and prompt.row.ids)): prompt for prompt in reversed(prompts)
         }
         self.counts["conversations"] = len(prompts)
         self.counts["duplicates"] = len(prompts) - len(different)
         return list(reversed(different.values()))
 
+    def _note_tools(self, prompts: list[Prompt]) -> None:
+        """Log once that the template leaves out tools or calls: a server of the target leaves them out as well."""
+        for prompt in prompts:
+            bare = [{key: value for key, value in m.items() if key != "tool_calls"} for m in prompt.messages]
+            if not prompt.tools and bare == prompt.messages:
+                continue
+            with suppress(BadRow):  # which is told where the row is used
+                if render(self.target, bare, add_generation_prompt=True) == render(
+                    self.target, prompt.messages, add_generation_prompt=True, tools=prompt.tools
+                ):
+                    log.warning(
+                        "%s: the target's chat template leaves out tools and their calls; give one that has them with "
+                        "--chat-template, or let them be left out as its servers do",
+                        prompt.where or prompt.source,
+                    )
+            return
+
     def _answered(self, prompts: list[Prompt]) -> list[Row]:
         """Let the target answer every user turn, one turn of all conversations after the other."""
         longest = self.settings.max_length
         rows = self._unanswered(prompts)
-        turns = {index: sum(message["role"] == "user" for message in prompts[index].messages) for index in rows}
+        turns = {index: len(answer_places(prompts[index].messages)) for index in rows}
         answers: dict[int, list[str]] = {index: [] for index in rows}
+        finished: list[tuple[int, Row]] = []
         for turn in range(max(turns.values(), default=0)):
-            contexts = {index: rows[index].ids for index in rows if turns[index] > turn}
+            asked = {index: rows[index] for index in rows if turns[index] > turn}
             if turn:
-                contexts = {
-                    index: next_prompt(self.target, ids, prompts[index].messages, turn)
-                    for index, ids in contexts.items()
-                }
-            rows = self._without_long(rows, {index for index, ids in contexts.items() if len(ids) >= longest})
+                asked = self._asked_next(asked, prompts, turn, turns, answers)
+            long = {index for index, row in asked.items() if len(row.ids) >= longest}
+            rows = self._without_long(rows, long)
             questions = {
                 index: Question(
                     where=prompts[index].where or "a prompt of the target's own",
                     key=f"responses-{turn}:{index}",
-                    prompt=ids,
-                    messages=up_to_user_turn(prompts[index].messages, turn, answers[index]),
-                    limit=min(self.settings.max_new_tokens, longest - len(ids)),
-                    temperature=float(rows[index].temperature or 0),
+                    prompt=row.ids,
+                    messages=up_to_answer(prompts[index].messages, turn, answers[index]),
+                    limit=min(self.settings.max_new_tokens, longest - len(row.ids)),
+                    temperature=float(row.temperature or 0),
                     later=turn > 0,
+                    tools=prompts[index].tools,
                 )
-                for index, ids in contexts.items()
+                for index, row in asked.items()
                 if index in rows
             }
             responses = self._write(f"responses-{turn}", questions)
-            refused = questions.keys() - responses.keys()
-            if refused:
-                if not responses and len(refused) >= _TOO_MANY:  # so that the fault is not in their contents
-                    raise UserError(
-                        f"the endpoint refuses turn {turn + 1} of all {len(refused)} conversations that have one; see "
-                        "the warnings above, and give another --endpoint, or prompts of fewer turns."
-                    )
-                log.warning("the endpoint refused turn %d of %d conversations", turn + 1, len(refused))
-                self.counts["cut_short"] += len(refused)
-                turns |= dict.fromkeys(refused, turn)  # those conversations end before it: they are whole until then
+            self._end_before(turn, turns, questions.keys() - responses.keys(), answered=bool(responses))
             cut = set()  # those whose response only the longest length of a conversation ended
             for index, response in responses.items():
+                if not response.ids:
+                    self.counts["empty_answers"] += 1
+                    turns[index] = turn
+                    continue
+                if not any(asked[index].mask) and turn:  # rendered anew
+                    finished.append((index, rows[index]))
                 answers[index].append(self.target.decode(response.ids))
-                rows[index] = rows[index].continued(contexts[index], response)
-                ended = not response.ids or response.ids[-1] in self.target.eos_token_ids
+                rows[index] = asked[index].continued(asked[index].ids, response)
+                ended = response.ids[-1] in self.target.eos_token_ids
                 if not ended and len(response.ids) < self.settings.max_new_tokens and len(rows[index].ids) >= longest:
                     cut.add(index)
             rows = self._without_long(rows, cut)
-        return list(rows.values())
+        rows = {index: row for index, row in rows.items() if turns[index]}
+        return [row for _, row in sorted([*finished, *rows.items()], key=lambda pair: pair[0])]
+
+    def _asked_next(
+        self,
+        rows: dict[int, Row],
+        prompts: list[Prompt],
+        turn: int,
+        turns: dict[int, int],
+        answers: dict[int, list[str]],
+    ) -> dict[int, Row]:
+        """The rows up to where the target gives its answer `turn`; without a mask those that are rendered anew."""
+        asked = {}
+        for index, row in rows.items():
+            prompt = prompts[index]
+            try:
+                ids = next_prompt(self.target, row.ids, prompt.messages, turn, answers[index], prompt.tools)
+                if ids is not None:
+                    asked[index] = row.continued(ids, Response([]))
+                    continue
+                ids = prompt_ids(self.target, prompt.messages, turn, answers[index], prompt.tools)
+            except BadRow as error:  # because of what the target wrote: the others' turns have been judged before
+                log.warning("%s: %s The conversation ends before it.", prompt.where, error)
+                turns[index] = turn
+                self.counts["cut_short"] += 1
+                continue
+            mask = [False] * len(ids)
+            asked[index] = replace(row, ids=ids, mask=mask, prompt_length=len(ids), retokenised=False)
+        return asked
+
+    def _end_before(self, turn: int, turns: dict[int, int], refused: set[int], *, answered: bool) -> None:
+        """End the conversations whose turn the server refuses before it, in `turns`: they are whole until then."""
+        if not refused:
+            return
+        if not answered and len(refused) >= _TOO_MANY:  # so that the fault is not in their contents
+            raise UserError(
+                f"the endpoint refuses turn {turn + 1} of all {len(refused)} conversations that have one; see "
+                "the warnings above, and give another --endpoint, or prompts of fewer turns."
+            )
+        log.warning("the endpoint refused turn %d of %d conversations", turn + 1, len(refused))
+        self.counts["cut_short"] += len(refused)
+        turns |= dict.fromkeys(refused, turn)
 
     def _unanswered(self, prompts: list[Prompt]) -> dict[int, Row]:
         """Rows that end with the first user turn, with the temperature of the answers; of this shard only."""
         rows: dict[int, Row] = {}
         for index, prompt in enumerate(prompts):
-            try:
-                ids = first_prompt(self.target, prompt.messages)
-            except UserError as error:
-                raise UserError(f"{prompt.where}: {error}") from error
-            rows[index] = Row(conversation_id(ids), ids, [False] * len(ids), len(ids), 0.0, 1.0, prompt.source)
+            ids = self._usable(prompt, self._first_prompt)
+            if ids is None:
+                continue
+            id = conversation_id(ids)
+            if self.target.reads_clock:
+                id = prompt_id(self.target, prompt.messages, prompt.tools)
+            rows[index] = Row(id, ids, [False] * len(ids), len(ids), 0.0, 1.0, prompt.source)
         by_hash = sorted(rows, key=lambda index: hashed(self.settings.seed, "mix", rows[index].id, index))
         for index in by_hash[round(self.settings.greedy_share * len(rows)) :]:
             rows[index] = replace(rows[index], temperature=1.0)
         return {index: row for index, row in rows.items() if self.shard is None or self.shard.holds(index)}
+
+    def _first_prompt(self, prompt: Prompt) -> list[int]:
+        """What the target reads first, once all turns are known to be such that it can read them."""
+        last = len(answer_places(prompt.messages)) - 1
+        if last > 0:
+            prompt_ids(self.target, prompt.messages, last, repeat(SENTINEL), prompt.tools)
+        return prompt_ids(self.target, prompt.messages, tools=prompt.tools)
+
+    def _usable(self, prompt: Prompt, use: Callable[[Prompt], _Used]) -> _Used | None:
+        """Return what `use` makes of the prompt; None, and a count, for one that it refuses and that may be skipped."""
+        try:
+            return use(prompt)
+        except BadRow as error:
+            if not self.settings.skip_invalid:
+                raise error.at(prompt.where or "a prompt of the target's own") from error
+            self.skipped[error.reason] += 1
+            return None
 
     def _without_long(self, rows: dict[int, Row], long: set[int]) -> dict[int, Row]:
         self.counts["too_long"] += len(long)
@@ -374,6 +500,8 @@ class Writer:
             "max_length": settings.max_length,
             "held_out_share": settings.held_out_share,
             "counts": {**self.counts, **split_counts(rows)},
+            **({"skipped": dict(self.skipped)} if self.skipped else {}),
+            **({"rendering_time": time} if (time := self.plan.arguments["rendering_time"]) else {}),
         }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from collections import Counter
@@ -12,10 +11,20 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from draft.data.conversations import COLUMNS, CONVERSATIONS, RESPONSES, Layout, Record, _text
 from draft.data.dataset import Response, Row, conversation_id
-from draft.data.examples import SENTINEL, Message, encode_kept, render, tokenise
+from draft.data.examples import (
+    SENTINEL,
+    Message,
+    check_ids,
+    encode_kept,
+    encode_text,
+    prompt_id,
+    render,
+    tokenise,
+)
 from draft.data.generate import Question
-from draft.data.records import records
+from draft.data.records import BadRow, records
 from draft.errors import UserError
 from draft.target import Target
 
@@ -25,21 +34,7 @@ SELF_PROMPTED = "self-prompted"
 _SELF_PROMPT_TOKENS = 80
 _SELF_PROMPT_TOP_P = 0.95  # the tail of a prompt's distribution is noise; responses are never cut
 _SELF_PROMPT_ROUNDS = 10
-_COLUMNS = ("messages", "conversations", "conversation", "turns", "prompt", "question", "instruction", "text")
-_CONVERSATIONS = _COLUMNS[:4]  # hold lists of turns
-_RESPONSES = ("response", "answer", "output", "completion", "code")
 _TOKEN_COLUMNS = (("prompt_ids", "response_ids"), ("input_ids", "loss_mask"))
-_ROLES = {
-    "system": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "model": "assistant",
-}
-
-Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -49,138 +44,96 @@ class Prompt:
     source: str
     where: str = ""  # file and line, for messages to the user
     messages: list[Message] = field(default_factory=list)
+    tools: list[dict[str, Any]] = field(default_factory=list)
     text: str = ""  # ordinary text without turns, kept as it is
     row: Row | None = None  # tokens as they came, kept as they are
 
 
-def load_prompts(source: str, *, column: str | None = None, keep_responses: bool = False) -> list[Prompt]:
+def load_prompts(
+    source: str, *, column: str | None = None, keep_responses: bool = False, skipped: Counter[str] | None = None
+) -> list[Prompt]:
     """Read conversations from a .jsonl, .json, .csv (also .gz) or .parquet file, or from a hub data set.
 
     The column is found by name in the first row, unless `column` names it; its values may be texts, lists of user
     turns, or lists of messages with role/content or from/value (columns that are meant for lists may hold them as JSON
-    text). A hub data set is `owner/name` or `owner/name:split` (default: train).
+    text). A hub data set is `owner/name`, `owner/name:split` (default: train) or `owner/name:configuration:split`.
+
+    skipped: counts the rows that cannot be used by reason; None refuses the first of them.
 
     Raises:
         UserError: naming file, line and what is wrong.
     """
     name = Path(source).name
-    parse: Callable[[Record], dict[str, Any]] | None = None
-    prompts = []
-    for where, record in records(source):
+    reader = _Reader(name, column, keep_responses)
+    prompts, number = [], 0
+    for number, (where, record) in enumerate(records(source), 1):  # noqa: B007
         try:
-            if not isinstance(record, dict):
-                raise ValueError(f"the row is a {type(record).__name__}, not an object with named columns")
-            parse = parse or _parser(record, column, keep_responses, name)
-            prompts.append(Prompt(source=name, where=where, **parse(record)))
-        except ValueError as error:
-            raise UserError(f"{where}: {error}; mend or remove that row.") from error
-    if not prompts:
+            if isinstance(record, BadRow):
+                raise record
+            prompts.append(Prompt(source=name, where=where, **reader.read(record)))
+        except BadRow as error:
+            if skipped is None:
+                raise error.at(where) from error
+            skipped[error.reason] += 1
+    if not number:
         raise UserError(f"{source}: holds no rows; give a file with at least one conversation.")
+    if reader.layout and reader.layout.unused:
+        unused = ", ".join(sorted(reader.layout.unused))
+        log.warning("%s: not used, though it looks like a part of the conversations: %s", name, unused)
     return prompts
 
 
-def _parser(first: Record, column: str | None, keep: bool, source: str) -> Callable[[Record], dict[str, Any]]:
-    """The reader of the rows of a file, judged by its first one."""
-    if column is None and any(set(names) <= set(first) for names in _TOKEN_COLUMNS):
-        if keep:
-            return lambda record: {"row": _token_row(record, source)}
-        if not any(name in first for name in _COLUMNS):
-            raise UserError(
-                f"{source}: the rows are token ids with their responses; pass --keep-responses to use them."
-            )
-    if column is not None and column not in first:
-        raise ValueError(f"no column {column!r} (it has {', '.join(map(str, first))})")
-    name = column or next((name for name in _COLUMNS if name in first), None)
-    if name is None:
-        raise ValueError(
-            f"none of the columns {', '.join(_COLUMNS)} (it has {', '.join(map(str, first))}); "
-            "name the one to use with --column"
-        )
-    if not keep:
-        return lambda record: {"messages": _messages(record, name, without_responses=True)}
-    response = next((other for other in _RESPONSES if other in first and other != name), None)
-    if response is None and isinstance(first[name], str) and name not in _CONVERSATIONS:
-        if name != "text" and column is None:  # a prompt alone is no text to learn by heart
-            raise UserError(
-                f"{source}: column {name!r} holds prompts, and --keep-responses finds no column of responses "
-                f"({', '.join(_RESPONSES)}) among {', '.join(map(str, first))}; rename the one that has them, or name "
-                "a column of plain texts with --column."
-            )
-        return lambda record: {"text": _text(record.get(name), f"column {name!r}")}
-    return lambda record: {"messages": _answered(_messages(record, name), record, response)}
+@dataclass
+class _Reader:
+    """The reader of the rows of a file, judged by the first that can be read."""
 
+    source: str
+    column: str | None
+    keep: bool
+    layout: Layout | None = None
+    kind: str = ""  # of what a row holds: token ids, a plain text, or a conversation
 
-def _messages(record: Record, column: str, without_responses: bool = False) -> list[Message]:
-    value = record.get(column)
-    if column in _CONVERSATIONS and isinstance(value, str):
-        value = _turns(value, column)
-    if value == []:
-        raise ValueError(f"column {column!r} is empty")
-    if isinstance(value, list):
-        messages = [_message(item, place) for place, item in enumerate(value, 1)]
-        if without_responses:  # the target writes its own
-            messages = [message for message in messages if message["role"] != "assistant"]
-            if not any(message["role"] == "user" for message in messages):
-                raise ValueError("there is no user turn")
-        return messages
-    text = _text(value, f"column {column!r}")
-    if column == "instruction" and isinstance(record.get("input"), str) and record["input"].strip():
-        text = f"{text}\n\n{record['input']}"
-    return [{"role": "user", "content": text}]
+    def read(self, record: Any) -> dict[str, Any]:
+        """Return the fields of a row's `Prompt`; BadRow for a row without them."""
+        if not isinstance(record, dict):
+            what = f"the row is a {type(record).__name__}, not an object with named columns"
+            raise BadRow("a row without columns", what)
+        if not self.kind:
+            self.kind, self.layout = self._judge(record)
+        if self.layout is None:
+            return {"row": _token_row(record, self.source)}
+        if self.kind == "conversation":
+            return self.layout.read(record)
+        text = _text(record.get(self.layout.column), f"column {self.layout.column!r}")
+        self.layout.note_unused(record, {self.layout.column}, {text})
+        return {"text": text}
 
-
-def _turns(text: str, column: str) -> Any:
-    """The turns in a text: the only form that they can have in a CSV file."""
-    is_list = text.lstrip().startswith("[")
-    if not text.strip() or (column == "turns" and not is_list):  # a single one
-        return text
-    if not is_list:
-        raise ValueError(
-            f"column {column!r} is a plain text where a list of turns belongs; call it 'prompt' or 'text' if it is one"
-        )
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"column {column!r} holds text that is not JSON ({error})") from error
-
-
-def _message(item: Any, place: int) -> Message:
-    if isinstance(item, str):  # MT-bench's turns
-        return {"role": "user", "content": _text(item, f"turn {place}")}
-    if not isinstance(item, dict):
-        raise ValueError(f"turn {place} is a {type(item).__name__}, not a text or an object with role and content")
-    role, content = item.get("role", item.get("from")), item.get("content", item.get("value"))
-    if not isinstance(role, str) or role not in _ROLES:
-        raise ValueError(f"turn {place} has the role {role!r}, not one of {', '.join(_ROLES)}")
-    if isinstance(content, list):  # parts, as chat APIs write them
-        if not all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in content):
-            raise ValueError(f"turn {place} has parts that are not text")
-        content = "".join(part["text"] for part in content)
-    return {"role": _ROLES[role], "content": _text(content, f"turn {place}")}
-
-
-def _text(value: Any, what: str) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"{what} is {'missing' if value is None else 'a ' + type(value).__name__}, not a text")
-    if not value.strip():
-        raise ValueError(f"{what} is empty")
-    if any("\ud800" <= letter <= "\udfff" for letter in value):  # JSON can hold half a character; tokenizers cannot
-        raise ValueError(f"{what} holds half a surrogate pair, which is no text")
-    return value
-
-
-def _answered(messages: list[Message], record: Record, response: str | None) -> list[Message]:
-    if messages[-1]["role"] == "user" and response is not None:
-        value = record.get(response)
-        if isinstance(value, list):
-            messages = messages + [_message(item, place) for place, item in enumerate(value, len(messages) + 1)]
-        else:
-            messages = [*messages, {"role": "assistant", "content": _text(value, f"column {response!r}")}]
-    while messages and messages[-1]["role"] != "assistant":
-        messages = messages[:-1]  # an unanswered end has nothing to train on
-    if not messages:
-        raise ValueError("there is no response to keep")
-    return messages
+    def _judge(self, first: Record) -> tuple[str, Layout | None]:
+        """The kind of a file's rows, and the columns of conversations and texts."""
+        column, given = self.column, ", ".join(map(str, first))
+        if column is None and any(set(names) <= set(first) for names in _TOKEN_COLUMNS):
+            if self.keep:
+                return "tokens", None
+            if not any(name in first for name in COLUMNS):
+                raise UserError(
+                    f"{self.source}: the rows are token ids with their responses; pass --keep-responses to use them."
+                )
+        if column is not None and column not in first:
+            raise BadRow("no such column", f"no column {column!r} (it has {given})")
+        name = column or next((name for name in COLUMNS if name in first), None)
+        if name is None:
+            what = f"none of the columns {', '.join(COLUMNS)} (it has {given}); name the one to use with --column"
+            raise BadRow("no column of conversations", what)
+        response = next((other for other in RESPONSES if other in first and other != name), None)
+        if self.keep and response is None and isinstance(first[name], str) and name not in CONVERSATIONS:
+            if name != "text" and column is None:  # a prompt alone is no text to learn by heart
+                raise UserError(
+                    f"{self.source}: column {name!r} holds prompts, and --keep-responses finds no column of responses "
+                    f"({', '.join(RESPONSES)}) among {given}; rename the one that has them, or name a column of plain "
+                    "texts with --column."
+                )
+            return "text", Layout(name, None, self.keep)
+        return "conversation", Layout(name, response, self.keep)
 
 
 def _token_row(record: Record, source: str) -> Row:
@@ -190,7 +143,8 @@ def _token_row(record: Record, source: str) -> Row:
     else:
         ids, values = _ids(record, "input_ids"), record.get("loss_mask")
         if not isinstance(values, list) or len(values) != len(ids) or any(value not in (0, 1) for value in values):
-            raise ValueError("column 'loss_mask' is not a list of as many true/false values as there are input_ids")
+            what = "column 'loss_mask' is not a list of as many true/false values as there are input_ids"
+            raise BadRow("a mask that does not fit", what)
         mask = [bool(value) for value in values]
     length = mask.index(True) if True in mask else len(ids)
     # without a prompt of its own, a row is told apart by all of its tokens
@@ -201,40 +155,39 @@ def _token_row(record: Record, source: str) -> Row:
 def _ids(record: Record, column: str) -> list[int]:
     value = record.get(column)
     if not isinstance(value, list) or not value or not all(type(token) is int and token >= 0 for token in value):
-        raise ValueError(f"column {column!r} is not a list of token ids")
+        raise BadRow("no token ids", f"column {column!r} is not a list of token ids")
     return value
 
 
-def _number(record: Record, column: str) -> float | None:
+def _number(record: Record, column: str, most: float = 100.0) -> float | None:
     value = record.get(column)
     if value is None or value != value:  # NaN says "unknown" where a format has no null
         return None
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0:
-        raise ValueError(f"column {column!r} is {value!r}, not a number of at least 0")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < most:
+        raise BadRow(f"no {column}", f"column {column!r} is {value!r:.40}, not a number from 0 to below {most}")
     return float(value)
 
 
-def kept_row(target: Target, prompt: Prompt) -> Row:
-    """A conversation as the file has it."""
+def kept_rows(target: Target, prompt: Prompt) -> list[Row]:
+    """A conversation as the file has it, in rows as the target answers it: see `encode_kept`.
+
+    Raises:
+        BadRow: where the template does not take it, or it has tokens that the target has not.
+    """
     if prompt.row is not None:
-        if max(prompt.row.ids) >= target.vocab_size:
-            raise UserError(
-                f"{prompt.where}: token {max(prompt.row.ids)} is beyond the target's vocabulary of "
-                f"{target.vocab_size}; use the target that these tokens belong to."
-            )
-        return prompt.row
-    if prompt.text:
-        # the target's distribution teaches after every token, but has nothing to say on the first
-        ids = tokenise(target, prompt.text)
-        mask = [False] * min(1, len(ids)) + [True] * (len(ids) - 1)
-    else:
-        try:
-            ids, mask = encode_kept(target, prompt.messages)
-        except UserError as error:
-            raise UserError(f"{prompt.where}: {error}") from error
-    length = mask.index(True) if True in mask else len(ids)
-    # ordinary text has no prompt that could tell it from another text
-    return Row(conversation_id(ids if prompt.text else ids[:length]), ids, mask, length, None, None, prompt.source)
+        check_ids(target, prompt.row.ids, "use the target that these tokens belong to")
+        return [prompt.row]
+    kept = prompt.messages
+    rows, encoded = [], encode_kept(target, kept, prompt.tools) if kept else [encode_text(target, prompt.text)]
+    for ids, mask in encoded:
+        check_ids(target, ids)
+        length = mask.index(True) if True in mask else len(ids)
+        # ordinary text has no prompt that could tell it from another text
+        id = conversation_id(ids if length == 1 else ids[:length])
+        if prompt.messages:
+            id = prompt_id(target, prompt.messages, prompt.tools)
+        rows.append(Row(id, ids, mask, length, None, None, prompt.source))
+    return rows
 
 
 # Prompts that the target writes.

@@ -30,6 +30,9 @@ class Settings(_Settings):
     # given files: fewer than they hold are a random sample; prompts that the target writes: 500 by default
     num_prompts: int | None = Field(default=None, ge=1, description="Maximum number of conversations.")
     keep_responses: bool = Field(default=False, description="Use the responses in the files, not the target's.")
+    skip_invalid: bool = Field(
+        default=False, description="Leave out rows that cannot be used, and count them by reason."
+    )
     # a response that reaches it stays, without an end of turn
     max_new_tokens: int = Field(default=256, ge=1, description="Tokens of the longest response.")
     max_length: int = Field(

@@ -15,8 +15,10 @@ from draft.files import atomic_folder, file_sha256, read_json, read_tensors, wri
 from draft.heads.base import DraftHead
 from draft.heads.registry import ARCHITECTURES
 from draft.target import DTYPES, Target
+from draft.target.support import first_not_finite
 
 PRETRAINED = Path(__file__).parents[1] / "pretrained"
+TOKEN_MAPS = ("d2t", "t2d", "token_map")
 HEAD_FILES = frozenset({"config.json", "model.safetensors", "draftsmith.json"})
 
 
@@ -60,11 +62,18 @@ def load_head(
     if kind is None:
         known = ", ".join(each.stored_as for each in ARCHITECTURES.values())
         raise UserError(f"head {str(folder)!r}: architecture {name} is not one of {known}.")
-    head = kind(kind.config_class.from_dict(config_values))
-    fill(head, read_tensors(folder / "model.safetensors"), str(folder))
-    stored = DTYPES.get(config_values.get("torch_dtype") or config_values.get("dtype") or "float32", torch.float32)
+    head = build_head(kind, config_values, read_tensors(folder / "model.safetensors"), str(folder))
+    named = str(config_values.get("torch_dtype") or config_values.get("dtype") or "float32")
+    wanted = dtype or DTYPES.get(named.removeprefix("torch."), torch.float32)
+    head = head.to(device=device, dtype=wanted).eval()
+    wrong = first_not_finite(head.state_dict())
+    if wrong is not None:  # finite in the file, so too large for the dtype
+        raise UserError(
+            f"head {str(folder)!r}: tensor {wrong} is too large for {str(wanted).removeprefix('torch.')}; choose a "
+            "wider --dtype."
+        )
     about = folder / "draftsmith.json"
-    return head.to(device=device, dtype=dtype or stored).eval(), read_json(about) if about.is_file() else {}
+    return head, read_json(about) if about.is_file() else {}
 
 
 def head_sha256(folder: str | Path) -> str:
@@ -87,12 +96,56 @@ def _find(folder: str | Path) -> Path:
     return Path(folder)
 
 
-def fill(head: DraftHead, tensors: dict[str, Tensor], name: str) -> None:
-    """Put `tensors`, by the names of this program's own files, into the head called `name`.
+def build_head(
+    kind: type[DraftHead],
+    values: dict[str, Any],
+    tensors: dict[str, Tensor],
+    name: str,
+    dtype: torch.dtype | None = None,
+) -> DraftHead:
+    """The head called `name` with a config.json of these `values` and with `tensors`, by our own files' names.
+
+    dtype: of its weights; None: float32.
 
     Raises:
-        UserError: naming the first missing, unexpected or misshapen tensor.
+        UserError: naming a wrong entry of the configuration, or the first missing, unexpected, misshapen or quantised
+            tensor, one that is not finite, and a wrong token map.
     """
+    if values.get("quantization_config") or values.get("compression_config"):
+        raise UserError(
+            f"head {name!r}: its config.json has a quantization_config; use the head before it was quantised."
+        )
+    config = kind.config_class.from_dict(values)
+    _check_room(config, sum(value.numel() for value in tensors.values()), name)
+    head = kind(config)
+    if dtype is not None:
+        head.to(dtype)
+    _fill(head, tensors, name)
+    return head
+
+
+def _check_room(config: Any, numbers: int, name: str) -> None:
+    """Refuse sizes that the file cannot have tensors for, before memory is taken for them."""
+    size, blocks = config.hidden_size, getattr(config, "num_heads", 1) * getattr(config, "num_layers", 1)
+    needed = {
+        "hidden_size": size * size,
+        "vocab_size": config.vocab_size,
+        "num_heads": blocks * size * size,
+        "auxiliary_layers": getattr(config, "num_auxiliary", 1) * size * size,
+        "intermediate_size": getattr(config, "intermediate_size", 1) * size,
+        "num_attention_heads": getattr(config, "num_attention_heads", 1) * getattr(config, "head_dim", 1) * size,
+        "draft_vocab_size": 0 if getattr(config, "shared_lm_head", True) else config.draft_vocab_size * size,
+    }
+    for key, count in needed.items():
+        if count > numbers:
+            raise UserError(
+                f"head {name!r}: its config.json says {key} = {getattr(config, key)}, and its tensors hold {numbers} "
+                "numbers in all; the two files do not belong together."
+            )
+
+
+def _fill(head: DraftHead, tensors: dict[str, Tensor], name: str) -> None:
+    """Put `tensors` into the head, strictly; raises as `build_head`."""
     if "embed_tokens.weight" in tensors:
         raise UserError(
             f"head {name!r}: tensor embed_tokens.weight is unexpected: the target's embedding is used, and this may "
@@ -100,6 +153,7 @@ def fill(head: DraftHead, tensors: dict[str, Tensor], name: str) -> None:
         )
     for theirs, ours in head.tensor_renames:
         tensors = {key.replace(theirs, ours, 1): value for key, value in tensors.items()}
+    check_kinds(tensors, f"head {name!r}")
     tensors = _with_token_map(head, tensors, name)
     expected = head.state_dict()
     for key, value in expected.items():
@@ -113,7 +167,32 @@ def fill(head: DraftHead, tensors: dict[str, Tensor], name: str) -> None:
     unexpected = sorted(set(tensors) - set(expected))
     if unexpected:
         raise UserError(f"head {name!r}: tensor {unexpected[0]} is unexpected; export the head again without it.")
+    wrong = first_not_finite(tensors)
+    if wrong is not None:
+        raise UserError(f"head {name!r}: tensor {wrong} holds NaN or infinity; get the head again.")
     head.load_state_dict(tensors)
+
+
+def check_kinds(tensors: Mapping[str, Tensor], name: str) -> None:
+    """Refuse weights that are no plain floating-point numbers, and token maps that are no integers.
+
+    A map in bfloat16 or float16 has lost which tokens it names: these count exactly to 256 and 2048 only.
+    """
+    for key, value in tensors.items():
+        dtype = str(value.dtype).removeprefix("torch.")
+        if key.rpartition(".")[2] in TOKEN_MAPS:
+            if value.is_floating_point() or value.is_complex() or value.dim() != 1:
+                raise UserError(
+                    f"{name}: {key} is of dtype {dtype} and shape {list(value.shape)}; a token map is a list of "
+                    "integers, and others have lost which tokens they name: get the head with its map as trained."
+                )
+        elif value.dim() == 0:
+            raise UserError(f"{name}: tensor {key} is a single number, which no part of a head is; get the head again.")
+        elif value.dtype not in DTYPES.values():
+            raise UserError(
+                f"{name}: tensor {key} is of dtype {dtype}, no plain floating-point one; use the head before it was "
+                "quantised."
+            )
 
 
 def _with_token_map(head: DraftHead, tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
@@ -125,16 +204,37 @@ def _with_token_map(head: DraftHead, tensors: dict[str, Tensor], name: str) -> d
                 f"head {name!r}: d2t reorders a draft vocabulary as large as the target's ({head.config.vocab_size}); "
                 "engines take such a head only without a map."
             )
-    elif "t2d" not in tensors and "d2t" in tensors:
-        ids = tensors["d2t"] + torch.arange(len(tensors["d2t"]))
-        if int(ids.min()) < 0 or int(ids.max()) >= len(head.t2d):
+    elif "d2t" in tensors:
+        tensors["d2t"] = tensors["d2t"].to(torch.int64)
+        problem = token_map_problem(tensors["d2t"], len(head.d2t), len(head.t2d))
+        if problem is not None:
+            raise UserError(f"head {name!r}: {problem}; use a head made for this vocabulary.")
+        marks = torch.zeros_like(head.t2d)
+        marks[tensors["d2t"] + torch.arange(len(head.d2t))] = True
+        theirs = tensors.get("t2d", marks)
+        if theirs.shape != marks.shape or not torch.equal(theirs.bool(), marks):
             raise UserError(
-                f"head {name!r}: d2t gives target ids from {int(ids.min())} to {int(ids.max())}, and the vocabulary "
-                f"has {len(head.t2d)}; use a head made for this vocabulary."
+                f"head {name!r}: t2d marks {int(theirs.bool().sum())} of {len(theirs)} target tokens, and d2t gives "
+                f"{len(head.d2t)} of {len(marks)}, others; the two belong to different heads."
             )
-        tensors["t2d"] = torch.zeros_like(head.t2d)
-        tensors["t2d"][ids] = True
+        tensors["t2d"] = marks
     return tensors
+
+
+def token_map_problem(d2t: Tensor, size: int, vocab: int) -> str | None:
+    """The mistake in offsets d2t [draft_vocab] into a vocabulary, in words; None: none."""
+    if d2t.shape != (size,):
+        return f"d2t has {len(d2t)} entries and the draft vocabulary {size}"
+    ids = d2t.to(torch.int64) + torch.arange(size)
+    outside = ((ids < 0) | (ids >= vocab)).nonzero()
+    if len(outside):
+        place = int(outside[0])
+        absolute = int(d2t.min()) >= 0 and int(d2t.max()) < vocab and len(d2t.unique()) == size
+        hint = " (it seems to hold target ids where offsets are expected)" if absolute else ""
+        return f"d2t maps draft id {place} to target id {int(ids[place])}, and the target's vocabulary is {vocab}{hint}"
+    if len(ids.unique()) != size:
+        return f"d2t maps {size} draft ids to only {len(ids.unique())} target ids"
+    return None
 
 
 def attach_head(head: DraftHead, about: Mapping[str, Any], target: Target) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import fields
@@ -23,8 +24,22 @@ _FIXED: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", "swish"),
     "num_hidden_layers": (1,),
     "partial_rotary_factor": (1.0, None),
-    "logit_scale": (1.0, None),
 }
+# words in the names of keys that may change the arithmetic, and the keys of that kind that are honoured, checked
+# elsewhere, or matter in training only; others have to be absent, off, or factors of 1
+_SUSPICIOUS = re.compile(
+    r"attn|attention|rope|rotary|window|sink|softcap|multiplier|scal(e|ing)\b|_emb\b|quant|compress|clip|chunk|alibi|"
+    r"bias|norm|bidirectional|causal|interleave"
+)
+_KNOWN = {
+    "num_attention_heads", "attention_bias", "mlp_bias", "attention_dropout", "attn_implementation", "sliding_window",
+    "_attn_implementation", "use_sliding_window", "max_window_layers", "rope_parameters", "rope_scaling", "rope_theta",
+    "partial_rotary_factor", "rms_norm_eps", "layer_norm_eps", "norm_eps", "norm_before_residual", "norm_before_fc",
+    "fc_norm", "norm_output", "use_aux_norm", "qkv_bias", "eagle_fc_bias", "medusa_fc_bias", "bias", "norm_topk_prob",
+    "max_position_embeddings", "tie_word_embeddings", "original_max_position_embeddings",
+}  # fmt: skip
+_ROPES = ("default", "linear", "llama3", "yarn")  # whose frequencies depend on nothing but the configuration
+ROPES_BY_LENGTH = ("dynamic", "longrope")
 
 
 class HeadConfig:
@@ -122,8 +137,15 @@ def read_sizes(values: dict[str, Any]) -> dict[str, Any]:
         UserError: for a key that changes the arithmetic and is not built here.
     """
     check_fixed(values, _FIXED)
-    if "sliding_attention" in (values.get("layer_types") or ()):
-        raise UserError("head config: layer_types has sliding_attention; use a head with full attention.")
+    check_unknown(values)
+    window, kinds = values.get("sliding_window"), values.get("layer_types") or ()
+    if window and values.get("use_sliding_window") is not False:
+        raise UserError(
+            f"head config: sliding_window = {window!r} is not supported; use a head with full attention, or set "
+            "use_sliding_window to false where the window was not used in training."
+        )
+    if not isinstance(kinds, (list, tuple)) or any(kind != "full_attention" for kind in kinds):
+        raise UserError(f"head config: layer_types = {kinds!r} is not supported; only full_attention is.")
     values = dict(values)
     heads = values.get("num_attention_heads", 1)
     values["num_key_value_heads"] = values.get("num_key_value_heads") or heads
@@ -132,9 +154,16 @@ def read_sizes(values: dict[str, Any]) -> dict[str, Any]:
     rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
     if not isinstance(rope, dict):
         raise UserError(f"head config: the rotary embedding is {rope!r}; it must be an object with a rope_type.")
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    if kind in ROPES_BY_LENGTH:
+        raise UserError(
+            f"head config: the rotary embedding is of the kind {kind!r}, which depends on a text's length; use a head "
+            f"with one of {', '.join(_ROPES)}."
+        )
+    check_fixed(rope, {"partial_rotary_factor": (1.0, None)}, "the rotary embedding's ")
     values["rope_parameters"] = {
         **{key: value for key, value in rope.items() if key != "type"},
-        "rope_type": rope.get("rope_type") or rope.get("type") or "default",
+        "rope_type": kind,
         "rope_theta": rope.get("rope_theta") or values.get("rope_theta") or 10000.0,
     }
     return values
@@ -159,6 +188,25 @@ def decoder_json(architecture: str, values: dict[str, Any], dtype: torch.dtype) 
         "use_cache": True,
         "torch_dtype": str(dtype).removeprefix("torch."),
     }
+
+
+def read_flag(values: Mapping[str, Any], key: str) -> bool:
+    """A value that is true or false, false where it is absent or null; UserError for another."""
+    value = values.get(key) or False
+    if value not in (False, True):
+        raise UserError(f"head config: {key} = {value!r}; it must be true or false.")
+    return bool(value)
+
+
+def check_unknown(values: Mapping[str, Any]) -> None:
+    """Refuse a key that may change the arithmetic and is not known here, unless it is off or a factor of 1."""
+    for key, value in values.items():
+        off = not value or (not isinstance(value, bool) and value == 1)
+        if not off and key not in _KNOWN and _SUSPICIOUS.search(key):
+            raise UserError(
+                f"head config: {key} = {str(value):.60} is not supported, and may change what the head computes; use a "
+                "head without, or take the entry out where it has no effect."
+            )
 
 
 def check_fixed(values: dict[str, Any], fixed: dict[str, tuple[Any, ...]], where: str = "") -> None:

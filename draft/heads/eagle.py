@@ -20,7 +20,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from draft.heads.base import Features, StepwiseHead
-from draft.heads.config import STRICT, DecoderConfig, decoder_json, read_sizes, sizes_like
+from draft.heads.config import STRICT, DecoderConfig, decoder_json, read_flag, read_sizes, sizes_like
 from draft.heads.initial import SILENT, Ridge, start_mlp
 from draft.heads.layers import MLP, Attention, RMSNorm
 from draft.target import Target
@@ -47,8 +47,8 @@ class EagleConfig(DecoderConfig):
     def from_dict(cls, values: dict[str, Any]) -> EagleConfig:
         """Read a config.json; refuses what changes the arithmetic and is not built here."""
         values = read_sizes(values)
-        values["fc_bias"] = bool(values.get("eagle_fc_bias"))
-        values["qkv_bias"] = bool(values.get("qkv_bias"))
+        values["fc_bias"] = read_flag(values, "eagle_fc_bias")
+        values["qkv_bias"] = read_flag(values, "qkv_bias")
         return cls.of_known(values)
 
     def as_json(self, dtype: torch.dtype) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from draft.errors import UserError
 from draft.heads.base import Features, StepwiseHead
-from draft.heads.config import STRICT, DecoderConfig, check_fixed, decoder_json, read_sizes, sizes_like
+from draft.heads.config import STRICT, DecoderConfig, check_fixed, decoder_json, read_flag, read_sizes, sizes_like
 from draft.heads.initial import (
     SCALES,
     SELF_ATTENTION_STD,
@@ -103,11 +103,14 @@ class Eagle3Config(DecoderConfig):
     def from_dict(cls, values: dict[str, Any]) -> Eagle3Config:
         """Read a config.json; refuses what changes the arithmetic and is not built here."""
         check_fixed(values, _FIXED)
-        check_fixed(values.get("eagle_config") or {}, _FIXED_EAGLE, "eagle_config.")
+        nested = values.get("eagle_config") or {}
+        if not isinstance(nested, dict):
+            raise UserError(f"head config: eagle_config is {nested!r}; it must be an object.")
+        check_fixed(nested, _FIXED_EAGLE, "eagle_config.")
         values = read_sizes(values)
         values["shared_lm_head"] = "draft_vocab_size" in values and values["draft_vocab_size"] is None
         values["draft_vocab_size"] = values.get("draft_vocab_size") or values.get("vocab_size")
-        values.update({option: bool(values.get(option)) for option in OPTIONS})
+        values.update({option: read_flag(values, option) for option in OPTIONS})
         values["auxiliary_layers"] = read_layer_ids(values)
         return cls.of_known(values)
 
@@ -141,6 +144,9 @@ def read_layer_ids(values: dict[str, Any]) -> list[int] | None:
     """
     top = values.get(LAYER_IDS)
     nested = (values.get("eagle_config") or {}).get(LAYER_IDS)
+    for ids in (top, nested):
+        if ids and not (isinstance(ids, list) and all(type(layer) is int for layer in ids)):
+            raise UserError(f"head config: {LAYER_IDS} = {ids!r}; it must be a list of layers' numbers.")
     if not top and nested:
         as_vllm, as_sglang = (",".join(str(layer + shift) for layer in nested) for shift in (0, 1))
         raise UserError(

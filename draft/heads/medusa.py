@@ -21,7 +21,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from draft.heads.base import DraftHead, Features
-from draft.heads.config import STRICT, HeadConfig, check_fixed
+from draft.heads.config import STRICT, HeadConfig, check_unknown, read_flag
 from draft.heads.initial import Ridge
 from draft.target import Target
 
@@ -46,11 +46,11 @@ class MedusaConfig(HeadConfig):
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> MedusaConfig:
         """Read a config.json with vLLM's keys."""
-        check_fixed(values, {"logit_scale": (1.0,)})
+        check_unknown(values)
         values = dict(values)
         values["num_layers"] = values.get("num_hidden_layers", 1)
         values["draft_vocab_size"] = values.get("truncated_vocab_size") or values.get("vocab_size")
-        values["shared_lm_head"] = bool(values.get("original_lm_head"))
+        values["shared_lm_head"] = read_flag(values, "original_lm_head")
         return cls.of_known(values)
 
     def as_json(self, dtype: torch.dtype) -> dict[str, Any]:

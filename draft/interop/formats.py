@@ -22,6 +22,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from draft.errors import UserError
+from draft.heads.checkpoint import token_map_problem
 from draft.target import Target
 from draft.target.bundled import BUNDLED_TARGET, bundled_target_folder
 
@@ -41,7 +42,8 @@ class Checkpoint:
 
     @property
     def architecture(self) -> str:
-        return (self.config.get("architectures") or [""])[0]
+        names = self.config.get("architectures") or ""
+        return str(names[0] if isinstance(names, list) else names)
 
 
 @dataclass(frozen=True)
@@ -162,22 +164,6 @@ def complete_token_map(found: Checkpoint, values: dict[str, Any]) -> None:
     tensors["t2d"] = marks
 
 
-def token_map_problem(d2t: Tensor, size: int, vocab: int) -> str | None:
-    """The mistake in offsets d2t [draft_vocab] into a vocabulary, in words; None: none."""
-    if d2t.shape != (size,):
-        return f"d2t has {len(d2t)} entries and the draft vocabulary {size}"
-    ids = d2t.to(torch.int64) + torch.arange(size)
-    outside = ((ids < 0) | (ids >= vocab)).nonzero()
-    if len(outside):
-        place = int(outside[0])
-        absolute = int(d2t.min()) >= 0 and int(d2t.max()) < vocab and len(d2t.unique()) == size
-        hint = " (it seems to hold target ids where offsets are expected)" if absolute else ""
-        return f"d2t maps draft id {place} to target id {int(ids[place])}, and the target's vocabulary is {vocab}{hint}"
-    if len(ids.unique()) != size:
-        return f"d2t maps {size} draft ids to only {len(ids.unique())} target ids"
-    return None
-
-
 # --- export ---
 
 # how an engine is started with a head; `command_lines` fills in the names
@@ -269,7 +255,7 @@ def target_shape(name: str) -> TargetShape:
         raise UserError(f"target {name!r}: vLLM and SGLang serve EAGLE-3 beside a folder or hub id, not a GGUF file.")
     path = str(bundled_target_folder()) if name == BUNDLED_TARGET else name
     try:
-        config = AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise UserError(f"target {name!r}: its config.json can't be read ({reason}); pass --target.") from error

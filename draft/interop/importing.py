@@ -16,10 +16,11 @@ from torch import Tensor
 from draft.errors import UserError
 from draft.files import read_json
 from draft.heads import DraftHead, Eagle3Head, EagleHead, MedusaHead
-from draft.heads.checkpoint import attach_head, fill, save_head
+from draft.heads.checkpoint import attach_head, build_head, check_kinds, save_head
 from draft.interop import eagle, eagle3, medusa
 from draft.interop.formats import Checkpoint, Source
 from draft.target import Target
+from draft.target.hidden_states import check_hidden_states
 
 SOURCES: dict[type[DraftHead], Source] = {
     Eagle3Head: eagle3.SOURCE,
@@ -46,22 +47,27 @@ def import_head(
     heads whose config.json leaves that open, or is wrong.
 
     Raises:
-        UserError: for an unknown format, or a head that doesn't fit the target, naming both values.
+        UserError: for an unknown format, a head that doesn't fit the target, naming both values, or a target whose
+            hidden states cannot be captured.
     """
     found = read_checkpoint(source)
     found.auxiliary_layers = auxiliary_layers
+    check_kinds(found.tensors, repr(str(source)))
     architecture, kind = _recognise(found)
     if auxiliary_layers is not None and architecture is not Eagle3Head:
         raise UserError(
             f"--auxiliary-layers {','.join(map(str, auxiliary_layers))}: {str(source)!r} is no EAGLE-3 head, and reads "
             "the target's last hidden states; leave the flag out."
         )
+    if found.config.get("quantization_config"):
+        raise UserError(
+            f"{str(source)!r}: its config.json has a quantization_config; use the head before it was quantised."
+        )
     values = SOURCES[architecture].translate(found, target)
-    head = architecture(architecture.config_class.from_dict(values))
     dtype = _widest_dtype(found)
-    head.to(dtype)
-    fill(head, found.tensors, str(source))
+    head = build_head(architecture, values, found.tensors, str(source), dtype)
     attach_head(head, {}, target)
+    check_hidden_states(target, head.auxiliary_layers(target))
     about = {**found.about, **_made_for(found, target), "imported_as": kind}
     save_head(head, out, dtype=dtype, about=about)
     return Imported(Path(out), kind, found.notes)
@@ -116,12 +122,25 @@ def read_checkpoint(folder: str | Path) -> Checkpoint:
     """
     folder = Path(folder).expanduser()
     config = read_json(folder / "config.json")
+    for part in (config, config.get("transformer_layer_config") or {}):
+        _check_entries(part, folder)
     about = read_json(folder / "draftsmith.json") if (folder / "draftsmith.json").is_file() else {}
     for file, read in _READERS.items():
         for path, reader in ((folder / file, read), (folder / f"{file}.index.json", _read_shards)):
             if path.is_file():
                 return Checkpoint(folder, config, reader(path), about)
     raise UserError(f"{str(folder)!r} has no {' or '.join(_READERS)}; give the folder that the head was published as.")
+
+
+def _check_entries(values: Any, folder: Path) -> None:
+    """Refuse an entry of another type than all formats give it."""
+    if not isinstance(values, dict):
+        raise UserError(f"{str(folder)!r}: transformer_layer_config is {values!r}; it must be an object.")
+    for keys, kind, words in ((_OBJECTS, dict, "an object"), (_NUMBERS, int, "a whole number")):
+        for key in keys:
+            value = values.get(key)
+            if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
+                raise UserError(f"{str(folder)!r}: {key} is {value!r} in config.json; it must be {words}.")
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -167,6 +186,11 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
     return tensors
 
 
+_OBJECTS = ("eagle_config", "rope_parameters", "rope_scaling", "transformer_layer_config", "speculators_config")
+_NUMBERS = (
+    "hidden_size", "target_hidden_size", "vocab_size", "draft_vocab_size", "num_heads", "medusa_num_heads",
+    "num_hidden_layers", "medusa_num_layers", "num_attention_heads", "max_position_embeddings",
+)  # fmt: skip
 _READERS = {
     "model.safetensors": _read_safetensors,
     "pytorch_model.bin": _read_pickle,

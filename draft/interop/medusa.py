@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from draft.errors import UserError
+from draft.heads.checkpoint import token_map_problem
 from draft.heads.medusa import MedusaHead
 from draft.interop import formats
 from draft.interop.formats import Checkpoint, Format, Source, TargetShape
@@ -84,7 +85,7 @@ def _vocabulary(found: Checkpoint, target: Target) -> Tensor:
     known = tensors.pop("token_map", None)
     if known is not None:
         tensors["d2t"] = known.to(torch.int64) - torch.arange(len(known))
-        problem = formats.token_map_problem(tensors["d2t"], len(known), vocab)
+        problem = token_map_problem(tensors["d2t"], len(known), vocab)
         if problem:
             raise UserError(f"{str(found.folder)!r}: token_map: {problem}; use the target that it was made for.")
     size = len(tensors.get("d2t", ())) or vocab

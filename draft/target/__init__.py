@@ -10,6 +10,7 @@ from draft.target.target import (
     render_chat,
     wait_for,
 )
+from draft.target.template import read_chat_template
 
 __all__ = [
     "DTYPES",
@@ -18,6 +19,7 @@ __all__ = [
     "fastest_cpu_dtype",
     "load_target",
     "load_tokenizer",
+    "read_chat_template",
     "render_chat",
     "wait_for",
 ]

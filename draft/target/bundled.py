@@ -62,7 +62,9 @@ def _unpack(gguf: Path, folder: Path) -> None:
     temporary = Path(tempfile.mkdtemp(prefix="unpacking-", dir=folder.parent))
     temporary.chmod(0o755)  # another user of a container may read it too
     try:
-        dense = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32, **dequantise_options(source))
+        dense = AutoModelForCausalLM.from_pretrained(
+            **source, dtype=torch.float32, trust_remote_code=False, **dequantise_options(source)
+        )
         settings = dense.config.to_dict()
         settings.pop("quantization_config", None)  # the saved copy is an ordinary model
         # the GGUF stores float32(1e-5); the model card and the other engines say 1e-5
@@ -72,7 +74,7 @@ def _unpack(gguf: Path, folder: Path) -> None:
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
         model.load_state_dict(dense.state_dict())
         model.save_pretrained(temporary)
-        AutoTokenizer.from_pretrained(**source).save_pretrained(temporary)
+        AutoTokenizer.from_pretrained(**source, trust_remote_code=False).save_pretrained(temporary)
         name_tokenizer_for_transformers_4(temporary / "tokenizer_config.json")
         try:
             temporary.rename(folder)

@@ -8,9 +8,10 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,24 @@ from torch import Tensor, nn
 from draft.errors import UserError
 from draft.target.adapter import Adapter, merge_into_target, read_adapter, warn_of_other_template
 from draft.target.bundled import BUNDLED_TARGET, bundled_target_folder, dequantise_options
-from draft.target.support import check_config, check_model, decoder_of, rope_limit
+from draft.target.support import (
+    LoadReport,
+    check_code,
+    check_config,
+    check_loaded,
+    check_model,
+    decoder_of,
+    rope_limit,
+    weight_files,
+)
+from draft.target.template import (
+    check_chat_template,
+    generation_spans,
+    reads_clock,
+    render_template,
+    template_hash,
+    template_of,
+)
 
 log = logging.getLogger(__name__)
 
@@ -35,28 +53,29 @@ def load_target(
     adapter: folder of a PEFT LoRA adapter, which is merged into the weights in memory.
 
     Raises:
-        UserError: when it cannot be found, is of an architecture that heads cannot be attached to, is quantised or
-            larger than the device, or when the adapter is not one for it.
+        UserError: when it cannot be found, is of an architecture that heads cannot be attached to, needs code of its
+            own, is quantised, incomplete, not finite or larger than the device, or when the adapter is not one for it.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     place = resolve_device(device)
     wanted = resolve_dtype(dtype, place)
     tokenizer = load_tokenizer(name)
     source, options = locate(name)
     with _loading(name):
-        config = AutoConfig.from_pretrained(source, **options)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False, **options)
     if config.get_text_config() is not config:
         log.info("target %r is a model of text and other media: its text part is used", name)
+    files: list[Path] = []
     if not options:  # a GGUF file's layers are known once it is read, and are dequantised
         check_config(name, config)
         check_model(name, config, wanted, place)
+        with _loading(name):  # nothing is downloaded that does not fit
+            files = weight_files(name, _finder(source))
     found = read_adapter(adapter) if adapter is not None else None
     if found is not None:
         warn_of_other_template(found, tokenizer)
-    with _loading(name):
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=wanted, **options, **dequantise_options(options))
-        model.to(place)  # type: ignore[arg-type]
+    model = load_model(name, wanted, files).to(place)
     target = Target(name, model, tokenizer, config.dtype)
     if target.rope_limit:
         log.info("%s", target.limit_reason)
@@ -66,13 +85,58 @@ def load_target(
     return target
 
 
+def load_model(name: str, dtype: torch.dtype | str, files: Sequence[Path]) -> Any:
+    """The model of a target on the CPU, whole and finite; names and errors as in `load_target`.
+
+    files: of its weights, safetensors.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import get_logger
+
+    source, options = locate(name)
+    logger, report = get_logger("transformers.modeling_utils"), LoadReport()
+    logger.addFilter(report)
+    try:
+        with _loading(name):
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                source, dtype=dtype, trust_remote_code=False, use_safetensors=True, output_loading_info=True,
+                ignore_mismatched_sizes=True, **options, **dequantise_options(options),
+            )  # fmt: skip
+    except UserError as error:
+        if report.unmade is None:
+            raise
+        raise UserError(
+            f"target {name!r}: tensor {report.unmade} cannot be made of its parts, of which some are missing or of "
+            "another shape; get the whole model, or correct its config.json."
+        ) from error
+    finally:
+        logger.removeFilter(report)
+    model, info = loaded
+    check_loaded(name, model, info, files)
+    return model
+
+
 def load_tokenizer(name: str) -> Any:
     """The tokenizer of a target, without its weights; names and errors as in `load_target`."""
     from transformers import AutoTokenizer
 
     source, options = locate(name)
     with _loading(name):
-        return AutoTokenizer.from_pretrained(source, **options)
+        if not options:
+            check_code(name, _finder(source))
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False, **options)
+
+
+def _finder(source: str) -> Callable[[str], str | None]:
+    """A function that gives the path of one of the target's files by its name; None where it has none of that name."""
+    from transformers.utils import cached_file
+
+    def find(file: str) -> str | None:
+        if Path(source).is_dir():
+            return str(Path(source, file)) if Path(source, file).is_file() else None
+        return cached_file(source, file, _raise_exceptions_for_missing_entries=False)
+
+    return find
 
 
 def locate(name: str) -> tuple[str, dict[str, str]]:
@@ -94,6 +158,8 @@ def _loading(name: str) -> Iterator[None]:
     """Turn what transformers raises about the target's files, which may be anything, into a UserError."""
     try:
         yield
+    except UserError:
+        raise
     except Exception as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
         if isinstance(error, OSError) and not Path(name).expanduser().exists():
@@ -125,6 +191,8 @@ class Target:
         self.stored_dtype = dtype or model.dtype
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
+        self.chat_template: str | None = None  # that of a file; None: the tokenizer's
+        self.rendering_time: datetime | None = None  # that templates read as today's; None: now
         self.config = model.config.get_text_config()
         self.decoder = decoder_of(name, model)
         if getattr(self.config, "attn_logit_softcapping", None) and self.config._attn_implementation == "sdpa":
@@ -167,7 +235,8 @@ class Target:
         ids: set[int] = set()
         for value in (getattr(generation, "eos_token_id", None), self.config.eos_token_id, self.tokenizer.eos_token_id):
             ids.update(value if isinstance(value, (list, tuple)) else [] if value is None else [value])
-        return frozenset(ids)
+        # a tokenizer may know tokens that the model has no row for, and never writes
+        return frozenset(token for token in ids if isinstance(token, int) and 0 <= token < self.vocab_size)
 
     def forward(self, input_ids: Tensor, *, layers: Sequence[int] = (), **options: Any) -> TargetOutput:
         """One forward pass without the LM head (see `logits`), capturing the residual stream at `layers`.
@@ -208,24 +277,59 @@ class Target:
         cap = getattr(self.config, "final_logit_softcapping", None)
         return scores if cap is None else torch.tanh(scores / cap) * cap
 
-    def encode_chat(self, messages: list[dict[str, str]], *, add_generation_prompt: bool) -> list[int]:
+    def use_chat_template(self, template: str) -> None:
+        """Render with this template instead of the tokenizer's; UserError where it renders no user turn."""
+        check_chat_template(self.tokenizer, template)
+        self.chat_template = template
+
+    def template_for(self, tools: list[Any] | None = None) -> str:
+        """The template of a conversation with these tools; UserError where there is none."""
+        return self.chat_template or template_of(self.tokenizer, tools)
+
+    @property
+    def reads_clock(self) -> bool:
+        """True where the chat template writes today's date."""
+        templates = self.chat_template or self.tokenizer.chat_template or ""
+        return any(map(reads_clock, templates.values() if isinstance(templates, dict) else [templates]))
+
+    def encode_chat(self, messages: list[dict[str, Any]], *, add_generation_prompt: bool) -> list[int]:
         """Token ids of a conversation under the target's chat template."""
         text = self.render_chat(messages, add_generation_prompt=add_generation_prompt)
         return self.tokenizer(text, add_special_tokens=False).input_ids
 
-    def render_chat(self, messages: list[dict[str, str]], *, add_generation_prompt: bool) -> str:
-        return render_chat(self.tokenizer, messages, add_generation_prompt=add_generation_prompt)
+    def render_chat(
+        self,
+        messages: list[dict[str, Any]],
+        *,
+        add_generation_prompt: bool,
+        tools: list[Any] | None = None,
+        at: datetime | None = None,
+    ) -> str:
+        """A conversation as text; at: the time that the template reads, None for `rendering_time`."""
+        return render_template(
+            self.tokenizer,
+            self.template_for(tools),
+            messages,
+            generation_prompt=add_generation_prompt,
+            tools=tools,
+            at=at or self.rendering_time,
+        )
+
+    def generation_spans(self, messages: list[dict[str, Any]], tools: list[Any] | None) -> list[tuple[int, int]]:
+        """(first character, end) of what the template's `{% generation %}` marks in the rendered conversation."""
+        template = self.template_for(tools)
+        return generation_spans(self.tokenizer, template, messages, tools=tools, at=self.rendering_time)
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
-    @cached_property
+    @property
     def template_hash(self) -> str:
-        return hashlib.sha256((self.tokenizer.chat_template or "").encode()).hexdigest()[:16]
+        return template_hash(self.chat_template or self.tokenizer.chat_template)
 
     @cached_property
     def fingerprint(self) -> str:
-        """Identifies weights, tokenizer and template together, whatever dtype or device they were loaded to.
+        """Identifies weights, tokenizer and its template together, whatever dtype or device they were loaded to.
 
         (In float16 that holds for checkpoints stored in half precision; wider ones are rounded twice.)
 
@@ -235,7 +339,7 @@ class Target:
         """
         if self.adapter:
             return self.adapter.fingerprint
-        digest = hashlib.sha256(self.template_hash.encode())
+        digest = hashlib.sha256(template_hash(self.tokenizer.chat_template).encode())
         digest.update(json.dumps(sorted(self.tokenizer.get_vocab().items())).encode())
         for name, weight in sorted(self.model.named_parameters()):
             flat = weight.detach().flatten()
@@ -265,9 +369,8 @@ class TargetOutput:
 
 def render_chat(tokenizer: Any, messages: list[dict[str, str]], *, add_generation_prompt: bool) -> str:
     """A conversation as text under the tokenizer's chat template."""
-    if not tokenizer.chat_template:
-        raise UserError("the target's tokenizer has no chat template; save one as chat_template.jinja beside it.")
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+    template = template_of(tokenizer)
+    return render_template(tokenizer, template, messages, generation_prompt=add_generation_prompt)
 
 
 @contextmanager

@@ -55,18 +55,21 @@ async def info(request: Request) -> dict[str, Any]:
     """The target, the draft head, the limits, the versions, and the engine's decisions about speculation."""
     service: Service = request.app.state.service
     engine, target, head = service.engine, service.engine.target, service.engine.head
+    check = engine.watch.check
     return {
         "model_id": service.model_name,
         "target_adapter": target.adapter and public_name(target.adapter.name),
         "architecture": type(target.model).__name__,
         "dtype": str(target.dtype).removeprefix("torch."),
         "device": target.device.type,
-        "chat_template": bool(target.tokenizer.chat_template),
+        "chat_template": bool(target.chat_template or target.tokenizer.chat_template),
         "head": head
         and {
             "name": service.head_name,
             "architecture": head.stored_as,
             "draft_vocab_size": head.config.draft_vocab_size,
+            "self_check": check and to_jsonable_python(check.figures(), inf_nan_mode="null"),
+            "degraded": engine.watch.degraded,
         },
         "speculation": engine.speculation,
         "speculation_length": service.speculation_length,

@@ -18,8 +18,8 @@ from draft.heads.checkpoint import attach_head
 from draft.target import Target
 from draft.target.support import check_architecture
 from serving.engine.answer import GrowingAnswer, special_ids
-from serving.engine.estimates import BRANCHING
-from serving.engine.planner import make_controller
+from serving.engine.estimates import BRANCHING, DraftPlan
+from serving.engine.planner import Fixed, make_controller
 from serving.engine.request import (
     MAX_SPECULATION_LENGTH,
     Completion,
@@ -30,6 +30,7 @@ from serving.engine.request import (
     check_speculation_length,
 )
 from serving.engine.sampling import SEED_LIMIT, Processor, SamplingParams
+from serving.engine.self_check import MAX_SECONDS, NEW_TOKENS, AcceptanceWatch, SelfCheck, check_prompts
 from serving.engine.setup import build_models, pass_seconds
 from serving.engine.step import ActiveRequest, Decoder
 from serving.engine.verification import RULES, make_rule
@@ -133,6 +134,40 @@ class Engine:
         """Measure the cost of a step: before the first request, not while one waits."""
         for tokens, seconds in pass_seconds(self.models.runner).items():
             self.controller.costs.target.seed(tokens, seconds)
+
+    def self_check(self) -> SelfCheck | None:
+        """Check that the head's drafts are accepted: before `start`, by greedy answers to some built-in prompts.
+
+        They go through the engine's own path, with a planner and a decoder of their own: no figure of the engine but
+        `watch` knows of them. Returns None where nothing is ever drafted.
+        """
+        if self.models.proposer is None or not self.speculation_length:
+            return None
+        count = min(NEW_TOKENS, self.max_length // 2)
+        prompts = check_prompts(self.target, self.max_length - count)
+        with self._step_lock:
+            ordinary = self.controller, self._decoder
+            self.controller = Fixed(DraftPlan.chain(self.speculation_length))
+            self._decoder = Decoder(
+                self.models.runner, self.models.proposer, self.controller, prefill_chunk=ordinary[1].prefill_chunk
+            )
+            try:
+                for ignore_eos in (False, True):  # an answer that ends at once says nothing
+                    params = [SamplingParams(count, ignore_eos=ignore_eos)] * len(prompts)
+                    requests = self._requests(prompts, params, Speculation())
+                    self._queue.join(requests, None)
+                    end = time.monotonic() + MAX_SECONDS
+                    while any(not request.done for request in requests) and self.step():
+                        for request in requests if time.monotonic() > end else ():
+                            request.cancel()
+                    check = SelfCheck.of([request.result().stats for request in requests])
+                    if check.enough:
+                        break
+            finally:
+                self.controller, self._decoder = ordinary
+        check.report()
+        self._decoder.watch = AcceptanceWatch(check)
+        return check
 
     # requests
 
@@ -315,6 +350,11 @@ class Engine:
             _turn_away(left)
 
     # figures
+
+    @property
+    def watch(self) -> AcceptanceWatch:
+        """The watch over the acceptance, with the self-check."""
+        return self._decoder.watch
 
     @property
     def running(self) -> int:

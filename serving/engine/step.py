@@ -18,6 +18,7 @@ from serving.engine.model import TargetRunner
 from serving.engine.planner import Controller
 from serving.engine.request import Completion, Request, SpeculationStats
 from serving.engine.sampling import Processor, SamplingParams
+from serving.engine.self_check import AcceptanceWatch
 from serving.engine.verification import DraftTree, Rule, Verdict, follow, greedy_choices
 
 _NO_DRAFT = DraftTree.chain([])
@@ -96,6 +97,7 @@ class Decoder:
         """prefill_chunk: the most prompt tokens in one step, so that a long prompt does not stall those that stream."""
         self.runner, self.proposer, self.controller = runner, proposer, controller
         self.prefill_chunk = prefill_chunk
+        self.watch = AcceptanceWatch()
         # of all steps without prompts: head: drafting, and reading what was accepted (of the steps with prompts, too);
         # target: its pass, to the logits; sampling: verification; other: batches, text, bookkeeping
         self.seconds = {"head": 0.0, "target": 0.0, "sampling": 0.0, "other": 0.0}
@@ -220,6 +222,8 @@ class Decoder:
             active.stats.count(part.tree.depth, len(part.tree), accepted, len(following))
             trimmed = active.finished and len(following) <= len(verdict.path)
             active.acceptance.observe(self._plans[active], accepted, trimmed=trimmed)
+            if not trimmed and active.params.temperature <= 1:  # above, any head is accepted less
+                self.watch.observe(part.tree.depth, accepted)
         if active.drafting is not None and auxiliary is not None and not active.finished:
             assert self.proposer is not None
             # a copy: states that wait for the head must not keep those of other sequences. And an index costs several

@@ -29,6 +29,23 @@ def test_merge_gives_the_plain_module_back(config_class):
     close(merged(X), before)
 
 
+@pytest.mark.parametrize("config_class", [AfaLoraConfig, LoraConfig])
+def test_what_was_trained_as_a_whole_is_saved_loaded_and_merged(config_class, tmp_path):
+    options = {"r": 4, "target_modules": ["fc"], "modules_to_save": ["lm_head"]}
+    model = add_adapter(Head(), config_class(**options))
+    randomise(model)
+    if config_class is AfaLoraConfig:
+        set_annealing_step(model, 3, 10)
+    head = model.get_base_model().lm_head.modules_to_save["default"]
+    head.weight.data.normal_(generator=torch.Generator().manual_seed(5))
+    before, trained = model.eval()(X), head.weight.clone()
+    model.save_pretrained(tmp_path)
+    for merged in (merge_adapter(load_afa_adapter(Head(), tmp_path)), merge_adapter(model)):
+        assert type(merged.lm_head) is nn.Linear and not merged.lm_head.weight.requires_grad
+        assert torch.equal(merged.lm_head.weight, trained) and merged.state_dict().keys() == Head().state_dict().keys()
+        close(merged(X), before)
+
+
 def test_merge_rounds_once_from_float64():
     model = adapted(torch.bfloat16, beta=0.0)
     fc = model.get_base_model().fc
@@ -139,6 +156,7 @@ def test_damaged_adapters_are_refused(tmp_path):
         "has no": {k: v for k, v in tensors.items() if k != first},
         "has an unexpected": tensors | {"base_model.model.fc.lora_A.extra": torch.zeros(1)},
         "does not fit": tensors | {first: torch.zeros(1, 1)},
+        "no plain float": tensors | {first: tensors[first].to(torch.int8)},
     }
     for word, broken in wrong.items():
         save_file(broken, weights)

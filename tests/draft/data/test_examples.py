@@ -37,7 +37,7 @@ def row(ids: list[int], mask: list[bool] | None = None, id: str = "x") -> Row:
 def test_the_mask_is_what_the_assistant_says(template):
     target = make_tiny_target()
     target.tokenizer.chat_template = template
-    ids, mask = encode_kept(target, CONVERSATION)
+    ((ids, mask),) = encode_kept(target, CONVERSATION)
     assert spoken(target, ids, mask) == "12, ja.<|im_end|>13.<|im_end|>"
     assert target.tokenizer.decode(ids) == target.render_chat(CONVERSATION, add_generation_prompt=False)
     assert first_prompt(target, CONVERSATION) == ids[: mask.index(True)]
@@ -48,13 +48,13 @@ def test_a_generation_template_decides_itself():
     target.tokenizer.chat_template = GENERATION.replace(
         "{{ m['content'] }}<|im_end|>{% endgeneration %}", "{{ m['content'] }}{% endgeneration %}<|im_end|>"
     )
-    assert spoken(target, *encode_kept(target, CONVERSATION)) == "12, ja.13."
+    assert spoken(target, *encode_kept(target, CONVERSATION)[0]) == "12, ja.13."
 
 
 def test_a_template_that_rewrites_earlier_turns_is_refused():
     target = make_tiny_target()
     target.tokenizer.chat_template = "{{ messages | length }}" + TEMPLATE
-    with pytest.raises(UserError, match="renders earlier turns differently"):
+    with pytest.raises(UserError, match="does not render an answer after the prompt"):
         encode_kept(target, CONVERSATION)
     target.tokenizer.chat_template = "{{ raise_exception('no system turn') }}"
     with pytest.raises(UserError, match=r"refuses the turns system, user.*no system turn"):

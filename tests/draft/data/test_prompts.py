@@ -84,7 +84,7 @@ def test_every_kind_of_file(tmp_path):
         ({"prompt": "  "}, "line 2: column 'prompt' is empty"),
         ('{"prompt": "half \\ud83d"}', "line 2: column 'prompt' holds half a surrogate"),
         ({"prompt": [ANSWER]}, "line 2: there is no user turn"),
-        ({"prompt": [{"role": "tool", "content": "x"}]}, "line 2: turn 1 has the role 'tool'"),
+        ({"prompt": [{"role": "bing", "content": "x"}]}, "line 2: turn 1 has the role 'bing'"),
         ({"prompt": []}, "line 2: column 'prompt' is empty"),
         ({"prompt": [{"role": "user", "content": [{"type": "image"}]}]}, "line 2: turn 1 has parts that are not text"),
     ],

@@ -56,7 +56,19 @@ def test_the_file_has_the_names_and_offsets_that_engines_read(folder, tiny_head)
         (lambda t: t.pop("fc.weight"), "fc.weight is missing"),
         (lambda t: t.update(extra=torch.zeros(1)), "extra is unexpected"),
         (lambda t: t.update({"embed_tokens.weight": torch.zeros(259, 32)}), "embed_tokens.*draft-train import"),
-        (lambda t: (t.pop("t2d"), t["d2t"].add_(100)), "target ids from 100 to 299.*has 259"),
+        (lambda t: (t.pop("t2d"), t["d2t"].add_(100)), "d2t maps draft id 159 to target id 259.*is 259"),
+        (lambda t: t["d2t"].view(-1)[3:4].sub_(1), "d2t maps 200 draft ids to only 199"),
+        (lambda t: t["t2d"].view(-1)[250:251].fill_(True), "t2d marks 201 of 259.*different heads"),
+        (lambda t: t.update(d2t=t["d2t"].to(torch.bfloat16)), "d2t is of dtype bfloat16.*a list of integers"),
+        (lambda t: t.update(t2d=t["t2d"].to(torch.float32)), "t2d is of dtype float32.*a list of integers"),
+        (lambda t: t.update({"fc.weight": t["fc.weight"].to(torch.int8)}), "fc.weight is of dtype int8.*quantised"),
+        (
+            lambda t: t.update({"fc.weight": t["fc.weight"].to(torch.float8_e4m3fn)}),
+            "fc.weight is of dtype float8_e4m3fn",
+        ),
+        (lambda t: t.update({"fc.weight_scale": torch.ones(1)}), "fc.weight_scale is unexpected"),
+        (lambda t: t.update({"midlayer.self_attn.sinks": torch.ones(4)}), "midlayer.self_attn.sinks is unexpected"),
+        (lambda t: t["fc.weight"].view(-1)[7:8].fill_(math.inf), "fc.weight holds NaN or infinity"),
         (lambda t: t.update({"norm.weight": torch.zeros(3)}), r"norm.weight has shape \(3,\)"),
     ],
 )
@@ -82,8 +94,18 @@ def test_names_of_other_trainers_are_understood(folder, tiny_head):
     ("key", "value", "words"),
     [
         ("mlp_bias", True, "mlp_bias = True"),
+        ("norm_before_residual", "no", "norm_before_residual = 'no'; it must be true or false"),
         ("eagle_config", {"use_last_layernorm": False}, "eagle_config.use_last_layernorm"),
         ("layer_types", ["sliding_attention"], "sliding_attention"),
+        ("sliding_window", 16, "sliding_window = 16 is not supported"),
+        ("attn_logit_softcapping", 50.0, "attn_logit_softcapping = 50.0"),
+        ("attention_sinks", True, "attention_sinks = True"),
+        ("query_pre_attn_scalar", 64, "query_pre_attn_scalar = 64"),
+        ("attention_multiplier", 0.1, "attention_multiplier = 0.1"),
+        ("quantization_config", {"quant_method": "fp8"}, "quantization_config.*before it was quantised"),
+        ("rope_parameters", {"rope_type": "longrope", "factor": 2.0}, "'longrope', which depends on a text's length"),
+        ("rope_parameters", {"rope_theta": 1e4, "partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
+        ("hidden_size", 10**6, "hidden_size = 1000000, and its tensors hold"),
         ("draft_vocab_size", 259, "d2t reorders"),
         ("architectures", ["OtherModel"], "OtherModel"),
         ("rms_norm_eps", None, "rms_norm_eps"),
@@ -105,6 +127,23 @@ def test_an_unsupported_config_is_refused(folder, key, value, words):
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=words):
         attach_head(*load_head(folder), make_tiny_target())
+
+
+@pytest.mark.parametrize("values", [
+    {"sliding_window": 512, "use_sliding_window": False, "max_window_layers": 3}, {"sliding_window": None},
+    {"layer_types": ["full_attention"]}, {"attn_logit_softcapping": None}, {"attention_multiplier": 1.0},
+    {"attention_dropout": 0.1, "attn_implementation": "sdpa"},
+], ids=lambda values: next(iter(values)))  # fmt: skip
+def test_settings_of_no_effect_are_passed_over(folder, values, tiny_head):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **values}))
+    assert load_head(folder)[0].config == tiny_head.config
+
+
+def test_a_weight_that_a_narrower_dtype_cannot_hold_is_named(folder):
+    edit(folder, lambda tensors: tensors["norm.weight"].fill_(1e5))
+    with pytest.raises(UserError, match="norm.weight is too large for float16"):
+        load_head(folder, dtype=torch.float16)
 
 
 def test_the_older_spelling_of_a_scaled_rotary_embedding_is_read(folder, tiny_head):

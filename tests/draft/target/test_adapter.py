@@ -35,9 +35,9 @@ def save_adapter(folder: Path, seed: int = 0, **options: Any) -> Path:
     settings = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "down_proj"], **options}
     adapted = get_peft_model(make_tiny_target(dtype=torch.float32).model, LoraConfig(**settings))
     torch.manual_seed(seed)
-    for name, parameter in adapted.named_parameters():
-        if "lora" in name:
-            parameter.data.normal_(std=0.3)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(torch.randn_like(parameter), alpha=0.2)
     adapted.save_pretrained(folder)
     return folder
 
@@ -59,21 +59,64 @@ def test_an_imported_head_names_the_adapter(world, tmp_path):
     assert about["target_adapter"] == str(world / "tuned") and about["target_fingerprint"] == target.fingerprint
 
 
-@pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"use_dora": True}, {"modules_to_save": ["lm_head"]}])
-def test_the_output_is_that_of_peft_merged(world, tmp_path, options):
+# kinds of adapters that PEFT saves -> options of LoraConfig
+MERGED: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "rsLoRA": {"use_rslora": True},
+    "DoRA": {"use_dora": True},
+    "patterns": {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 3}, "layers_to_transform": [1, 5]},
+    "olora": {"init_lora_weights": "olora"},
+    "orthogonal": {"init_lora_weights": "orthogonal"},
+    "lm_head saved": {"modules_to_save": ["lm_head"]},
+    "embedding saved": {"modules_to_save": ["embed_tokens", "norm"]},
+    "tied saved": {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+    "lm_head": {"target_modules": ["q_proj", "lm_head"]},
+    "embedding": {"target_modules": ["q_proj", "embed_tokens"]},
+    "embedding, tied": {"target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True},
+    "both, DoRA": {"target_modules": ["lm_head", "embed_tokens"], "use_dora": True},
+    "tokens": {"trainable_token_indices": [5, 7]},
+    "tokens of lm_head": {"trainable_token_indices": {"embed_tokens": [5, 7], "lm_head": [6]}},
+    "parameters": {"target_modules": ["q_proj"], "target_parameters": ["mlp.down_proj.weight"]},
+    "QA-LoRA": {"use_qalora": True, "qalora_group_size": 4},
+}
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "aLoRA": ({"alora_invocation_tokens": [5, 6]}, "alora_invocation_tokens = .5, 6. cannot be merged"),
+    "replication": ({"layer_replication": [[0, 4], [2, 8]]}, "layer_replication = .* cannot be merged"),
+    "random PiSSA": ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights = .pissa_niter_4. cannot be merged"),
+    "biases": ({"lora_bias": True}, "cannot be merged .*lora_bias=True"),
+}
+
+
+@pytest.mark.parametrize("options", MERGED.values(), ids=MERGED)
+def test_the_output_is_that_of_peft_unmerged(world, tmp_path, options):
     adapter = save_adapter(tmp_path / "adapter", **options)
     files = sorted((world / "target").iterdir())
     before = file_sha256(*files)
-    target = load_target(str(world / "target"), "float64", adapter=adapter)
-    base = load_target(str(world / "target"), "float64")
-    kept = PeftModel.from_pretrained(base.model, adapter).eval()
-    logits = target.logits(target.forward(IDS).last_hidden)
-    torch.testing.assert_close(logits, kept(IDS).logits, rtol=1e-9, atol=1e-9)
-    assert torch.equal(logits, kept.merge_and_unload()(IDS).logits)
-    plain = load_target(str(world / "target"), "float64")
-    assert not torch.allclose(logits, plain.logits(plain.forward(IDS).last_hidden))
+    target = load_target(str(world / "target"), "float32", adapter=adapter)
+    plain = load_target(str(world / "target"), "float32")
+    logits, unadapted = (each.logits(each.forward(IDS).last_hidden) for each in (target, plain))
+    kept = PeftModel.from_pretrained(plain.model, adapter).eval()
+    torch.testing.assert_close(logits, kept(IDS).logits, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(logits, unadapted, atol=1e-2)
     assert file_sha256(*files) == before
     assert not [name for name, _ in target.model.named_modules() if "lora" in name]
+
+
+@pytest.mark.parametrize(("options", "words"), REFUSED.values(), ids=REFUSED)
+def test_what_merging_would_lose_is_refused_by_name(world, tmp_path, options, words):
+    adapter = save_adapter(tmp_path / "adapter", **options)
+    with pytest.raises(UserError, match=words):
+        load_target(str(world / "target"), "float32", adapter=adapter)
+
+
+def test_warnings_of_peft_are_passed_on(world, tmp_path, caplog):
+    adapter = save_adapter(tmp_path)
+    change_config(invented_by_a_later_version=False)(adapter)
+    load_target(str(world / "target"), "float32", adapter=adapter)
+    assert "PEFT warns: Unexpected keyword arguments ['invented_by_a_later_version']" in caplog.text
+    change_config(invented_by_a_later_version=True)(adapter)
+    with pytest.raises(UserError, match="invented_by_a_later_version = true cannot be merged"):
+        load_target(str(world / "target"), "float32", adapter=adapter)
 
 
 def test_the_fingerprint_names_target_and_adapter(world):
@@ -154,7 +197,9 @@ def change_tensors(change: Callable[[dict[str, torch.Tensor]], dict[str, torch.T
             "does not fit target.*layers.17",
         ),
         (change_config(target_modules=["Wqkv"]), "does not fit target.*Wqkv"),
-        (lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"damaged"), "does not fit target"),
+        (lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"damaged"), "is not a whole safetensors"),
+        (change_tensors(lambda t: {name: value.to(torch.int8) for name, value in t.items()}), "is of dtype I8"),
+        (change_tensors(lambda t: {name: value / 0 for name, value in t.items()}), "cannot be merged"),
         (lambda folder: (folder / "adapter_config.json").write_text("{"), "is not readable JSON"),
     ],
 )

@@ -1,12 +1,19 @@
 """The target: captured states, loading, and its fingerprint."""
 
+import io
 import json
+import logging
+import shutil
+import sys
 
 import pytest
 import torch
-from conftest import make_tiny_target, save_target
+from conftest import byte_tokenizer, make_tiny_target, save_target
+from families import model_of
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
+from draft.cli import main
 from draft.errors import UserError
 from draft.target import bundled, load_target
 
@@ -109,3 +116,184 @@ def test_a_missing_wheel_and_a_wrong_file_are_told(monkeypatch, tmp_path):
     with pytest.raises(UserError, match="expected 000000000000"):
         load_target("smollm2")
     assert not list(tmp_path.iterdir())
+
+
+DOWN = "model.layers.3.mlp.down_proj.weight"
+LAST = "model.layers.7."
+
+
+def rewrite(change):
+    """A function that changes the tensors of a folder's one file, in place or by what it returns."""
+
+    def apply(folder):
+        tensors = load_file(folder / "model.safetensors")
+        changed = change(tensors)
+        tensors = changed if isinstance(changed, dict) else tensors
+        tensors = {name: value.contiguous() for name, value in tensors.items()}
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+    return apply
+
+
+def set_config(**values):
+    def apply(folder):
+        path = folder / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+    return apply
+
+
+def shard(*damages):
+    """Split the tensors over two files with an index, then damage: (what, tensor) of the second file."""
+
+    def apply(folder):
+        tensors = load_file(folder / "model.safetensors")
+        (folder / "model.safetensors").unlink()
+        places = {name: f"part-{1 + (name > DOWN)}.safetensors" for name in tensors}
+        for file in set(places.values()):
+            save_file({name: tensors[name] for name in tensors if places[name] == file}, folder / file)
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+        for damage in damages:
+            damage(folder)
+
+    return apply
+
+
+def drop(name):
+    return rewrite(lambda tensors: tensors.pop(name))
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (drop(DOWN), f"{DOWN} is missing from its files;"),
+        (drop("model.norm.weight"), "model.norm.weight is missing"),
+        (drop("model.embed_tokens.weight"), r"lm_head.weight is missing.*\(and 1 more\)"),
+        (set_config(tie_word_embeddings=False), "lm_head.weight is missing"),
+        (rewrite(lambda t: {f"module.{k}": v for k, v in t.items()}), "files have module.model.embed_tokens.weight"),
+        (rewrite(lambda t: {**t, DOWN: t[DOWN][:, 1:]}), rf"{DOWN} is \[32, 47\] in its file and \[32, 48\]"),
+        (rewrite(lambda t: {**t, DOWN: t[DOWN][:0]}), rf"{DOWN} is \[0, 48\]"),
+        (rewrite(lambda t: t[DOWN].view(-1)[5:6].fill_(torch.nan)), f"{DOWN} holds NaN or infinity in float32"),
+        (rewrite(lambda t: t[DOWN].view(-1)[5:6].fill_(1e300)), f"{DOWN} holds NaN or infinity in float32"),
+        (rewrite(lambda t: {**t, DOWN: t[DOWN].to(torch.int8)}), f"{DOWN} is of dtype I8"),
+        (rewrite(lambda t: {**t, DOWN: t[DOWN].float().to(torch.float8_e4m3fn)}), f"{DOWN} is of dtype F8_E4M3"),
+        (rewrite(lambda t: {**t, f"{DOWN}_scale": torch.ones(1)}), f"{DOWN}_scale has no place"),
+        (
+            rewrite(lambda t: {**t, "model.layers.1.self_attn.q_norm.weight": torch.ones(8)}),
+            "q_norm.weight has no place",
+        ),
+        (set_config(num_hidden_layers=7), f"{LAST}.* has no place in the model"),
+        (set_config(num_hidden_layers=10**12), "num_hidden_layers = 1000000000000, more than any"),
+        (set_config(num_hidden_layers=9), r"model.layers.8.*is missing.*\(and 8 more\)"),
+        (set_config(vocab_size=260), r"embed_tokens.weight is \[259, 32\] in its file and \[260, 32\]"),
+        (set_config(hidden_size=64), r"is \[259, 32\] in its file and \[259, 64\]"),
+        (
+            shard(lambda folder: (folder / "part-2.safetensors").unlink()),
+            "part-2.safetensors is missing, which its index",
+        ),
+        (
+            shard(lambda f: save_file({"model.norm.weight": torch.ones(32)}, f / "part-2.safetensors")),
+            "part-2.safetensors' lacks model.layers.3",
+        ),
+        (shard(lambda f: (f / "part-1.safetensors").write_bytes(b"")), "part-1.safetensors' is not a whole"),
+        (shard(lambda f: (f / "model.safetensors.index.json").write_text("{}")), "has no weight_map"),
+        (
+            lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-9]),
+            "not a whole safe",
+        ),
+        (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "pytorch_model.bin, a pickle.*convert"),
+        (lambda f: (f / "model.safetensors").unlink(), "no model.safetensors"),
+        (lambda f: (f / "adapter_config.json").write_text("{}"), "holds an adapter.*--target-adapter"),
+        (set_config(attn_implementation="someone/kernels"), "code of the hub .someone/kernels"),
+        (set_config(quantization_config={"quant_method": "gptq"}), "quantised .gptq"),
+    ],
+)
+def test_files_that_are_not_the_model_are_refused_by_name(saved, tmp_path, damage, words):
+    folder = shutil.copytree(saved, tmp_path / "target")
+    damage(folder)
+    with pytest.raises(UserError, match=words) as refusal:
+        load_target(str(folder), "float32", "cpu")
+    assert "\n" not in str(refusal.value)
+
+
+def test_shards_and_extra_parts_are_fine(saved, tmp_path, caplog):
+    folder = shutil.copytree(saved, tmp_path / "target")
+    further = {
+        "model.layers.8.eh_proj.weight": torch.zeros(32, 64),
+        "model.layers.8.mlp.down_proj.weight": torch.zeros(9),
+    }
+    rewrite(lambda tensors: {**tensors, **further})(folder)
+    shard()(folder)
+    with caplog.at_level(logging.INFO):
+        target = load_target(str(folder), "float32")
+    assert target.fingerprint == load_target(str(saved), "float32").fingerprint
+    assert [
+        text for text in caplog.messages if "used without: model.layers.8.eh_proj.weight, model.layers.8.mlp" in text
+    ]
+
+
+def test_a_mixture_whose_experts_are_not_whole_is_refused_by_name(tmp_path):
+    model_of("qwen3_moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16).save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    drop("model.layers.1.mlp.experts.2.up_proj.weight")(tmp_path)
+    with pytest.raises(UserError, match="model.layers.1.mlp.experts.gate_up_proj cannot be made of its parts"):
+        load_target(str(tmp_path), "float32")
+
+
+SHARED = {"num_kv_shared_layers": 2, "global_head_dim": 8}
+
+
+@pytest.mark.parametrize(
+    ("own", "words"),
+    [({"global_head_dim": 16}, "8 x 2 in layer 0 and 16 x 2 in layer 5"), (SHARED, "2 of its layers read the keys")],
+)
+def test_layers_of_several_kinds_are_refused_before_any_work(tmp_path, own, words):
+    plain = {"hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0, "sliding_window": 16}
+    model_of("gemma4_text", **{**plain, **own}).save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=words):
+        load_target(str(tmp_path), "float32")
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("known", [False, True], ids=["unknown kind", "known kind"])
+def test_code_in_a_folder_is_never_run_nor_asked_about(saved, tmp_path, file, known, monkeypatch, capsys):
+    folder = shutil.copytree(saved, tmp_path / "target")
+    values = json.loads((folder / file).read_text())
+    for name in ("configuration", "modeling", "tokenization"):
+        (folder / f"{name}_new.py").write_text(f"open({str(tmp_path / 'mark')!r}, 'w').close()")
+    if file == "config.json":
+        classes = ("LlamaConfig", "LlamaForCausalLM") if known else ("NewConfig", "NewForCausalLM")
+        values |= {"auto_map": {"AutoConfig": f"configuration_new.{classes[0]}",
+                                "AutoModelForCausalLM": f"modeling_new.{classes[1]}"}}  # fmt: skip
+        values |= {} if known else {"model_type": "new"}
+    else:
+        values |= {"auto_map": {"AutoTokenizer": [None, "tokenization_new.NewTokenizer"]}}
+        values |= {} if known else {"tokenizer_class": "NewTokenizer"}
+    (folder / file).write_text(json.dumps(values))
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))
+    words = ["draft-train", "prepare", "--target", str(folder), "--out", str(tmp_path / "data"), "--num-prompts", "1"]
+    monkeypatch.setattr(sys, "argv", words)
+    if known:
+        assert load_target(str(folder)).config.model_type == "llama"
+    else:
+        with pytest.raises(SystemExit, match="2"):
+            main()
+        printed = capsys.readouterr()
+        assert "code from a model's folder is never run" in printed.err and "[y/N]" not in printed.out
+    assert not (tmp_path / "mark").exists() and not (tmp_path / "data").exists()
+
+
+def test_code_for_another_class_of_a_known_kind_is_refused(saved, tmp_path):
+    folder = shutil.copytree(saved, tmp_path / "target")
+    set_config(auto_map={"AutoModelForCausalLM": "modeling_new.BetterLlamaForCausalLM"})(folder)
+    with pytest.raises(UserError, match="code of its own for the model .BetterLlamaForCausalLM"):
+        load_target(str(folder))
+
+
+def test_tokens_that_the_model_has_no_row_for_end_no_text(saved, tmp_path):
+    folder = shutil.copytree(saved, tmp_path / "target")
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"eos_token": "<|beyond|>"})
+    tokenizer.save_pretrained(folder)
+    assert load_target(str(folder)).eos_token_ids == {2}

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import make_tiny_head, make_tiny_target, save_tiny_target
 from rich.console import Console
-from tiny_targets import FAMILIES, target_of
+from tiny_targets import tiny
 from torch.nn.functional import smooth_l1_loss
 from written_data import prepared
 
@@ -70,7 +70,7 @@ def test_packed_rows_have_the_same_loss(dtype, bound, architecture, loss):
 
 
 def test_a_sliding_window_ends_at_its_conversation():
-    target = target_of(FAMILIES["mistral, windows of 6"])
+    target = tiny("mistral, windows")
     rows = make_rows([17, 12, 30, 9])
     apart, packed = (loss_and_gradients(target, rows, capacity, "kl")[0] for capacity in (None, 50))
     assert packed.item() == pytest.approx(apart.item(), rel=1e-12)

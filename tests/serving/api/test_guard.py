@@ -161,7 +161,7 @@ def test_log_lines_are_json_with_the_request_s_id_and_without_its_prompt(client,
     answer = ask(client, max_new_tokens=2)
     refused = ask(client, max_new_tokens=0)
     client.get("/health")
-    lines = log_lines()
+    lines = [line for line in log_lines() if "request_id" in line]  # the engine may find its random head broken, too
     assert [line["request_id"] for line in lines] == [answer.headers["x-request-id"], refused.headers["x-request-id"]]
     assert (lines[0]["method"], lines[0]["path"], lines[0]["status"]) == ("POST", "/generate", 200)
     assert lines[0]["generated_tokens"] == 2 and lines[0]["prompt_tokens"] > 10 and lines[1]["status"] == 422

@@ -53,7 +53,8 @@ def test_info_tells_what_is_served_and_no_paths(client, tiny_target):
     answer = client.get("/info")
     about = answer.json()
     assert (about["model_id"], about["architecture"], about["dtype"]) == ("tiny", "LlamaForCausalLM", "float64")
-    assert about["head"] == {"name": "tiny-head", "architecture": "LlamaForCausalLMEagle3", "draft_vocab_size": 200}
+    shape = {"name": "tiny-head", "architecture": "LlamaForCausalLMEagle3", "draft_vocab_size": 200}
+    assert about["head"] == {**shape, "self_check": None, "degraded": None}
     assert (about["speculation_length"], about["rule"], about["device"]) == (5, "shared-noise", "cpu")
     assert about["limits"]["max_total_tokens"] == tiny_target.max_length
     assert "/" not in answer.text and about["engine"]["speculation"]["plan"] == "chain 5"
