@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import ssl
 import sys
@@ -13,6 +14,7 @@ import typer
 from typer import Option
 
 from draft.errors import UserError, file_trouble
+from draft.launcher import end_with_starter
 from serving.server import Listener, serve_until_stopped
 
 if TYPE_CHECKING:
@@ -62,9 +64,14 @@ Arithmetic = Annotated[
 Dtype = Annotated[str, Option(help="Format of the weights: auto, bfloat16, float16, float32 or float64.")]
 Threads = Annotated[int | None, Option(min=1, help="Number of CPU threads that compute.")]
 WarmUp = Annotated[bool, Option(help="Time steps before the first request.")]
+SelfCheck = Annotated[bool, Option(help="Check at the start that the target accepts the head's drafts.")]
 MaxBatch = Annotated[int, Option(min=1, help="Maximum number of requests decoded at once.")]
 MaxLength = Annotated[
     int | None, Option(min=2, help="Maximum number of tokens of prompt and answer. Default: the target's context.")
+]
+CacheMemory = Annotated[
+    str | None,
+    Option(metavar="SIZE", help="Memory of the KV cache, such as 4GB. Default: most of what the models leave free."),
 ]
 MaxWaiting = Annotated[int, Option(min=0, help="Maximum number of queued requests; others get status 429.")]
 MaxWaitingTokens = Annotated[
@@ -123,8 +130,10 @@ def serve(
     dtype: Dtype = "auto",
     threads: Threads = None,
     warm_up: WarmUp = True,
+    self_check: SelfCheck = True,
     max_batch: MaxBatch = 16,
     max_length: MaxLength = None,
+    kv_cache_memory: CacheMemory = None,
     max_waiting: MaxWaiting = 256,
     max_waiting_tokens: MaxWaitingTokens = None,
     prefill_chunk: PrefillChunk = 128,
@@ -159,11 +168,12 @@ def serve(
         access: Any = dict(api_key=api_key, strict_model_name=strict_model_name, metrics_prefix=metrics_prefix)
         app = create_app(None, head_name=head, limits=limits, cors_origins=cors_origin or (), **access)
         drafts = dict(speculation=speculation, speculation_length=speculation_length, tree_size=tree_size, rule=rule)
-        sizes = dict(max_batch=max_batch, max_length=max_length, prefill_chunk=prefill_chunk)
+        memory = None if kv_cache_memory is None else _size(kv_cache_memory)
+        sizes = dict(max_batch=max_batch, max_length=max_length, kv_cache_memory=memory, prefill_chunk=prefill_chunk)
         queue = dict(max_waiting=max_waiting, max_waiting_tokens=max_waiting_tokens)
         options: dict[str, Any] = dict(mode=mode, arithmetic=arithmetic, threads=threads, **drafts, **sizes, **queue)
-        model: Any = dict(target_adapter=target_adapter, chat_template=chat_template, warm_up=warm_up)
-        load = partial(load_engine, target, head, dtype, **model, **options)
+        start: dict[str, Any] = dict(chat_template=chat_template, warm_up=warm_up, self_check=self_check)
+        load = partial(load_engine, target, head, dtype, target_adapter=target_adapter, **start, **options)
         models = f"{target} + {target_adapter}" if target_adapter else target
         models += f" with {head}, K = {speculation_length}, {rule}" if head else " without a draft head"
         serving = f"serving {models} on {listener.url('https' if tls else 'http')}"
@@ -178,6 +188,7 @@ def load_engine(
     target_adapter: str | None = None,
     chat_template: Path | None = None,
     warm_up: bool,
+    self_check: bool = False,
     threads: int | None,
     **options: Any,
 ) -> Engine:
@@ -207,9 +218,21 @@ def load_engine(
         draft_head, about = load_head(head, dtype=loaded.dtype, device=loaded.device)
         attach_head(draft_head, about, loaded)
     engine = Engine(loaded, draft_head, threads=threads, pack_in_place=True, **options)
+    logging.getLogger(__name__).info("KV cache: %s", engine.models.cache_size)
     if warm_up:
         engine.warm_up()
+    if self_check:
+        engine.self_check()
     return engine
+
+
+def _size(text: str) -> int:
+    from pydantic import ByteSize, TypeAdapter, ValidationError
+
+    try:
+        return TypeAdapter(ByteSize).validate_python(text)
+    except ValidationError as error:
+        raise UserError(f"--kv-cache-memory {text!r} is not a size; give a number with a unit, such as 4GB.") from error
 
 
 def _check_key(key: str | None) -> None:
@@ -245,6 +268,7 @@ def _tls(
 
 def main() -> None:
     """Run the command line; a user's mistake is one sentence and exit status 2."""
+    end_with_starter()
     try:
         cli()
     except Exception as error:

@@ -1,11 +1,10 @@
 """Random cases for the CPU kernels, and how far two results are apart."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
 from cpu_kernels import slot_attention
+from cpu_kernels.ops import BLOCK
 
 FLOAT, HALF = torch.float32, torch.bfloat16
 PROMPT = torch.empty(0, 0, dtype=torch.bool)  # causal
@@ -26,7 +25,8 @@ def random_case(
     width: int = 16,
     value_width: int = 16,
 ) -> dict:
-    """Three slots of 80 entries; segments of random lengths in two of them, with random trees as masks if asked."""
+    """Three slots of 80 entries, whose blocks lie anywhere in a cache of 20; segments of random lengths in two of them,
+    with random trees as masks if asked."""
     torch.manual_seed(seed)
     key_heads, slots, entries = 2, 3, 80
     pick = lambda low, high: int(torch.randint(low, high + 1, ()))  # noqa: E731
@@ -54,8 +54,9 @@ def random_case(
         q=new(1, tokens, key_heads * group, width).transpose(1, 2),
         k=new(1, tokens, key_heads, width).transpose(1, 2),
         v=new(1, tokens, key_heads, value_width).transpose(1, 2),
-        k_slots=new(slots, key_heads, entries, width),
-        v_slots=new(slots, key_heads, entries, value_width),
+        k_cache=new(key_heads, 20 * BLOCK, width),
+        v_cache=new(key_heads, 20 * BLOCK, value_width),
+        blocks=torch.randperm(20)[: slots * entries // BLOCK].view(slots, -1),
         positions=positions,
         segments=torch.tensor(segments),
         mask=mask,
@@ -66,5 +67,11 @@ def random_case(
 
 
 def attend(case: dict) -> Tensor:
-    """slot_attention on copies of the case's slots."""
-    return slot_attention(**{**case, "k_slots": case["k_slots"].clone(), "v_slots": case["v_slots"].clone()})
+    """slot_attention on copies of the case's cache."""
+    return slot_attention(**{**case, "k_cache": case["k_cache"].clone(), "v_cache": case["v_cache"].clone()})
+
+
+def places(blocks: Tensor, slot: int, entries: int) -> Tensor:
+    """The places in the cache of a slot's first entries."""
+    at = torch.arange(entries)
+    return blocks[slot, at // BLOCK] * BLOCK + at % BLOCK

@@ -22,6 +22,7 @@ from serving.engine import Completion, Engine, Request, SamplingParams, Speculat
 from serving.engine.answer import GrowingAnswer, special_ids
 from serving.engine.drafting import Job, Proposer
 from serving.engine.estimates import OFF, DraftPlan, RequestAcceptance
+from serving.engine.kv_cache import SlotCache
 from serving.engine.planner import Controller
 from serving.engine.verification import DraftTree
 
@@ -48,7 +49,7 @@ class Oracle:
         self.scripts: deque[Script] = deque()
         self.present: list[Script] = []
 
-    def join(self) -> Script:
+    def join(self, tokens: int) -> Script:
         self.present.append(self.scripts.popleft())
         return self.present[-1]
 
@@ -204,3 +205,8 @@ def check(target: Target, case: Case, completion: Completion, tolerance: float) 
     assert stats.accepted == sum(token.accepted_position is not None for token in completion.tokens)
     if not case.drafts:
         assert stats.drafted == 0
+
+
+def all_free(cache: SlotCache) -> bool:
+    """Return True when no slot and no block of a cache is in use."""
+    return cache.free_blocks == cache.blocks and not any(cache.lengths) and bool((cache.table == -1).all())

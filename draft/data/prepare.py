@@ -56,6 +56,7 @@ from draft.errors import UserError, plain_console
 from draft.files import read_json, write_json
 from draft.launcher import ServerEnded
 from draft.target import Target
+from draft.target.hidden_states import check_hidden_states
 
 log = logging.getLogger(__name__)
 
@@ -114,6 +115,8 @@ def prepare(
         check_template(target)
     folder = Path(out)
     plan = Plan(folder, _arguments(target, prompts or (), given, chosen, shard, server))
+    if not plan.finished:
+        check_hidden_states(target)  # which the heads trained on this data will read
     plan.begin()
     if plan.finished:
         if progress:

@@ -20,6 +20,7 @@ from draft.heads.checkpoint import attach_head, build_head, check_kinds, save_he
 from draft.interop import eagle, eagle3, medusa
 from draft.interop.formats import Checkpoint, Source
 from draft.target import Target
+from draft.target.hidden_states import check_hidden_states
 
 SOURCES: dict[type[DraftHead], Source] = {
     Eagle3Head: eagle3.SOURCE,
@@ -46,7 +47,8 @@ def import_head(
     heads whose config.json leaves that open, or is wrong.
 
     Raises:
-        UserError: for an unknown format, or a head that doesn't fit the target, naming both values.
+        UserError: for an unknown format, a head that doesn't fit the target, naming both values, or a target whose
+            hidden states cannot be captured.
     """
     found = read_checkpoint(source)
     found.auxiliary_layers = auxiliary_layers
@@ -65,6 +67,7 @@ def import_head(
     dtype = _widest_dtype(found)
     head = build_head(architecture, values, found.tensors, str(source), dtype)
     attach_head(head, {}, target)
+    check_hidden_states(target, head.auxiliary_layers(target))
     about = {**found.about, **_made_for(found, target), "imported_as": kind}
     save_head(head, out, dtype=dtype, about=about)
     return Imported(Path(out), kind, found.notes)

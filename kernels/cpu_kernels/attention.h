@@ -1,4 +1,5 @@
-// Attention of ragged rows over slots of a key-value cache.
+// Attention of ragged rows over a key-value cache in blocks: a slot's entries lie in the blocks that its row of a table
+// names, kBlock in each. The loops run over whole blocks, in which the keys of a head lie one after the other.
 //
 // Softmax takes two passes (all scores of a row, their maximum, then weights), and weights times values is one chain of
 // multiply-adds over the keys in order. A masked key adds exactly nothing, so a token's result depends on the visible
@@ -8,6 +9,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <type_traits>
 #include <vector>
 
 #include "pool.h"
@@ -15,12 +17,14 @@
 
 namespace draftsmith {
 
-/// A [heads, tokens, features] or [slots, heads, entries, features] array whose last stride is 1.
+constexpr int kBlock = 16;  // entries of a block
+
+/// A [heads, tokens or places, features] array whose last stride is 1.
 template <typename T>
 struct Strided {
   T* data;
-  int64_t slot, head, entry;  // strides
-  T* at(int64_t s, int64_t h, int64_t e) const { return data + s * slot + h * head + e * entry; }
+  int64_t head, entry;  // strides
+  T* at(int64_t h, int64_t e) const { return data + h * head + e * entry; }
 };
 
 struct Segment {
@@ -29,8 +33,10 @@ struct Segment {
 
 template <typename T>
 struct Attention {
-  Strided<const T> q, k, v;        // [1, heads, tokens, features]
-  Strided<T> k_slots, v_slots;     // [slots, key heads, entries, features]
+  Strided<const T> q, k, v;        // [heads, tokens, features]
+  Strided<T> k_cache, v_cache;     // [key heads, blocks * kBlock places, features]
+  const int64_t* blocks;           // [slots, blocks_a_slot]: where the entries of a slot are, kBlock in each
+  int64_t blocks_a_slot;
   const int64_t* positions;        // [tokens]
   const Segment* segments;         // [segment_count]
   const uint8_t* mask;             // [tokens, mask_width], or null: causal
@@ -87,18 +93,28 @@ inline void dot_products(const float* q, const float* const (&keys)[kKeysAStep],
   UNROLL for (int r = 0; r < Rows; ++r) sum_lanes(sums[r], scores + r * stride);
 }
 
-/// out[row][0..Vectors * kLanes) += weights[row][key] * values[key], key after key.
+/// Keys or values of a tile as floats, whose width is a multiple of kLanes: block by block, rows `stride` apart.
+struct Floated {
+  const float* blocks[kKeysATile / kBlock];
+  int64_t stride;
+};
+
+/// out[row][0..Vectors * kLanes) += weights[row][key] * values[key], key after key; from feature `column` of the values.
 template <int Rows, int Vectors>
-inline void add_values(const float* weights, int64_t weight_stride, const float* values, int64_t value_stride,
-                       int64_t keys, float* out, int64_t out_stride) {
+inline void add_values(const float* weights, int64_t weight_stride, const Floated& values, int64_t column, int64_t keys,
+                       float* out, int64_t out_stride) {
   Floats sums[Rows][Vectors];
   UNROLL for (int r = 0; r < Rows; ++r)
     UNROLL for (int c = 0; c < Vectors; ++c) sums[r][c] = load(out + r * out_stride + c * kLanes);
-  for (int64_t key = 0; key < keys; ++key) {
-    UNROLL for (int c = 0; c < Vectors; ++c) {
-      const Floats value = in_register(load(values + key * value_stride + c * kLanes));
-      UNROLL for (int r = 0; r < Rows; ++r)
-        sums[r][c] = fma(splat(weights[r * weight_stride + key]), value, sums[r][c]);
+  for (int64_t first = 0; first < keys; first += kBlock) {
+    const float* from = values.blocks[first / kBlock] + column;
+    const int64_t last = std::min(first + kBlock, keys);
+    for (int64_t key = first; key < last; ++key, from += values.stride) {
+      UNROLL for (int c = 0; c < Vectors; ++c) {
+        const Floats value = in_register(load(from + c * kLanes));
+        UNROLL for (int r = 0; r < Rows; ++r)
+          sums[r][c] = fma(splat(weights[r * weight_stride + key]), value, sums[r][c]);
+      }
     }
   }
   UNROLL for (int r = 0; r < Rows; ++r)
@@ -119,26 +135,28 @@ struct Scratch {
   std::vector<float> queries, scores, out, block;
 };
 
-/// Keys or values as rows of floats, `stride` apart, whose width is a multiple of kLanes.
-struct Block {
-  const float* data;
-  int64_t stride;
-};
-
-inline Block as_floats(const float* from, int64_t stride, int64_t count, int64_t width, std::vector<float>& scratch) {
+/// The first `count` entries (at most kKeysATile) of the blocks as floats: where they lie, or converted and padded.
+template <typename T>
+Floated as_floats(const Strided<T>& cache, int64_t head, const int64_t* blocks, int64_t count, int64_t width,
+                  std::vector<float>& scratch) {
   const int64_t padded = round_up(width, kLanes);
-  if (padded == width) return {from, stride};
-  scratch.assign(count * padded, 0.0f);
-  for (int64_t i = 0; i < count; ++i) std::copy_n(from + i * stride, width, scratch.data() + i * padded);
-  return {scratch.data(), padded};
-}
-
-inline Block as_floats(const BFloat16* from, int64_t stride, int64_t count, int64_t width, std::vector<float>& scratch) {
-  const int64_t padded = round_up(width, kLanes);
-  if (padded != width) scratch.assign(count * padded, 0.0f);
-  scratch.resize(count * padded);
-  for (int64_t i = 0; i < count; ++i) convert(from + i * stride, scratch.data() + i * padded, width);
-  return {scratch.data(), padded};
+  const bool in_place = std::is_same_v<T, float> && padded == width;
+  Floated floated{{}, in_place ? cache.entry : padded};
+  if (!in_place) scratch.resize(count * padded);
+  if (padded != width) std::fill(scratch.begin(), scratch.end(), 0.0f);
+  for (int64_t first = 0; first < count; first += kBlock) {
+    const T* from = cache.at(head, blocks[first / kBlock] * kBlock);
+    float* to = scratch.data() + first * padded;
+    if constexpr (std::is_same_v<T, float>)
+      if (in_place) {
+        floated.blocks[first / kBlock] = from;
+        continue;
+      }
+    const int64_t rows = std::min<int64_t>(kBlock, count - first);
+    for (int64_t i = 0; i < rows; ++i) convert(from + i * cache.entry, to + i * padded, width);
+    floated.blocks[first / kBlock] = to;
+  }
+  return floated;
 }
 
 /// Which keys query row `token` of a segment sees, besides the mask: [first, last).
@@ -196,22 +214,27 @@ void attend(const Attention<T>& a, const Segment& segment, int64_t head, int64_t
     const int64_t token = (first_row + r) / group, query_head = head * group + (first_row + r) % group;
     const Range range = visible_keys(a, segment, token);
     tile = {std::min(tile.first, range.first), std::max(tile.last, range.last)};
-    convert(a.q.at(0, query_head, segment.start + token), scratch.queries.data() + r * width, a.width);
+    convert(a.q.at(query_head, segment.start + token), scratch.queries.data() + r * width, a.width);
   }
+  tile.first = tile.first / kBlock * kBlock;  // keys before the first that is seen get no weight
+  const int64_t* blocks = a.blocks + segment.slot * a.blocks_a_slot + tile.first / kBlock;
   const int64_t keys = tile.last - tile.first, stride = round_up(keys, kLanes);
   scratch.scores.resize(kRowsATile * stride);
   float* scores = scratch.scores.data();
 
   for (int64_t from = 0; from < keys; from += kKeysATile) {
     const int64_t count = std::min<int64_t>(kKeysATile, keys - from);
-    const Block block = as_floats(a.k_slots.at(segment.slot, head, tile.first + from), a.k_slots.entry, count, a.width,
-                                  scratch.block);
+    const Floated block = as_floats(a.k_cache, head, blocks + from / kBlock, count, a.width, scratch.block);
     for_row_groups(rows, [&](int r, auto together) {
-      for (int64_t i = 0; i < count; i += kKeysAStep) {
-        const float* some[kKeysAStep];
-        for (int j = 0; j < kKeysAStep; ++j) some[j] = block.data + std::min(i + j, count - 1) * block.stride;
-        dot_products<decltype(together)::value>(scratch.queries.data() + r * width, some, width,
-                                                scores + r * stride + from + i, stride);
+      for (int64_t first = 0; first < count; first += kBlock) {
+        const float* start = block.blocks[first / kBlock];
+        const int64_t here = std::min<int64_t>(kBlock, count - first);
+        for (int64_t i = 0; i < here; i += kKeysAStep) {
+          const float* some[kKeysAStep];
+          for (int j = 0; j < kKeysAStep; ++j) some[j] = start + std::min(i + j, here - 1) * block.stride;
+          dot_products<decltype(together)::value>(scratch.queries.data() + r * width, some, width,
+                                                  scores + r * stride + from + first + i, stride);
+        }
       }
     });
   }
@@ -229,17 +252,16 @@ void attend(const Attention<T>& a, const Segment& segment, int64_t head, int64_t
   scratch.out.assign(kRowsATile * value_width, 0.0f);
   for (int64_t from = 0; from < keys; from += kKeysATile) {
     const int64_t count = std::min<int64_t>(kKeysATile, keys - from);
-    const Block block = as_floats(a.v_slots.at(segment.slot, head, tile.first + from), a.v_slots.entry, count,
-                                  a.value_width, scratch.block);
+    const Floated block = as_floats(a.v_cache, head, blocks + from / kBlock, count, a.value_width, scratch.block);
     for_row_groups(rows, [&](int r, auto together) {
       constexpr int kRows = decltype(together)::value;
       const float* weights = scores + r * stride + from;
       float* out = scratch.out.data() + r * value_width;
       int64_t d = 0;
       for (; d + kVectorsAStep * kLanes <= value_width; d += kVectorsAStep * kLanes)
-        add_values<kRows, kVectorsAStep>(weights, stride, block.data + d, block.stride, count, out + d, value_width);
+        add_values<kRows, kVectorsAStep>(weights, stride, block, d, count, out + d, value_width);
       for (; d < value_width; d += kLanes)
-        add_values<kRows, 1>(weights, stride, block.data + d, block.stride, count, out + d, value_width);
+        add_values<kRows, 1>(weights, stride, block, d, count, out + d, value_width);
     });
   }
   for (int r = 0; r < rows; ++r) {
@@ -250,15 +272,17 @@ void attend(const Attention<T>& a, const Segment& segment, int64_t head, int64_t
   }
 }
 
-/// Keys and values of the segments' tokens into their slots.
+/// Keys and values of the segments' tokens into their places.
 template <typename T>
-void write_slots(const Attention<T>& a) {
+void write_cache(const Attention<T>& a) {
   for (const Segment* segment = a.segments; segment < a.segments + a.segment_count; ++segment)
     for (int64_t head = 0; head < a.key_heads; ++head)
       for (int64_t i = 0; i < segment->count; ++i) {
         const int64_t token = segment->start + i, entry = segment->past + i;
-        std::copy_n(a.k.at(0, head, token), a.width, a.k_slots.at(segment->slot, head, entry));
-        std::copy_n(a.v.at(0, head, token), a.value_width, a.v_slots.at(segment->slot, head, entry));
+        const int64_t block = a.blocks[segment->slot * a.blocks_a_slot + entry / kBlock];
+        const int64_t place = block * kBlock + entry % kBlock;
+        std::copy_n(a.k.at(head, token), a.width, a.k_cache.at(head, place));
+        std::copy_n(a.v.at(head, token), a.value_width, a.v_cache.at(head, place));
       }
 }
 
@@ -269,7 +293,7 @@ void slot_attention(const Attention<T>& a) {
     int64_t head, first_row;
     int rows;
   };
-  write_slots(a);
+  write_cache(a);
   std::vector<Tile> tiles;
   int64_t work = 0;
   for (const Segment* segment = a.segments; segment < a.segments + a.segment_count; ++segment) {

@@ -90,41 +90,48 @@ at::Tensor packed_linear_op(const at::Tensor& x, const at::Tensor& packed, int64
 
 template <typename T>
 Strided<T> strided(const at::Tensor& tensor) {
-  return {static_cast<T*>(const_cast<void*>(tensor.const_data_ptr())), tensor.stride(0), tensor.stride(1),
-          tensor.stride(2)};
+  return {static_cast<T*>(const_cast<void*>(tensor.const_data_ptr())), tensor.stride(-3), tensor.stride(-2)};
 }
 
 at::Tensor rows_in_memory(const at::Tensor& tensor) { return tensor.stride(-1) == 1 ? tensor : tensor.contiguous(); }
 
-void check_segments(const Segment* segments, int64_t count, int64_t slots, int64_t entries, int64_t tokens,
-                    int64_t mask_width, bool masked) {
+/// Checks segments, and that the blocks which they need are reserved: a slot's blocks, then -1 to the row's end.
+void check_segments(const Segment* segments, int64_t count, const at::Tensor& blocks, const at::Tensor& cache,
+                    int64_t tokens, int64_t mask_width, bool masked) {
+  TORCH_CHECK(blocks.scalar_type() == at::kLong && blocks.dim() == 2 && blocks.is_contiguous(),
+              "slot_attention: the blocks are int64 [slots, blocks of a slot]");
+  const int64_t slots = blocks.size(0), columns = blocks.size(1), all = cache.size(-2) / kBlock;
   for (const Segment* s = segments; s < segments + count; ++s) {
     if (s->count == 0) continue;
     TORCH_CHECK(s->count > 0 && s->start >= 0 && s->start + s->count <= tokens && s->slot >= 0 && s->slot < slots &&
-                    s->base >= 0 && s->base <= s->past && s->past + s->count <= entries,
+                    s->base >= 0 && s->base <= s->past && s->past + s->count <= columns * kBlock,
                 "slot_attention: segment (slot ", s->slot, ", base ", s->base, ", past ", s->past, ", start ", s->start,
-                ", count ", s->count, ") does not fit ", slots, " slots of ", entries, " entries and ", tokens,
-                " tokens");
+                ", count ", s->count, ") does not fit ", slots, " slots of ", columns * kBlock, " entries and ",
+                tokens, " tokens");
+    const int64_t last = const_data<int64_t>(blocks)[s->slot * columns + (s->past + s->count - 1) / kBlock];
+    TORCH_CHECK(last >= 0 && last < all, "slot_attention: slot ", s->slot, " has no block for entry ",
+                s->past + s->count - 1);
     TORCH_CHECK(!masked || s->past + s->count - s->base <= mask_width, "slot_attention: a mask of ", mask_width,
                 " columns is narrower than a segment's ", s->past + s->count - s->base, " keys");
   }
 }
 
-at::Tensor slot_attention_op(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, at::Tensor k_slots,
-                             at::Tensor v_slots, const at::Tensor& positions, const at::Tensor& segments,
-                             const at::Tensor& mask, double scale, int64_t window, double softcap) {
-  TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && v.dim() == 4 && k_slots.dim() == 4 && v_slots.dim() == 4,
-              "slot_attention: q, k, v and the slots have 4 dimensions");
+at::Tensor slot_attention_op(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, at::Tensor k_cache,
+                             at::Tensor v_cache, const at::Tensor& blocks, const at::Tensor& positions,
+                             const at::Tensor& segments, const at::Tensor& mask, double scale, int64_t window,
+                             double softcap) {
+  TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && v.dim() == 4 && k_cache.dim() == 3 && v_cache.dim() == 3,
+              "slot_attention: q, k and v have 4 dimensions, the cache has 3");
   const int64_t heads = q.size(1), tokens = q.size(2), key_heads = k.size(1);
   TORCH_CHECK(q.size(0) == 1 && k.size(2) == tokens && v.size(2) == tokens && v.size(1) == key_heads &&
                   heads % key_heads == 0 && k.size(3) == q.size(3) && positions.numel() == tokens,
               "slot_attention: shapes of q ", q.sizes(), ", k ", k.sizes(), " and v ", v.sizes(), " do not fit");
-  TORCH_CHECK(k_slots.size(1) == key_heads && v_slots.size(1) == key_heads && k_slots.size(3) == k.size(3) &&
-                  v_slots.size(3) == v.size(3) && k_slots.size(0) == v_slots.size(0) &&
-                  k_slots.size(2) == v_slots.size(2) && k_slots.stride(3) == 1 && v_slots.stride(3) == 1,
-              "slot_attention: slots ", k_slots.sizes(), " and ", v_slots.sizes(), " do not fit the keys and values");
-  for (const at::Tensor* other : {&k, &v, &static_cast<const at::Tensor&>(k_slots), &static_cast<const at::Tensor&>(v_slots)})
-    TORCH_CHECK(other->scalar_type() == q.scalar_type(), "slot_attention: q, k, v and the slots share one dtype");
+  TORCH_CHECK(k_cache.size(0) == key_heads && v_cache.size(0) == key_heads && k_cache.size(2) == k.size(3) &&
+                  v_cache.size(2) == v.size(3) && k_cache.size(1) == v_cache.size(1) && k_cache.stride(2) == 1 &&
+                  v_cache.stride(2) == 1,
+              "slot_attention: caches ", k_cache.sizes(), " and ", v_cache.sizes(), " do not fit the keys and values");
+  for (const at::Tensor* other : {&k, &v, &static_cast<const at::Tensor&>(k_cache), &static_cast<const at::Tensor&>(v_cache)})
+    TORCH_CHECK(other->scalar_type() == q.scalar_type(), "slot_attention: q, k, v and the cache share one dtype");
   TORCH_CHECK(positions.scalar_type() == at::kLong && segments.scalar_type() == at::kLong && segments.dim() == 2 &&
                   segments.size(1) == 5,
               "slot_attention: positions and segments [n, 5] are int64");
@@ -136,14 +143,15 @@ at::Tensor slot_attention_op(const at::Tensor& q, const at::Tensor& k, const at:
   const at::Tensor queries = rows_in_memory(q), keys = rows_in_memory(k), values = rows_in_memory(v);
   const auto* first = reinterpret_cast<const Segment*>(const_data<int64_t>(rows));
   const int64_t mask_width = masked ? mask.size(1) : 0;
-  check_segments(first, rows.size(0), k_slots.size(0), k_slots.size(2), tokens, mask_width, masked);
+  check_segments(first, rows.size(0), blocks, k_cache, tokens, mask_width, masked);
   // zeros, because padding tokens that no segment names must stay finite
   at::Tensor out = at::zeros({1, tokens, heads, v.size(3)}, q.options());
   with_type(q.scalar_type(), "q", [&](auto kind) {
     using T = decltype(kind);
     slot_attention(Attention<T>{
-        strided<const T>(queries), strided<const T>(keys), strided<const T>(values), strided<T>(k_slots),
-        strided<T>(v_slots), const_data<int64_t>(where), first, masked ? const_data<uint8_t>(seen) : nullptr,
+        strided<const T>(queries), strided<const T>(keys), strided<const T>(values), strided<T>(k_cache),
+        strided<T>(v_cache), const_data<int64_t>(blocks), blocks.size(1), const_data<int64_t>(where), first,
+        masked ? const_data<uint8_t>(seen) : nullptr,
         static_cast<T*>(out.data_ptr()), rows.size(0), mask_width, heads, key_heads, q.size(3), v.size(3), window,
         float(scale), float(softcap)});
   });
@@ -173,12 +181,12 @@ const float* norm_weight(const at::Tensor& weight, int64_t size) {
 /// hidden [1, N, H] through all layers -> [1 + captured, N, H] float32: what comes out of the last layer, and what enters
 /// the captured ones, in their order. One entry a layer in windows and masks; `cos` and `sin` are [N, rotary].
 at::Tensor decoder_layers_op(const at::Tensor& hidden, const at::Tensor& embeds, const at::Tensor& cos,
-                             const at::Tensor& sin, at::TensorList weights, at::TensorList k_slots,
-                             at::TensorList v_slots, const at::Tensor& positions, const at::Tensor& segments,
-                             at::TensorList masks, at::IntArrayRef windows, at::IntArrayRef captured, int64_t heads,
+                             const at::Tensor& sin, at::TensorList weights, at::TensorList k_cache,
+                             at::TensorList v_cache, const at::Tensor& blocks, const at::Tensor& positions,
+                             const at::Tensor& segments, at::TensorList masks, at::IntArrayRef windows, at::IntArrayRef captured, int64_t heads,
                              double eps, double scale, double softcap) {
-  const int64_t layers = k_slots.size(), tokens = hidden.size(-2), size = hidden.size(-1);
-  TORCH_CHECK(int64_t(weights.size()) == layers * kTensorsALayer && int64_t(v_slots.size()) == layers &&
+  const int64_t layers = k_cache.size(), tokens = hidden.size(-2), size = hidden.size(-1);
+  TORCH_CHECK(int64_t(weights.size()) == layers * kTensorsALayer && int64_t(v_cache.size()) == layers &&
                   int64_t(masks.size()) == layers && int64_t(windows.size()) == layers && layers > 0,
               "decoder_layers: the lists are not of ", layers, " layers");
   TORCH_CHECK(positions.numel() == tokens && cos.numel() == sin.numel() && cos.numel() % std::max<int64_t>(tokens, 1) == 0 &&
@@ -195,21 +203,21 @@ at::Tensor decoder_layers_op(const at::Tensor& hidden, const at::Tensor& embeds,
                          embeds.numel() ? const_data<float>(embedded) : nullptr};
   const auto* first = reinterpret_cast<const Segment*>(const_data<int64_t>(rows));
   auto* residual = static_cast<float*>(stream.data_ptr());
-  with_type(k_slots[0].scalar_type(), "the slots", [&](auto kind) {
+  with_type(k_cache[0].scalar_type(), "the cache", [&](auto kind) {
     using T = decltype(kind);
     for (int64_t layer = 0; layer < layers; ++layer) {
       for (size_t place = 0; place < captured.size(); ++place)
         if (captured[place] == layer) out[1 + place].copy_(stream);
-      const at::Tensor *own = &weights[layer * kTensorsALayer], &keys = k_slots[layer], &values = v_slots[layer];
+      const at::Tensor *own = &weights[layer * kTensorsALayer], &keys = k_cache[layer], &values = v_cache[layer];
       const at::Tensor seen = masks[layer].contiguous();
       const bool masked = seen.numel() > 0;
-      const int64_t key_heads = keys.size(1), width = keys.size(3), value_width = values.size(3);
+      const int64_t key_heads = keys.size(0), width = keys.size(2), value_width = values.size(2);
       const int64_t mask_width = masked ? seen.size(1) : 0, inner = own[kGateUp].size(0) * kPanel / 2;
       const int64_t entering = own[kEmbedNorm].numel() ? 2 * size : size;
-      TORCH_CHECK(shape.rotary <= width && heads % key_heads == 0 && keys.stride(3) == 1 && values.stride(3) == 1 &&
+      TORCH_CHECK(shape.rotary <= width && heads % key_heads == 0 && keys.stride(2) == 1 && values.stride(2) == 1 &&
                       (!masked || seen.size(0) == tokens) && values.scalar_type() == keys.scalar_type(),
-                  "decoder_layers: slots, heads or mask of layer ", layer, " do not fit");
-      check_segments(first, rows.size(0), keys.size(0), keys.size(2), tokens, mask_width, masked);
+                  "decoder_layers: cache, heads or mask of layer ", layer, " do not fit");
+      check_segments(first, rows.size(0), blocks, keys, tokens, mask_width, masked);
       const LayerWeights<T> weight{
           norm_weight(own[kInputNorm], size), norm_weight(own[kEmbedNorm], size),
           packed_weight<T>(own, kQkv, entering, heads * width + key_heads * (width + value_width)),
@@ -217,9 +225,10 @@ at::Tensor decoder_layers_op(const at::Tensor& hidden, const at::Tensor& embeds,
           packed_weight<T>(own, kO, heads * value_width, size), norm_weight(own[kPostNorm], size),
           packed_weight<T>(own, kGateUp, size, 2 * inner), packed_weight<T>(own, kDown, inner, size)};
       for (int place : {kQkv, kO, kGateUp, kDown})
-        TORCH_CHECK(own[place].scalar_type() == keys.scalar_type(), "decoder_layers: weights and slots share one dtype");
+        TORCH_CHECK(own[place].scalar_type() == keys.scalar_type(), "decoder_layers: weights and cache share one dtype");
       decoder_layer(shape, weight,
-                    Attention<T>{{}, {}, {}, strided<T>(keys), strided<T>(values), const_data<int64_t>(where), first,
+                    Attention<T>{{}, {}, {}, strided<T>(keys), strided<T>(values), const_data<int64_t>(blocks),
+                                 blocks.size(1), const_data<int64_t>(where), first,
                                  masked ? const_data<uint8_t>(seen) : nullptr, nullptr, rows.size(0), mask_width, heads,
                                  key_heads, width, value_width, windows[layer], float(scale), float(softcap)},
                     residual);
@@ -284,16 +293,17 @@ TORCH_LIBRARY(draftsmith, library) {
   library.def("pack(Tensor weight) -> Tensor");
   library.def("packed_linear(Tensor x, Tensor packed, int out_features, Tensor? bias=None) -> Tensor");
   library.def(
-      "slot_attention(Tensor q, Tensor k, Tensor v, Tensor(a!) k_slots, Tensor(b!) v_slots, Tensor positions, "
-      "Tensor segments, Tensor mask, float scale, int window=0, float softcap=0.0) -> Tensor");
+      "slot_attention(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor blocks, "
+      "Tensor positions, Tensor segments, Tensor mask, float scale, int window=0, float softcap=0.0) -> Tensor");
   library.def(
-      "decoder_layers(Tensor hidden, Tensor embeds, Tensor cos, Tensor sin, Tensor[] weights, Tensor(a!)[] k_slots, "
-      "Tensor(b!)[] v_slots, Tensor positions, Tensor segments, Tensor[] masks, int[] windows, int[] captured, int heads, "
-      "float eps, float scale, float softcap) -> Tensor");
+      "decoder_layers(Tensor hidden, Tensor embeds, Tensor cos, Tensor sin, Tensor[] weights, Tensor(a!)[] k_cache, "
+      "Tensor(b!)[] v_cache, Tensor blocks, Tensor positions, Tensor segments, Tensor[] masks, int[] windows, "
+      "int[] captured, int heads, float eps, float scale, float softcap) -> Tensor");
   library.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
   library.def("weight_memory(int bytes) -> Tensor", &draftsmith::weight_memory);
   library.def("set_threads(int threads) -> ()", &draftsmith::set_threads);
   library.def("get_threads() -> int", &draftsmith::get_threads);
+  library.def("block_size() -> int", [] { return int64_t(draftsmith::kBlock); });
   library.def("arithmetics() -> str[]", &draftsmith::arithmetics);
   library.def("set_arithmetic(str name) -> ()", [](std::string name) { draftsmith::set_arithmetic(name); });
   library.def("get_arithmetic() -> str", &draftsmith::get_arithmetic);

@@ -128,7 +128,7 @@ void decoder_layer(const LayerShape& shape, const LayerWeights<T>& weights, Atte
   });
   multiply(a.normed.data(), weights.qkv, tokens, a.projected);
 
-  // rotated heads in the slots' dtype, over the place that the norm's result had: [token][queries, keys, values]
+  // rotated heads in the cache's dtype, over the place that the norm's result had: [token][queries, keys, values]
   const int64_t row = queries + keys + values;
   static thread_local std::vector<T> turned_buffer;
   std::vector<T>& turned = turned_buffer;
@@ -145,9 +145,9 @@ void decoder_layer(const LayerShape& shape, const LayerWeights<T>& weights, Atte
     }
     convert(from, turned.data() + token * row, row);
   });
-  attention.q = {turned.data(), 0, attention.width, row};
-  attention.k = {turned.data() + queries, 0, attention.width, row};
-  attention.v = {turned.data() + queries + keys, 0, attention.value_width, row};
+  attention.q = {turned.data(), attention.width, row};
+  attention.k = {turned.data() + queries, attention.width, row};
+  attention.v = {turned.data() + queries + keys, attention.value_width, row};
   attention.out = mixed;
   std::fill(mixed, mixed + tokens * attended, T{});  // of tokens that no segment names
   slot_attention(attention);

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from cpu_kernels.build import built_library
 
+BLOCK = 16  # entries of a block of the cache, as in attention.h
+
 
 @lru_cache
 def load_kernels(cache: Path) -> None:
@@ -53,8 +55,9 @@ def slot_attention(
     q: Tensor,  # [1, query heads, tokens, width]
     k: Tensor,  # [1, key heads, tokens, width]
     v: Tensor,  # [1, key heads, tokens, value width]
-    k_slots: Tensor,  # [slots, key heads, entries, width], written
-    v_slots: Tensor,  # [slots, key heads, entries, value width], written
+    k_cache: Tensor,  # [key heads, places, width], written
+    v_cache: Tensor,  # [key heads, places, value width], written
+    blocks: Tensor,  # int64 [slots, blocks of a slot]: those that hold its entries, in order; -1: none
     positions: Tensor,  # int64 [tokens], for the window
     segments: Tensor,  # int64 [segments, 5]: slot, base, past, start, count
     mask: Tensor,  # bool [tokens, keys from base on], or empty: causal
@@ -64,15 +67,17 @@ def slot_attention(
 ) -> Tensor:
     """Write the tokens' keys and values behind their slots' `past` entries, then attend.
 
+    Entry i of a slot is in place blocks[slot, i // BLOCK] * BLOCK + i % BLOCK of the cache.
+
     Tokens start..start+count of the batch belong to one slot. Token j of a segment sees the keys [0, base) within its
     window, and of the keys from base on those that the mask allows (the window is in the mask then), or without a mask
     those up to its own, past + j, within its window. Tokens of no segment give zeros; a segment may be empty.
 
-    q, k, v and slots share one dtype, float32 or bfloat16.
+    q, k, v and the cache share one dtype, float32 or bfloat16.
     Returns [1, tokens, query heads, value width].
     """
     return torch.ops.draftsmith.slot_attention(
-        q, k, v, k_slots, v_slots, positions, segments, mask, scale, window, softcap
+        q, k, v, k_cache, v_cache, blocks, positions, segments, mask, scale, window, softcap
     )
 
 
@@ -121,17 +126,18 @@ class FusedDecoder:
         hidden: Tensor,  # [1, tokens, hidden]
         embeds: Tensor,  # the same, for layers that read cat(norm(embeds), norm(hidden)), or empty
         rotation: tuple[Tensor, Tensor],  # cosines and sines, [..., tokens, rotary] each
-        slots: Sequence[tuple[Tensor, Tensor]],  # keys and values of each layer, as in `slot_attention`, written
+        cache: Sequence[tuple[Tensor, Tensor]],  # keys and values of each layer, as in `slot_attention`, written
+        blocks: Tensor,
         positions: Tensor,
         segments: Tensor,
         masks: Sequence[Tensor],  # one a layer
         captured: Sequence[int] = (),  # layers whose input is returned, too; their number: the output
     ) -> Tensor:
         """Return [1 + captured, tokens, hidden] float32: the last layer's output, and the captured layers' inputs."""
-        keys, values = ([pair[part] for pair in slots] for part in (0, 1))
+        keys, values = ([pair[part] for pair in cache] for part in (0, 1))
         return torch.ops.draftsmith.decoder_layers(
-            hidden, embeds, *rotation, self.weights, keys, values, positions, segments, masks, self.windows, captured,
-            self.heads, self.eps, self.scale, self.softcap,
+            hidden, embeds, *rotation, self.weights, keys, values, blocks, positions, segments, masks, self.windows,
+            captured, self.heads, self.eps, self.scale, self.softcap,
         )  # fmt: skip
 
 

@@ -10,6 +10,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
+from operator import attrgetter
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
@@ -36,7 +37,10 @@ _COUNTERS = {  # name -> (description, label)
 _GAUGES = {  # name -> (description, attribute of the engine)
     "num_requests_running": ("Sequences in the engine", "running"),
     "num_requests_waiting": ("Sequences in the queue", "waiting"),
-    "kv_cache_usage_perc": ("Used places of the cache / all of them", "cache_usage"),
+    "kv_cache_tokens": ("Tokens that the cache holds", "cache_tokens"),
+    "kv_cache_usage_perc": ("Reserved blocks of the cache / all of them", "cache_usage"),
+    "speculation_self_check_tau": ("Acceptance length of the self-check at the start; NaN without one", "watch.tau"),
+    "speculation_degraded": ("1 while drafts are accepted far less than they should be, else 0", "watch.is_degraded"),
 }
 _HISTOGRAMS = {  # name -> (description, buckets)
     "time_to_first_token_seconds": ("From receipt to the first token", _FIRST_TOKEN),
@@ -102,7 +106,7 @@ class Metrics:
             add(Histogram, name, description, buckets=buckets)
         for name, (description, attribute) in _GAUGES.items():
             add(Gauge, name, description)
-            self._series(name).set_function(partial(getattr, engine, attribute))
+            self._series(name).set_function(partial(attrgetter(attribute), engine))
 
     def _series(self, name: str, **labels: str) -> Any:
         """Return one time series of a metric."""

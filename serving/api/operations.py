@@ -55,6 +55,7 @@ async def info(request: Request) -> dict[str, Any]:
     """The target, the draft head, the limits, the versions, and the engine's decisions about speculation."""
     service: Service = request.app.state.service
     engine, target, head = service.engine, service.engine.target, service.engine.head
+    check = engine.watch.check
     return {
         "model_id": service.model_name,
         "target_adapter": target.adapter and public_name(target.adapter.name),
@@ -67,6 +68,8 @@ async def info(request: Request) -> dict[str, Any]:
             "name": service.head_name,
             "architecture": head.stored_as,
             "draft_vocab_size": head.config.draft_vocab_size,
+            "self_check": check and to_jsonable_python(check.figures(), inf_nan_mode="null"),
+            "degraded": engine.watch.degraded,
         },
         "speculation": engine.speculation,
         "speculation_length": service.speculation_length,

@@ -155,7 +155,8 @@ class Service:
     def new_tokens(
         self, requested: int | None, prompt_tokens: int, default: int | None, prompt_field: str, field: str
     ) -> int:
-        """Return the number of tokens to generate; default: None is the room that is left.
+        """Return the number of tokens to generate; default: None is the room that is left,
+        and at most the sequence's part of the cache.
 
         Raises:
             ApiError: it exceeds the server's limit or the context, with the numbers.
@@ -165,19 +166,21 @@ class Service:
         if room < 1:
             raise self._too_long(str(prompt_tokens), prompt_field)
         if requested is None:
-            return min(limit, room, default or room)
+            return min(limit, default or self.engine.default_new_tokens(prompt_tokens), room)
         if requested > limit:
-            raise ApiError("validation", f"`{field}` must be <= {limit}. Given: {echo(requested)}", field=field)
+            note = "" if self.limits.max_new_tokens else self.engine.limit_note
+            raise ApiError("validation", f"`{field}` must be <= {limit}{note}. Given: {echo(requested)}", field=field)
         if requested > room:
             message = (
-                f"`{prompt_field}` tokens + `{field}` must be <= {context}. "
+                f"`{prompt_field}` tokens + `{field}` must be <= {context}{self.engine.limit_note}. "
                 f"Given: {prompt_tokens} `{prompt_field}` tokens and {requested} `{field}`"
             )
             raise ApiError("validation", message, field=field, code="context_length_exceeded")
         return requested
 
     def _too_long(self, given: str, field: str) -> ApiError:
-        message = f"`{field}` must have less than {self.engine.max_length} tokens. Given: {given}"
+        limit = f"{self.engine.max_length} tokens{self.engine.limit_note}"
+        message = f"`{field}` must have less than {limit}. Given: {given}"
         return ApiError("validation", message, field=field, code="context_length_exceeded")
 
     def token_text(self, token_id: int) -> tuple[str, bool]:

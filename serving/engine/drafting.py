@@ -58,9 +58,12 @@ class HeadProposer:
         self.vocab_size = runner.head.config.vocab_size
         self.device = self.vocabulary.device
 
-    def join(self) -> HeadState:
-        """Begin a new sequence, and return its state. There are never more than the engine has slots."""
-        return HeadState(self.runner.cache.acquire())
+    def join(self, tokens: int | None = None) -> HeadState:
+        """Begin a new sequence of at most so many tokens, drafted ones included, and return its state.
+
+        There is room where the target's cache has some: both have as many slots and blocks.
+        """
+        return HeadState(self.runner.cache.acquire(tokens))
 
     def leave(self, state: HeadState) -> None:
         """End the sequence."""
@@ -204,7 +207,7 @@ class AtOnceProposer:
         self.head, self.layers = head, layers
         self.vocabulary = head.vocabulary  # [draft_vocab] target ids
 
-    def join(self) -> AtOnceState:
+    def join(self, tokens: int | None = None) -> AtOnceState:
         return AtOnceState()
 
     def leave(self, state: AtOnceState) -> None:

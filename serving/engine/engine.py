@@ -18,8 +18,9 @@ from draft.heads.checkpoint import attach_head
 from draft.target import Target
 from draft.target.support import check_architecture
 from serving.engine.answer import GrowingAnswer, special_ids
-from serving.engine.estimates import BRANCHING
-from serving.engine.planner import make_controller
+from serving.engine.estimates import BRANCHING, DraftPlan
+from serving.engine.kv_cache import BLOCK
+from serving.engine.planner import Fixed, make_controller
 from serving.engine.request import (
     MAX_SPECULATION_LENGTH,
     Completion,
@@ -30,6 +31,7 @@ from serving.engine.request import (
     check_speculation_length,
 )
 from serving.engine.sampling import SEED_LIMIT, Processor, SamplingParams
+from serving.engine.self_check import MAX_SECONDS, NEW_TOKENS, AcceptanceWatch, SelfCheck, check_prompts
 from serving.engine.setup import build_models, pass_seconds
 from serving.engine.step import ActiveRequest, Decoder
 from serving.engine.verification import RULES, make_rule
@@ -62,6 +64,7 @@ class Engine:
         pack_in_place: bool = False,
         max_batch: int = 16,
         max_length: int | None = None,
+        kv_cache_memory: int | None = None,
         max_waiting: int = 1024,
         max_waiting_tokens: int | None = None,
         prefill_chunk: int = 128,
@@ -75,8 +78,9 @@ class Engine:
         itself, which then serves nothing else; by default it packs a copy, and the caller's target keeps its weights,
         too.
         max_batch: requests decoded at once. max_length: the most tokens of prompt and answer together (default: what
-        the target was made for). max_waiting, max_waiting_tokens: what may wait behind those that run. prefill_chunk:
-        prompt tokens read in one step.
+        the target was made for, as far as the cache holds it). kv_cache_memory: bytes of the cache (default: most of
+        what is free; never more than `max_batch` such requests need). max_waiting, max_waiting_tokens: what may wait
+        behind those that run. prefill_chunk: prompt tokens read in one step.
         threads: of the arithmetic on a CPU, of the whole process: `torch.set_num_threads` is called, with 1 in compiled
         mode, whose kernels have threads of their own.
 
@@ -90,18 +94,10 @@ class Engine:
         check_choice("speculation", speculation, SPECULATIONS)
         check_choice("rule", rule, tuple(RULES))
         check_speculation_length(speculation_length)
-        for name, value, least in (
-            ("max_batch", max_batch, 1),
-            ("max_waiting", max_waiting, 0),
-            ("max_waiting_tokens", max_waiting_tokens, 1),
-            ("threads", threads, 1),
-            ("tree_size", tree_size, 1),
-            ("prefill_chunk", prefill_chunk, 1),
-        ):
-            if name in ("max_waiting_tokens", "threads") and value is None:
-                continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise UserError(f"{name} = {value!r}: it must be a whole number of at least {least}.")
+        check_sizes(
+            max_batch=max_batch, max_waiting=max_waiting, max_waiting_tokens=max_waiting_tokens, tree_size=tree_size,
+            kv_cache_memory=kv_cache_memory, prefill_chunk=prefill_chunk, threads=threads,
+        )  # fmt: skip
         self.speculation, self.rule = speculation, rule
         longest = speculation_length if head is None or head.longest is None else head.longest
         self.speculation_length = min(speculation_length, longest)
@@ -109,6 +105,8 @@ class Engine:
         self.max_batch, self.max_waiting, self.max_waiting_tokens = max_batch, max_waiting, max_waiting_tokens
         self._queue = RequestQueue(max_waiting, max_waiting_tokens)
         self.controller = make_controller(speculation, self.speculation_length, tree_size)
+        # drafts beyond a sequence's last token need places too, and those that the head reads but does not draft
+        self._overhang = max(tree_size, BRANCHING * self.speculation_length, MAX_SPECULATION_LENGTH) + 1
         self.models = build_models(
             target,
             head if speculation != "off" else None,
@@ -116,23 +114,64 @@ class Engine:
             arithmetic_name=arithmetic,
             pack_in_place=pack_in_place,
             slots=self.max_batch,
-            # drafts beyond a sequence's last token need places too, and those that the head reads but that
-            # are not in its tree
-            capacity=self.max_length + max(tree_size, BRANCHING * self.speculation_length, MAX_SPECULATION_LENGTH) + 1,
+            capacity=self.max_length + self._overhang,
+            least=(max_length or 2) + self._overhang,
+            memory=kv_cache_memory,
             threads=threads,
         )
+        fitting, size = self.models.cache_size.capacity - self._overhang, self.models.cache_size
+        self.limit_note = f", which is what the KV cache holds ({size})" if fitting < self.max_length else ""
+        self.max_length = min(self.max_length, fitting)
         self.target = self.models.runner.target
-        self.mode = self.models.mode  # eager or compiled
         self._decoder = Decoder(self.models.runner, self.models.proposer, self.controller, prefill_chunk=prefill_chunk)
         self._special_ids = special_ids(target.tokenizer, target.eos_token_ids)
         self._active: list[ActiveRequest] = []  # changed in `step` only
         self._step_lock = threading.RLock()  # one thread steps at a time
         self._thread: threading.Thread | None = None
 
+    @property
+    def mode(self) -> str:
+        """Execution of the models: eager or compiled."""
+        return self.models.mode
+
     def warm_up(self) -> None:
         """Measure the cost of a step: before the first request, not while one waits."""
         for tokens, seconds in pass_seconds(self.models.runner).items():
             self.controller.costs.target.seed(tokens, seconds)
+
+    def self_check(self) -> SelfCheck | None:
+        """Check that the head's drafts are accepted: before `start`, by greedy answers to some built-in prompts.
+
+        They go through the engine's own path, with a planner and a decoder of their own: no figure of the engine but
+        `watch` knows of them. Returns None where nothing is ever drafted.
+        """
+        if self.models.proposer is None or not self.speculation_length:
+            return None
+        count = min(NEW_TOKENS, self.max_length // 2)
+        prompts = check_prompts(self.target, self.max_length - count)
+        with self._step_lock:
+            ordinary = self.controller, self._decoder
+            self.controller = Fixed(DraftPlan.chain(self.speculation_length))
+            self._decoder = Decoder(
+                self.models.runner, self.models.proposer, self.controller, prefill_chunk=ordinary[1].prefill_chunk
+            )
+            try:
+                for ignore_eos in (False, True):  # an answer that ends at once says nothing
+                    params = [SamplingParams(count, ignore_eos=ignore_eos)] * len(prompts)
+                    requests = self._requests(prompts, params, Speculation())
+                    self._queue.join(requests, None)
+                    end = time.monotonic() + MAX_SECONDS
+                    while any(not request.done for request in requests) and self.step():
+                        for request in requests if time.monotonic() > end else ():
+                            request.cancel()
+                    check = SelfCheck.of([request.result().stats for request in requests])
+                    if check.enough:
+                        break
+            finally:
+                self.controller, self._decoder = ordinary
+        check.report()
+        self._decoder.watch = AcceptanceWatch(check)
+        return check
 
     # requests
 
@@ -194,7 +233,7 @@ class Engine:
         self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams], speculation: Speculation
     ) -> list[Request]:
         for prompt, each in zip(prompts, params, strict=True):
-            check_prompt(prompt, self.target.vocab_size, self.max_length, each.max_new_tokens)
+            check_prompt(prompt, self.target.vocab_size, self.max_length, each.max_new_tokens, self.limit_note)
             each.check_vocabulary(self.target.vocab_size)
         if speculation.rule is not None:
             check_choice("rule", speculation.rule, tuple(RULES))
@@ -210,13 +249,13 @@ class Engine:
             if self._active:
                 self._advance()
                 self._dismiss()
-            elif len(self._queue) and not self.models.runner.cache.free_slots:
-                raise RuntimeError("slots were lost: no request runs, and none is free")  # the loop would spin
+            elif len(self._queue) and self.cache_usage:
+                raise RuntimeError("blocks were lost: no request runs, and not all are free")  # the loop would spin
             return bool(self._active or len(self._queue))
 
     def _admit(self) -> None:
         self._queue.drop_cancelled()
-        while self.models.runner.cache.free_slots and (request := self._queue.next()) is not None:
+        while (request := self._queue.next(self._has_room)) is not None:
             request.times.started = time.monotonic()
             try:
                 self._active.append(self._activate(request))
@@ -226,6 +265,21 @@ class Engine:
             except BaseException:  # the thread ends, and would not know of this one
                 _turn_away([request])
                 raise
+
+    def _has_room(self, request: Request) -> bool:
+        return self.models.runner.cache.has_room(self._places(request))
+
+    def _places(self, request: Request) -> int:
+        """Return the places that a request may need, which are reserved for it from its start to its end."""
+        return len(request.prompt_ids) + request.params.max_new_tokens + self._overhang
+
+    def default_new_tokens(self, prompt_tokens: int) -> int:
+        """Return the most tokens of an answer without a limit of its own: `max_batch` such requests run at once.
+
+        An answer to a prompt that fills its part of the cache may have half as much again.
+        """
+        part = self.models.cache_size.blocks // self.max_batch * BLOCK - self._overhang
+        return min(self.max_length - prompt_tokens, max(1, part - prompt_tokens, part // 2))
 
     def _activate(self, request: Request) -> ActiveRequest:
         """Give a request a slot, of the target and where it drafts of the head."""
@@ -240,8 +294,9 @@ class Engine:
         processor = Processor(params, request.prompt_ids, target.vocab_size, target.eos_token_ids)
         rule = make_rule(speculation.rule or self.rule, params, seed or 0)
         acceptance = self.controller.track(cap)
-        drafting = proposer.join() if proposer is not None and cap else None
-        slot = cache.acquire()  # one is free: nothing fails after the head's slot has been taken
+        places = self._places(request)
+        drafting = proposer.join(places) if proposer is not None and cap else None
+        slot = cache.acquire(places)  # one is free: nothing fails after the head's slot has been taken
         return ActiveRequest(request, answer, processor, rule, seed, slot, cap, acceptance, drafting)
 
     def _advance(self) -> None:
@@ -317,6 +372,11 @@ class Engine:
     # figures
 
     @property
+    def watch(self) -> AcceptanceWatch:
+        """The watch over the acceptance, with the self-check."""
+        return self._decoder.watch
+
+    @property
     def running(self) -> int:
         return len(self._active)
 
@@ -325,17 +385,23 @@ class Engine:
         return len(self._queue)
 
     @property
+    def cache_tokens(self) -> int:
+        return self.models.cache_size.tokens
+
+    @property
     def cache_usage(self) -> float:
-        """Used places of the cache / all of them."""
+        """Reserved blocks of the cache / all of them."""
         cache = self.models.runner.cache
-        return cache.used_tokens / (len(cache.lengths) * cache.capacity)
+        return 1 - cache.free_blocks / cache.blocks
 
     def stats(self) -> dict[str, Any]:
         """Return the engine's and its controller's figures; JSON-able. Any thread may call it at any time."""
+        size = self.models.cache_size
         return {
             "running": self.running,
             "waiting": self.waiting,
             "cache_usage": self.cache_usage,
+            "kv_cache": {"bytes": size.blocks * size.block_bytes, "tokens": size.tokens, "block_tokens": BLOCK},
             "mode": self.mode,
             "arithmetic": self.models.arithmetic,
             "seconds": self._decoder.seconds.copy(),
@@ -353,6 +419,16 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
         raise UserError(f"{name} = {value!r}: it must be one of {', '.join(choices)}.")
 
 
+def check_sizes(**sizes: int | None) -> None:
+    """Refuse, by its name, what is no whole number of at least 1; `max_waiting` may be 0, and others None."""
+    for name, value in sizes.items():
+        least = 0 if name == "max_waiting" else 1
+        if value is None and name in ("max_waiting_tokens", "kv_cache_memory", "threads"):
+            continue
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise UserError(f"{name} = {value!r}: it must be a whole number of at least {least}.")
+
+
 def check_max_length(length: int | None, target: Target) -> int:
     if length is None:
         return target.max_length
@@ -361,7 +437,9 @@ def check_max_length(length: int | None, target: Target) -> int:
     return length
 
 
-def check_prompt(prompt_ids: Sequence[int], vocab_size: int, max_length: int, max_new_tokens: int) -> None:
+def check_prompt(
+    prompt_ids: Sequence[int], vocab_size: int, max_length: int, max_new_tokens: int, limit_note: str = ""
+) -> None:
     if not len(prompt_ids):
         raise UserError("the prompt is empty; give at least one token.")
     if not all(isinstance(token, Integral) for token in prompt_ids):
@@ -374,6 +452,6 @@ def check_prompt(prompt_ids: Sequence[int], vocab_size: int, max_length: int, ma
     if len(prompt_ids) + max_new_tokens > max_length:
         raise UserError(
             f"the prompt has {len(prompt_ids)} tokens and max_new_tokens is {max_new_tokens}: together they exceed the "
-            f"context of {max_length}; shorten the prompt or ask for at most {max(0, max_length - len(prompt_ids))} "
-            "tokens."
+            f"context of {max_length}{limit_note}; shorten the prompt or ask for at most "
+            f"{max(0, max_length - len(prompt_ids))} tokens."
         )

@@ -88,9 +88,6 @@ def fuse_head(runner: HeadRunner) -> bool:
     runner.fused = FusedDecoder(weights, [0], heads, layer.hidden_norm.eps, head.config.head_dim**-0.5, 0.0)
     head.norm = in_one_call(head.get_submodule("norm")) or head.norm
     runner.norm = head.norm if getattr(head.config, "norm_output", False) else None
-    # a step has so little arithmetic that computing angles would be a twentieth of it
-    everywhere = torch.arange(runner.cache.capacity)[None]
-    runner.angles = tuple(part[0, 0] for part in head.rope(everywhere, torch.float32))  # [capacity, head_dim] each
     return True
 
 
@@ -186,7 +183,7 @@ def _agrees(runner: TargetRunner, fused: FusedDecoder) -> bool:
     Some models scale what is far into the context. And behind many layers half precision hides what is a few percent
     of each, as where their outputs are scaled; so what the first layer adds to the stream is compared by itself.
     """
-    target, slot = runner.target, runner.cache.acquire()
+    target, slot = runner.target, runner.cache.acquire(PROBED)
     ids = torch.arange(1, PROBED + 1).mul(7919).remainder(target.vocab_size).tolist()
     batch = RaggedBatch.of([Segment(slot, 0, 0, ids)], target.device)
     runner.view.show(batch)  # which keys are seen goes by the slot; only what is rotated is moved

@@ -1,7 +1,8 @@
-"""Keys and values in slots that are allocated once, ragged batches over them, and the attention of such batches."""
+"""Keys and values in blocks that are allocated once, ragged batches over them, and the attention of such batches."""
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
+from cpu_kernels.ops import BLOCK
 from draft.errors import UserError
 
 ATTENTION = "draftsmith_slots"  # the name of `attend` in transformers' table
@@ -27,58 +29,91 @@ class LayerShape:
     device: torch.device
 
 
+def blocks_of(tokens: int) -> int:
+    """Return the number of blocks that hold so many tokens."""
+    return -(-tokens // BLOCK)
+
+
 class SlotCache:
     """The keys and values of several layers for several sequences, which join and leave independently.
 
-    Entry i of a slot belongs to the token at position i. A rollback lowers a slot's length and copies nothing: entries
-    from the length on are stale, never attended to, and overwritten by the next tokens. Sliding-window layers keep all
-    of their past too; the attention leaves out what is outside.
+    A sequence has a slot, for which blocks are reserved when it joins; they need not lie together. Entry i of a slot
+    belongs to the token at position i, and is in its block i // BLOCK. A rollback lowers a slot's length and copies
+    nothing: entries from the length on are stale, never attended to, and overwritten by the next tokens. Sliding-window
+    layers keep all of their past too; the attention leaves out what is outside.
     """
 
-    def __init__(self, shapes: list[LayerShape], slots: int, capacity: int) -> None:
-        """capacity: the most tokens a slot can hold, drafted ones included.
+    def __init__(self, shapes: list[LayerShape], slots: int, capacity: int, blocks: int | None = None) -> None:
+        """capacity: the most tokens a slot can hold, drafted ones included. blocks: all that there are (default: enough
+        for every slot at its capacity).
 
         All memory is allocated here; on a CPU the system provides pages as they are first written.
         """
         self.capacity = capacity
+        self.blocks = slots * blocks_of(capacity) if blocks is None else blocks
         self.lengths = [0] * slots
-        self._free = list(reversed(range(slots)))
-        # layers of one shape share a tensor, so that moving entries is one operation:
-        # [layers, slots, heads, capacity, width]
+        # the blocks of each slot, in order; -1: none. On the CPU: [slots, blocks of a slot]
+        self.table = torch.full((slots, blocks_of(capacity)), -1)
+        self._free_slots = list(reversed(range(slots)))
+        self._held: list[list[int]] = [[] for _ in range(slots)]  # the same blocks
+        # a heap: the lowest come first, so that a sequence's blocks mostly lie together, and few pages are touched
+        self._returned: list[int] = []
+        self._untouched = 0  # the blocks from this one on were never reserved
+        # layers of one shape share a tensor, so that moving entries is one operation: [layers, heads, places, width]
         self._stacks: list[Tensor] = []
         self.layers: list[tuple[Tensor, Tensor]] = [None] * len(shapes)  # type: ignore[list-item]
         for shape in dict.fromkeys(shapes):
             members = [index for index, other in enumerate(shapes) if other == shape]
             keys, values = (
-                torch.empty(len(members), slots, shape.heads, capacity, width, dtype=shape.dtype, device=shape.device)
+                torch.empty(
+                    len(members), shape.heads, self.blocks * BLOCK, width, dtype=shape.dtype, device=shape.device
+                )
                 for width in (shape.key_width, shape.value_width)
             )
             self._stacks += [keys, values]
             for place, index in enumerate(members):
-                self.layers[index] = keys[place], values[place]  # [slots, heads, capacity, width] each
+                self.layers[index] = keys[place], values[place]  # [heads, places, width] each
 
     @property
-    def free_slots(self) -> int:
-        return len(self._free)
+    def free_blocks(self) -> int:
+        return len(self._returned) + self.blocks - self._untouched
 
-    @property
-    def used_tokens(self) -> int:
-        return sum(self.lengths)
+    def has_room(self, tokens: int) -> bool:
+        """Return True if a sequence of so many tokens can join now."""
+        return bool(self._free_slots) and blocks_of(tokens) <= self.free_blocks
 
-    def acquire(self) -> int:
-        """Return an empty slot; there must be one."""
-        slot = self._free.pop()
+    def acquire(self, tokens: int | None = None) -> int:
+        """Return an empty slot with room for `tokens` (default: the capacity); there must be one."""
+        count = blocks_of(self.capacity if tokens is None else tokens)
+        assert self._free_slots and count <= self.free_blocks, f"{count} blocks, or a slot, are not free"
+        slot = self._free_slots.pop()
+        again = [heapq.heappop(self._returned) for _ in range(min(count, len(self._returned)))]
+        new = range(self._untouched, self._untouched + count - len(again))
+        self._untouched = new.stop
+        self._held[slot] = [*again, *new]
+        self.table[slot, :count] = torch.tensor(self._held[slot])
         self.lengths[slot] = 0
         return slot
 
     def release(self, slot: int) -> None:
+        """Take a slot and its blocks back."""
+        for block in self._held[slot]:
+            heapq.heappush(self._returned, block)
+        self._held[slot] = []
+        self.table[slot] = -1
         self.lengths[slot] = 0
-        self._free.append(slot)
+        self._free_slots.append(slot)
+
+    def places(self, slot: int, entries: range) -> Tensor:
+        """Return the places [n] of a slot's entries in the stores of each layer, on the CPU."""
+        at = torch.arange(entries.start, entries.stop)
+        return self.table[slot, at // BLOCK] * BLOCK + at % BLOCK
 
     def extend(self, slot: int, count: int) -> None:
         """Count `count` entries that were written after the slot's length."""
         length = self.lengths[slot] + count
-        assert length <= self.capacity, f"{length} tokens do not fit in {self.capacity} places"
+        places = len(self._held[slot]) * BLOCK
+        assert length <= places, f"{length} tokens do not fit in {places} places"
         self.lengths[slot] = length
 
     def keep(self, slot: int, base: int, entries: list[int]) -> None:
@@ -87,10 +122,10 @@ class SlotCache:
         A chain's accepted prefix is in place already; a tree's accepted path is moved together.
         """
         if entries != list(range(len(entries))):
-            moved = torch.tensor([base + entry for entry in entries])
-            places = slice(base, base + len(entries))
+            around = self.places(slot, range(base, base + entries[-1] + 1))
+            moved = around[torch.tensor(entries)]
             for store in self._stacks:
-                store[:, slot, :, places] = store[:, slot, :, moved.to(store.device)]
+                store[:, :, around[: len(entries)].to(store.device)] = store[:, :, moved.to(store.device)]
         self.lengths[slot] = base + len(entries)
 
 
@@ -98,8 +133,8 @@ class SlotCache:
 class Segment:
     """The tokens of one sequence in a pass.
 
-    They are written to places past, past + 1, ... of a cache slot. Keys before `base` are visible to all of them; from
-    `base` on a token sees itself and, by `parents`, its ancestors in a tree whose nodes are the places from base on
+    They are written to entries past, past + 1, ... of a cache slot. Keys before `base` are visible to all of them; from
+    `base` on a token sees itself and, by `parents`, its ancestors in a tree whose nodes are the entries from base on
     (None: a chain).
     """
 
@@ -107,7 +142,7 @@ class Segment:
     base: int
     past: int
     ids: Sequence[int]
-    parents: Sequence[int] | None = None  # of every place from base on, counted from base; -1: the root
+    parents: Sequence[int] | None = None  # of every entry from base on, counted from base; -1: the root
 
     @property
     def reach(self) -> int:
@@ -116,7 +151,7 @@ class Segment:
 
     @property
     def depths(self) -> list[int]:
-        """The position of each place from base on, relative to base: those in the cache, then those of this pass."""
+        """The position of each entry from base on, relative to base: those in the cache, then those of this pass."""
         if self.parents is None:
             return list(range(self.reach - self.base))
         depths: list[int] = []
@@ -125,7 +160,7 @@ class Segment:
         return depths
 
     def visible(self) -> Tensor:
-        """Return [tokens, places from base on] bool: the places that each token sees."""
+        """Return [tokens, entries from base on] bool: the entries that each token sees."""
         size = self.reach - self.base
         if self.parents is None:
             return torch.ones(len(self.ids), size, dtype=torch.bool).tril(diagonal=size - len(self.ids))
@@ -145,7 +180,7 @@ class RaggedBatch:
     ids: Tensor  # [1, N]
     positions: Tensor  # [1, N]
     table: Tensor  # [segments, 5] int64 on the CPU: slot, base, past, start, count
-    mask: Tensor  # [N, W] bool: the places from its segment's base on that a token sees; [0, 0] when all are chains
+    mask: Tensor  # [N, W] bool: the entries from its segment's base on that a token sees; [0, 0] when all are chains
     starts: list[int] = field(default_factory=list)
 
     @classmethod
@@ -172,7 +207,7 @@ class RaggedBatch:
         )
 
     def mask_within(self, window: int) -> Tensor:
-        """Return the mask [N, W] with only those places whose position is less than `window` before the token's."""
+        """Return the mask [N, W] with only those entries whose position is less than `window` before the token's."""
         mask = self.mask.clone()
         if mask.numel():
             for index, segment in enumerate(self.segments):
@@ -183,7 +218,7 @@ class RaggedBatch:
         return mask
 
     def rows(self, index: int) -> range:
-        """Return the places of segment `index` in the batch."""
+        """Return the rows of segment `index` in the batch."""
         return range(self.starts[index], self.starts[index] + len(self.segments[index].ids))
 
 
@@ -198,10 +233,10 @@ Kernel = Callable[[Tensor, Tensor, Tensor, "SlotLayer", float, int, float], Tens
 
 @dataclass
 class SlotLayer:
-    """One attention layer's slots, and the batch of the present pass."""
+    """One attention layer's keys and values, and the batch of the present pass."""
 
-    keys: Tensor  # [slots, kv_heads, capacity, head_dim]
-    values: Tensor  # [slots, kv_heads, capacity, value_dim]
+    keys: Tensor  # [kv_heads, places, head_dim]
+    values: Tensor  # [kv_heads, places, value_dim]
     view: View
     kernel: Kernel
 
@@ -210,19 +245,31 @@ class SlotLayer:
 class View:
     """The batch that a model is reading; one object for all layers of a model, filled anew for each pass."""
 
+    cache: SlotCache
     batch: RaggedBatch
-    windows: dict[int, Tensor]  # window -> the batch's mask with only the places within it
+    windows: dict[int, Tensor]  # window -> the batch's mask with only the entries within it
+    _places: list[Tensor] | None = None
 
     @classmethod
-    def empty(cls, windows: Iterable[int] = ()) -> View:
+    def empty(cls, cache: SlotCache, windows: Iterable[int] = ()) -> View:
         """windows: those of the model's layers that have one."""
         batch = RaggedBatch.of([], torch.device("cpu"))
-        return cls(batch, dict.fromkeys(windows, batch.mask))
+        return cls(cache, batch, dict.fromkeys(windows, batch.mask))
 
     def show(self, batch: RaggedBatch) -> None:
-        self.batch = batch
+        self.batch, self._places = batch, None
         for window in self.windows:
             self.windows[window] = batch.mask_within(window)
+
+    @property
+    def places(self) -> list[Tensor]:
+        """The places [reach] of each segment's keys, on the batch's device; the C++ kernels find them by themselves."""
+        if self._places is None:
+            device, segments = self.batch.ids.device, self.batch.segments
+            self._places = [
+                _on_device(self.cache.places(segment.slot, range(segment.reach)), device) for segment in segments
+            ]
+        return self._places
 
     def mask(self, window: int) -> Tensor:
         """Return the mask [N, W] of layers with this window (0: none), or [0, 0] where all are chains."""
@@ -284,19 +331,19 @@ class Probe:
 def torch_attention(
     query: Tensor, key: Tensor, value: Tensor, layer: SlotLayer, scale: float, window: int, softcap: float
 ) -> Tensor:
-    """Write the new keys and values to their slots, and attend, sequence by sequence, on any device in any dtype.
+    """Write the new keys and values to their places, and attend, sequence by sequence, on any device in any dtype.
 
     query: [1, heads, N, head_dim]; key, value: [1, kv_heads, N, ...]; window: a token sees that many positions up
     to its own (0: all); softcap: scores are bounded by it (0: not). Returns [1, N, heads, value_dim].
     """
     mixed = query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
     groups, start = query.shape[1] // key.shape[1], 0
-    for segment in layer.view.batch.segments:
+    for segment, places in zip(layer.view.batch.segments, layer.view.places, strict=True):
         rows = slice(start, start + len(segment.ids))
         start = rows.stop
-        layer.keys[segment.slot, :, segment.past : segment.reach] = key[0, :, rows]
-        layer.values[segment.slot, :, segment.past : segment.reach] = value[0, :, rows]
-        keys, values = (slots[segment.slot, None, :, : segment.reach] for slots in (layer.keys, layer.values))
+        layer.keys[:, places[segment.past :]] = key[0, :, rows]
+        layer.values[:, places[segment.past :]] = value[0, :, rows]
+        keys, values = (store.index_select(1, places)[None] for store in (layer.keys, layer.values))
         visible = _visible(segment, layer.view, rows, window)
         # a group's queries are further tokens of their key-value head, so that nothing is repeated
         grouped = query[:, :, rows].reshape(1, key.shape[1], -1, query.shape[3])  # [1, kv_heads, groups * tokens, d]
@@ -326,12 +373,12 @@ def _visible(segment: Segment, view: View, rows: slice, window: int) -> Tensor |
     if segment.parents is None and len(segment.ids) == 1 and not 0 < window < segment.reach:
         return None
     positions = view.batch.positions[0, rows]
-    places = torch.arange(segment.reach, device=positions.device)
+    entries = torch.arange(segment.reach, device=positions.device)
     if segment.parents is None:
-        visible = places <= positions[:, None]
-        return visible & (places > positions[:, None] - window) if window else visible
+        visible = entries <= positions[:, None]
+        return visible & (entries > positions[:, None] - window) if window else visible
     block = view.mask(window)[rows, : segment.reach - segment.base]
     visible = torch.cat([block.new_ones(len(block), segment.base), block], dim=1)
     if window:  # the block's mask has the window in it
-        visible &= (places >= segment.base) | (places > positions[:, None] - window)
+        visible &= (entries >= segment.base) | (entries > positions[:, None] - window)
     return visible

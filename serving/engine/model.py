@@ -1,4 +1,4 @@
-"""Forward passes of the target and of the head over ragged batches, each with its cache of slots."""
+"""Forward passes of the target and of the head over ragged batches, each with its cache."""
 
 from __future__ import annotations
 
@@ -33,19 +33,14 @@ class TargetRunner:
     """Any Hugging Face decoder, driven without its own cache and masks: positions are explicit, attention is ours."""
 
     def __init__(
-        self, target: Target, *, slots: int, capacity: int, kernel: Kernel, layers: tuple[int, ...] = ()
+        self, target: Target, probe: Probe, cache: SlotCache, kernel: Kernel, layers: tuple[int, ...] = ()
     ) -> None:
-        """layers: whose auxiliary hidden states `forward` returns; none: it returns no states.
-
-        Raises:
-            UserError: when the architecture does not take our attention in each of its layers.
-        """
-        self.target, self.layers = target, layers
-        probe = _find_attention(target)
+        """probe: that of `find_attention`. layers: whose auxiliary hidden states `forward` returns; none: it returns no
+        states."""
+        self.target, self.cache, self.layers = target, cache, layers
         self.scoring = [scoring for _, scoring in probe.found.values()]
         # a part of a prompt, beside a tree, may be longer than any window
-        self.view = View.empty(scoring.window for scoring in self.scoring if scoring.window > 0)
-        self.cache = SlotCache([shape for shape, _ in probe.found.values()], slots, capacity)
+        self.view = View.empty(cache, (scoring.window for scoring in self.scoring if scoring.window > 0))
         self.attached = {
             module: SlotLayer(keys, values, self.view, kernel)
             for module, (keys, values) in zip(probe.found, self.cache.layers, strict=True)
@@ -76,7 +71,10 @@ class TargetRunner:
         embeds = self.target.decoder.embed_tokens(batch.ids)
         rotation = self.target.decoder.rotary_emb(embeds, position_ids=batch.positions)
         shown, masks = self.view.batch, [self.view.mask(window) for window in fused.windows]
-        return fused.run(embeds, _NOTHING, rotation, self.cache.layers, shown.positions, shown.table, masks, captured)
+        cache = self.cache
+        return fused.run(
+            embeds, _NOTHING, rotation, cache.layers, cache.table, shown.positions, shown.table, masks, captured
+        )
 
     def run_layers(
         self, given: dict[str, Tensor], positions: Tensor, layers: Sequence[int]
@@ -97,17 +95,17 @@ class HeadRunner:
     At position i it reads the state of token i and the embedding of token i+1, which is the batch's token there.
     """
 
-    def __init__(self, target: Target, head: StepwiseHead, *, slots: int, capacity: int, kernel: Kernel) -> None:
-        self.head, self.embedding = head, target.embedding
+    def __init__(self, target: Target, head: StepwiseHead, cache: SlotCache, kernel: Kernel) -> None:
+        """cache: of one layer of `head_shape`."""
+        self.head, self.embedding, self.cache = head, target.embedding, cache
         self.dtype = head.dtype
-        config = head.config
-        shape = LayerShape(config.num_key_value_heads, config.head_dim, config.head_dim, self.dtype, head.device)
-        self.cache = SlotCache([shape], slots, capacity)
-        self.view = View.empty()
-        self.layer = SlotLayer(*self.cache.layers[0], self.view, kernel)
+        self.view = View.empty(cache)
+        self.layer = SlotLayer(*cache.layers[0], self.view, kernel)
         self.fused: FusedDecoder | None = None  # its layer in one call
         self.norm: Any = None  # after it, where the head's output is normed
-        self.angles: tuple[Tensor, ...] = ()  # cosines and sines of all positions, for that call
+        # cosines and sines [positions, head_dim] for that call, of those that were reached so far: a step has so little
+        # arithmetic that computing them would be a twentieth of it
+        self._angles: tuple[Tensor, ...] = (_NOTHING, _NOTHING)
 
     def combine(self, auxiliary: Tensor) -> Tensor:
         """The target's auxiliary states [n, layers * hidden] -> [n, hidden]."""
@@ -124,10 +122,16 @@ class HeadRunner:
                 return layer.kernel(query, key, value, layer, query.shape[-1] ** -0.5, 0, 0.0)
 
             return self.head(embeds, hidden[None], batch.positions, attend)[0]
-        cos, sin = self.angles
+        reached = max(segment.reach for segment in batch.segments)
+        if reached > len(self._angles[0]):
+            positions = torch.arange(min(2 * reached, self.cache.capacity))[None]
+            self._angles = tuple(part[0, 0] for part in self.head.rope(positions, torch.float32))
+        cos, sin = self._angles
         rotation = cos[None, batch.positions], sin[None, batch.positions]
-        slots, masks = self.cache.layers, [batch.mask]
-        output = self.fused.run(hidden[None], embeds, rotation, slots, batch.positions, batch.table, masks)[0]
+        cache, masks = self.cache, [batch.mask]
+        output = self.fused.run(
+            hidden[None], embeds, rotation, cache.layers, cache.table, batch.positions, batch.table, masks
+        )[0]
         output = output.to(hidden.dtype)  # [N, hidden]
         return self.norm(output) if self.norm is not None else output
 
@@ -136,8 +140,18 @@ class HeadRunner:
         return self.head.logits(hidden)
 
 
-def _find_attention(target: Target) -> Probe:
-    """Find the attention modules, in the order they run in, by one pass over a single token."""
+def head_shape(head: StepwiseHead) -> LayerShape:
+    """Return the shape of a head's keys and values."""
+    config = head.config
+    return LayerShape(config.num_key_value_heads, config.head_dim, config.head_dim, head.dtype, head.device)
+
+
+def find_attention(target: Target) -> Probe:
+    """Find the attention modules, in the order they run in, by one pass over a single token.
+
+    Raises:
+        UserError: when the architecture does not take our attention in each of its layers.
+    """
     probe = Probe()
     batch = RaggedBatch.of([Segment(0, 0, 0, [0])], target.device)
     with torch.inference_mode(), _attention_by(target, dict.fromkeys(target.decoder.modules(), probe)):

@@ -251,7 +251,7 @@ class SpeculationStats:
 
 
 class RequestQueue:
-    """Requests that wait for a slot: bounded, first come first served, and safe to use from any thread."""
+    """Requests that wait for a slot and room in the cache: bounded, first come first served, safe in any thread."""
 
     def __init__(self, max_requests: int, max_tokens: int | None) -> None:
         """Bounds of those that wait behind the free slots: requests, and tokens of their prompts and answers."""
@@ -293,11 +293,11 @@ class RequestQueue:
             self._waiting.extend(requests)
             self._changed.notify()
 
-    def next(self) -> Request | None:
-        """Take out the first request that is still wanted."""
+    def next(self, fits: Callable[[Request], bool] = lambda _: True) -> Request | None:
+        """Take out the first request that is still wanted, if it fits: none overtakes one that waits for room."""
         while True:
             with self._changed:
-                if not self._waiting:
+                if not self._waiting or not fits(self._waiting[0]):
                     return None
                 request = self._waiting.popleft()
             if request.future.set_running_or_notify_cancel():

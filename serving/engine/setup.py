@@ -7,7 +7,6 @@ import itertools
 import logging
 import time
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,8 +27,9 @@ from draft.heads import DraftHead, MedusaHead, StepwiseHead
 from draft.target import Target
 from serving.engine.drafting import AtOnceProposer, HeadProposer, Proposer
 from serving.engine.fused import fuse_head, fuse_target
-from serving.engine.kv_cache import Kernel, RaggedBatch, Segment, SlotLayer, torch_attention
-from serving.engine.model import HeadRunner, TargetRunner
+from serving.engine.kv_cache import Kernel, RaggedBatch, Segment, SlotCache, SlotLayer, torch_attention
+from serving.engine.memory import CacheSize, fit_cache
+from serving.engine.model import HeadRunner, TargetRunner, find_attention, head_shape
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +47,7 @@ class Models:
     proposer: Proposer | None
     mode: str  # eager or compiled
     arithmetic: str  # of the compiled kernels with bfloat16 weights; otherwise the dtype's name
+    cache_size: CacheSize
 
 
 def build_models(
@@ -57,6 +58,8 @@ def build_models(
     pack_in_place: bool,
     slots: int,
     capacity: int,
+    least: int = 1,
+    memory: int | None = None,
     threads: int | None,
     arithmetic_name: str = "auto",
 ) -> Models:
@@ -64,6 +67,7 @@ def build_models(
     mode: `eager` runs the models as they are; `compiled`, on a CPU in float32 or bfloat16, replaces linear layers by
     packed ones and attention by a kernel of ours, and runs all layers of the Llama family in one call; `auto` is
     compiled where that is possible.
+    slots, capacity, least, memory: of the KV cache, see `fit_cache`.
     pack_in_place: in compiled mode the linear layers of `target` itself are replaced, instead of a copy's.
     threads: of the compiled kernels, all cores of this process by default; PyTorch itself is left with one then,
     because its threads wait for each other actively, and stall when another process takes a core.
@@ -71,7 +75,8 @@ def build_models(
     `auto` for the fastest of them.
 
     Raises:
-        UserError: for a mode that is impossible here, with the reason.
+        UserError: for a mode that is impossible here, with the reason; for a target whose attention is not known; for
+            too little memory.
     """
     mode = _choose_mode(mode, target)
     products = _choose_arithmetic(arithmetic_name, mode, target)
@@ -85,20 +90,32 @@ def build_models(
     elif threads is not None:
         torch.set_num_threads(threads)
     layers = head.auxiliary_layers(target) if head is not None else ()
-    options: dict[str, Any] = {"slots": slots, "capacity": capacity, "kernel": kernel}
-    proposer = None if head is None else make_proposer(target, head, layers, **options)
-    runner = TargetRunner(target, layers=layers, **options)
+    probe = find_attention(target)
+    shapes = [shape for shape, _ in probe.found.values()]
+    of_head = [head_shape(head)] if isinstance(head, StepwiseHead) else []
+    size = fit_cache([*shapes, *of_head], slots, capacity, least, memory)
+    proposer = None if head is None else make_proposer(target, head, layers, slots, size.capacity, kernel, size.blocks)
+    runner = TargetRunner(target, probe, SlotCache(shapes, slots, size.capacity, size.blocks), kernel, layers)
     if mode == "compiled":
         fuse_target(runner)
         if isinstance(proposer, HeadProposer):
             fuse_head(proposer.runner)
-    return Models(runner, proposer, mode, products)
+    return Models(runner, proposer, mode, products, size)
 
 
-def make_proposer(target: Target, head: DraftHead, layers: tuple[int, ...], **options: Any) -> Proposer:
-    """Return the proposer of the head: token by token through a cache, with options of `HeadRunner`, or all at once."""
+def make_proposer(
+    target: Target,
+    head: DraftHead,
+    layers: tuple[int, ...],
+    slots: int,
+    capacity: int,
+    kernel: Kernel,
+    blocks: int | None = None,
+) -> Proposer:
+    """Return the proposer of the head: token by token through a `SlotCache` of this size, or all at once."""
     if isinstance(head, StepwiseHead):
-        return HeadProposer(HeadRunner(target, head, **options), layers)
+        cache = SlotCache([head_shape(head)], slots, capacity, blocks)
+        return HeadProposer(HeadRunner(target, head, cache, kernel), layers)
     assert isinstance(head, MedusaHead)
     return AtOnceProposer(head, layers)
 
@@ -120,7 +137,18 @@ def packed_attention(
     batch, mask = layer.view.batch, layer.view.mask(window)
     query_, key_, value_ = (tensor.to(layer.keys.dtype) for tensor in (query, key, value))
     return slot_attention(
-        query_, key_, value_, layer.keys, layer.values, batch.positions[0], batch.table, mask, scale, window, softcap
+        query_,
+        key_,
+        value_,
+        layer.keys,
+        layer.values,
+        layer.view.cache.table,
+        batch.positions[0],
+        batch.table,
+        mask,
+        scale,
+        window,
+        softcap,
     ).to(query.dtype)
 
 
@@ -197,7 +225,7 @@ def pass_seconds(runner: TargetRunner) -> dict[int, float]:
     """Time passes over an empty slot, with their logits, as a verification would run them: tokens -> least seconds."""
     timings: dict[int, list[float]] = {width: [] for width in WIDTHS}
     for width in WIDTHS * _REPEATS:
-        slot, began = runner.cache.acquire(), time.perf_counter()
+        slot, began = runner.cache.acquire(width), time.perf_counter()
         hidden, _ = runner.forward(RaggedBatch.of([Segment(slot, 0, 0, [0] * width)], runner.target.device))
         runner.logits(hidden).max(dim=-1).indices.tolist()
         timings[width].append(time.perf_counter() - began)

@@ -18,9 +18,11 @@ from serving.engine.model import TargetRunner
 from serving.engine.planner import Controller
 from serving.engine.request import Completion, Request, SpeculationStats
 from serving.engine.sampling import Processor, SamplingParams
+from serving.engine.self_check import AcceptanceWatch
 from serving.engine.verification import DraftTree, Rule, Verdict, follow, greedy_choices
 
 _NO_DRAFT = DraftTree.chain([])
+MOST_UNREAD = 4096  # tokens of a sequence that the head leaves unread: their states take memory
 
 
 @dataclass(eq=False)
@@ -96,6 +98,7 @@ class Decoder:
         """prefill_chunk: the most prompt tokens in one step, so that a long prompt does not stall those that stream."""
         self.runner, self.proposer, self.controller = runner, proposer, controller
         self.prefill_chunk = prefill_chunk
+        self.watch = AcceptanceWatch()
         # of all steps without prompts: head: drafting, and reading what was accepted (of the steps with prompts, too);
         # target: its pass, to the logits; sampling: verification; other: batches, text, bookkeeping
         self.seconds = {"head": 0.0, "target": 0.0, "sampling": 0.0, "other": 0.0}
@@ -106,7 +109,7 @@ class Decoder:
     def step(self, requests: list[ActiveRequest]) -> None:
         """Run one pass of the target; requests may be finished afterwards."""
         decoding = [active for active in requests if not active.reading]
-        trees = self._draft(decoding)
+        trees = self._draft(decoding, requests)
         began = time.perf_counter()
         parts = []
         for active, tree in zip(decoding, trees, strict=True):  # the last token, not read yet, and the drafts after it
@@ -144,8 +147,12 @@ class Decoder:
         if self._asynchronous:
             wait_for(self.runner.target.device)
 
-    def _draft(self, requests: list[ActiveRequest]) -> list[DraftTree]:
-        """Draft a tree for each request; most often all of one shape, which the controller chooses."""
+    def _draft(self, requests: list[ActiveRequest], everyone: list[ActiveRequest]) -> list[DraftTree]:
+        """Draft a tree for each request; most often all of one shape, which the controller chooses.
+
+        everyone: those whose prompt is being read, too. Where others draft the head reads it along, so that no step
+        waits until it has read the whole of it.
+        """
         for active in requests:
             active.acceptance.cap = active.draftable if active.drafting is not None else 0
             active.acceptance.remaining = active.answer.remaining
@@ -156,15 +163,24 @@ class Decoder:
             for active, capped in self._plans.items()
             if capped != OFF
         }
-        if not jobs or self.proposer is None:
+        late = [
+            active
+            for active in everyone
+            if active.drafting is not None
+            and active.acceptance.backlog >= (1 if active in jobs or (jobs and active.reading) else MOST_UNREAD)
+        ]
+        if self.proposer is None or not (jobs or late):
             return [_NO_DRAFT] * len(requests)
         began = time.perf_counter()
-        late = [active.drafting for active in jobs if active.acceptance.backlog]
         if late:
-            tokens = self.proposer.catch_up(late)
+            tokens = self.proposer.catch_up([active.drafting for active in late])
             self._wait()
             if tokens:
                 self.controller.observe_catch_up(tokens, time.perf_counter() - began)
+            for active in late:
+                active.acceptance.backlog = 0
+        if not jobs:
+            return [_NO_DRAFT] * len(requests)
         caught_up = time.perf_counter()
         trees = dict(zip(jobs, self.proposer.propose(list(jobs.values())), strict=True))
         drafted = time.perf_counter()
@@ -175,14 +191,19 @@ class Decoder:
         return [trees.get(active, _NO_DRAFT) for active in requests]
 
     def _chunks(self, requests: list[ActiveRequest]) -> list[_Part]:
-        """Take the next parts of prompts, first come first served."""
-        room, parts = self.prefill_chunk, []
-        for active in requests:
-            ids = active.request.prompt_ids[active.read : active.read + room]
-            if not ids:
-                break
-            room -= len(ids)
-            parts.append(_Part(active, Segment(active.slot, active.read, active.read, ids), _NO_DRAFT))
+        """Take the next parts of prompts: half of the chunk for the one that came first, so that it goes on, and the
+        rest for those that end soonest, so that a long prompt does not hold up short ones."""
+        left = {active: len(active.request.prompt_ids) - active.read for active in requests}
+        counts = dict.fromkeys(requests, 0)
+        for first in requests[:1]:
+            counts[first] = min(left[first], -(-self.prefill_chunk // 2))
+        for active in sorted(requests, key=lambda active: left[active] - counts[active]):
+            counts[active] += min(left[active] - counts[active], self.prefill_chunk - sum(counts.values()))
+        parts = []
+        for active, count in counts.items():
+            ids = active.request.prompt_ids[active.read : active.read + count]
+            if ids:
+                parts.append(_Part(active, Segment(active.slot, active.read, active.read, ids), _NO_DRAFT))
         return parts
 
     def _verify(self, parts: list[_Part], logits: Tensor) -> list[tuple[Verdict | None, Tensor]]:
@@ -220,6 +241,8 @@ class Decoder:
             active.stats.count(part.tree.depth, len(part.tree), accepted, len(following))
             trimmed = active.finished and len(following) <= len(verdict.path)
             active.acceptance.observe(self._plans[active], accepted, trimmed=trimmed)
+            if not trimmed and active.params.temperature <= 1:  # above, any head is accepted less
+                self.watch.observe(part.tree.depth, accepted)
         if active.drafting is not None and auxiliary is not None and not active.finished:
             assert self.proposer is not None
             # a copy: states that wait for the head must not keep those of other sequences. And an index costs several

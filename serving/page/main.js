@@ -46,6 +46,7 @@ function showServer() {
   const away = head ? "--speculation auto" : "--head";
   const missing = `This server ${why}, so the target supplies every token, and there is nothing to compare. `;
   say($("notice"), drafts() ? "" : `${missing}Start it with ${away} to see speculation.`);
+  showDegraded();
   $("max_new_tokens").max = limits.max_new_tokens;
   $("num_tokens").max = length;
   $("num_tokens").placeholder = `up to ${length}`;
@@ -53,6 +54,21 @@ function showServer() {
   if (!chat_template) {
     document.querySelector("[value=chat]").disabled = true;
     document.querySelector("[value=raw]").checked = true;
+  }
+}
+
+function showDegraded() {
+  const reason = info.head?.degraded;
+  say($("degraded"), reason ? `Speculation is degraded: ${reason} The answers are right all the same.` : "");
+}
+
+/** Ask again how speculation is doing: that may have changed since the page was opened. */
+async function refresh() {
+  try {
+    info = await serverInfo($("key").value);
+    showDegraded();
+  } catch {
+    // the next request says what is wrong
   }
 }
 
@@ -152,6 +168,7 @@ async function perform(titles, work) {
     $("results").scrollIntoView({ behavior: still ? "auto" : "smooth" });
   try {
     $("progress").textContent = await work(cards, controller.signal);
+    await refresh();
   } catch (error) {
     $("progress").textContent = error.name === "AbortError" ? "Stopped." : "Failed.";
     if (error.name !== "AbortError") fail(error);

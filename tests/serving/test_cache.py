@@ -1,13 +1,15 @@
-"""Slots, ragged batches and attention over them: against the definitions, token by token."""
+"""Slots and their blocks, ragged batches and attention over them: against the definitions, token by token."""
 
 from __future__ import annotations
 
 import math
 import random
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oracle import all_free
 from torch import Tensor
 
 from serving.engine.kv_cache import LayerShape, RaggedBatch, Segment, SlotCache, SlotLayer, View, torch_attention
@@ -19,45 +21,60 @@ def shape(heads: int = 2, key_width: int = 4, value_width: int = 3) -> LayerShap
     return LayerShape(heads, key_width, value_width, torch.float64, CPU)
 
 
-def filled(cache: SlotCache) -> SlotCache:
-    """Entry i of a slot holds i, in each layer, key and value."""
-    for keys, values in cache.layers:
-        for store in (keys, values):
-            store.copy_(torch.arange(cache.capacity, dtype=store.dtype)[:, None].expand(store.shape))
-    return cache
+def entries(cache: SlotCache, slot: int, count: int) -> list[list[float]]:
+    """The first feature of a slot's first entries: of each layer's keys and values, in each head."""
+    places = cache.places(slot, range(count))
+    return [head for layer in cache.layers for store in layer for head in store[:, places, 0].tolist()]
 
 
-# slots
+def fill(cache: SlotCache, slot: int, count: int) -> None:
+    """Entry i of the slot holds i, in each layer, key and value."""
+    for layer in cache.layers:
+        for store in layer:
+            store[:, cache.places(slot, range(count))] = torch.arange(count, dtype=store.dtype)[:, None]
 
 
-def test_slots_are_handed_out_empty_and_come_back() -> None:
-    cache = SlotCache([shape()], slots=3, capacity=8)
-    slots = [cache.acquire() for _ in range(3)]
-    assert sorted(slots) == [0, 1, 2] and cache.free_slots == 0
-    cache.extend(slots[1], 5)
-    cache.extend(slots[2], 2)
-    assert cache.used_tokens == 7
-    cache.release(slots[1])
-    assert (cache.free_slots, cache.used_tokens) == (1, 2)
-    assert cache.acquire() == slots[1] and cache.lengths[slots[1]] == 0
+# slots and blocks
+
+
+def test_slots_are_handed_out_empty_with_blocks_of_their_own_and_come_back() -> None:
+    cache = SlotCache([shape()], slots=3, capacity=100, blocks=9)
+    first, second = cache.acquire(33), cache.acquire(64)
+    held = cache.table[[first, second]].flatten().tolist()
+    assert sorted(held) == [-1] * 7 + list(range(7)) and cache.free_blocks == 2
+    assert cache.has_room(32) and not cache.has_room(33)
+    with pytest.raises(AssertionError):
+        cache.acquire(33)
+    cache.extend(first, 48)
+    with pytest.raises(AssertionError, match="49 tokens do not fit in 48 places"):
+        cache.extend(first, 1)
+    cache.release(first)
+    third = cache.acquire(80)  # the blocks that came back, and those that nobody had
+    assert cache.table[third, :5].tolist() == [0, 1, 2, 7, 8] and cache.lengths[third] == 0
+    fourth = SlotCache([shape()], slots=1, capacity=20)
+    assert fourth.acquire() == 0 and not fourth.has_room(1) and fourth.free_blocks == 0
+    for slot in (second, third):
+        cache.release(slot)
+    assert all_free(cache)
 
 
 def test_a_chain_is_kept_where_it_lies_and_a_path_is_moved_together() -> None:
-    cache = filled(SlotCache([shape(), shape(1, 2, 2), shape()], slots=2, capacity=12))
-    slot = cache.acquire()
-    other = 1 - slot
-    cache.extend(slot, 10)
-    cache.keep(slot, 4, [0, 1, 2])
-    assert cache.lengths[slot] == 7
-    assert all(keys[slot, 0, :, 0].tolist() == list(range(12)) for keys, _ in cache.layers)
-    cache.keep(slot, 4, [0, 3, 5])
-    assert cache.lengths[slot] == 7
-    for keys, values in cache.layers:
-        for store in (keys, values):
-            assert store[slot, :, :, 0].tolist() == [[0, 1, 2, 3, 4, 7, 9, 7, 8, 9, 10, 11]] * store.shape[1]
-            assert store[other, 0, :, 0].tolist() == list(range(12))
-    cache.keep(slot, 4, [])
-    assert cache.lengths[slot] == 4
+    cache = SlotCache([shape(), shape(1, 2, 2), shape()], slots=2, capacity=40)
+    first, other = cache.acquire(16), cache.acquire(16)
+    cache.release(first)
+    slot = cache.acquire(40)
+    assert cache.table[slot].tolist() == [0, 2, 3]
+    fill(cache, slot, 40)
+    fill(cache, other, 16)
+    cache.extend(slot, 32)
+    cache.keep(slot, 14, [0, 1, 2])
+    assert cache.lengths[slot] == 17 and entries(cache, slot, 40) == [list(range(40))] * 10
+    cache.keep(slot, 14, [0, 3, 5])  # across the end of a block
+    assert cache.lengths[slot] == 17
+    assert entries(cache, slot, 20) == [[*range(15), 17, 19, 17, 18, 19]] * 10
+    assert entries(cache, other, 16) == [list(range(16))] * 10
+    cache.keep(slot, 14, [])
+    assert cache.lengths[slot] == 14
 
 
 # batches
@@ -137,9 +154,15 @@ def test_attention_is_what_it_is_by_definition(seed: int, groups: int, window: i
 
     query = noise(1, kv_heads * groups, count, width) * 2
     key, value = noise(1, kv_heads, count, width), noise(1, kv_heads, count, value_width)
-    keys, values = noise(slots, kv_heads, 24, width), noise(slots, kv_heads, 24, value_width)
+    cache = SlotCache([LayerShape(kv_heads, width, value_width, torch.float64, CPU)], slots, 24)
+    for _ in range(slots):
+        slot = cache.acquire()
+        cache.table[slot] = cache.table[slot].flip(0)  # out of order
+    ((keys, values),) = cache.layers
+    keys.copy_(noise(*keys.shape))
+    values.copy_(noise(*values.shape))
     before = keys.clone()
-    view = View.empty([window] if 0 < window < 32 else [])
+    view = View.empty(cache, [window] if 0 < window < 32 else [])
     view.show(batch)
     layer = SlotLayer(keys, values, view, torch_attention)
     mixed = layer.kernel(query, key, value, layer, scale, window, softcap)
@@ -148,24 +171,27 @@ def test_attention_is_what_it_is_by_definition(seed: int, groups: int, window: i
     touched = set()
     for segment in segments:
         for index in range(len(segment.ids)):
-            touched.add((segment.slot, segment.past + index))
-            assert torch.equal(keys[segment.slot, :, segment.past + index], key[0, :, row])
-            places = seen(segment, index, window)
+            own = cache.places(segment.slot, range(24))
+            touched.add(int(own[segment.past + index]))
+            assert torch.equal(keys[:, own[segment.past + index]], key[0, :, row])
+            places = own[seen(segment, index, window)]
             for head in range(kv_heads * groups):
-                scores = keys[segment.slot, head // groups, places] @ query[0, head, row] * scale
+                scores = keys[head // groups, places] @ query[0, head, row] * scale
                 scores = softcap * torch.tanh(scores / softcap) if softcap else scores
-                expected = scores.softmax(0) @ values[segment.slot, head // groups, places]
+                expected = scores.softmax(0) @ values[head // groups, places]
                 torch.testing.assert_close(mixed[0, row, head], expected, rtol=1e-9, atol=1e-9)
             row += 1
-    for slot, place in {(s, p) for s in range(slots) for p in range(24)} - touched:
-        assert torch.equal(keys[slot, :, place], before[slot, :, place])
+    rest = sorted({*range(keys.shape[1])} - touched)
+    assert torch.equal(keys[:, rest], before[:, rest])
 
 
 def test_stale_entries_are_never_looked_at() -> None:
-    keys = torch.full((1, 1, 8, 4), math.nan, dtype=torch.float64)
-    view, values = View.empty(), keys.clone()
-    layer = SlotLayer(keys, values, view, torch_attention)
-    for segment in (Segment(0, 0, 0, [1, 2, 3]), Segment(0, 2, 2, [4, 5, 6], [-1, 0, 0])):
+    cache = SlotCache([shape(1, 4, 4)], slots=1, capacity=8)
+    for store in cache.layers[0]:
+        store.fill_(math.nan)
+    view, slot = View.empty(cache), cache.acquire()
+    layer = SlotLayer(*cache.layers[0], view, torch_attention)
+    for segment in (Segment(slot, 0, 0, [1, 2, 3]), Segment(slot, 2, 2, [4, 5, 6], [-1, 0, 0])):
         view.show(RaggedBatch.of([segment], CPU))
         new = torch.ones(1, 1, 3, 4, dtype=torch.float64)
         assert layer.kernel(new, new, new, layer, 1.0, 0, 0.0).isfinite().all()

@@ -1,7 +1,5 @@
 """The estimate at temperature 1: against full enumeration, and against the engine's rejection rule."""
 
-from __future__ import annotations
-
 import itertools
 from functools import cache, partial
 
@@ -91,8 +89,7 @@ class Oracle:
         ids = torch.tensor([[*PROMPT, *text]])
         layers, rule = self.head.auxiliary_layers(self.target), Forced(drafts)
         auxiliary = self.target.forward(ids, layers=layers).auxiliary
-        places = {"slots": 1, "capacity": 32, "kernel": torch_attention}
-        proposer = make_proposer(self.target, self.head, layers, **places)
+        proposer = make_proposer(self.target, self.head, layers, 1, 32, torch_attention)
         state = proposer.join()
         proposer.observe(state, ids[0, 1:].tolist(), auxiliary[0, :-1])
         proposer.propose([Job(state, len(drafts), 0, rule)])
