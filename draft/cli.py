@@ -160,8 +160,7 @@ def prepare(
     **flags: Any,
 ) -> None:
     """Let the target write its own training data."""
-    from draft.data.dataset import missing_shards
-    from draft.data.prepare import parse_shard
+    from draft.data.dataset import missing_shards, parse_shard
     from draft.data.prepare import prepare as run
     from draft.target import load_target, read_chat_template
 

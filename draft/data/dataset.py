@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 import time
@@ -33,6 +34,8 @@ from torch import Tensor
 from draft.errors import UserError
 from draft.files import read_json, write_json
 from draft.target import Target
+
+log = logging.getLogger(__name__)
 
 VERSION = 1
 SPLITS = ("train", "held-out")
@@ -268,6 +271,28 @@ class Shard:
     def holds(self, index: int) -> bool:
         """True for the indices of the conversations in this shard."""
         return index % self.count == self.index
+
+
+def parse_shard(text: str | None) -> Shard | None:
+    """`0/4` is the first of four. Without it, the place that `accelerate launch` or `torchrun` gave this process.
+
+    Raises:
+        UserError: for what is not of this form, or out of range.
+    """
+    if text is None:
+        rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+        if not (rank.isdecimal() and world.isdecimal() and int(world) > 1):
+            return None
+        log.warning(
+            "RANK=%s and WORLD_SIZE=%s are set, as a launcher of %s processes does: this process answers shard %s/%s "
+            "of the conversations only; for all of them give --shard 0/1, or unset both variables.",
+            *(rank, world, world, rank, world),
+        )
+        return Shard(int(rank), int(world))
+    index, slash, count = text.partition("/")
+    if not (slash and index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+        raise UserError(f"--shard {text!r} is not of the form 0/4, with the first number from 0 to below the second.")
+    return Shard(int(index), int(count)) if int(count) > 1 else None
 
 
 def missing_shards(folder: Path, count: int | None) -> list[Shard]:

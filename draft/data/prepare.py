@@ -5,12 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import random
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import cached_property
@@ -39,17 +38,15 @@ from draft.data.dataset import (
 )
 from draft.data.examples import (
     SENTINEL,
-    Message,
     answer_places,
     check_template,
     next_prompt,
     prompt_id,
     prompt_ids,
-    render,
     up_to_answer,
 )
 from draft.data.generate import Endpoint, EndpointError, Question, started
-from draft.data.prompts import SELF_PROMPTED, Prompt, kept_rows, load_prompts, self_prompts
+from draft.data.prompts import SELF_PROMPTED, Prompt, kept_rows, load_prompts, note_left_out, self_prompts
 from draft.data.records import BadRow
 from draft.data.settings import EndpointSettings, LocalServer, Settings
 from draft.errors import UserError, plain_console
@@ -62,14 +59,6 @@ log = logging.getLogger(__name__)
 
 _SELF_PROMPTS = 500  # when the user does not say how many
 _Used = TypeVar("_Used")
-# parts of prompts that a template may leave out -> (a prompt's messages, tools) without them
-_LEFT_OUT: dict[str, Callable[[Prompt], tuple[list[Message], list[dict[str, Any]]]]] = {
-    "tools and their calls": lambda prompt: (
-        [{key: value for key, value in each.items() if key != "tool_calls"} for each in prompt.messages],
-        [],
-    ),
-    "system prompts": lambda prompt: ([each for each in prompt.messages if each["role"] != "system"], prompt.tools),
-}
 _TOO_MANY = 8  # conversations refused by an endpoint, and none answered
 
 
@@ -178,42 +167,20 @@ def _given_prompts(sources: list[str], column: str | None, settings: Settings, s
     options: dict[str, Any] = {"column": column, "keep_responses": settings.keep_responses, "skipped": counter}
     prompts = [prompt for source in sources for prompt in load_prompts(source, **options)]
     if not prompts:
-        raise UserError(f"no row of {', '.join(sources)} can be used ({_listed(skipped)}); mend the data.")
+        raise UserError(f"no row of {', '.join(sources)} can be used ({_counted(skipped)}); mend the data.")
     if settings.num_prompts is None or settings.num_prompts >= len(prompts):
         return prompts
     chosen = random.Random(hashed(settings.seed, "sample")).sample(range(len(prompts)), settings.num_prompts)
     return [prompts[index] for index in sorted(chosen)]
 
 
-def _listed(skipped: Counter[str]) -> str:
-    return ", ".join(f"{reason}: {count}" for reason, count in skipped.most_common())
+def _counted(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{what}: {count}" for what, count in Counter(counts).most_common())
 
 
 def _content(prompt: Prompt, tokens: Any) -> tuple[Any, ...]:
     """Return what tells a prompt from others."""
     return (prompt.messages, prompt.text, tokens, *([prompt.tools] if prompt.tools else []))
-
-
-def parse_shard(text: str | None) -> Shard | None:
-    """`0/4` is the first of four. Without it, the place that `accelerate launch` or `torchrun` gave this process.
-
-    Raises:
-        UserError: for what is not of this form, or out of range.
-    """
-    if text is None:
-        rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
-        if not (rank.isdecimal() and world.isdecimal() and int(world) > 1):
-            return None
-        log.warning(
-            "RANK=%s and WORLD_SIZE=%s are set, as a launcher of %s processes does: this process answers shard %s/%s "
-            "of the conversations only; for all of them give --shard 0/1, or unset both variables.",
-            *(rank, world, world, rank, world),
-        )
-        return Shard(int(rank), int(world))
-    index, slash, count = text.partition("/")
-    if not (slash and index.isdecimal() and count.isdecimal() and int(index) < int(count)):
-        raise UserError(f"--shard {text!r} is not of the form 0/4, with the first number from 0 to below the second.")
-    return Shard(int(index), int(count)) if int(count) > 1 else None
 
 
 @contextmanager
@@ -265,7 +232,7 @@ class Writer:
             raise
         self.target.tokenizer.save_pretrained(self.plan.folder / "tokenizer")
         if self.skipped:
-            log.warning("rows left out: %d (%s)", self.skipped.total(), _listed(self.skipped))
+            log.warning("rows left out: %d (%s)", self.skipped.total(), _counted(self.skipped))
         dataset = write_dataset(self.plan.folder, rows, self._manifest(rows))
         shutil.rmtree(self.parts.folder, ignore_errors=True)
         return dataset
@@ -298,11 +265,13 @@ class Writer:
         if self.skipped:
             self.counts["skipped_rows"] = self.skipped.total()
         if not rows:
-            counts = ", ".join(f"{name} {count}" for name, count in self.counts.items())
-            limits = f"--max-length, now {longest}"
+            counts = _counted({**self.counts, **self.skipped})
+            remedy = "give other prompts"
             if self.counts["empty_answers"]:  # cut off while the target was thinking, maybe
-                limits += f", or --max-new-tokens, now {self.settings.max_new_tokens}"
-            raise UserError(f"no conversation is left ({counts}); raise {limits}, or give other prompts.")
+                remedy = f"raise --max-new-tokens, now {self.settings.max_new_tokens}, or {remedy}"
+            if self.counts["too_long"] or self.counts["empty_answers"]:
+                remedy = f"raise --max-length, now {longest}, or {remedy}"
+            raise UserError(f"no conversation is left ({counts}); {remedy}.")
         return rows
 
     def _prompts(self) -> list[Prompt]:
@@ -320,29 +289,13 @@ class Writer:
             self.counts["self_prompts_refused"] = int(stored["refused"])
             messages = ([{"role": "user", "content": text}] for text in stored["prompts"])
             prompts = [Prompt(SELF_PROMPTED, messages=each) for each in messages]
-        self._note_left_out(prompts)
+        note_left_out(self.target, prompts)
         different = {
             json.dumps(_content(prompt, prompt.row and prompt.row.ids)): prompt for prompt in reversed(prompts)
         }
         self.counts["conversations"] = len(prompts)
         self.counts["duplicates"] = len(prompts) - len(different)
         return list(reversed(different.values()))
-
-    def _note_left_out(self, prompts: list[Prompt]) -> None:
-        """Log once what the template leaves out: a server of the target leaves it out as well."""
-        for what, without in _LEFT_OUT.items():
-            prompt = next((each for each in prompts if without(each) != (each.messages, each.tools)), None)
-            if prompt is None:
-                continue
-            messages, tools = without(prompt)
-            with suppress(BadRow):  # which is told where the row is used
-                whole = render(self.target, prompt.messages, add_generation_prompt=True, tools=prompt.tools)
-                if whole == render(self.target, messages, add_generation_prompt=True, tools=tools):
-                    log.warning(
-                        "%s: the target's chat template leaves out %s; give one that has them with --chat-template, or "
-                        "let them be left out as its servers do",
-                        *(prompt.where or prompt.source, what),
-                    )
 
     def _answered(self, prompts: list[Prompt]) -> list[Row]:
         """Let the target answer every user turn, one turn of all conversations after the other."""

@@ -6,6 +6,7 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -188,6 +189,33 @@ def kept_rows(target: Target, prompt: Prompt) -> list[Row]:
             id = prompt_id(target, prompt.messages, prompt.tools)
         rows.append(Row(id, ids, mask, length, None, None, prompt.source))
     return rows
+
+
+# parts of prompts that a template may leave out -> (a prompt's messages, tools) without them
+_LEFT_OUT: dict[str, Callable[[Prompt], tuple[list[Message], list[dict[str, Any]]]]] = {
+    "tools and their calls": lambda prompt: (
+        [{key: value for key, value in each.items() if key != "tool_calls"} for each in prompt.messages],
+        [],
+    ),
+    "system prompts": lambda prompt: ([each for each in prompt.messages if each["role"] != "system"], prompt.tools),
+}
+
+
+def note_left_out(target: Target, prompts: list[Prompt]) -> None:
+    """Log once what the template leaves out: a server of the target leaves it out as well."""
+    for what, without in _LEFT_OUT.items():
+        prompt = next((each for each in prompts if without(each) != (each.messages, each.tools)), None)
+        if prompt is None:
+            continue
+        messages, tools = without(prompt)
+        with suppress(BadRow):  # which is told where the row is used
+            whole = render(target, prompt.messages, add_generation_prompt=True, tools=prompt.tools)
+            if whole == render(target, messages, add_generation_prompt=True, tools=tools):
+                log.warning(
+                    "%s: the target's chat template leaves out %s; give one that has them with --chat-template, or "
+                    "let them be left out as its servers do",
+                    *(prompt.where or prompt.source, what),
+                )
 
 
 # Prompts that the target writes.

@@ -170,7 +170,8 @@ def _loading(name: str) -> Iterator[None]:
                 f"network run `hf download {name}`, or pass a local folder, a .gguf file or `{BUNDLED_TARGET}`."
             ) from error
         raise UserError(
-            f"target {name!r} could not be loaded ({reason}); pass a causal language model that transformers supports."
+            f"target {name!r} could not be loaded ({reason}); get its files again, or pass a causal language "
+            "model that transformers supports."
         ) from error
 
 

@@ -413,6 +413,9 @@ def test_rows_left_out_are_counted(target: Target, tmp_path: Path, caplog: Any) 
     bad = write(tmp_path / "bad.jsonl", "{", "[")
     with pytest.raises(UserError, match=r"no row of .*bad.jsonl can be used \(not JSON: 2\)"):
         prepare(target, tmp_path / "none", prompts=[bad], keep_responses=True, progress=False, skip_invalid=True)
+    thoughts = write(tmp_path / "t.jsonl", {"messages": [HELLO[0], said("assistant", "Hi.", thinking="Hm.")]})
+    with pytest.raises(UserError, match=r"left \(.*the thoughts left out by the chat template: 1.*\); give other"):
+        prepare(target, tmp_path / "none", prompts=[thoughts], keep_responses=True, progress=False, skip_invalid=True)
 
 
 def test_a_template_from_a_file(target: Target, tmp_path: Path) -> None:

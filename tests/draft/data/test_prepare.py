@@ -203,7 +203,7 @@ def test_over_long_conversations_are_dropped_and_counted(run, tmp_path):
     rows = rows_of(dataset)
     assert len(rows) == 3 and max(len(row.ids) for row in rows) <= 70
     assert dataset.manifest["counts"]["too_long"] == 3
-    with pytest.raises(UserError, match=r"no conversation is left \(.*too_long 6.*\); raise --max-length, now 20"):
+    with pytest.raises(UserError, match=r"no conversation is left \(.*too_long: 6.*\); raise --max-length, now 20"):
         run(tmp_path / "none", prompts=[path], max_length=20)
     assert not (tmp_path / "none").exists()
 

@@ -10,9 +10,9 @@ from http_testing import eventually
 from training_runs import start_prepare
 from written_data import rows_of, served
 
-from draft.data.dataset import Dataset, Shard, open_dataset
+from draft.data.dataset import Dataset, Shard, open_dataset, parse_shard
 from draft.data.generate import Endpoint
-from draft.data.prepare import parse_shard, prepare
+from draft.data.prepare import prepare
 from draft.errors import UserError
 
 SHAPE = {"max_new_tokens": 8, "progress": False, "held_out_share": 0.25, "max_length": 150}

@@ -107,7 +107,7 @@ def test_answers_are_put_together(
     ids=["cut off in the thoughts", "empty", "null"],
 )
 def test_what_is_no_answer_is_no_row(server: Any, target: Target, tmp_path: Path, message: Any, finish: str) -> None:
-    with pytest.raises(UserError, match="no conversation is left .*empty_answers 2"):
+    with pytest.raises(UserError, match="no conversation is left .*empty_answers: 2"):
         written(server, target, tmp_path, message, finish=finish)
 
 
