@@ -125,6 +125,8 @@ class Layout:
                 continue
             messages.append(_message(item, role, place))
             if isinstance(item, dict):
+                if self.keep and role == "assistant" and item.get("weight") == 0:  # OpenAI's "not to be trained on"
+                    messages[-1]["weight"] = 0
                 self.unused |= {f"{name} of a turn" for name in item if name not in _TURN_KEYS and _telling(name, item)}
         return messages
 
@@ -211,8 +213,6 @@ def _message(item: Any, role: str, place: int) -> Message:
     if role == "assistant" and (reasoning := next((item[name] for name in _REASONING if item.get(name)), None)):
         message["reasoning_content"] = _text(reasoning, f"the reasoning of turn {place}")
     message |= {name: item[name] for name in ("name", "tool_call_id") if isinstance(item.get(name), str)}
-    if role == "assistant" and item.get("weight") == 0:  # not to be trained on, as OpenAI's files say it
-        message["weight"] = 0
     content = _joined(content, f"turn {place}")
     if content in (None, "") and (role == "tool" or "tool_calls" in message):  # beside a call, or as its result
         return {**message, "content": ""}
