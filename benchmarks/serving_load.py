@@ -142,16 +142,16 @@ def measure(
     options |= {"threads": len(cores.engine), "max_batch": max(*arguments.concurrency, HTTP_CONCURRENCY)}
     options |= {"max_waiting": 1_000_000}
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
-    servers = {
-        name: stack.enter_context(draft_serve([*flags, f"--speculation={name}"], lambda: bind(0, cores.engine)))
-        for name in ("auto", "chain")
-    }
+    with bound(cores.engine):  # the engines' threads inherit the cores
+        servers = {
+            name: stack.enter_context(draft_serve([*flags, f"--speculation={name}"])) for name in ("auto", "chain")
+        }
     for server in servers.values():
         bind(server.process, cores.io)
     engine = None
     if arguments.check:
         everything: dict[str, Any] = {**options, "warm_up": True, "speculation": "chain"}
-        with bound(cores.engine):  # the engine's threads inherit the cores
+        with bound(cores.engine):
             engine = load_engine(**everything)
             stack.callback(engine.close)
             engine.start()

@@ -14,6 +14,7 @@ import typer
 from typer import Option
 
 from draft.errors import UserError, file_trouble
+from draft.launcher import end_with_starter
 from serving.server import Listener, serve_until_stopped
 
 if TYPE_CHECKING:
@@ -267,6 +268,7 @@ def _tls(
 
 def main() -> None:
     """Run the command line; a user's mistake is one sentence and exit status 2."""
+    end_with_starter()
     try:
         cli()
     except Exception as error:

@@ -1,7 +1,7 @@
 """A small module with an annealed adapter, as if trained, for tests of the adapter."""
 
-from __future__ import annotations
-
+import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,7 +11,25 @@ from torch import Tensor, nn
 from draft.afa import AfaLoraConfig, add_adapter
 
 PLACEMENTS = ["A-s-B", "s-A-B", "s-A-B-s", "s-A-s-B", "s-A-s-B-s"]
+SIGMA: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": lambda z: z / (1 + torch.exp(-z)),
+    "gelu": lambda z: 0.5 * z * (1 + torch.erf(z / math.sqrt(2))),
+    "relu": lambda z: (z + z.abs()) / 2,
+    "tanh": lambda z: 1 - 2 / (torch.exp(2 * z) + 1),
+}
 X = torch.randn(3, 4, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def formula(x: Tensor, a: Tensor, b: Tensor, beta: float, activation: str, placement: str) -> Tensor:
+    """The output that an annealed adapter adds, before its scaling, written out again without torch's layers."""
+    stages = {
+        "A": lambda h: h @ a.double().T,
+        "B": lambda h: h @ b.double().T,
+        "s": lambda h: beta * SIGMA[activation](h) + (1 - beta) * h,
+    }
+    for stage in placement.split("-"):
+        x = stages[stage](x)
+    return x
 
 
 class Head(nn.Module):

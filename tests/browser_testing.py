@@ -1,7 +1,5 @@
 """Helpers for tests of the page: headless Chromium, and what a user does with it."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -1,10 +1,8 @@
 """Tiny random models of the bundled target's family: fast enough for float64 and thousands of cases."""
 
-from __future__ import annotations
-
 import os
+import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +13,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from benchmarks.shared import cores
-from draft.heads import Eagle3Head
 from draft.heads.registry import ARCHITECTURES
 from draft.target import Target
 
+ROOT = Path(__file__).parents[1]
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -59,6 +57,22 @@ def pytest_configure() -> None:
         threads = max(1, torch.get_num_threads() // workers)
         torch.set_num_threads(threads)
         os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # for the servers and programs that tests start
+
+
+def python(*arguments: str, **environment: str) -> subprocess.Popen[str]:
+    """An interpreter of its own that finds our packages, with one pipe for all that it prints."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", **environment}
+    pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen([sys.executable, *arguments], env=environment, cwd=ROOT, **pipes)
+
+
+def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
+    """Its exit status, and all that it printed."""
+    try:
+        shown = process.communicate(timeout=280)[0]
+    finally:
+        process.kill()
+    return process.returncode, shown
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -106,12 +120,16 @@ def make_writing_target() -> Target:
     return made
 
 
-def save_tiny_target(folder: Path) -> Target:
-    """A float32 tiny target, also written to `folder` as a user would have it."""
-    target = make_tiny_target(dtype=torch.float32)
+def save_target(folder: Path, target: Target) -> Target:
+    """Write a target to `folder` as a user would have it."""
     target.model.save_pretrained(folder)
     target.tokenizer.save_pretrained(folder)
     return target
+
+
+def save_tiny_target(folder: Path, **options: Any) -> Target:
+    """A float32 tiny target, also written to `folder`."""
+    return save_target(folder, make_tiny_target(dtype=torch.float32, **options))
 
 
 def make_tiny_head(
@@ -137,11 +155,11 @@ def make_tiny_head(
 
 
 @pytest.fixture
-def draft_train(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[Any, str]]:
+def draft_train(monkeypatch, capsys):
     """`draft-train` in this process: its words -> exit status, and everything printed."""
     from draft.cli import main
 
-    def call(*words: object) -> tuple[Any, str]:
+    def call(*words):
         monkeypatch.setattr(sys, "argv", ["draft-train", *map(str, words)])
         status: Any = 0
         try:
@@ -154,10 +172,10 @@ def draft_train(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
 
 
 @pytest.fixture(scope="session")
-def tiny_target() -> Target:
+def tiny_target():
     return make_tiny_target()
 
 
 @pytest.fixture(scope="session")
-def tiny_head(tiny_target: Target) -> Eagle3Head:
+def tiny_head(tiny_target):
     return make_tiny_head(tiny_target)

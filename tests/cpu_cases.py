@@ -1,7 +1,5 @@
 """Random cases for the CPU kernels, and how far two results are apart."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """Requests whose answers are known, and engines beside oracles, heads and changing plans, to decode them with."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import cache
 from typing import Any

@@ -1,7 +1,5 @@
 """A small random model of each family of targets, as a user would have it in a folder."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

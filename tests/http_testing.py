@@ -1,7 +1,5 @@
 """Helpers for tests of the HTTP service: an app in process, and a live server on a real port."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import threading

@@ -3,11 +3,10 @@
 All in float64, where the three ways of decoding must give the same tokens, and replay and engine the same τ.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from families import (
 from oracle import PLANS, Case, Fickle, Oracle, engine_of, serve
 from rich.console import Console
 from tiny_targets import texts_from
+from trained_heads import responses_of
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 from written_data import prepared
 
@@ -37,7 +37,7 @@ from draft.data.dataset import Row
 from draft.errors import UserError
 from draft.evaluation.replay import replay
 from draft.heads.checkpoint import load_head
-from draft.target import Target, load_target
+from draft.target import load_target
 from draft.training.config import resolve
 from draft.training.merge import merge_run
 from draft.training.trainer import Trainer
@@ -57,13 +57,7 @@ def train(mode: Any, out: Path, **flags: Any) -> Path:
     return Trainer(resolve(mode, str(out), flags={**common, **flags}), Console(quiet=True)).train()
 
 
-def answers(target: Target, prompts: list[list[int]]) -> list[list[int]]:
-    """transformers' own, one prompt after the other."""
-    options = {"do_sample": False, "max_new_tokens": NEW, "pad_token_id": 2}
-    options |= {"eos_token_id": sorted(target.eos_token_ids)}
-    each = [torch.tensor([prompt]) for prompt in prompts]
-    written = [target.model.generate(ids, attention_mask=torch.ones_like(ids), **options) for ids in each]
-    return [ids[0, len(prompt) :].tolist() for ids, prompt in zip(written, prompts, strict=True)]
+answers = partial(responses_of, max_new_tokens=NEW)
 
 
 def decoded(engine: Engine, prompts: list[list[int]], **fields: Any) -> list[list[int]]:
@@ -72,7 +66,7 @@ def decoded(engine: Engine, prompts: list[list[int]], **fields: Any) -> list[lis
 
 # the others differ in nothing that training sees, and are decoded below and in test_exactness.py
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name not in DECODED_ONLY])
-def test_from_a_folder_to_served_answers(family: str, tmp_path: Path) -> None:
+def test_from_a_folder_to_served_answers(family, tmp_path):
     folder = str(save_model(tmp_path / "target", FAMILIES[family][0], **FAMILIES[family][1]))
     target = load_target(folder, "float64")
     questions = tmp_path / "questions.jsonl"
@@ -102,12 +96,12 @@ def test_from_a_folder_to_served_answers(family: str, tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def phi(tmp_path_factory: pytest.TempPathFactory) -> Target:
+def phi(tmp_path_factory):
     folder = tmp_path_factory.mktemp("phi")
     return load_target(str(save_model(folder, "phi3", **PHI, rope_parameters=longrope(4))), "float64")
 
 
-def test_longrope_never_mixes_its_two_tables(phi: Target) -> None:
+def test_longrope_never_mixes_its_two_tables(phi):
     """A row on the way to the limit, beside short ones, is what transformers writes for it alone."""
     assert phi.max_length == SHORT_ROPE
     generator = torch.Generator().manual_seed(3)
@@ -123,7 +117,7 @@ def test_longrope_never_mixes_its_two_tables(phi: Target) -> None:
     assert not torch.allclose(phi.decoder(beyond).last_hidden_state[0, : len(prompts[0])], alone)
 
 
-def test_what_would_cross_the_limit_is_refused_by_name(phi: Target, tmp_path: Path) -> None:
+def test_what_would_cross_the_limit_is_refused_by_name(phi, tmp_path):
     with pytest.raises(UserError, match=rf"max_length = {SHORT_ROPE + 1}.*longrope"):
         Engine(phi, max_length=SHORT_ROPE + 1)
     row = Row("long", [5] * (SHORT_ROPE + 1), [False] * 40 + [True] * 25, 40, 0.0, 1.0, "test")
@@ -140,7 +134,7 @@ def test_what_would_cross_the_limit_is_refused_by_name(phi: Target, tmp_path: Pa
 # what is no target, or only in part
 
 
-def test_the_text_part_of_a_model_of_images_is_used(tmp_path: Path) -> None:
+def test_the_text_part_of_a_model_of_images_is_used(tmp_path):
     text = {**SMALL, "sliding_window": 6, "query_pre_attn_scalar": 8}
     vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
               "image_size": 28, "patch_size": 14}  # fmt: skip
@@ -172,7 +166,7 @@ def test_the_text_part_of_a_model_of_images_is_used(tmp_path: Path) -> None:
         ({"model_type": "llama", "hidden_size": 2**16, "intermediate_size": 2**19}, "GiB.*several devices"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_a_target_is_refused_by_its_config(config: dict[str, Any], words: str, tmp_path: Path) -> None:
+def test_what_cannot_be_a_target_is_refused_by_its_config(config, words, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     byte_tokenizer().save_pretrained(tmp_path)
     with pytest.raises(UserError, match=words):
@@ -180,7 +174,7 @@ def test_what_cannot_be_a_target_is_refused_by_its_config(config: dict[str, Any]
 
 
 @pytest.mark.parametrize("layers", [1, 2])
-def test_too_few_layers_for_the_default_ones(layers: int) -> None:
+def test_too_few_layers_for_the_default_ones(layers):
     target, head = target_of("llama", num_hidden_layers=layers), make_tiny_head(make_tiny_target())
     for build in (lambda: make_tiny_head(target), lambda: Engine(target, head)):
         with pytest.raises(UserError, match=f"has {layers} layers, too few"):
@@ -191,19 +185,19 @@ def test_too_few_layers_for_the_default_ones(layers: int) -> None:
 # one target, several threads
 
 
-def test_engines_and_replay_share_a_target_from_several_threads() -> None:
+def test_engines_and_replay_share_a_target_from_several_threads():
     target = make_tiny_target()
     head = make_tiny_head(target)
     prompts = [[5, 6, 7], [9] * 20]
     expected = decoded(Engine(target), prompts, ignore_eos=True)
     states = target.forward(torch.tensor([[5, 6, 7]]), layers=(2, 4, 5))
 
-    def decode(speculation: str) -> None:
+    def decode(speculation):
         engine = Engine(target, head, speculation=speculation, max_batch=2)
         for _ in range(2):
             assert decoded(engine, prompts, ignore_eos=True) == expected
 
-    def read() -> None:
+    def read():
         for _ in range(20):
             output = target.forward(torch.tensor([[5, 6, 7]]), layers=(2, 4, 5))
             torch.testing.assert_close(output.auxiliary, states.auxiliary, rtol=0, atol=0)
@@ -246,7 +240,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
 
 @pytest.mark.parametrize("family", ARCHITECTURES)
 @torch.inference_mode()
-def test_greedy_answers_are_those_of_transformers(family: str) -> None:
+def test_greedy_answers_are_those_of_transformers(family):
     kind, own = ARCHITECTURES[family]
     target = target_of(kind, **own)
     generator = torch.Generator().manual_seed(1)
@@ -268,12 +262,12 @@ def test_greedy_answers_are_those_of_transformers(family: str) -> None:
         ("diffllama", {}, "more than once"),
     ],
 )
-def test_what_cannot_be_decoded_is_refused_by_name(kind: str, own: dict[str, Any], words: str) -> None:
+def test_what_cannot_be_decoded_is_refused_by_name(kind, own, words):
     with pytest.raises(UserError, match=words):
         Engine(target_of(kind, **own))
 
 
-def test_the_target_remains_as_it_was() -> None:
+def test_the_target_remains_as_it_was():
     target = make_tiny_target()
     before = target.model.config._attn_implementation
     expected = answers(target, [[5, 6]])

@@ -1,7 +1,5 @@
 """Tiny targets of several families, and texts that transformers wrote with them."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from functools import cache
 

@@ -1,7 +1,5 @@
 """Text that a tiny target writes, and heads that are trained on some for a moment: often right and often wrong."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

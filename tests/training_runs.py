@@ -7,7 +7,6 @@ import multiprocessing
 import os
 import resource
 import signal
-import subprocess
 import sys
 import threading
 from collections.abc import Mapping
@@ -22,7 +21,6 @@ from safetensors.torch import load_file
 from torch.distributed import TCPStore
 from written_data import prepared
 
-ROOT = Path(__file__).parents[1]
 CONTEXT = multiprocessing.get_context("forkserver")  # a server that has imported everything forks fresh processes
 CONTEXT.set_forkserver_preload(["draft.training.trainer", "training_runs"])
 
@@ -151,22 +149,6 @@ def start_prepare(folder: Path, out: Path, *words: object, script: str = "", **e
     """Start `draft-train prepare` with the target in a folder."""
     arguments = ["prepare", "--target", str(folder), "--out", str(out), *map(str, words)]
     return Run(arguments, script=script, environment=environment)
-
-
-def python(*arguments: str, **environment: str) -> subprocess.Popen[str]:
-    """An interpreter of its own: unlike a `Run`'s it is also taken down at the end."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", **environment}
-    pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen([sys.executable, *arguments], env=environment, cwd=ROOT, **pipes)
-
-
-def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
-    """Its exit status, and all that it printed."""
-    try:
-        shown = process.communicate(timeout=240)[0]
-    finally:
-        process.kill()
-    return process.returncode, shown
 
 
 def last_step(folder: Path) -> int:

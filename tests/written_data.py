@@ -1,8 +1,6 @@
-"""Text and data sets that a target in this process writes, through its engine or a server of it."""
+"""Data sets that a target in this process writes, through a server of it."""
 
-from __future__ import annotations
-
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,16 +12,7 @@ from draft.data.prepare import prepare
 from draft.data.settings import EndpointSettings
 from draft.target import Target
 from serving.api.app import create_app
-from serving.engine import Engine, SamplingParams
-
-
-def responses(
-    target: Target, prompts: Sequence[list[int]], max_new_tokens: int, temperature: float = 0.0
-) -> list[list[int]]:
-    """The target's answers to prompts of token ids."""
-    engine = Engine(target, mode="eager", speculation="off")
-    params = [SamplingParams(max_new_tokens, temperature=temperature, seed=seed) for seed in range(len(prompts))]
-    return [completion.token_ids for completion in engine.generate(list(prompts), params)]
+from serving.engine import Engine
 
 
 @contextmanager

@@ -94,19 +94,10 @@ class Engine:
         check_choice("speculation", speculation, SPECULATIONS)
         check_choice("rule", rule, tuple(RULES))
         check_speculation_length(speculation_length)
-        for name, value, least in (
-            ("max_batch", max_batch, 1),
-            ("max_waiting", max_waiting, 0),
-            ("max_waiting_tokens", max_waiting_tokens, 1),
-            ("kv_cache_memory", kv_cache_memory, 1),
-            ("threads", threads, 1),
-            ("tree_size", tree_size, 1),
-            ("prefill_chunk", prefill_chunk, 1),
-        ):
-            if name in ("max_waiting_tokens", "kv_cache_memory", "threads") and value is None:
-                continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise UserError(f"{name} = {value!r}: it must be a whole number of at least {least}.")
+        check_sizes(
+            max_batch=max_batch, max_waiting=max_waiting, max_waiting_tokens=max_waiting_tokens, tree_size=tree_size,
+            kv_cache_memory=kv_cache_memory, prefill_chunk=prefill_chunk, threads=threads,
+        )  # fmt: skip
         self.speculation, self.rule = speculation, rule
         longest = speculation_length if head is None or head.longest is None else head.longest
         self.speculation_length = min(speculation_length, longest)
@@ -132,12 +123,16 @@ class Engine:
         self.limit_note = f", which is what the KV cache holds ({size})" if fitting < self.max_length else ""
         self.max_length = min(self.max_length, fitting)
         self.target = self.models.runner.target
-        self.mode = self.models.mode  # eager or compiled
         self._decoder = Decoder(self.models.runner, self.models.proposer, self.controller, prefill_chunk=prefill_chunk)
         self._special_ids = special_ids(target.tokenizer, target.eos_token_ids)
         self._active: list[ActiveRequest] = []  # changed in `step` only
         self._step_lock = threading.RLock()  # one thread steps at a time
         self._thread: threading.Thread | None = None
+
+    @property
+    def mode(self) -> str:
+        """Execution of the models: eager or compiled."""
+        return self.models.mode
 
     def warm_up(self) -> None:
         """Measure the cost of a step: before the first request, not while one waits."""
@@ -422,6 +417,16 @@ def _turn_away(requests: list[Request]) -> None:
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise UserError(f"{name} = {value!r}: it must be one of {', '.join(choices)}.")
+
+
+def check_sizes(**sizes: int | None) -> None:
+    """Refuse, by its name, what is no whole number of at least 1; `max_waiting` may be 0, and others None."""
+    for name, value in sizes.items():
+        least = 0 if name == "max_waiting" else 1
+        if value is None and name in ("max_waiting_tokens", "kv_cache_memory", "threads"):
+            continue
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise UserError(f"{name} = {value!r}: it must be a whole number of at least {least}.")
 
 
 def check_max_length(length: int | None, target: Target) -> int:

@@ -33,7 +33,7 @@ def run(models: Path, out: Path, *options: str, heads: tuple[str, ...] = ("first
 
 
 @pytest.fixture(scope="module")
-def outcome(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def outcome(models, tmp_path_factory):
     """One whole run: two identical heads and another one, two temperatures, both rules, two lengths."""
     out = tmp_path_factory.mktemp("out") / "new" / "folder"
     file = write_jsonl(out.parent.parent / "prompts.jsonl", PROMPTS)
@@ -43,7 +43,7 @@ def outcome(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def results(outcome: Path) -> dict[str, Any]:
+def results(outcome):
     return json.loads((outcome / "acceptance_length.json").read_text())
 
 
@@ -53,7 +53,7 @@ def members(results: dict[str, Any], row: dict[str, Any]) -> list[dict[str, Any]
     return [record for record in alike if row["category"] in ("overall", record["category"])]
 
 
-def test_every_row_of_the_summary_is_what_its_records_say(results: dict[str, Any]) -> None:
+def test_every_row_of_the_summary_is_what_its_records_say(results):
     found = [tuple(row[key] for key in (*VARIANT_KEYS, "category")) for row in results["summary"]]
     heads, decoded = ("first", "copy", "other"), ((0.0, "greedy"), (1.0, "shared-noise"), (1.0, "rejection"))
     parts = itertools.product(decoded, heads, (1, 3), CATEGORIES)
@@ -80,16 +80,14 @@ def test_every_row_of_the_summary_is_what_its_records_say(results: dict[str, Any
         if row["prompts"] == 1:  # one prompt has no spread to tell
             assert tau["low"] is tau["high"] is speed_up["low"] is speed_up["high"] is None
         else:
-            assert (
-                tau["low"] <= tau["value"] <= tau["high"] and speed_up["low"] <= speed_up["value"] <= speed_up["high"]
-            )
+            assert all(each["low"] <= each["value"] <= each["high"] for each in (tau, speed_up))
         assert row["identical_share"] == (None if row["rule"] == "rejection" else 1.0), row
     assert any(row["acceptance_length"]["value"] > 1 for row in results["summary"])  # something was accepted
     rejected = [record for record in results["records"] if record["rule"] == "rejection"]
     assert any(record["first_difference"] is not None for record in rejected)  # so a difference would be seen
 
 
-def test_every_variant_sees_the_same_context_and_seed(results: dict[str, Any]) -> None:
+def test_every_variant_sees_the_same_context_and_seed(results):
     contexts: dict[tuple[str, int, float], set[tuple[int, int]]] = {}
     for record in results["records"]:
         key = record["prompt"], record["turn"], record["temperature"]
@@ -101,7 +99,7 @@ def test_every_variant_sees_the_same_context_and_seed(results: dict[str, Any]) -
     assert seeds["a", 1, 1.0] == expected
 
 
-def test_a_second_turn_follows_the_plain_answer(results: dict[str, Any], models: Path) -> None:
+def test_a_second_turn_follows_the_plain_answer(results, models):
     plain = [record for record in results["records"] if record["head"] is None and record["temperature"] == 0]
     first, second = [record for record in plain if record["prompt"] == "a"]
     template = len("<>user\n<>\n") + len("<>assistant\n")  # one token for each of the chat marks
@@ -115,11 +113,9 @@ def test_a_second_turn_follows_the_plain_answer(results: dict[str, Any], models:
     assert second["prompt_tokens"] == len(target.encode_chat(messages, add_generation_prompt=True))
 
 
-def test_identical_heads_gain_nothing_and_others_are_compared(results: dict[str, Any]) -> None:
-    assert {(row["baseline"], row["candidate"]) for row in results["comparisons"]} == {
-        ("first", "copy"),
-        ("first", "other"),
-    }
+def test_identical_heads_gain_nothing_and_others_are_compared(results):
+    pairs = {(row["baseline"], row["candidate"]) for row in results["comparisons"]}
+    assert pairs == {("first", "copy"), ("first", "other")}
     summary = {tuple(row[key] for key in (*VARIANT_KEYS, "category")): row for row in results["summary"]}
     for row in results["comparisons"]:
         below, above = (
@@ -137,10 +133,10 @@ def test_identical_heads_gain_nothing_and_others_are_compared(results: dict[str,
     assert any(row["value"] != 0 for row in results["comparisons"])
 
 
-def test_gain_is_paired_by_prompt() -> None:
+def test_gain_is_paired_by_prompt():
     """Twice the tokens a verification on every prompt is a gain of exactly 1, however different the prompts are."""
 
-    def record(prompt: str, head: str, emitted: int, verifications: int) -> dict[str, Any]:
+    def record(prompt, head, emitted, verifications):
         variant = {"temperature": 0.0, "head": head, "rule": "greedy", "speculation_length": 5}
         return {**variant, "prompt": prompt, "category": "c", "emitted": emitted, "verifications": verifications,
                 "decode_seconds": 1.0}  # fmt: skip
@@ -155,7 +151,7 @@ def test_gain_is_paired_by_prompt() -> None:
         assert row["prompts"] == 2  # the empty answer has no verifications to compare
 
 
-def test_provenance_and_picture(results: dict[str, Any], outcome: Path, models: Path) -> None:
+def test_provenance_and_picture(results, outcome, models):
     assert results["commit"] and results["command"].startswith("python -m benchmarks.acceptance_length --target")
     assert results["machine"].items() >= {"dtype": "float64"}.items() and results["machine"]["cores"] >= 1
     file = outcome.parent.parent / "prompts.jsonl"
@@ -168,9 +164,7 @@ def test_provenance_and_picture(results: dict[str, Any], outcome: Path, models: 
     assert sorted(path.name for path in outcome.iterdir()) == ["acceptance_length.json", "acceptance_length.png"]
 
 
-def test_prints_the_tables_and_leaves_out_prompts_too_long_for_the_context(
-    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_prints_the_tables_and_leaves_out_prompts_too_long_for_the_context(models, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "400")  # heads of one name are told apart by their paths, which are long here
     prompts = [{"id": "long", "turns": ["x" * 500]}, {"id": "short", "category": "[/red]", "question": "Hi"}]
     options = ("--prompts", str(write_jsonl(tmp_path / "p.jsonl", prompts)), "--speculation-length", "2")
@@ -182,12 +176,10 @@ def test_prints_the_tables_and_leaves_out_prompts_too_long_for_the_context(
     assert results["skipped"] == ["long"] and {record["prompt"] for record in results["records"]} == {"short"}
 
 
-def test_an_interrupted_run_keeps_complete_prompts(
-    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_run_keeps_complete_prompts(models, tmp_path, monkeypatch):
     whole = acceptance_length.Measurement.run
 
-    def until_the_third(self: Any, index: int, *rest: Any) -> Any:
+    def until_the_third(self, index, *rest):
         if index == 2:
             raise KeyboardInterrupt
         return whole(self, index, *rest)

@@ -1,7 +1,6 @@
 """The arithmetic of the speed figures, and a whole run on a tiny target."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,7 +17,7 @@ def timing(tokens: int, seconds: float, verifications: int = 0, output: tuple[in
     return Timing(tokens, seconds, (output,), verifications, tokens, (("target", seconds),))
 
 
-def test_ratios_are_taken_within_a_repeat() -> None:
+def test_ratios_are_taken_within_a_repeat():
     samples = {
         Key(1, 0.0, None, "plain"): [timing(10, 1.0, 10), timing(10, 10.0, 10)],
         Key(1, 0.0, None, "chain 2"): [timing(10, 0.5, 5), timing(10, 5.0, 5, (1, 3))],
@@ -44,7 +43,7 @@ def results(tau: float) -> dict:  # type: ignore[type-arg]
     }
 
 
-def test_the_prediction_and_the_bars() -> None:
+def test_the_prediction_and_the_bars():
     found = results(tau=2.0)
     found["predicted"] = decode_speed.predict(found)
     seconds = (0.010 + 0.004 / 3) + 3 * 0.0005 + 0.0005  # 4 tokens lie between 2 and 8
@@ -62,7 +61,7 @@ def test_the_prediction_and_the_bars() -> None:
     assert owed["limit"] == "at least 1.6"
 
 
-def test_a_whole_run(small: str, two_prompts: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_whole_run(small, two_prompts, tmp_path, capsys):
     status = decode_speed.main(
         f"{small} {two_prompts} --out {tmp_path} --mode eager --batch 1 2 --speculation-length 2 --tree 4 "
         "--baseline none --repeats 1 --limit 2 --max-new-tokens 5".split()
@@ -76,14 +75,14 @@ def test_a_whole_run(small: str, two_prompts: str, tmp_path: Path, capsys: pytes
     assert "floor of a plain step" in capsys.readouterr().out
 
 
-def test_a_tree_needs_more_nodes_than_it_is_deep(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_tree_needs_more_nodes_than_it_is_deep(capsys):
     with pytest.raises(SystemExit) as stop:
         decode_speed.main(["--target", "t", "--head", "h", "--out", "o", "--speculation-length", "8", "--tree", "8"])
     assert stop.value.code == 2 and "--tree" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_each_weight_is_counted_once(tied: bool) -> None:
+def test_each_weight_is_counted_once(tied):
     target = make_tiny_target(dtype=torch.bfloat16, tie_word_embeddings=tied)
     linears = [module for module in target.decoder.modules() if isinstance(module, torch.nn.Linear)]
     norms = sum(module.weight.numel() for module in target.decoder.modules() if "Norm" in type(module).__name__)

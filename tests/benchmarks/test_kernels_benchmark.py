@@ -1,8 +1,5 @@
 """benchmarks.kernels: its sums and its bars; tests/kernels/on_triton has a whole run."""
 
-from __future__ import annotations
-
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +8,7 @@ from benchmarks import kernels
 from benchmarks.kernels import COMPILED, CONTENDERS, EAGER, KERNELS, LINEAR, Work, geometric_mean, judge, work
 
 
-def test_the_frozen_product_is_most_of_the_arithmetic() -> None:
+def test_the_frozen_product_is_most_of_the_arithmetic():
     # the figure that the layer is known by: 275 GFLOP at 8192 tokens, 4096 to 4096
     frozen = 2 * 8192 * 4096 * 4096
     forward = work(8192, 4096, 4096, 16, "forward")
@@ -20,7 +17,7 @@ def test_the_frozen_product_is_most_of_the_arithmetic() -> None:
     assert forward.bytes == 2 * (8192 * 4096 * 2 + 4096 * 4096) + 4 * (16 * 8192 + 8192 * 16)
 
 
-def test_the_backward_counts_every_product_and_every_tensor_once() -> None:
+def test_the_backward_counts_every_product_and_every_tensor_once():
     tokens, width, out, rank = 3, 5, 7, 2
     products = [(tokens, out, width), (tokens, rank, width)]  # dy W, dz A
     products += [(tokens, out, rank), (rank, tokens, width), (out, tokens, rank)]  # dy B, dz^T x, dy^T h
@@ -39,7 +36,7 @@ def row(out: int = 4096, rank: int = 16, tokens: int = 8192, error: float = 2e-3
     return {"phase": "both", "out": out, "rank": rank, "tokens": tokens, "ms": times, "errors": {"y": error}}
 
 
-def test_the_bars() -> None:
+def test_the_bars():
     good = row(**{KERNELS: 1.0, EAGER: 1.4, COMPILED: 1.2, LINEAR: 0.9})
     small = row(out=1024, **{KERNELS: 1.3, EAGER: 1.7, COMPILED: 1.5, LINEAR: 1.0})
     found = judge([good, small])
@@ -59,9 +56,7 @@ def test_the_bars() -> None:
         (["--shapes", "q", "8x"], "'8x' is neither one of q, kv"),
     ],
 )
-def test_a_mistake_is_one_sentence(
-    arguments: list[str], word: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_mistake_is_one_sentence(arguments, word, tmp_path, monkeypatch, capsys):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     try:
         status = kernels.main([*arguments, "--out", str(tmp_path)])

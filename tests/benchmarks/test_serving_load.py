@@ -1,21 +1,18 @@
 """The figures out of synthetic traces, the bars both ways, the plan, and a whole small run."""
 
 import json
-from pathlib import Path
 
 import pytest
 
 from benchmarks import serving_load
 from benchmarks.serving_load import Cores, Key, Load, Plan, Rates, Request, Trace, closed_loop, poisson
-from draft.errors import UserError
-from draft.launcher import draft_serve
 
 
 def trace(sent: float, first: float, ended: float, tokens: int, **more: int | str) -> Trace:
     return Trace(sent, first, ended, tokens, **more)  # type: ignore[arg-type]
 
 
-def test_latencies_are_of_good_requests_of_all_repeats() -> None:
+def test_latencies_are_of_good_requests_of_all_repeats():
     # sent at 10, first token after 0.5 s, the other 4 within 2 s
     one = trace(10.0, 10.5, 12.5, 5)
     assert (one.first_token_seconds, one.seconds_per_token, one.seconds) == (0.5, 0.5, 2.5)
@@ -29,7 +26,7 @@ def test_latencies_are_of_good_requests_of_all_repeats() -> None:
     assert serving_load.percentiles([1.0, 2.0]) == {"p50": 1.5, "p99": pytest.approx(1.99)}
 
 
-def test_rates_count_good_requests_and_tau_pools_steps() -> None:
+def test_rates_count_good_requests_and_tau_pools_steps():
     traces = [trace(0, 1, 2, 10, accepted=6, steps=3), trace(0, 1, 2, 20, accepted=0, steps=1)]
     failed = trace(0, 1, 2, 99, error="ReadError", accepted=50, steps=1)
     load, plain = Load([*traces, failed], 2.0), Load([trace(0, 1, 2, 10)], 2.0)
@@ -51,14 +48,14 @@ def judged(**results: object) -> dict[str, bool | None]:
     return {bar["bar"].split(",")[0].split(" in ")[0].split(" after")[0]: bar["met"] for bar in found}
 
 
-def test_automatic_is_compared_with_what_is_better_overall_within_each_repeat() -> None:
+def test_automatic_is_compared_with_what_is_better_overall_within_each_repeat():
     rates = {"automatic": [5.0, 5, 20, 20, 20], "on": [10.0, 10, 10, 1, 1], "off": [9.0, 9, 9, 40, 40]}
     assert serving_load.automatic_over_better(rates) == 2.0  # on is better overall: 0.5, 0.5, 2, 20, 20
     assert serving_load.automatic_over_better({"automatic": [10], "on": [8], "off": [10.5]}) == pytest.approx(10 / 10.5)
     assert serving_load.automatic_over_better({"automatic": [10], "on": [8]}) is None
 
 
-def test_each_bar_is_met_and_missed() -> None:
+def test_each_bar_is_met_and_missed():
     automatic, http = "automatic / the better of on and off", "tokens/s over HTTP / by the engine alone"
     errors, memory = "errors", "server's memory"
     assert judged() == {automatic: True, http: None, errors: None, memory: None}
@@ -71,7 +68,7 @@ def test_each_bar_is_met_and_missed() -> None:
     assert missed == {automatic: False, http: False, errors: False, memory: False}
 
 
-def test_a_plan_fits_its_time_and_counts_every_part() -> None:
+def test_a_plan_fits_its_time_and_counts_every_part():
     measured = {("off", 1): 1.0, ("off", 16): 4.0, ("on", 1): 2.0, ("on", 16): 1.0}
     rates = Rates(16, measured, endurance=10.0)
     assert rates.of("off", 4) == pytest.approx(2.0) and rates.of("on", 4) == pytest.approx(2**0.5)
@@ -89,14 +86,14 @@ def test_a_plan_fits_its_time_and_counts_every_part() -> None:
     assert plan.fit(rates, 1000.0)[16] > plan.fit(rates, 300.0)[16] and plan.fit(rates, 0.0)[16] == 16
 
 
-def test_cores_are_split_in_halves(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cores_are_split_in_halves(monkeypatch):
     for allowed, expected in (({3}, ((3,), (3,))), ({0, 1}, ((0,), (1,))), ({2, 4, 6}, ((2,), (4, 6)))):
         monkeypatch.setattr("os.sched_getaffinity", lambda _, allowed=allowed: allowed)
         cores = Cores.split()
         assert (cores.engine, cores.io) == expected
 
 
-def test_what_goes_wrong_is_told_by_the_trace() -> None:
+def test_what_goes_wrong_is_told_by_the_trace():
     requests = [
         Request("/v1/completions", {"prompt": "a", "max_tokens": 2, "stream": streamed}) for streamed in (True, False)
     ]
@@ -105,9 +102,7 @@ def test_what_goes_wrong_is_told_by_the_trace() -> None:
         assert all(each.error and each.error.startswith("ConnectError") for each in load.traces)
 
 
-def test_a_whole_run_with_its_bars(
-    small: str, two_prompts: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_whole_run_with_its_bars(small, two_prompts, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(serving_load, "HTTP_CONCURRENCY", 2)
     status = serving_load.main(
         f"{small} {two_prompts} --out {tmp_path} --mode eager --concurrency 1 2 --requests 2 --repeats 1 "
@@ -132,9 +127,7 @@ def test_a_whole_run_with_its_bars(
     assert "engine on core" in printed and "minutes from now" in printed and "errors in 10 requests" in printed
 
 
-def test_mistakes_are_one_sentence(small: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_are_one_sentence(small, tmp_path, capsys):
     assert serving_load.main(f"{small} --head {tmp_path} --mode eager --out {tmp_path}/out".split()) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and str(tmp_path) in error
-    with pytest.raises(UserError, match="No such option"), draft_serve(["--no-such-option"]):
-        pass

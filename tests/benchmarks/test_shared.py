@@ -3,7 +3,6 @@
 import json
 import re
 from argparse import Namespace
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -27,7 +26,7 @@ from draft.heads.checkpoint import save_head
         ('{"turns": ["\\ud800"]}', "surrogate"),
     ],
 )
-def test_a_malformed_line_is_named(tmp_path: Path, line: str, complaint: str) -> None:
+def test_a_malformed_line_is_named(tmp_path, line, complaint):
     file = tmp_path / "bad.jsonl"
     file.write_text('{"id": "a", "turns": ["fine"]}\n\n' + line + "\n")
     with pytest.raises(shared.UserError, match="line 3: ") as caught:
@@ -35,7 +34,7 @@ def test_a_malformed_line_is_named(tmp_path: Path, line: str, complaint: str) ->
     assert complaint in str(caught.value) and str(file) in str(caught.value)
 
 
-def test_mistakes_are_one_sentence(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_are_one_sentence(models, tmp_path, capsys):
     about = {"target_fingerprint": "beef"}
     save_head(make_tiny_head(make_tiny_target()), tmp_path / "foreign", dtype=torch.float64, about=about)
     (tmp_path / "empty.jsonl").write_text("\n")
@@ -61,8 +60,8 @@ def test_mistakes_are_one_sentence(models: Path, tmp_path: Path, capsys: pytest.
         assert status == 2 and complaint in message.splitlines()[-1] and "Traceback" not in message, message
 
 
-def test_a_file_error_is_one_line_and_a_bug_is_not(capsys: pytest.CaptureFixture[str]) -> None:
-    def run_body(body: Callable[[], int]) -> int:
+def test_a_file_error_is_one_line_and_a_bug_is_not(capsys):
+    def run_body(body):
         return shared.run_program(lambda arguments: Namespace(), lambda parsed, command: body(), [])
 
     assert run_body(lambda: len(Path("/dev/null/results.json").read_text())) == 2
@@ -72,7 +71,7 @@ def test_a_file_error_is_one_line_and_a_bug_is_not(capsys: pytest.CaptureFixture
         run_body(lambda: 1 // 0)
 
 
-def test_default_prompts_and_the_columns_that_are_read(tmp_path: Path) -> None:
+def test_default_prompts_and_the_columns_that_are_read(tmp_path):
     shipped = shared.load_prompts()
     assert len(shipped.prompts) >= 80 and "benchmarks/prompts/chat.jsonl" in shipped.files
     assert len({prompt.category for prompt in shipped.prompts}) == 8
@@ -101,7 +100,7 @@ def sentences(texts: list[str]) -> set[str]:
     return {normalised(part) for text in texts for part in re.split(r"[.?!\n]", text) if len(part.split()) >= 4}
 
 
-def test_shipped_prompts_are_different_and_are_not_trained_on() -> None:
+def test_shipped_prompts_are_different_and_are_not_trained_on():
     """The demonstration trains on answers to the word problems: not one sentence may be a benchmark sentence."""
     turns = [turn for prompt in shared.load_prompts().prompts for turn in prompt.turns]
     assert len({normalised(turn) for turn in turns}) == len(turns) >= 80

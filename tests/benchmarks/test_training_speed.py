@@ -11,12 +11,12 @@ from draft.data.examples import collate
 
 
 @pytest.fixture
-def arguments(small, tmp_path) -> list[str]:
+def arguments(small, tmp_path):
     options = f"{small} --out {tmp_path} --device cpu --rows 2 --length 32 --rank 4 --repeats 2 --conversations 8"
     return f"{options} --packing-repeats 1 --check".split()
 
 
-def test_a_whole_run(arguments, tmp_path, capsys, monkeypatch) -> None:
+def test_a_whole_run(arguments, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(training_speed, "SIZES", (128, 256))
     status = training_speed.main(arguments)
     results = json.loads((tmp_path / "training_speed.json").read_text())
@@ -33,7 +33,7 @@ def test_a_whole_run(arguments, tmp_path, capsys, monkeypatch) -> None:
     assert status == int("MISSED" in printed)
 
 
-def test_counted_operations_are_those_of_the_formula(arguments) -> None:
+def test_counted_operations_are_those_of_the_formula(arguments):
     """2 · in · out a token and weight; the gradient of the input and of the weight each as much again."""
     parsed = training_speed.parse(arguments)
     target = training_speed.load_target(parsed.target, "float32")
@@ -52,7 +52,7 @@ def test_counted_operations_are_those_of_the_formula(arguments) -> None:
     assert step.flops(batch) == pytest.approx(expected, rel=1e-9)
 
 
-def test_bars() -> None:
+def test_bars():
     rows = [{"method": "afa-lora", "share_of_product": 0.46}]
     results = {"methods": rows, "settings": {"dtype": "float32"}, "afa_over_lora": {"median": 1.06}}
     assert [bar["met"] for bar in training_speed.judge(results)] == [True, False]
@@ -60,6 +60,6 @@ def test_bars() -> None:
     assert training_speed.ratios(samples, others) == {"median": 2.0, "least": 2.0, "most": 2.0}
 
 
-def test_lengths_are_spread() -> None:
+def test_lengths_are_spread():
     lengths = spread_lengths(100, 200)
     assert max(lengths) == 200 and min(lengths) < 40 and len(lengths) == 100

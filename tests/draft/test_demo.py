@@ -1,11 +1,7 @@
 """`draft-train demo`: the options that it serves the heads with, and its summary."""
 
-from __future__ import annotations
-
 import io
-from pathlib import Path
 
-import pytest
 from conftest import make_tiny_head, make_tiny_target, save_tiny_target
 from rich.console import Console
 
@@ -13,7 +9,7 @@ from draft import demo
 from draft.heads.checkpoint import save_head
 
 
-def test_the_served_request_is_drafted_with_the_tables_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_served_request_is_drafted_with_the_tables_length(tmp_path, monkeypatch):
     """A real server; the automatic mode would draft one token or none here."""
     out = io.StringIO()
     monkeypatch.setattr(demo, "console", Console(file=out, width=120))

@@ -1,7 +1,5 @@
 """Folders are replaced as a whole or not at all, whatever ends the process; file errors are told from others."""
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import os
@@ -54,9 +52,7 @@ def kill_after(changes: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("start", ["writes again", "cleans up"])
 @pytest.mark.parametrize("changes", range(7))
-def test_a_killed_process_leaves_a_whole_folder_to_the_next(
-    changes: int, start: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_killed_process_leaves_a_whole_folder_to_the_next(changes, start, tmp_path, monkeypatch):
     folder = tmp_path / "head"
     write(folder, "old")
     with monkeypatch.context() as patched:
@@ -77,11 +73,11 @@ def test_a_killed_process_leaves_a_whole_folder_to_the_next(
     assert read(folder) == ({"old"} if changes < 3 else {"new"})
 
 
-def test_a_failed_rename_is_rolled_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_rename_is_rolled_back(tmp_path, monkeypatch):
     folder, replace = tmp_path / "head", os.replace
     write(folder, "old")
 
-    def fail(source: Path, destination: Path) -> None:
+    def fail(source, destination):
         if ".new-" in Path(source).name:
             raise OSError(errno.EIO, "Input/output error")
         replace(source, destination)
@@ -92,7 +88,7 @@ def test_a_failed_rename_is_rolled_back(tmp_path: Path, monkeypatch: pytest.Monk
     assert read(folder) == {"old"} and [path.name for path in tmp_path.iterdir()] == ["head"]
 
 
-def test_an_empty_folder_does_not_count_as_the_new_one(tmp_path: Path) -> None:
+def test_an_empty_folder_does_not_count_as_the_new_one(tmp_path):
     folder = tmp_path / "head"
     write(folder, "old")
     folder.rename(tmp_path / ".head.old")
@@ -101,7 +97,7 @@ def test_an_empty_folder_does_not_count_as_the_new_one(tmp_path: Path) -> None:
     assert read(folder) == {"old"}
 
 
-def test_only_what_was_written_before_is_replaced(tmp_path: Path) -> None:
+def test_only_what_was_written_before_is_replaced(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text("precious")
     for precious in (tmp_path / "run", tmp_path / "run" / "config.yaml", tmp_path):
@@ -110,7 +106,7 @@ def test_only_what_was_written_before_is_replaced(tmp_path: Path) -> None:
     assert (tmp_path / "run" / "config.yaml").read_text() == "precious"
 
 
-def test_a_hash_is_of_bytes_that_are_there(tmp_path: Path) -> None:
+def test_a_hash_is_of_bytes_that_are_there(tmp_path):
     (tmp_path / "a").write_bytes(b"one"), (tmp_path / "b").write_bytes(b"two")
     assert file_sha256(tmp_path / "a", tmp_path / "b") == hashlib.sha256(b"onetwo").hexdigest()
     with pytest.raises(FileNotFoundError):
@@ -133,6 +129,6 @@ def test_a_hash_is_of_bytes_that_are_there(tmp_path: Path) -> None:
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_only_errors_of_files_are_told_as_such(error: Exception, told: str | None) -> None:
+def test_only_errors_of_files_are_told_as_such(error, told):
     sentence = file_trouble(error)
     assert sentence is None if told is None else sentence and told in sentence

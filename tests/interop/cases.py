@@ -6,9 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from conftest import SHAPE
-from tokenizers import Tokenizer, models
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from conftest import SHAPE, save_tiny_target
 
 from draft.heads.registry import ARCHITECTURES
 from draft.target import Target
@@ -36,13 +34,8 @@ VLLM_HEAD_DIM = 32  # the smallest that its attention on a CPU has
 
 def tiny_target(folder: Path, head_dim: int = 8) -> Target:
     """A random Llama of 8 layers, written to `folder` in float32 and named by it."""
-    torch.manual_seed(0)
-    config = LlamaConfig(**SHAPE | {"head_dim": head_dim}, max_position_embeddings=512, tie_word_embeddings=True)
-    words = Tokenizer(models.WordLevel({f"<{index}>": index for index in range(VOCAB)}, unk_token="<0>"))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<0>", eos_token="<2>")
-    target = Target(str(folder), LlamaForCausalLM(config), tokenizer)
-    target.model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    target = save_tiny_target(folder, head_dim=head_dim)
+    target.name = str(folder)
     return target
 
 

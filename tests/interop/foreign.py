@@ -58,6 +58,13 @@ def fetch(url: str, body: dict[str, Any] | None = None) -> str:
         return answer.read().decode()
 
 
+def write_result(folder: Path, engine: str, version: str, counts: dict[str, int], **rest: Any) -> None:
+    """Write FOLDER/result.json for the judge, and print the counts."""
+    result = {"engine": engine, "version": version, "counts": counts, **rest}
+    (folder / "result.json").write_text(json.dumps(result) + "\n")
+    print(json.dumps({"version": version, **counts}))
+
+
 def write_table(table: Path, engine: str, version: str, cases: dict[str, Any]) -> None:
     """Replace an engine's part of the table of loaded names, shapes and keys; lists get one line each."""
     written = json.loads(table.read_text()) if table.is_file() else {}

@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from foreign import COUNTS, fetch, served
+from foreign import COUNTS, fetch, served, write_result
 
 
 def main(folder: Path, source: Path, server: Path) -> None:
@@ -36,20 +36,13 @@ def main(folder: Path, source: Path, server: Path) -> None:
     found = dict(re.findall(r"^llamacpp:spec_decode_(\w+)_total (\d+)", metrics, re.M))
     counts = {name: int(found[name]) for name in COUNTS}
     log_text = log.read_text(errors="replace")  # pieces of tokens in it may be no text
-    result = {
-        "engine": "llama.cpp",
-        "version": "b" + re.findall(r"^Version: (\d+)", (source.parent / "PKG-INFO").read_text(), re.M)[0],
-        "counts": counts,
-        "trimmed": True,
-        "texts": texts,
-        "beyond": [[] for text in texts],
-        # its ignore_eos forbids all that it takes for an end, where vLLM's lets them through
-        "forbidden": sorted({int(token) for token in re.findall(r"EOG token\s+= (\d+) ", log_text)}),
-    }
-    if not result["forbidden"]:
+    # its ignore_eos forbids all that it takes for an end, where vLLM's lets them through
+    forbidden = sorted({int(token) for token in re.findall(r"EOG token\s+= (\d+) ", log_text)})
+    if not forbidden:
         sys.exit(f"{log} names no end tokens, which the comparison has to leave out.")
-    (folder / "result.json").write_text(json.dumps(result) + "\n")
-    print(json.dumps({"version": result["version"], **counts}))
+    version = "b" + re.findall(r"^Version: (\d+)", (source.parent / "PKG-INFO").read_text(), re.M)[0]
+    rest = {"trimmed": True, "texts": texts, "beyond": [[] for _ in texts], "forbidden": forbidden}
+    write_result(folder, "llama.cpp", version, counts, **rest)
 
 
 def convert(command: list[str], source: Path, out: Path) -> None:

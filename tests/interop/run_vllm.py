@@ -12,12 +12,10 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 import vllm
+from foreign import COUNTS, write_result
 from vllm import LLM, SamplingParams
-
-COUNTS = ("num_drafts", "num_draft_tokens", "num_accepted_tokens", "num_accepted_tokens_per_pos")
 
 
 def main(folder: Path) -> None:
@@ -36,20 +34,12 @@ def main(folder: Path) -> None:
         seed=0,
     )
     texts = decode(llm, job["prompts"], job["tokens"])
-    counts = read_counts(llm)
+    metrics = {metric.name.removeprefix("vllm:spec_decode_"): metric for metric in llm.get_metrics()}
+    counts = {name: metrics[name].value for name in COUNTS}  # accepted tokens before a text is trimmed to its length
     longer = [prompt + text for prompt, text in zip(job["prompts"], texts, strict=True)]
     beyond = decode(llm, longer, job["speculation_length"] + 1)
-    result = {
-        "engine": "vLLM",
-        "version": vllm.__version__,
-        "counts": counts,
-        "trimmed": False,
-        "texts": texts,
-        "beyond": beyond,
-        "forbidden": [],
-    }
-    (folder / "result.json").write_text(json.dumps(result) + "\n")
-    print(json.dumps({"version": vllm.__version__, **counts}))
+    rest = {"trimmed": False, "texts": texts, "beyond": beyond, "forbidden": []}
+    write_result(folder, "vLLM", vllm.__version__, counts, **rest)
 
 
 def decode(llm: LLM, prompts: list[list[int]], tokens: int) -> list[list[int]]:
@@ -57,16 +47,6 @@ def decode(llm: LLM, prompts: list[list[int]], tokens: int) -> list[list[int]]:
     sampling = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
     outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], sampling)
     return [list(output.outputs[0].token_ids) for output in outputs]
-
-
-def read_counts(llm: LLM) -> dict[str, Any]:
-    """vLLM's own counters: accepted tokens before a text is trimmed to its length."""
-    found: dict[str, Any] = {}
-    for metric in llm.get_metrics():
-        name = metric.name.removeprefix("vllm:spec_decode_")
-        if name in COUNTS:
-            found[name] = metric.values if hasattr(metric, "values") else metric.value
-    return found
 
 
 if __name__ == "__main__":

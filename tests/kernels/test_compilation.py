@@ -5,14 +5,12 @@ activation and three kernels in fp32. `make test-kernels-all` compiles every con
 Triton caches what it compiled.
 """
 
-from __future__ import annotations
-
 import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 from kernel_cases import INTERPRETING
@@ -46,13 +44,12 @@ class Kernel:
     bias: bool = False
 
 
-@dataclass(frozen=True)
-class Resources:
-    """Figures of ptxas and Triton about a compiled kernel."""
+class Resources(NamedTuple):
+    """Figures of ptxas and Triton: registers of a thread, bytes that it spills, and shared bytes of a block."""
 
-    registers: int  # of a thread
-    spilled: int  # bytes that a thread stores and loads for want of registers
-    shared: int  # bytes of a block
+    registers: int
+    spilled: int
+    shared: int
 
 
 def every_kernel(arch: int) -> Iterator[Kernel]:
@@ -100,9 +97,8 @@ def compile_kernel(kernel: Kernel, arch: int) -> Resources:
         file.flush()
         # as Triton calls it, but for its report
         command = [get_ptxas(arch).path, "-v", f"--gpu-name={sm_arch_from_capability(arch)}", file.name]
-        report = subprocess.run(
-            [*command, "-o", "/dev/null"], capture_output=True, text=True, check=True, timeout=120
-        ).stderr
+        command += ["-o", "/dev/null"]
+        report = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stderr
     used = re.search(r"Used (\d+) registers", report)
     assert used, report
     spilled = sum(int(size) for size in re.findall(r"(\d+) bytes spill", report))
@@ -179,32 +175,25 @@ def name(case: tuple[int, Kernel]) -> str:
     return f"sm{arch}-{k.name}-{k.dtype}-{blocks}-r{k.rank}-{k.activation}{'' if k.even else '-ragged'}"
 
 
-def check(arch: int, kernel: Kernel) -> None:
+EVERY = [pytest.param(*case, id=f"all-{name(case)}", marks=pytest.mark.every_configuration) for case in ALL]
+
+
+@pytest.mark.parametrize(("arch", "kernel"), [*(pytest.param(*case, id=name(case)) for case in SUBSET), *EVERY])
+def test_it_compiles(arch, kernel):
     used = compile_kernel(kernel, arch)
     assert used.spilled <= SPILL_LIMIT, used
     assert used.shared <= SHARED_MEMORY[arch], used
     assert 16 <= used.registers <= 255, used
 
 
-@pytest.mark.parametrize(("arch", "kernel"), SUBSET, ids=map(name, SUBSET))
-def test_it_compiles(arch: int, kernel: Kernel) -> None:
-    check(arch, kernel)
-
-
-@pytest.mark.every_configuration
-@pytest.mark.parametrize(("arch", "kernel"), ALL, ids=map(name, ALL))
-def test_every_configuration_compiles(arch: int, kernel: Kernel) -> None:
-    check(arch, kernel)
-
-
-def test_the_limits_are_read_from_the_compiler() -> None:
+def test_the_limits_are_read_from_the_compiler():
     spills = Kernel("update", "bf16", tuning.Blocks(256, 128, 32, 4, 1))
     assert compile_kernel(spills, 90).spilled > SPILL_LIMIT
     hungry = Kernel("linear", "bf16", tuning.LINEAR[2][0]._replace(stages=8))
     assert compile_kernel(hungry, 80).shared > SHARED_MEMORY[80]
 
 
-def test_a_new_beta_or_number_of_tokens_is_no_new_kernel() -> None:
+def test_a_new_beta_or_number_of_tokens_is_no_new_kernel():
     kernels = [value for name, value in vars(triton_kernels).items() if name.endswith("_kernel")]
     assert len(kernels) == 4
     for kernel in kernels:

@@ -1,19 +1,12 @@
 """The choice of an implementation, the memory of the fastest blocks, and the kernels as Triton interprets them."""
 
-from __future__ import annotations
-
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from conftest import ended, python
 from kernel_cases import INTERPRETING, make_case
 
 from afa_kernels import KernelsError, afa_lora_linear, ops, reference
 
-ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.skipif(INTERPRETING or torch.cuda.is_available(), reason="about machines without kernels")
 
 
@@ -23,7 +16,7 @@ def arguments(**replaced: object) -> dict[str, object]:
     return {name: getattr(case, name) for name in names} | replaced
 
 
-def test_a_cpu_takes_pytorch_without_a_word(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_cpu_takes_pytorch_without_a_word(monkeypatch, caplog):
     expected = reference.afa_lora_linear(**arguments())
     monkeypatch.delenv("AFA_KERNELS", raising=False)
     assert torch.equal(afa_lora_linear(**arguments()), expected)
@@ -34,13 +27,13 @@ def test_a_cpu_takes_pytorch_without_a_word(monkeypatch: pytest.MonkeyPatch, cap
     assert not caplog.records
 
 
-def test_beta_gets_no_gradient() -> None:
+def test_beta_gets_no_gradient():
     case = arguments(beta=torch.tensor(0.5, requires_grad=True), lora_a=torch.ones(2, 5, requires_grad=True))
     afa_lora_linear(**case).sum().backward()
     assert case["beta"].grad is None and case["lora_a"].grad is not None
 
 
-def test_an_impossible_force_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_impossible_force_says_why(monkeypatch):
     monkeypatch.setenv("AFA_KERNELS", "cuda")
     with pytest.raises(KernelsError, match="AFA_KERNELS is 'cuda': set it to one of auto, reference, triton"):
         afa_lora_linear(**arguments())
@@ -56,7 +49,7 @@ def test_an_impossible_force_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
         afa_lora_linear(**arguments())
 
 
-def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_triton(monkeypatch):
     code = """
 import sys, torch
 sys.modules["triton"] = None
@@ -70,10 +63,8 @@ try: call()
 except KernelsError as error: assert "Triton can't be imported" in str(error)
 else: raise SystemExit(1)
 """
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("AFA_")} | {"PYTHONPATH": "kernels"}
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT, timeout=300)
-    assert done.returncode == 0, done.stderr
+    status, shown = ended(python("-c", code, AFA_KERNELS=""))
+    assert status == 0, shown
 
 
 @pytest.mark.parametrize(
@@ -90,7 +81,7 @@ else: raise SystemExit(1)
         ({"weight": torch.ones(4, 5, device="meta")}, ValueError, "x is on cpu"),
     ],
 )
-def test_what_does_not_fit_is_named(replaced: dict[str, object], error: type[Exception], word: str) -> None:
+def test_what_does_not_fit_is_named(replaced, error, word):
     with pytest.raises(error, match=word):
         afa_lora_linear(**arguments(**replaced))
 
@@ -98,18 +89,18 @@ def test_what_does_not_fit_is_named(replaced: dict[str, object], error: type[Exc
 # ---- the measured choice ----
 
 
-def test_the_fastest_is_measured_once_and_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_fastest_is_measured_once_and_remembered(tmp_path, monkeypatch):
     tuning = pytest.importorskip("afa_kernels.tuning")
     candidates = [tuning.Blocks(*[n] * 5) for n in (1, 2, 3)]
     took = {1: 0.5, 3: 0.2}
     runs: list[int] = []
 
-    def run(blocks: object) -> None:
+    def run(blocks):
         runs.append(blocks.tokens)
         if blocks.tokens == 2:
             raise tuning.triton.OutOfResources(300_000, 200_000, "shared memory")
 
-    def milliseconds(measured) -> float:
+    def milliseconds(measured):
         measured()
         return took[runs[-1]]
 
@@ -118,7 +109,7 @@ def test_the_fastest_is_measured_once_and_remembered(tmp_path: Path, monkeypatch
     monkeypatch.setattr(tuning, "_milliseconds", milliseconds)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
 
-    def choose(key: int = 0) -> int:
+    def choose(key=0):
         return tuning.choose("product", (torch.bfloat16, key), candidates, run).tokens
 
     assert choose() == 1 and not runs  # without a card, the first
@@ -139,7 +130,7 @@ def test_the_fastest_is_measured_once_and_remembered(tmp_path: Path, monkeypatch
     tuning._remembered.cache_clear()
 
 
-def test_shape_classes() -> None:
+def test_shape_classes():
     tuning = pytest.importorskip("afa_kernels.tuning")
     assert tuning.shape_class(1000, 4096, 8192, 12) == (1024, 4096, 8192, 16)
     with pytest.raises(ValueError, match="'cublas'"), tuning.only("cublas"):
@@ -152,21 +143,9 @@ def test_shape_classes() -> None:
 # ---- the kernels, in a process that interprets Triton ----
 
 
-def test_the_kernels_as_triton_interprets_them() -> None:
+def test_the_kernels_as_triton_interprets_them():
     pytest.importorskip("triton")
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("AFA_KERNELS")} | {"TRITON_INTERPRET": "1"}
-    # Core and thread counts are the caller's; the cache is not, since two pytests would write it.
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "-W",
-        "ignore::RuntimeWarning",
-        ROOT / "tests/kernels/on_triton",
-    ]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT, timeout=280)
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout
+    # the cache is not the caller's, since two pytests would write it
+    options = "-q -p no:cacheprovider -W ignore::RuntimeWarning tests/kernels/on_triton"
+    status, shown = ended(python("-m", "pytest", *options.split(), TRITON_INTERPRET="1", AFA_KERNELS=""))
+    assert status == 0 and " passed" in shown, shown[-8000:]

@@ -1,23 +1,16 @@
 """Folders that the tests of draft-serve share."""
 
-from __future__ import annotations
-
-from pathlib import Path
-
 import pytest
 import torch
-from conftest import make_tiny_head, make_tiny_target
+from conftest import make_tiny_head, make_tiny_target, save_target
 
-from draft.heads import Eagle3Head
 from draft.heads.checkpoint import save_head
-from draft.target import Target
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory, tiny_target: Target, tiny_head: Eagle3Head) -> Path:
+def folders(tmp_path_factory, tiny_target, tiny_head):
     folder = tmp_path_factory.mktemp("models")
-    tiny_target.model.save_pretrained(folder / "my-target")
-    tiny_target.tokenizer.save_pretrained(folder / "my-target")
+    save_target(folder / "my-target", tiny_target)
     other = make_tiny_target(seed=1)
     for name, target, head in (("my-head", tiny_target, tiny_head), ("other-head", other, make_tiny_head(other))):
         about = {"target_fingerprint": target.fingerprint}

@@ -1,7 +1,7 @@
 """The law of speculative text, enumerated exactly and by drawing; each with controls that must fail."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import enumeration
 import pytest
@@ -18,7 +18,7 @@ from serving.engine.verification import RULES, DraftTree, Rejection, Rule, Seede
 
 @pytest.mark.parametrize("processing", list(PROCESSING))
 @pytest.mark.parametrize("k", [1, 2])
-def test_rejection_of_chains_is_exact(processing: str, k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rejection_of_chains_is_exact(processing, k, monkeypatch):
     params = PROCESSING[processing]
     assert distance(monkeypatch, Rejection(params, 0), params, chains(k), params) < 1e-12
 
@@ -26,19 +26,19 @@ def test_rejection_of_chains_is_exact(processing: str, k: int, monkeypatch: pyte
 @pytest.mark.parametrize("processing", list(PROCESSING))
 @pytest.mark.parametrize("shape", list(SHAPES))
 @pytest.mark.parametrize("name", list(RULES))
-def test_trees_are_exact(name: str, shape: str, processing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trees_are_exact(name, shape, processing, monkeypatch):
     # for shared noise these are trees that the noise has no part in; where it has, the text is that of plain decoding
     # token by token, which test_verification.py holds
     params = PROCESSING[processing]
     assert distance(monkeypatch, make_rule(name, params, 0), params, trees(shape, params), params) < 1e-12
 
 
-def test_what_is_drafted_may_depend_on_what_was_emitted(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_drafted_may_depend_on_what_was_emitted(monkeypatch):
     params = PROCESSING["plain"]
     nothing: ScriptedPlan = lambda tokens, _: DraftTree()  # noqa: E731
     by_last = {(0,): trees("tree", params), (1,): nothing, (2,): chains(1)}
 
-    def plan(tokens: Text, script: Script) -> DraftTree:
+    def plan(tokens, script):
         return by_last.get(tokens[-1:], chains(2))(tokens, script)
 
     assert distance(monkeypatch, Rejection(params, 0), params, plan, params) < 1e-12
@@ -71,7 +71,7 @@ MISTAKES: dict[str, tuple[SamplingParams, SamplingParams, ScriptedPlan, dict[str
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_enumeration_notices_mistakes(mistake: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_enumeration_notices_mistakes(mistake, monkeypatch):
     params, used, plan, broken = MISTAKES[mistake]
     for name, function in broken.items():
         monkeypatch.setattr(verification, name, function)
@@ -81,7 +81,7 @@ def test_enumeration_notices_mistakes(mistake: str, monkeypatch: pytest.MonkeyPa
 # how much is accepted
 
 
-def test_chains_are_accepted_with_one_minus_the_distance_of_p_and_q() -> None:
+def test_chains_are_accepted_with_one_minus_the_distance_of_p_and_q():
     p, q = (Model(seed, 5)(()).softmax(dim=0) for seed in (7, 8))
     accepted = sum(q[x].item() * verification.draft_acceptance(p, q, x) for x in range(5))
     assert accepted == pytest.approx(1 - (p - q).abs().sum().item() / 2, abs=1e-12)
@@ -89,7 +89,7 @@ def test_chains_are_accepted_with_one_minus_the_distance_of_p_and_q() -> None:
     assert verification.residual(p, p).equal(p)
 
 
-def test_shared_noise_accepts_drafts_as_often_as_it_can() -> None:
+def test_shared_noise_accepts_drafts_as_often_as_it_can():
     # two races with the same clocks: P(both choose i) = 1 / sum_j max(p_j / p_i, q_j / q_i) (arXiv 2408.07978)
     target, head, params, seeds = Model(7, 5), Model(8, 5), SamplingParams(temperature=1.0), 600
     p, q = (model(()).softmax(dim=0) for model in (target, head))
@@ -123,7 +123,7 @@ def deviation(rule_of_seed: Callable[[int], Rule], params: SamplingParams, shape
 
 @pytest.mark.parametrize("shape", ["chain", "tree"])
 @pytest.mark.parametrize("name", list(RULES))
-def test_sampled_texts_follow_the_target(name: str, shape: str) -> None:
+def test_sampled_texts_follow_the_target(name, shape):
     params = SamplingParams(temperature=0.8, top_p=0.8)
     own, *others = deviation(lambda seed: make_rule(name, params, seed), params, shape, seeds=400)
     assert own < 4 < 5 < min(others)
@@ -143,11 +143,11 @@ def replaced(rule_of_seed: Callable[[int], Rule]) -> float:
     return enumeration.deviations_of(samples, {(token,): p[token].item() for token in range(3)})
 
 
-def test_what_replaces_a_draft_does_not_depend_on_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_replaces_a_draft_does_not_depend_on_it(monkeypatch):
     params = SamplingParams(temperature=1.0)
 
     class Argmax(Rejection):
-        def draft(self, logits: Tensor, vocabulary: Tensor, positions: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+        def draft(self, logits, vocabulary, positions):
             _, q = super().draft(logits, vocabulary, positions)
             return vocabulary[logits.argmax(dim=-1)], q  # judged as if it had been drawn
 
@@ -161,7 +161,7 @@ def test_what_replaces_a_draft_does_not_depend_on_it(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("changing", ["seed", "position", "candidate"])
-def test_decisions_differ_in_each_of_their_keys(changing: str) -> None:
+def test_decisions_differ_in_each_of_their_keys(changing):
     key = {"seed": 1, "position": 2, "candidate": 3}
     keys = [{**key, changing: value} for value in range(200)]
     accepted = [SeededSampler(k["seed"]).accepts(0.3, k["position"], k["candidate"]) for k in keys]

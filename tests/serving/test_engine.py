@@ -1,12 +1,10 @@
 """The engine: its queue, refusals and reports, requests that end one by one, its thread and its clients'."""
 
-from __future__ import annotations
-
 import asyncio
 import itertools
 import math
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from functools import partial
@@ -52,7 +50,7 @@ def alone(prompts: Sequence[list[int]], each: Any) -> list[list[int]]:
 # the queue
 
 
-def test_requests_wait_for_a_slot_and_are_served_in_their_order() -> None:
+def test_requests_wait_for_a_slot_and_are_served_in_their_order():
     engine = Engine(TARGET, max_batch=2)
     requests = [engine.submit([50 + i], params(4 + i)) for i in range(5)]
     assert (engine.running, engine.waiting) == (0, 5)
@@ -68,7 +66,7 @@ def test_requests_wait_for_a_slot_and_are_served_in_their_order() -> None:
     assert not engine.step() and engine.cache_usage == 0
 
 
-def test_a_long_prompt_does_not_stall_those_that_stream() -> None:
+def test_a_long_prompt_does_not_stall_those_that_stream():
     engine = Engine(TARGET, max_batch=2, prefill_chunk=4)
     streaming = engine.submit([50], params(20))
     engine.step()
@@ -81,8 +79,8 @@ def test_a_long_prompt_does_not_stall_those_that_stream() -> None:
     assert [len(ids) for ids in answers([streaming, long])] == [20, 2]
 
 
-def test_the_queue_is_bounded() -> None:
-    def refused(words: str, attempt: Callable[[], Any]) -> None:
+def test_the_queue_is_bounded():
+    def refused(words, attempt):
         with pytest.raises(Overloaded, match=words):
             attempt()
 
@@ -117,7 +115,7 @@ def test_the_queue_is_bounded() -> None:
 
 
 @pytest.mark.parametrize("speculation", ["off", "chain", "tree", "auto"])
-def test_cancelling_frees_the_slot_at_the_next_step(speculation: str) -> None:
+def test_cancelling_frees_the_slot_at_the_next_step(speculation):
     engine = Engine(TARGET, HEAD, max_batch=2, speculation=speculation, prefill_chunk=4)
     first, second = (engine.submit([50 + i, 60], params(24)) for i in range(2))
     third = engine.submit([70], params(3))
@@ -144,10 +142,10 @@ def test_cancelling_frees_the_slot_at_the_next_step(speculation: str) -> None:
     assert speculation == "off" or (isinstance(proposer, HeadProposer) and all_free(proposer.runner.cache))
 
 
-def test_an_interrupted_generate_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_generate_leaves_nothing_behind(monkeypatch):
     engine, step, count = Engine(TARGET), Engine.step, itertools.count()
 
-    def interrupted(self: Engine) -> bool:
+    def interrupted(self):
         if next(count) == 3:
             raise KeyboardInterrupt
         return step(self)
@@ -162,7 +160,7 @@ def test_an_interrupted_generate_leaves_nothing_behind(monkeypatch: pytest.Monke
 # reports
 
 
-def test_counts_are_consistent() -> None:
+def test_counts_are_consistent():
     engine = engine_of(TARGET, Oracle(TARGET, errors=0.2), speculation="chain", speculation_length=4)
     request = submit(engine, Case.greedy(texts_of(TARGET)[0], 5, params(30)))
     finish(engine)
@@ -183,7 +181,7 @@ def test_counts_are_consistent() -> None:
 # options
 
 
-def test_a_requests_options() -> None:
+def test_a_requests_options():
     engine = Engine(TARGET, HEAD, max_batch=4, **CHAIN)
     options = [Speculation(enabled=False), *(Speculation(num_tokens=count) for count in (0, 2, 9))]
     requests = [engine.submit([50], params(12), each) for each in options]
@@ -219,7 +217,7 @@ def test_a_requests_options() -> None:
         ("logit_bias.*259", lambda: Engine(TARGET).submit([5], params(logit_bias={259: 1.0}))),
     ],
 )
-def test_what_makes_no_sense_is_refused(words: str, build: Callable[[], Any]) -> None:
+def test_what_makes_no_sense_is_refused(words, build):
     with pytest.raises(UserError, match=words):
         build()
 
@@ -228,7 +226,7 @@ def test_what_makes_no_sense_is_refused(words: str, build: Callable[[], Any]) ->
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_lower_precisions_decode(dtype: torch.dtype) -> None:
+def test_lower_precisions_decode(dtype):
     target = make_tiny_target(dtype=dtype, max_length=64)
     for speculation in ("chain", "tree"):
         head = make_tiny_head(target).to(torch.float32)  # which may be of another dtype
@@ -244,7 +242,7 @@ def test_lower_precisions_decode(dtype: torch.dtype) -> None:
 
 
 @pytest.fixture
-def threaded() -> Iterator[Engine]:
+def threaded():
     engine = Engine(TARGET, HEAD, max_batch=3)
     engine.start()
     yield engine
@@ -262,14 +260,14 @@ def die(*_: Any) -> Any:
 # failures
 
 
-def test_a_step_that_fails_ends_its_requests_and_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_that_fails_ends_its_requests_and_no_others(monkeypatch):
     engine = Engine(TARGET, HEAD, max_batch=2, **CHAIN)
     requests = [engine.submit([50 + i], params(6)) for i in range(3)]
     for _ in range(2):
         engine.step()
     honest = engine.models.runner.forward
 
-    def broken(batch: Any) -> Any:
+    def broken(batch):
         monkeypatch.setattr(engine.models.runner, "forward", honest)
         raise RuntimeError("out of memory")
 
@@ -283,7 +281,7 @@ def test_a_step_that_fails_ends_its_requests_and_no_others(monkeypatch: pytest.M
     assert engine.cache_usage == 0
 
 
-def test_the_thread_goes_on_after_a_failure(threaded: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_thread_goes_on_after_a_failure(threaded, monkeypatch):
     monkeypatch.setattr(threaded._decoder, "step", bad)
     for wait in (lambda request: request.result(timeout=60), lambda request: asyncio.run(collected(request))):
         with pytest.raises(RuntimeError, match="out of luck"):
@@ -295,7 +293,7 @@ def test_the_thread_goes_on_after_a_failure(threaded: Engine, monkeypatch: pytes
 
 
 @pytest.mark.parametrize("where", ["step", "_activate"])
-def test_a_dead_thread_leaves_nobody_waiting(threaded: Engine, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+def test_a_dead_thread_leaves_nobody_waiting(threaded, monkeypatch, where):
     threaded.submit([50], params(2)).result(timeout=60)
     monkeypatch.setattr(threaded, where, die)
     with pytest.raises(EngineStopped):
@@ -307,7 +305,7 @@ def test_a_dead_thread_leaves_nobody_waiting(threaded: Engine, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("where", ["completion", "release", "step", "lost slots"])
-def test_a_request_whose_end_goes_wrong_does_not_hang(monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+def test_a_request_whose_end_goes_wrong_does_not_hang(monkeypatch, where):
     """The thread dies of it, and all that it had end; step: its slot cannot be freed after a failed one."""
     engine = Engine(TARGET, max_batch=3)
     if where == "completion":
@@ -326,7 +324,7 @@ def test_a_request_whose_end_goes_wrong_does_not_hang(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("where", ["_activate", "join"])
-def test_a_request_that_cannot_be_taken_up_fails_alone(monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+def test_a_request_that_cannot_be_taken_up_fails_alone(monkeypatch, where):
     """Its slot is free again, also where it was the head that could not take it up."""
     engine = Engine(TARGET, HEAD, max_batch=1, **CHAIN)
     first, second = engine.submit([50], params(2)), engine.submit([51], params(2))
@@ -339,7 +337,7 @@ def test_a_request_that_cannot_be_taken_up_fails_alone(monkeypatch: pytest.Monke
     assert len(second.result(0).token_ids) == 2 and all_free(engine.models.runner.cache)
 
 
-def test_closing_turns_everyone_away() -> None:
+def test_closing_turns_everyone_away():
     engine = GatedEngine(TARGET, max_batch=1)  # whose gate stays shut: none is done before it is closed
     engine.start()
     requests = [engine.submit([50], params(60)) for _ in range(3)]
@@ -359,7 +357,7 @@ def test_closing_turns_everyone_away() -> None:
 
 
 @pytest.mark.parametrize("looks", range(4))
-def test_whoever_is_cancelled_at_any_moment_is_answered(looks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_whoever_is_cancelled_at_any_moment_is_answered(looks, monkeypatch):
     queue, requests = RequestQueue(10, None), [Request([50], params(), Speculation()) for _ in range(2)]
     queue.join(requests, 0)
     later = itertools.chain([False] * looks, itertools.repeat(True))  # to those who look at the second one
@@ -369,11 +367,11 @@ def test_whoever_is_cancelled_at_any_moment_is_answered(looks: int, monkeypatch:
     assert [request.result(0).finish_reason for request in requests] == ["cancelled"] * 2 and len(queue) == 0
 
 
-def test_threads_that_generate_and_one_that_starts_the_engine_step_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_that_generate_and_one_that_starts_the_engine_step_in_turn(monkeypatch):
     engine = Engine(TARGET, max_batch=3)
     inner, stepping, begun, together = engine._decoder.step, threading.Lock(), threading.Event(), list[bool]()
 
-    def step(requests: Any) -> None:
+    def step(requests):
         together.append(not stepping.acquire(blocking=False))
         inner(requests)
         begun.set()
@@ -391,11 +389,11 @@ def test_threads_that_generate_and_one_that_starts_the_engine_step_in_turn(monke
     assert got == alone([[50 + count % 4, 9] for count in counts], [params(count) for count in counts])
 
 
-def test_figures_are_of_one_moment(threaded: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_figures_are_of_one_moment(threaded, monkeypatch):
     """The thread that steps changes no figure of the controller while somebody reads them."""
     controller, inner, changed = threaded.controller, Curve.table, list[bool]()
 
-    def table(curve: Curve) -> dict[str, float]:
+    def table(curve):
         if not changed:
             writer = threading.Thread(target=lambda: controller.observe_target(99, 1.0))
             writer.start()
@@ -414,8 +412,8 @@ async def collected(request: Request) -> list[Token | Completion]:
     return [event async for event in request]
 
 
-def test_a_stream_gives_each_token_once_and_the_completion_last(threaded: Engine) -> None:
-    async def main() -> tuple[Request, list[list[Token | Completion]]]:
+def test_a_stream_gives_each_token_once_and_the_completion_last(threaded):
+    async def main():
         left = threaded.submit([50], params(60))
         stream = aiter(left)
         assert isinstance(await anext(stream), Token)
@@ -430,7 +428,7 @@ def test_a_stream_gives_each_token_once_and_the_completion_last(threaded: Engine
     assert left.result(timeout=60).finish_reason in ("cancelled", "length")  # leaving a stream cancels its request
 
 
-def test_what_follows_the_end_may_look_at_the_request() -> None:
+def test_what_follows_the_end_may_look_at_the_request():
     """A callback of the future runs in the engine's thread: under a lock it would wait for itself."""
     engine = Engine(TARGET)
     request, events = engine.submit([50], params(3)), list[Token | Completion]()

@@ -4,8 +4,6 @@ Most tests draft with an oracle that knows the continuation and errs at random p
 are accepted in part, in whole and not at all. The law of sampled answers is in test_sampled_answers.py.
 """
 
-from __future__ import annotations
-
 import itertools
 from typing import Any
 
@@ -26,7 +24,7 @@ from serving.engine.sampling import Processor
 
 @pytest.mark.parametrize("family", ALL)
 @pytest.mark.parametrize("mode", MODES)
-def test_greedy_tokens_are_those_of_transformers(family: str, mode: str) -> None:
+def test_greedy_tokens_are_those_of_transformers(family, mode):
     """K from 0 to 8, or a tree, for requests of many lengths at once: with an oracle and with a head."""
     beside_oracle, *with_heads = engines(family, mode, max_batch=5)
     texts = itertools.cycle(texts_of(beside_oracle.target))
@@ -42,7 +40,7 @@ def test_greedy_tokens_are_those_of_transformers(family: str, mode: str) -> None
 
 
 @pytest.mark.parametrize("family", ALL)
-def test_an_eos_token_in_mid_block_ends_the_answer_there(family: str) -> None:
+def test_an_eos_token_in_mid_block_ends_the_answer_there(family):
     engine = build(family, "chain", errors=0.0, max_batch=4)
     ends = engine.target.eos_token_ids
     cases, inside = list[Case](), 0
@@ -56,7 +54,7 @@ def test_an_eos_token_in_mid_block_ends_the_answer_there(family: str) -> None:
     assert inside > 2  # it was drafted, and others behind it
 
 
-def test_a_stop_string_across_accepted_tokens_ends_the_answer_there() -> None:
+def test_a_stop_string_across_accepted_tokens_ends_the_answer_there():
     engine = build("llama", "chain", errors=0.0, max_batch=4)
     cases = []
     for text, start, keep in itertools.product(texts_of(engine.target), range(30, 50, 4), (True, False)):
@@ -76,7 +74,7 @@ def test_a_stop_string_across_accepted_tokens_ends_the_answer_there() -> None:
 
 @pytest.mark.parametrize("family", ALL)
 @pytest.mark.parametrize("mode", ["chain", "tree of 32", "auto"])
-def test_the_last_positions_of_the_context(family: str, mode: str) -> None:
+def test_the_last_positions_of_the_context(family, mode):
     cases = [
         Case.greedy(text, CONTEXT - new, params(new)) for new in (1, 2, 3, 9, 20) for text in texts_of(tiny(family))[:2]
     ]
@@ -85,7 +83,7 @@ def test_the_last_positions_of_the_context(family: str, mode: str) -> None:
             assert len(completion.token_ids) == case.params.max_new_tokens
 
 
-def test_a_drafted_token_beyond_the_limit_is_never_verified() -> None:
+def test_a_drafted_token_beyond_the_limit_is_never_verified():
     engine = build("llama", "chain", errors=0.0)
     text = texts_of(engine.target)[0]
     cases = [Case.greedy(text, 10, params(new)) for new in (1, 2, 3, 8)]
@@ -111,7 +109,7 @@ def fresh(target: Target, ids: list[int]) -> list[tuple[torch.Tensor, torch.Tens
 
 @pytest.mark.parametrize("family", ALL)
 @pytest.mark.parametrize("mode", ["chain", "tree of 4", "tree of 32", "auto"])
-def test_the_cache_after_rollbacks_is_that_of_a_fresh_pass(family: str, mode: str) -> None:
+def test_the_cache_after_rollbacks_is_that_of_a_fresh_pass(family, mode):
     engine = build(family, mode, errors=0.2, max_batch=3, prefill_chunk=16)
     cases = [Case.greedy(text, text.written, params(40)) for text in texts_of(engine.target)[3:6]]
     for case in cases:
@@ -172,7 +170,7 @@ def sampled_cases(draw: st.DrawFn, family: str, chunk: int) -> Case:
 @pytest.mark.parametrize("family", ALL)
 @given(data=st.data())
 @settings(max_examples=6)
-def test_anything_at_once(family: str, data: st.DataObject) -> None:
+def test_anything_at_once(family, data):
     """Up to 24 requests an example: greedy and sampled, with all kinds of ends, in batches of 1 to 8."""
     chunk = data.draw(st.sampled_from(CHUNKS), label="prefill chunk")
     mode = data.draw(st.sampled_from(list(MODES)), label="mode")
@@ -202,7 +200,7 @@ def same(ours: Completion, plain: Completion) -> None:
 
 
 @pytest.mark.parametrize("processing", PROCESSING)
-def test_plain_answers_are_the_argmax_of_log_p_and_noise(processing: str) -> None:
+def test_plain_answers_are_the_argmax_of_log_p_and_noise(processing):
     """By the definition, from one pass of transformers over the whole."""
     target = tiny("llama")
     for prompt in range(len(PROMPTS)):
@@ -227,7 +225,7 @@ def test_plain_answers_are_the_argmax_of_log_p_and_noise(processing: str) -> Non
     ("family", "mode"),
     [*(("llama", mode) for mode in MODES), (ALL[-1], "chain"), (ALL[-1], "tree of 16"), (ALL[-1], "auto")],
 )
-def test_a_seed_gives_the_same_answer_whatever_is_drafted(family: str, mode: str) -> None:
+def test_a_seed_gives_the_same_answer_whatever_is_drafted(family, mode):
     names = list(itertools.product(PROCESSING, range(len(PROMPTS))))
     lengths = itertools.cycle(Speculation(num_tokens=count) for count in (None, 1, 3))
     cases = [
@@ -243,7 +241,7 @@ def test_a_seed_gives_the_same_answer_whatever_is_drafted(family: str, mode: str
             assert sum(c.stats.accepted for c in completions) > 0
 
 
-def test_a_drawn_seed_is_reported_and_repeats_the_answer() -> None:
+def test_a_drawn_seed_is_reported_and_repeats_the_answer():
     engine = Engine(tiny("llama"), make_tiny_head(tiny("llama")), speculation="chain")
     for rule in ("shared-noise", "rejection"):
         options = params(10, temperature=1.5)

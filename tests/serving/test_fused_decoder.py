@@ -3,8 +3,6 @@
 And the bits of bfloat16, where the width of a pass could decide how a sum is rounded.
 """
 
-from __future__ import annotations
-
 import gc
 import weakref
 from typing import Any
@@ -96,7 +94,7 @@ def passes(runner: TargetRunner) -> Tensor:
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
 @pytest.mark.parametrize("family", FUSED)
-def test_a_pass_in_one_call_is_the_layers_one_by_one(family: str, dtype: torch.dtype, tolerance: float) -> None:
+def test_a_pass_in_one_call_is_the_layers_one_by_one(family, dtype, tolerance):
     target = make(family, dtype)
     runner = compiled(target, make_tiny_head(target)).runner
     fused, runner.fused = runner.fused, None
@@ -107,12 +105,12 @@ def test_a_pass_in_one_call_is_the_layers_one_by_one(family: str, dtype: torch.d
 
 
 @pytest.mark.parametrize("family", OTHERS)
-def test_other_decoders_keep_their_own_code(family: str) -> None:
+def test_other_decoders_keep_their_own_code(family):
     assert [compiled(make(family, dtype)).runner.fused for dtype in (torch.float32, torch.bfloat16)] == [None, None]
 
 
 @torch.inference_mode()
-def test_layers_share_the_memory_of_projections_that_are_joined() -> None:
+def test_layers_share_the_memory_of_projections_that_are_joined():
     target = make("llama")
     runner = compiled(target).runner
     assert runner.fused is not None
@@ -128,7 +126,7 @@ def test_layers_share_the_memory_of_projections_that_are_joined() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_norm_in_one_call(dtype: torch.dtype) -> None:
+def test_a_norm_in_one_call(dtype):
     load_kernels(cache_folder())
     torch.manual_seed(1)
     norm = RMSNorm(50, 1e-3).to(dtype)
@@ -144,7 +142,7 @@ def test_a_norm_in_one_call(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("option", [None, "norm_output", "norm_before_fc", "norm_before_residual"])
 @torch.inference_mode()
-def test_the_layer_of_a_head_in_one_call(option: str | None) -> None:
+def test_the_layer_of_a_head_in_one_call(option):
     target = make("llama")
     head = make_tiny_head(target, **({option: True} if option else {}))
     for norm in (each for each in head.parameters() if each.dim() == 1):
@@ -168,7 +166,7 @@ def test_the_layer_of_a_head_in_one_call(option: str | None) -> None:
     ("family", "dtype"),  # in one call, and layer by layer; a head of another dtype
     [("qwen3", torch.bfloat16), ("gemma2", torch.bfloat16), ("llama", torch.float32)],
 )
-def test_texts_with_and_without_drafts_are_the_same_in_bfloat16(family: str, dtype: torch.dtype) -> None:
+def test_texts_with_and_without_drafts_are_the_same_in_bfloat16(family, dtype):
     target = make(family, torch.bfloat16)
     head = make_tiny_head(target).to(dtype)
     engine = Engine(target, head, mode="compiled", speculation="tree", tree_size=6, threads=1)
@@ -181,7 +179,7 @@ def test_texts_with_and_without_drafts_are_the_same_in_bfloat16(family: str, dty
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral, a window wider than trees are deep", "gemma2"])
-def test_float32_differs_only_where_two_tokens_are_as_good_as_equal(family: str) -> None:
+def test_float32_differs_only_where_two_tokens_are_as_good_as_equal(family):
     """With drafts or without, compiled or not; with trees beside parts of prompts, some longer than a window."""
     target, params = make(family, torch.float32), SamplingParams(24, ignore_eos=True, logprobs=2)
     prompts, head = [ids(5, 1), ids(200, 2), ids(9, 3), ids(120, 4)], make_tiny_head(target)
@@ -195,7 +193,7 @@ def test_float32_differs_only_where_two_tokens_are_as_good_as_equal(family: str)
         assert len(found) <= 1 and all(margin < 1e-4 for margin in found)
 
 
-def test_an_engine_that_is_gone_leaves_nothing_on_its_target() -> None:
+def test_an_engine_that_is_gone_leaves_nothing_on_its_target():
     target = make("gemma2", torch.float32)
     engine = Engine(target, make_tiny_head(target), mode="eager")
     engine.generate([ids(5, 1)], SamplingParams(4, ignore_eos=True))
@@ -206,7 +204,7 @@ def test_an_engine_that_is_gone_leaves_nothing_on_its_target() -> None:
 
 
 @pytest.mark.parametrize("in_place", [False, True])
-def test_the_callers_target_is_packed_where_the_caller_says_so(in_place: bool) -> None:
+def test_the_callers_target_is_packed_where_the_caller_says_so(in_place):
     target = make("llama", torch.bfloat16)
     head, plain = make_tiny_head(target), target.model
     before = {name: parameter.clone() for name, parameter in plain.named_parameters()}
@@ -238,7 +236,7 @@ def near_tie(target: Target, ids: list[int], one: int, other: int) -> bool:
 
 
 @torch.inference_mode()
-def test_greedy_text_with_drafts_differs_at_near_ties_only() -> None:
+def test_greedy_text_with_drafts_differs_at_near_ties_only():
     target = load_target("smollm2", torch.bfloat16)
     head = load_head("smollm2-eagle3", dtype=torch.bfloat16)[0]
     prompts = [target.encode_chat([{"role": "user", "content": text}], add_generation_prompt=True) for text in PROMPTS]
@@ -258,14 +256,14 @@ def test_greedy_text_with_drafts_differs_at_near_ties_only() -> None:
 
 @pytest.mark.parametrize("name", ["smollm2", "qwen3"])
 @torch.inference_mode()
-def test_a_row_has_the_same_bits_in_passes_of_any_width(name: str) -> None:
+def test_a_row_has_the_same_bits_in_passes_of_any_width(name):
     """Passes of 1 to 600 tokens of several requests: prompts read at once and in pieces, beside others that decode."""
     target = load_target(name, torch.bfloat16) if name == "smollm2" else make(name, torch.bfloat16)
     runner = Engine(target, None, mode="compiled", max_batch=8, max_length=700).models.runner
     assert runner.fused is not None
     texts = torch.randint(3, target.vocab_size, (4, 600), generator=torch.Generator().manual_seed(5)).tolist()
 
-    def states(pieces: list[list[tuple[int, int]]]) -> list[Tensor]:
+    def states(pieces):
         """Read `texts` in passes, each of (text, tokens) pieces -> the states of each text [tokens, hidden]."""
         slots = [runner.cache.acquire() for _ in texts]
         read: list[list[Tensor]] = [[] for _ in texts]

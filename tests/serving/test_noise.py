@@ -14,7 +14,7 @@ from serving.engine import noise
 from serving.engine.noise import GROUP, Purpose, _stream, choose, gumbel, uniform
 
 
-def test_the_stream_is_splitmix64() -> None:
+def test_the_stream_is_splitmix64():
     # the first outputs of the published generator for the seed 0
     expected = [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]
     assert [_stream(0, counter) for counter in range(3)] == expected
@@ -23,7 +23,7 @@ def test_the_stream_is_splitmix64() -> None:
 
 
 @given(key=st.integers(0, 2**64 - 1), counter=st.integers(0, 2**40))
-def test_the_stream_of_tensors_and_arrays_is_that_of_integers(key: int, counter: int) -> None:
+def test_the_stream_of_tensors_and_arrays_is_that_of_integers(key, counter):
     tensor = noise._stream_tensor(key, torch.tensor([counter]))
     array = noise._stream_array(np.array([key], dtype=np.uint64), np.array([counter], dtype=np.uint64))
     assert tensor.item() % 2**64 == _stream(key, counter) == array.item()
@@ -32,7 +32,7 @@ def test_the_stream_of_tensors_and_arrays_is_that_of_integers(key: int, counter:
 
 @pytest.mark.parametrize("seed", [0, 1, 2**63 - 1])
 @pytest.mark.parametrize("purpose", list(Purpose))
-def test_uniform_numbers_fill_the_interval_evenly(seed: int, purpose: Purpose) -> None:
+def test_uniform_numbers_fill_the_interval_evenly(seed, purpose):
     numbers = uniform(seed, purpose, range(100), torch.arange(400))  # [100, 400]
     assert numbers.min() > 0 and numbers.max() < 1
     counts = torch.histc(numbers.flatten(), bins=100, min=0, max=1)
@@ -42,7 +42,7 @@ def test_uniform_numbers_fill_the_interval_evenly(seed: int, purpose: Purpose) -
     assert (numbers.mean(dim=0) - 0.5).abs().max() < 5 * math.sqrt(1 / 12 / 100)
 
 
-def test_numbers_of_different_keys_are_uncorrelated() -> None:
+def test_numbers_of_different_keys_are_uncorrelated():
     positions, candidates = range(200), torch.arange(200)
     base = uniform(5, Purpose.CHOICE, positions, candidates)
     others = {
@@ -65,7 +65,7 @@ def test_numbers_of_different_keys_are_uncorrelated() -> None:
     candidates=st.lists(st.integers(0, 300_000), min_size=1, max_size=5),
 )
 @settings(max_examples=50)
-def test_a_number_depends_on_its_key_only(seed: int, positions: list[int], candidates: list[int]) -> None:
+def test_a_number_depends_on_its_key_only(seed, positions, candidates):
     together = gumbel(seed, Purpose.CHOICE, positions, torch.tensor(candidates))
     for row, position in enumerate(positions):
         for column, candidate in enumerate(candidates):
@@ -74,7 +74,7 @@ def test_a_number_depends_on_its_key_only(seed: int, positions: list[int], candi
     assert together.isfinite().all()
 
 
-def test_noise_is_standard_gumbel_and_independent_within_and_across_groups() -> None:
+def test_noise_is_standard_gumbel_and_independent_within_and_across_groups():
     numbers = gumbel(3, Purpose.CHOICE, range(4000), torch.arange(3 * GROUP))  # [4000, 192]
     levels = torch.exp(-torch.exp(-numbers))  # uniform, if the noise is Gumbel
     largest = levels[:, :GROUP].amax(dim=1) ** GROUP
@@ -89,7 +89,7 @@ def test_noise_is_standard_gumbel_and_independent_within_and_across_groups() -> 
 
 
 @pytest.mark.parametrize("purpose", [Purpose.CHOICE, Purpose.DRAFT])
-def test_choosing_draws_from_the_distribution(purpose: Purpose) -> None:
+def test_choosing_draws_from_the_distribution(purpose):
     log_p = torch.full((6000, 200), -torch.inf)
     p = torch.tensor([0.5, 0.2, 0.15, 0.1, 0.04, 0.01])
     places = torch.tensor([3, 4, 63, 64, 130, 199])  # some share a group
@@ -121,7 +121,7 @@ def distributions(generator: torch.Generator, rows: int, vocab: int) -> torch.Te
     seed=st.integers(0, 2**63 - 1), rows=st.integers(1, 8), vocab=st.integers(1, 700), data_seed=st.integers(0, 10**9)
 )
 @settings(max_examples=300)
-def test_choosing_is_the_argmax_over_the_whole_vocabulary(seed: int, rows: int, vocab: int, data_seed: int) -> None:
+def test_choosing_is_the_argmax_over_the_whole_vocabulary(seed, rows, vocab, data_seed):
     generator = torch.Generator().manual_seed(data_seed)
     log_p = distributions(generator, rows, vocab)
     positions = torch.randint(100_000, (rows,), generator=generator).tolist()
@@ -130,7 +130,7 @@ def test_choosing_is_the_argmax_over_the_whole_vocabulary(seed: int, rows: int, 
 
 
 @pytest.mark.parametrize("scale", [0.0, 1.0, 4.0])
-def test_few_tokens_of_a_large_vocabulary_need_noise(scale: float) -> None:
+def test_few_tokens_of_a_large_vocabulary_need_noise(scale):
     torch.manual_seed(0)
     log_p = (torch.randn(20, 49_152) * scale).log_softmax(dim=-1)
     with patch.object(noise, "_unit_array", side_effect=noise._unit_array) as unit:
@@ -139,7 +139,7 @@ def test_few_tokens_of_a_large_vocabulary_need_noise(scale: float) -> None:
     assert sum(call.args[0].size for call in unit.call_args_list) < 20 * 49_152 / 20
 
 
-def test_of_equals_the_first_is_chosen() -> None:
+def test_of_equals_the_first_is_chosen():
     # so large that the noise is rounded away
     log_p = torch.full((2, 300), -1e30, dtype=torch.float64)
     log_p[0, [70, 71, 200]] = log_p[1, [299, 5]] = 1e30

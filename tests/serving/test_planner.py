@@ -5,8 +5,6 @@ choices are worth on average (expected tokens over seconds without noise), so th
 controller itself sees noisy times, slow outliers and random acceptance.
 """
 
-from __future__ import annotations
-
 import json
 import random
 from collections.abc import Callable
@@ -173,7 +171,7 @@ def best(simulation: Simulation) -> float:
 @pytest.mark.parametrize("batch", [1, 16])
 @pytest.mark.parametrize("rate", [0.15, 0.5, 0.75])
 @pytest.mark.parametrize("machine", MACHINES)
-def test_comes_within_5_percent_of_the_best_plan_and_never_loses_to_plain(machine: str, rate: float, batch: int):
+def test_comes_within_5_percent_of_the_best_plan_and_never_loses_to_plain(machine, rate, batch):
     simulation = simulate(machine, batch, rate, seed=batch)
     start, later = simulation.steps(300), simulation.steps(300)
     assert speed(later) >= 0.95 * best(simulation)
@@ -184,7 +182,7 @@ def test_comes_within_5_percent_of_the_best_plan_and_never_loses_to_plain(machin
 
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize(("machine", "batch"), [("two cores", 1), ("memory-bound", 1), ("roofline", 4)])
-def test_a_head_that_is_never_right_costs_next_to_nothing_until_it_is(machine: str, batch: int, seed: int):
+def test_a_head_that_is_never_right_costs_next_to_nothing_until_it_is(machine, batch, seed):
     simulation = simulate(machine, batch, rate=0.0, seed=seed)
     assert speed(simulation.steps(100)) >= 0.95 * simulation.plain  # it must be tried to be known
     assert speed(simulation.steps(1000)) >= 0.985 * simulation.plain
@@ -250,7 +248,7 @@ def test_a_shrinking_batch_drafts_again_without_a_probe():
 @pytest.mark.parametrize(
     ("batch", "past", "rate", "pause", "bound"), [(4, 300, 0.02, 60, 0.97), (1, 500, 0, 400, 0.98)]
 )
-def test_stops_soon_after_acceptance_has_fallen(batch: int, past: int, rate: float, pause: int, bound: float):
+def test_stops_soon_after_acceptance_has_fallen(batch, past, rate, pause, bound):
     steps = []
     for seed in range(3):
         simulation = simulate("two cores", batch, rate=0.8, seed=seed)
@@ -299,7 +297,7 @@ def test_leaves_a_plan_that_only_stale_figures_of_plain_steps_speak_for():
 
 @pytest.mark.parametrize("machine", ["memory-bound", "two cores", "compute-bound", "slow head"])
 @pytest.mark.parametrize("batch", [1, 8])
-def test_noise_leads_to_few_switches(machine: str, batch: int):
+def test_noise_leads_to_few_switches(machine, batch):
     switches = 0
     for seed in range(4):
         simulation = simulate(machine, batch, rate=0.5, seed=seed)
@@ -311,7 +309,7 @@ def test_noise_leads_to_few_switches(machine: str, batch: int):
 
 
 @pytest.mark.parametrize("machine", ["two cores", "slow head", "compute-bound"])
-def test_probes_lose_less_than_one_percent_of_the_time(machine: str):
+def test_probes_lose_less_than_one_percent_of_the_time(machine):
     simulation = simulate(machine, batch=4, rate=0.05, seed=1)
     simulation.steps(200)
     probes = simulation.controller.probes
@@ -324,7 +322,7 @@ def test_probes_lose_less_than_one_percent_of_the_time(machine: str):
 
 @pytest.mark.parametrize("tokens", [16, 128])
 @pytest.mark.parametrize("batch", [2, 8, 16])
-def test_requests_that_come_and_go_do_not_make_it_lose_to_plain(batch: int, tokens: int):
+def test_requests_that_come_and_go_do_not_make_it_lose_to_plain(batch, tokens):
     """Drafting pays for one request, hardly for two, and for no more; the head must read each prompt first."""
     simulation = simulate(dict(base=8, token=2.2, draft=0.8, reading=0.09), batch, rate=0.42, seed=batch)
     simulation.prompt, simulation.request = 100, tokens
@@ -390,7 +388,7 @@ def test_rates_are_conditional_on_what_came_before():
         ({8: 8.0, 16: 24.0}, {4: 4.0}),  # at least its share, where the slope would give 0
     ],
 )
-def test_widths_that_were_never_run_have_a_cost(points: dict[float, float], expected: dict[float, float]):
+def test_widths_that_were_never_run_have_a_cost(points, expected):
     curve = Curve()
     for width, seconds in points.items():
         for outlier in (1, 1, 1, 5, 1):

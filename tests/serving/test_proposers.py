@@ -1,8 +1,6 @@
 """The proposals of a head are those that training taught it: against passes from scratch, in float64."""
 
-from __future__ import annotations
-
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -27,7 +25,7 @@ AT_ONCE = pytest.mark.parametrize("head", ["medusa"], indirect=True)
 
 
 @pytest.fixture(autouse=True, params=["eagle3", "eagle", "medusa"])
-def head(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def head(request, monkeypatch):
     options = {"num_heads": 4} if request.param == "medusa" else {}
     head = make_tiny_head(TARGET, architecture=request.param, **options)
     with torch.inference_mode():
@@ -85,7 +83,7 @@ class Recorder:
         return self.scores.candidate_scores(logits, vocabulary, positions)
 
 
-def test_chains_read_what_training_time_test_read() -> None:
+def test_chains_read_what_training_time_test_read():
     """After blocks of any size, and beside another sequence."""
     proposer = proposer_of()
     state, other = proposer.join(), proposer.join()
@@ -103,7 +101,7 @@ def test_chains_read_what_training_time_test_read() -> None:
                 assert same(logits, logits_after(read, rule.tokens[:step]))
 
 
-def test_a_node_of_a_tree_reads_its_own_path_only() -> None:
+def test_a_node_of_a_tree_reads_its_own_path_only():
     proposer = proposer_of()
     state, other = (observe(proposer, proposer.join(), 0, read) for read in (9, 4))
     rules = [Recorder(), Recorder()]
@@ -119,7 +117,7 @@ def test_a_node_of_a_tree_reads_its_own_path_only() -> None:
         assert rule.positions[0] == read + 1 and max(rule.positions) <= read + depth
 
 
-def test_rejection_gets_the_distributions_that_it_drew_from() -> None:
+def test_rejection_gets_the_distributions_that_it_drew_from():
     proposer = proposer_of()
     state, other = (observe(proposer, proposer.join(), 0, read) for read in (6, 3))
     rule = make_rule("rejection", SamplingParams(temperature=0.7), 5)
@@ -132,7 +130,7 @@ def test_rejection_gets_the_distributions_that_it_drew_from() -> None:
         torch.testing.assert_close(chain.q[step], expected, rtol=1e-9, atol=1e-12)
 
 
-def test_proposing_leaves_no_trace() -> None:
+def test_proposing_leaves_no_trace():
     proposer, fresh = proposer_of(), proposer_of()
     state, untouched = observe(proposer, proposer.join(), 0, 6), fresh.join()
     for nodes in (0, 16, 0, 8):
@@ -145,7 +143,7 @@ def test_proposing_leaves_no_trace() -> None:
 
 @STEP_BY_STEP
 @pytest.mark.parametrize("limit", [1, 3, 7, 512])
-def test_catching_up_in_parts_is_catching_up_at_once(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_catching_up_in_parts_is_catching_up_at_once(limit, monkeypatch):
     monkeypatch.setattr(drafting, "READ_LIMIT", limit)
     proposer = proposer_of()
     states = [proposer.join() for _ in range(3)]
@@ -174,7 +172,7 @@ class Zigzag(Recorder):
 
 
 @STEP_BY_STEP
-def test_a_tree_at_the_end_of_the_context_fits_however_it_grows() -> None:
+def test_a_tree_at_the_end_of_the_context_fits_however_it_grows():
     engine = Engine(TARGET, HEAD, speculation="tree", tree_size=32, speculation_length=20, max_length=60)
     proposer = engine.models.proposer
     assert isinstance(proposer, HeadProposer)
@@ -187,7 +185,7 @@ def test_a_tree_at_the_end_of_the_context_fits_however_it_grows() -> None:
 
 
 @AT_ONCE
-def test_a_head_without_a_cache_keeps_the_last_state_and_drafts_as_far_as_it_can() -> None:
+def test_a_head_without_a_cache_keeps_the_last_state_and_drafts_as_far_as_it_can():
     proposer = proposer_of()
     assert isinstance(proposer, AtOnceProposer)
     state = proposer.join()

@@ -4,8 +4,6 @@ The law is enumerated with transformers and the definition of each processing. E
 drafts and processing is drawn; EXACTNESS_SAMPLES=20000 in the environment gives each of them as many samples.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 import os
@@ -92,7 +90,7 @@ CASES += [("rejection", shape, head, "plain") for shape in ("chain", "tree") for
 
 
 @pytest.mark.parametrize(("rule", "shape", "architecture", "processing"), CASES)
-def test_sampled_answers_follow_the_law(rule: str, shape: str, architecture: str, processing: str) -> None:
+def test_sampled_answers_follow_the_law(rule, shape, architecture, processing):
     law = exact_law(PROCESSING[processing])
     seen, accepted = draw(rule, shape, PROCESSING[processing], architecture=architecture)
     assert deviations_of(seen, law) < 5
@@ -108,7 +106,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("mistake", BROKEN)
-def test_drawing_notices_a_broken_sampler(mistake: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_drawing_notices_a_broken_sampler(mistake, monkeypatch):
     shape, name, broken = BROKEN[mistake]
     monkeypatch.setattr(verification, name, broken)
     seen, _ = draw("rejection", shape, PROCESSING["plain"], 800)

@@ -20,13 +20,13 @@ WRONG |= {"logit_bias": {True: 1.0}, "stop": ("a", ""), "made_up": 1}
 
 
 @pytest.mark.parametrize(("field", "value"), [*WRONG.items(), ("max_new_tokens", 0), ("stop", "abc")])
-def test_a_wrong_value_is_refused_by_name_and_value(field: str, value: object) -> None:
+def test_a_wrong_value_is_refused_by_name_and_value(field, value):
     with pytest.raises(UserError) as error:
         SamplingParams(**{field: value})  # type: ignore[arg-type]
     assert str(error.value).startswith(f"{field} = {value!r}: ") and str(error.value).endswith(".")
 
 
-def test_parameters_are_values_and_the_limits_themselves_are_allowed() -> None:
+def test_parameters_are_values_and_the_limits_themselves_are_allowed():
     SamplingParams(max_new_tokens=1, temperature=0, top_p=1, top_k=0, seed=0)
     SamplingParams(min_p=1, presence_penalty=-2, frequency_penalty=2, repetition_penalty=1e-9, logprobs=20)
     SamplingParams(seed=2**63 - 1, min_new_tokens=128, logprobs=0)
@@ -49,9 +49,7 @@ def test_parameters_are_values_and_the_limits_themselves_are_allowed() -> None:
     min_p=st.sampled_from([0.0, 0.01, 0.3, 1.0]),
 )
 @settings(max_examples=150)
-def test_warping_is_that_of_transformers(
-    logits: list[int], temperature: float, top_k: int, top_p: float, min_p: float
-) -> None:
+def test_warping_is_that_of_transformers(logits, temperature, top_k, top_p, min_p):
     scores = torch.tensor([logits], dtype=torch.float64) / 4
     ours = warp(scores, SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p))
     theirs = TemperatureLogitsWarper(temperature)(None, scores)
@@ -72,7 +70,7 @@ def test_warping_is_that_of_transformers(
     torch.testing.assert_close(ours.exp(), theirs.softmax(dim=-1), rtol=1e-12, atol=1e-15)
 
 
-def test_a_nucleus_larger_than_the_guess_is_found() -> None:
+def test_a_nucleus_larger_than_the_guess_is_found():
     torch.manual_seed(0)
     logits = torch.stack([torch.randn(12_000) * 0.1, torch.randn(12_000) * 20]).double()  # a broad one, a narrow one
     ours = warp(logits, SamplingParams(temperature=1.0, top_p=0.9))
@@ -81,7 +79,7 @@ def test_a_nucleus_larger_than_the_guess_is_found() -> None:
     assert (~ours[0].isinf()).sum() > 8192 and (~ours[1].isinf()).sum() < 256
 
 
-def test_ties_at_an_edge_are_kept_together() -> None:
+def test_ties_at_an_edge_are_kept_together():
     # more than any guess of how many tie, and a top_k beyond every guess
     many = torch.cat([torch.tensor([3.0, 2.0]), torch.ones(100), torch.zeros(50)])
     forties = torch.arange(12_000).div(40, rounding_mode="floor").float()  # forty of each
@@ -95,7 +93,7 @@ def test_ties_at_an_edge_are_kept_together() -> None:
 
 @pytest.mark.parametrize("temperature", [1e-3, 1e-30, 1e-300])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-def test_a_tiny_temperature_is_greedy_and_not_nan(temperature: float, dtype: torch.dtype) -> None:
+def test_a_tiny_temperature_is_greedy_and_not_nan(temperature, dtype):
     log_p = warp(torch.tensor([1.0, 30.0, 29.0], dtype=dtype), SamplingParams(temperature=temperature))
     assert log_p.exp().tolist() == [0, 1, 0]
 
@@ -134,7 +132,7 @@ def adjusted_plainly(row: list[float], params: SamplingParams, prompt: list[int]
 
 @given(request=requests(), seed=st.integers(0, 1000))
 @settings(max_examples=120)
-def test_adjusting_sees_the_tokens_before_each_row(request: tuple[SamplingParams, list, list, list], seed: int) -> None:
+def test_adjusting_sees_the_tokens_before_each_row(request, seed):
     params, prompt, output, prefixes = request
     logits = torch.randn(len(prefixes), 12, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 3
     before = logits.clone()
@@ -153,7 +151,7 @@ def test_adjusting_sees_the_tokens_before_each_row(request: tuple[SamplingParams
     assert torch.equal(logits, before)
 
 
-def test_logits_that_need_nothing_are_passed_on() -> None:
+def test_logits_that_need_nothing_are_passed_on():
     logits = torch.randn(2, 12)
     assert Processor(SamplingParams(), [1], 12, [2]).adjust(logits, [[], [3]]) is logits
     short = Processor(SamplingParams(min_new_tokens=1), [1], 12, [2])

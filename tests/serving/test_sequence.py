@@ -122,7 +122,7 @@ def cases(draw: st.DrawFn) -> tuple[list[int], SamplingParams]:
 
 @given(case=cases())
 @settings(max_examples=300)
-def test_an_answer_ends_where_an_oracle_ends_it(case: tuple[list[int], SamplingParams]) -> None:
+def test_an_answer_ends_where_an_oracle_ends_it(case):
     ids, params = case
     expected = ending(ids, params)
     state = sequence(params)
@@ -146,7 +146,7 @@ def test_an_answer_ends_where_an_oracle_ends_it(case: tuple[list[int], SamplingP
     assert released == state.tokens and state.release() == []
 
 
-def test_text_is_held_back_only_while_it_may_be_a_stop_string() -> None:
+def test_text_is_held_back_only_while_it_may_be_a_stop_string():
     for keep_stop in (False, True):
         state = sequence(SamplingParams(stop=("END",), keep_stop=keep_stop))
         steps = []
@@ -160,7 +160,7 @@ def test_text_is_held_back_only_while_it_may_be_a_stop_string() -> None:
 A, B = encode("ab")
 
 
-def test_characters_of_several_tokens_appear_when_they_are_whole() -> None:
+def test_characters_of_several_tokens_appear_when_they_are_whole():
     state = sequence(SamplingParams())
     assert texts(feed(state, encode("é日!"))) == ["", "é", "", "", "日", "!"]
     assert state.text == "é日!"
@@ -177,7 +177,7 @@ def test_characters_of_several_tokens_appear_when_they_are_whole() -> None:
 
 @given(ids=st.lists(st.integers(3, 258) | st.sampled_from(encode("é日")), max_size=60))
 @settings(max_examples=150)
-def test_any_bytes_give_the_text_of_the_tokenizer_at_a_bounded_cost(ids: list[int]) -> None:
+def test_any_bytes_give_the_text_of_the_tokenizer_at_a_bounded_cost(ids):
     state = sequence(SamplingParams(max_new_tokens=61))
     with patch.object(TOKENIZER, "decode", side_effect=TOKENIZER.decode) as decoded:
         feed(state, [*ids, EOS])
@@ -186,7 +186,7 @@ def test_any_bytes_give_the_text_of_the_tokenizer_at_a_bounded_cost(ids: list[in
     assert decoded.call_count <= 3 * len(ids) + 2
 
 
-def test_special_tokens_that_are_only_added_are_not_in_the_text() -> None:
+def test_special_tokens_that_are_only_added_are_not_in_the_text():
     tokenizer, none = byte_tokenizer(), frozenset[int]()
     tokenizer.add_tokens([AddedToken("<|tool|>", special=True)])
     assert 259 not in tokenizer.all_special_ids and 259 in special_ids(tokenizer, none)
@@ -195,7 +195,7 @@ def test_special_tokens_that_are_only_added_are_not_in_the_text() -> None:
     assert state.text == "ab" == tokenizer.decode([A, 259, B], skip_special_tokens=True)
 
 
-def test_figures_are_settled_when_a_stop_string_takes_tokens_back() -> None:
+def test_figures_are_settled_when_a_stop_string_takes_tokens_back():
     stats = SpeculationStats()
     stats.count(depth=3, drafted=3, accepted=2, emitted=3)
     stats.count(depth=2, drafted=2, accepted=1, emitted=2)

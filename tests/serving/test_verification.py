@@ -72,11 +72,11 @@ def plan_of(rule: Rule, head: Model, seed: int) -> Callable[[Text], DraftTree]:
 
 
 @given(seed=st.integers(0, 10**6), choices=st.lists(st.integers(0, VOCAB - 1), min_size=10, max_size=10))
-def test_the_longest_path_that_equals_the_choices_is_accepted(seed: int, choices: list[int]) -> None:
+def test_the_longest_path_that_equals_the_choices_is_accepted(seed, choices):
     tree = random_tree(seed)
     verdict = verification.follow(tree, choices.__getitem__)
 
-    def chosen(node: int) -> bool:
+    def chosen(node):
         return all(choices[tree.parents[n] + 1] == tree.tokens[n] for n in tree.path(node))
 
     longest = max((tree.path(node) for node in range(len(tree)) if chosen(node)), key=len, default=[])
@@ -84,19 +84,19 @@ def test_the_longest_path_that_equals_the_choices_is_accepted(seed: int, choices
 
 
 @pytest.mark.parametrize("temperatures", [(0.0,), (0.3, 1.0, 1.7)], ids=["greedy", "shared noise"])
-def test_speculation_does_not_change_the_text(temperatures: tuple[float, ...]) -> None:
+def test_speculation_does_not_change_the_text(temperatures):
     accepted = 0
 
     @given(params=requests(temperatures), seed=st.integers(0, 2**63 - 1))
     @settings(max_examples=CASES)
-    def check(params: SamplingParams, seed: int) -> None:
+    def check(params, seed):
         nonlocal accepted
         target = Model(seed, VOCAB)
         head = Model(seed ^ 1, VOCAB, like=target, likeness=0.8)
         rule, verifications = make_rule("shared-noise", params, seed), 0
         plan = plan_of(rule, head, seed)
 
-        def counted(tokens: Text) -> DraftTree:
+        def counted(tokens):
             nonlocal verifications
             verifications += 1
             return plan(tokens)
@@ -111,7 +111,7 @@ def test_speculation_does_not_change_the_text(temperatures: tuple[float, ...]) -
 
 @given(params=requests((0.5, 1.0)), seed=st.integers(0, 2**62))
 @settings(max_examples=CASES)
-def test_a_verdict_is_a_path_of_possible_tokens(params: SamplingParams, seed: int) -> None:
+def test_a_verdict_is_a_path_of_possible_tokens(params, seed):
     target = Model(seed, VOCAB)
     head = Model(seed + 1, VOCAB, like=target, likeness=0.8)
     rule = Rejection(params, seed)
@@ -128,7 +128,7 @@ def test_a_verdict_is_a_path_of_possible_tokens(params: SamplingParams, seed: in
 @pytest.mark.parametrize("name", list(RULES))
 @given(seed=st.integers(0, 2**62))
 @settings(max_examples=30)
-def test_rows_off_the_path_do_not_matter(name: str, seed: int) -> None:
+def test_rows_off_the_path_do_not_matter(name, seed):
     params, target = SamplingParams(temperature=0.9, top_k=4), Model(seed, VOCAB)
     rule = make_rule(name, params, seed)
     tree = plan_of(rule, Model(seed + 1, VOCAB, like=target, likeness=0.8), seed)(())
@@ -140,7 +140,7 @@ def test_rows_off_the_path_do_not_matter(name: str, seed: int) -> None:
 
 
 @pytest.mark.parametrize("name", list(RULES))
-def test_a_head_that_is_the_target_is_always_right(name: str) -> None:
+def test_a_head_that_is_the_target_is_always_right(name):
     target, params = Model(5, VOCAB), SamplingParams(temperature=0.8)
     assert isinstance(make_rule(name, SamplingParams(temperature=0.0), 0), Greedy)
     for seed in range(25):
@@ -153,7 +153,7 @@ def test_a_head_that_is_the_target_is_always_right(name: str) -> None:
         assert verdict.path == [0, 1, 2, 3]
 
 
-def test_what_replaces_a_draft_is_drawn_by_its_position() -> None:
+def test_what_replaces_a_draft_is_drawn_by_its_position():
     params, position = SamplingParams(temperature=1.0), 7
     logits = torch.tensor([[-99.0, 99.0, -99.0], [0.3, 0.0, -99.0], [0.0, 0.0, 0.0]])
     chain = DraftTree.chain([1, 2], torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]))  # right for sure, and wrong
@@ -163,14 +163,14 @@ def test_what_replaces_a_draft_is_drawn_by_its_position() -> None:
             assert verdict == Verdict([0], int(choose(logits[1:2].log_softmax(dim=-1), seed, [position + 1])))
 
 
-def test_a_candidate_that_is_certain_but_for_rounding_is_accepted() -> None:
+def test_a_candidate_that_is_certain_but_for_rounding_is_accepted():
     params, tree = SamplingParams(temperature=1.0), DraftTree([1, 0], [-1, -1])
     logits = torch.tensor([[-200.0, 50.0, -200.0]]).repeat(3, 1)
     for seed in range(20):
         assert Rejection(params, seed).verify(logits, tree, 0, new_processor(params, 3)) == Verdict([0], 1)
 
 
-def test_scores_are_log_probabilities_and_a_frontier_shares_the_noise_of_its_position() -> None:
+def test_scores_are_log_probabilities_and_a_frontier_shares_the_noise_of_its_position():
     logits = torch.randn(3, 5, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
     for each in (Greedy, SharedNoise, Rejection):
         scores = each(SamplingParams(temperature=0.7), 1).candidate_scores(logits, VOCABULARY, [4, 4, 5])
@@ -198,7 +198,7 @@ class RankedWithoutNoise(SharedNoise):
         return torch.full_like(log_q, -torch.inf).scatter(-1, found, log_q.gather(-1, found))
 
 
-def test_scores_with_noise_make_the_best_trees() -> None:
+def test_scores_with_noise_make_the_best_trees():
     params, vocab = SamplingParams(temperature=1.0), 20
     accepted = dict.fromkeys((SharedNoise, RankedWithoutNoise, WithoutNoise), 0)
     for seed in range(60):
@@ -219,7 +219,7 @@ def test_scores_with_noise_make_the_best_trees() -> None:
 TREE = DraftTree([5, 6, 7, 8, 7, 5], [-1, -1, 0, 0, 1, 2])
 
 
-def test_a_tree_knows_its_shape() -> None:
+def test_a_tree_knows_its_shape():
     assert len(TREE) == 6 and TREE.depth == 3 and TREE.depths == [1, 1, 2, 2, 2, 3]
     assert TREE.path(5) == [0, 2, 5] and TREE.path(1) == [1] and TREE.path(-1) == []
     assert [TREE.prefix(row) for row in range(7)] == [[], [5], [6], [5, 7], [5, 8], [6, 7], [5, 7, 5]]
@@ -227,7 +227,7 @@ def test_a_tree_knows_its_shape() -> None:
     assert not TREE.is_chain
 
 
-def test_a_chain_and_nothing_are_trees() -> None:
+def test_a_chain_and_nothing_are_trees():
     chain, nothing = DraftTree.chain([3, 3, 3]), DraftTree.chain([])
     assert chain.parents == [-1, 0, 1] and chain.depths == [1, 2, 3] and chain.is_chain
     assert len(nothing) == nothing.depth == 0 and nothing.is_chain and nothing == DraftTree()
@@ -242,7 +242,7 @@ def test_a_chain_and_nothing_are_trees() -> None:
         ([1, 2], [-1, 0], torch.ones(1, 4), "only a chain"),
     ],
 )
-def test_what_is_no_tree_is_refused(tokens: list[int], parents: list[int], q: Tensor | None, message: str) -> None:
+def test_what_is_no_tree_is_refused(tokens, parents, q, message):
     with pytest.raises(ValueError, match=message):
         DraftTree(tokens, parents, q)
 
@@ -290,10 +290,10 @@ def best_nodes(scores: Scores, vocabulary: list[int], top_k: int, depth: int, si
     st.integers(0, 10**6), st.integers(1, 6), st.integers(1, 5), st.integers(1, 4), st.integers(1, 20), st.booleans()
 )
 @settings(max_examples=200)
-def test_growth_keeps_the_best_nodes(seed: int, vocab: int, top_k: int, depth: int, size: int, ties: bool) -> None:
+def test_growth_keeps_the_best_nodes(seed, vocab, top_k, depth, size, ties):
     model = Model(seed, vocab)
 
-    def scores(path: Path) -> Tensor:
+    def scores(path):
         return -model(path).abs().round() if ties else (model(path) * 1.5).log_softmax(dim=-1)
 
     vocabulary = list(range(100, 100 + 3 * vocab, 3))
@@ -307,7 +307,7 @@ def test_growth_keeps_the_best_nodes(seed: int, vocab: int, top_k: int, depth: i
     assert len(frontiers) < depth and all(len(frontier.tokens) <= min(top_k, size - 1) for frontier in frontiers)
 
 
-def test_a_sure_token_does_not_come_before_its_parent() -> None:
+def test_a_sure_token_does_not_come_before_its_parent():
     sure = torch.tensor([[0.0, -torch.inf]])
     grower = TreeGrower(top_k=2, depth=3, size=3)
     while grower.grow(sure, torch.tensor([8, 9])) is not None:

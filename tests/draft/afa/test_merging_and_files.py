@@ -1,11 +1,6 @@
 """Out of AFA-LoRA again: merging, guarded by beta, and adapter files for plain PEFT and for our own loader."""
 
-from __future__ import annotations
-
 import json
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -22,7 +17,7 @@ from draft.errors import UserError
 
 
 @pytest.mark.parametrize("config_class", [AfaLoraConfig, LoraConfig])
-def test_merge_gives_the_plain_module_back(config_class: type[LoraConfig]) -> None:
+def test_merge_gives_the_plain_module_back(config_class):
     model = add_adapter(Head(), config_class(r=4, lora_alpha=6, target_modules=["fc", "lm_head"]))
     randomise(model)
     if config_class is AfaLoraConfig:
@@ -35,8 +30,8 @@ def test_merge_gives_the_plain_module_back(config_class: type[LoraConfig]) -> No
 
 
 @pytest.mark.parametrize("config_class", [AfaLoraConfig, LoraConfig])
-def test_what_was_trained_as_a_whole_is_saved_loaded_and_merged(config_class: type[LoraConfig], tmp_path: Path) -> None:
-    options: dict[str, Any] = {"r": 4, "target_modules": ["fc"], "modules_to_save": ["lm_head"]}
+def test_what_was_trained_as_a_whole_is_saved_loaded_and_merged(config_class, tmp_path):
+    options = {"r": 4, "target_modules": ["fc"], "modules_to_save": ["lm_head"]}
     model = add_adapter(Head(), config_class(**options))
     randomise(model)
     if config_class is AfaLoraConfig:
@@ -51,7 +46,7 @@ def test_what_was_trained_as_a_whole_is_saved_loaded_and_merged(config_class: ty
         close(merged(X), before)
 
 
-def test_merge_rounds_once_from_float64() -> None:
+def test_merge_rounds_once_from_float64():
     model = adapted(torch.bfloat16, beta=0.0)
     fc = model.get_base_model().fc
     product = fc.lora_B["default"].weight.double() @ fc.lora_A["default"].weight.double()
@@ -60,7 +55,7 @@ def test_merge_rounds_once_from_float64() -> None:
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
-def test_peft_merges_at_beta_zero_and_unmerges(placement: str) -> None:
+def test_peft_merges_at_beta_zero_and_unmerges(placement):
     model = adapted(beta=0.0, placement=placement)
     before, base = model(X), Head()(X)
     for safe in (False, True):
@@ -84,7 +79,7 @@ def test_peft_merges_at_beta_zero_and_unmerges(placement: str) -> None:
         lambda m: lora.convert_to_lora(m, rank=2),
     ],
 )
-def test_merging_is_refused_while_beta_is_not_zero(convert: Callable[[PeftModel], Any]) -> None:
+def test_merging_is_refused_while_beta_is_not_zero(convert):
     model = adapted()
     set_annealing_step(model, 2, 20)
     before = model(X)
@@ -95,7 +90,7 @@ def test_merging_is_refused_while_beta_is_not_zero(convert: Callable[[PeftModel]
     convert(model)
 
 
-def test_merge_refuses_what_it_would_get_wrong() -> None:
+def test_merge_refuses_what_it_would_get_wrong():
     with pytest.raises(UserError, match="no adapter"):
         merge_adapter(Head())
     model = adapted(beta=0.0)
@@ -116,7 +111,7 @@ def test_merge_refuses_what_it_would_get_wrong() -> None:
 # ---- saving ----
 
 
-def test_saved_at_beta_zero_it_is_an_ordinary_lora_adapter(tmp_path: Path) -> None:
+def test_saved_at_beta_zero_it_is_an_ordinary_lora_adapter(tmp_path):
     model = adapted(beta=0.0, placement="s-A-s-B", activation="tanh")
     model.save_pretrained(tmp_path)
     LoraConfig(target_modules=["fc"]).save_pretrained(tmp_path / "plain")
@@ -131,7 +126,7 @@ def test_saved_at_beta_zero_it_is_an_ordinary_lora_adapter(tmp_path: Path) -> No
     close(load_afa_adapter(Head(), tmp_path).eval()(X), model(X))
 
 
-def test_saved_at_beta_above_zero_only_our_loader_opens_it(tmp_path: Path) -> None:
+def test_saved_at_beta_above_zero_only_our_loader_opens_it(tmp_path):
     model = adapted(placement="s-A-B-s", activation="gelu", schedule="cosine", decay_ratio=0.5)
     set_annealing_step(model, 2, 8)
     model.save_pretrained(tmp_path)
@@ -150,7 +145,7 @@ def test_saved_at_beta_above_zero_only_our_loader_opens_it(tmp_path: Path) -> No
     close(loaded(X), model(X))
 
 
-def test_damaged_adapters_are_refused(tmp_path: Path) -> None:
+def test_damaged_adapters_are_refused(tmp_path):
     with pytest.raises(UserError, match="adapter_config.json. is not readable"):
         load_afa_adapter(Head(), tmp_path / "missing")
     adapted().save_pretrained(tmp_path)
@@ -170,11 +165,7 @@ def test_damaged_adapters_are_refused(tmp_path: Path) -> None:
     weights.write_bytes(b"no tensors")
     with pytest.raises(UserError, match="not a whole safetensors file"):
         load_afa_adapter(Head(), tmp_path)
-    for change, word in (
-        ({"peft_type": "IA3"}, "IA3"),
-        ({"colour": 1}, "colour"),
-        ({"activation": "x"}, "'x'"),
-    ):
+    for change, word in (({"peft_type": "IA3"}, "IA3"), ({"colour": 1}, "colour"), ({"activation": "x"}, "'x'")):
         config.write_text(json.dumps(good | change))
         with pytest.raises(UserError, match=word):
             load_afa_adapter(Head(), tmp_path)

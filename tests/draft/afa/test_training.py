@@ -1,7 +1,5 @@
 """AFA-LoRA under transformers.Trainer: a tiny Llama fine-tuned with gradient accumulation, resumed, merged."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any
@@ -67,7 +65,7 @@ def betas_of_micro_batches(model: PeftModel) -> list[float]:
     return seen
 
 
-def test_beta_at_every_step_under_accumulation(tmp_path: Path) -> None:
+def test_beta_at_every_step_under_accumulation(tmp_path):
     model = adapted(decay_ratio=0.5, schedule="cosine")
     seen = betas_of_micro_batches(model)
     make_trainer(tmp_path, model, AnnealingCallback()).train()
@@ -78,7 +76,7 @@ def test_beta_at_every_step_under_accumulation(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("placement", ["A-s-B", "s-A-s-B-s"])
-def test_fine_tunes_and_merges(tmp_path: Path, placement: str) -> None:
+def test_fine_tunes_and_merges(tmp_path, placement):
     model = adapted(placement=placement)
     trainer = make_trainer(tmp_path, model, AnnealingCallback())
     batch = torch.stack([row["input_ids"] for row in rows(6)])  # [6, 8]
@@ -99,12 +97,12 @@ def test_fine_tunes_and_merges(tmp_path: Path, placement: str) -> None:
     torch.testing.assert_close(reloaded(batch).logits, merged(batch).logits)
 
 
-def test_a_resumed_run_goes_on_where_it_was(tmp_path: Path) -> None:
+def test_a_resumed_run_goes_on_where_it_was(tmp_path):
     whole, part = adapted(decay_ratio=0.8), adapted(decay_ratio=0.8)
     make_trainer(tmp_path / "whole", whole, AnnealingCallback()).train()
 
     class StopAt4(TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        def on_step_end(self, args, state, control, **_):
             control.should_training_stop = state.global_step == 4
 
     saving = {"save_strategy": "steps", "save_steps": 4}
@@ -124,13 +122,12 @@ def test_a_resumed_run_goes_on_where_it_was(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("greater_is_better", [True, False])
-def test_the_best_checkpoint_is_loaded_only_at_beta_zero(tmp_path: Path, greater_is_better: bool) -> None:
+def test_the_best_checkpoint_is_loaded_only_at_beta_zero(tmp_path, greater_is_better):
     model = adapted(decay_ratio=0.5)
     every_step = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
     best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss"}
-    trainer = make_trainer(
-        tmp_path, model, AnnealingCallback(), greater_is_better=greater_is_better, **every_step, **best
-    )
+    best |= {"greater_is_better": greater_is_better}
+    trainer = make_trainer(tmp_path, model, AnnealingCallback(), **every_step, **best)
     if not greater_is_better:  # the loss falls, so a late checkpoint is the best
         trainer.train()
         assert int(trainer.state.best_model_checkpoint.rpartition("-")[2]) >= 5
@@ -142,13 +139,13 @@ def test_the_best_checkpoint_is_loaded_only_at_beta_zero(tmp_path: Path, greater
     assert not loads and model.peft_config["default"].step == STEPS
 
 
-def test_the_callback_wants_an_active_afa_adapter(tmp_path: Path) -> None:
+def test_the_callback_wants_an_active_afa_adapter(tmp_path):
     model = add_adapter(tiny_llama(), LoraConfig(target_modules=TARGETS))
     with pytest.raises(UserError, match="no active AFA-LoRA adapter"):
         make_trainer(tmp_path, model, AnnealingCallback()).train()
 
 
-def test_a_finished_adapter_stays_linear_while_another_anneals(tmp_path: Path) -> None:
+def test_a_finished_adapter_stays_linear_while_another_anneals(tmp_path):
     model = adapted(beta=0.0)
     add_adapter(model, AfaLoraConfig(r=4, target_modules=["q_proj"]), "new")
     model.set_adapter("new")

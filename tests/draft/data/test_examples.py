@@ -1,15 +1,12 @@
 """Loss masks, the text between turns, batches and the reduced vocabulary."""
 
-from __future__ import annotations
-
 import random
 
 import pytest
-import torch
 from conftest import TEMPLATE, make_tiny_target
 
 from draft.data.dataset import Row, coverage, draft_vocabulary
-from draft.data.examples import batches, collate, encode_kept, first_prompt, next_prompt
+from draft.data.examples import batches, encode_kept, first_prompt, next_prompt
 from draft.errors import UserError
 from draft.target import Target
 
@@ -37,7 +34,7 @@ def row(ids: list[int], mask: list[bool] | None = None, id: str = "x") -> Row:
 
 
 @pytest.mark.parametrize("template", [TEMPLATE, GENERATION])
-def test_the_mask_is_what_the_assistant_says(template: str) -> None:
+def test_the_mask_is_what_the_assistant_says(template):
     target = make_tiny_target()
     target.tokenizer.chat_template = template
     ((ids, mask),) = encode_kept(target, CONVERSATION)
@@ -46,7 +43,7 @@ def test_the_mask_is_what_the_assistant_says(template: str) -> None:
     assert first_prompt(target, CONVERSATION) == ids[: mask.index(True)]
 
 
-def test_a_generation_template_decides_itself() -> None:
+def test_a_generation_template_decides_itself():
     target = make_tiny_target()
     target.tokenizer.chat_template = GENERATION.replace(
         "{{ m['content'] }}<|im_end|>{% endgeneration %}", "{{ m['content'] }}{% endgeneration %}<|im_end|>"
@@ -54,7 +51,7 @@ def test_a_generation_template_decides_itself() -> None:
     assert spoken(target, *encode_kept(target, CONVERSATION)[0]) == "12, ja.13."
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused() -> None:
+def test_a_template_that_rewrites_earlier_turns_is_refused():
     target = make_tiny_target()
     target.tokenizer.chat_template = "{{ messages | length }}" + TEMPLATE
     with pytest.raises(UserError, match="does not render an answer after the prompt"):
@@ -64,7 +61,7 @@ def test_a_template_that_rewrites_earlier_turns_is_refused() -> None:
         encode_kept(target, CONVERSATION)
 
 
-def test_the_next_prompt_keeps_the_tokens_and_adds_the_turn(tiny_target: Target) -> None:
+def test_the_next_prompt_keeps_the_tokens_and_adds_the_turn(tiny_target):
     asked = [message for message in CONVERSATION if message["role"] != "assistant"]
     start = first_prompt(tiny_target, asked)
     answer = [1, 200, 7]  # token ids that no tokenizer would give
@@ -76,7 +73,7 @@ def test_the_next_prompt_keeps_the_tokens_and_adds_the_turn(tiny_target: Target)
     assert tiny_target.tokenizer.decode(cut[len(start) + 3 :]) == "<|im_end|>" + expected
 
 
-def test_batches_hold_every_row_once_within_the_budget() -> None:
+def test_batches_hold_every_row_once_within_the_budget():
     pick = random.Random(0)
     rows = [row([3] * pick.randrange(1, 200)) for _ in range(300)] + [row([3] * 2000)]
     made = batches(rows, 1000, seed=1, epoch=0)
@@ -88,15 +85,7 @@ def test_batches_hold_every_row_once_within_the_budget() -> None:
     assert batches(rows, 1000, seed=1, epoch=1) != made != batches(rows, 1000, seed=2, epoch=0)
 
 
-def test_collate_pads_on_the_right() -> None:
-    batch = collate([row([5, 6, 7], [False, True, True]), row([8], [True])])
-    assert batch.input_ids.tolist() == [[5, 6, 7], [8, 0, 0]]
-    assert batch.attention_mask.tolist() == [[1, 1, 1], [1, 0, 0]]
-    assert batch.loss_mask.tolist() == [[False, True, True], [True, False, False]]
-    assert batch.input_ids.dtype == torch.int64 and batch.to("cpu").loss_mask.dtype == torch.bool
-
-
-def test_the_vocabulary_holds_the_tokens_trained_on_most() -> None:
+def test_the_vocabulary_holds_the_tokens_trained_on_most():
     rows = [row([9, 9, 9, 9, 5, 5, 7, 4, 3], [False] * 4 + [True] * 5)]
     assert draft_vocabulary(rows, 3, 12, always=[11]).tolist() == [3, 5, 11]  # ties go to the lower id
     assert draft_vocabulary(rows, 7, 12, always=[11]).tolist() == [0, 1, 3, 4, 5, 7, 11]  # filled from below

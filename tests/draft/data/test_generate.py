@@ -1,7 +1,5 @@
 """Responses from a live server of the same tiny target: exact rows, marked rows, failures, and interruptions."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import time
@@ -17,29 +15,29 @@ from conftest import make_writing_target
 from fastapi import FastAPI, Request, Response
 from http_testing import live
 from openai import _base_client
-from written_data import responses, rows_of, served
+from trained_heads import responses_of
+from written_data import rows_of, served
 
 from draft.data import generate as module
-from draft.data.dataset import Dataset, Row
 from draft.data.generate import Endpoint, EndpointError
 from draft.data.prepare import prepare
 from draft.data.settings import EndpointSettings
 from draft.errors import UserError
 from draft.evaluation.replay import replay
-from draft.target import Target, load_target
+from draft.target import load_target
 
 SHAPE = {"max_new_tokens": 10, "progress": False, "held_out_share": 0.25, "max_length": 200}
 KEY = "a-key"
 
 
 @pytest.fixture(scope="module")
-def server(folder: Path) -> Iterator[str]:
+def server(folder):
     with served(load_target(str(folder), "float32"), api_key=KEY, strict_model_name=True) as settings:
         yield settings.endpoint
 
 
 @pytest.fixture(autouse=True)
-def key(monkeypatch: pytest.MonkeyPatch) -> None:
+def key(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     monkeypatch.setattr(_base_client, "MAX_RETRY_DELAY", 0.05)
 
@@ -56,10 +54,10 @@ def at(address: str, **options: Any) -> EndpointSettings:
 
 
 @pytest.fixture
-def write(target: Target, tmp_path: Path) -> Callable[..., Dataset]:
+def write(target, tmp_path):
     """Let a server answer questions, 12 unless told otherwise, into a folder of that name."""
 
-    def write(name: str, address: str, count: int = 12, options: Any = None, **arguments: Any) -> Dataset:
+    def write(name, address, count=12, options=None, **arguments):
         settings = {"prompts": [write_questions(tmp_path, count)], **SHAPE, **arguments}
         dataset = prepare(target, tmp_path / name, server=at(address, **(options or {})), **settings)
         assert dataset is not None
@@ -114,7 +112,7 @@ def problem(status: int, text: str = "no", **headers: str) -> Response:
     return Response(json.dumps({"error": {"message": text}}), status, headers, "application/json")
 
 
-def test_exact_rows_are_those_of_the_target(write: Any, target: Target, server: str) -> None:
+def test_exact_rows_are_those_of_the_target(write, target, server):
     """Greedy ones token for token; the others, and later turns, depend neither on concurrency nor on order."""
     alone = write("alone", server, options={"concurrency": 1})
     with proxy(server) as (address, seen):
@@ -123,8 +121,8 @@ def test_exact_rows_are_those_of_the_target(write: Any, target: Target, server: 
     assert remote == rows_of(alone) and len(remote) == 12 and not any(row.retokenised for row in remote)
     greedy = [row for row in remote if row.temperature == 0]
     assert len(greedy) == 6
-    for row, ids in zip(greedy, responses(target, [row.ids[: row.prompt_length] for row in greedy], 10), strict=True):
-        assert row.ids[row.prompt_length :][: len(ids)] == ids
+    expected = responses_of(target, [row.ids[: row.prompt_length] for row in greedy], 10)
+    assert [row.ids[row.prompt_length :][: len(ids)] for row, ids in zip(greedy, expected, strict=True)] == expected
     assert seen.most == 3
     asked = seen.bodies[1:]  # the first one asked whether the server knows this way
     assert all(isinstance(body["prompt"][0], int) and body["return_token_ids"] for body in asked)
@@ -140,7 +138,7 @@ def only_chat(_: int, body: dict[str, Any] | None) -> Response | None:
     return None
 
 
-def test_rows_of_text_are_tokenised_again_and_kept_out_of_tau(write: Any, target: Target, server: str) -> None:
+def test_rows_of_text_are_tokenised_again_and_kept_out_of_tau(write, target, server):
     with proxy(server, only_chat) as (address, seen):
         data = write("data", f"{address}/v1/chat/completions")
     rows = rows_of(data)
@@ -157,10 +155,10 @@ def test_rows_of_text_are_tokenised_again_and_kept_out_of_tau(write: Any, target
         replay(target, {}, rows, 3)
 
 
-def test_a_conversation_ends_before_a_later_turn_that_is_refused(write: Any, target: Target, server: str) -> None:
+def test_a_conversation_ends_before_a_later_turn_that_is_refused(write, target, server):
     """As where the target wrote a character that the server takes in no message: a user could not mend that."""
 
-    def refuse(_: int, body: Any) -> Response | None:
+    def refuse(_, body):
         said = [message["content"] for message in (body or {}).get("messages", [])]
         return problem(400, "NUL") if len(said) == 3 and said[0] == "number 3" else only_chat(0, body)
 
@@ -176,18 +174,18 @@ def test_a_conversation_ends_before_a_later_turn_that_is_refused(write: Any, tar
 
 
 @pytest.mark.parametrize(("status", "said"), [(402, "line 2: .*402"), (400, "refuses turn 2 of all 8 conversations")])
-def test_what_is_wrong_with_all_later_turns_ends_it(status: int, said: str, write: Any, server: str) -> None:
+def test_what_is_wrong_with_all_later_turns_ends_it(status, said, write, server):
     """A used-up credit is no refusal of what a row says, and neither is a server that takes no answers back."""
 
-    def refuse(_: int, body: Any) -> Response | None:
+    def refuse(_, body):
         return problem(status) if len((body or {}).get("messages", [])) == 3 else only_chat(0, body)
 
     with proxy(server, refuse) as (address, _), pytest.raises(UserError, match=said):
         write("data", address, 16, {"concurrency": 1})
 
 
-def test_a_server_that_is_overloaded_now_and_then(write: Any, target: Target, server: str) -> None:
-    def trouble(count: int, _: Any) -> Response | None:
+def test_a_server_that_is_overloaded_now_and_then(write, target, server):
+    def trouble(count, _):
         kinds = {0: problem(429, "slow down", **{"retry-after": "0.3"}), 1: problem(500), 2: Response("<html>", 503)}
         return kinds.get(count % 5)
 
@@ -200,10 +198,10 @@ def test_a_server_that_is_overloaded_now_and_then(write: Any, target: Target, se
     assert seen.times[1] - seen.times[0] >= 0.4
 
 
-def test_a_server_that_fails_at_token_ids_is_asked_for_text(target: Target, server: str) -> None:
+def test_a_server_that_fails_at_token_ids_is_asked_for_text(target, server):
     """And one that fails at everything is retried; once it serves, it is asked in the best way."""
 
-    def trouble(_: int, body: Any) -> Response | None:
+    def trouble(_, body):
         return problem(500, "list index out of range") if "prompt" in body else None
 
     with proxy(server, trouble) as (address, seen):
@@ -230,7 +228,7 @@ def test_a_server_that_fails_at_token_ids_is_asked_for_text(target: Target, serv
         (Response("<html>"), "without a JSON object"),
     ],
 )
-def test_answers_that_lead_nowhere(target: Target, server: str, answer: Response, what: str) -> None:
+def test_answers_that_lead_nowhere(target, server, answer, what):
     with proxy(server, lambda count, _: answer) as (address, _), pytest.raises(EndpointError, match=what):
         Endpoint(at(address), target, 0)
 
@@ -248,9 +246,7 @@ def test_answers_that_lead_nowhere(target: Target, server: str, answer: Response
         ("", {"api_key_env": "NO_KEY"}, r"without a key \(\$NO_KEY\)"),
     ],
 )
-def test_a_wrong_address_model_or_key_is_one_sentence(
-    url: str, options: dict[str, Any], what: str, write: Any, server: str, tmp_path: Path, monkeypatch: Any
-) -> None:
+def test_a_wrong_address_model_or_key_is_one_sentence(url, options, what, write, server, tmp_path, monkeypatch):
     monkeypatch.setenv("LETTERS", "ключ")
     monkeypatch.setenv("WRONG", "wrong")
     with pytest.raises(EndpointError, match=what):
@@ -258,8 +254,8 @@ def test_a_wrong_address_model_or_key_is_one_sentence(
     assert not (tmp_path / "data").exists()
 
 
-def test_a_refused_row_is_named_and_the_others_stay(write: Any, target: Target, server: str) -> None:
-    def refuse(_: int, body: Any) -> Response | None:
+def test_a_refused_row_is_named_and_the_others_stay(write, target, server):
+    def refuse(_, body):
         text = target.tokenizer.decode(body["prompt"]) if body else ""
         return problem(400, "the prompt is naughty") if "number 6<" in text else None
 
@@ -271,15 +267,15 @@ def test_a_refused_row_is_named_and_the_others_stay(write: Any, target: Target, 
     assert seen.count < 19  # what was answered before is not asked again
 
 
-def test_self_prompts_of_a_server_that_returns_only_text(tmp_path: Path) -> None:
+def test_self_prompts_of_a_server_that_returns_only_text(tmp_path):
     """It continues the text of a user turn; one that completes chats only cannot, and says so."""
     words = make_writing_target()
 
-    def only_text(_: int, body: Any) -> Response | None:
+    def only_text(_, body):
         refused = {"top_k", "return_token_ids"} & set(body or {})
         return problem(400, "unknown field") if refused else None
 
-    def run(trouble: Any, out: str) -> list[Row]:
+    def run(trouble, out):
         with served(words) as behind, proxy(behind.endpoint, trouble) as (address, _):
             return rows_of(prepare(words, tmp_path / out, num_prompts=3, **SHAPE, server=at(address)))
 
@@ -289,7 +285,7 @@ def test_self_prompts_of_a_server_that_returns_only_text(tmp_path: Path) -> None
         run(only_chat, "none")
 
 
-def test_data_sets_from_before_rows_had_the_mark(write: Any, server: str) -> None:
+def test_data_sets_from_before_rows_had_the_mark(write, server):
     data = write("data", server)
     rows = data.rows("train")
     path = data.folder / "train.parquet"

@@ -1,66 +1,56 @@
 """`prepare` from end to end on a tiny target: what is stored, resumed, split, refused and shown."""
 
-from __future__ import annotations
-
 import io
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-import torch
 from conftest import make_tiny_target, make_writing_target
 from rich.console import Console
-from written_data import prepared, rows_of, served
+from trained_heads import responses_of
+from written_data import prepared, rows_of
 
 import draft.data.dataset
 import draft.data.prompts
-from draft.data.dataset import Dataset, Row, Shard, assign_splits, open_dataset
+from draft.data.dataset import Row, Shard, assign_splits, open_dataset
 from draft.data.generate import Endpoint
 from draft.data.inspect import coloured, inspect
 from draft.data.prepare import prepare
 from draft.data.settings import EndpointSettings
 from draft.errors import UserError
-from draft.target import Target
 
 SELF_PROMPTED = {"num_prompts": 8}
 QUESTIONS = [f"Question number {number}?" for number in range(20)]
 
 
 @pytest.fixture(scope="module")
-def target() -> Target:
+def target():
     return make_writing_target()
 
 
-@pytest.fixture(scope="module")
-def server(target: Target) -> Iterator[EndpointSettings]:
-    with served(target) as settings:
-        yield settings
-
-
 @pytest.fixture
-def questions(tmp_path: Path) -> Path:
+def questions(tmp_path):
     path = tmp_path / "questions.jsonl"
     path.write_text("\n".join(json.dumps({"question": question}) for question in QUESTIONS))
     return path
 
 
 @pytest.fixture
-def run(target: Target, server: EndpointSettings) -> Callable[..., Dataset]:
+def run(target, server):
     """`prepare` through the server of the module's target."""
 
-    def run(out: Path, target: Target = target, **arguments: Any) -> Dataset:
+    def run(out, target=target, **arguments):
         writing = {} if arguments.get("keep_responses") else {"max_new_tokens": 12, "server": server}
         return prepare(target, out, **{**writing, "progress": False, **arguments})
 
     return run
 
 
-def test_answers_to_a_file(run: Any, target: Target, questions: Path, tmp_path: Path) -> None:
+def test_answers_to_a_file(run, target, questions, tmp_path):
     dataset = run(tmp_path / "data", prompts=[questions], greedy_share=0.25, held_out_share=0.2)
     rows = rows_of(dataset)
     assert len(rows) == 20 and len(dataset.rows("held-out")) == 4
@@ -72,9 +62,8 @@ def test_answers_to_a_file(run: Any, target: Target, questions: Path, tmp_path: 
         assert row.trained == 12 or row.ids[-1] == 2
         assert row.top_p == 1.0 and row.source == "questions.jsonl"
     greedy = next(row for row in rows if row.temperature == 0)
-    ids = torch.tensor([greedy.ids[: greedy.prompt_length]])
-    answer = target.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
-    assert answer[0].tolist() == greedy.ids
+    prompt, answer = greedy.ids[: greedy.prompt_length], greedy.ids[greedy.prompt_length :]
+    assert responses_of(target, [prompt], 12) == [answer]
 
     manifest = json.loads((tmp_path / "data" / "manifest.json").read_text())
     assert manifest["target_fingerprint"] == target.fingerprint and manifest["template_hash"] == target.template_hash
@@ -93,7 +82,7 @@ def test_answers_to_a_file(run: Any, target: Target, questions: Path, tmp_path: 
     assert green == target.tokenizer.decode(rows[0].ids[rows[0].prompt_length :])
 
 
-def test_self_prompting(run: Any, target: Target, server: EndpointSettings, uninterrupted: Any, tmp_path: Path) -> None:
+def test_self_prompting(run, target, server, uninterrupted, tmp_path):
     dataset = run(tmp_path / "data", **SELF_PROMPTED, server=server.model_copy(update={"concurrency": 3}))
     rows = rows_of(dataset)
     prompts = {target.decode(row.ids[: row.prompt_length]) for row in rows}
@@ -104,7 +93,7 @@ def test_self_prompting(run: Any, target: Target, server: EndpointSettings, unin
     assert {row.id for row in other.rows("train")}.isdisjoint(row.id for row in rows)
 
 
-def test_a_target_without_usable_prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_target_without_usable_prompts(tmp_path, monkeypatch):
     monkeypatch.setattr(draft.data.prompts, "_SELF_PROMPT_ROUNDS", 2)
     with pytest.raises(UserError, match="wrote no usable prompts.*--prompts"):
         prepared(make_tiny_target(seed=3), tmp_path / "data", num_prompts=1)  # bytes, not text
@@ -129,7 +118,7 @@ def counted(stop_at: int | None = None) -> Iterator[list[Any]]:
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(target: Target, server: EndpointSettings, tmp_path_factory: Any) -> tuple[list[Any], int]:
+def uninterrupted(target, server, tmp_path_factory):
     options = {"max_new_tokens": 12, "server": server, "progress": False}
     with counted() as written:
         dataset = prepare(target, tmp_path_factory.mktemp("whole") / "data", **SELF_PROMPTED, **options)
@@ -137,9 +126,7 @@ def uninterrupted(target: Target, server: EndpointSettings, tmp_path_factory: An
 
 
 @pytest.mark.parametrize("stop_at", [7, -3])  # among the prompts, and among the responses
-def test_an_interrupted_run_goes_on(
-    run: Any, uninterrupted: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_at: int
-) -> None:
+def test_an_interrupted_run_goes_on(run, uninterrupted, tmp_path, monkeypatch, stop_at):
     whole, total = uninterrupted
     monkeypatch.setattr(draft.data.dataset, "_ROWS_PER_PART", 4)
     out = tmp_path / "data"
@@ -154,9 +141,7 @@ def test_an_interrupted_run_goes_on(
     assert len(first) + len(second) == total  # nothing is written twice
 
 
-def test_a_finished_data_set_is_left_alone(
-    run: Any, questions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_finished_data_set_is_left_alone(run, questions, tmp_path, capsys, monkeypatch):
     first = rows_of(run(tmp_path / "data", prompts=[questions]))
     monkeypatch.setattr(Endpoint, "answer", None)
     assert rows_of(run(tmp_path / "data", prompts=[questions], progress=True)) == first
@@ -172,7 +157,7 @@ def test_a_finished_data_set_is_left_alone(
         run(tmp_path / "mine", prompts=[questions])
 
 
-def test_the_same_prompt_is_never_in_both_splits(run: Any, tmp_path: Path) -> None:
+def test_the_same_prompt_is_never_in_both_splits(run, tmp_path):
     path = tmp_path / "pairs.jsonl"  # each question begins two different conversations
     turns = [[question, f"and {again}"] for question in QUESTIONS for again in range(2)]
     path.write_text("\n".join(json.dumps({"turns": pair}) for pair in turns + turns[:5]))
@@ -183,8 +168,8 @@ def test_the_same_prompt_is_never_in_both_splits(run: Any, tmp_path: Path) -> No
     assert len(dataset.rows("train")) + len(dataset.rows("held-out")) == 40
 
 
-def test_the_split_depends_on_the_seed_and_counts_prompts() -> None:
-    def held_out(share: float, seed: int, ids: list[str]) -> list[str]:
+def test_the_split_depends_on_the_seed_and_counts_prompts():
+    def held_out(share, seed, ids):
         rows = [Row(id, [1], [True], 0, 0.0, 1.0, "test") for id in ids]
         return [row.id for row in assign_splits(rows, share, seed) if row.split == "held-out"]
 
@@ -197,7 +182,7 @@ def test_the_split_depends_on_the_seed_and_counts_prompts() -> None:
         assert len(held_out(share, 0, ids[:3])) == count
 
 
-def test_turns_are_answered_one_after_the_other(run: Any, target: Target, tmp_path: Path) -> None:
+def test_turns_are_answered_one_after_the_other(run, target, tmp_path):
     path = tmp_path / "turns.json"
     path.write_text(json.dumps([{"turns": ["First thing?", "Second thing?"]}, {"turns": ["Only thing?"]}]))
     dataset = run(tmp_path / "data", prompts=[path], greedy_share=1.0, held_out_share=0.0)
@@ -205,14 +190,12 @@ def test_turns_are_answered_one_after_the_other(run: Any, target: Target, tmp_pa
     parts = target.tokenizer.decode(row.ids).split("<|im_start|>")
     assert [part.split("\n")[0] for part in parts[1:]] == ["user", "assistant", "user", "assistant"]
     second = len(row.mask) - row.mask[::-1].index(False)  # where the last response begins
-    ids = torch.tensor([row.ids[:second]])
-    answer = target.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
-    assert answer[0].tolist() == row.ids
+    assert responses_of(target, [row.ids[:second]], 12) == [row.ids[second:]]
     assert row.mask[row.prompt_length] and not row.mask[second - 1] and sum(row.mask) > len(row.ids) - second
     assert dataset.rows("held-out") == []
 
 
-def test_over_long_conversations_are_dropped_and_counted(run: Any, tmp_path: Path) -> None:
+def test_over_long_conversations_are_dropped_and_counted(run, tmp_path):
     path = tmp_path / "long.jsonl"
     path.write_text("\n".join(json.dumps({"prompt": "word " * count}) for count in (1, 2, 3, 10, 30, 40)))
     # ten words make a prompt of 69 tokens: its response would go on beyond the 70th
@@ -225,7 +208,7 @@ def test_over_long_conversations_are_dropped_and_counted(run: Any, tmp_path: Pat
     assert not (tmp_path / "none").exists()
 
 
-def test_kept_responses(run: Any, target: Target, tmp_path: Path) -> None:
+def test_kept_responses(run, target, tmp_path):
     path = tmp_path / "kept.jsonl"
     path.write_text("\n".join(json.dumps({"question": q, "answer": f"Answer to {q}"}) for q in QUESTIONS))
     dataset = run(tmp_path / "data", prompts=[path], keep_responses=True, num_prompts=8)
@@ -261,15 +244,13 @@ def test_kept_responses(run: Any, target: Target, tmp_path: Path) -> None:
         ({"keep_responses": True, "prompts": ["x"], "server": EndpointSettings(endpoint="x")}, "writes none"),
     ],
 )
-def test_bad_arguments(run: Any, tmp_path: Path, arguments: dict[str, Any], what: str) -> None:
+def test_bad_arguments(run, tmp_path, arguments, what):
     with pytest.raises(UserError, match=what):
         run(tmp_path / "data", **arguments)
     assert not (tmp_path / "data").exists()
 
 
-def test_damaged_data_sets_and_another_target_are_named(
-    run: Any, target: Target, questions: Path, tmp_path: Path
-) -> None:
+def test_damaged_data_sets_and_another_target_are_named(run, target, questions, tmp_path):
     with pytest.raises(UserError, match="holds no data set"):
         open_dataset(tmp_path / "absent")
     dataset = run(tmp_path / "data", prompts=[questions], max_new_tokens=2)

@@ -1,7 +1,5 @@
 """Reading prompts: every column and file kind, and what is said about those that are wrong."""
 
-from __future__ import annotations
-
 import csv
 import gzip
 import json
@@ -15,7 +13,6 @@ import pytest
 
 from draft.data.prompts import fit, load_prompts, user_turn, written_prompt
 from draft.errors import UserError
-from draft.target import Target
 
 USER = {"role": "user", "content": "Hello there"}
 ANSWER = {"role": "assistant", "content": "General"}
@@ -44,21 +41,21 @@ def jsonl(folder: Path, *rows: Any, name: str = "data.jsonl") -> str:
         ({"messages": [{"role": "system", "content": "Be kind."}, USER]}, ["Be kind.", "Hello there"]),
     ],
 )
-def test_columns_are_found(tmp_path: Path, row: dict[str, Any], contents: list[str]) -> None:
+def test_columns_are_found(tmp_path, row, contents):
     (prompt,) = load_prompts(jsonl(tmp_path, row))
     assert [message["content"] for message in prompt.messages] == contents
     assert all(message["role"] in ("system", "user") for message in prompt.messages)
     assert prompt.source == "data.jsonl"
 
 
-def test_a_column_can_be_named(tmp_path: Path) -> None:
+def test_a_column_can_be_named(tmp_path):
     path = jsonl(tmp_path, {"prompt": "wrong", "body": "right"})
     assert load_prompts(path, column="body")[0].messages[0]["content"] == "right"
     with pytest.raises(UserError, match=r"data.jsonl, line 1: no column 'bodi' \(it has prompt, body\)"):
         load_prompts(path, column="bodi")
 
 
-def test_every_kind_of_file(tmp_path: Path) -> None:
+def test_every_kind_of_file(tmp_path):
     rows = [{"question": "one, two"}, {"question": "three\nfour"}]
     with (tmp_path / "a.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, ["question"])
@@ -92,14 +89,14 @@ def test_every_kind_of_file(tmp_path: Path) -> None:
         ({"prompt": [{"role": "user", "content": [{"type": "image"}]}]}, "line 2: turn 1 has parts that are not text"),
     ],
 )
-def test_a_malformed_row_is_named(tmp_path: Path, row: Any, what: str) -> None:
+def test_a_malformed_row_is_named(tmp_path, row, what):
     with pytest.raises(UserError, match=f"data.jsonl, {what}"):
         load_prompts(jsonl(tmp_path, {"prompt": "fine"}, row))
 
 
 @pytest.mark.parametrize("column", ["messages", "conversations", "conversation", "turns"])
-def test_conversations_written_as_json_text(tmp_path: Path, column: str) -> None:
-    def kept(text: str) -> list[dict[str, str]]:
+def test_conversations_written_as_json_text(tmp_path, column):
+    def kept(text):
         with (tmp_path / "data.csv").open("w", newline="") as file:
             csv.writer(file).writerows([[column], [text]])
         return load_prompts(str(tmp_path / "data.csv"), keep_responses=True)[0].messages
@@ -133,7 +130,7 @@ def test_conversations_written_as_json_text(tmp_path: Path, column: str) -> None
         ("", None, "is a folder"),
     ],
 )
-def test_malformed_files(tmp_path: Path, name: str, content: bytes | None, what: str) -> None:
+def test_malformed_files(tmp_path, name, content, what):
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=what) as refusal:
@@ -141,8 +138,8 @@ def test_malformed_files(tmp_path: Path, name: str, content: bytes | None, what:
     assert name in str(refusal.value)
 
 
-def test_kept_responses(tmp_path: Path) -> None:
-    def kept(row: dict[str, Any], **options: Any) -> Any:
+def test_kept_responses(tmp_path):
+    def kept(row, **options):
         return load_prompts(jsonl(tmp_path, row), keep_responses=True, **options)[0]
 
     answered = kept({"question": "one", "answer": "two"}).messages
@@ -170,15 +167,15 @@ def test_kept_responses(tmp_path: Path) -> None:
         ({"prompt_ids": [1], "response_ids": ["x"]}, True, ", line 1: column 'response_ids' is not a list of token"),
     ],
 )
-def test_a_file_without_usable_rows(tmp_path: Path, row: dict[str, Any], keep: bool, what: str) -> None:
+def test_a_file_without_usable_rows(tmp_path, row, keep, what):
     with pytest.raises(UserError, match=f"data.jsonl{what}"):
         load_prompts(jsonl(tmp_path, row), keep_responses=keep)
 
 
-def test_hub_data_sets_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hub_data_sets_that_cannot_be_had(monkeypatch):
     import datasets
 
-    def offline(name: str, split: str) -> Any:
+    def offline(name, split):
         raise ConnectionError(f"cannot reach {name} {split}")
 
     monkeypatch.setattr(datasets, "load_dataset", offline)
@@ -192,12 +189,12 @@ def test_hub_data_sets_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> No
         load_prompts("someone/data")
 
 
-def test_the_user_turn_of_the_template(tiny_target: Target) -> None:
+def test_the_user_turn_of_the_template(tiny_target):
     before, after = user_turn(tiny_target)
     assert tiny_target.tokenizer.decode(before) == "<|im_start|>user\n"
     assert after == "<|im_end|>\n"
 
-    def ids(text: str) -> list[int]:
+    def ids(text):
         return tiny_target.tokenizer(text, add_special_tokens=False).input_ids
 
     assert written_prompt(tiny_target, ids(" How are you today? <|im_end|>"), after) == "How are you today?"
@@ -205,7 +202,7 @@ def test_the_user_turn_of_the_template(tiny_target: Target) -> None:
     assert written_prompt(tiny_target, ids("How are you?[/INST] Fine"), "[/INST]") == "How are you?"
 
 
-def test_unfit_prompts() -> None:
+def test_unfit_prompts():
     assert fit("What is the capital of France?")
     for text in ("Hi", "one two", "the cat " * 20, "no " + "x" * 30 + " yes or no", "bro\ufffdken text is here"):
         assert not fit(text), text

@@ -1,11 +1,7 @@
 """Several processes write one data set: the result is that of one process, whoever is interrupted or comes last."""
 
-from __future__ import annotations
-
 import json
 import logging
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,24 +11,16 @@ from training_runs import start_prepare
 from written_data import rows_of, served
 
 from draft.data.dataset import Dataset, Shard, open_dataset
-from draft.data.generate import Endpoint, Question
+from draft.data.generate import Endpoint
 from draft.data.prepare import parse_shard, prepare
-from draft.data.settings import EndpointSettings
 from draft.errors import UserError
-from draft.target import Target
 
 SHAPE = {"max_new_tokens": 8, "progress": False, "held_out_share": 0.25, "max_length": 150}
 COMMAND = ["--max-new-tokens", "8", "--held-out-share", "0.25", "--max-length", "150"]
 
 
-@pytest.fixture(scope="module")
-def server(target: Target) -> Iterator[EndpointSettings]:
-    with served(target) as settings:
-        yield settings
-
-
 @pytest.fixture
-def questions(tmp_path: Path) -> Path:
+def questions(tmp_path):
     """Some with two turns, one too long, one twice."""
     path = tmp_path / "questions.jsonl"
     turns = [[f"number {n}", f"and {n}"][: 1 + n % 2] for n in range(10)] + [["long" * 50], ["number 0"]]
@@ -45,9 +33,7 @@ def contents(dataset: Dataset | None) -> tuple[Any, ...]:
     return rows_of(dataset), dataset.manifest
 
 
-def test_two_processes_write_what_one_does(
-    target: Target, folder: Path, server: EndpointSettings, questions: Path, tmp_path: Path
-) -> None:
+def test_two_processes_write_what_one_does(target, folder, server, questions, tmp_path):
     expected = contents(prepare(target, tmp_path / "one", prompts=[questions], server=server, **SHAPE))
     out = tmp_path / "two"
     each = ["--prompts", str(questions), "--endpoint", server.endpoint]
@@ -61,9 +47,7 @@ def test_two_processes_write_what_one_does(
     assert counts["too_long"] == 1 and counts["duplicates"] == 1 and counts["train"]["rows"] == 8
 
 
-def test_a_killed_shard_goes_on_and_a_missing_one_is_named(
-    target: Target, folder: Path, server: EndpointSettings, questions: Path, tmp_path: Path, monkeypatch: Any
-) -> None:
+def test_a_killed_shard_goes_on_and_a_missing_one_is_named(target, folder, server, questions, tmp_path, monkeypatch):
     out, options = tmp_path / "data", {**SHAPE, "server": server, "prompts": [questions]}
     hang = (
         "import time, draft.data.dataset as d\nd._ROWS_PER_PART = 1\nadd = d.Parts.add\n"
@@ -90,7 +74,7 @@ def test_a_killed_shard_goes_on_and_a_missing_one_is_named(
     written: list[str] = []
     answer = Endpoint.answer
 
-    def counting(endpoint: Endpoint, questions: list[Question]) -> Any:
+    def counting(endpoint, questions):
         written.extend(question.key for question in questions)
         return answer(endpoint, questions)
 
@@ -102,7 +86,7 @@ def test_a_killed_shard_goes_on_and_a_missing_one_is_named(
     assert done == again == contents(prepare(target, tmp_path / "one", **options))
 
 
-def test_shards_share_the_prompts_that_the_target_writes(tmp_path: Path) -> None:
+def test_shards_share_the_prompts_that_the_target_writes(tmp_path):
     words = make_writing_target()
     options = {**SHAPE, "num_prompts": 6}
     with served(words) as server:
@@ -113,12 +97,12 @@ def test_shards_share_the_prompts_that_the_target_writes(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("text", ["4/4", "1", "-1/2", "a/b", "0/0", "1/2/3"])
-def test_what_is_no_shard(text: str) -> None:
+def test_what_is_no_shard(text):
     with pytest.raises(UserError, match=f"--shard '{text}' is not of the form 0/4"):
         parse_shard(text)
 
 
-def test_where_a_shard_comes_from(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_where_a_shard_comes_from(monkeypatch, caplog):
     """A launcher's variables that were left over are no silent reason to write one half of the data."""
     assert parse_shard("3/4") == Shard(3, 4) and parse_shard(None) is None and not caplog.records
     monkeypatch.setenv("RANK", "1")

@@ -1,6 +1,4 @@
-"""The paired comparison, its gate, and what it writes."""
-
-from __future__ import annotations
+"""The paired comparison, its gate, and what it writes; τ and its intervals."""
 
 import hashlib
 import io
@@ -9,6 +7,7 @@ import math
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from conftest import make_tiny_head
@@ -21,7 +20,7 @@ from draft.errors import UserError
 from draft.evaluation.compare import Contender, compare, general_rows, record_trained_rows, row_ids, trained_row_ids
 from draft.evaluation.replay import replay
 from draft.evaluation.report import print_report, summary, write_report
-from draft.evaluation.tau import Interval, bootstrap_gain
+from draft.evaluation.tau import Interval, acceptance_length, bootstrap_gain, bootstrap_ratio
 from draft.files import read_json
 from draft.heads.checkpoint import PRETRAINED
 
@@ -118,9 +117,7 @@ def test_rows_that_either_head_was_trained_on_are_refused(tiny_target, tiny_head
     record = sorted(row_ids(rows[:3])) if listed else record_trained_rows(rows[:3], {})
     base = contender("base", tiny_head)
     trained = contender("new", tiny_head, trained_rows=record)
-    with pytest.raises(
-        UserError, match=f"3 of the {ROWS} domain rows .*the candidate was.* held-out split .* other prompts"
-    ):
+    with pytest.raises(UserError, match=f"3 of the {ROWS} domain .*the candidate was.* held-out .* other prompts"):
         compare(tiny_target, base, trained, rows[:ROWS], max_steps=1, deciding_length=1)
     with pytest.raises(UserError, match="3 of the 4 general rows"):
         compare(tiny_target, base, trained, rows[4:ROWS], rows[:4], max_steps=1, deciding_length=1)
@@ -241,3 +238,44 @@ def test_general_rows(tiny_target, rows, tmp_path, monkeypatch):
     assert general_rows(tiny_target) == held_out
     write_dataset(tmp_path / "general", held_out, {**manifest, "target_fingerprint": "another"})
     assert general_rows(tiny_target) is None
+
+
+# ---- τ and its intervals ----
+
+
+def test_the_bonus_token_counts():
+    assert acceptance_length(emitted=12, verifications=5) == 2.4
+    assert math.isnan(acceptance_length(0, 0))
+
+
+def test_a_ratio_is_of_sums_and_not_a_mean_of_ratios():
+    interval = bootstrap_ratio([10, 1], [2, 1])
+    assert interval.value == pytest.approx(11 / 3)
+    assert interval.low <= interval.value <= interval.high
+
+
+def test_the_interval_covers_the_truth_about_95_times_in_100():
+    rng = np.random.default_rng(0)
+    covered = 0
+    for seed in range(200):
+        verifications = rng.integers(20, 60, size=60)
+        emitted = verifications * rng.normal(2.0, 0.3, size=60)
+        interval = bootstrap_ratio(emitted, verifications, resamples=1000, seed=seed)
+        covered += interval.low <= 2.0 <= interval.high
+    assert 180 <= covered <= 199
+
+
+def test_pairing_removes_what_both_have_in_common():
+    rng = np.random.default_rng(1)
+    difficulty = rng.normal(2.0, 0.6, size=50)
+    baseline = [(100 * d, 100.0) for d in difficulty]
+    candidate = [(103 * d, 100.0) for d in difficulty]
+    gain = bootstrap_gain(baseline, candidate)
+    assert gain.value == pytest.approx(0.03) and gain.low == pytest.approx(0.03) and gain.high == pytest.approx(0.03)
+    assert bootstrap_gain(baseline, baseline).high == 0
+    shuffled = bootstrap_gain(baseline, candidate[::-1])
+    assert shuffled.high - shuffled.low > 0.1
+
+
+def test_nothing_measured_is_not_a_number():
+    assert math.isnan(bootstrap_ratio([], []).value)

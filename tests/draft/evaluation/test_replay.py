@@ -1,7 +1,5 @@
 """Replay says what the engine would have done with the same text."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import numpy as np
@@ -139,9 +137,8 @@ def test_tokens_outside_the_draft_vocabulary_are_misses(target, eagle3, rows):
 
 def test_generations():
     eos = frozenset({2})
-    conversation = replace(
-        make_row([9, 9], []), ids=[9, 9, 5, 6, 2, 8, 8, 5, 2, 8, 7], mask=[c == "x" for c in "..xxx..xxxx"]
-    )
+    ids, mask = [9, 9, 5, 6, 2, 8, 8, 5, 2, 8, 7], [c == "x" for c in "..xxx..xxxx"]
+    conversation = replace(make_row([9, 9], []), ids=ids, mask=mask)
     assert generations(conversation, eos) == [Span(2, 5, True), Span(7, 9, True)]
     assert generations(make_row([9], [5, 6]), eos) == [Span(1, 3, False)]
     earlier = replace(conversation, prompt_length=7)  # responses inside the prompt are not the target's

@@ -1,7 +1,5 @@
 """The estimate at temperature 1: against full enumeration, and against the engine's rejection rule."""
 
-from __future__ import annotations
-
 import itertools
 from functools import cache, partial
 

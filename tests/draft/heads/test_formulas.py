@@ -1,4 +1,6 @@
-"""Each architecture against its formula, written out from its paper, in float64."""
+"""Each architecture against its formula, written out from its paper; EAGLE-3 heads of other layers and LM heads."""
+
+import copy
 
 import pytest
 import torch
@@ -6,8 +8,12 @@ from conftest import make_tiny_head
 from interop.cases import random_head
 from torch.nn.functional import rms_norm, silu
 
+from draft.data.dataset import Row
 from draft.errors import UserError
-from draft.heads import MedusaConfig
+from draft.evaluation.replay import drafted_states, target_passes
+from draft.heads import Eagle3Config, MedusaConfig
+from draft.heads.checkpoint import attach_head, load_head, save_head
+from draft.training.model import with_vocabulary
 
 IDS = torch.randint(3, 259, (1, 12), generator=torch.Generator().manual_seed(4))
 
@@ -113,13 +119,50 @@ def test_each_position_of_medusa_is_the_formula(tiny_target, options):
 
 
 @pytest.mark.parametrize(
-    ("options", "words"),
+    ("config", "options", "words"),
     [
-        ({"num_heads": 0}, "num_heads = 0"),
-        ({"num_layers": True}, "num_layers = True"),
-        ({"shared_lm_head": True}, "over 259 tokens, and draft_vocab_size is 200"),
+        (MedusaConfig, {"num_heads": 0}, "num_heads = 0"),
+        (MedusaConfig, {"num_layers": True}, "num_layers = True"),
+        *((each, {"shared_lm_head": True}, "over 259 .* is 200") for each in (MedusaConfig, Eagle3Config)),
     ],
 )
-def test_impossible_shapes_are_refused(tiny_target, options, words):
+def test_impossible_shapes_are_refused(tiny_target, config, options, words):
     with pytest.raises(UserError, match=words):
-        MedusaConfig.for_target(tiny_target, 200, **options)
+        config.for_target(tiny_target, 200, **options)
+
+
+# ---- auxiliary layers and LM heads of another kind than the default ----
+
+
+def test_heads_of_different_layers_are_judged_by_one_pass(tiny_target):
+    ids = IDS[0].tolist()
+    rows = [Row("a", ids, [False] * 2 + [True] * 10, 2, 0.0, 1.0, "test")]
+    heads = [random_head(tiny_target, auxiliary_layers=layers) for layers in (None, [1, 4, 8], [0, 7])]
+    with torch.no_grad():
+        [(_, together, output)] = target_passes(tiny_target, rows, 100, None, heads)
+        assert output.layers == (0, 1, 2, 4, 5, 7, 8)
+        for head in heads:
+            alone = tiny_target.forward(together, layers=head.auxiliary_layers(tiny_target))
+            states = (drafted_states(tiny_target, head, together, each, 3) for each in (output, alone))
+            assert all(torch.equal(one, other) for one, other in zip(*states, strict=True))
+
+
+def test_a_shared_lm_head_is_the_targets_also_in_a_copy(tiny_target, tmp_path):
+    head = random_head(tiny_target, draft_vocab_size=259, shared_lm_head=True)
+    save_head(head, tmp_path / "head", dtype=torch.float64, about={})
+    loaded, _ = load_head(tmp_path / "head")
+    hidden = torch.randn(2, 32, dtype=torch.float64)
+    with pytest.raises(UserError, match="use_target_lm_head"):
+        loaded.logits(hidden)
+    attach_head(loaded, {}, tiny_target)
+    for each in (loaded, copy.deepcopy(loaded)):
+        assert each.shared_target is tiny_target
+        torch.testing.assert_close(each.logits(hidden), tiny_target.lm_head(loaded.norm(hidden)))
+    assert not any(parameter is tiny_target.lm_head.weight for parameter in loaded.parameters())
+
+
+def test_a_new_vocabulary_gives_a_head_that_shares_an_lm_head_one(tiny_target):
+    head = random_head(tiny_target, draft_vocab_size=259, shared_lm_head=True)
+    ids = torch.arange(10, 60)
+    rebuilt = with_vocabulary(head, tiny_target, ids)
+    assert torch.equal(rebuilt.lm_head.weight, tiny_target.lm_head.weight[ids])

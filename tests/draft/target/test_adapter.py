@@ -1,7 +1,5 @@
 """A LoRA adapter on the target: its merged output, its identity, what is refused, and the whole way to an answer."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable
@@ -45,7 +43,7 @@ def save_adapter(folder: Path, seed: int = 0, **options: Any) -> Path:
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def world(tmp_path_factory):
     root = tmp_path_factory.mktemp("world")
     save_tiny_target(root / "target")
     save_adapter(root / "tuned")
@@ -53,7 +51,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def test_an_imported_head_names_the_adapter(world: Path, tmp_path: Path) -> None:
+def test_an_imported_head_names_the_adapter(world, tmp_path):
     target = load_target(str(world / "target"), "float32", "cpu", world / "tuned")
     save_head(make_tiny_head(target), tmp_path / "head", dtype=torch.float32, about={})
     import_head(tmp_path / "head", target, tmp_path / "imported")
@@ -90,7 +88,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("options", MERGED.values(), ids=MERGED)
-def test_the_output_is_that_of_peft_unmerged(world: Path, tmp_path: Path, options: dict[str, Any]) -> None:
+def test_the_output_is_that_of_peft_unmerged(world, tmp_path, options):
     adapter = save_adapter(tmp_path / "adapter", **options)
     files = sorted((world / "target").iterdir())
     before = file_sha256(*files)
@@ -105,15 +103,13 @@ def test_the_output_is_that_of_peft_unmerged(world: Path, tmp_path: Path, option
 
 
 @pytest.mark.parametrize(("options", "words"), REFUSED.values(), ids=REFUSED)
-def test_what_merging_would_lose_is_refused_by_name(
-    world: Path, tmp_path: Path, options: dict[str, Any], words: str
-) -> None:
+def test_what_merging_would_lose_is_refused_by_name(world, tmp_path, options, words):
     adapter = save_adapter(tmp_path / "adapter", **options)
     with pytest.raises(UserError, match=words):
         load_target(str(world / "target"), "float32", adapter=adapter)
 
 
-def test_warnings_of_peft_are_passed_on(world: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_warnings_of_peft_are_passed_on(world, tmp_path, caplog):
     adapter = save_adapter(tmp_path)
     change_config(invented_by_a_later_version=False)(adapter)
     load_target(str(world / "target"), "float32", adapter=adapter)
@@ -123,7 +119,7 @@ def test_warnings_of_peft_are_passed_on(world: Path, tmp_path: Path, caplog: pyt
         load_target(str(world / "target"), "float32", adapter=adapter)
 
 
-def test_the_fingerprint_names_target_and_adapter(world: Path) -> None:
+def test_the_fingerprint_names_target_and_adapter(world):
     name = str(world / "target")
     tuned = {load_target(name, dtype, adapter=world / "tuned").fingerprint for dtype in ("float64", "bfloat16")}
     other = load_target(name, "float32", adapter=world / "other")
@@ -132,7 +128,7 @@ def test_the_fingerprint_names_target_and_adapter(world: Path) -> None:
     assert other.base_fingerprint == plain.fingerprint == plain.base_fingerprint
 
 
-def test_a_head_is_adapted_to_the_fine_tuned_target_and_served_with_it(world: Path, tmp_path: Path) -> None:
+def test_a_head_is_adapted_to_the_fine_tuned_target_and_served_with_it(world, tmp_path):
     name, adapter = str(world / "target"), str(world / "tuned")
     target = load_target(name, "float64", adapter=adapter)
     stock = make_tiny_head(make_tiny_target(dtype=torch.float32))
@@ -207,18 +203,14 @@ def change_tensors(change: Callable[[dict[str, torch.Tensor]], dict[str, torch.T
         (lambda folder: (folder / "adapter_config.json").write_text("{"), "is not readable JSON"),
     ],
 )
-def test_an_adapter_that_is_not_of_this_target_is_refused_in_one_sentence(
-    world: Path, tmp_path: Path, damage: Callable[[Path], object], words: str
-) -> None:
+def test_an_adapter_that_is_not_of_this_target_is_refused_in_one_sentence(world, tmp_path, damage, words):
     damage(save_adapter(tmp_path / "adapter"))
     with pytest.raises(UserError, match=words) as error:
         load_target(str(world / "target"), "float32", adapter=tmp_path / "adapter")
     assert "\n" not in str(error.value)
 
 
-def test_another_chat_template_beside_the_adapter_is_told(
-    world: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_another_chat_template_beside_the_adapter_is_told(world, tmp_path, caplog):
     save_adapter(tmp_path)
     tokenizer = make_tiny_target().tokenizer
     tokenizer.chat_template = "{{ messages[0]['content'] }}"

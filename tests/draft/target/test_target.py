@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from conftest import byte_tokenizer, make_tiny_target
+from conftest import byte_tokenizer, make_tiny_target, save_target
 from families import model_of
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
@@ -21,8 +21,7 @@ from draft.target import bundled, load_target
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory, tiny_target):
     folder = tmp_path_factory.mktemp("target")
-    tiny_target.model.save_pretrained(folder)
-    tiny_target.tokenizer.save_pretrained(folder)
+    save_target(folder, tiny_target)
     return folder
 
 
@@ -62,9 +61,7 @@ def test_a_folder_loads_in_the_dtype_that_is_asked_for(saved, tiny_target):
 
 
 def test_the_fingerprint_is_of_weights_tokenizer_and_template(tmp_path, tiny_target):
-    half = make_tiny_target(dtype=torch.bfloat16)
-    half.model.save_pretrained(tmp_path)
-    half.tokenizer.save_pretrained(tmp_path)
+    save_target(tmp_path, make_tiny_target(dtype=torch.bfloat16))
     prints = {load_target(str(tmp_path), dtype).fingerprint for dtype in ("float16", "bfloat16", "float32", "float64")}
     assert len(prints) == 1
     assert make_tiny_target(seed=1).fingerprint != tiny_target.fingerprint

@@ -4,9 +4,10 @@ import signal
 
 import pytest
 import torch
+from conftest import ended, python
 from http_testing import eventually
 from torch.distributed import TCPStore
-from training_runs import Run, command, ended, group_environment, last_step, logged, python, run_group, weights
+from training_runs import Run, command, group_environment, last_step, logged, run_group, weights
 
 from draft.training.run import latest_snapshot
 

@@ -16,6 +16,12 @@ from draft.training.config import resolve
 from draft.training.run import RunFolder, latest_snapshot
 
 
+def assert_same_bits(one, other):
+    ours, theirs = weights(one), weights(other)
+    assert ours.keys() == theirs.keys()
+    assert not [name for name, value in ours.items() if not torch.equal(value, theirs[name])]
+
+
 @pytest.mark.parametrize(
     ("mode", "architecture", "accumulation", "count"),
     [
@@ -35,10 +41,7 @@ def test_kill_9_at_a_random_step(made, tmp_path, mode, architecture, accumulatio
     for step in steps:
         assert Run(arguments, signalled=(step, signal.SIGKILL)).wait() == -signal.SIGKILL
     Run(arguments).succeed()
-    ours, theirs = weights(tmp_path / "whole"), weights(tmp_path / "killed")
-    assert ours.keys() == theirs.keys()
-    different = [name for name, value in ours.items() if not torch.equal(value, theirs[name])]
-    assert not different, f"killed at {steps}: {different}"
+    assert_same_bits(tmp_path / "whole", tmp_path / "killed")
     assert logged(tmp_path / "whole") == logged(tmp_path / "killed")
     assert logged(tmp_path / "whole", "beta") == logged(tmp_path / "killed", "beta")
 
@@ -56,8 +59,7 @@ def test_a_signal_ends_a_run_after_the_step_under_way(made, tmp_path):
         assert (out / "training.png").is_file()
     Run(resume).succeed()
     Run(command(made, "pretrain", tmp_path / "whole", *settings)).succeed()
-    ours, theirs = weights(out), weights(tmp_path / "whole")
-    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+    assert_same_bits(tmp_path / "whole", out)
 
 
 def test_resume_and_start_again(made, tmp_path):

@@ -5,14 +5,14 @@ import shutil
 
 import pytest
 import torch
-from conftest import make_tiny_target
+from conftest import make_tiny_head, make_tiny_target, save_tiny_target
 from rich.console import Console
 from training_runs import logged
 
 from draft.afa import load_afa_adapter
 from draft.data.dataset import open_dataset, write_dataset
 from draft.errors import UserError
-from draft.heads.checkpoint import load_head
+from draft.heads.checkpoint import head_sha256, load_head, save_head
 from draft.training.config import resolve
 from draft.training.merge import merge_run
 from draft.training.model import learning_rate_at, parameter_groups
@@ -32,9 +32,7 @@ STARTS = {
 @pytest.fixture(scope="module")
 def world(made):
     """A tiny target on disk, data that it wrote, and a head of each kind pretrained on them for a few steps."""
-    other = make_tiny_target(seed=3, dtype=torch.float32)
-    other.model.save_pretrained(made / "other")
-    other.tokenizer.save_pretrained(made / "other")
+    save_tiny_target(made / "other", seed=3)
     for architecture, flags in STARTS.items():
         run(made, "pretrain", architecture, max_steps=12, save_every=5, **flags)
     return made
@@ -209,3 +207,31 @@ def test_a_run_does_not_go_on_over_other_data(world, tmp_path):
     write_dataset(tmp_path, train[1:] + held_out, dataset.manifest)
     with pytest.raises(UserError, match="have changed"):
         run(world, "pretrain", "other-data", **settings)
+
+
+# ---- merging what is damaged ----
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("about.json", "[]", "about.json' holds a list"),
+        ("about.json", "{}", "is not the one that"),
+        ("config.yaml", "\0", "config.yaml' is missing or damaged"),
+        ("config.yaml", "model: 3", "config.yaml' is missing or damaged"),
+        ("config.yaml", None, "config.yaml' is missing or damaged"),
+        ("config.yaml", "model: {head: null}", "names no base head"),
+    ],
+)
+def test_a_damaged_run_is_named(tmp_path, name, content, words):
+    head, run = tmp_path / "head", tmp_path / "run"
+    save_head(make_tiny_head(make_tiny_target()), head, dtype=torch.float64, about={})
+    run.mkdir()
+    (run / "about.json").write_text(json.dumps({"base_head_sha256": head_sha256(head)}))
+    (run / "config.yaml").write_text(f"model: {{head: {head}}}")
+    (run / name).unlink()
+    if content is not None:
+        (run / name).write_text(content)
+    with pytest.raises(UserError, match=words):
+        merge_run(run, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()

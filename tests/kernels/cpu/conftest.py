@@ -1,7 +1,5 @@
 """The kernels, compiled, for all of their tests."""
 
-from __future__ import annotations
-
 import pytest
 
 from cpu_kernels import arithmetic, load_kernels, set_arithmetic, set_threads

@@ -1,7 +1,5 @@
 """Attention over cache slots against the formula in float64, and bit for bit against itself in another batch."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from cpu_cases import FLOAT, HALF, PROMPT, attend, places, random_case, relative
@@ -80,7 +78,7 @@ def test_a_token_has_the_same_bits_alone_in_a_batch_in_a_tree_and_from_any_base(
     blocks = torch.randperm(20)[:15].view(3, 5)
     q, k, v = (torch.randn(1, heads, 8, 64).to(dtype) for heads in (6, 2, 2))
 
-    def run(nodes: list[int], segment: list[int], mask: Tensor, caches: list[Tensor]) -> Tensor:
+    def run(nodes, segment, mask, caches):
         pick = torch.tensor(nodes)
         positions = torch.tensor([past + path.index(n) if n in path else past for n in nodes])
         q_, k_, v_ = (part[:, :, pick] for part in (q, k, v))

@@ -1,17 +1,11 @@
 """The CPU kernels: threads, schemas of operators, building; packed linear layers against the product in float64."""
 
-from __future__ import annotations
-
-import os
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_tiny_target
+from conftest import ended, make_tiny_target, python
 from cpu_cases import FLOAT, HALF, attend, random_case, relative
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -70,10 +64,8 @@ if child:
     assert os.waitpid(child, 0)[1] == 0
     print("both")
 """
-    root = Path(__file__).parents[3]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), str(root / "kernels")])}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, env=environment)
-    assert (done.returncode, done.stdout) == (0, "both\n"), done.stderr
+    status, shown = ended(python("-c", code))
+    assert status == 0 and "both" in shown, shown
 
 
 def test_a_missing_or_failing_compiler_is_one_sentence(monkeypatch, tmp_path):

@@ -4,10 +4,6 @@ Without either there is nothing here to collect; `tests/kernels/test_ops.py` the
 process of its own.
 """
 
-from __future__ import annotations
-
-from collections.abc import Iterator
-
 import pytest
 from kernel_cases import HAS_TRITON
 
@@ -15,7 +11,7 @@ collect_ignore_glob = [] if HAS_TRITON else ["test_*.py"]
 
 
 @pytest.fixture(autouse=True)
-def _kernels_only(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _kernels_only(monkeypatch):
     """No silent way round the kernels; on a card no measuring for every drawn shape, but the first candidate."""
     from afa_kernels import tuning
 

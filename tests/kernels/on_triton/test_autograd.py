@@ -1,7 +1,5 @@
 """The kernels inside the machinery of training: autocast, checkpointing, torch.compile, no gradients."""
 
-from __future__ import annotations
-
 import logging
 
 import pytest
@@ -45,7 +43,7 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 X = make_case(6, 33, 1, 1, seed=4).x.reshape(2, 3, 33)
 
 
-def test_checkpoint() -> None:
+def test_checkpoint():
     layer = Layer()
     expected = gradients(layer, X)
     for reentrant in (False, True):
@@ -53,7 +51,7 @@ def test_checkpoint() -> None:
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_compiling_the_surrounding_model_keeps_one_graph(dynamic: bool) -> None:
+def test_compiling_the_surrounding_model_keeps_one_graph(dynamic):
     layer = Layer()
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
@@ -65,19 +63,17 @@ def test_compiling_the_surrounding_model_keeps_one_graph(dynamic: bool) -> None:
             assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1  # a new beta is no new graph
 
 
-def test_the_operators_keep_torchs_contract() -> None:
-    from afa_kernels.ops import backward_op, forward_op
-
+def test_the_operators_keep_torchs_contract():
     case = make_case(5, 7, 3, 2)
     tensors = (case.x, case.weight, case.bias, case.lora_a, case.lora_b, case.beta)
-    torch.library.opcheck(forward_op, (*tensors, 1.5, "silu"))
+    torch.library.opcheck(ops.forward_op, (*tensors, 1.5, "silu"))
     z = case.x @ case.lora_a.T
     for wanted in ([True, True, True], [True, False, True], [False, True, False]):
         args = (case.dy, case.x, case.weight, case.lora_a, case.lora_b, z, case.beta, 1.5, "tanh", wanted)
-        torch.library.opcheck(backward_op, (*args, torch.float32, torch.bfloat16))
+        torch.library.opcheck(ops.backward_op, (*args, torch.float32, torch.bfloat16))
 
 
-def test_autocast() -> None:
+def test_autocast():
     for dtype in (torch.float32, torch.bfloat16):
         case = make_case(24, 33, 28, 4, dtypes="fp32" if dtype == torch.float32 else "bf16+fp32")
         with torch.autocast(DEVICE, dtype=torch.bfloat16):
@@ -96,7 +92,7 @@ def test_autocast() -> None:
     assert torch.equal(plain, under)
 
 
-def test_gradients_switched_off_and_none_of_beta() -> None:
+def test_gradients_switched_off_and_none_of_beta():
     layer = Layer()
     layer.beta.requires_grad_()
     expected = gradients(layer, X)["y"]
@@ -107,7 +103,7 @@ def test_gradients_switched_off_and_none_of_beta() -> None:
         assert torch.equal(y, expected) and not y.requires_grad
 
 
-def test_double_backward_is_refused() -> None:
+def test_double_backward_is_refused():
     layer = Layer()
     x = X.clone().requires_grad_()
     (dx,) = torch.autograd.grad(layer(x).sum(), x, create_graph=True)
@@ -115,7 +111,7 @@ def test_double_backward_is_refused() -> None:
         dx.sum().backward()
 
 
-def test_only_the_gradients_that_are_wanted() -> None:
+def test_only_the_gradients_that_are_wanted():
     case = make_case(9, 8, 7, 3, bias=True)
     everything = run(case)
     for wanted, name in (("x", "dx"), ("lora_a", "dA"), ("lora_b", "dB")):
@@ -141,9 +137,7 @@ SHAPES = {"x": (4, 5), "weight": (6, 5), "bias": (6,)}
         ("weight or bias wants a gradient", {"weight": torch.ones(6, 5, requires_grad=True)}),
     ],
 )
-def test_a_layer_that_the_kernels_do_not_cover(
-    word: str, replaced: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_layer_that_the_kernels_do_not_cover(word, replaced, monkeypatch, caplog):
     """With AFA_KERNELS=triton an error gives the reason; by itself the reference runs, and the log says so once."""
     case = make_case(4, 5, 6, 3)
     tensors = {k: getattr(case, k) for k in ("x", "weight", "bias", "lora_a", "lora_b")}

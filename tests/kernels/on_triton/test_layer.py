@@ -1,10 +1,8 @@
 """The PEFT layer of draft.afa: what goes through the kernels, what does not, and that both give the same."""
 
-from __future__ import annotations
-
 import logging
-from collections.abc import Callable
 
+import afa_models
 import pytest
 import torch
 from kernel_cases import DEVICE, limit, relative_error
@@ -15,51 +13,31 @@ from draft.afa import AfaLoraConfig, add_adapter, set_annealing_step
 from draft.errors import UserError
 
 
-class Head(nn.Module):
-    def __init__(self, dtype: torch.dtype) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.fc = nn.Linear(18, 21, dtype=dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc(x)
-
-
 def adapted(dtype: torch.dtype = torch.float32, **options: object) -> nn.Module:
-    options = {"r": 3, "lora_alpha": 6, "target_modules": ["fc"], "beta": 0.4} | options
-    model = add_adapter(Head(dtype), AfaLoraConfig(**options))
-    give_values(model)
-    return model.to(DEVICE)
+    options = {"r": 3, "target_modules": ["fc"], "beta": 0.4} | options
+    return afa_models.adapted(dtype, **options).train().to(DEVICE)
 
 
-def give_values(model: nn.Module) -> None:
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) / 4)
-
-
-X = torch.randn(2, 5, 18, generator=torch.Generator().manual_seed(2)).to(DEVICE)
+X = afa_models.X.float().to(DEVICE)
 
 
 def trained(model: nn.Module, x: Tensor) -> list[Tensor]:
     """The output and every gradient."""
     x = x.detach().requires_grad_()
     model.zero_grad()
-    y = model(x)
+    y = model.get_base_model().fc(x)
     y.float().square().sum().backward()
     return [y.detach(), x.grad, *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
 
 
 @pytest.fixture
-def compare(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+def compare(monkeypatch):
     """compare(model, x): how often the kernels ran; both ways gave the same."""
     calls: list[int] = []
     down = triton_kernels.down
     monkeypatch.setattr(triton_kernels, "down", lambda *args: calls.append(1) or down(*args))
 
-    def compare(model: nn.Module, x: Tensor = X) -> int:
+    def compare(model, x=X):
         calls.clear()
         monkeypatch.setenv("AFA_KERNELS", "auto")
         got = trained(model, x)
@@ -78,14 +56,14 @@ def compare(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     [("silu", torch.float32), ("silu", torch.bfloat16), ("gelu", torch.float32), ("tanh", torch.float32)],
     ids=str,
 )
-def test_one_adapter_is_fused(activation: str, dtype: torch.dtype, compare: Callable[..., int]) -> None:
+def test_one_adapter_is_fused(activation, dtype, compare):
     model = adapted(dtype, activation=activation)
     for step in (0, 3):
         set_annealing_step(model, step, 10)
         assert compare(model, X.to(dtype)) == 1
 
 
-def test_other_placements_and_a_hooked_base_layer_are_not(compare: Callable[..., int]) -> None:
+def test_other_placements_and_a_hooked_base_layer_are_not(compare):
     for placement in ("s-A-B", "s-A-B-s", "s-A-s-B", "s-A-s-B-s"):
         assert compare(adapted(placement=placement)) == 0
     model = adapted()
@@ -94,10 +72,10 @@ def test_other_placements_and_a_hooked_base_layer_are_not(compare: Callable[...,
     assert compare(model) == 0 and len(seen) == 2
 
 
-def test_two_adapters_are_not(compare: Callable[..., int]) -> None:
+def test_two_adapters_are_not(compare):
     model = adapted()
     add_adapter(model, AfaLoraConfig(r=2, lora_alpha=6, target_modules=["fc"], beta=0.7), "two")
-    give_values(model)
+    afa_models.randomise(model)
     model.to(DEVICE)
     assert compare(model) == 1  # "two" is there and not active
     model.base_model.set_adapter(["default", "two"])
@@ -106,14 +84,15 @@ def test_two_adapters_are_not(compare: Callable[..., int]) -> None:
     assert compare(model) == 1
 
 
-def test_disabled_and_merged_adapters_are_not(compare: Callable[..., int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_disabled_and_merged_adapters_are_not(compare, monkeypatch):
     model = adapted(beta=0.0)
     assert compare(model) == 1
     calls: list[int] = []
     monkeypatch.setattr(triton_kernels, "down", lambda *args: calls.append(1))
     monkeypatch.setenv("AFA_KERNELS", "auto")
     with torch.no_grad():
-        base = model.get_base_model().fc.base_layer(X)
+        head = model.get_base_model()
+        base = head.lm_head(torch.tanh(head.fc.base_layer(X)))
         with model.disable_adapter():
             torch.testing.assert_close(model(X), base)
         model.merge_adapter()
@@ -121,9 +100,7 @@ def test_disabled_and_merged_adapters_are_not(compare: Callable[..., int], monke
     assert not calls
 
 
-def test_dropout_takes_pytorch_and_says_so_once(
-    compare: Callable[..., int], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_dropout_takes_pytorch_and_says_so_once(compare, monkeypatch, caplog):
     model = adapted(lora_dropout=0.25)
     assert compare(model.eval()) == 1
     model.train()
@@ -140,7 +117,7 @@ def test_dropout_takes_pytorch_and_says_so_once(
         adapted(r=257)(X)
 
 
-def test_compiling_a_model_with_adapted_layers() -> None:
+def test_compiling_a_model_with_adapted_layers():
     model = adapted()
     torch._dynamo.reset()
     compiled = torch.compile(model.get_base_model(), fullgraph=True, backend="aot_eager")

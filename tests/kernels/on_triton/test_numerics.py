@@ -1,8 +1,7 @@
-"""y, dx, dA and dB of the kernels against the reference in float64, for any shape, stride and value."""
-
-from __future__ import annotations
+"""y, dx, dA and dB of the kernels against the reference in float64, for any shape, stride and value; the benchmark."""
 
 import importlib.util
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from torch import Tensor
 
 import afa_kernels
 from afa_kernels import ACTIVATIONS, afa_lora_linear, ops, reference, triton_kernels, tuning
+from benchmarks import kernels
 
 # On a card, and where the frozen product is rounded before the LoRA term is added, the terms of a single number
 # may cancel; the norm of a few dozen can't.
@@ -41,9 +41,7 @@ SMALLEST = 1 if INTERPRETING else 8
     bias=st.booleans(),
     seed=st.integers(0, 99),
 )
-def test_any_shape(
-    sizes: tuple[int, int, int, int], dtypes: str, activation: str, beta: float, bias: bool, seed: int
-) -> None:
+def test_any_shape(sizes, dtypes, activation, beta, bias, seed):
     case = make_case(*sizes, dtypes=dtypes, activation=activation, beta=beta, bias=bias, seed=seed)
     with tuning.only("fused"):
         assert_exact(case)
@@ -51,7 +49,7 @@ def test_any_shape(
 
 @pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_every_activation_and_nan_and_infinity_pass_as_in_the_reference(activation: str, beta: float) -> None:
+def test_every_activation_and_nan_and_infinity_pass_as_in_the_reference(activation, beta):
     case = make_case(40, 18, 11, 3, activation=activation, beta=beta)
     assert_exact(case)
     case.x[1, 2], case.x[3, 17], case.x[35, 0] = float("nan"), float("inf"), -float("inf")
@@ -64,19 +62,19 @@ def test_every_activation_and_nan_and_infinity_pass_as_in_the_reference(activati
 
 
 @pytest.mark.parametrize("dtypes", DTYPES)
-def test_the_update_in_place(dtypes: str) -> None:
+def test_the_update_in_place(dtypes):
     with tuning.only("update"):
         assert_exact(make_case(33, 17, 35, 9, dtypes=dtypes))
 
 
 @pytest.mark.parametrize("rank", [64, 100, 129, 256])
-def test_ranks_of_several_blocks(rank: int) -> None:
+def test_ranks_of_several_blocks(rank):
     assert_exact(make_case(19, 34, 37, rank))
 
 
 @pytest.mark.skipif(not INTERPRETING, reason="a card uses these blocks in every test")
 @pytest.mark.parametrize("dtypes", ["bf16+fp32", "fp32"])
-def test_the_blocks_of_a_card(dtypes: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_blocks_of_a_card(dtypes, monkeypatch):
     size = DTYPES[dtypes][0].itemsize
     first = {"thin": tuning.thin_blocks(size, 8)[0], "linear": tuning.LINEAR[size][0], "outer": tuning.OUTER[size][0]}
     monkeypatch.setattr(tuning, "INTERPRETED", first)
@@ -84,7 +82,7 @@ def test_the_blocks_of_a_card(dtypes: str, monkeypatch: pytest.MonkeyPatch) -> N
     assert_exact(make_case(*shape, 8, dtypes=dtypes))
 
 
-def test_sums_over_tokens_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sums_over_tokens_in_parts(monkeypatch):
     monkeypatch.setattr(triton_kernels, "_processors", lambda device: 3)
     monkeypatch.setitem(tuning.INTERPRETED, "outer", tuning.Blocks(16, 32, 0, 1, 1))
     splits, share = triton_kernels._splits(90, 40, tuning.INTERPRETED["outer"], torch.device(DEVICE))
@@ -93,7 +91,7 @@ def test_sums_over_tokens_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("variant", ["fused", "update"])
-def test_no_tokens(variant: str) -> None:
+def test_no_tokens(variant):
     case = make_case(0, 5, 7, 3, dtypes="bf16+fp32")
     with tuning.only(variant):
         got = run(case)
@@ -113,7 +111,7 @@ def strided(t: Tensor, kind: str) -> Tensor:
 
 @pytest.mark.parametrize("kind", ["transposed", "every second"])
 @pytest.mark.parametrize("variant", ["fused", "update"])
-def test_inputs_that_are_not_contiguous(variant: str, kind: str) -> None:
+def test_inputs_that_are_not_contiguous(variant, kind):
     case = make_case(20, 37, 33, 5)
     tensors = {k: strided(v, kind) for k, v in vars(case).items() if isinstance(v, Tensor) and v.dim()}
     assert not any(t.is_contiguous() for t in tensors.values())
@@ -121,7 +119,7 @@ def test_inputs_that_are_not_contiguous(variant: str, kind: str) -> None:
         assert_exact(replace(case, **tensors))
 
 
-def test_an_expanded_gradient_and_more_dimensions() -> None:
+def test_an_expanded_gradient_and_more_dimensions():
     case = make_case(24, 10, 12, 4)
     x = case.x.reshape(2, 3, 4, 10).transpose(0, 2).detach().requires_grad_()
     rest = (case.weight, case.bias, case.lora_a, case.lora_b)
@@ -138,7 +136,7 @@ def test_an_expanded_gradient_and_more_dimensions() -> None:
 
 
 @pytest.mark.parametrize("variant", ["fused", "update"])
-def test_every_output_element_is_written_and_nothing_else(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_output_element_is_written_and_nothing_else(variant, monkeypatch):
     monkeypatch.setattr(triton_kernels, "_processors", lambda device: 2)
     case = make_case(41, 35, 67, 5)
     expected = exact(case)
@@ -150,7 +148,7 @@ def test_every_output_element_is_written_and_nothing_else(variant: str, monkeypa
     assert all(relative_error(got[name], expected[name]) < 1e-5 for name in OUTPUTS)
 
 
-def test_the_backward_keeps_and_writes_nothing_of_the_outputs_size(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_backward_keeps_and_writes_nothing_of_the_outputs_size(monkeypatch):
     case = make_case(48, 20, 30, 4)
     x, a, b = (t.detach().requires_grad_() for t in (case.x, case.lora_a, case.lora_b))
     saved: list[Tensor] = []
@@ -165,7 +163,7 @@ def test_the_backward_keeps_and_writes_nothing_of_the_outputs_size(monkeypatch: 
 
 
 @pytest.mark.parametrize(("activation", "dtypes"), [*((name, "bf16+fp32") for name in ACTIVATIONS), ("silu", "fp32")])
-def test_beta_zero_is_bitwise_the_kernels_without_an_activation(activation: str, dtypes: str) -> None:
+def test_beta_zero_is_bitwise_the_kernels_without_an_activation(activation, dtypes):
     case = make_case(33, 20, 18, 6, dtypes=dtypes, beta=0.0)
     case.x[0] = 0
     x, weight, bias = case.x, case.weight, case.bias
@@ -192,12 +190,8 @@ MUTATIONS = {
     "scaling of y": ("silu", "acc *= scaling", "acc *= 1.0"),
     "scaling of dz": ("silu", "dh = scaling * _times_factor", "dh = _times_factor"),
     "scaling of dB": ("silu", "_cast(acc * scaling, out_ptr", "_cast(acc, out_ptr"),
-    "the mask of a product's left side": (
-        "silu",
-        "(p_ptrs, mask=(ks < width - start)[None, :], other=0.0)",
-        "(p_ptrs)",
-    ),
-    "the mask of its right side": ("silu", "(q_ptrs, mask=(ks < width - start)[:, None], other=0.0)", "(q_ptrs)"),
+    "the mask of a left side": ("silu", "(p_ptrs, mask=(ks < width - start)[None, :], other=0.0)", "(p_ptrs)"),
+    "the mask of a right side": ("silu", "(q_ptrs, mask=(ks < width - start)[:, None], other=0.0)", "(q_ptrs)"),
     "the mask of the rank": ("silu", "mask=(r < rank)[None, :], other=0.0", "mask=None"),
     "the mask of the tokens": ("silu", "mask=inside, other=0.0)\n        q", "mask=None)\n        q"),
     "the mask of y": ("silu", TOKEN_MASK, TOKEN_MASK.replace("rows < tokens", "rows > -1")),
@@ -218,13 +212,13 @@ def noticed(activation: str, monkeypatch: pytest.MonkeyPatch) -> bool:
 
 
 @MUTABLE
-def test_the_kernels_as_they_are_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_kernels_as_they_are_pass(monkeypatch):
     assert not noticed("silu", monkeypatch)
 
 
 @MUTABLE
 @pytest.mark.parametrize("name", MUTATIONS)
-def test_a_broken_kernel_is_noticed(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_broken_kernel_is_noticed(name, tmp_path, monkeypatch):
     activation, old, new = MUTATIONS[name]
     source = Path(triton_kernels.__file__).read_text()
     assert source.count(old) == 1
@@ -235,3 +229,23 @@ def test_a_broken_kernel_is_noticed(name: str, tmp_path: Path, monkeypatch: pyte
     spec.loader.exec_module(mutant)
     monkeypatch.setattr(afa_kernels, "triton_kernels", mutant)  # where the operators import it from
     assert noticed(activation, monkeypatch)
+
+
+# ---- the benchmark of kernels, on a tiny layer ----
+
+
+@pytest.mark.skipif(not INTERPRETING, reason="a card is measured by the benchmark itself")
+def test_a_whole_run(tmp_path, capsys):
+    options = "--device cpu --shapes 24x40 --tokens 20 --ranks 4 --repeats 1 --check"
+    assert kernels.main([*options.split(), "--out", str(tmp_path)]) == 1  # the interpreter is slow: the bars are missed
+    printed = capsys.readouterr().out
+    assert "MISSED" in printed and "interpreted on the CPU" in printed and "40" in printed
+    results = json.loads((tmp_path / "kernels-cpu.json").read_text())
+    phases = [(row["in"], row["out"], row["phase"]) for row in results["rows"]]
+    assert phases == [(24, 40, phase) for phase in ("forward", "backward", "both")]
+    for row in results["rows"]:
+        assert set(row["ms"]) == set(row["peak_mib"]) == set(kernels.CONTENDERS) and all(row["ms"].values())
+        assert set(row["errors"]) == {"y", "dx", "dA", "dB"} and max(row["errors"].values()) < 1e-2
+        assert row["floor_ms"] > 0
+    assert results["device"] == "cpu" and results["ceilings"]["flops"] > 0 and "--tokens 20" in results["command"]
+    assert (tmp_path / "kernels-cpu.png").read_bytes()[:4] == b"\x89PNG"

@@ -1,25 +1,19 @@
 """Fixtures of the HTTP service's tests."""
 
-from __future__ import annotations
-
 import json
-from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
 from http_testing import GatedEngine
 
-from draft.heads import Eagle3Head
-from draft.target import Target
 from serving.api.app import create_app
 from serving.api.middleware import JsonFormatter
 from serving.engine import Engine
 
 
 @pytest.fixture(scope="module")
-def client(tiny_target: Target, tiny_head: Eagle3Head) -> Iterator[TestClient]:
+def client(tiny_target, tiny_head):
     """The service around a float64 target whose head drafts chains of 5."""
     engine = Engine(tiny_target, tiny_head, speculation="chain")
     with TestClient(create_app(engine, head_name="/home/someone/heads/tiny-head")) as client:
@@ -27,13 +21,13 @@ def client(tiny_target: Target, tiny_head: Eagle3Head) -> Iterator[TestClient]:
 
 
 @pytest.fixture
-def make_gated(tiny_target: Target, tiny_head: Eagle3Head) -> Callable[..., GatedEngine]:
+def make_gated(tiny_target, tiny_head):
     """Return a maker of engines of one slot, which take no step before their gate is opened."""
     return partial(GatedEngine, tiny_target, tiny_head, speculation="chain", max_batch=1)
 
 
 @pytest.fixture
-def log_lines(caplog, monkeypatch) -> Callable[[], list[dict[str, Any]]]:
+def log_lines(caplog, monkeypatch):
     """Return a function that gives the lines of the server's log so far."""
     monkeypatch.setattr(caplog.handler, "formatter", JsonFormatter())
     caplog.set_level("INFO", "serving")
@@ -41,6 +35,6 @@ def log_lines(caplog, monkeypatch) -> Callable[[], list[dict[str, Any]]]:
 
 
 @pytest.fixture
-def gated(make_gated: Callable[..., GatedEngine]) -> GatedEngine:
+def gated(make_gated):
     """An engine with a queue of two."""
     return make_gated(max_waiting=2)

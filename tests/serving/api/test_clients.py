@@ -1,11 +1,8 @@
 """Real clients, unmodified, against a live server on a real port."""
 
-from __future__ import annotations
-
 import re
 import shlex
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import openai
@@ -14,8 +11,6 @@ from http_testing import MESSAGES, PROMPT, live
 from huggingface_hub import InferenceClient
 from huggingface_hub.errors import ValidationError
 
-from draft.heads import Eagle3Head
-from draft.target import Target
 from serving.api.app import create_app
 from serving.engine import Engine, SamplingParams
 
@@ -23,23 +18,23 @@ ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(scope="module")
-def engine(tiny_target: Target, tiny_head: Eagle3Head) -> Engine:
+def engine(tiny_target, tiny_head):
     return Engine(tiny_target, tiny_head, speculation="chain", max_batch=2, max_waiting=2)
 
 
 @pytest.fixture(scope="module")
-def url(engine: Engine) -> Iterator[str]:
+def url(engine):
     with live(create_app(engine)) as address:
         yield address
 
 
 @pytest.fixture(scope="module")
-def client(url: str) -> openai.OpenAI:
+def client(url):
     return openai.OpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=0)
 
 
 @pytest.fixture(scope="module")
-def text(tiny_target: Target) -> str:
+def text(tiny_target):
     """The greedy answer."""
     ids = tiny_target.tokenizer(PROMPT).input_ids
     return Engine(tiny_target).generate([ids], SamplingParams(max_new_tokens=12))[0].text
@@ -48,7 +43,7 @@ def text(tiny_target: Target) -> str:
 # --- openai
 
 
-def test_openai_completions_chat_and_models(client, text) -> None:
+def test_openai_completions_chat_and_models(client, text):
     wishes = {"model": "any", "temperature": 0}
     answer = client.completions.create(prompt=PROMPT, max_tokens=12, logprobs=1, **wishes)
     assert answer.choices[0].text == text and answer.choices[0].finish_reason == "length"
@@ -70,7 +65,7 @@ def test_openai_completions_chat_and_models(client, text) -> None:
     assert client.models.list().data[0].id == client.models.retrieve("tiny").id == "tiny"
 
 
-def test_an_openai_answer_goes_back_into_the_conversation(client, url) -> None:
+def test_an_openai_answer_goes_back_into_the_conversation(client, url):
     """As the clients themselves send it, with all that an answer's message has."""
     wishes = {"model": "any", "max_tokens": 4, "temperature": 0}
     messages = [*MESSAGES]
@@ -89,7 +84,7 @@ def test_an_openai_answer_goes_back_into_the_conversation(client, url) -> None:
     assert hub.chat_completion([*MESSAGES, answer, *MESSAGES], max_tokens=4, temperature=0).choices
 
 
-def test_openai_errors_are_its_exception_types(client, url, tiny_target) -> None:
+def test_openai_errors_are_its_exception_types(client, url, tiny_target):
     with pytest.raises(openai.BadRequestError, match="temperature") as bad:
         client.completions.create(model="any", prompt="a", temperature=3)
     assert bad.value.param == "temperature" and bad.value.request_id
@@ -102,7 +97,7 @@ def test_openai_errors_are_its_exception_types(client, url, tiny_target) -> None
 # --- huggingface_hub
 
 
-def test_inference_client(url, text) -> None:
+def test_inference_client(url, text):
     for path in ("", "/generate"):
         client = InferenceClient(model=url + path)
         assert client.text_generation(PROMPT, max_new_tokens=12) == text
@@ -131,7 +126,7 @@ def readme_commands() -> list[str]:
 
 
 @pytest.mark.parametrize("command", readme_commands())
-def test_curl_lines_of_the_documents(url, command) -> None:
+def test_curl_lines_of_the_documents(url, command):
     command = command.replace("localhost:8000", url.removeprefix("http://"))
     command = [*shlex.split(command), "--fail-with-body", "-sS"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)

@@ -1,7 +1,5 @@
 """TGI's contract, in process: POST /generate, and the same answers as server-sent events."""
 
-from __future__ import annotations
-
 import json
 from typing import Any
 
@@ -16,7 +14,7 @@ from serving.api.streaming import event
 from serving.engine import Engine, SamplingParams
 
 
-def test_the_answer_is_the_engine_s_and_details_come_only_when_asked_for(client, tiny_target) -> None:
+def test_the_answer_is_the_engine_s_and_details_come_only_when_asked_for(client, tiny_target):
     ids = tiny_target.tokenizer(PROMPT).input_ids
     plain = Engine(tiny_target).generate([ids], SamplingParams(max_new_tokens=8, logprobs=0))[0]
     assert ask(client).json() == {"generated_text": plain.text}
@@ -30,7 +28,7 @@ def test_the_answer_is_the_engine_s_and_details_come_only_when_asked_for(client,
     assert details["tokens"][0]["logprob"] == pytest.approx(plain.tokens[0].logprob)
 
 
-def test_a_request_of_inputs_alone_is_greedy_and_null_means_default(tiny_target, tiny_head) -> None:
+def test_a_request_of_inputs_alone_is_greedy_and_null_means_default(tiny_target, tiny_head):
     off = {"best_of": 1, "watermark": False, "typical_p": 1.0, "repetition_penalty": 1, "frequency_penalty": 0.0,
            "top_n_tokens": 0, "decoder_input_details": False, "stop": []}  # fmt: skip
     with TestClient(create_app(Engine(tiny_target, tiny_head), limits=Limits(max_new_tokens=8))) as client:
@@ -55,7 +53,7 @@ def test_a_request_of_inputs_alone_is_greedy_and_null_means_default(tiny_target,
         (False, {"temperature": 0, "do_sample": True, "top_p": 1.0}),
     ],
 )
-def test_what_turns_sampling_on(client, parameters, samples) -> None:
+def test_what_turns_sampling_on(client, parameters, samples):
     greedy = ask(client).json()["generated_text"]
     drawn = [ask(client, details=True, **{"seed": seed, **parameters}).json() for seed in (0, None)]
     assert ({each["generated_text"] for each in drawn} == {greedy}) != samples
@@ -64,8 +62,8 @@ def test_what_turns_sampling_on(client, parameters, samples) -> None:
         assert again["generated_text"] == drawn[1]["generated_text"]
 
 
-def test_the_same_seed_gives_the_same_text_whatever_speculation_does(client, tiny_target, tiny_head) -> None:
-    def speculating(**speculative: Any) -> dict[str, Any]:
+def test_the_same_seed_gives_the_same_text_whatever_speculation_does(client, tiny_target, tiny_head):
+    def speculating(**speculative):
         settings = {"temperature": 1.0, "seed": 7, "details": True, "max_new_tokens": 16}
         return ask(client, **settings, speculative=speculative).json()
 
@@ -86,7 +84,7 @@ def test_the_same_seed_gives_the_same_text_whatever_speculation_does(client, tin
     assert by_rejection["generated_text"] == expected.text != default["generated_text"]
 
 
-def test_figures_of_speculation_are_the_engine_s(client, tiny_target, tiny_head) -> None:
+def test_figures_of_speculation_are_the_engine_s(client, tiny_target, tiny_head):
     figures = ask(client, details=True, max_new_tokens=30).json()["details"]["speculative"]
     ids = tiny_target.tokenizer(PROMPT).input_ids
     engine = Engine(tiny_target, tiny_head, speculation="chain")
@@ -101,7 +99,7 @@ def test_figures_of_speculation_are_the_engine_s(client, tiny_target, tiny_head)
     assert (figures["acceptance_length"], figures["verifications"]) == (None, 0)
 
 
-def test_the_context_is_filled_to_its_last_token_and_no_further(tiny_target) -> None:
+def test_the_context_is_filled_to_its_last_token_and_no_further(tiny_target):
     prompt_tokens = len(tiny_target.tokenizer(PROMPT).input_ids)
     context = prompt_tokens + 5
     with TestClient(create_app(Engine(tiny_target, max_length=context))) as client:
@@ -119,7 +117,7 @@ def test_the_context_is_filled_to_its_last_token_and_no_further(tiny_target) -> 
         assert ask(client, PROMPT + "zzzz", max_new_tokens=1).status_code == 200
 
 
-def test_chat_puts_the_inputs_into_the_template(client, tiny_target, monkeypatch) -> None:
+def test_chat_puts_the_inputs_into_the_template(client, tiny_target, monkeypatch):
     wishes = {"max_new_tokens": 12, "temperature": 1.0, "seed": 3, "details": True}
     said = MESSAGES[0]["content"]
     asked = ask(client, said, chat=True, **wishes).json()
@@ -147,7 +145,7 @@ def stream(client: Any, path: str = "/generate_stream", **parameters: Any) -> li
 
 
 @pytest.mark.parametrize("path", ["/generate_stream", "/generate", "/"])
-def test_one_event_a_token_and_the_last_has_all(client, path) -> None:
+def test_one_event_a_token_and_the_last_has_all(client, path):
     whole = ask(client, **SAMPLED, details=True).json()
     told = stream(client, path, **SAMPLED)
     assert whole["details"]["speculative"]["accepted"] > 0  # several tokens in one step, one event each all the same
@@ -161,7 +159,7 @@ def test_one_event_a_token_and_the_last_has_all(client, path) -> None:
     assert last["details"] == expected | {"input_length": last["details"]["input_length"]}
 
 
-def test_stop_strings_end_the_text_stay_in_it_and_are_the_same_streamed(client) -> None:
+def test_stop_strings_end_the_text_stay_in_it_and_are_the_same_streamed(client):
     text = ask(client, max_new_tokens=24).json()["generated_text"]
     stop = next(character for character in text if character.isascii())  # the random model's bytes are rarely UTF-8
     wishes = {"max_new_tokens": 24, "stop": ["\u2603", stop]}
@@ -173,7 +171,7 @@ def test_stop_strings_end_the_text_stay_in_it_and_are_the_same_streamed(client) 
     assert told["details"]["finish_reason"] == "stop_sequence"
 
 
-def test_origins_say_which_tokens_were_drafted_and_what_fell(client) -> None:
+def test_origins_say_which_tokens_were_drafted_and_what_fell(client):
     plain = stream(client, **SAMPLED)
     told = stream(client, **SAMPLED, speculative={"origin": True})
     assert all("origin" not in each["token"] for each in plain)
@@ -200,7 +198,7 @@ def test_origins_say_which_tokens_were_drafted_and_what_fell(client) -> None:
     assert [token["origin"] for token in whole] == origins
 
 
-def test_top_tokens(client) -> None:
+def test_top_tokens(client):
     told = stream(client, top_n_tokens=3)
     assert all([top["id"] for top in each["top_tokens"]][0] == each["token"]["id"] for each in told)  # greedy
     assert all(len(each["top_tokens"]) == 3 for each in told)
@@ -209,7 +207,7 @@ def test_top_tokens(client) -> None:
     assert "top_tokens" not in ask(client, details=True).json()["details"]
 
 
-def test_an_event_is_one_line_to_all_who_split_lines() -> None:
+def test_an_event_is_one_line_to_all_who_split_lines():
     """httpx ends lines wherever Unicode has line ends, as U+0085, U+2028 and U+2029, which models write."""
     text = "a\u0085b\u2028c\u2029d\x0be\x1cf\r\n\u00e9\U0001f993"
     line, blank = event({"text": text}).decode().splitlines()
@@ -230,7 +228,7 @@ def failing(engine: GatedEngine, after: int, failure: BaseException) -> None:
 
 
 @pytest.mark.parametrize("failure", [RuntimeError("/home/secret exploded"), SystemExit("the thread is gone")])
-def test_a_failure_in_the_middle_is_the_last_event(gated, failure) -> None:
+def test_a_failure_in_the_middle_is_the_last_event(gated, failure):
     failing(gated, 3, failure)
     with TestClient(create_app(gated), raise_server_exceptions=False) as client:
         text = client.post("/generate_stream", json={"inputs": PROMPT, "parameters": {"max_new_tokens": 40}}).text
@@ -239,7 +237,7 @@ def test_a_failure_in_the_middle_is_the_last_event(gated, failure) -> None:
     assert error.keys() == {"error", "error_type"}
 
 
-def test_a_failure_before_the_first_token_has_a_status(gated) -> None:
+def test_a_failure_before_the_first_token_has_a_status(gated):
     with TestClient(create_app(gated), raise_server_exceptions=False) as client:
         for path, body, status in (
             ("/generate_stream", {"inputs": "a"}, 424),
@@ -251,7 +249,7 @@ def test_a_failure_before_the_first_token_has_a_status(gated) -> None:
             assert answer.headers["x-should-retry"] == "false"
 
 
-def test_the_deadline_ends_a_stream_with_an_error(gated) -> None:
+def test_the_deadline_ends_a_stream_with_an_error(gated):
     with TestClient(create_app(gated, limits=Limits(request_seconds=0.2))) as client:
         for path, field in (("/generate_stream", "inputs"), ("/generate", "inputs"), ("/v1/completions", "prompt")):
             answer = client.post(path, json={field: PROMPT})

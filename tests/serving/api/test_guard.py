@@ -1,11 +1,8 @@
 """Keys, origins, request ids, logs, and what is refused before a body is parsed."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import socket
-from typing import Any
 
 import pytest
 from conftest import byte_tokenizer
@@ -32,7 +29,7 @@ def locked(tiny_target):
 
 
 @pytest.mark.parametrize(("method", "path"), GUARDED, ids=str)
-def test_without_the_key_there_is_401_in_the_surface_s_shape(locked, method, path) -> None:
+def test_without_the_key_there_is_401_in_the_surface_s_shape(locked, method, path):
     for given in (None, "", f"Bearer {KEY}x", "Bearer ", f"Basic {KEY}", KEY, "Bearer \u00e9"):
         headers = {} if given is None else {"authorization": given.encode()}
         answer = locked.request(method, path, headers=headers)
@@ -44,7 +41,7 @@ def test_without_the_key_there_is_401_in_the_surface_s_shape(locked, method, pat
     assert all(locked.get(open_to_all).status_code != 401 for open_to_all in ("/health", "/ready", "/"))
 
 
-def test_cors_only_where_it_is_asked_for(locked, client) -> None:
+def test_cors_only_where_it_is_asked_for(locked, client):
     asked = {"origin": "https://pages.example", "access-control-request-method": "POST",
              "access-control-request-headers": "authorization,content-type"}  # fmt: skip
     allowed = locked.options("/generate", headers=asked)
@@ -55,7 +52,7 @@ def test_cors_only_where_it_is_asked_for(locked, client) -> None:
     assert "access-control-allow-origin" not in client.get("/health", headers=asked).headers
 
 
-def test_only_json_is_taken_and_the_way_out_is_named(client) -> None:
+def test_only_json_is_taken_and_the_way_out_is_named(client):
     body, json_type = b'{"inputs": "a", "parameters": {"max_new_tokens": 1}}', "Application/JSON; charset=utf-8"
     for headers, path in (
         ({"content-type": "application/x-www-form-urlencoded"}, "/generate"),
@@ -68,7 +65,7 @@ def test_only_json_is_taken_and_the_way_out_is_named(client) -> None:
     assert client.post("/generate", content=body, headers={"content-type": json_type}).status_code == 200
 
 
-def test_a_body_past_the_limit_is_413_whether_or_not_it_says_its_length(tiny_target) -> None:
+def test_a_body_past_the_limit_is_413_whether_or_not_it_says_its_length(tiny_target):
     body, json_type = json.dumps({"inputs": "z" * 2000}).encode(), {"content-type": "application/json"}
     with TestClient(create_app(Engine(tiny_target), limits=Limits(max_body_bytes=1000))) as client:
         parts = iter([body[:600], body[600:]])
@@ -78,7 +75,7 @@ def test_a_body_past_the_limit_is_413_whether_or_not_it_says_its_length(tiny_tar
         assert ask(client, "short", max_new_tokens=2).status_code == 200
 
 
-def test_a_length_past_the_limit_is_413_before_anything_is_read(tiny_target, monkeypatch) -> None:
+def test_a_length_past_the_limit_is_413_before_anything_is_read(tiny_target, monkeypatch):
     # longer than the sockets here wait: an answer that came after it would come too late, on any machine
     monkeypatch.setattr("serving.api.middleware._READ_ON_SECONDS", 60)
     app = create_app(Engine(tiny_target), limits=Limits(max_body_bytes=1000))
@@ -98,7 +95,7 @@ def test_a_length_past_the_limit_is_413_before_anything_is_read(tiny_target, mon
         assert told.startswith(b"HTTP/1.1 413") and b"1000 bytes" in told
 
 
-def test_a_body_that_does_not_come_is_408(tiny_target) -> None:
+def test_a_body_that_does_not_come_is_408(tiny_target):
     app = create_app(Engine(tiny_target), limits=Limits(body_seconds=0.1))
 
     async def slowly():
@@ -113,7 +110,7 @@ def test_a_body_that_does_not_come_is_408(tiny_target) -> None:
         assert answer.status_code == 408 and "0.1 seconds" in answer.text
 
 
-def test_a_prompt_of_no_tokens_is_refused(tiny_target) -> None:
+def test_a_prompt_of_no_tokens_is_refused(tiny_target):
     """As of blanks, where a tokenizer strips them."""
     target = Target("blanks", tiny_target.model, byte_tokenizer())
     target.tokenizer.backend_tokenizer.normalizer = normalizers.Strip()
@@ -133,7 +130,7 @@ def test_a_prompt_of_no_tokens_is_refused(tiny_target) -> None:
         assert ask(client, " a", max_new_tokens=1).status_code == 200
 
 
-def test_a_prompt_too_long_for_any_context_is_not_tokenised(tiny_target, monkeypatch) -> None:
+def test_a_prompt_too_long_for_any_context_is_not_tokenised(tiny_target, monkeypatch):
     app = create_app(Engine(tiny_target))
     monkeypatch.setattr(app.state.service._encoder, "submit", None)  # never called
     with TestClient(app, raise_server_exceptions=False) as client:
@@ -142,7 +139,7 @@ def test_a_prompt_too_long_for_any_context_is_not_tokenised(tiny_target, monkeyp
             assert answer.status_code in (400, 422) and "100000 characters" in answer.text and "512" in answer.text
 
 
-def test_truncate_keeps_the_end_of_the_inputs_and_reads_no_more_than_the_context(client, monkeypatch) -> None:
+def test_truncate_keeps_the_end_of_the_inputs_and_reads_no_more_than_the_context(client, monkeypatch):
     expected = ask(client, PROMPT, max_new_tokens=3).json()
     long = "z" * 100_000 + PROMPT
     tokens = len(client.post("/tokenize", json={"inputs": PROMPT}).json())
@@ -151,7 +148,7 @@ def test_truncate_keeps_the_end_of_the_inputs_and_reads_no_more_than_the_context
     encoder = client.app.state.service._encoder
     inner = encoder.submit
 
-    def counting(work: Any) -> Any:
+    def counting(work):
         read.append(len(work.args[0]))
         return inner(work)
 
@@ -160,7 +157,7 @@ def test_truncate_keeps_the_end_of_the_inputs_and_reads_no_more_than_the_context
     assert len(read) == 1 and 512 <= read[0] < 20_000
 
 
-def test_log_lines_are_json_with_the_request_s_id_and_without_its_prompt(client, log_lines) -> None:
+def test_log_lines_are_json_with_the_request_s_id_and_without_its_prompt(client, log_lines):
     answer = ask(client, max_new_tokens=2)
     refused = ask(client, max_new_tokens=0)
     client.get("/health")
@@ -171,7 +168,7 @@ def test_log_lines_are_json_with_the_request_s_id_and_without_its_prompt(client,
     assert "zebras" not in str(lines)
 
 
-def test_what_nobody_expected_tells_nothing_and_is_not_asked_for_again(tiny_target, monkeypatch, caplog) -> None:
+def test_what_nobody_expected_tells_nothing_and_is_not_asked_for_again(tiny_target, monkeypatch, caplog):
     app = create_app(Engine(tiny_target))
     monkeypatch.setattr(app.state.service, "check_open", lambda: 1 / 0)
     with TestClient(app, raise_server_exceptions=False) as client:
@@ -181,7 +178,7 @@ def test_what_nobody_expected_tells_nothing_and_is_not_asked_for_again(tiny_targ
             assert "division" not in answer.text and "division" in caplog.text
 
 
-def test_metrics_under_another_prefix_are_vllm_s(tiny_target, tiny_head) -> None:
+def test_metrics_under_another_prefix_are_vllm_s(tiny_target, tiny_head):
     engine = Engine(tiny_target, tiny_head, speculation="chain")
     with TestClient(create_app(engine, metrics_prefix="vllm")) as client:
         ask(client, max_new_tokens=20)

@@ -1,13 +1,10 @@
 """Many requests at once against a live server: exactness, cancellation, slow readers."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import random
 import socket
 import time
-from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Any
 
@@ -64,20 +61,20 @@ class EndlessEngine(Engine):
         return requests
 
 
-def test_a_cancel_storm_changes_no_other_answer_and_leaves_nothing_behind() -> None:
+def test_a_cancel_storm_changes_no_other_answer_and_leaves_nothing_behind():
     """Mixed requests beside those whose clients leave give what each gives alone."""
     target = make_tiny_target()
     target.__dict__["eos_token_ids"] = frozenset()  # the cached property's own place: every answer has its full length
     engine = EndlessEngine(target, make_tiny_head(target), speculation="chain", max_batch=16)
 
-    async def stays(client: httpx.AsyncClient, index: int) -> str:
+    async def stays(client, index):
         wishes = mixed(index) | {"speculative": {"num_tokens": index % 6}}
         body = {"inputs": f"{index} {PROMPT[: index % 40]}", "parameters": wishes, "stream": index % 4 == 0}
         answer = await client.post("/generate", json=body)
         assert answer.status_code == 200, answer.text
         return (events(answer.text)[-1] if body["stream"] else answer.json())["generated_text"]
 
-    async def leaves(client: httpx.AsyncClient, index: int) -> None:
+    async def leaves(client, index):
         pick, wishes = random.Random(index), {"max_new_tokens": LONG, "temperature": 1.0, "seed": index}
         body = {"inputs": f"{index}", "parameters": wishes, "stream": index % 4 == 1}
         if body["stream"]:  # left after some events
@@ -98,7 +95,7 @@ def test_a_cancel_storm_changes_no_other_answer_and_leaves_nothing_behind() -> N
         await asyncio.wait([task])
         assert task.cancelled()
 
-    async def storm() -> list[str | None]:
+    async def storm():
         limits = httpx.Limits(max_connections=400)
         async with asyncio.timeout(120), httpx.AsyncClient(base_url=url, timeout=120, limits=limits) as client:
             return await asyncio.gather(*((leaves if index % 2 else stays)(client, index) for index in range(COUNT)))
@@ -122,7 +119,7 @@ def test_a_cancel_storm_changes_no_other_answer_and_leaves_nothing_behind() -> N
     assert sum(positions) == series(text, f"{name}_total") > 0
 
 
-def test_a_slow_reader_does_not_stall_others(tiny_target) -> None:
+def test_a_slow_reader_does_not_stall_others(tiny_target):
     engine = GatedEngine(tiny_target, max_batch=4)
     with live(create_app(engine)) as url:
         host, port = url.removeprefix("http://").split(":")
@@ -153,11 +150,11 @@ def test_a_slow_reader_does_not_stall_others(tiny_target) -> None:
 
 
 @pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="the system has no such timeout")
-def test_a_connection_whose_client_takes_nothing_does_not_stay() -> None:
+def test_a_connection_whose_client_takes_nothing_does_not_stay():
     """The system's buffers would keep it, long after its request was cancelled."""
     closed = []
 
-    async def endless() -> AsyncGenerator[bytes]:
+    async def endless():
         try:
             while True:
                 yield b"x" * 100_000
@@ -171,7 +168,7 @@ def test_a_connection_whose_client_takes_nothing_does_not_stay() -> None:
         reader.connect(("127.0.0.1", port))
         ends = f":{port:04X} 0100007F:{reader.getsockname()[1]:04X} 01"  # the server's, established
 
-        def connected() -> bool:
+        def connected():
             return ends in Path("/proc/net/tcp").read_text()
 
         reader.sendall(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")

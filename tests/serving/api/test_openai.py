@@ -1,7 +1,5 @@
 """OpenAI's surface, in process: shapes, parameters, refusals."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest
@@ -17,7 +15,7 @@ def alone(target: Any, **params: Any) -> Any:
     return Engine(target).generate([target.tokenizer(PROMPT).input_ids], SamplingParams(**params))[0]
 
 
-def test_both_endpoints_answer_as_the_engine_does(client, tiny_target) -> None:
+def test_both_endpoints_answer_as_the_engine_does(client, tiny_target):
     plain = alone(tiny_target)
     told = complete(client)
     assert told["choices"][0]["text"] == plain.text and told["object"] == "text_completion"
@@ -38,7 +36,7 @@ def test_both_endpoints_answer_as_the_engine_does(client, tiny_target) -> None:
 
 
 @pytest.mark.parametrize("path", ["completions", "chat/completions"])
-def test_a_stream_is_the_same_answer_in_parts(client, path) -> None:
+def test_a_stream_is_the_same_answer_in_parts(client, path):
     wishes = {"temperature": 0.9, "seed": 3, "n": 3}
     whole = complete(client, path, **wishes)
     options = {"stream": True, "stream_options": {"include_usage": True}}
@@ -59,7 +57,7 @@ def test_a_stream_is_the_same_answer_in_parts(client, path) -> None:
 
 
 @pytest.mark.parametrize("path", ["completions", "chat/completions"])
-def test_token_ids_are_told_where_they_are_asked_for(client, tiny_target, path) -> None:
+def test_token_ids_are_told_where_they_are_asked_for(client, tiny_target, path):
     """Under vLLM's names: of the prompt, and of each choice, with the token that ended it."""
     wishes = {"temperature": 0.9, "seed": 3, "n": 2, "max_tokens": 40}
     whole = complete(client, path, **wishes, return_token_ids=True)
@@ -78,7 +76,7 @@ def test_token_ids_are_told_where_they_are_asked_for(client, tiny_target, path) 
     assert "token_ids" not in without["choices"][0] and "prompt_token_ids" not in {**without, **without["choices"][0]}
 
 
-def test_every_choice_has_its_own_seed_and_can_be_had_again(client) -> None:
+def test_every_choice_has_its_own_seed_and_can_be_had_again(client):
     several = complete(client, prompt=["one ", "two "], n=2, temperature=1, seed=40)["choices"]
     assert [each["index"] for each in several] == [0, 1, 2, 3] and [each["seed"] for each in several] == [40, 41] * 2
     again = complete(client, prompt="two ", temperature=1, seed=41)["choices"][0]
@@ -87,7 +85,7 @@ def test_every_choice_has_its_own_seed_and_can_be_had_again(client) -> None:
     assert complete(client, temperature=1, seed=drawn["seed"])["choices"][0]["text"] == drawn["text"]
 
 
-def test_prompts_as_token_ids_and_echo(client, tiny_target) -> None:
+def test_prompts_as_token_ids_and_echo(client, tiny_target):
     ids = tiny_target.tokenizer("zebra ").input_ids
     text = complete(client, prompt="zebra ")["choices"][0]["text"]
     for prompt in (ids, [ids, ids], ["zebra ", "zebra "]):
@@ -98,7 +96,7 @@ def test_prompts_as_token_ids_and_echo(client, tiny_target) -> None:
     assert "".join(each["choices"][0]["text"] for each in streamed) == "zebra " + text
 
 
-def test_logprobs(client, tiny_target) -> None:
+def test_logprobs(client, tiny_target):
     plain = alone(tiny_target, logprobs=2)
     told = complete(client, logprobs=2)["choices"][0]["logprobs"]
     shown = [token for token in plain.tokens if not token.special]
@@ -116,7 +114,7 @@ def test_logprobs(client, tiny_target) -> None:
     assert all(each["choices"][0]["logprobs"] is None for each in [complete(client)])
 
 
-def test_stop_strings_are_not_in_the_text(client) -> None:
+def test_stop_strings_are_not_in_the_text(client):
     text = complete(client, max_tokens=24)["choices"][0]["text"]
     stop = next(character for character in text if character.isascii())
     for wish in (stop, ["\u2603", stop]):
@@ -147,11 +145,11 @@ PARAMETERS = [
 
 
 @pytest.mark.parametrize(("asked", "params"), PARAMETERS, ids=str)
-def test_each_parameter_does_what_the_engine_s_does(client, tiny_target, asked, params) -> None:
+def test_each_parameter_does_what_the_engine_s_does(client, tiny_target, asked, params):
     assert complete(client, **asked)["choices"][0]["text"] == alone(tiny_target, **params).text
 
 
-def test_temperature_s_default_is_1_and_speculation_changes_no_text(client, tiny_target) -> None:
+def test_temperature_s_default_is_1_and_speculation_changes_no_text(client, tiny_target):
     expected = alone(tiny_target, temperature=1, seed=9).text
     for how, length in ((None, 5), ({"enabled": False}, 0), ({"num_tokens": 2}, 2), ({"num_tokens": 10**9}, 5)):
         told = complete(client, temperature=None, seed=9, speculative=how)
@@ -159,7 +157,7 @@ def test_temperature_s_default_is_1_and_speculation_changes_no_text(client, tiny
         assert told["metrics"]["speculative_decoding"]["num_spec_tokens"] == length
 
 
-def test_fields_without_effect_and_fields_that_are_off(client) -> None:
+def test_fields_without_effect_and_fields_that_are_off(client):
     plain = complete(client)["choices"]
     harmless = {"user": "me", "model": "anything", "metadata": {"a": "b"}, "store": False, "best_of": 1, "suffix": None,
                 "response_format": {"type": "text"}, "skip_special_tokens": True, "top_p": 1, "n": None,
@@ -172,7 +170,7 @@ def test_fields_without_effect_and_fields_that_are_off(client) -> None:
     assert complete(client, "chat/completions", messages=parts)["choices"] == chat
 
 
-def test_models_and_strict_names(client, tiny_target) -> None:
+def test_models_and_strict_names(client, tiny_target):
     for n, best_of, status in ((2, 2, 200), (2, 1, 400)):
         body = {"prompt": PROMPT, "max_tokens": 1, "n": n, "best_of": best_of}
         assert client.post("/v1/completions", json=body).status_code == status

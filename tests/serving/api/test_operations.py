@@ -1,14 +1,10 @@
 """Health, readiness, info, metrics and the schema."""
 
-from __future__ import annotations
-
 import asyncio
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
-import httpx
 import pytest
 from conftest import make_tiny_target
 from fastapi.testclient import TestClient
@@ -32,19 +28,19 @@ from serving.engine import Engine
         ("DELETE", "/", 405, "GET, HEAD, POST"),
     ],
 )
-def test_paths_and_methods_that_do_not_exist(client, method, path, status, allow) -> None:
+def test_paths_and_methods_that_do_not_exist(client, method, path, status, allow):
     answer = client.request(method, path, content=b"no JSON", headers={"host": "evil"}, follow_redirects=False)
     assert answer.status_code == status and answer.headers.get("allow") == allow and "location" not in answer.headers
     if method != "HEAD":
         assert answer.json().keys() == ({"error"} if "v1" in path else {"error", "error_type"})
 
 
-def test_head_is_get_without_its_body(client) -> None:
+def test_head_is_get_without_its_body(client):
     for path in ("/health", "/ready", "/metrics", "/v1/models", "/info", "/openapi.json"):
         assert client.head(path).status_code == 200 and client.head(path).headers["x-request-id"]
 
 
-def test_every_answer_carries_a_request_id(client) -> None:
+def test_every_answer_carries_a_request_id(client):
     given = client.get("/health", headers={"x-request-id": "trace-42"})
     assert given.headers["x-request-id"] == "trace-42"
     for bad in ("a b", "x" * 500, "<script>"):
@@ -53,7 +49,7 @@ def test_every_answer_carries_a_request_id(client) -> None:
     assert ask(client, top_p=7).headers["x-request-id"] != ask(client, top_p=7).headers["x-request-id"]
 
 
-def test_info_tells_what_is_served_and_no_paths(client, tiny_target) -> None:
+def test_info_tells_what_is_served_and_no_paths(client, tiny_target):
     answer = client.get("/info")
     about = answer.json()
     assert (about["model_id"], about["architecture"], about["dtype"]) == ("tiny", "LlamaForCausalLM", "float64")
@@ -69,7 +65,7 @@ def test_info_tells_what_is_served_and_no_paths(client, tiny_target) -> None:
         assert figures["enabled"] is False and ask(plain).json() == ask(client).json()
 
 
-def test_public_names(tmp_path, monkeypatch) -> None:
+def test_public_names(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models" / "mine").mkdir(parents=True)
     assert public_name("HuggingFaceTB/SmolLM2-135M-Instruct") == "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -79,7 +75,7 @@ def test_public_names(tmp_path, monkeypatch) -> None:
     assert public_name("/srv/gone/model.gguf") == "model.gguf"
 
 
-def test_metrics_add_up(tiny_target, tiny_head) -> None:
+def test_metrics_add_up(tiny_target, tiny_head):
     with TestClient(create_app(Engine(tiny_target, tiny_head, speculation="chain"))) as client:
         assert metric(client, "spec_decode_num_drafts_total") == 0
         answers = [
@@ -122,19 +118,19 @@ def test_metrics_add_up(tiny_target, tiny_head) -> None:
             assert f'draftsmith:request_{name}_time_seconds_bucket{{le="{least}"}}' in client.get("/metrics").text
 
 
-def test_tokens_are_counted_while_they_come(gated) -> None:
+def test_tokens_are_counted_while_they_come(gated):
     """A long answer is seen in the figures before its end."""
     counts = ("time_to_first_token_seconds_count", "inter_token_latency_seconds_count", "prompt_tokens_total")
 
-    def figures(text: str) -> list[float]:
+    def figures(text):
         return [series(text, name) for name in (*counts, "e2e_request_latency_seconds_count")]
 
-    async def conversation(client: httpx.AsyncClient) -> tuple[list[float], list[float]]:
+    async def conversation(client):
         wishes = {"max_new_tokens": 40, "speculative": {"enabled": False}}
         asked = asyncio.ensure_future(client.post("/generate", json={"inputs": "abc", "parameters": wishes}))
         inner, steps = gated._decoder.step, []
 
-        def step(rows: Any) -> None:
+        def step(rows):
             steps.append(rows)
             if len(steps) == 6:
                 gated.gate.clear()
@@ -158,7 +154,7 @@ def test_tokens_are_counted_while_they_come(gated) -> None:
 CHECKS = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
 
 
-def test_schemathesis_finds_no_server_error_and_no_answer_beside_the_schema(tmp_path) -> None:
+def test_schemathesis_finds_no_server_error_and_no_answer_beside_the_schema(tmp_path):
     """/openapi.json is a plain schema that the answers match, as outsiders run it."""
     engine = Engine(make_tiny_target(max_length=2048), max_batch=16)
     with live(create_app(engine, limits=Limits(max_new_tokens=2))) as url:

@@ -1,7 +1,5 @@
 """Refusals of every surface: by name, with the value and the limit, and with little of the request."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest
@@ -56,7 +54,7 @@ ROWS = [(path, *row) for path, rows in REFUSED.items() for row in rows]
 
 
 @pytest.mark.parametrize(("path", "field", "value", "reason"), ROWS, ids=lambda value: str(value)[:30])
-def test_a_wrong_value_is_refused_by_name(client, path, field, value, reason) -> None:
+def test_a_wrong_value_is_refused_by_name(client, path, field, value, reason):
     fields, name = {field.split(".")[0]: value}, field.rsplit(".")[-1]
     if path == "/generate":
         answer = ask(client, **fields)
@@ -93,7 +91,7 @@ REFUSED_BODIES = [
 
 
 @pytest.mark.parametrize(("path", "body", "status", "reason"), REFUSED_BODIES, ids=lambda value: repr(value)[:50])
-def test_a_bad_body_is_refused_and_the_server_lives(client, path, body, status, reason) -> None:
+def test_a_bad_body_is_refused_and_the_server_lives(client, path, body, status, reason):
     answer = client.post(path, content=body, headers={"content-type": "application/json"})
     error = answer.json()["error"]
     message = error["message"] if "v1" in path else error
@@ -101,7 +99,7 @@ def test_a_bad_body_is_refused_and_the_server_lives(client, path, body, status, 
     assert ask(client, max_new_tokens=1).status_code == 200
 
 
-def test_a_secret_in_the_wrong_place_is_not_repeated(client) -> None:
+def test_a_secret_in_the_wrong_place_is_not_repeated(client):
     for body in ({"inputs": {"zebras": "zebras"}}, {"inputs": "a", "parameters": {"prompt": "zebras"}}, ["zebras"]):
         answer = client.post("/generate", json=body)
         assert answer.status_code == 422 and "'zebras'" not in answer.text
@@ -120,12 +118,12 @@ ENDLESS: list[tuple[str, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("path", "body"), ENDLESS, ids=lambda value: str(value)[:40])
-def test_a_body_wrong_throughout_is_not_reported_throughout(client, path, body, monkeypatch) -> None:
+def test_a_body_wrong_throughout_is_not_reported_throughout(client, path, body, monkeypatch):
     """An error for each of its parts would take the server seconds, and nobody else would be answered."""
     counts: list[int] = []
     inner = RequestValidationError.__init__
 
-    def counting(self: RequestValidationError, errors: Any, **options: Any) -> None:
+    def counting(self, errors, **options):
         counts.append(len(errors))
         inner(self, errors, **options)
 
@@ -139,7 +137,7 @@ def test_a_body_wrong_throughout_is_not_reported_throughout(client, path, body, 
     "refusing",
     ["{{ raise_exception('roles of /home/someone must alternate') }}", "{{ messages[0]['content'] + 1 }}"],
 )
-def test_a_template_that_refuses_is_400_without_its_words(client, tiny_target, monkeypatch, refusing) -> None:
+def test_a_template_that_refuses_is_400_without_its_words(client, tiny_target, monkeypatch, refusing):
     monkeypatch.setattr(tiny_target.tokenizer, "chat_template", refusing)
     answer = client.post("/v1/chat/completions", json={"messages": MESSAGES})
     assert answer.status_code == 400 and answer.json()["error"]["param"] == "messages"

@@ -1,10 +1,5 @@
 """A browser, and servers to look at."""
 
-from __future__ import annotations
-
-from collections.abc import Callable, Iterator
-from typing import Any
-
 import pytest
 from browser_testing import Page, chromium, prefer, resize
 from http_testing import GatedEngine, live
@@ -13,37 +8,37 @@ from serving.api.app import create_app
 
 
 @pytest.fixture(scope="session")
-def driver(tmp_path_factory) -> Iterator[Any]:
+def driver(tmp_path_factory):
     with chromium(tmp_path_factory.mktemp("chromium")) as driver:
         yield driver
 
 
 @pytest.fixture(scope="module")
-def engine(tiny_target, tiny_head) -> GatedEngine:
+def engine(tiny_target, tiny_head):
     """float64, chains of 5, one slot and a line of one."""
     return GatedEngine(tiny_target, tiny_head, speculation="chain", max_batch=1, max_waiting=1)
 
 
 @pytest.fixture(scope="module")
-def app(engine) -> Any:
+def app(engine):
     return create_app(engine, head_name="/home/someone/tiny-head")
 
 
 @pytest.fixture(scope="module")
-def url(app) -> Iterator[str]:
+def url(app):
     with live(app) as url:
         yield url
 
 
 @pytest.fixture
-def open_page(driver) -> Iterator[Callable[[str], Page]]:
+def open_page(driver):
     """Opens a server's page. Whatever the test, the page asks no other host and its console has no error.
 
     The browser itself reports refused requests there; tests that provoke them empty the console.
     """
     pages: list[Page] = []
 
-    def opened(url: str) -> Page:
+    def opened(url):
         pages.append(Page(driver, url))
         return pages[-1]
 
@@ -57,6 +52,6 @@ def open_page(driver) -> Iterator[Callable[[str], Page]]:
 
 
 @pytest.fixture
-def page(open_page, url, engine) -> Page:
+def page(open_page, url, engine):
     engine.gate.set()
     return open_page(url)

@@ -1,7 +1,5 @@
 """Answers on the page: every token with its origin, live figures, and the comparison with speculation off."""
 
-from __future__ import annotations
-
 import json
 import math
 import operator
@@ -16,7 +14,7 @@ SAMPLED = {"temperature": 1.0, "seed": 7, "max_new_tokens": 24}
 
 
 @pytest.fixture
-def told(url, engine) -> dict[str, Any]:
+def told(url, engine):
     """The API's answer to the same request."""
     engine.gate.set()
     with httpx.Client(base_url=url) as client:
@@ -43,7 +41,7 @@ def as_percent(share: float | None) -> str:
     return "–" if share is None else f"{100 * share:.0f} %"
 
 
-def test_tokens_are_coloured_by_origin_as_the_api_tells_it(page, told) -> None:
+def test_tokens_are_coloured_by_origin_as_the_api_tells_it(page, told):
     page.choose("raw")
     page.run(prompt=PROMPT, **SAMPLED)
     tokens, expected = page.tokens(), told["details"]["tokens"]
@@ -67,7 +65,7 @@ def test_tokens_are_coloured_by_origin_as_the_api_tells_it(page, told) -> None:
     assert "24 tokens" in page.text(".end") and "seed 7" in page.text(".end") and "24 tokens" in page.text("#progress")
 
 
-def test_the_text_is_the_answer_s_with_characters_of_several_tokens(page, url) -> None:
+def test_the_text_is_the_answer_s_with_characters_of_several_tokens(page, url):
     wishes = {"temperature": 3.0, "seed": 5, "max_new_tokens": 160}
     page.fill(prompt="zebras", **wishes)
     page.find("#prompt").send_keys("\ue009\ue007")  # Control and Enter
@@ -85,7 +83,7 @@ def test_the_text_is_the_answer_s_with_characters_of_several_tokens(page, url) -
     assert page.script("return document.querySelector('.plain').textContent").endswith(told["generated_text"])
 
 
-def test_what_is_known_of_a_token_by_pointer_and_by_keyboard(page, told) -> None:
+def test_what_is_known_of_a_token_by_pointer_and_by_keyboard(page, told):
     page.choose("raw")
     page.run(prompt=PROMPT, **SAMPLED)
     expected = told["details"]["tokens"]
@@ -118,12 +116,12 @@ def test_what_is_known_of_a_token_by_pointer_and_by_keyboard(page, told) -> None
     assert page.driver.switch_to.active_element not in elements
 
 
-def test_figures_live_and_stop(page, engine) -> None:
+def test_figures_live_and_stop(page, engine):
     engine.gate = Turnstile(8)
     page.fill(prompt="zebras", max_new_tokens=200, temperature=1, seed=7)
     page.find("#run").send_keys("\ue007")
 
-    def told() -> tuple[list[str], list[str]]:
+    def told():
         """The figures as they are shown, and as the tokens say."""
         seen = page.tokens()
         verifications = sum(token["kind"] != "draft" for token in seen[1:])
@@ -153,7 +151,7 @@ def test_figures_live_and_stop(page, engine) -> None:
     assert page.text("#progress").startswith("Done: 3 tokens")
 
 
-def test_the_comparison_runs_both_with_one_seed(page) -> None:
+def test_the_comparison_runs_both_with_one_seed(page):
     page.run("#compare", prompt="zebras", max_new_tokens=40, temperature=1)  # no seed: one is drawn for both
     sent = [json.loads(each["postData"])["parameters"] for each in page.requests() if "postData" in each]
     assert [each["speculative"].get("enabled") for each in sent] == [True, False]
@@ -168,7 +166,7 @@ def test_the_comparison_runs_both_with_one_seed(page) -> None:
     assert page.figure("tau", 1) == "1.00"
 
 
-def test_a_comparison_of_different_texts_says_so(page, engine) -> None:
+def test_a_comparison_of_different_texts_says_so(page, engine):
     rule, engine.rule = engine.rule, "rejection"
     try:
         page.run("#compare", prompt="zebras", max_new_tokens=40, temperature=1, seed=2)
@@ -180,7 +178,7 @@ def test_a_comparison_of_different_texts_says_so(page, engine) -> None:
     assert texts[0][: place - 1] == texts[1][: place - 1] and "rejection rule" in page.text(".identity")
 
 
-def test_every_setting_is_sent(page) -> None:
+def test_every_setting_is_sent(page):
     settings = {"max_new_tokens": 3, "temperature": 0.5, "top_p": 0.9, "top_k": 40, "seed": 2**63 - 1}
     page.choose("raw")
     page.run(prompt="one\ntwo", num_tokens=2, stop_strings="\\n\\n\nEND", **settings)

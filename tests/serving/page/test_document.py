@@ -1,7 +1,5 @@
 """GET /: one document that needs nothing else, under a policy that allows nothing else. No browser is needed."""
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import re
@@ -25,7 +23,7 @@ def answer():
     return answer
 
 
-def test_it_is_one_html_document(answer) -> None:
+def test_it_is_one_html_document(answer):
     assert answer.status_code == 200 and answer.headers["content-type"] == "text/html; charset=utf-8"
     assert answer.text.startswith("<!doctype html>") and answer.text.rstrip().endswith("</html>")
     assert answer.headers["x-content-type-options"] == "nosniff"
@@ -42,7 +40,7 @@ def test_it_is_one_html_document(answer) -> None:
     assert not re.search(r"@import|url\(|\bimport\b|innerHTML|insertAdjacentHTML|document\.write|\beval\b", answer.text)
 
 
-def test_the_policy_allows_this_style_this_script_and_this_server(answer) -> None:
+def test_the_policy_allows_this_style_this_script_and_this_server(answer):
     policy = dict(part.split(" ", 1) for part in answer.headers["content-security-policy"].split("; "))
     for tag, directive in (("style", "style-src"), ("script", "script-src")):
         [text] = re.findall(rf"<{tag}[^>]*>(.*?)</{tag}>", answer.text, re.DOTALL)
@@ -53,11 +51,10 @@ def test_the_policy_allows_this_style_this_script_and_this_server(answer) -> Non
     assert policy == nothing | allowed
 
 
-def test_every_field_has_a_label(answer) -> None:
+def test_every_field_has_a_label(answer):
     ids = set(re.findall(r"<(?:input|textarea) id=\"(\w+)\"", answer.text))
-    assert ids == set(
-        ["prompt", "max_new_tokens", "temperature", "top_p", "top_k", "seed", "stop_strings", "num_tokens", "key"]
-    )
+    fields = ["prompt", "max_new_tokens", "temperature", "top_p", "top_k", "seed", "stop_strings", "num_tokens", "key"]
+    assert ids == set(fields)
     assert ids == set(re.findall(r"<label for=\"(\w+)\"", answer.text))
 
 
@@ -70,7 +67,7 @@ def luminance(colour: str) -> float:
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
-def test_all_text_has_enough_contrast_in_both_schemes(answer) -> None:
+def test_all_text_has_enough_contrast_in_both_schemes(answer):
     schemes = [
         dict(re.findall(r"--([\w-]+): (#\w+)", block)) for block in re.findall(r":root \{(.*?)\}", answer.text, re.S)
     ]

@@ -1,7 +1,7 @@
-"""Messages of the page when a request is refused, fails or is lost, and the need for a key."""
+"""Messages of the page when a request is refused, fails or is lost, the need for a key, and screens of any width."""
 
-from __future__ import annotations
-
+import pytest
+from browser_testing import resize
 from conftest import make_tiny_target
 from http_testing import GatedEngine, live
 
@@ -19,7 +19,7 @@ def only_network_messages(page) -> bool:
     return all("Failed to load resource" in message for message in page.console())
 
 
-def test_a_refused_value_is_told_in_the_server_s_words(page) -> None:
+def test_a_refused_value_is_told_in_the_server_s_words(page):
     error = run(page, prompt="zebras " * 20, max_new_tokens=500)
     assert error.startswith("The server refused the request: `inputs` tokens + `max_new_tokens` must be <= 512.")
     assert page.find("#error").get_attribute("role") == "alert" and page.text("#progress") == "Failed."
@@ -27,7 +27,7 @@ def test_a_refused_value_is_told_in_the_server_s_words(page) -> None:
     assert run(page, max_new_tokens=4) == "" and len(page.tokens()) == 4
 
 
-def test_what_no_server_needs_to_say(page) -> None:
+def test_what_no_server_needs_to_say(page):
     page.click("#run")  # no prompt
     assert page.script("return document.activeElement.id") == "prompt"
     page.fill(prompt="zebras", temperature=-1)
@@ -38,7 +38,7 @@ def test_what_no_server_needs_to_say(page) -> None:
     assert not [each for each in page.requests() if each["method"] == "POST"]
 
 
-def test_a_full_line_and_a_server_that_ends(page, app, engine) -> None:
+def test_a_full_line_and_a_server_that_ends(page, app, engine):
     engine.gate.clear()
     waiting = [engine.submit([5], SamplingParams(max_new_tokens=2), Speculation()) for _ in range(2)]
     assert "busy" in run(page, max_new_tokens=4)
@@ -52,7 +52,7 @@ def test_a_full_line_and_a_server_that_ends(page, app, engine) -> None:
     assert only_network_messages(page)
 
 
-def test_a_failure_in_the_middle_of_an_answer(open_page, tiny_target, tiny_head) -> None:
+def test_a_failure_in_the_middle_of_an_answer(open_page, tiny_target, tiny_head):
     engine = GatedEngine(tiny_target, tiny_head, speculation="chain", max_batch=1)
     engine.gate.set()
     with live(create_app(engine)) as url:
@@ -68,7 +68,7 @@ def test_a_failure_in_the_middle_of_an_answer(open_page, tiny_target, tiny_head)
     assert only_network_messages(page)
 
 
-def test_the_key_is_asked_for_and_forgotten_with_the_tab(open_page, tiny_target) -> None:
+def test_the_key_is_asked_for_and_forgotten_with_the_tab(open_page, tiny_target):
     with live(create_app(Engine(tiny_target), api_key="open sesame".replace(" ", "-"))) as url:
         page = open_page(url)
         assert page.text("#state") == "Key needed" and "API key" in page.text("#error")
@@ -89,7 +89,7 @@ def test_the_key_is_asked_for_and_forgotten_with_the_tab(open_page, tiny_target)
         assert only_network_messages(page)
 
 
-def test_a_server_that_loads_and_has_no_head(open_page, tiny_target) -> None:
+def test_a_server_that_loads_and_has_no_head(open_page, tiny_target):
     app = create_app(None)
     with live(app) as url:
         page = open_page(url)
@@ -104,10 +104,26 @@ def test_a_server_that_loads_and_has_no_head(open_page, tiny_target) -> None:
         assert "drafted" not in page.text("#legend ul")
 
 
-def test_a_target_without_a_chat_template(open_page) -> None:
+def test_a_target_without_a_chat_template(open_page):
     target = make_tiny_target()
     target.tokenizer.chat_template = None
     with live(create_app(Engine(target))) as url:
         page = open_page(url)
         assert not page.find("[value=chat]").is_enabled() and page.find("[value=raw]").is_selected()
         assert run(page, max_new_tokens=3) == ""
+
+
+@pytest.mark.parametrize("width", [360, 1280])
+def test_nothing_is_wider_than_the_screen(page, width):
+    resize(page.driver, width, 740)
+    overflow = "return document.documentElement.scrollWidth - document.documentElement.clientWidth"
+    page.script("for (const each of document.querySelectorAll('details')) each.open = true")
+    assert page.script(overflow) == 0 and page.script("return innerWidth") == width
+    page.run("#compare", prompt="zebras " * 30 + "z" * 200, max_new_tokens=60, temperature=3, seed=1)
+    for element in page.driver.find_elements("css selector", ".token")[::12]:
+        page.script("arguments[0].focus()", element)
+        tip = page.script("return document.querySelector('#tip').getBoundingClientRect().toJSON()")
+        assert page.find("#tip").is_displayed() and tip["left"] >= 0 and tip["right"] <= width
+        assert page.script(overflow) == 0 and page.script("return innerWidth") == width
+    tall = page.script("return [...document.querySelectorAll('.buttons button')].map((each) => each.offsetHeight)")
+    assert min(tall) >= 44 and max(tall) < 60  # a finger's size, and no word is broken
