@@ -164,6 +164,11 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
     named = isinstance(values, dict) and all(isinstance(name, str) for name in values)
     if not named or not all(isinstance(value, Tensor) for value in values.values()):
         raise UserError(f"{str(path)!r} holds more than named tensors; save the head's state dict alone.")
+    odd = next((name for name, value in values.items() if value.layout != torch.strided or value.is_meta), None)
+    if odd is not None:
+        raise UserError(
+            f"{str(path)!r}: tensor {odd} is sparse, or has no data; save the head's tensors as plain ones."
+        )
     return {name: value.contiguous() for name, value in values.items()}
 
 

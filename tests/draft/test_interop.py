@@ -267,9 +267,14 @@ class Trap:
 @pytest.mark.parametrize("file", ["pytorch_model.bin", "medusa_lm_head.pt"])
 @pytest.mark.parametrize(
     ("tensors", "words"),
-    [({"fc.weight": Trap()}, "holds more than tensors, which may run"), ({0: torch.ones(1)}, "more than named")],
+    [
+        ({"fc.weight": Trap()}, "holds more than tensors, which may run"),
+        ({0: torch.ones(1)}, "more than named"),
+        ({"fc.weight": torch.ones(2, 2).to_sparse()}, "fc.weight is sparse, or has no data"),
+        ({"fc.weight": torch.ones(2, 2, device="meta")}, "fc.weight is sparse, or has no data"),
+    ],
 )
-def test_a_pickle_of_more_than_named_tensors_is_refused(foreign, capfd, file, tensors, words):
+def test_a_pickle_of_other_than_plain_named_tensors_is_refused(foreign, capfd, file, tensors, words):
     foreign.tensors = tensors
     foreign.publish(file)
     foreign.refused(words)
