@@ -7,6 +7,7 @@ and whole in every process, outside of what is wrapped.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -29,6 +30,9 @@ from draft.training.config import RunSettings
 
 T = TypeVar("T")
 PATIENCE = timedelta(hours=2)  # the others wait while process 0 solves for a new head's weights or writes a checkpoint
+# Groups of processes stay until their process ends: the destructor of one waits for gloo's threads with the
+# interpreter's lock held, and a thread that drops the tensors of the last exchange waits for that lock.
+_GROUPS: list[Any] = []
 # a process that runs alone, and the kinds of several that a head is trained in
 KINDS = ("NO", "MULTI_GPU", "MULTI_CPU", "MULTI_XPU", "FSDP")
 
@@ -49,6 +53,8 @@ class Processes:
                 InitProcessGroupKwargs(timeout=PATIENCE),
             ],
         )
+        if self.accelerator.num_processes > 1:
+            _GROUPS.append((self.accelerator, torch.distributed.group.WORLD))
         launcher_shards = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
         if self.accelerator.distributed_type == DistributedType.MULTI_CPU and launcher_shards:
             # without an accelerator Accelerate 1.15 would fall back to DDP without a word; torch shards there too
@@ -92,7 +98,10 @@ class Processes:
             self.accelerator.ddp_handler.find_unused_parameters = idle
         # FSDP2 decides itself where things go, and takes no option
         places = {} if self.sharded else {"device_placement": [False, False]}
-        return tuple(self.accelerator.prepare(module, optimizer, **places))
+        with warnings.catch_warnings():
+            # Accelerate 1.15 passes the option by the name that PyTorch 2.13 calls deprecated, and knows no other
+            warnings.filterwarnings("ignore", ".*broadcast_buffers.* is deprecated", FutureWarning)
+            return tuple(self.accelerator.prepare(module, optimizer, **places))
 
     def on_main(self, action: Callable[[], T]) -> T:
         """The result of `action`, which process 0 alone runs; what it refuses ends all of them.
