@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from draft.data.records import records
+from draft.data.records import BadRow, records
 from draft.errors import UserError, file_trouble
 from draft.evaluation.tau import Interval
 from draft.files import provenance as file_provenance
@@ -216,6 +216,8 @@ def load_prompts(file: str | Path | None = None, limit: int | None = None) -> Pr
 
 
 def _prompt(row: Any, where: str, stem: str) -> Prompt:
+    if isinstance(row, BadRow):
+        raise UserError(f"{where}: {row}") from row
     if not isinstance(row, dict):
         raise UserError(f"{where}: a {type(row).__name__} and not a JSON object; write one object a line.")
     column = next((name for name in PROMPT_COLUMNS if row.get(name) is not None), None)
