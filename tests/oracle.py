@@ -21,9 +21,9 @@ from draft.target import Target
 from serving.engine import Completion, Engine, Request, SamplingParams, Speculation
 from serving.engine.answer import GrowingAnswer, special_ids
 from serving.engine.drafting import Job, Proposer
-from serving.engine.estimates import OFF, DraftPlan, RequestAcceptance
+from serving.engine.estimates import OFF, DraftPlan, RequestEstimate
 from serving.engine.kv_cache import SlotCache
-from serving.engine.planner import Controller
+from serving.engine.planner import Controller, make_controller
 from serving.engine.verification import DraftTree
 
 
@@ -110,28 +110,33 @@ class Oracle:
 
 
 class Fickle(Controller):
-    """Switches plans at every step, whatever they cost."""
+    """Switches plans at every step, and for each request, whatever they cost."""
 
     def __init__(self, plans: Sequence[DraftPlan], seed: int = 0) -> None:
-        super().__init__(plans)
-        self.rng = random.Random(seed)
+        super().__init__(8)
+        self.any, self.rng = [OFF, *plans], random.Random(seed)
 
-    def choose(self, rows: Sequence[RequestAcceptance]) -> DraftPlan:
+    def choose(self, rows: Sequence[RequestEstimate]) -> list[DraftPlan]:
         super().choose(rows)  # its own bookkeeping must survive, too
-        return self.rng.choice([OFF, OFF, *self.plans])
+        return [self.rng.choice(self.any).capped(row) for row in rows]
 
 
-PLANS = [DraftPlan.chain(k) for k in range(1, 9)] + [DraftPlan(*shape) for shape in ((2, 4), (3, 4), (5, 16), (8, 32))]
+CHAINS = [DraftPlan.chain(k) for k in range(1, 9)]
+TREES = [DraftPlan(*shape) for shape in ((2, 4), (3, 4), (5, 16), (8, 32))]
+COPIES = [DraftPlan(head, head, copied) for head in (0, 0, 1, 3) for copied in (1, 4, 20)]
+PLANS = [*CHAINS, *TREES, *COPIES]
 
 
 def engine_of(target: Target, proposer: Proposer, controller: Controller | None = None, **options: Any) -> Engine:
     """An engine that drafts with any proposer, and with any controller."""
-    engine = Engine(target, **{"tree_size": 32, "speculation_length": 8, **options})
+    options = {"tree_size": 32, "speculation_length": 8, **options}
+    engine, tree_size = Engine(target, **options), options["tree_size"]
     engine.models = replace(engine.models, proposer=proposer)
     engine.models.runner.layers = proposer.layers
     engine._decoder.proposer = proposer
-    if controller is not None:
-        engine.controller = engine._decoder.controller = controller
+    engine.longest_draft = max(engine.longest_draft, engine.speculation_length)
+    controller = controller or make_controller(engine.speculation, engine.speculation_length, tree_size)
+    engine.controller = engine._decoder.controller = controller
     return engine
 
 

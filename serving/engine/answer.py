@@ -76,6 +76,7 @@ class GrowingAnswer:
         accepted_position: int | None = None,
         rejected: int | None = None,
         drafted: int = 0,
+        copied: bool = False,
     ) -> None:
         """Add one token and decide whether the sequence ends with it; arguments as in `Token`."""
         is_eos, is_stop = token_id in self._eos_ids, token_id in self.params.stop_ids
@@ -88,7 +89,7 @@ class GrowingAnswer:
         if not dropped:
             self._starts.append(len(self.text))
             name = (self._tokenizer.convert_ids_to_tokens(token_id) or "") if special else added
-            self.tokens.append(Token(token_id, name, logprob, special, accepted_position, top, rejected, drafted))
+            self.tokens.append(Token(token_id, name, logprob, special, accepted_position, top, rejected, drafted, copied))
         if not hidden:
             self._last_shown = len(self.tokens) - 1
         self.text += added

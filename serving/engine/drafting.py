@@ -14,6 +14,7 @@ from draft.heads import MedusaHead
 from serving.engine.estimates import BRANCHING
 from serving.engine.kv_cache import RaggedBatch, Segment
 from serving.engine.model import HeadRunner
+from serving.engine.sampling import apply_temperature
 from serving.engine.verification import DraftTree, Rule
 
 READ_LIMIT = 512  # the most tokens that a head reads in one pass
@@ -27,6 +28,10 @@ class Job:
     length: int  # at least 1: of a chain, or the depth of a tree
     nodes: int  # of a tree; 0: a chain
     rule: Rule
+    # a chain ends before a token when that one, and all before it, are accepted with less than this probability
+    floor: float = 0.0
+    # estimates of acceptance, for equal bins of the largest q in a token's place; None: no such q is computed
+    calibration: tuple[float, ...] | None = None
 
 
 @dataclass(eq=False)
@@ -124,16 +129,27 @@ class HeadProposer:
         lengths = self.runner.cache.lengths
         observed = [lengths[job.state.slot] for job in jobs]  # also the position of the last token known
         drafts: list[tuple[list[Tensor], list[Tensor]]] = [([], []) for _ in jobs]  # tokens [1] and q [1, draft_vocab]
+        confidences: list[list[Tensor]] = [[] for _ in jobs]  # of each token
+        survival = [1.0] * len(jobs)  # estimated, of the chain so far
         active = list(range(len(jobs)))
         hidden = torch.cat([job.state.hidden for job in jobs])  # [active, hidden]
         for step in range(max(job.length for job in jobs)):
             logits = self.runner.logits(hidden)  # [active, draft_vocab]
+            going_on = []
             for row, index in enumerate(active):
-                token, q = jobs[index].rule.draft(logits[row, None], self.vocabulary, [observed[index] + 1 + step])
+                job = jobs[index]
+                if job.calibration is not None:
+                    largest = largest_probability(logits[row], job.rule.temperature)
+                    # known before the draw, and so of the tokens before it alone; with a floor it waits for the device
+                    if job.floor and self._ends(job, survival, index, float(largest), step):
+                        continue
+                    confidences[index].append(largest)
+                token, q = job.rule.draft(logits[row, None], self.vocabulary, [observed[index] + 1 + step])
                 drafts[index][0].append(token)
                 if q is not None:
                     drafts[index][1].append(q)
-            going_on = [row for row, index in enumerate(active) if step + 1 < jobs[index].length]
+                if step + 1 < job.length:
+                    going_on.append(row)
             if not going_on:
                 break
             hidden = hidden if len(going_on) == len(active) else hidden[going_on]
@@ -146,11 +162,20 @@ class HeadProposer:
             hidden = self.runner.forward(RaggedBatch.of(segments, self.device, ids), hidden)
         tokens = torch.cat([token for chain, _ in drafts for token in chain]).tolist()
         trees, start = [], 0
-        for job, (_, distributions) in zip(jobs, drafts, strict=True):
+        for (chain, distributions), own in zip(drafts, confidences, strict=True):
             q = spread(torch.cat(distributions), self.vocabulary, self.vocab_size) if distributions else None
-            trees.append(DraftTree.chain(tokens[start : start + job.length], q))
-            start += job.length
+            known = torch.stack(own).tolist() if own else []
+            trees.append(DraftTree.chain(tokens[start : start + len(chain)], q, confidences=known))
+            start += len(chain)
         return trees
+
+    @staticmethod
+    def _ends(job: Job, survival: list[float], index: int, confidence: float, step: int) -> bool:
+        """Multiply the survival of a chain by its next token's, and test that it ends before that one."""
+        assert job.calibration is not None
+        bins = len(job.calibration)
+        survival[index] *= job.calibration[min(bins - 1, int(confidence * bins))]
+        return step > 0 and survival[index] < job.floor
 
     def _trees(self, jobs: list[Job]) -> list[DraftTree]:
         lengths = self.runner.cache.lengths
@@ -247,6 +272,11 @@ class AtOnceProposer:
 
 
 Proposer = HeadProposer | AtOnceProposer
+
+
+def largest_probability(logits: Tensor, temperature: float) -> Tensor:
+    """The largest q [] of a token's distribution, at a request's temperature; of greedy ones at 1; [draft_vocab]."""
+    return 1 / apply_temperature(logits, temperature or 1.0).exp().sum()  # the largest exponential is 1
 
 
 def spread(q: Tensor, vocabulary: Tensor, vocab_size: int) -> Tensor:

@@ -20,6 +20,7 @@ from draft.target.support import check_architecture
 from serving.engine.answer import GrowingAnswer, special_ids
 from serving.engine.estimates import BRANCHING, DraftPlan
 from serving.engine.kv_cache import BLOCK
+from serving.engine.lookup import LOOKUP_LENGTH, LookupProposer
 from serving.engine.planner import Fixed, make_controller
 from serving.engine.request import (
     MAX_SPECULATION_LENGTH,
@@ -58,6 +59,7 @@ class Engine:
         speculation: str = "auto",
         speculation_length: int = 5,
         tree_size: int = 16,
+        lookup: bool = True,
         rule: str = "shared-noise",
         mode: str = "auto",
         arithmetic: str = "auto",
@@ -71,9 +73,11 @@ class Engine:
         threads: int | None = None,
     ) -> None:
         """
-        speculation: `auto` chooses at every step what should give the most tokens per second, plain decoding and trees
-        included; `chain` and `tree` always draft, `off` never. speculation_length: the most tokens drafted in a row,
-        or as many as the head knows positions of. tree_size: the most nodes of a tree.
+        speculation: `auto` chooses at every step, for each request, what should give the most tokens per second:
+        nothing, a chain of the head, or tokens copied from the prompt and the answer so far; with `chain` and `tree`
+        the head always drafts, with `off` never. speculation_length: the most tokens that the head drafts in a row, or
+        as many as it knows positions of; 0 is off. tree_size: the most nodes of a tree. lookup: let `auto` copy, with
+        or without a head.
         mode, arithmetic: see `build_models`. pack_in_place: the compiled mode replaces the linear layers of `target`
         itself, which then serves nothing else; by default it packs a copy, and the caller's target keeps its weights,
         too.
@@ -101,10 +105,13 @@ class Engine:
         self.speculation, self.rule = speculation, rule
         longest = speculation_length if head is None or head.longest is None else head.longest
         self.speculation_length = min(speculation_length, longest)
+        self.lookup = lookup and speculation == "auto" and speculation_length > 0
+        by_head = self.speculation_length if head is not None and speculation != "off" else 0
+        self.longest_draft = max(by_head, LOOKUP_LENGTH if self.lookup else 0)  # tokens drafted at a time, at most
         self.max_length = check_max_length(max_length, target)
         self.max_batch, self.max_waiting, self.max_waiting_tokens = max_batch, max_waiting, max_waiting_tokens
         self._queue = RequestQueue(max_waiting, max_waiting_tokens)
-        self.controller = make_controller(speculation, self.speculation_length, tree_size)
+        self.controller = make_controller(speculation, by_head, tree_size)
         # drafts beyond a sequence's last token need places too, and those that the head reads but does not draft
         self._overhang = max(tree_size, BRANCHING * self.speculation_length, MAX_SPECULATION_LENGTH) + 1
         self.models = build_models(
@@ -137,7 +144,7 @@ class Engine:
     def warm_up(self) -> None:
         """Measure the cost of a step: before the first request, not while one waits."""
         for tokens, seconds in pass_seconds(self.models.runner).items():
-            self.controller.costs.target.seed(tokens, seconds)
+            self.controller.costs.calibrate(tokens, seconds)
 
     def self_check(self) -> SelfCheck | None:
         """Check that the head's drafts are accepted: before `start`, by greedy answers to some built-in prompts.
@@ -287,17 +294,19 @@ class Engine:
         seed = params.seed
         if seed is None and params.temperature > 0:
             seed = secrets.randbelow(SEED_LIMIT)
-        requested = self.speculation_length if speculation.num_tokens is None else speculation.num_tokens
+        requested = self.longest_draft if speculation.num_tokens is None else speculation.num_tokens
         proposer, cache = self.models.proposer, self.models.runner.cache
-        cap = min(requested, self.speculation_length) if proposer is not None and speculation.enabled else 0
+        cap = min(requested, self.longest_draft) if speculation.enabled else 0
+        head_cap = min(cap, self.speculation_length) if proposer is not None else 0
         answer = GrowingAnswer(request.prompt_ids, params, target.tokenizer, target.eos_token_ids, self._special_ids)
         processor = Processor(params, request.prompt_ids, target.vocab_size, target.eos_token_ids)
         rule = make_rule(speculation.rule or self.rule, params, seed or 0)
-        acceptance = self.controller.track(cap)
+        estimate, lookup = self.controller.track(), LookupProposer() if self.lookup and cap else None
         places = self._places(request)
-        drafting = proposer.join(places) if proposer is not None and cap else None
+        drafting = proposer.join(places) if proposer is not None and head_cap else None
         slot = cache.acquire(places)  # one is free: nothing fails after the head's slot has been taken
-        return ActiveRequest(request, answer, processor, rule, seed, slot, cap, acceptance, drafting)
+        drafts = (cap, head_cap, estimate, drafting, lookup)
+        return ActiveRequest(request, answer, processor, rule, seed, slot, *drafts)
 
     def _advance(self) -> None:
         try:

@@ -7,23 +7,18 @@ from bisect import bisect_left
 from collections import deque
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
-from operator import mul
-from statistics import fmean
+from statistics import median
 
 BRANCHING = 8  # children that a tree's node may have, and nodes that the head reads at a depth
-INITIAL_RATE = 0.7  # of a head that was never seen: high enough for it to be tried
-OVERALL_MEMORY, ROW_MEMORY = 256, 64  # verifications after which an observation weighs 1/e
-OVERALL_STRENGTH, ROW_STRENGTH = 3, 16  # verifications that the prior of an estimate is worth
-KEPT_AFTER_PAUSE = 20  # verifications that all that was known before a pause is worth
 
 
 @dataclass(frozen=True)
 class DraftPlan:
-    """The drafts for each request in a step: `nodes` tokens, the deepest `length` after the last known one."""
+    """The drafts for one request in a step: those of the head, and behind them what is copied."""
 
-    length: int = 0  # steps of the head
-    nodes: int = 0  # tokens to verify
+    length: int = 0  # steps of the head, at most: a chain may end before
+    nodes: int = 0  # tokens that it drafts
+    copied: int = 0  # tokens from lookup
 
     @classmethod
     def chain(cls, length: int) -> DraftPlan:
@@ -34,170 +29,189 @@ class DraftPlan:
         """Return a tree of so many nodes, or of as many as find room at that depth."""
         return cls(depth, min(nodes, BRANCHING) if depth == 1 else nodes)
 
+    @classmethod
+    def lookup(cls, copied: int) -> DraftPlan:
+        return cls(0, 0, copied)
+
     @cached_property
     def kind(self) -> str:
-        """ "off", "chain" or "tree"."""
-        return "off" if self.nodes == 0 else "chain" if self.nodes == self.length else "tree"
+        """The sources of the drafts: "off", "chain", "tree", "lookup" or "chain + lookup"."""
+        drafted = "" if self.nodes == 0 else "chain" if self.nodes == self.length else "tree"
+        return " + ".join(filter(None, (drafted, "lookup" if self.copied else ""))) or "off"
 
-    def capped(self, cap: int) -> DraftPlan:
-        """This plan for a request that can use at most `cap` drafted tokens in a row."""
-        if cap >= self.length:
+    def capped(self, row: RequestEstimate) -> DraftPlan:
+        """This plan for a request that can use less."""
+        length = min(self.length, row.head)
+        if length == self.length and not self.copied:
             return self
-        return DraftPlan.chain(cap) if self.kind == "chain" or cap == 0 else DraftPlan.tree(cap, self.nodes)
+        copied = min(self.copied, row.room - length) if row.match or length else 0
+        if self.tree_nodes and length:
+            return DraftPlan.tree(length, self.nodes)
+        return DraftPlan(length, length, copied)
 
     @property
     def tree_nodes(self) -> int:
         """Nodes of the tree; 0: a chain."""
-        return self.nodes if self.kind == "tree" else 0
+        return self.nodes if self.nodes > self.length else 0
 
     def __str__(self) -> str:
-        return {"off": "off", "chain": f"chain {self.length}", "tree": f"tree {self.nodes}x{self.length}"}[self.kind]
+        shapes = {"off": "off", "chain": f"chain {self.length}", "tree": f"tree {self.nodes}x{self.length}"}
+        return shapes.get(self.kind, self.kind)
 
 
 OFF = DraftPlan()
 
 
+# ---- acceptance ----
+
+HEAD, DRAFTED = 0, -1  # sources; above 0: lookup after a match of so many tokens
+LONGEST_MATCH, LAST_POSITION = 8, 7  # longer matches, and later positions of copied tokens, share their figures
+INITIAL_RATE = 0.7  # of a head that was never seen: high enough for it to be tried
+OVERALL_MEMORY, ROW_MEMORY = 256, 64  # observations after which one weighs 1/e
+OVERALL_STRENGTH, ROW_STRENGTH = 3, 16  # observations that the prior of an estimate is worth
+KEPT_AFTER_PAUSE = 20  # observations that all that was known before a pause is worth
+NEGLIGIBLE = 0.02  # probability of acceptance below which no further token is considered
+BINS = 16  # of confidence
+
+
 class Acceptance:
-    """Acceptance rate of each position, given that all before it were accepted: for chains, and for each size of tree.
+    """Acceptance rates by source and position, given that all tokens before were accepted: weighted means.
 
-    Rates are exponentially weighted means.
+    HEAD: what the head drafts, where a chain that ended before by itself counts as rejected; DRAFTED: how often one
+    did not. Lookup is observed in every step, whatever was drafted: the emitted tokens tell what would have been
+    accepted.
     """
 
-    def __init__(self, memory: int, strength: int) -> None:
-        """memory: verifications after which an observation weighs 1/e; strength: those that a prior is worth."""
-        self._fading, self._strength = memory / (memory + 1), strength
-        self._counts: dict[int, list[list[float]]] = {}  # nodes of the tree (0: chain) -> [accepted, tried] by position
+    def __init__(self, overall: Acceptance | None = None) -> None:
+        """overall: the prior of one request's rates; None: these are those of all requests."""
+        self._overall = overall
+        self._fading = 1 - 1 / (OVERALL_MEMORY if overall is None else ROW_MEMORY)
+        self._strength = OVERALL_STRENGTH if overall is None else ROW_STRENGTH
+        self._cells: dict[tuple[int, int], tuple[float, float]] = {}  # (source, position) -> (accepted, tried)
 
-    def observe(self, plan: DraftPlan, accepted: int) -> None:
-        """Count one verification of `plan` that accepted `accepted` tokens."""
-        self._scale(self._fading)
-        counts = self._counts.setdefault(plan.tree_nodes, [])
-        counts.extend([0.0, 0.0] for _ in range(len(counts), plan.length))
-        for position in range(min(accepted + 1, plan.length)):  # what follows a rejection was not judged
-            counts[position][0] += position < accepted
-            counts[position][1] += 1
+    def observe(self, source: int, position: int, accepted: bool) -> None:
+        hits, tried = self._cells.get((source, position), (0.0, 0.0))
+        self._cells[source, position] = hits * self._fading + accepted, tried * self._fading + 1
 
-    def forget(self) -> None:
-        """After a pause: keep the estimates, but let few new observations outweigh them."""
-        most = max((tried for counts in self._counts.values() for _, tried in counts), default=0.0)
-        if most > KEPT_AFTER_PAUSE:
-            self._scale(KEPT_AFTER_PAUSE / most)
+    def forget_head(self) -> None:
+        """After a pause: keep the estimates of the head, but let few new observations outweigh them."""
+        for cell, (hits, tried) in self._cells.items():
+            if cell[0] <= HEAD and tried > KEPT_AFTER_PAUSE:
+                self._cells[cell] = hits * KEPT_AFTER_PAUSE / tried, KEPT_AFTER_PAUSE
 
-    def rates(self, plan: DraftPlan, prior: list[float] | None = None) -> list[float]:
-        """Estimate the rate of each position of `plan`, drawn towards `prior` where little was observed.
+    def rate(self, source: int, position: int) -> float:
+        """Estimate a rate, drawn towards the prior where little was observed."""
+        hits, tried = self._cells.get((source, position), (0.0, 0.0))
+        prior = self._guess(source, position) if self._overall is None else self._overall.rate(source, position)
+        return (hits + self._strength * prior) / (tried + self._strength)
 
-        Without a prior a position is thought to be as good as the one before it, and a tree as `widened` makes of
-        a chain: what was never drafted, or not for long, is looked at with optimism and so gets tried.
+    def _guess(self, source: int, position: int) -> float:
+        """Guess from what is alike: the position before, or what a longer match gives at once."""
+        if source > HEAD:
+            after = min(source + 1, LONGEST_MATCH)
+            return self.rate(after, position - 1) if position else source / (source + 2)
+        return self.rate(source, position - 1) if position else INITIAL_RATE if source == HEAD else 1.0
+
+
+class Calibration:
+    """Acceptance of the head's tokens by the largest probability that it gave to any token in their place."""
+
+    def __init__(self) -> None:
+        self._cells = [[0.0, 0.0] for _ in range(BINS)]
+        self.rates = tuple((place + 0.5) / BINS for place in range(BINS))  # at first: as it says itself
+
+    def observe(self, confidence: float, accepted: bool) -> None:
+        place = confidence_bin(confidence)
+        cell, fading = self._cells[place], 1 - 1 / OVERALL_MEMORY
+        cell[:] = cell[0] * fading + accepted, cell[1] * fading + 1
+        rate = (cell[0] + OVERALL_STRENGTH * (place + 0.5) / BINS) / (cell[1] + OVERALL_STRENGTH)
+        self.rates = (*self.rates[:place], rate, *self.rates[place + 1 :])
+
+
+def confidence_bin(confidence: float) -> int:
+    return min(BINS - 1, int(confidence * BINS))
+
+
+class RequestEstimate:
+    """What the planner knows of one request. The engine sets the public fields before each step."""
+
+    def __init__(self, overall: Acceptance) -> None:
+        self.own = Acceptance(overall)
+        self._overall = overall
+        self.room = 0  # the most tokens that may be drafted now
+        self.head = 0  # the most of them that the head may draft
+        self.match = 0  # tokens of the suffix that has occurred before; 0: nothing can be copied
+        self.backlog = 0  # tokens that the target has read and the head has not
+        self.remaining: float = math.inf  # the most tokens that may still be emitted
+        self.emitted = 0  # tokens
+
+    def observe(self, emitted: int, *, by_head: bool) -> None:
+        """Count the tokens of a step; by_head: the head drafted in it, and reads what was accepted when it does again.
+
+        What it drafted is observed by `observe_head`, and what would have been copied by `observe_lookup`.
         """
-        if prior is None and plan.kind == "tree":
-            prior = widened(self.rates(DraftPlan.chain(plan.length)), plan.nodes)
-        rates: list[float] = []
-        counts = self._counts.get(plan.tree_nodes, [])
-        for position in range(plan.length):
-            accepted, tried = counts[position] if position < len(counts) else (0.0, 0.0)
-            expected = prior[position] if prior else rates[-1] if rates else INITIAL_RATE
-            rates.append((accepted + self._strength * expected) / (tried + self._strength))
-        return rates
+        self.emitted += emitted
+        self.backlog = 0 if by_head else self.backlog + emitted
 
-    def _scale(self, factor: float) -> None:
-        for counts in self._counts.values():
-            counts[:] = [[accepted * factor, tried * factor] for accepted, tried in counts]
+    def observe_head(self, planned: int, drafted: int, accepted: int) -> None:
+        """Count `accepted` of `drafted` tokens in a row, where the plan allowed `planned`."""
+        for acceptance in (self.own, self._overall):
+            for position in range(min(accepted + 1, planned)):  # what follows a rejection was not judged
+                acceptance.observe(HEAD, position, position < accepted)
+            for position in range(min(drafted + 1, planned)):
+                acceptance.observe(DRAFTED, position, position < drafted)
 
+    def observe_lookup(self, match: int, accepted: int, judged: int) -> None:
+        """Count the tokens that were copied, or would have been: `accepted` in a row, of `judged` that are known."""
+        source = min(match, LONGEST_MATCH)
+        for position in range(min(accepted + 1, judged, LAST_POSITION + 1)):
+            for acceptance in (self.own, self._overall):
+                acceptance.observe(source, position, position < accepted)
 
-class RequestAcceptance:
-    """One request's acceptance, which begins with the overall one (see Controller.track).
-
-    cap: the drafted tokens in a row it can still use: 0 when it wants no speculation, otherwise at most the tokens
-    that remain to it less one; the engine lowers it. backlog: tokens decoded that the head has not read; the engine
-    adds those of a prompt that was read without the head. remaining: the most tokens it may still emit.
-    """
-
-    def __init__(self, overall: Acceptance, cap: int, backlog: int = 0) -> None:
-        self.cap, self.backlog = cap, backlog
-        self.remaining = math.inf
-        self._overall, self.own = overall, Acceptance(ROW_MEMORY, ROW_STRENGTH)
-        self.emitted = 0  # tokens; the controller compares it before and after a step
-
-    def observe(self, plan: DraftPlan, accepted: int, *, trimmed: bool = False) -> None:
-        """Count, after each step, what was drafted for this request (`plan.capped(cap)`, or OFF) and accepted.
-
-        trimmed: the request ended within the block, so that the tokens after the end were not judged; such a
-        verification is not learned from.
-        """
-        self.emitted += accepted + 1
-        self.backlog = self.backlog + 1 if plan == OFF else 0
-        if plan != OFF and not trimmed:
-            self.own.observe(plan, accepted)
-            self._overall.observe(plan, accepted)
-
-    def expected(self, plan: DraftPlan, overall: list[float]) -> list[float]:
-        """Expect the tokens of a step that drafts 0, 1, ... of the `length` positions of `plan`: 1 + sums of products.
-
-        overall: the overall rates of `plan`.
-        """
-        return list(accumulate(accumulate(self.own.rates(plan, overall), mul), initial=1.0))
-
-
-def widened(chain: list[float], nodes: int) -> list[float]:
-    """Guess a tree's rate at each depth: a level of several candidates misses more seldom than one does.
-
-    The exponent fits what EAGLE reports of chains and of trees of 25 to 60 nodes; measurements soon outweigh it.
-    """
-    exponent = 1 + 0.2 * math.log(max(1.0, nodes / len(chain)))
-    return [1 - (1 - rate) ** exponent for rate in chain]
+    def survival(self, source: int, count: int) -> list[float]:
+        """Return the probability that 1, 2, ... up to `count` tokens of a source are accepted, while it matters."""
+        shares: list[float] = []
+        share = 1.0
+        for position in range(count):
+            if source <= HEAD or position <= LAST_POSITION:
+                rate = self.own.rate(source, position)
+            share *= rate
+            if share < NEGLIGIBLE:
+                break
+            shares.append(share)
+        return shares
 
 
 # ---- costs of a step's parts, as functions of the number of tokens, from the steps that are run ----
 
-
-WINDOW = 24  # measurements kept of each width: old ones must leave soon after the machine has changed
+WINDOW = 15  # measurements kept of each width: their median leaves out steps that another process slowed down
 ENOUGH = 3  # measurements of a width before it counts as known
-
-
-class StepCosts:
-    """The costs of all parts of a step.
-
-    target: of a ragged pass, by its tokens. draft: of one step of the head, by its tokens, for chains and for trees.
-    catch_up: of reading what the target decoded while nothing was drafted, by its tokens.
-    """
-
-    def __init__(self) -> None:
-        self.target = Curve()
-        self.draft = {"chain": Curve(), "tree": Curve()}
-        self.catch_up = Curve()
-
-    def draft_seconds(self, kind: str, steps: int, tokens: float) -> float:
-        """A drafting phase of `steps` steps, over `tokens` drafted tokens in all.
-
-        A tree is thought to cost what a chain of as many tokens does until one has been measured.
-        """
-        if not tokens:
-            return 0.0
-        curve = self.draft[kind] if self.draft[kind].reach else self.draft["chain"]
-        return steps * curve(tokens / steps)
+PACE_GAIN = 0.2  # of the pace, towards each measurement
 
 
 class Curve:
-    """Seconds as a function of a width (tokens in a pass), between and beyond the widths that were measured.
+    """Seconds as a function of a width (tokens in a pass): straight lines between the widths that were measured.
 
-    Each width's figure is the mean of the middle half of its latest measurements, so single steps that another process
-    slowed down do not count. A wider pass never costs less, so noise that says so is averaged away; between the
-    widths the curve is a straight line, and beyond them it goes on with the slope of its last doubling.
+    A narrower pass never costs more than a wider one: noise that says so is left out.
     """
 
     def __init__(self) -> None:
-        self._samples: dict[int, deque[tuple[float, float]]] = {}  # bucket -> (width, seconds)
-        self._knots: list[tuple[float, float]] | None = None  # (width, seconds), both rising; None: to be made
+        self._samples: dict[int, deque[float]] = {}
+        self._medians: dict[int, float] = {}
+        self._knots: list[tuple[int, float]] = []  # (width, seconds), both rising
 
-    def observe(self, width: float, seconds: float) -> None:
-        """One measurement. width: above 0."""
-        self._samples.setdefault(_bucket(width), deque(maxlen=WINDOW)).append((width, seconds))
-        self._knots = None
-
-    def seed(self, width: float, seconds: float) -> None:
-        """A figure from a calibration, as good as ENOUGH measurements."""
-        for _ in range(ENOUGH):
-            self.observe(width, seconds)
+    def observe(self, width: float, seconds: float, count: int = 1) -> None:
+        """Add a measurement of a width above 0; count: how many it is worth."""
+        bucket = _bucket(width)
+        samples = self._samples.setdefault(bucket, deque(maxlen=WINDOW))
+        samples.extend([seconds] * count)
+        self._medians[bucket] = median(samples)
+        known = [each for each in self._medians if len(self._samples[each]) >= ENOUGH]
+        knots, least = [], math.inf
+        for each in sorted(known if len(known) > 1 else self._medians, reverse=True):
+            least = min(least, self._medians[each])
+            knots.append((each, least))
+        self._knots = knots[::-1]
 
     def known(self, width: float) -> bool:
         """Test that (about) this width itself has been measured often enough."""
@@ -205,68 +219,70 @@ class Curve:
 
     @property
     def reach(self) -> float:
-        """The widest pass whose cost is known: twice the only known width, or four times the widest of several."""
-        widths = [width for width, _ in self._curve()]
-        return 0.0 if not widths else widths[-1] * (4 if len(widths) > 1 else 2)
+        """The widest pass whose cost can be told."""
+        return 4 * self._knots[-1][0] if self._knots else 0.0
 
     def __call__(self, width: float) -> float:
         """Seconds at this width; 0 while nothing has been measured at all."""
-        knots = self._curve()
+        knots = self._knots
         if not knots:
             return 0.0
-        (low, low_seconds), (high, high_seconds) = knots[0], knots[-1]
-        if width >= high:
-            return high_seconds + (width - high) * _slope(knots)
-        if width <= low:  # a smaller pass costs at least its share
-            return max(low_seconds - (low - width) * _slope(knots[::-1]), low_seconds * width / low)
-        right = bisect_left(knots, (width, 0.0))
-        (x0, y0), (x1, y1) = knots[right - 1], knots[right]
+        if width <= knots[0][0] or len(knots) == 1:
+            return knots[0][1]
+        right = min(bisect_left(knots, (width, 0.0)), len(knots) - 1)  # beyond the last one: on with the last slope
+        left = right - 1
+        while width > knots[right][0] and left and knots[right][0] < 2 * knots[left][0]:
+            left -= 1  # of a doubling at least: closer points would give noise
+        (x0, y0), (x1, y1) = knots[left], knots[right]
         return y0 + (y1 - y0) * (width - x0) / (x1 - x0)
 
     def table(self) -> dict[str, float]:
         """Width -> seconds, for people."""
-        return {f"{width:.4g}": seconds for width, seconds in self._curve()}
-
-    def _curve(self) -> list[tuple[float, float]]:
-        knots = self._knots
-        if knots is None:
-            every = [list(samples) for samples in self._samples.values()]
-            # what was measured once or twice may have been a slow moment, and would speak against itself for good
-            enough = [samples for samples in every if len(samples) >= ENOUGH]
-            chosen = enough if len(enough) > 1 else every
-            points = []
-            for samples in chosen:
-                ordered = sorted(seconds for _, seconds in samples)
-                cut = min((len(ordered) - 1) // 2, max(ENOUGH, len(ordered) // 4))  # of few: the median
-                middle = fmean(ordered[cut : len(ordered) - cut])
-                points.append((fmean(width for width, _ in samples), middle, len(ordered)))
-            knots = self._knots = _rising(sorted(points))
-        return knots
+        return {f"{width:.4g}": seconds for width, seconds in self._knots}
 
 
 def _bucket(width: float) -> int:
-    """Each width below 16 by itself, wider ones eight to a doubling."""
+    """Each width below 16 by itself, wider ones eight to a doubling: the narrowest of each."""
     whole = max(1, round(width))
-    octave = max(0, whole.bit_length() - 4)
-    return octave * 16 + (whole >> octave)
+    return whole >> (fine := max(0, whole.bit_length() - 4)) << fine
 
 
-def _rising(points: list[tuple[float, float, int]]) -> list[tuple[float, float]]:
-    """The closest rising curve (pool adjacent violators, weighted by the measurements behind each point)."""
-    pools: list[tuple[float, int, list[float]]] = []  # seconds, weight, widths
-    for width, seconds, weight in points:
-        pools.append((seconds, weight, [width]))
-        while len(pools) > 1 and pools[-2][0] > pools[-1][0]:
-            (left, left_weight, before), (right, right_weight, after) = pools[-2:]
-            total = left_weight + right_weight
-            pools[-2:] = [((left * left_weight + right * right_weight) / total, total, before + after)]
-    return [(width, seconds) for seconds, _, widths in pools for width in widths]
+class StepCosts:
+    """The costs of all parts of a step, of a pace at which everything runs now: it may slow down all at once.
 
+    target: of a ragged pass, by its tokens. draft: of one step of the head, by its tokens, for chains and for trees.
+    catch_up: of reading what the target decoded while the head did not draft, by its tokens.
+    """
 
-def _slope(knots: list[tuple[float, float]]) -> float:
-    """Seconds per token at the last knot, over at least a doubling: closer points would give noise."""
-    *others, (x1, y1) = knots
-    if not others:
-        return 0.0
-    x0, y0 = next((knot for knot in reversed(others) if max(knot[0], x1) >= 2 * min(knot[0], x1)), others[0])
-    return (y1 - y0) / (x1 - x0)
+    def __init__(self) -> None:
+        self.target = Curve()
+        self.draft = {"chain": Curve(), "tree": Curve()}
+        self.catch_up = Curve()
+        self._pace = 1.0  # measured seconds over those of the curves
+
+    def calibrate(self, tokens: int, seconds: float) -> None:
+        """Take the figure of a pass that was run for it."""
+        self.target.observe(tokens, seconds, ENOUGH)
+
+    def observe_target(self, tokens: int, seconds: float) -> None:
+        if self.target.known(tokens):
+            ratio = seconds / self.target(tokens) / self._pace
+            self._pace *= min(2.0, max(0.5, ratio)) ** PACE_GAIN
+        self.target.observe(tokens, seconds / self._pace)
+
+    def observe_draft(self, kind: str, steps: int, nodes: int, seconds: float) -> None:
+        self.draft[kind].observe(nodes / steps, seconds / steps / self._pace)
+
+    def observe_catch_up(self, tokens: int, seconds: float) -> None:
+        self.catch_up.observe(tokens, seconds / self._pace)
+
+    def seconds(self, tokens: float, steps: float = 0.0, drafting: int = 0) -> float:
+        """Estimate a step, catching up aside: a pass over so many tokens, and steps of chains of `drafting` requests."""
+        return self._pace * (self.target(tokens) + (steps * self.draft["chain"](drafting) if steps else 0.0))
+
+    def catching_up(self, tokens: int) -> float:
+        return self._pace * self.catch_up(tokens)
+
+    def slope(self, tokens: float) -> float:
+        """Estimate what one more token costs in a pass of so many, over a doubling."""
+        return self._pace * (self.target(2 * tokens) - self.target(tokens)) / tokens

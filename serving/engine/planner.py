@@ -1,12 +1,12 @@
-"""Chooses what to draft in each step: as much as gives the most tokens per second, and nothing where that is fastest.
+"""Chooses what to draft for each request in each step: what gives the most tokens per second, which may be nothing.
 
-    rate(plan) = sum over requests of expected tokens / (pass over all their blocks + drafting)
+    rate = sum over requests of expected tokens / (one pass over all their blocks + the head's steps)
 
-The costs come from `StepCosts`, the expected tokens (1 + sum of products of acceptance rates) from `Acceptance`; both
-are measured on the steps that are run anyway, so a plan is tried when what is known of it promises more than the
-present one by MARGIN. What is not being run is looked at now and then by probes: without drafting, whether
-drafting pays by now; while drafting, what a plain step costs by now. A probe goes on while it is no slower than
-the present plan, and what it lost decides how long the next one waits.
+The costs come from `StepCosts`, the expected tokens (1 + sums of products of acceptance rates) from `Acceptance`; both
+are measured on the steps that are run anyway. First the best of the plans that are alike for all requests is taken,
+then each request may take another one, given those of the others. What the estimates say of the head when it does not
+draft, and of plain steps when it does, is checked by probes now and then; what one loses decides how long the next one
+waits. Lookup needs none: what it would have drafted is compared with what was emitted.
 """
 
 from __future__ import annotations
@@ -15,106 +15,104 @@ import math
 import threading
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 from draft.errors import UserError
 from serving.engine.estimates import (
-    ENOUGH,
+    DRAFTED,
+    HEAD,
+    LONGEST_MATCH,
     OFF,
-    OVERALL_MEMORY,
-    OVERALL_STRENGTH,
     Acceptance,
+    Calibration,
     DraftPlan,
-    RequestAcceptance,
+    RequestEstimate,
     StepCosts,
+    confidence_bin,
 )
+from serving.engine.verification import DraftTree
 
-MARGIN = 1.04  # what a plan must promise over the present one, and over plain decoding, to replace it
-PATIENCE = 8  # steps between decisions about an unchanged batch
-PROBE_BUDGET = {False: 0.003, True: 0.008}  # share of the time that probes may lose beside plain decoding, and drafting
-NEAR = 0.8  # of the present plan's rate must be promised by what is worth a probe while drafting
+MARGIN = 1.03  # what plans must promise over plain decoding, to replace it
+PROBE_BUDGET = 0.005  # share of the time that probes may lose
 PROBE_STEPS = 3, 16  # a probe's fewest and most steps
-PROBE_ROWS = 4  # one request in so many drafts in a probe beside plain decoding: the head must catch up on each
+PROBE_ROWS = 4  # one request in so many drafts in a probe of the head, which must catch up on each
 PROBE_GAP = 48  # steps between two probes, however little they lose
 CATCH_UP_STEPS = 64  # steps that share the cost of catching up when drafting begins again, in a request of so many
+COPIES = (1, 2, 3, 4, 5, 6, 7, 9, 11, 15, 19, 23, 31)  # tokens of lookup's plans
+
+_CHAINS = [DraftPlan.chain(length) for length in range(33)]
+_LOOKUPS = {count: DraftPlan.lookup(count) for count in COPIES}
 
 
-@dataclass
-class _Stretch:
-    """Steps of one plan, as they turned out."""
+class Option(NamedTuple):
+    """A plan for one request, and what to expect of it."""
 
     plan: DraftPlan
-    run: int = 0  # steps
-    steps: int = 0  # those of them without other work, of which tokens and seconds are
-    tokens: int = 0
-    seconds: float = 0.0
-    expected: float = 0.0  # seconds, by the model
-    catch_up: float = 0.0  # seconds, of all
-    comparable: bool = True  # False: it held other work, too
+    tokens: float = 1.0  # emitted
+    nodes: float = 0.0  # drafted
+    steps: float = 0.0  # of the head
+    seconds: float = 0.0  # a step's share of what the head must read first
+
+
+_NOTHING = Option(OFF)
 
 
 class Controller:
     """Chooses the plans of one engine.
 
-    Call in each step: choose, the observe methods as the parts are run, RequestAcceptance.observe. One thread
-    calls these; `stats` may be called by any. All seconds are wall-clock.
+    Call in each step: choose, the observe methods as the parts are run, those of RequestEstimate. One thread calls
+    these; `stats` may be called by any. All seconds are wall-clock.
     """
 
-    def __init__(self, plans: Sequence[DraftPlan]) -> None:
-        """plans: those to choose from, besides OFF."""
-        self.plans = [OFF, *(plan for plan in plans if plan != OFF)]
-        self.plan = OFF
+    def __init__(self, length: int) -> None:
+        """length: of the longest chain of the head."""
+        self.length = length
         self.lock = threading.Lock()  # of all figures that `stats` reads
         self.costs = StepCosts()
-        self.acceptance = Acceptance(OVERALL_MEMORY, OVERALL_STRENGTH)
-        self.switches = self.probes = 0
-        self.chosen: Counter[DraftPlan] = Counter()
-        self._rates: dict[DraftPlan, float] = {}  # tokens per second that each plan promised at the last decision
-        # seconds for which the plan was not to draft, and to draft: each has probes of its own, which requests that
-        # come and go, and the switches they bring, put off no further and let begin no sooner
-        self._clocks = {False: 0.0, True: 0.0}
-        self._probe_at = {False: 0.0, True: 0.0}
-        self._ran: Counter[DraftPlan] = Counter()  # the step, counted from the first, that last ran each plan
-        self._wait = 0  # steps until the next decision
-        self._rows: list[RequestAcceptance] = []  # of the present step
+        self.acceptance = Acceptance()
+        self.calibrations = Calibration(), Calibration()  # of greedy requests, and of those that sample
+        self.plans: list[DraftPlan] = []  # of the present step
+        self.floor = self.tail_floor = 0.0  # survival from which one more token pays: drafted by the head, and copied
+        self.chosen: Counter[str] = Counter()
+        self.probes = 0
+        self._rates: dict[str, float] = {}  # tokens per second that plans promised at the last decision
+        self._choice: tuple[list[Option], float] = [], 0.0  # of the present step, with the width of its pass
+        self._rows: list[RequestEstimate] = []  # of the present step
         self._emitted = 0  # by these rows before the present step
-        self._step = _Stretch(OFF)
-        self._probe: _Stretch | None = None
+        self._clock = self._seconds = 0.0  # of all steps so far, and of the present one
+        self._probe = ""  # what is being probed: "head", "off" or nothing
+        self._probe_steps, self._probe_tokens, self._probe_seconds = 0, 0, 0.0
+        self._probe_at = {"head": 0.0, "off": 0.0}  # on the clock
 
-    def track(self, cap: int, backlog: int = 0) -> RequestAcceptance:
-        """Return the tracker of a new request; see RequestAcceptance."""
-        return RequestAcceptance(self.acceptance, cap, backlog)
+    def track(self) -> RequestEstimate:
+        """Return the estimates of a new request."""
+        return RequestEstimate(self.acceptance)
 
-    def choose(self, rows: Sequence[RequestAcceptance]) -> DraftPlan:
-        """The plan for this step; each request drafts `plan.capped(row.cap)`.
+    def choose(self, rows: Sequence[RequestEstimate]) -> list[DraftPlan]:
+        """Return the plans of this step.
 
-        rows: of all requests that are decoded in the step, those that draft nothing (cap 0) too: they share its pass.
-        Those that a probe leaves out get a cap of 0 for this step.
+        rows: of all requests that are decoded in the step, those that draft nothing (room 0) too: they share its pass.
         """
         with self.lock:
-            step, probe = self._step, self._probe  # the step before this one
-            self._clocks[self.plan != OFF] += step.seconds + step.catch_up
-            if probe and step.plan == probe.plan:
-                probe.run += 1
-                probe.catch_up += step.catch_up
-                if step.comparable:
-                    probe.steps += 1
-                    probe.tokens += sum(row.emitted for row in self._rows) - self._emitted
-                    probe.seconds += step.seconds
-                    probe.expected += step.expected
-            changed = len(rows) != len(self._rows)
-            self._rows, self._emitted = list(rows), sum(row.emitted for row in rows)
-            plan = self._next(changed) if any(row.cap > 0 for row in rows) else OFF
-            if self._probe and self.plan == OFF:
-                # the others draft nothing: those that the head would have most to read of
-                able = sorted((row for row in rows if row.cap > 0), key=lambda row: row.backlog)
-                for row in able[math.ceil(len(able) / PROBE_ROWS) :]:
-                    row.cap = 0
-            self._step = _Stretch(plan, expected=self._seconds(plan) if rows else 0.0)
-            self.chosen[plan] += 1
-            self._ran[plan] = self.chosen.total()
-            return plan
+            self._end_step(rows)
+            self.plans = [option.plan for option in self._decide(rows)] if rows else []
+            self.chosen.update(map(str, self.plans))
+            return self.plans
+
+    def calibration(self, *, samples: bool) -> tuple[float, ...] | None:
+        """Return what `Job` takes; None: nothing is learned from confidences. samples: the request is not greedy."""
+        return self.calibrations[samples].rates
+
+    def tail(self, row: RequestEstimate, chain: DraftTree, match: int, *, samples: bool) -> int:
+        """Return how many tokens to copy behind a chain, after which the match is `match` tokens long.
+
+        Each must pay by itself: its chance of acceptance times the present tokens per second.
+        """
+        rates = self.calibrations[samples].rates
+        share = math.prod(rates[confidence_bin(each)] for each in chain.confidences)
+        survival = row.survival(min(match, LONGEST_MATCH), row.room - len(chain)) if self.tail_floor else []
+        return sum(share * each >= self.tail_floor for each in survival)
 
     def observe_target(self, tokens: int, seconds: float, *, ignore: bool = False) -> None:
         """A pass of the target over `tokens` tokens, with the sampling and bookkeeping that follow it.
@@ -122,166 +120,218 @@ class Controller:
         ignore: the pass held something else too (a chunk of a prompt), and says nothing about decoding.
         """
         with self.lock:
-            if ignore:
-                self._step.comparable = False
-            else:
-                self.costs.target.observe(tokens, seconds)
-            self._step.seconds += seconds
+            if not ignore:
+                self.costs.observe_target(tokens, seconds)
+            self._seconds += seconds
 
-    def observe_draft(self, drafted: Sequence[DraftPlan], seconds: float) -> None:
-        """Drafting for all requests that draft, each by its own plan, with re-reading what was accepted."""
+    def observe_draft(self, trees: Sequence[DraftTree], seconds: float) -> None:
+        """Drafting of what the head drafts, with re-reading what was accepted."""
         with self.lock:
-            steps, nodes = max(plan.length for plan in drafted), sum(plan.nodes for plan in drafted)
-            kind = "tree" if any(plan.kind == "tree" for plan in drafted) else "chain"
-            self.costs.draft[kind].observe(nodes / steps, seconds / steps)
-            self._step.seconds += seconds
+            steps, nodes = max(tree.depth - tree.copied for tree in trees), sum(tree.drawn for tree in trees)
+            kind = "chain" if all(tree.is_chain for tree in trees) else "tree"
+            self.costs.observe_draft(kind, steps, nodes, seconds)
+            self._seconds += seconds
 
     def observe_catch_up(self, tokens: int, seconds: float) -> None:
         """The head has read `tokens` tokens, of all requests, that the target decoded without it."""
         with self.lock:
-            self.costs.catch_up.observe(tokens, seconds)
-            self._step.catch_up += seconds
+            self.costs.observe_catch_up(tokens, seconds)
+            self._seconds += seconds
+
+    def observe_confidence(self, chain: DraftTree, accepted: int, *, samples: bool) -> None:
+        """The head's tokens of a chain, of which `accepted` were."""
+        for position, confidence in enumerate(chain.confidences[: accepted + 1]):
+            self.calibrations[samples].observe(confidence, position < accepted)
 
     def stats(self) -> dict[str, Any]:
         """Return the controller's estimates and counts; JSON-able, seconds."""
         with self.lock:
-            rates, plain = self._rates, self._rates.get(OFF, 0.0)
+            plans, plain, present = Counter(map(str, self.plans)), self._rates.get("off"), self._rates.get("chosen")
+            matches = range(1, LONGEST_MATCH + 1)
             return {
-                "plan": str(self.plan),
-                "expected_gain": rates[self.plan] / plain if plain and self.plan in rates else None,
-                "expected_tokens_per_second": {str(plan): rate for plan, rate in rates.items()},
+                "plan": ", ".join(plans) or "off",
+                "why": self._reason(),
+                "expected_gain": present / plain if plain and present else None,
+                "expected_tokens_per_second": {name: rate for name, rate in self._rates.items() if name != "chosen"},
                 "target_seconds": self.costs.target.table(),
                 "draft_step_seconds": {kind: curve.table() for kind, curve in self.costs.draft.items()},
                 "catch_up_seconds": self.costs.catch_up.table(),
                 "acceptance": {
-                    str(plan): self.acceptance.rates(plan) for plan in self.plans if plan == self._shape(plan) != OFF
+                    "head": [self.acceptance.rate(HEAD, position) for position in range(self.length)],
+                    "lookup": {str(match): self.acceptance.rate(match, 0) for match in matches},
                 },
-                "steps": {str(plan): count for plan, count in self.chosen.items()},
-                "switches": self.switches,
+                "confidence": dict(zip(("greedy", "sampled"), (each.rates for each in self.calibrations), strict=True)),
+                "steps": dict(self.chosen),
                 "probes": self.probes,
             }
 
-    def _next(self, changed: bool) -> DraftPlan:
-        """Go on with a probe or the plan, or decide anew. changed: there are more requests or fewer."""
-        self._wait -= 1
-        if self._probe and not changed and self._keeps_up(self._probe):
-            return self._probe.plan
+    def _end_step(self, rows: Sequence[RequestEstimate]) -> None:
+        """Account for the step before, and for the probe that it was a part of."""
+        self._clock += self._seconds
+        emitted = sum(row.emitted for row in self._rows) - self._emitted
         if self._probe:
-            # let the next one wait until what this one lost is PROBE_BUDGET of the time; by the model: a step that
-            # something else slowed down must not put it off for long
-            lost = self._probe.expected + self._probe.catch_up - self._probe.tokens / self._rates[self.plan]
-            self._set_probe(self.plan, lost / PROBE_BUDGET[self.plan != OFF])
-            self._probe = None
-        elif self._wait > 0 and not changed:
-            return self.plan
-        self._decide()
-        drafting = self.plan != OFF
-        known = self.costs.target.known(self._width(self.plan))
-        if known and self._clocks[drafting] >= self._probe_at[drafting] and len(self._rates) > 1:
-            self._begin_probe()
-        return self._probe.plan if self._probe else self.plan
+            self._probe_steps += 1
+            self._probe_tokens += emitted
+            self._probe_seconds += self._seconds
+        self._rows, self._emitted, self._seconds = list(rows), sum(row.emitted for row in rows), 0.0
 
-    def _begin_probe(self) -> None:
-        """Without drafting, try what promises most; while drafting, what rested longest: OFF, or what comes near."""
-        rates, present = self._rates, self._rates[self.plan]
-        if self.plan == OFF:
-            plan = max((plan for plan in rates if plan != OFF), key=lambda plan: rates[plan])
-            for acceptance in (self.acceptance, *(row.own for row in self._rows)):
-                acceptance.forget()
-        else:
-            near = [plan for plan in rates if plan not in (OFF, self.plan) and rates[plan] >= NEAR * present]
-            plan = min([OFF, *near], key=lambda plan: self._ran[plan])
-        self._probe = _Stretch(plan)
-        self.probes += 1
+    def _decide(self, rows: Sequence[RequestEstimate]) -> list[Option]:
+        options = [self._options(row) for row in rows]
+        plain = [_NOTHING] * len(rows)
+        self._rates = {"off": self._rate(plain)}
+        chosen = self._best(rows, options, plain)
+        self._rates["chosen"] = rate = self._rate(chosen)
+        chosen = self._probed(rows, options, chosen, rate)
+        width = len(rows) + sum(option.nodes for option in chosen)
+        slope, drafting = self.costs.slope(width), sum(option.steps > 0 for option in chosen)
+        # a probe looks at whole chains
+        self.tail_floor = 0.0 if self._probe else rate * slope
+        self.floor = 0.0 if self._probe else rate * (slope + self.costs.seconds(0, 1, drafting) - self.costs.seconds(0))
+        self._choice = chosen, width
+        return chosen
 
-    def _keeps_up(self, probe: _Stretch) -> bool:
-        fewest, most = PROBE_STEPS
-        if self.plan == OFF and len(self._rows) > 1:
-            fewest *= 2  # in which few requests draft
-        slower = probe.tokens < self._rates[self.plan] * probe.seconds
-        return probe.run < most and (probe.steps < fewest or not slower)
+    def _best(
+        self, rows: Sequence[RequestEstimate], options: list[list[Option]], plain: list[Option]
+    ) -> list[Option]:
+        chosen, best = plain, self._rates["off"]
+        for length in range(1, max((row.head for row in rows), default=0) + 1):
+            alike = [own[min(length, row.head)] for row, own in zip(rows, options, strict=True)]
+            self._rates[f"chain {length}"] = rate = self._rate(alike)
+            if rate > best:
+                chosen, best = alike, rate
+        if len(rows) > 1 or rows[0].match:
+            chosen, best = self._refined(options, list(chosen), best)
+        return chosen if best > MARGIN * self._rates["off"] else plain
 
-    def _set_probe(self, plan: DraftPlan, wait: float = 0.0) -> None:
-        """Let the next probe beside this plan, or others that draft if it does, wait for so many seconds or more."""
-        drafting = plan != OFF
-        self._probe_at[drafting] = self._clocks[drafting] + max(wait, PROBE_GAP * self._seconds(plan))
+    def _refined(
+        self, options: list[list[Option]], chosen: list[Option], best: float
+    ) -> tuple[list[Option], float]:
+        """Let one request after the other take what gives the most tokens per second beside the others' plans."""
+        for place, own in enumerate(options):
+            others = [*chosen[:place], *chosen[place + 1 :]]
+            tokens, width = sum(each.tokens for each in others), len(chosen) + sum(each.nodes for each in others)
+            late, steps = sum(each.seconds for each in others), max((each.steps for each in others), default=0.0)
+            drafting = sum(each.steps > 0 for each in others)
+            for option in own:
+                seconds = self.costs.seconds(
+                    width + option.nodes, max(steps, option.steps), drafting + (option.steps > 0)
+                )
+                rate = (tokens + option.tokens) / (seconds + late + option.seconds) if seconds else 0.0
+                if rate > best * (1 + 1e-9) and width + option.nodes <= self.costs.target.reach:
+                    chosen[place], best = option, rate
+        return chosen, best
 
-    def _decide(self) -> None:
-        """Choose the plan."""
-        self._rates = rates = self._promised()
-        best = max(rates, key=lambda plan: rates[plan])
-        safe = max((plan for plan in (OFF, self.plan) if plan in rates), key=lambda plan: rates[plan])
-        plan = best if rates[best] > MARGIN * rates[safe] else safe
-        if not self._probe_at[plan != OFF] or OFF != self.plan != plan != OFF:
-            self._set_probe(plan)
-        self.switches += plan != self.plan
-        self.plan = plan
-        self._wait = PATIENCE if self.costs.target.known(self._width(plan)) else ENOUGH
+    def _options(self, row: RequestEstimate) -> list[Option]:
+        """Return nothing, chains of 1 to row.head tokens, and copies."""
+        options = [_NOTHING]
+        if row.head:
+            late = self.costs.catching_up(row.backlog) / min(CATCH_UP_STEPS, row.remaining) if row.backlog else 0.0
+            shares = row.survival(HEAD, row.head)
+            tokens = [*accumulate(shares, initial=1.0)]
+            nodes = [*accumulate(row.survival(DRAFTED, row.head), initial=0.0)]
+            for length in range(1, row.head + 1):
+                drafted = nodes[min(length, len(nodes) - 1)]
+                options.append(Option(_CHAINS[length], tokens[min(length, len(shares))], drafted, drafted, late))
+        if row.match:
+            copied = [*accumulate(row.survival(min(row.match, LONGEST_MATCH), row.room), initial=1.0)]
+            options += [Option(_LOOKUPS[count], copied[count], count) for count in COPIES if count < len(copied)]
+        return options
 
-    def _promised(self) -> dict[DraftPlan, float]:
-        """Estimate the tokens per second of each plan whose cost is known, for the present requests."""
-        shapes = {self._shape(plan): self.acceptance.rates(self._shape(plan)) for plan in self.plans}
-        expected = {shape: [row.expected(shape, rates) for row in self._rows] for shape, rates in shapes.items()}
-        promised = {}
-        for plan in self.plans:
-            if plan != OFF and self._width(plan) > self.costs.target.reach:
-                continue
-            tokens = sum(
-                ladder[min(plan.length, row.cap)]
-                for row, ladder in zip(self._rows, expected[self._shape(plan)], strict=True)
-            )
-            seconds = self._seconds(plan) + self._catch_up_share(plan)
-            promised[plan] = tokens / seconds if seconds else 0.0
-        return promised
-
-    def _shape(self, plan: DraftPlan) -> DraftPlan:
-        """Return the plan whose acceptance rates hold for this one too: the longest chain's for all chains."""
-        chains = [other for other in self.plans if other.kind == "chain"]
-        return max(chains, key=lambda chain: chain.length) if plan.kind == "chain" else plan
-
-    def _width(self, plan: DraftPlan) -> int:
-        """Return the tokens of a pass of the target."""
-        return sum(1 + plan.capped(row.cap).nodes for row in self._rows)
-
-    def _seconds(self, plan: DraftPlan) -> float:
-        """Estimate the seconds of a step, catching up aside."""
-        width = self._width(plan)
-        steps = max(plan.capped(row.cap).length for row in self._rows)
-        drafting = self.costs.draft_seconds(plan.kind, steps, width - len(self._rows))
-        return self.costs.target(width) + drafting
-
-    def _catch_up_share(self, plan: DraftPlan) -> float:
-        """Estimate the seconds of a step's share of what the head must read before it can draft.
-
-        A request that ends soon has fewer steps to share it.
-        """
-        late = [row for row in self._rows if row.cap > 0 and row.backlog]
-        if plan == OFF or not late:
+    def _rate(self, chosen: Sequence[Option]) -> float:
+        """Estimate the tokens per second of these plans; 0: they go beyond what is known of the costs."""
+        width = len(chosen) + sum(option.nodes for option in chosen)
+        steps, drafting = max(option.steps for option in chosen), sum(option.steps > 0 for option in chosen)
+        seconds = self.costs.seconds(width, steps, drafting) + sum(option.seconds for option in chosen)
+        if not seconds or (steps and width > self.costs.target.reach):
             return 0.0
-        backlog = sum(row.backlog for row in late)
-        shares = sum(row.backlog / min(CATCH_UP_STEPS, row.remaining) for row in late)
-        return self.costs.catch_up(backlog) * shares / backlog
+        return sum(option.tokens for option in chosen) / seconds
+
+    # probes
+
+    def _probed(
+        self, rows: Sequence[RequestEstimate], options: list[list[Option]], chosen: list[Option], rate: float
+    ) -> list[Option]:
+        """Return the plans of a probe, when there is one, or those that were chosen."""
+        able = sorted((place for place, row in enumerate(rows) if row.head), key=lambda place: rows[place].backlog)
+        if self._probe and not (able and self._goes_on(rate)):
+            lost = self._probe_seconds - self._probe_tokens / rate if rate else 0.0
+            gap = PROBE_GAP * self.costs.seconds(len(rows))
+            self._probe_at[self._probe] = self._clock + max(gap, lost / PROBE_BUDGET)
+            self._probe = ""
+        if not self._probe and able and rate and self.costs.target.known(len(rows)):
+            due = "off" if any(option.steps for option in chosen) else "head"
+            if not self._probe_at[due]:
+                self._probe_at[due] = self._clock + PROBE_GAP * self.costs.seconds(len(rows))
+            if self._clock >= self._probe_at[due]:
+                self._begin_probe(due)
+        if self._probe == "off":
+            return [_NOTHING] * len(rows)
+        if self._probe == "head":
+            chosen = list(chosen)
+            rates = [self._rates[f"chain {length}"] for length in range(1, max(row.head for row in rows) + 1)]
+            length = 1 + rates.index(max(rates))
+            for place in able[: math.ceil(len(able) / PROBE_ROWS)]:
+                chosen[place] = options[place][min(length, rows[place].head)]
+        return chosen
+
+    def _begin_probe(self, what: str) -> None:
+        self._probe, self._probe_steps, self._probe_tokens, self._probe_seconds = what, 0, 0, 0.0
+        self.probes += 1
+        if what == "head":
+            for acceptance in (self.acceptance, *(row.own for row in self._rows)):
+                acceptance.forget_head()
+
+    def _goes_on(self, rate: float) -> bool:
+        fewest, most = PROBE_STEPS
+        slower = self._probe_tokens < rate * self._probe_seconds
+        return self._probe_steps < most and (self._probe_steps < fewest or not slower)
+
+    def _reason(self) -> str:
+        """State in one line what was chosen, and why."""
+        chosen, width = self._choice
+        if not chosen:
+            return "nothing has been decoded yet"
+        plans = ", ".join(f"{plan} for {count}" for plan, count in Counter(str(each.plan) for each in chosen).items())
+        rates, plain = self._rates, self._rates["off"]
+        best = max((name for name in rates if name not in ("off", "chosen")), key=rates.__getitem__, default="")
+        if self._probe:
+            reason = f"a probe of {'plain steps' if self._probe == 'off' else 'the head'}"
+        elif any(each.nodes for each in chosen):
+            reason = f"{rates['chosen']:.0f} tokens/s expected, {plain:.0f} without drafts"
+        elif best:
+            reason = f"{plain:.0f} tokens/s expected, {rates[best]:.0f} with {best}"
+        else:
+            reason = "nothing that could be copied"
+        costs = self.costs
+        passes = ", ".join(f"{n:.0f}: {1e3 * costs.seconds(n):.3g} ms" for n in dict.fromkeys((len(chosen), width)))
+        head = 1e3 * (costs.seconds(0, 1, 1) - costs.seconds(0))
+        return f"{plans}: {reason} (a pass of {passes}" + (f"; a step of the head {head:.3g} ms)" if head else ")")
 
 
 class Fixed(Controller):
     """Always the same plan, with the same interface and the same statistics."""
 
     def __init__(self, plan: DraftPlan) -> None:
-        super().__init__([plan])
+        super().__init__(plan.length)
         self.plan = plan
 
-    def _next(self, changed: bool) -> DraftPlan:
-        return self.plan
+    def calibration(self, *, samples: bool) -> tuple[float, ...] | None:
+        return None
+
+    def _decide(self, rows: Sequence[RequestEstimate]) -> list[Option]:
+        chosen = [Option(self.plan.capped(row)) for row in rows]
+        self._rates = {"off": self._rate(chosen)}
+        self._choice = chosen, self.plan.nodes
+        return chosen
 
 
 def make_controller(speculation: str, length: int, tree_size: int) -> Controller:
     """Return the controller that chooses among the plans of this kind of speculation."""
-    sizes = [size for size in sorted({8, 16, 32, tree_size}) if 0 < length < size <= tree_size]
-    trees = list(dict.fromkeys(DraftPlan.tree(length, size) for size in sizes))
     if speculation == "auto":
-        return Controller([*(DraftPlan.chain(k) for k in range(1, length + 1)), *trees])
-    if speculation == "tree" and length and not trees:
+        return Controller(length)
+    if speculation == "tree" and length and tree_size <= length:
         raise UserError(
             f"tree_size = {tree_size}: a tree has more nodes than its depth, {length}; choose a larger one."
         )
-    return Fixed({"off": OFF, "chain": DraftPlan.chain(length), "tree": trees[-1] if trees else OFF}[speculation])
+    tree = DraftPlan.tree(length, tree_size) if length else OFF
+    return Fixed({"off": OFF, "chain": DraftPlan.chain(length), "tree": tree}[speculation])

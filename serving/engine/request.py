@@ -12,6 +12,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from draft.errors import UserError
 from draft.evaluation.tau import acceptance_length
@@ -179,8 +180,9 @@ class Token:
     special: bool  # special tokens are not in the answer's text
     accepted_position: int | None  # 0-based draft position, or None: supplied by the target itself
     top: list[tuple[int, float]] | None = None  # the most probable ids and their logprobs, falling
-    rejected: int | None = None  # what the head had drafted here, the first of several, where the target chose another
+    rejected: int | None = None  # what had been drafted here, the first of several, where the target chose another
     drafted: int = 0  # tokens in a row that had been drafted for the verification which decided this one
+    copied: bool = False  # the draft that was accepted or rejected here was copied by lookup, and not the head's
 
 
 @dataclass
@@ -197,6 +199,18 @@ class Completion:
     stop_reason: str | int | None = None  # the stop string, or the stop id, that ended it
 
 
+class Verification(NamedTuple):
+    """The figures of one verification, in tokens."""
+
+    depth: int  # drafted in a row
+    accepted: int
+    copied: int = 0  # so many of those in a row, the last ones, were copied by lookup; the head drafted the others
+
+    @property
+    def accepted_copies(self) -> int:
+        return max(0, self.accepted - (self.depth - self.copied))
+
+
 @dataclass
 class SpeculationStats:
     """Counts of one request's speculation. Only tokens that are in the answer count as emitted or accepted.
@@ -207,7 +221,7 @@ class SpeculationStats:
 
     drafted: int = 0
     emitted: int = 0  # by verifications: the bonus token included, the one that the prefill gave excluded
-    steps: list[tuple[int, int]] = field(default_factory=list)  # of each verification: drafted in a row, accepted
+    steps: list[Verification] = field(default_factory=list)
     prefill_seconds: float = 0.0  # the prompt through the target, up to the first token
     decode_seconds: float = 0.0  # the steps that follow; the head reads the prompt in the first of them that drafts
 
@@ -217,37 +231,46 @@ class SpeculationStats:
 
     @property
     def accepted(self) -> int:
-        return sum(accepted for _, accepted in self.steps)
+        return sum(step.accepted for step in self.steps)
 
     @property
     def drafted_per_position(self) -> list[int]:
         """Verifications that drafted a token at each draft position."""
-        deepest = max((depth for depth, _ in self.steps), default=0)
-        return [sum(depth > position for depth, _ in self.steps) for position in range(deepest)]
+        deepest = max((step.depth for step in self.steps), default=0)
+        return [sum(step.depth > position for step in self.steps) for position in range(deepest)]
 
     @property
     def accepted_per_position(self) -> list[int]:
         """Verifications that accepted a token at each draft position; as long as `drafted_per_position`."""
-        deepest = max((depth for depth, _ in self.steps), default=0)
-        return [sum(accepted > position for _, accepted in self.steps) for position in range(deepest)]
+        deepest = max((step.depth for step in self.steps), default=0)
+        return [sum(step.accepted > position for step in self.steps) for position in range(deepest)]
+
+    @property
+    def by_source(self) -> dict[str, dict[str, int]]:
+        """Drafted and accepted tokens of the head and of lookup."""
+        copied, copies = sum(step.copied for step in self.steps), sum(step.accepted_copies for step in self.steps)
+        return {
+            "head": {"drafted": self.drafted - copied, "accepted": self.accepted - copies},
+            "lookup": {"drafted": copied, "accepted": copies},
+        }
 
     @property
     def acceptance_length(self) -> float:
         """Tokens emitted / verifications; nan when there was no verification."""
         return acceptance_length(self.emitted, self.verifications)
 
-    def count(self, depth: int, drafted: int, accepted: int, emitted: int) -> None:
+    def count(self, depth: int, drafted: int, accepted: int, emitted: int, copied: int = 0) -> None:
         """Add one verification: of `drafted` tokens, up to `depth` in a row, with the tokens accepted and emitted."""
-        self.steps.append((depth, accepted))
+        self.steps.append(Verification(depth, accepted, copied))
         self.drafted += drafted
         self.emitted += emitted
 
     def settle(self, emitted: int) -> None:
         """Leave so many emitted tokens, after a stop string took back the others."""
         self.emitted = left = emitted
-        for index, (depth, accepted) in enumerate(self.steps):
-            self.steps[index] = (depth, min(accepted, left))
-            left = max(0, left - accepted - 1)
+        for index, step in enumerate(self.steps):
+            self.steps[index] = step._replace(accepted=min(step.accepted, left))
+            left = max(0, left - step.accepted - 1)
 
 
 class RequestQueue:

@@ -70,7 +70,7 @@ class SelfCheck:
     @property
     def drafts(self) -> int:
         """Verifications that had drafted tokens."""
-        return sum(depth > 0 for depth, _ in self.stats.steps)
+        return sum(step.depth > 0 for step in self.stats.steps)
 
     @property
     def acceptance_per_position(self) -> list[float]:

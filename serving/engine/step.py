@@ -12,8 +12,9 @@ from torch import Tensor
 from draft.target import wait_for
 from serving.engine.answer import GrowingAnswer
 from serving.engine.drafting import Job, Proposer
-from serving.engine.estimates import OFF, DraftPlan, RequestAcceptance
+from serving.engine.estimates import DraftPlan, RequestEstimate
 from serving.engine.kv_cache import RaggedBatch, Segment
+from serving.engine.lookup import LookupProposer
 from serving.engine.model import TargetRunner
 from serving.engine.planner import Controller
 from serving.engine.request import Completion, Request, SpeculationStats
@@ -36,8 +37,10 @@ class ActiveRequest:
     seed: int | None  # None: greedy, and nothing was random
     slot: int
     cap: int  # the most tokens drafted at a time; 0: plain decoding
-    acceptance: RequestAcceptance
-    drafting: Any = None  # the proposer's state of this sequence; None where nothing is ever drafted
+    head_cap: int  # the most of them that the head drafts
+    estimate: RequestEstimate
+    drafting: Any = None  # the proposer's state of this sequence; None where the head never drafts
+    lookup: LookupProposer | None = None  # None where nothing is ever copied
     read: int = 0  # tokens of the prompt that the target has read
     stats: SpeculationStats = field(default_factory=SpeculationStats)
 
@@ -53,6 +56,11 @@ class ActiveRequest:
     @property
     def finished(self) -> bool:
         return self.answer.finish_reason is not None
+
+    @property
+    def samples(self) -> bool:
+        """True above temperature 0."""
+        return self.params.temperature > 0
 
     @property
     def draftable(self) -> int:
@@ -103,7 +111,7 @@ class Decoder:
         # target: its pass, to the logits; sampling: verification; other: batches, text, bookkeeping
         self.seconds = {"head": 0.0, "target": 0.0, "sampling": 0.0, "other": 0.0}
         self._asynchronous = runner.target.device.type != "cpu"
-        self._plans: dict[ActiveRequest, DraftPlan] = {}  # of the requests that may draft, in the present step
+        self._plans: dict[ActiveRequest, DraftPlan] = {}  # of the present step
 
     @torch.inference_mode()
     def step(self, requests: list[ActiveRequest]) -> None:
@@ -148,29 +156,51 @@ class Decoder:
             wait_for(self.runner.target.device)
 
     def _draft(self, requests: list[ActiveRequest], everyone: list[ActiveRequest]) -> list[DraftTree]:
-        """Draft a tree for each request; most often all of one shape, which the controller chooses.
+        """Draft a tree for each request, by the plans that the controller chooses.
 
         everyone: those whose prompt is being read, too. Where others draft the head reads it along, so that no step
         waits until it has read the whole of it.
         """
         for active in requests:
-            active.acceptance.cap = active.draftable if active.drafting is not None else 0
-            active.acceptance.remaining = active.answer.remaining
-        plan = self.controller.choose([active.acceptance for active in requests])
-        self._plans = {active: plan.capped(active.acceptance.cap) for active in requests}
-        jobs = {
-            active: Job(active.drafting, capped.length, capped.tree_nodes, active.rule)
-            for active, capped in self._plans.items()
-            if capped != OFF
-        }
+            row = active.estimate
+            row.room, row.remaining = active.draftable, active.answer.remaining
+            row.head = min(row.room, active.head_cap) if active.drafting is not None else 0
+            row.match = active.lookup.match.length if active.lookup is not None and row.room else 0
+        chosen = self.controller.choose([active.estimate for active in requests])
+        self._plans = dict(zip(requests, chosen, strict=True))
+        jobs = {active: self._job(active, plan) for active, plan in self._plans.items() if plan.length}
+        drafted = self._head_drafts(jobs, everyone) if self.proposer is not None else {}
+        return [self._with_copies(active, drafted.get(active, _NO_DRAFT)) for active in requests]
+
+    def _job(self, active: ActiveRequest, plan: DraftPlan) -> Job:
+        calibration = self.controller.calibration(samples=active.samples)
+        floor = 0.0 if plan.tree_nodes else self.controller.floor
+        return Job(active.drafting, plan.length, plan.tree_nodes, active.rule, floor, calibration)
+
+    def _with_copies(self, active: ActiveRequest, tree: DraftTree) -> DraftTree:
+        """Return copied tokens, behind the head's chain where there is one."""
+        plan, lookup = self._plans[active], active.lookup
+        if lookup is None or plan.tree_nodes or not (plan.length or plan.copied):
+            return tree
+        if not len(tree):
+            return lookup.propose(plan.copied)
+        match = lookup.match_after(tree)
+        count = plan.copied or self.controller.tail(active.estimate, tree, match.length, samples=active.samples)
+        return lookup.extend(tree, match, count) if match.length and count else tree
+
+    def _head_drafts(
+        self, jobs: dict[ActiveRequest, Job], everyone: list[ActiveRequest]
+    ) -> dict[ActiveRequest, DraftTree]:
+        """Let the head draft, and read what it must before; everyone: see `_draft`."""
+        assert self.proposer is not None
         late = [
             active
             for active in everyone
             if active.drafting is not None
-            and active.acceptance.backlog >= (1 if active in jobs or (jobs and active.reading) else MOST_UNREAD)
+            and active.estimate.backlog >= (1 if active in jobs or (jobs and active.reading) else MOST_UNREAD)
         ]
-        if self.proposer is None or not (jobs or late):
-            return [_NO_DRAFT] * len(requests)
+        if not (jobs or late):
+            return {}
         began = time.perf_counter()
         if late:
             tokens = self.proposer.catch_up([active.drafting for active in late])
@@ -178,17 +208,17 @@ class Decoder:
             if tokens:
                 self.controller.observe_catch_up(tokens, time.perf_counter() - began)
             for active in late:
-                active.acceptance.backlog = 0
+                active.estimate.backlog = 0
         if not jobs:
-            return [_NO_DRAFT] * len(requests)
+            return {}
         caught_up = time.perf_counter()
         trees = dict(zip(jobs, self.proposer.propose(list(jobs.values())), strict=True))
         drafted = time.perf_counter()
-        self.controller.observe_draft([self._plans[active] for active in jobs], drafted - caught_up)
+        self.controller.observe_draft(list(trees.values()), drafted - caught_up)
         self.seconds["head"] += drafted - began
         for active in jobs:
             active.stats.decode_seconds += drafted - began
-        return [trees.get(active, _NO_DRAFT) for active in requests]
+        return trees
 
     def _chunks(self, requests: list[ActiveRequest]) -> list[_Part]:
         """Take the next parts of prompts: half of the chunk for the one that came first, so that it goes on, and the
@@ -229,8 +259,10 @@ class Decoder:
             active.read += count
             known = active.request.prompt_ids[active.read - count + 1 : active.read + 1]
             emitted = self._emit(active, part.tree, verdict, logits) if verdict else []
-            active.acceptance.backlog += count
+            active.estimate.backlog += count
             following, kept = [*known, *emitted], list(part.rows)
+            if active.lookup is not None:
+                active.lookup.observe([*part.segment.ids, *emitted])
         else:
             assert verdict is not None
             following = self._emit(active, part.tree, verdict, logits)
@@ -238,11 +270,8 @@ class Decoder:
             self.runner.cache.keep(active.slot, part.segment.base, entries)
             kept = [part.rows.start + entry for entry in entries]
             accepted = min(len(verdict.path), len(following))
-            active.stats.count(part.tree.depth, len(part.tree), accepted, len(following))
-            trimmed = active.finished and len(following) <= len(verdict.path)
-            active.acceptance.observe(self._plans[active], accepted, trimmed=trimmed)
-            if not trimmed and active.params.temperature <= 1:  # above, any head is accepted less
-                self.watch.observe(part.tree.depth, accepted)
+            active.stats.count(part.tree.depth, len(part.tree), accepted, len(following), part.tree.copied)
+            self._learn(part, following, accepted, trimmed=active.finished and len(following) <= len(verdict.path))
         if active.drafting is not None and auxiliary is not None and not active.finished:
             assert self.proposer is not None
             # a copy: states that wait for the head must not keep those of other sequences. And an index costs several
@@ -250,6 +279,21 @@ class Decoder:
             together = kept == list(range(kept[0], kept[-1] + 1))
             states = auxiliary[kept[0] : kept[-1] + 1].clone() if together else auxiliary[kept]
             self.proposer.observe(active.drafting, following, states)
+
+    def _learn(self, part: _Part, following: list[int], accepted: int, *, trimmed: bool) -> None:
+        """Let the estimates observe a verification; trimmed: the answer ended within it, and the rest was not judged."""
+        active, tree, row = part.active, part.tree, part.active.estimate
+        depth = tree.depth - tree.copied  # of what the head drafted
+        by_head = min(accepted, depth)
+        row.observe(len(following), by_head=depth > 0)
+        if depth and not trimmed:
+            row.observe_head(self._plans[active].length, depth, by_head)
+            self.controller.observe_confidence(tree, by_head, samples=active.samples)
+            if active.params.temperature <= 1:  # above, any head is accepted less
+                self.watch.observe(depth, by_head)
+        if active.lookup is not None:
+            row.observe_lookup(active.lookup.match.length, active.lookup.continues(following), len(following))
+            active.lookup.observe(following)
 
     def _emit(self, active: ActiveRequest, tree: DraftTree, verdict: Verdict, logits: Tensor) -> list[int]:
         """Append the accepted tokens and the target's own until the answer ends; returns their ids."""
@@ -259,9 +303,11 @@ class Decoder:
         emitted = []
         for place, token in enumerate(ids):
             logprob, top = _logprobs(logits[rows[place]], token, active.params.logprobs)
+            drafts = tree.children[rows[place]]  # in its place
             accepted_position = place if place < len(verdict.path) else None
-            rejected = next(iter(tree.children[rows[place]]), None) if accepted_position is None else None
-            answer.append(token, logprob, top, accepted_position, rejected, tree.depth)
+            rejected = next(iter(drafts), None) if accepted_position is None else None
+            copied = min(drafts.values(), default=-1) >= tree.drawn  # a chain's only one
+            answer.append(token, logprob, top, accepted_position, rejected, tree.depth, copied)
             active.processor.append(token)
             emitted.append(token)
             if answer.finish_reason is not None:

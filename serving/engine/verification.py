@@ -12,7 +12,8 @@ same seed, and drafts may depend on g in any way. Greedy is g = 0.
 from norm(max(0, p - q)) (Leviathan et al. 2211.17192, Chen et al. 2302.01318). Candidates in trees are a function
 of the prefix, so q = 1: child x of a row is accepted with p(x); where it is rejected, p(x) becomes 0 and the rest is
 renormalised for the next child, and after the last one the rest gives the token (EAGLE, arXiv 2401.15077). In all,
-some child is accepted with the children's probability under p.
+some child is accepted with the children's probability under p. A copied token is a candidate, too, the only one of its
+row: it may follow drawn ones in a chain, since it counts only where they have been accepted.
 
 Why numbers keyed by position serve rejection, too. A verification that looks at the ACCEPT (is a draft accepted) or
 CHOICE (what replaces it, or the bonus token) numbers of a position does so because all before it was accepted, and
@@ -20,8 +21,11 @@ therefore emits that position's token: each is looked at in one verification onl
 numbers of a position serve again when a chain is rejected before it. But the acceptance of x_i depends on numbers of
 positions up to i, so what was drafted behind the first rejection decided nothing, and given all that was emitted
 its numbers are as good as new. The three purposes are independent, and so are siblings, whose numbers are keyed by
-their tokens, too. This asks of the engine: how many tokens are drafted, as chain or as tree, may depend on what was
-emitted and accepted and how long it took, but not on a drafted token that is then withheld.
+their tokens, too. This asks of the engine: how many tokens are drafted, by the head or copied, as chain or as tree, may
+depend on what was emitted and accepted and how long it took, but not on a drafted token that is then withheld. So a
+chain may end by the largest q of its next token, since that depends on the tokens before it, which are verified: either
+they are emitted, or nothing after them counts. It may not end by the probability of a token that was drawn, nor may
+copied tokens replace the head's because these disagree.
 """
 
 from __future__ import annotations
@@ -54,8 +58,11 @@ class DraftTree:
 
     tokens: list[int] = field(default_factory=list)  # n target ids, parents before children
     parents: list[int] = field(default_factory=list)  # a node, or -1: the last known token
-    # [n, vocab] what each token was drawn from, over the target's vocabulary: chains under the rejection rule only
+    # [n - copied, vocab] what each token was drawn from, over the target's vocabulary: chains under the rejection rule
     q: Tensor | None = field(default=None, compare=False)
+    copied: int = 0  # so many of the last tokens of a chain were copied; the head drafted the others
+    # the largest probability of each token that the head drafted for a chain, before its draw; none: not computed
+    confidences: list[float] = field(default_factory=list, compare=False)
 
     def __post_init__(self) -> None:
         if len(self.parents) != len(self.tokens):
@@ -64,16 +71,30 @@ class DraftTree:
             raise ValueError(f"a parent must precede its child: {self.parents}")
         if len(set(zip(self.parents, self.tokens, strict=True))) < len(self.tokens):
             raise ValueError("two children of one node are the same token")
-        if self.q is not None and not (self.is_chain and len(self.q) == len(self.tokens)):
+        if self.q is not None and not (self.is_chain and len(self.q) == self.drawn):
             raise ValueError("only a chain has distributions that it was drawn from, one for each token")
+        if self.copied and not (self.is_chain and self.copied <= len(self.tokens)):
+            raise ValueError("only a chain has copied tokens, at its end")
 
     @classmethod
-    def chain(cls, tokens: Sequence[int], q: Tensor | None = None) -> DraftTree:
+    def chain(
+        cls, tokens: Sequence[int], q: Tensor | None = None, *, copied: int = 0, confidences: Sequence[float] = ()
+    ) -> DraftTree:
         """Return a tree of each token after the one before it."""
-        return cls(list(tokens), list(range(-1, len(tokens) - 1)), q)
+        return cls(list(tokens), list(range(-1, len(tokens) - 1)), q, copied, list(confidences))
+
+    def extended(self, tokens: Sequence[int]) -> DraftTree:
+        """Return this chain with copied tokens behind it."""
+        copied = self.copied + len(tokens)
+        return DraftTree.chain([*self.tokens, *tokens], self.q, copied=copied, confidences=self.confidences)
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+    @property
+    def drawn(self) -> int:
+        """Tokens that the head drafted."""
+        return len(self.tokens) - self.copied
 
     @property
     def is_chain(self) -> bool:
@@ -172,13 +193,15 @@ def without(left: Tensor, token: int) -> Tensor:
 
 
 def verify_chain(tree: DraftTree, law: Law, position: int, sampler: SeededSampler) -> Verdict:
-    """The rejection rule for a chain whose tokens were drawn from tree.q."""
+    """The rejection rule for a chain whose tokens were drawn from tree.q, and then copied."""
     assert tree.q is not None
     for node, token in enumerate(tree.tokens):
         p = law(node).exp()  # [vocab]
-        q = tree.q[node].to(p.dtype)
-        if not sampler.accepts(draft_acceptance(p, q, token), position + node, token):
-            return Verdict(list(range(node)), sampler.draw(residual(p, q).log(), position + node))
+        q = tree.q[node].to(p.dtype) if node < tree.drawn else None
+        probability = candidate_acceptance(p, token) if q is None else draft_acceptance(p, q, token)
+        if not sampler.accepts(probability, position + node, token):
+            left = without(p, token) if q is None else residual(p, q)
+            return Verdict(list(range(node)), sampler.draw((left / left.sum()).log(), position + node))
     return Verdict(list(range(len(tree))), sampler.draw(law(len(tree)), position + len(tree)))
 
 
@@ -272,7 +295,10 @@ class SharedNoise(Rule):
 
 
 class Rejection(Rule):
-    """Chains, drawn from q, are accepted with min(1, p/q), a tree's candidates with p. Without drafts: shared noise."""
+    """Tokens drawn from q are accepted with min(1, p/q), candidates (copied, or a tree's) with p.
+
+    Without drafts it chooses as shared noise does.
+    """
 
     def draft(self, logits: Tensor, vocabulary: Tensor, positions: Sequence[int]) -> tuple[Tensor, Tensor | None]:
         log_q = apply_temperature(logits, self.temperature).log_softmax(dim=-1)
