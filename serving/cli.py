@@ -41,14 +41,15 @@ Target = Annotated[str, Option(help="Target: a hub id, a folder, a .gguf file, o
 TargetAdapter = Annotated[str | None, Option(help="Folder of a PEFT LoRA adapter, merged into the target.")]
 ChatTemplate = Annotated[Path | None, Option(help="File of a Jinja chat template. Default: the target's own.")]
 Head = Annotated[
-    str | None, Option(help="Draft head: a folder, or smollm2-eagle3 (bundled). Default: none, plain decoding.")
+    str | None, Option(help="Draft head: a folder, or smollm2-eagle3 (bundled). Default: none, drafts by lookup only.")
 ]
 Drafting = Annotated[
     Literal["auto", "chain", "tree", "off"],
-    Option(help="Shape of the drafts; auto takes the fastest by measurement, at every step."),
+    Option(help="Drafts of the head; auto takes the fastest by measurement, at every step, lookup included."),
 ]
-DraftLength = Annotated[int, Option(min=1, help="Maximum number of tokens drafted in a row.")]
+DraftLength = Annotated[int, Option(min=1, help="Maximum number of tokens that the head drafts in a row.")]
 TreeSize = Annotated[int, Option(min=1, help="Maximum number of nodes in a tree of drafted tokens.")]
+Lookup = Annotated[bool, Option(help="Let auto copy drafts from the prompt and the answer so far.")]
 Rule = Annotated[
     Literal["shared-noise", "rejection"], Option(help="Lossless rule that accepts drafted tokens when sampling.")
 ]
@@ -124,6 +125,7 @@ def serve(
     speculation: Drafting = "auto",
     speculation_length: DraftLength = 5,
     tree_size: TreeSize = 16,
+    lookup: Lookup = True,
     rule: Rule = "shared-noise",
     mode: Mode = "auto",
     arithmetic: Arithmetic = "auto",
@@ -167,7 +169,8 @@ def serve(
         limits = Limits(max_new_tokens_limit, max_body_bytes, request_seconds=request_timeout or None)
         access: Any = dict(api_key=api_key, strict_model_name=strict_model_name, metrics_prefix=metrics_prefix)
         app = create_app(None, head_name=head, limits=limits, cors_origins=cors_origin or (), **access)
-        drafts = dict(speculation=speculation, speculation_length=speculation_length, tree_size=tree_size, rule=rule)
+        drafts: dict[str, Any] = dict(speculation=speculation, speculation_length=speculation_length)
+        drafts |= dict(tree_size=tree_size, lookup=lookup, rule=rule)
         memory = None if kv_cache_memory is None else _size(kv_cache_memory)
         sizes = dict(max_batch=max_batch, max_length=max_length, kv_cache_memory=memory, prefill_chunk=prefill_chunk)
         queue = dict(max_waiting=max_waiting, max_waiting_tokens=max_waiting_tokens)

@@ -161,6 +161,7 @@ class Answer:
                 "drafted": stats.drafted,
                 "accepted": stats.accepted,
                 "emitted": stats.emitted,
+                "sources": stats.by_source,
                 "acceptance_per_position": [accepted / drafted if drafted else None for accepted, drafted in pairs],
             },
         }
@@ -169,8 +170,10 @@ class Answer:
         entry = {"id": token.id, "text": token.text, "logprob": finite(token.logprob), "special": token.special}
         if self.parameters.wants_origin:
             position = token.accepted_position
+            drafter = None if position is None and token.rejected is None else "lookup" if token.copied else "head"
             entry["origin"] = {
                 "source": "target" if position is None else "draft",
+                "drafter": drafter,
                 "position": None if position is None else position + 1,
                 "rejected": None if token.rejected is None else self._alternative(token.rejected, None),
                 "drafted": token.drafted,

@@ -29,6 +29,8 @@ _COUNTERS = {  # name -> (description, label)
     "spec_decode_num_draft_tokens": ("Drafted tokens", None),
     "spec_decode_num_accepted_tokens": ("Drafted tokens that were accepted", None),
     "spec_decode_num_accepted_tokens_per_pos": ("Accepted tokens by draft position", "position"),
+    "spec_decode_num_draft_tokens_by_source": ("Drafted tokens by what drafted them", "source"),
+    "spec_decode_num_accepted_tokens_by_source": ("Accepted tokens by what drafted them", "source"),
     "prompt_tokens": ("Tokens of the prompts that were answered", None),
     "generation_tokens": ("Tokens generated", None),
     "request_success": ("Sequences by finish reason", "finished_reason"),
@@ -53,6 +55,7 @@ _HISTOGRAMS = {  # name -> (description, buckets)
     "request_prompt_tokens": ("Tokens of a prompt", _TOKENS),
     "request_generation_tokens": ("Tokens of an answer", _TOKENS),
 }
+SOURCES = ("head", "lookup")
 FINISH_REASONS = ("length", "eos_token", "stop_sequence", "cancelled", "error")
 # status of a request that got no answer -> reason
 FAILURES = {
@@ -88,7 +91,8 @@ class Metrics:
         self._lock = threading.Lock()
 
         values = {
-            "position": range(engine.speculation_length if engine.head else 0),
+            "position": range(engine.longest_draft),
+            "source": SOURCES,
             "finished_reason": FINISH_REASONS,
             "reason": sorted(set(FAILURES.values())),
         }
@@ -164,6 +168,10 @@ class Metrics:
         self._series("spec_decode_num_accepted_tokens").inc(stats.accepted)
         for position, accepted in enumerate(stats.accepted_per_position):
             self._series("spec_decode_num_accepted_tokens_per_pos", position=str(position)).inc(accepted)
+        for source, counts in stats.by_source.items():
+            for name in ("draft", "accepted"):
+                count = counts["drafted" if name == "draft" else name]
+                self._series(f"spec_decode_num_{name}_tokens_by_source", source=source).inc(count)
         self._series("generation_tokens").inc(generated)
         self._series("request_success", finished_reason=completion.finish_reason).inc()
         if completion.finish_reason == "cancelled":

@@ -312,7 +312,7 @@ def _figures(stats: SpeculationStats, length: int) -> dict[str, Any]:
     A step is a verification of at least one drafted token. mean_acceptance_length is vLLM's 1 + accepted / steps: the
     bonus token counts, also where the end of the answer cut it off.
     """
-    steps = [(depth, accepted) for depth, accepted in stats.steps if depth]
+    steps = [(step.depth, step.accepted) for step in stats.steps if step.depth]
     accepted_tokens = sum(accepted for _, accepted in steps)
 
     def histogram(accepted: list[int], most: int) -> list[int]:  # steps that accepted 0, 1, ... `most` tokens

@@ -73,6 +73,7 @@ async def info(request: Request) -> dict[str, Any]:
         },
         "speculation": engine.speculation,
         "speculation_length": service.speculation_length,
+        "lookup": engine.lookup,
         "rule": engine.rule,
         "limits": {
             "max_total_tokens": engine.max_length,

@@ -89,7 +89,7 @@ StopStrings = Annotated[list[StopString], Field(max_length=MAX_STOP_SEQUENCES)]
 class Speculative(Strict):
     """Speculation for one request; it changes the speed and never the distribution of the text."""
 
-    enabled: bool | None = optional("null: on, when the server has a draft head")
+    enabled: bool | None = optional("null: on, when the server has a draft head or copies")
     num_tokens: Count | None = optional("speculation length, capped by the server's; 0 is off")
     rule: Literal["shared-noise", "rejection"] | None = optional("null: the server's")
 

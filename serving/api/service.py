@@ -87,9 +87,8 @@ class Service:
 
     @property
     def speculation_length(self) -> int:
-        """Tokens drafted at a time, at most; 0 without speculation."""
-        engine = self.engine
-        return engine.speculation_length if engine.head is not None and engine.speculation != "off" else 0
+        """Tokens drafted at a time, at most: by the head, or copied; 0 without speculation."""
+        return self.engine.longest_draft
 
     def speculation(self, requested: Speculative | None) -> Speculation:
         """Return a request's options, with the server's speculation length as the cap and the default."""

@@ -89,7 +89,9 @@ class GrowingAnswer:
         if not dropped:
             self._starts.append(len(self.text))
             name = (self._tokenizer.convert_ids_to_tokens(token_id) or "") if special else added
-            self.tokens.append(Token(token_id, name, logprob, special, accepted_position, top, rejected, drafted, copied))
+            self.tokens.append(
+                Token(token_id, name, logprob, special, accepted_position, top, rejected, drafted, copied)
+            )
         if not hidden:
             self._last_shown = len(self.tokens) - 1
         self.text += added

@@ -7,7 +7,7 @@ from bisect import bisect_left
 from collections import deque
 from dataclasses import dataclass
 from functools import cached_property
-from statistics import median
+from statistics import median_low
 
 BRANCHING = 8  # children that a tree's node may have, and nodes that the head reads at a depth
 
@@ -68,7 +68,7 @@ HEAD, DRAFTED = 0, -1  # sources; above 0: lookup after a match of so many token
 LONGEST_MATCH, LAST_POSITION = 8, 7  # longer matches, and later positions of copied tokens, share their figures
 INITIAL_RATE = 0.7  # of a head that was never seen: high enough for it to be tried
 OVERALL_MEMORY, ROW_MEMORY = 256, 64  # observations after which one weighs 1/e
-OVERALL_STRENGTH, ROW_STRENGTH = 3, 16  # observations that the prior of an estimate is worth
+OVERALL_STRENGTH, ROW_STRENGTH = 3, 10  # observations that the prior of an estimate is worth
 KEPT_AFTER_PAUSE = 20  # observations that all that was known before a pause is worth
 NEGLIGIBLE = 0.02  # probability of acceptance below which no further token is considered
 BINS = 16  # of confidence
@@ -186,7 +186,6 @@ class RequestEstimate:
 
 WINDOW = 15  # measurements kept of each width: their median leaves out steps that another process slowed down
 ENOUGH = 3  # measurements of a width before it counts as known
-PACE_GAIN = 0.2  # of the pace, towards each measurement
 
 
 class Curve:
@@ -205,7 +204,7 @@ class Curve:
         bucket = _bucket(width)
         samples = self._samples.setdefault(bucket, deque(maxlen=WINDOW))
         samples.extend([seconds] * count)
-        self._medians[bucket] = median(samples)
+        self._medians[bucket] = median_low(samples)
         known = [each for each in self._medians if len(self._samples[each]) >= ENOUGH]
         knots, least = [], math.inf
         for each in sorted(known if len(known) > 1 else self._medians, reverse=True):
@@ -218,9 +217,14 @@ class Curve:
         return len(self._samples.get(_bucket(width), ())) >= ENOUGH
 
     @property
+    def narrowest(self) -> float:
+        """The narrowest pass whose cost is known; infinite while none is."""
+        return min((each for each, samples in self._samples.items() if len(samples) >= ENOUGH), default=math.inf)
+
+    @property
     def reach(self) -> float:
-        """The widest pass whose cost can be told."""
-        return 4 * self._knots[-1][0] if self._knots else 0.0
+        """The widest pass whose cost can be told: twice the only known width, or four times the widest of several."""
+        return (4 if len(self._knots) > 1 else 2) * self._knots[-1][0] if self._knots else 0.0
 
     def __call__(self, width: float) -> float:
         """Seconds at this width; 0 while nothing has been measured at all."""
@@ -248,7 +252,7 @@ def _bucket(width: float) -> int:
 
 
 class StepCosts:
-    """The costs of all parts of a step, of a pace at which everything runs now: it may slow down all at once.
+    """The costs of all parts of a step.
 
     target: of a ragged pass, by its tokens. draft: of one step of the head, by its tokens, for chains and for trees.
     catch_up: of reading what the target decoded while the head did not draft, by its tokens.
@@ -258,31 +262,15 @@ class StepCosts:
         self.target = Curve()
         self.draft = {"chain": Curve(), "tree": Curve()}
         self.catch_up = Curve()
-        self._pace = 1.0  # measured seconds over those of the curves
 
     def calibrate(self, tokens: int, seconds: float) -> None:
         """Take the figure of a pass that was run for it."""
         self.target.observe(tokens, seconds, ENOUGH)
 
-    def observe_target(self, tokens: int, seconds: float) -> None:
-        if self.target.known(tokens):
-            ratio = seconds / self.target(tokens) / self._pace
-            self._pace *= min(2.0, max(0.5, ratio)) ** PACE_GAIN
-        self.target.observe(tokens, seconds / self._pace)
-
-    def observe_draft(self, kind: str, steps: int, nodes: int, seconds: float) -> None:
-        self.draft[kind].observe(nodes / steps, seconds / steps / self._pace)
-
-    def observe_catch_up(self, tokens: int, seconds: float) -> None:
-        self.catch_up.observe(tokens, seconds / self._pace)
-
     def seconds(self, tokens: float, steps: float = 0.0, drafting: int = 0) -> float:
-        """Estimate a step, catching up aside: a pass over so many tokens, and steps of chains of `drafting` requests."""
-        return self._pace * (self.target(tokens) + (steps * self.draft["chain"](drafting) if steps else 0.0))
-
-    def catching_up(self, tokens: int) -> float:
-        return self._pace * self.catch_up(tokens)
+        """Estimate a step, catching up aside: a pass over so many tokens, and steps of chains of some requests."""
+        return self.target(tokens) + (steps * self.draft["chain"](drafting) if steps else 0.0)
 
     def slope(self, tokens: float) -> float:
         """Estimate what one more token costs in a pass of so many, over a doubling."""
-        return self._pace * (self.target(2 * tokens) - self.target(tokens)) / tokens
+        return (self.target(2 * tokens) - self.target(tokens)) / tokens

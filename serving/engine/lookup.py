@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
+from itertools import takewhile
 from typing import NamedTuple
 
 from serving.engine.verification import DraftTree
@@ -161,4 +162,5 @@ class LookupProposer:
     def continues(self, tokens: Sequence[int]) -> int:
         """Return how many of these tokens, the next ones, are what would have been copied."""
         copied = self._seen.copy(self.match, len(tokens)) if self.match.length else []
-        return next((place for place, pair in enumerate(zip(copied, tokens)) if pair[0] != pair[1]), len(copied))
+        same = takewhile(lambda pair: pair[0] == pair[1], zip(copied, tokens, strict=False))
+        return sum(1 for _ in same)

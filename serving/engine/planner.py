@@ -34,6 +34,7 @@ from serving.engine.estimates import (
 from serving.engine.verification import DraftTree
 
 MARGIN = 1.03  # what plans must promise over plain decoding, to replace it
+ROW_MARGIN = 0.1  # of its share of the tokens must be gained by a request that takes another plan than the others
 PROBE_BUDGET = 0.005  # share of the time that probes may lose
 PROBE_STEPS = 3, 16  # a probe's fewest and most steps
 PROBE_ROWS = 4  # one request in so many drafts in a probe of the head, which must catch up on each
@@ -80,10 +81,17 @@ class Controller:
         self._choice: tuple[list[Option], float] = [], 0.0  # of the present step, with the width of its pass
         self._rows: list[RequestEstimate] = []  # of the present step
         self._emitted = 0  # by these rows before the present step
-        self._clock = self._seconds = 0.0  # of all steps so far, and of the present one
+        self.drafting = False  # the head drafts, by the last decision
+        # seconds in which a probe of the head, and of plain steps, could have been due: requests that come and go, and
+        # the plans that change with them, let it begin no sooner
+        self._clock = {"head": 0.0, "off": 0.0}
+        self._seconds = 0.0  # of the present step
+        self._expected = 0.0  # the same by the model
+        self._late = 0.0  # what the head's catching up adds to the present one
         self._probe = ""  # what is being probed: "head", "off" or nothing
-        self._probe_steps, self._probe_tokens, self._probe_seconds = 0, 0, 0.0
-        self._probe_at = {"head": 0.0, "off": 0.0}  # on the clock
+        self._probe_steps, self._probe_tokens, self._probe_seconds = 0, 0, 0.0  # catching up aside
+        self._probe_cost = 0.0  # seconds of all, by the model: a slow moment must not put off the next one for long
+        self._probe_at = {"head": 0.0, "off": 0.0}  # on its clock
 
     def track(self) -> RequestEstimate:
         """Return the estimates of a new request."""
@@ -111,7 +119,7 @@ class Controller:
         """
         rates = self.calibrations[samples].rates
         share = math.prod(rates[confidence_bin(each)] for each in chain.confidences)
-        survival = row.survival(min(match, LONGEST_MATCH), row.room - len(chain)) if self.tail_floor else []
+        survival = row.survival(min(match, LONGEST_MATCH), row.room - len(chain)) if match and self.tail_floor else []
         return sum(share * each >= self.tail_floor for each in survival)
 
     def observe_target(self, tokens: int, seconds: float, *, ignore: bool = False) -> None:
@@ -121,7 +129,7 @@ class Controller:
         """
         with self.lock:
             if not ignore:
-                self.costs.observe_target(tokens, seconds)
+                self.costs.target.observe(tokens, seconds)
             self._seconds += seconds
 
     def observe_draft(self, trees: Sequence[DraftTree], seconds: float) -> None:
@@ -129,14 +137,14 @@ class Controller:
         with self.lock:
             steps, nodes = max(tree.depth - tree.copied for tree in trees), sum(tree.drawn for tree in trees)
             kind = "chain" if all(tree.is_chain for tree in trees) else "tree"
-            self.costs.observe_draft(kind, steps, nodes, seconds)
+            self.costs.draft[kind].observe(nodes / steps, seconds / steps)
             self._seconds += seconds
 
     def observe_catch_up(self, tokens: int, seconds: float) -> None:
         """The head has read `tokens` tokens, of all requests, that the target decoded without it."""
         with self.lock:
-            self.costs.observe_catch_up(tokens, seconds)
-            self._seconds += seconds
+            self.costs.catch_up.observe(tokens, seconds)
+            self._late += seconds
 
     def observe_confidence(self, chain: DraftTree, accepted: int, *, samples: bool) -> None:
         """The head's tokens of a chain, of which `accepted` were."""
@@ -167,65 +175,70 @@ class Controller:
 
     def _end_step(self, rows: Sequence[RequestEstimate]) -> None:
         """Account for the step before, and for the probe that it was a part of."""
-        self._clock += self._seconds
+        self._clock["off" if self.drafting else "head"] += self._seconds + self._late
         emitted = sum(row.emitted for row in self._rows) - self._emitted
         if self._probe:
             self._probe_steps += 1
             self._probe_tokens += emitted
             self._probe_seconds += self._seconds
-        self._rows, self._emitted, self._seconds = list(rows), sum(row.emitted for row in rows), 0.0
+            self._probe_cost += self._expected + self._late
+        self._rows, self._emitted = list(rows), sum(row.emitted for row in rows)
+        self._seconds = self._late = 0.0
 
     def _decide(self, rows: Sequence[RequestEstimate]) -> list[Option]:
         options = [self._options(row) for row in rows]
         plain = [_NOTHING] * len(rows)
         self._rates = {"off": self._rate(plain)}
-        chosen = self._best(rows, options, plain)
+        # the first steps tell what a plain one costs
+        chosen = self._best(rows, options, plain) if self.costs.target.narrowest <= len(rows) else plain
+        self.drafting = any(option.steps for option in chosen)
         self._rates["chosen"] = rate = self._rate(chosen)
         chosen = self._probed(rows, options, chosen, rate)
         width = len(rows) + sum(option.nodes for option in chosen)
-        slope, drafting = self.costs.slope(width), sum(option.steps > 0 for option in chosen)
+        steps, drafting = max(option.steps for option in chosen), sum(option.steps > 0 for option in chosen)
+        slope, self._expected = self.costs.slope(width), self.costs.seconds(width, steps, drafting)
         # a probe looks at whole chains
         self.tail_floor = 0.0 if self._probe else rate * slope
-        self.floor = 0.0 if self._probe else rate * (slope + self.costs.seconds(0, 1, drafting) - self.costs.seconds(0))
+        self.floor = 0.0 if self._probe else rate * (slope + self.costs.draft["chain"](drafting))
         self._choice = chosen, width
         return chosen
 
-    def _best(
-        self, rows: Sequence[RequestEstimate], options: list[list[Option]], plain: list[Option]
-    ) -> list[Option]:
-        chosen, best = plain, self._rates["off"]
-        for length in range(1, max((row.head for row in rows), default=0) + 1):
+    def _best(self, rows: Sequence[RequestEstimate], options: list[list[Option]], plain: list[Option]) -> list[Option]:
+        """Return the best plans that are alike, but for requests for which another one is better."""
+        rates = self._rates
+        chosen, best = plain, rates["off"]
+        for length in range(1, max(row.head for row in rows) + 1):
             alike = [own[min(length, row.head)] for row, own in zip(rows, options, strict=True)]
-            self._rates[f"chain {length}"] = rate = self._rate(alike)
+            rates[f"chain {length}"] = rate = self._rate(alike)
             if rate > best:
                 chosen, best = alike, rate
-        if len(rows) > 1 or rows[0].match:
-            chosen, best = self._refined(options, list(chosen), best)
-        return chosen if best > MARGIN * self._rates["off"] else plain
+        for place, (row, own) in enumerate(zip(rows, options, strict=True)):
+            others = [_NOTHING, *own[row.head + 1 :]] if len(rows) > 1 or row.match else []
+            if others:
+                chosen, best = self._with_another(chosen, place, others, best)
+        return chosen if best > (1.0 if self.drafting else MARGIN) * rates["off"] else plain
 
-    def _refined(
-        self, options: list[list[Option]], chosen: list[Option], best: float
+    def _with_another(
+        self, chosen: list[Option], place: int, others: list[Option], best: float
     ) -> tuple[list[Option], float]:
-        """Let one request after the other take what gives the most tokens per second beside the others' plans."""
-        for place, own in enumerate(options):
-            others = [*chosen[:place], *chosen[place + 1 :]]
-            tokens, width = sum(each.tokens for each in others), len(chosen) + sum(each.nodes for each in others)
-            late, steps = sum(each.seconds for each in others), max((each.steps for each in others), default=0.0)
-            drafting = sum(each.steps > 0 for each in others)
-            for option in own:
-                seconds = self.costs.seconds(
-                    width + option.nodes, max(steps, option.steps), drafting + (option.steps > 0)
-                )
-                rate = (tokens + option.tokens) / (seconds + late + option.seconds) if seconds else 0.0
-                if rate > best * (1 + 1e-9) and width + option.nodes <= self.costs.target.reach:
-                    chosen[place], best = option, rate
-        return chosen, best
+        """Return plans, and their rate, in which one request may have another plan, given those of the rest."""
+        rest = [*chosen[:place], *chosen[place + 1 :]]
+        tokens, width = sum(each.tokens for each in rest), len(chosen) + sum(each.nodes for each in rest)
+        steps, drafting = max((each.steps for each in rest), default=0.0), sum(each.steps > 0 for each in rest)
+        late = sum(each.seconds for each in rest) + (steps * self.costs.draft["chain"](drafting) if steps else 0.0)
+        found, least = None, best * (1 + ROW_MARGIN / len(chosen) if len(chosen) > 1 else 1.0)
+        for option in others:  # none with steps of the head
+            seconds = self.costs.target(width + option.nodes) + late
+            rate = (tokens + option.tokens) / seconds if seconds else 0.0
+            if rate > least and width + option.nodes <= self.costs.target.reach:
+                found, least = option, rate
+        return (chosen, best) if found is None else ([*chosen[:place], found, *chosen[place + 1 :]], least)
 
     def _options(self, row: RequestEstimate) -> list[Option]:
         """Return nothing, chains of 1 to row.head tokens, and copies."""
         options = [_NOTHING]
         if row.head:
-            late = self.costs.catching_up(row.backlog) / min(CATCH_UP_STEPS, row.remaining) if row.backlog else 0.0
+            late = self.costs.catch_up(row.backlog) / min(CATCH_UP_STEPS, row.remaining) if row.backlog else 0.0
             shares = row.survival(HEAD, row.head)
             tokens = [*accumulate(shares, initial=1.0)]
             nodes = [*accumulate(row.survival(DRAFTED, row.head), initial=0.0)]
@@ -254,15 +267,15 @@ class Controller:
         """Return the plans of a probe, when there is one, or those that were chosen."""
         able = sorted((place for place, row in enumerate(rows) if row.head), key=lambda place: rows[place].backlog)
         if self._probe and not (able and self._goes_on(rate)):
-            lost = self._probe_seconds - self._probe_tokens / rate if rate else 0.0
+            lost = self._probe_cost - self._probe_tokens / rate if rate else 0.0
             gap = PROBE_GAP * self.costs.seconds(len(rows))
-            self._probe_at[self._probe] = self._clock + max(gap, lost / PROBE_BUDGET)
+            self._probe_at[self._probe] = self._clock[self._probe] + max(gap, lost / PROBE_BUDGET)
             self._probe = ""
         if not self._probe and able and rate and self.costs.target.known(len(rows)):
-            due = "off" if any(option.steps for option in chosen) else "head"
+            due = "off" if self.drafting else "head"
             if not self._probe_at[due]:
-                self._probe_at[due] = self._clock + PROBE_GAP * self.costs.seconds(len(rows))
-            if self._clock >= self._probe_at[due]:
+                self._probe_at[due] = self._clock[due] + PROBE_GAP * self.costs.seconds(len(rows))
+            if self._clock[due] >= self._probe_at[due]:
                 self._begin_probe(due)
         if self._probe == "off":
             return [_NOTHING] * len(rows)
@@ -275,7 +288,8 @@ class Controller:
         return chosen
 
     def _begin_probe(self, what: str) -> None:
-        self._probe, self._probe_steps, self._probe_tokens, self._probe_seconds = what, 0, 0, 0.0
+        self._probe, self._probe_steps, self._probe_tokens = what, 0, 0
+        self._probe_seconds = self._probe_cost = 0.0
         self.probes += 1
         if what == "head":
             for acceptance in (self.acceptance, *(row.own for row in self._rows)):
@@ -297,14 +311,14 @@ class Controller:
         if self._probe:
             reason = f"a probe of {'plain steps' if self._probe == 'off' else 'the head'}"
         elif any(each.nodes for each in chosen):
-            reason = f"{rates['chosen']:.0f} tokens/s expected, {plain:.0f} without drafts"
+            reason = f"{rates['chosen']:.0f} tokens a second expected, {plain:.0f} without drafts"
         elif best:
-            reason = f"{plain:.0f} tokens/s expected, {rates[best]:.0f} with {best}"
+            reason = f"{plain:.0f} tokens a second expected, {rates[best]:.0f} with {best}"
         else:
             reason = "nothing that could be copied"
         costs = self.costs
         passes = ", ".join(f"{n:.0f}: {1e3 * costs.seconds(n):.3g} ms" for n in dict.fromkeys((len(chosen), width)))
-        head = 1e3 * (costs.seconds(0, 1, 1) - costs.seconds(0))
+        head = 1e3 * costs.draft["chain"](1)
         return f"{plans}: {reason} (a pass of {passes}" + (f"; a step of the head {head:.3g} ms)" if head else ")")
 
 

@@ -281,7 +281,7 @@ class Decoder:
             self.proposer.observe(active.drafting, following, states)
 
     def _learn(self, part: _Part, following: list[int], accepted: int, *, trimmed: bool) -> None:
-        """Let the estimates observe a verification; trimmed: the answer ended within it, and the rest was not judged."""
+        """Let the estimates observe a verification; trimmed: the answer ended within it, the rest was not judged."""
         active, tree, row = part.active, part.tree, part.active.estimate
         depth = tree.depth - tree.copied  # of what the head drafted
         by_head = min(accepted, depth)

@@ -42,8 +42,8 @@ function drafts() {
 function showServer() {
   const { model_id, head, dtype, device, limits, speculation_length: length, chat_template } = info;
   $("served").textContent = [model_id, head ? `head ${head.name}` : "no draft head", `${dtype} on ${device}`].join(" · ");
-  const why = head ? "runs with speculation off" : "has no draft head";
-  const away = head ? "--speculation auto" : "--head";
+  const why = head ? "runs with speculation off" : "has no draft head and copies nothing";
+  const away = head ? "--speculation auto" : "--head, or with --lookup,";
   const missing = `This server ${why}, so the target supplies every token, and there is nothing to compare. `;
   say($("notice"), drafts() ? "" : `${missing}Start it with ${away} to see speculation.`);
   showDegraded();
@@ -160,7 +160,8 @@ async function perform(titles, work) {
   say($("error"), "");
   $("empty").hidden = $("verdict").hidden = true;
   $("legend").hidden = false;
-  showLegend($("legend").querySelector("ul"), info?.speculation_length ?? LEVELS);
+  const { speculation_length: length = LEVELS, head = true, lookup = false } = info ?? {};
+  showLegend($("legend").querySelector("ul"), { length, head, lookup });
   $("cards").classList.toggle("pair", cards.length > 1);
   $("cards").replaceChildren(...cards.map((card) => card.root));
   const still = matchMedia("(prefers-reduced-motion: reduce)").matches;

@@ -1,6 +1,7 @@
 // The view of an answer: its tokens, the facts about each, and its figures.
 
 const LEVELS = 5; // shades of draft positions; those further on share the last
+const BARS = 10; // draft positions whose acceptance is shown; lookup copies more at a time
 const GLYPHS = { "\n": "↵", "\t": "⇥", " ": "␣" };
 const FIRST = "The target supplied it with the pass over the prompt.";
 const ENDS = { length: "cut at the limit", eos_token: "ended by the model", stop_sequence: "ended by a stop string" };
@@ -19,15 +20,19 @@ function quoted({ text, special }) {
   return `“${text.replace(/[\n\t]/g, (character) => GLYPHS[character])}”`;
 }
 
-function kindOf({ source, rejected }) {
-  return source === "draft" ? "draft" : rejected ? "instead" : "target";
+function kindOf({ source, drafter, rejected }) {
+  if (source === "draft") return drafter === "lookup" ? "copied" : "draft";
+  return rejected ? "instead" : "target";
 }
 
 /** The facts about a token, one sentence per line. */
 function describe({ index, token }) {
-  const { source, position, rejected } = token.origin;
-  const lines = [source === "draft" ? `Drafted at position ${position}, and accepted.` : "Supplied by the target."];
-  if (rejected) lines.push(`The draft head had proposed ${quoted(rejected)}, which was rejected.`);
+  const { source, drafter, position, rejected } = token.origin;
+  const copied = drafter === "lookup";
+  const drafted = copied ? `Copied from the text before at position ${position}` : `Drafted at position ${position}`;
+  const lines = [source === "draft" ? `${drafted}, and accepted.` : "Supplied by the target."];
+  const proposed = copied ? "Lookup had copied" : "The draft head had proposed";
+  if (rejected) lines.push(`${proposed} ${quoted(rejected)}, which was rejected.`);
   else if (index === 1) lines.push(FIRST);
   else if (source === "target") lines.push("Nothing had been drafted in its place.");
   if (token.logprob !== null) lines.push(`Probability ${probability(Math.exp(token.logprob))}.`);
@@ -49,10 +54,8 @@ function tokenElement(event) {
   element.setAttribute("aria-label", quoted(token));
   element.tabIndex = -1;
   element.dataset.kind = kind;
-  if (kind === "draft") {
-    mark.dataset.position = token.origin.position;
-    mark.dataset.level = Math.min(token.origin.position, LEVELS);
-  }
+  if (token.origin.position) mark.dataset.position = token.origin.position;
+  if (kind === "draft") mark.dataset.level = Math.min(token.origin.position, LEVELS);
   // spaces stand outside of the mark, which would otherwise begin on the line before its word
   const [, space, text] = /^(\s*)([^]*)$/.exec(token.special ? "" : token.text);
   mark.textContent = text;
@@ -99,7 +102,7 @@ class Card {
     for (const [name, text] of Object.entries(shown)) this.part(`[data-figure=${name}]`).textContent = text;
     const shares = plain ? [] : figures.perPosition;
     this.part(".positions").hidden = shares.length === 0;
-    shares.forEach((share, place) => this.#bar(place).set(share));
+    shares.slice(0, BARS).forEach((share, place) => this.#bar(place).set(share));
   }
 
   /** details: of the last event; null when the answer was cut short. */
@@ -130,15 +133,16 @@ class Card {
   }
 }
 
-/** Explain the colours, for this speculation length. */
-function showLegend(legend, length) {
+/** Explain the colours, for chains of the head up to this length, and for lookup. */
+function showLegend(legend, { length, head, lookup }) {
   const items = [["target", ["abc"], "from the target"]];
-  if (length > 0) {
+  if (head && length > 0) {
     const places = Array.from({ length: Math.min(length, LEVELS) }, (_, place) => `${place + 1}`);
     if (length > LEVELS) places[LEVELS - 1] += "+";
-    items.push(["draft", places, "drafted at this position and accepted"]);
-    items.push(["instead", ["abc"], "from the target, in place of a rejected draft"]);
+    items.push(["draft", places, "drafted by the head at this position and accepted"]);
   }
+  if (lookup) items.push(["copied", ["abc"], "copied from the text before and accepted"]);
+  if (length > 0) items.push(["instead", ["abc"], "from the target, in place of a rejected draft"]);
   const entries = items.map(([kind, marks, words]) => {
     const item = make("li");
     item.dataset.kind = kind;

@@ -44,7 +44,7 @@ def answers(requests: Iterable[Request]) -> list[list[int]]:
 
 def alone(prompts: Sequence[list[int]], each: Any) -> list[list[int]]:
     """The answers of an engine without speculation, one prompt after the other."""
-    return [answer.token_ids for answer in Engine(TARGET, max_batch=1).generate(prompts, each)]
+    return [answer.token_ids for answer in Engine(TARGET, max_batch=1, speculation="off").generate(prompts, each)]
 
 
 # the queue
@@ -186,7 +186,7 @@ def test_a_requests_options():
     options = [Speculation(enabled=False), *(Speculation(num_tokens=count) for count in (0, 2, 9))]
     requests = [engine.submit([50], params(12), each) for each in options]
     finish(engine)
-    (plain,) = Engine(TARGET).generate([[50]], params(12))  # needs no head
+    (plain,) = Engine(TARGET, speculation="off").generate([[50]], params(12))  # needs no head
     assert answers(requests) == [plain.token_ids] * 4
     assert plain.stats.drafted == 0 and plain.stats.acceptance_length == 1 and plain.seed is None
     # no request drafts more than the engine was built for

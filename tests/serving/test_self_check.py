@@ -21,6 +21,7 @@ from draft.target import Target
 from serving import cli
 from serving.api.app import create_app
 from serving.engine import Engine, SamplingParams, SpeculationStats
+from serving.engine.request import Verification
 from serving.engine.self_check import WATCHED, AcceptanceWatch, SelfCheck, check_prompts
 
 CONTEXT, LENGTH = 64, 3
@@ -200,7 +201,11 @@ def seen(depths: list[tuple[int, int]], watch: AcceptanceWatch) -> bool:
 
 def test_short_chains_are_compared_with_short_chains() -> None:
     # positions 1 to 3 are accepted in 80, 60 and 40 % of 20 verifications
-    check = SelfCheck(SpeculationStats(60, 56, [(3, 3)] * 8 + [(3, 2)] * 4 + [(3, 1)] * 4 + [(3, 0)] * 4))
+    check = SelfCheck(
+        SpeculationStats(
+            60, 56, [Verification(3, n) for n, count in ((3, 8), (2, 4), (1, 4), (0, 4)) for _ in range(count)]
+        )
+    )
     assert check.acceptance_per_position == [0.8, 0.6, 0.4] and check.expected(3) == pytest.approx(1.8)
     assert not seen([(1, 1), (1, 1), (1, 0), (1, 0)], AcceptanceWatch(check))  # 50 of 80 %
     assert seen([(1, 1), (1, 0), (1, 0), (1, 0)], AcceptanceWatch(check))
@@ -259,7 +264,9 @@ def test_requests_that_sample_wildly_are_not_judged(tiny_target: Target, head: A
     with torch.no_grad():
         zero(broken)
     engine = engine_of(tiny_target, broken, **CHAIN)
-    engine._decoder.watch = AcceptanceWatch(SelfCheck(SpeculationStats(60, 80, [(3, 3)] * 20)))  # all were accepted
+    engine._decoder.watch = AcceptanceWatch(
+        SelfCheck(SpeculationStats(60, 80, [Verification(3, 3)] * 20))
+    )  # all were accepted
     for temperature, degraded in ((1.5, False), (1.0, True)):
         engine.generate([[5, 6]] * 8, SamplingParams(50, temperature=temperature, top_k=1, seed=1, ignore_eos=True))
         assert engine.watch.is_degraded is degraded

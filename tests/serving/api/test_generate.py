@@ -179,7 +179,13 @@ def test_origins_say_which_tokens_were_drafted_and_what_fell(client):
     assert [each["token"] for each in told] == [each["token"] for each in plain]
     figures = told[-1]["details"]["speculative"]
     assert sum(origin["source"] == "draft" for origin in origins) == figures["accepted"] > 0
-    assert origins[0] == {"source": "target", "position": None, "rejected": None, "drafted": 0}  # the prefill's
+    assert origins[0] == {
+        "source": "target",
+        "drafter": None,
+        "position": None,
+        "rejected": None,
+        "drafted": 0,
+    }  # the prefill's
     verified = origins[1:]
     begins = [index for index, origin in enumerate(verified) if index == 0 or verified[index - 1]["source"] == "target"]
     assert len(begins) == figures["verifications"]
@@ -194,6 +200,12 @@ def test_origins_say_which_tokens_were_drafted_and_what_fell(client):
             assert origin["rejected"]["id"] != token["token"]["id"] and isinstance(origin["rejected"]["text"], str)
         previous = origin["position"] or 0
     assert sum(origin["rejected"] is not None for origin in origins) > 0
+    for origin in origins:
+        assert origin["drafter"] == ("head" if origin["source"] == "draft" or origin["rejected"] else None)
+    assert figures["sources"] == {
+        "head": {"drafted": figures["drafted"], "accepted": figures["accepted"]},
+        "lookup": {"drafted": 0, "accepted": 0},
+    }
     whole = ask(client, **SAMPLED, details=True, speculative={"origin": True}).json()["details"]["tokens"]
     assert [token["origin"] for token in whole] == origins
 

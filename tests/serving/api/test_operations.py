@@ -59,7 +59,8 @@ def test_info_tells_what_is_served_and_no_paths(client, tiny_target):
     assert about["limits"]["max_total_tokens"] == tiny_target.max_length
     assert "/" not in answer.text and about["engine"]["speculation"]["plan"] == "chain 5"
     assert set(about["versions"]) == {"draftsmith", "torch", "transformers"}
-    with TestClient(create_app(Engine(tiny_target))) as plain:
+    assert about["lookup"] is False
+    with TestClient(create_app(Engine(tiny_target, lookup=False))) as plain:
         assert plain.get("/info").json()["head"] is None and plain.get("/info").json()["speculation_length"] == 0
         figures = ask(plain, details=True, speculative={"enabled": True}).json()["details"]["speculative"]
         assert figures["enabled"] is False and ask(plain).json() == ask(client).json()

@@ -72,7 +72,7 @@ def test_all_text_has_enough_contrast_in_both_schemes(answer):
         dict(re.findall(r"--([\w-]+): (#\w+)", block)) for block in re.findall(r":root \{(.*?)\}", answer.text, re.S)
     ]
     papers = {
-        "text": "paper surface note-paper target d1 d2 d3 d4 d5",
+        "text": "paper surface note-paper target copied d1 d2 d3 d4 d5",
         "muted": "paper surface",
         "on-accent": "accent",
         "bad": "bad-paper",
@@ -82,5 +82,5 @@ def test_all_text_has_enough_contrast_in_both_schemes(answer):
             for paper in names.split():
                 low, high = sorted(luminance(scheme[name]) for name in (ink, paper))
                 assert (high + 0.05) / (low + 0.05) >= 4.5, (ink, paper)
-        assert len({scheme[name] for name in ("target", "d1", "d2", "d3", "d4", "d5")}) == 6  # a shade each
+        assert len({scheme[name] for name in ("target", "copied", "d1", "d2", "d3", "d4", "d5")}) == 7  # a shade each
     assert [luminance(scheme["paper"]) > 0.5 for scheme in schemes] == [True, False]

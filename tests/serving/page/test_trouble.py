@@ -94,7 +94,7 @@ def test_a_server_that_loads_and_has_no_head(open_page, tiny_target):
     with live(app) as url:
         page = open_page(url)
         assert page.text("#state") == "Loading …"
-        app.state.service.attach(Engine(tiny_target))
+        app.state.service.attach(Engine(tiny_target, lookup=False))
         page.until(lambda: page.text("#state") == "Ready")
         assert "no draft head" in page.text("#notice") and "no draft head" in page.text("#served")
         assert not page.find("#compare").is_enabled() and not page.find("#num_tokens").is_enabled()
