@@ -49,9 +49,13 @@ EXAMPLES = f"""
 examples:
   batch 1, with what a user would run instead (some 15 minutes on two cores):
     python -m {MODULE} --target smollm2 --head smollm2-eagle3 --out runs/decode_speed
+  lookup beside the head, on prompts whose answers copy them, and on the usual ones:
+    python -m {MODULE} --target smollm2 --head smollm2-eagle3 --workload copy --out runs/copy
+    python -m {MODULE} --target smollm2 --head smollm2-eagle3 --workload chat --out runs/chat
   how it scales, without the baselines:
     python -m {MODULE} --target smollm2 --head smollm2-eagle3 --batch 1 2 4 8 16 --baseline none --out runs/decode_speed
 """
+COPYING = Path(__file__).parent / "copying.jsonl"  # prompts of --workload copy: answers that repeat much of them
 # of transformers' generate; prompt lookup takes one prompt at a time only
 BASELINES: dict[str, dict[str, Any]] = {
     "dynamic cache": {},
@@ -74,6 +78,7 @@ def parse(arguments: Sequence[str]) -> Namespace:
     parser.add_models()
     parser.add("--target-adapter", metavar="DIR", help="PEFT LoRA adapter of the target, merged in memory")
     parser.add_prompts()
+    parser.add("--workload", choices=("copy", "chat"), help="compare lookup beside the head with the head alone, only")
     parser.add("--batch", whole, default=[1], metavar="N", help="prompts at once", **several)
     parser.add("--speculation-length", whole, default=[1, 2, 3, 4, 5, 6, 7, 8], metavar="K", **several)
     parser.add("--tree", shared.whole(2), nargs="*", default=[16], metavar="N", help="sizes of trees")
@@ -101,10 +106,13 @@ def benchmark(arguments: Namespace, command: Sequence[str]) -> int:
     console = shared.make_console()
     out = shared.output_folder(arguments.out)
     disable_progress_bar()
-    chosen = shared.load_prompts(arguments.prompts)
+    copying = arguments.workload == "copy" and arguments.prompts is None
+    chosen = shared.load_prompts(COPYING if copying else arguments.prompts)
     target = load_target(arguments.target, arguments.dtype, adapter=arguments.target_adapter)
     head = shared.load_fitting_head(arguments.head, target)
     threads = arguments.threads or shared.cores()
+    if arguments.workload:
+        return compare_lookup(console, target, head, chosen, arguments, command)
     others = baselines(arguments, target.dtype, threads)
     engines = Engines(target, head, arguments)
     ids = fitting(target, chosen.prompts, arguments)
@@ -419,6 +427,104 @@ def served(command: str, url: str) -> Iterator[None]:
                 process.wait(20)
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
+
+
+# ---- lookup beside the head ----
+
+
+def compare_lookup(
+    console: Console,
+    target: Target,
+    head: DraftHead,
+    chosen: shared.PromptSet,
+    arguments: Namespace,
+    command: Sequence[str],
+) -> int:
+    """Time plain decoding, the head alone and lookup beside it, in turns on each prompt. Answers end by themselves."""
+    options: dict[str, Any] = dict(mode=arguments.mode, threads=arguments.threads, max_batch=1)
+    engines = {
+        "plain": Engine(target, speculation="off", **options),
+        "head alone": Engine(target, head, lookup=False, **options),
+        "automatic": Engine(target, head, **options),
+    }
+    for engine in engines.values():
+        engine.warm_up()
+    prompts = chosen.prompts if arguments.workload == "copy" else chosen.prompts[: max(arguments.limit, 24)]
+    seconds, same = time_in_turns(engines, target, prompts, arguments)
+    results = {
+        "benchmark": MODULE,
+        **shared.provenance(MODULE, command, target),
+        "heads": [shared.head_provenance(arguments.head, arguments.head)],
+        "prompts": chosen.provenance(len(prompts)),
+        "settings": vars(arguments),
+        "seconds_per_token": seconds,
+        "identical": same,
+        "lookup": {category: lookup_gains(times) for category, times in seconds.items()},
+        "controller": engines["automatic"].stats()["speculation"],
+    }
+    name, least = ("copying prompts", 1.2) if arguments.workload == "copy" else ("chat", 0.98)
+    overall = results["lookup"]["all"]["over_head"]["median"]
+    results["bars"] = [at_least(f"lookup beside the head / the head alone, {name}", overall, least)]
+    table = shared.make_table("lookup beside the head", ("prompts", "over the head alone", "over plain"), ("prompts",))
+    for category, gains in results["lookup"].items():
+        shown = (f"{each['median']:.2f} [{each['least']:.2f}, {each['most']:.2f}]" for each in gains.values())
+        table.add_row(category, *shown)
+    console.print(table)
+    console.print(f"answers identical to plain decoding: {same:.0%}")
+    shared.show_bars(console, results["bars"])
+    shared.finish(console, results, shared.output_folder(arguments.out) / "decode_speed", draw_lookup)
+    return shared.exit_status(results, arguments.check)
+
+
+def time_in_turns(
+    engines: dict[str, Engine], target: Target, prompts: Sequence[shared.Prompt], arguments: Namespace
+) -> tuple[dict[str, dict[str, list[float]]], float]:
+    """Return seconds per token by category, engine and repeat, and the share of answers that are those of plain.
+
+    All prompts of a category, and all prompts ("all"), count together in a repeat; repeat 0 warms up.
+    """
+    spent: dict[str, dict[str, list[float]]] = {}
+    tokens: dict[str, list[int]] = {}
+    same = answers = 0
+    names = list(engines)
+    for repeat in range(arguments.repeats + 1):
+        for turn, prompt in enumerate(prompts):
+            ids = shared.chat_ids(target, prompt.turns[0])
+            params = SamplingParams(arguments.max_new_tokens, seed=arguments.seed)
+            shift = (repeat + turn) % len(names)
+            done = {name: engines[name].generate([ids], params)[0] for name in names[shift:] + names[:shift]}
+            for category in ("all", prompt.category) if repeat else ():
+                counts = tokens.setdefault(category, [0] * arguments.repeats)
+                counts[repeat - 1] += len(done["plain"].token_ids) - 1
+                for name, answer in done.items():
+                    times = spent.setdefault(category, {}).setdefault(name, [0.0] * arguments.repeats)
+                    times[repeat - 1] += answer.stats.decode_seconds
+            same += sum(answer.token_ids == done["plain"].token_ids for answer in done.values())
+            answers += len(done)
+    per_token = {
+        category: {name: [s / n for s, n in zip(each, tokens[category], strict=True)] for name, each in times.items()}
+        for category, times in spent.items()
+    }
+    return per_token, same / answers
+
+
+def lookup_gains(seconds: dict[str, list[float]]) -> dict[str, dict[str, float]]:
+    """Return the speed of automatic speculation over that of the head alone, and over plain decoding."""
+
+    def over(name: str) -> dict[str, float]:
+        return spread([slow / fast for slow, fast in zip(seconds[name], seconds["automatic"], strict=True)])
+
+    return {"over_head": over("head alone"), "over_plain": over("plain")}
+
+
+def draw_lookup(results: dict[str, Any], path: Path) -> None:
+    """Draw bars of the speeds over plain decoding, a panel for each category."""
+    figure, axes = shared.make_figure(len(results["seconds_per_token"]), "speed over plain decoding, greedy")
+    for axis, (category, seconds) in zip(axes, results["seconds_per_token"].items(), strict=True):
+        plain = statistics.median(seconds["plain"])
+        axis.barh(list(seconds), [plain / statistics.median(times) for times in seconds.values()])
+        axis.set_title(category)
+    shared.save_figure(figure, path)
 
 
 # ---- one step, part by part, and the least that it can cost ----

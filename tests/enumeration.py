@@ -12,9 +12,10 @@ from collections.abc import Callable, Iterable, Sequence
 import pytest
 import torch
 from torch import Tensor
-from toy_decoding import Model, Text, decode, drafted_tree, new_processor
+from toy_decoding import PROMPT, Model, Text, decode, drafted_tree, new_processor
 
 from serving.engine import verification
+from serving.engine.lookup import LookupProposer
 from serving.engine.sampling import SamplingParams, apply_temperature
 from serving.engine.verification import DraftTree, Rejection, Rule
 
@@ -158,6 +159,48 @@ def chains(k: int, temperature: float = 0.8, reported: float | None = None) -> S
             rows.append(head_law(prefix, reported or temperature))
             drafted += (script.draft(head_law(prefix, temperature), len(prefix), borders[len(prefix)]),)
         return DraftTree.chain(drafted, torch.stack(rows) if rows else None)
+
+    return plan
+
+
+def copies(count: int) -> ScriptedPlan:
+    """Tokens that are copied from the prompt and the text, where they have something to follow."""
+
+    def plan(tokens: Text, script: Script) -> DraftTree:
+        lookup, room = looking(tokens), min(count, LENGTH - len(tokens) - 1)
+        return lookup.propose(room) if lookup.match.length and room > 0 else DraftTree()
+
+    return plan
+
+
+def looking(tokens: Text) -> LookupProposer:
+    lookup = LookupProposer()
+    lookup.observe([*PROMPT, *tokens])
+    return lookup
+
+
+def with_tails(heads: ScriptedPlan, count: int) -> ScriptedPlan:
+    """Copied tokens behind what the head drafts."""
+
+    def plan(tokens: Text, script: Script) -> DraftTree:
+        lookup, chain = looking(tokens), heads(tokens, script)
+        match, room = lookup.match_after(chain), min(count, LENGTH - len(tokens) - 1 - len(chain))
+        return lookup.extend(chain, match, room) if match.length and room > 0 else chain
+
+    return plan
+
+
+def confident(k: int, floor: float, temperature: float = 0.8) -> ScriptedPlan:
+    """Chains of up to k tokens that end before a token whose largest q is below the floor: known before its draw."""
+
+    def plan(tokens: Text, script: Script) -> DraftTree:
+        length = 1
+        chain = chains(k, temperature)(tokens, script)
+        for place in range(1, len(chain)):
+            if head_law((*tokens, *chain.tokens[:place]), temperature).max() < floor:
+                break
+            length += 1
+        return DraftTree.chain(chain.tokens[:length], None if chain.q is None else chain.q[:length])
 
     return plan
 

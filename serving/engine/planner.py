@@ -281,7 +281,7 @@ class Controller:
             return [_NOTHING] * len(rows)
         if self._probe == "head":
             chosen = list(chosen)
-            rates = [self._rates[f"chain {length}"] for length in range(1, max(row.head for row in rows) + 1)]
+            rates = [self._rates.get(f"chain {length}", 0.0) for length in range(1, max(row.head for row in rows) + 1)]
             length = 1 + rates.index(max(rates))
             for place in able[: math.ceil(len(able) / PROBE_ROWS)]:
                 chosen[place] = options[place][min(length, rows[place].head)]
@@ -306,20 +306,19 @@ class Controller:
         if not chosen:
             return "nothing has been decoded yet"
         plans = ", ".join(f"{plan} for {count}" for plan, count in Counter(str(each.plan) for each in chosen).items())
-        rates, plain = self._rates, self._rates["off"]
-        best = max((name for name in rates if name not in ("off", "chosen")), key=rates.__getitem__, default="")
-        if self._probe:
-            reason = f"a probe of {'plain steps' if self._probe == 'off' else 'the head'}"
-        elif any(each.nodes for each in chosen):
-            reason = f"{rates['chosen']:.0f} tokens a second expected, {plain:.0f} without drafts"
-        elif best:
-            reason = f"{plain:.0f} tokens a second expected, {rates[best]:.0f} with {best}"
-        else:
-            reason = "nothing that could be copied"
-        costs = self.costs
+        reason, costs = self._cause(any(each.nodes for each in chosen)), self.costs
         passes = ", ".join(f"{n:.0f}: {1e3 * costs.seconds(n):.3g} ms" for n in dict.fromkeys((len(chosen), width)))
         head = 1e3 * costs.draft["chain"](1)
         return f"{plans}: {reason} (a pass of {passes}" + (f"; a step of the head {head:.3g} ms)" if head else ")")
+
+    def _cause(self, drafts: bool) -> str:
+        rates, plain = self._rates, self._rates["off"]
+        best = max((name for name in rates if name not in ("off", "chosen")), key=rates.__getitem__, default="")
+        if self._probe:
+            return f"a probe of {'plain steps' if self._probe == 'off' else 'the head'}"
+        if drafts:
+            return f"{rates['chosen']:.0f} tokens a second expected, {plain:.0f} without drafts"
+        return f"{plain:.0f} tokens a second expected" + (f", {rates[best]:.0f} with {best}" if best else "")
 
 
 class Fixed(Controller):
@@ -332,11 +331,16 @@ class Fixed(Controller):
     def calibration(self, *, samples: bool) -> tuple[float, ...] | None:
         return None
 
+    def stats(self) -> dict[str, Any]:
+        return {**super().stats(), "plan": str(self.plan)}
+
     def _decide(self, rows: Sequence[RequestEstimate]) -> list[Option]:
         chosen = [Option(self.plan.capped(row)) for row in rows]
-        self._rates = {"off": self._rate(chosen)}
-        self._choice = chosen, self.plan.nodes
+        self._choice = chosen, len(rows) + sum(each.plan.nodes for each in chosen)
         return chosen
+
+    def _cause(self, drafts: bool) -> str:
+        return "the only plan of this mode"
 
 
 def make_controller(speculation: str, length: int, tree_size: int) -> Controller:

@@ -139,7 +139,7 @@ function showLegend(legend, { length, head, lookup }) {
   if (head && length > 0) {
     const places = Array.from({ length: Math.min(length, LEVELS) }, (_, place) => `${place + 1}`);
     if (length > LEVELS) places[LEVELS - 1] += "+";
-    items.push(["draft", places, "drafted by the head at this position and accepted"]);
+    items.push(["draft", places, "drafted at this position by the head and accepted"]);
   }
   if (lookup) items.push(["copied", ["abc"], "copied from the text before and accepted"]);
   if (length > 0) items.push(["instead", ["abc"], "from the target, in place of a rejected draft"]);

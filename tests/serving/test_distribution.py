@@ -6,7 +6,21 @@ from collections.abc import Callable
 import enumeration
 import pytest
 import torch
-from enumeration import HEAD, PROCESSING, SHAPES, TARGET, VOCABULARY, Script, ScriptedPlan, chains, distance, trees
+from enumeration import (
+    HEAD,
+    PROCESSING,
+    SHAPES,
+    TARGET,
+    VOCABULARY,
+    Script,
+    ScriptedPlan,
+    chains,
+    confident,
+    copies,
+    distance,
+    trees,
+    with_tails,
+)
 from torch import Tensor
 from toy_decoding import Model, Text, decode, drafted_chain, drafted_tree
 
@@ -44,6 +58,43 @@ def test_what_is_drafted_may_depend_on_what_was_emitted(monkeypatch):
     assert distance(monkeypatch, Rejection(params, 0), params, plan, params) < 1e-12
 
 
+COPYING: dict[str, ScriptedPlan] = {
+    "copies": copies(2),
+    "a chain and a copy": with_tails(chains(1), 1),
+    "chains that end where the head is unsure": confident(2, 0.6),
+    "and copies behind them": with_tails(confident(2, 0.6), 2),
+}
+
+
+@pytest.mark.parametrize("processing", list(PROCESSING))
+@pytest.mark.parametrize("name", COPYING)
+def test_rejection_of_copies_is_exact(name, processing, monkeypatch):
+    params = PROCESSING[processing]
+    assert distance(monkeypatch, Rejection(params, 0), params, COPYING[name], params) < 1e-12
+
+
+def test_the_plans_of_copies_copy_and_end_chains():
+    script = Script([])
+    assert copies(2)((), script) == DraftTree()  # the prompt's tokens are all different
+    assert copies(2)((0,), script).copied == 1
+    lengths = {len(confident(2, 0.6)((), Script([first]))) for first in range(2)}
+    assert lengths == {1, 2}
+
+
+def copied_where_the_head_disagrees(tokens: Text, script: Script) -> DraftTree:
+    drawn, copied = chains(1)(tokens, script), copies(1)(tokens, script)
+    return copied if len(copied) and copied.tokens != drawn.tokens else drawn
+
+
+def cut_by_the_drawn_token(tokens: Text, script: Script) -> DraftTree:
+    drawn = chains(2)(tokens, script)
+    sure = [
+        bool(q[token] >= 0.5) for q, token in zip(drawn.q if drawn.q is not None else [], drawn.tokens, strict=True)
+    ]
+    length = sure.index(False) if False in sure else len(sure)
+    return DraftTree.chain(drawn.tokens[:length], drawn.q[:length] if drawn.q is not None and length else None)
+
+
 def withheld(tokens: Text, script: Script) -> DraftTree:
     tree = chains(1)(tokens, script)
     return DraftTree() if 2 in tree.tokens else tree
@@ -54,13 +105,17 @@ def as_if_drawn(left: Tensor, token: int) -> float:
 
 
 TOP_K, PLAIN = PROCESSING["top-k"], PROCESSING["plain"]
-CHAIN, TREE = chains(2), trees("tree", PLAIN)
+CHAIN, TREE, TAIL = chains(2), trees("tree", PLAIN), with_tails(chains(1), 1)
 # the right parameters, those that the rule has, what is drafted, and what is broken in the rule
 MISTAKES: dict[str, tuple[SamplingParams, SamplingParams, ScriptedPlan, dict[str, Callable]]] = {
     "p that is not warped": (TOP_K, SamplingParams(temperature=0.7), CHAIN, {}),
     "p of another temperature": (TOP_K, SamplingParams(temperature=1.1, top_k=2), CHAIN, {}),
     "q of another temperature": (TOP_K, TOP_K, chains(2, reported=0.3), {}),
     "drafts that are withheld for what they are": (TOP_K, TOP_K, withheld, {}),
+    "copies where the head's token disagrees": (PLAIN, PLAIN, copied_where_the_head_disagrees, {}),
+    "chains that end by the drawn token": (PLAIN, PLAIN, cut_by_the_drawn_token, {}),
+    "copies behind a chain judged as if drawn": (PLAIN, PLAIN, TAIL, {"candidate_acceptance": as_if_drawn}),
+    "a rejected copy stays possible": (PLAIN, PLAIN, TAIL, {"without": lambda left, token: left}),
     "no residual": (TOP_K, TOP_K, CHAIN, {"residual": lambda p, q: p}),
     "acceptance without q": (TOP_K, TOP_K, CHAIN, {"draft_acceptance": lambda p, q, token: float(p[token])}),
     "p of a tree that is not warped": (PLAIN, SamplingParams(temperature=1.0), TREE, {}),

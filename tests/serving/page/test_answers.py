@@ -8,7 +8,12 @@ from typing import Any
 
 import httpx
 import pytest
-from http_testing import PROMPT, ask, eventually, idle
+from http_testing import PROMPT, ask, eventually, idle, live
+
+from serving.api.app import create_app
+from serving.engine import Engine
+from serving.engine.estimates import DraftPlan
+from serving.engine.planner import Fixed
 
 SAMPLED = {"temperature": 1.0, "seed": 7, "max_new_tokens": 24}
 
@@ -186,3 +191,21 @@ def test_every_setting_is_sent(page):
     sent = {"chat": False, "stop": ["\n\n", "END"], "speculative": {"origin": True, "num_tokens": 2}, **settings}
     assert body == {"inputs": "one\ntwo", "parameters": sent}
     assert page.text("#progress").startswith("Done: 3 tokens")
+
+
+def test_copied_tokens_have_a_colour_of_their_own_and_a_place_in_the_legend(open_page, tiny_target):
+    engine = Engine(tiny_target)
+    engine.controller = engine._decoder.controller = Fixed(DraftPlan.lookup(12))
+    with live(create_app(engine)) as url:
+        page = open_page(url)
+        page.choose("raw")
+        page.run(prompt="zebras " * 6, max_new_tokens=100)
+        tokens = page.tokens()
+        looks = {token["kind"]: (token["color"], token["line"]) for token in tokens}
+        assert {"copied", "target"} <= looks.keys() and len(set(looks.values())) == len(looks)
+        assert max(int(token["position"] or 0) for token in tokens) > 5 and len(page.bars()) == 10
+        legend = page.text("#legend")
+        assert "copied from the text before and accepted" in legend and "by the head" not in legend
+        page.point_at(page.find(".token[data-kind=copied] .mark"))
+        assert "Copied from the text before at position" in page.text("#tip")
+        assert page.find("#compare").is_enabled() and not page.find("#notice").is_displayed()
