@@ -62,6 +62,16 @@ Arithmetic = Annotated[
     Literal["auto", "float32", "bf16", "amx"],
     Option(help="Products of bfloat16 weights in the compiled kernels; auto takes the fastest that the CPU has."),
 ]
+Weights = Annotated[
+    Literal["auto", "float", "int8"],
+    Option(
+        help="Matrices of the target in compiled mode: int8 (the answers are those of the rounded target) or --dtype."
+    ),
+]
+HeadWeights = Annotated[
+    Literal["auto", "float", "int8"],
+    Option(help="Matrices of the head in compiled mode: int8 or --dtype; auto is int8, which changes no answer."),
+]
 Dtype = Annotated[str, Option(help="Format of the weights: auto, bfloat16, float16, float32 or float64.")]
 Threads = Annotated[int | None, Option(min=1, help="Number of CPU threads that compute.")]
 WarmUp = Annotated[bool, Option(help="Time steps before the first request.")]
@@ -129,6 +139,8 @@ def serve(
     rule: Rule = "shared-noise",
     mode: Mode = "auto",
     arithmetic: Arithmetic = "auto",
+    weights: Weights = "auto",
+    head_weights: HeadWeights = "auto",
     dtype: Dtype = "auto",
     threads: Threads = None,
     warm_up: WarmUp = True,
@@ -174,7 +186,8 @@ def serve(
         memory = None if kv_cache_memory is None else _size(kv_cache_memory)
         sizes = dict(max_batch=max_batch, max_length=max_length, kv_cache_memory=memory, prefill_chunk=prefill_chunk)
         queue = dict(max_waiting=max_waiting, max_waiting_tokens=max_waiting_tokens)
-        options: dict[str, Any] = dict(mode=mode, arithmetic=arithmetic, threads=threads, **drafts, **sizes, **queue)
+        formats = dict(arithmetic=arithmetic, weights=weights, head_weights=head_weights)
+        options: dict[str, Any] = dict(mode=mode, threads=threads, **formats, **drafts, **sizes, **queue)
         start: dict[str, Any] = dict(chat_template=chat_template, warm_up=warm_up, self_check=self_check)
         load = partial(load_engine, target, head, dtype, target_adapter=target_adapter, **start, **options)
         models = f"{target} + {target_adapter}" if target_adapter else target
@@ -213,6 +226,8 @@ def load_engine(
     if not sys.stderr.isatty():
         disable_progress_bar()
     template = None if chat_template is None else read_chat_template(chat_template)
+    if dtype == "auto" and options["weights"] == "int8" and target.endswith(".gguf"):
+        dtype = "float32"  # the integers of a file in Q8_0 are found again in nothing narrower
     loaded = load_target(target, decoding_dtype(dtype, options["mode"]), adapter=target_adapter)
     if template is not None:
         loaded.use_chat_template(template)

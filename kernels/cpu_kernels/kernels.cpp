@@ -47,43 +47,59 @@ at::Tensor weight_memory(int64_t bytes) {
   return memory.narrow(0, int64_t(first - begin), bytes);
 }
 
-at::Tensor pack(const at::Tensor& weight) {
+/// The packed form: [panels, steps, elements of a step], in int8 bytes.
+template <typename Weight, typename From>
+at::Tensor pack_as(const at::Tensor& rows) {
+  const int64_t features = rows.size(0), in = rows.size(1);
+  const int64_t panels = (features + kPanel - 1) / kPanel, step = kElements<Weight> * sizeof(Weight);
+  const at::Tensor packed = weight_memory(panels * steps_of<Weight>(in) * step);
+  pack_panels(const_data<From>(rows), features, in, static_cast<Weight*>(packed.data_ptr()));
+  const at::ScalarType dtype = std::is_same_v<Weight, Int8Weights> ? at::kByte : rows.scalar_type();
+  return packed.view({panels, steps_of<Weight>(in), step}).view(dtype);
+}
+
+at::Tensor pack(const at::Tensor& weight, bool int8) {
   TORCH_CHECK(weight.dim() == 2, "pack takes a weight [out, in], not ", weight.dim(), " dimensions");
   const at::Tensor rows = weight.contiguous();
-  const int64_t features = rows.size(0), in = rows.size(1);
-  const int64_t panels = (features + kPanel - 1) / kPanel;
   at::Tensor packed;
   with_type(rows.scalar_type(), "the weight", [&](auto kind) {
     using T = decltype(kind);
-    const int64_t depth = packed_depth<T>(in);
-    packed = weight_memory(panels * depth * kPanel * sizeof(T)).view(rows.scalar_type()).view({panels, depth, kPanel});
-    pack_panels(const_data<T>(rows), features, in, static_cast<T*>(packed.data_ptr()));
+    packed = int8 ? pack_as<Int8Weights, float>(rows.to(at::kFloat)) : pack_as<T, T>(rows);
   });
   return packed;
 }
 
+/// The weight that `packed` is, for `in` and `out` features; `bias` may be undefined or empty.
+Packed packed_weight(const at::Tensor& packed, const at::Tensor& bias, int64_t in, int64_t out, const char* what) {
+  const at::ScalarType dtype = packed.scalar_type();
+  TORCH_CHECK(dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kByte, what, ": a packed weight is float32, "
+              "bfloat16 or int8 in bytes, not ", dtype);
+  const Format format = dtype == at::kFloat ? Format::kFloat32 : dtype == at::kByte ? Format::kInt8 : Format::kBFloat16;
+  const auto [steps, step] = format == Format::kFloat32   ? std::pair<int64_t, int64_t>(steps_of<float>(in), kElements<float>)
+                             : format == Format::kBFloat16 ? std::pair(steps_of<BFloat16>(in), int64_t(kElements<BFloat16>))
+                                                           : std::pair(steps_of<Int8Weights>(in), int64_t(sizeof(Int8Weights)));
+  TORCH_CHECK(packed.dim() == 3 && packed.is_contiguous() && packed.size(0) == (out + kPanel - 1) / kPanel &&
+                  packed.size(1) == steps && packed.size(2) == step,
+              what, ": x ends in ", in, " features, and a weight of shape ", packed.sizes(), " was not packed for ", in,
+              " and ", out, " features on this machine");
+  const bool biased = bias.defined() && bias.numel() > 0;
+  TORCH_CHECK(!biased || (bias.numel() == out && bias.scalar_type() == at::kFloat && bias.is_contiguous()), what,
+              ": the bias is not of ", out, " features");
+  return {packed.const_data_ptr(), format, biased ? const_data<float>(bias) : nullptr, in, out};
+}
+
 at::Tensor packed_linear_op(const at::Tensor& x, const at::Tensor& packed, int64_t features,
                             const std::optional<at::Tensor>& bias) {
-  const int64_t in = x.dim() ? x.size(-1) : 0;
-  const int64_t depth = packed.scalar_type() == at::kFloat ? packed_depth<float>(in) : packed_depth<BFloat16>(in);
-  TORCH_CHECK(x.dim() > 0 && depth == packed.size(1), "packed_linear: x ends in ", in, " features, the weight takes ",
-              packed.size(1));
-  TORCH_CHECK((features + kPanel - 1) / kPanel == packed.size(0) && packed.size(2) == kPanel,
-              "packed_linear: the weight was not packed for ", features, " features on this machine");
+  TORCH_CHECK(x.dim() > 0, "packed_linear: x has no dimensions");
+  const at::Tensor added = bias ? bias->to(at::kFloat).contiguous() : at::Tensor();
+  const Packed weight = packed_weight(packed, added, x.size(-1), features, "packed_linear");
   auto shape = x.sizes().vec();
   shape.back() = features;
   at::Tensor out = at::empty(shape, x.options());
   if (out.numel() == 0) return out;
   const at::Tensor input = x.to(at::kFloat).contiguous();
-  const at::Tensor added = bias ? bias->to(at::kFloat).contiguous() : at::Tensor();
-  with_type(x.scalar_type(), "x", [&](auto out_kind) {
-    with_type(packed.scalar_type(), "the packed weight", [&](auto kind) {
-      using Out = decltype(out_kind);
-      using Weight = decltype(kind);
-      packed_linear(const_data<float>(input), const_data<Weight>(packed),
-                    added.defined() ? const_data<float>(added) : nullptr, static_cast<Out*>(out.data_ptr()),
-                    out.numel() / features, in, features);
-    });
+  with_type(x.scalar_type(), "x", [&](auto kind) {
+    packed_linear(const_data<float>(input), weight, static_cast<decltype(kind)*>(out.data_ptr()), out.numel() / features);
   });
   return out;
 }
@@ -161,17 +177,6 @@ at::Tensor slot_attention_op(const at::Tensor& q, const at::Tensor& k, const at:
 /// Places in `weights` of a layer's tensors; one that a layer does not have is empty.
 enum { kInputNorm, kEmbedNorm, kQkv, kQkvBias, kQNorm, kKNorm, kO, kOBias, kPostNorm, kGateUp, kGateUpBias, kDown, kDownBias, kTensorsALayer };
 
-template <typename T>
-Packed<T> packed_weight(const at::Tensor* weights, int place, int64_t in, int64_t out) {
-  const at::Tensor &weight = weights[place], &bias = weights[place + 1];
-  TORCH_CHECK(weight.dim() == 3 && weight.size(0) * kPanel == out && weight.size(1) == packed_depth<T>(in) &&
-                  weight.size(2) == kPanel,
-              "decoder_layers: weight ", place, " of shape ", weight.sizes(), " was not packed for ", in, " and ", out,
-              " features");
-  TORCH_CHECK(bias.numel() == 0 || bias.numel() == out, "decoder_layers: bias ", place + 1, " is not of ", out, " features");
-  return {const_data<T>(weight), bias.numel() ? const_data<float>(bias) : nullptr, in, out};
-}
-
 const float* norm_weight(const at::Tensor& weight, int64_t size) {
   TORCH_CHECK(weight.numel() == 0 || (weight.numel() == size && weight.scalar_type() == at::kFloat),
               "decoder_layers: a norm has ", weight.numel(), " weights for ", size, " features");
@@ -218,14 +223,14 @@ at::Tensor decoder_layers_op(const at::Tensor& hidden, const at::Tensor& embeds,
                       (!masked || seen.size(0) == tokens) && values.scalar_type() == keys.scalar_type(),
                   "decoder_layers: cache, heads or mask of layer ", layer, " do not fit");
       check_segments(first, rows.size(0), blocks, keys, tokens, mask_width, masked);
-      const LayerWeights<T> weight{
+      const auto packed = [&](int place, int64_t in, int64_t out) {
+        return packed_weight(own[place], own[place + 1], in, out, "decoder_layers");
+      };
+      const LayerWeights weight{
           norm_weight(own[kInputNorm], size), norm_weight(own[kEmbedNorm], size),
-          packed_weight<T>(own, kQkv, entering, heads * width + key_heads * (width + value_width)),
-          norm_weight(own[kQNorm], width), norm_weight(own[kKNorm], width),
-          packed_weight<T>(own, kO, heads * value_width, size), norm_weight(own[kPostNorm], size),
-          packed_weight<T>(own, kGateUp, size, 2 * inner), packed_weight<T>(own, kDown, inner, size)};
-      for (int place : {kQkv, kO, kGateUp, kDown})
-        TORCH_CHECK(own[place].scalar_type() == keys.scalar_type(), "decoder_layers: weights and cache share one dtype");
+          packed(kQkv, entering, heads * width + key_heads * (width + value_width)), norm_weight(own[kQNorm], width),
+          norm_weight(own[kKNorm], width), packed(kO, heads * value_width, size), norm_weight(own[kPostNorm], size),
+          packed(kGateUp, size, 2 * inner), packed(kDown, inner, size)};
       decoder_layer(shape, weight,
                     Attention<T>{{}, {}, {}, strided<T>(keys), strided<T>(values), const_data<int64_t>(blocks),
                                  blocks.size(1), const_data<int64_t>(where), first,
@@ -290,7 +295,7 @@ int64_t get_threads() { return PoolHolder::get().threads(); }
 }  // namespace draftsmith
 
 TORCH_LIBRARY(draftsmith, library) {
-  library.def("pack(Tensor weight) -> Tensor");
+  library.def("pack(Tensor weight, bool int8=False) -> Tensor");
   library.def("packed_linear(Tensor x, Tensor packed, int out_features, Tensor? bias=None) -> Tensor");
   library.def(
       "slot_attention(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor blocks, "

@@ -9,25 +9,16 @@
 
 namespace draftsmith {
 
-/// A packed weight with its outputs' number; `bias` (float32) may be null.
-template <typename T>
-struct Packed {
-  const T* weight;
-  const float* bias;
-  int64_t in, out;
-};
-
 /// Weights of one layer. Norm weights are float32; q_norm and k_norm [head width] may be null.
-template <typename T>
 struct LayerWeights {
   const float* input_norm;
   const float* embed_norm;  // null, or attention reads cat(norm(embeddings), norm(hidden))
-  Packed<T> qkv;            // queries, keys and values together
+  Packed qkv;            // queries, keys and values together
   const float *q_norm, *k_norm;
-  Packed<T> o;
+  Packed o;
   const float* post_norm;
-  Packed<T> gate_up;  // gates, then what they gate
-  Packed<T> down;
+  Packed gate_up;  // gates, then what they gate
+  Packed down;
 };
 
 /// What all layers share.
@@ -99,16 +90,14 @@ struct Activations {
 };
 
 /// out [tokens, weight.out] = x [tokens, weight.in] through a packed weight.
-template <typename T>
-const float* multiply(const float* x, const Packed<T>& weight, int64_t tokens, std::vector<float>& out) {
+inline void multiply(const float* x, const Packed& weight, int64_t tokens, std::vector<float>& out) {
   out.resize(tokens * weight.out);
-  packed_linear(x, weight.weight, weight.bias, out.data(), tokens, weight.in, weight.out);
-  return out.data();
+  packed_linear(x, weight, out.data(), tokens);
 }
 
 /// One layer, in place: hidden [tokens, hidden]. `attention` has everything but q, k, v and out, which it is given here.
 template <typename T>
-void decoder_layer(const LayerShape& shape, const LayerWeights<T>& weights, Attention<T> attention, float* hidden) {
+void decoder_layer(const LayerShape& shape, const LayerWeights& weights, Attention<T> attention, float* hidden) {
   static thread_local Activations buffers;
   // a copy of the name: inside the loops below the name would mean each thread's own
   Activations& a = buffers;

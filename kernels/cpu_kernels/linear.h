@@ -1,16 +1,21 @@
 // x [rows, in] times packed weights, accumulated in float32.
 //
-// Packed: panels of kPanel output features. In float32, within a panel feature after feature for each input: [panels,
-// in, kPanel]. In bfloat16 the inputs lie in pairs, padded with zeros to a multiple of kDepth: [panels, in / 2, kPanel,
-// 2], which is what dot products of pairs and tiles of matrices read, and what a shift and a mask make floats of.
+// Packed: panels of kPanel output features, and within a panel step after step of inputs, padded with zeros to whole
+// steps. In float32 a step is one input: [panels, in, kPanel]. In bfloat16 the inputs lie in pairs, padded to a multiple
+// of kDepth: [panels, in / 2, kPanel, 2], which is what dot products of pairs and tiles of matrices read, and what a
+// shift and a mask make floats of. In int8 a step is a block of 32 inputs with a scale for each feature, as in GGUF's
+// Q8_0; x is rounded to int8 in the same blocks, and the products of a block are summed exactly, as integers.
 //
-// Each output is one chain of additions over the inputs in order, whatever the number of rows and the tiles are: a
+// Each output is one chain of additions over the steps in order, whatever the number of rows and the tiles are: a
 // row's result does not depend on the rows beside it, bit for bit. So the arithmetic is chosen for the process and
 // never by the width of a pass.
 #pragma once
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
+#include <limits>
+#include <type_traits>
 #include <vector>
 
 #include "pool.h"
@@ -29,12 +34,30 @@ namespace draftsmith {
 
 constexpr int kPanel = 2 * kLanes;
 constexpr int kDepth = 32;                       // inputs that a tile of bfloat16 holds
-constexpr int kMaxRows = kLanes == 16 ? 12 : 6;  // accumulators fill the registers: 24 of 32, or 12 of 16
+constexpr int kInt8Block = 32;                   // inputs that share a scale
 
 constexpr int kBlockBytes = 16 << 10;  // of a panel: stays in the L1 cache while several groups of rows pass
 constexpr int kAhead = 2048;           // bytes to prefetch ahead in one stream: processors stop at the end of a page
 
-/// How bfloat16 weights are multiplied; float32 weights are always multiplied in float32.
+/// A block of inputs of a panel in int8: weight = scale * (byte - 128). Unsigned bytes, because the instructions multiply
+/// unsigned by signed ones; what the 128 adds is the same for all features, and is taken off by `Int8Inputs::start`.
+struct Int8Weights {
+  uint16_t scales[kPanel];  // float16
+  uint8_t bytes[kInt8Block / 4][kPanel][4];
+};
+
+/// A block of a row of x in int8: x = scale * value.
+struct Int8Inputs {
+  int32_t start;  // -128 * the sum of the values
+  float scale;    // NaN where a value of the block is not finite
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
+  int8_t values[kInt8Block];
+#else
+  int16_t values[kInt8Block];  // of four inputs the first and third, then the second and fourth
+#endif
+};
+
+/// How bfloat16 weights are multiplied; weights of other formats have one way each.
 enum class Arithmetic {
   kFloat32,  // weights become floats, and x stays as it is
   kPairs,    // x is rounded to bfloat16, pairs of products are added in float32 (AVX512-BF16)
@@ -61,17 +84,26 @@ inline std::atomic<Arithmetic>& arithmetic() {
   return chosen;
 }
 
-/// Inputs of a panel with the padding.
+/// Inputs of a step; elements of `Weight` in a step of a panel, and of `X` in a step of a row.
 template <typename Weight>
-constexpr int64_t packed_depth(int64_t in) {
-  return sizeof(Weight) == 2 ? (in + kDepth - 1) / kDepth * kDepth : in;
+constexpr int kInputs = std::is_same_v<Weight, Int8Weights> ? kInt8Block : std::is_same_v<Weight, BFloat16> ? 2 : 1;
+template <typename Weight>
+constexpr int kElements = std::is_same_v<Weight, Int8Weights> ? 1 : kPanel * kInputs<Weight>;
+template <typename X, typename Weight>
+constexpr int kXElements = std::is_same_v<X, Int8Inputs> ? 1 : kInputs<Weight>;
+
+/// Rows whose sums fill the registers: 24 of 32, or 12 of 16; with int8 there are sums of a block beside them.
+template <typename Weight>
+constexpr int kMaxRows = std::is_same_v<Weight, Int8Weights> ? (kLanes == 16 ? 6 : 2) : (kLanes == 16 ? 12 : 6);
+
+/// Steps of a panel, padded.
+template <typename Weight>
+constexpr int64_t steps_of(int64_t in) {
+  constexpr int64_t whole = std::is_same_v<Weight, float> ? 1 : kDepth;
+  return (in + whole - 1) / whole * whole / kInputs<Weight>;
 }
 
-/// Inputs that lie together in a panel.
-template <typename Weight>
-constexpr int kTogether = sizeof(Weight) == 2 ? 2 : 1;
-
-/// sums[r][h] += the `kTogether<Weight>` inputs of each row at `x` times those of a panel at `weights`.
+/// sums[r][h] += a step's inputs of each row at `x` times those of a panel at `weights`.
 template <int Rows>
 inline void multiply_inputs(const float* x, int64_t x_stride, const float* weights, Floats (&sums)[Rows][2]) {
   UNROLL for (int h = 0; h < 2; ++h) {
@@ -104,6 +136,55 @@ inline void multiply_inputs(const BFloat16* x, int64_t x_stride, const BFloat16*
 }
 #endif
 
+#if defined(__AVX512VNNI__)
+inline Ints add_products(Ints sums, Words weights, const Int8Inputs& x, int four) {
+  int32_t values;
+  std::memcpy(&values, x.values + 4 * four, sizeof values);
+  return (Ints)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)weights, _mm512_set1_epi32(values));
+}
+#elif defined(__AVXVNNI__)
+inline Ints add_products(Ints sums, Words weights, const Int8Inputs& x, int four) {
+  int32_t values;
+  std::memcpy(&values, x.values + 4 * four, sizeof values);
+  return (Ints)_mm256_dpbusd_avx_epi32((__m256i)sums, (__m256i)weights, _mm256_set1_epi32(values));
+}
+#else
+/// sums[i] += the products of two pairs of 16-bit integers.
+inline Ints add_pairs(Ints sums, Words weights, int32_t pair) {
+#if defined(__AVX512BW__)
+  return sums + (Ints)_mm512_madd_epi16((__m512i)weights, _mm512_set1_epi32(pair));
+#elif defined(__AVX2__) && !defined(__AVX512F__)
+  return sums + (Ints)_mm256_madd_epi16((__m256i)weights, _mm256_set1_epi32(pair));
+#else
+  return sums + (Ints)(weights & 0xffff) * int32_t(int16_t(pair)) + (Ints)(weights >> 16) * (pair >> 16);
+#endif
+}
+
+/// sums[i] += the four products of each feature's bytes and those of x: exact, where an 8-bit instruction would saturate.
+inline Ints add_products(Ints sums, Words weights, const Int8Inputs& x, int four) {
+  int32_t pairs[2];
+  std::memcpy(pairs, x.values + 4 * four, sizeof pairs);
+  return add_pairs(add_pairs(sums, weights & 0x00ff00ffu, pairs[0]), (weights >> 8) & 0x00ff00ffu, pairs[1]);
+}
+#endif
+
+template <int Rows>
+inline void multiply_inputs(const Int8Inputs* x, int64_t x_stride, const Int8Weights* weights,
+                            Floats (&sums)[Rows][2]) {
+  Ints dots[Rows][2];
+  UNROLL for (int r = 0; r < Rows; ++r) dots[r][0] = dots[r][1] = x[r * x_stride].start - Ints{};
+  UNROLL for (int four = 0; four < kInt8Block / 4; ++four)
+    UNROLL for (int h = 0; h < 2; ++h) {
+      const Words some = load_raw<Words>(&weights->bytes[four][h * kLanes][0]);
+      UNROLL for (int r = 0; r < Rows; ++r) dots[r][h] = add_products(dots[r][h], some, x[r * x_stride], four);
+    }
+  UNROLL for (int h = 0; h < 2; ++h) {
+    const Floats scales = load_float16(weights->scales + h * kLanes);
+    UNROLL for (int r = 0; r < Rows; ++r)
+      sums[r][h] = fma(__builtin_convertvector(dots[r][h], Floats), scales * splat(x[r * x_stride].scale), sums[r][h]);
+  }
+}
+
 /// Where to prefetch from while a tile is multiplied, and how many bytes to go on with each step. One group of rows
 /// reads its own stream ahead; several groups fetch a share of the next block each, so that memory is never idle.
 struct Prefetch {
@@ -111,22 +192,27 @@ struct Prefetch {
   int64_t step;
 };
 
-/// out [Rows, Panels * kPanel] (+)= x [Rows, depth] times `Panels` panels that lie `panel_stride` weights apart.
+/// Prefetches of a step of a panel.
+template <typename Weight>
+constexpr int kLines = std::is_same_v<Weight, Int8Weights> ? (sizeof(Int8Weights) + 63) / 64 : kInputs<Weight>;
+
+/// out [Rows, Panels * kPanel] (+)= `steps` steps of x [Rows, ...] times `Panels` panels, `panel_stride` elements apart.
 template <int Rows, int Panels, typename X, typename Weight>
-void multiply_tile(const X* x, int64_t x_stride, const Weight* weights, int64_t panel_stride, int64_t depth,
+void multiply_tile(const X* x, int64_t x_stride, const Weight* weights, int64_t panel_stride, int64_t steps,
                    float* out, int64_t out_stride, bool accumulate, Prefetch ahead) {
   Floats sums[Panels][Rows][2] = {};
   if (accumulate)
     UNROLL for (int r = 0; r < Rows; ++r)
       UNROLL for (int p = 0; p < Panels; ++p)
         UNROLL for (int h = 0; h < 2; ++h) sums[p][r][h] = load(out + r * out_stride + p * kPanel + h * kLanes);
-  for (int64_t k = 0; k < depth; k += kTogether<Weight>) {
+  for (int64_t step = 0; step < steps; ++step) {
     UNROLL for (int p = 0; p < Panels; ++p) {
       const char* next = ahead.from + p * panel_stride * sizeof(Weight);
-      for (int line = 0; line < kTogether<Weight>; ++line) __builtin_prefetch(next + line * ahead.step);
-      multiply_inputs<Rows>(x + k, x_stride, weights + p * panel_stride + k * kPanel, sums[p]);
+      for (int line = 0; line < kLines<Weight>; ++line) __builtin_prefetch(next + line * ahead.step);
+      multiply_inputs<Rows>(x + step * kXElements<X, Weight>, x_stride,
+                            weights + p * panel_stride + step * kElements<Weight>, sums[p]);
     }
-    ahead.from += kTogether<Weight> * ahead.step;
+    ahead.from += kLines<Weight> * ahead.step;
   }
   UNROLL for (int r = 0; r < Rows; ++r)
     UNROLL for (int p = 0; p < Panels; ++p)
@@ -137,52 +223,53 @@ void multiply_tile(const X* x, int64_t x_stride, const Weight* weights, int64_t 
 /// One or two rows take several panels at once: eight chains of multiply-adds hide the latency of one.
 template <int Rows, typename X, typename Weight>
 void multiply_rows(int rows, const X* x, int64_t x_stride, const Weight* weights, int64_t panel_stride,
-                   int64_t panels, int64_t depth, float* out, int64_t out_stride, bool accumulate,
+                   int64_t panels, int64_t steps, float* out, int64_t out_stride, bool accumulate,
                    Prefetch ahead) {
   if constexpr (Rows > 1) {
     if (rows < Rows)
-      return multiply_rows<Rows - 1>(rows, x, x_stride, weights, panel_stride, panels, depth, out, out_stride,
+      return multiply_rows<Rows - 1>(rows, x, x_stride, weights, panel_stride, panels, steps, out, out_stride,
                                      accumulate, ahead);
   }
   constexpr int kAtOnce = Rows == 1 ? 4 : Rows == 2 ? 2 : 1;
   const auto at = [&](int64_t p) { return Prefetch{ahead.from + p * panel_stride * sizeof(Weight), ahead.step}; };
   int64_t p = 0;
   for (; p + kAtOnce <= panels; p += kAtOnce)
-    multiply_tile<Rows, kAtOnce>(x, x_stride, weights + p * panel_stride, panel_stride, depth, out + p * kPanel,
+    multiply_tile<Rows, kAtOnce>(x, x_stride, weights + p * panel_stride, panel_stride, steps, out + p * kPanel,
                                  out_stride, accumulate, at(p));
   if constexpr (kAtOnce == 4)
     for (; p + 2 <= panels; p += 2)
-      multiply_tile<Rows, 2>(x, x_stride, weights + p * panel_stride, panel_stride, depth, out + p * kPanel, out_stride,
+      multiply_tile<Rows, 2>(x, x_stride, weights + p * panel_stride, panel_stride, steps, out + p * kPanel, out_stride,
                              accumulate, at(p));
   for (; p < panels; ++p)
-    multiply_tile<Rows, 1>(x, x_stride, weights + p * panel_stride, panel_stride, depth, out + p * kPanel, out_stride,
+    multiply_tile<Rows, 1>(x, x_stride, weights + p * panel_stride, panel_stride, steps, out + p * kPanel, out_stride,
                            accumulate, at(p));
 }
 
 /// sums [rows, panels * kPanel] = x times `panels` panels, by multiply_rows.
 /// A few rows stream the weights once; more of them come back to a block of a panel that is still in the L1 cache.
 template <typename X, typename Weight>
-void multiply_panels(const X* x, int64_t x_stride, const Weight* weights, int64_t depth, int64_t panels, int64_t rows,
+void multiply_panels(const X* x, int64_t x_stride, const Weight* weights, int64_t steps, int64_t panels, int64_t rows,
                      float* sums) {
-  constexpr int kStep = kTogether<Weight>;
-  const int64_t panel_size = depth * kPanel, stride = panels * kPanel, steps = depth / kStep;
-  const int64_t row_groups = (rows + kMaxRows - 1) / kMaxRows;
-  const int64_t block_steps = kBlockBytes / (kPanel * kStep * sizeof(Weight));
+  constexpr int64_t kBytes = kElements<Weight> * sizeof(Weight);  // of a step
+  const int64_t panel_size = steps * kElements<Weight>, stride = panels * kPanel;
+  const int64_t row_groups = (rows + kMaxRows<Weight> - 1) / kMaxRows<Weight>;
+  const int64_t block_steps = kBlockBytes / kBytes;
   const int64_t blocks = row_groups == 1 ? 1 : (steps + block_steps - 1) / block_steps;
   const int64_t at_once = row_groups == 1 ? panels : 1;
   for (int64_t p = 0; p < panels; p += at_once)
     for (int64_t block = 0; block < blocks; ++block)
       for (int64_t group = 0; group < row_groups; ++group) {
-        const int64_t from = block * steps / blocks * kStep, end = (block + 1) * steps / blocks * kStep;
+        const int64_t from = block * steps / blocks, end = (block + 1) * steps / blocks;
         const int64_t first = group * rows / row_groups, last = (group + 1) * rows / row_groups;
-        const Weight* some = weights + p * panel_size + from * kPanel;
+        const Weight* some = weights + p * panel_size + from * kElements<Weight>;
         const auto* bytes = reinterpret_cast<const char*>(some);
-        const int64_t one_input = kPanel * sizeof(Weight), block_bytes = (end - from) * one_input;
+        const int64_t line = kBytes / kLines<Weight>, block_bytes = (end - from) * kBytes;
         const Prefetch ahead =
-            row_groups == 1 ? Prefetch{bytes + kAhead, one_input}
-                            : Prefetch{bytes + block_bytes + group * block_bytes / row_groups, one_input / row_groups};
-        multiply_rows<kMaxRows>(int(last - first), x + first * x_stride + from, x_stride, some, panel_size, at_once,
-                                end - from, sums + first * stride + p * kPanel, stride, block > 0, ahead);
+            row_groups == 1 ? Prefetch{bytes + kAhead, line}
+                            : Prefetch{bytes + block_bytes + group * block_bytes / row_groups, line / row_groups};
+        multiply_rows<kMaxRows<Weight>>(int(last - first), x + first * x_stride + from * kXElements<X, Weight>, x_stride,
+                                        some, panel_size, at_once, end - from, sums + first * stride + p * kPanel, stride,
+                                        block > 0, ahead);
       }
 }
 
@@ -251,9 +338,9 @@ void multiply_tiles(const BFloat16* x, int64_t x_stride, int first, const BFloat
 }
 
 /// sums [rows, panels * kPanel] = x times `panels` panels, by tiles.
-inline void multiply_panels_by_tiles(const BFloat16* x, int64_t x_stride, const BFloat16* weights, int64_t depth,
+inline void multiply_panels_by_tiles(const BFloat16* x, int64_t x_stride, const BFloat16* weights, int64_t steps,
                                      int64_t panels, int64_t rows, float* sums) {
-  const int64_t panel_size = depth * kPanel, stride = panels * kPanel;
+  const int64_t depth = steps * kInputs<BFloat16>, panel_size = depth * kPanel, stride = panels * kPanel;
   for (int64_t row = 0; row < rows; row += 32) {
     const int count = int(std::min<int64_t>(32, rows - row)), first = std::min(count, 16);
     const TileShapes shapes(first, count > 16 ? count - 16 : first);
@@ -275,8 +362,8 @@ inline void multiply_panels_by_tiles(const BFloat16* x, int64_t x_stride, const 
 /// The packed form of weight [features, in] with row stride `in`; features and inputs are padded with zeros.
 template <typename Weight>
 void pack_panels(const Weight* weight, int64_t features, int64_t in, Weight* packed) {
-  constexpr int kStep = kTogether<Weight>;
-  const int64_t depth = packed_depth<Weight>(in);
+  constexpr int kStep = kInputs<Weight>;
+  const int64_t depth = steps_of<Weight>(in) * kStep;
   for_each_tile((features + kPanel - 1) / kPanel, [&](int64_t panel) {
     Weight* to = packed + panel * depth * kPanel;
     for (int lane = 0; lane < kPanel; ++lane) {
@@ -288,6 +375,66 @@ void pack_panels(const Weight* weight, int64_t features, int64_t in, Weight* pac
   });
 }
 
+/// The same, rounded to int8: scale = the block's largest magnitude / 127 in float16, which gives weights that come from
+/// Q8_0 their own integers and scales back.
+inline void pack_panels(const float* weight, int64_t features, int64_t in, Int8Weights* packed) {
+  const int64_t steps = steps_of<Int8Weights>(in);
+  for_each_tile((features + kPanel - 1) / kPanel, [&](int64_t panel) {
+    for (int64_t step = 0; step < steps; ++step) {
+      Int8Weights& to = packed[panel * steps + step];
+      for (int lane = 0; lane < kPanel; ++lane) {
+        const int64_t feature = panel * kPanel + lane, first = step * kInt8Block;
+        const int64_t count = feature < features ? std::min<int64_t>(kInt8Block, in - first) : 0;
+        const float* from = weight + feature * in + first;
+        float largest = 0;
+        for (int64_t i = 0; i < count; ++i) largest = std::max(largest, std::abs(from[i]));
+        to.scales[lane] = float16_bits(largest / 127);
+        const float scale = float16_value(to.scales[lane]);
+        for (int i = 0; i < kInt8Block; ++i) {
+          const float level = i < count && scale > 0 ? std::nearbyint(from[i] / scale) : 0.0f;
+          to.bytes[i / 4][lane][i % 4] = uint8_t(128 + int(std::clamp(level, -127.0f, 127.0f)));
+        }
+      }
+    }
+  });
+}
+
+/// A row of x rounded to int8, block by block; the last one is padded with zeros.
+inline void round_row(const float* x, int64_t in, Int8Inputs* to) {
+  static_assert(kInt8Block % kLanes == 0);
+  constexpr int kVectors = kInt8Block / kLanes;
+  for (int64_t first = 0; first < in; first += kInt8Block, ++to) {
+    float padded[kInt8Block] = {};
+    const float* from = x + first;
+    if (in - first < kInt8Block) from = std::copy_n(from, in - first, padded) - (in - first);
+    Floats values[kVectors], largest{}, zero{};
+    UNROLL for (int v = 0; v < kVectors; ++v) {
+      values[v] = load(from + v * kLanes);
+      const Floats magnitude = (Floats)((Words)values[v] & 0x7fffffffu);
+      largest = magnitude > largest ? magnitude : largest;
+      zero += values[v] * 0.0f;  // NaN where a value is not finite
+    }
+    float lanes[kLanes];
+    store(lanes, largest);
+    const float most = *std::max_element(lanes, lanes + kLanes);
+    const bool finite = sum(zero) == 0.0f, nothing = !(most > 1e-30f) || !finite;
+    const Floats shifter = splat(12582912.0f), factor = splat(nothing ? 0.0f : 127.0f / most);
+    int32_t rounded[kInt8Block], total = 0;
+    UNROLL for (int v = 0; v < kVectors; ++v) {
+      const Floats scaled = nothing ? Floats{} : values[v] * factor;
+      const Ints level = (Ints)(scaled + shifter) - (Ints)shifter;  // to the nearest integer
+      std::memcpy(rounded + v * kLanes, &level, sizeof level);
+    }
+    for (int i = 0; i < kInt8Block; ++i) {
+      total += rounded[i];
+      const int place = sizeof to->values[0] == 1 ? i : i / 4 * 4 + i % 2 * 2 + i % 4 / 2;
+      to->values[place] = decltype(to->values[0] + 0)(rounded[i]);
+    }
+    to->start = -128 * total;
+    to->scale = finite ? (nothing ? 0.0f : most / 127) : std::numeric_limits<float>::quiet_NaN();
+  }
+}
+
 /// x [rows, in] as the arithmetic reads it: [rows, depth] in its dtype, padded with zeros; the result is `x` or `room`.
 template <typename To>
 const To* as_inputs(const float* x, int64_t rows, int64_t in, int64_t depth, std::vector<To>& room) {
@@ -296,8 +443,12 @@ const To* as_inputs(const float* x, int64_t rows, int64_t in, int64_t depth, std
   room.resize(rows * depth);
   To* to = room.data();  // inside the loop `room` may mean each thread's own
   const auto one_row = [=](int64_t row) {
-    convert(x + row * in, to + row * depth, in);
-    std::fill(to + row * depth + in, to + (row + 1) * depth, To{});
+    if constexpr (std::is_same_v<To, Int8Inputs>) {
+      round_row(x + row * in, in, to + row * depth);
+    } else {
+      convert(x + row * in, to + row * depth, in);
+      std::fill(to + row * depth + in, to + (row + 1) * depth, To{});
+    }
   };
   if (rows < 16)
     for (int64_t row = 0; row < rows; ++row) one_row(row);
@@ -306,53 +457,76 @@ const To* as_inputs(const float* x, int64_t rows, int64_t in, int64_t depth, std
   return to;
 }
 
-/// out [rows, features] = x [rows, in] W^T + bias; `bias` (float32, [features]) may be null.
-template <typename Weight, typename Out>
-void packed_linear(const float* x, const Weight* packed, const float* bias, Out* out, int64_t rows, int64_t in,
-                   int64_t features) {
-  static thread_local std::vector<float> floats;
-  static thread_local std::vector<BFloat16> halves;
-  const int64_t depth = packed_depth<Weight>(in);
-  const Arithmetic by = sizeof(Weight) == 2 ? arithmetic().load() : Arithmetic::kFloat32;
-  const float* wide = by == Arithmetic::kFloat32 ? as_inputs(x, rows, in, depth, floats) : nullptr;
-  const BFloat16* narrow = by == Arithmetic::kFloat32 ? nullptr : as_inputs(x, rows, in, depth, halves);
+/// The formats of packed weights.
+enum class Format { kFloat32, kBFloat16, kInt8 };
 
-  const int64_t panels = (features + kPanel - 1) / kPanel;
-  const int64_t panels_a_tile = panels >= 64 ? 4 : 2;
-  const int64_t rows_a_tile = by == Arithmetic::kTiles ? 128 : 48;
+/// A packed weight of `out` features; `bias` (float32, [out]) may be null.
+struct Packed {
+  const void* weight;
+  Format format;
+  const float* bias;
+  int64_t in, out;
+};
+
+/// out [rows, features] = x [rows, in] times panels, which `multiply` does for some rows and panels in order.
+template <typename X, typename Weight, typename Out, typename Multiply>
+void multiply_all(const X* x, int64_t x_stride, const Packed& weight, Out* out, int64_t rows, int64_t rows_a_tile,
+                  const Multiply& multiply_some) {
+  const int64_t steps = steps_of<Weight>(weight.in), features = weight.out;
+  const int64_t panels = (features + kPanel - 1) / kPanel, panels_a_tile = panels >= 64 ? 4 : 2;
   const int64_t columns = (panels + panels_a_tile - 1) / panels_a_tile;
-
   const auto one_tile = [&](int64_t tile) {
     const int64_t first_panel = tile % columns * panels_a_tile, first_row = tile / columns * rows_a_tile;
     const int64_t count = std::min(panels_a_tile, panels - first_panel);
     const int64_t tile_rows = std::min(rows_a_tile, rows - first_row), stride = count * kPanel;
     static thread_local std::vector<float> sums;
     sums.resize(tile_rows * stride);
-    const Weight* weights = packed + first_panel * depth * kPanel;
-    if (by == Arithmetic::kFloat32)
-      multiply_panels(wide + first_row * depth, depth, weights, depth, count, tile_rows, sums.data());
-    if constexpr (sizeof(Weight) == 2) {
-      [[maybe_unused]] const BFloat16* from = narrow + first_row * depth;
-#if defined(DRAFTSMITH_PAIRS)
-      if (by == Arithmetic::kPairs) multiply_panels(from, depth, weights, depth, count, tile_rows, sums.data());
-#endif
-#if defined(DRAFTSMITH_TILES)
-      if (by == Arithmetic::kTiles) multiply_panels_by_tiles(from, depth, weights, depth, count, tile_rows, sums.data());
-#endif
-    }
+    const Weight* weights = static_cast<const Weight*>(weight.weight) + first_panel * steps * kElements<Weight>;
+    multiply_some(x + first_row * x_stride, x_stride, weights, steps, count, tile_rows, sums.data());
     const int64_t first = first_panel * kPanel, width = std::min(stride, features - first);
     for (int64_t r = 0; r < tile_rows; ++r) {
       float* row = sums.data() + r * stride;
-      for (int64_t i = 0; bias != nullptr && i < width; ++i) row[i] += bias[first + i];
+      for (int64_t i = 0; weight.bias != nullptr && i < width; ++i) row[i] += weight.bias[first + i];
       convert(row, out + (first_row + r) * features + first, width);
     }
   };
   const int64_t tiles = columns * ((rows + rows_a_tile - 1) / rows_a_tile);
-  if (rows * in * features < 1 << 16) {  // less work than waking a thread
+  if (rows * weight.in * features < 1 << 16) {  // less work than waking a thread
     for (int64_t tile = 0; tile < tiles; ++tile) one_tile(tile);
   } else {
     for_each_tile(tiles, one_tile);
   }
+}
+
+/// out [rows, out features] = x [rows, in] W^T + bias.
+template <typename Out>
+void packed_linear(const float* x, const Packed& weight, Out* out, int64_t rows) {
+  static thread_local std::vector<float> floats;
+  static thread_local std::vector<BFloat16> halves;
+  static thread_local std::vector<Int8Inputs> integers;
+  constexpr int64_t kTileRows = 48;
+  if (weight.format == Format::kFloat32)
+    return multiply_all<float, float>(x, weight.in, weight, out, rows, kTileRows, multiply_panels<float, float>);
+  if (weight.format == Format::kInt8) {
+    const int64_t depth = steps_of<Int8Weights>(weight.in);
+    const Int8Inputs* rounded = as_inputs(x, rows, weight.in, depth, integers);
+    return multiply_all<Int8Inputs, Int8Weights>(rounded, depth, weight, out, rows, kTileRows,
+                                                 multiply_panels<Int8Inputs, Int8Weights>);
+  }
+  const int64_t depth = steps_of<BFloat16>(weight.in) * kInputs<BFloat16>;
+  const Arithmetic by = arithmetic().load();
+#if defined(DRAFTSMITH_TILES)
+  if (by == Arithmetic::kTiles)
+    return multiply_all<BFloat16, BFloat16>(as_inputs(x, rows, weight.in, depth, halves), depth, weight, out, rows, 128,
+                                            multiply_panels_by_tiles);
+#endif
+#if defined(DRAFTSMITH_PAIRS)
+  if (by == Arithmetic::kPairs)
+    return multiply_all<BFloat16, BFloat16>(as_inputs(x, rows, weight.in, depth, halves), depth, weight, out, rows,
+                                            kRowsATile, multiply_panels<BFloat16, BFloat16>);
+#endif
+  multiply_all<float, BFloat16>(as_inputs(x, rows, weight.in, depth, floats), depth, weight, out, rows, kTileRows,
+                                multiply_panels<float, BFloat16>);
 }
 
 }  // namespace draftsmith

@@ -28,13 +28,16 @@ def load_kernels(cache: Path) -> None:
     torch.ops.load_library(str(built_library(cache)))
 
 
-def pack(weight: Tensor) -> Tensor:
+def pack(weight: Tensor, int8: bool = False) -> Tensor:
     """Put a linear layer's weight [out, in], float32 or bfloat16, in the order in which `packed_linear` reads it.
 
-    Returns [panels, in, panel width], with inputs in bfloat16 padded to a multiple of 32: for this machine and process
-    only, never to be saved.
+    int8: round it to integers in blocks of 32 inputs with a float16 scale each, as GGUF's Q8_0; a float32 weight that
+    was made of such blocks gives the same blocks.
+
+    Returns [panels, steps, elements] in the weight's dtype, or bytes: for this machine and process only, never to be
+    saved.
     """
-    return torch.ops.draftsmith.pack(weight)
+    return torch.ops.draftsmith.pack(weight, int8)
 
 
 def weight_memory(size: int) -> Tensor:
@@ -46,7 +49,8 @@ def packed_linear(x: Tensor, packed: Tensor, out_features: int, bias: Tensor | N
     """Multiply x [..., in] (float32 or bfloat16) by a packed weight: [..., out_features] in x's dtype.
 
     Products are summed in float32, in one order whatever the number of rows. What is multiplied with a bfloat16 weight
-    depends on `arithmetic`: x itself, or x rounded to bfloat16.
+    depends on `arithmetic`: x itself, or x rounded to bfloat16. With an int8 weight x is rounded to int8, each row and
+    block of 32 inputs by its own largest magnitude.
     """
     return torch.ops.draftsmith.packed_linear(x, packed, out_features, bias)
 
@@ -156,28 +160,29 @@ class OneCallNorm(nn.Module):
 
 
 class PackedLinear(nn.Module):
-    """A linear layer for decoding: its weight is stored once, in bfloat16 or float32, in the kernels' order.
+    """A linear layer for decoding: its weight is stored once, in int8, bfloat16 or float32, in the kernels' order.
 
     A row's result does not depend on the number of rows: no faster product is taken for wide passes, since it would
     round differently, and a request's text would then depend on the requests beside it.
     """
 
-    def __init__(self, linear: nn.Linear, dtype: torch.dtype) -> None:
+    def __init__(self, linear: nn.Linear, dtype: torch.dtype, int8: bool = False) -> None:
+        """dtype: of the weight, where it is not rounded to int8."""
         super().__init__()
         self.out_features, self.in_features = linear.weight.shape
-        stored = linear.weight.detach().to(dtype)  # [out, in]
+        weight = linear.weight.detach()  # [out, in]
         self.packed: Tensor
         self.bias: Tensor | None
         # buffers that a checkpoint does not have: the order is this machine's
-        self.register_buffer("packed", pack(stored), persistent=False)
+        self.register_buffer("packed", pack(weight.to(torch.float32 if int8 else dtype), int8), persistent=False)
         self.register_buffer("bias", None if linear.bias is None else linear.bias.detach(), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:  # [..., in] -> [..., out]
         return packed_linear(x, self.packed, self.out_features, self.bias)
 
 
-def pack_linears(module: nn.Module, dtype: torch.dtype) -> None:
-    """Replace every nn.Linear below `module` by a PackedLinear, in place.
+def pack_linears(module: nn.Module, dtype: torch.dtype, int8: bool = False) -> None:
+    """Replace every nn.Linear below `module` by a PackedLinear, in place; arguments as there.
 
     A weight shared with an embedding stays there for the embedding.
     """
@@ -186,5 +191,5 @@ def pack_linears(module: nn.Module, dtype: torch.dtype) -> None:
         for name, child in list(parent.named_children()):
             if type(child) is nn.Linear:
                 if id(child) not in replaced:
-                    replaced[id(child)] = PackedLinear(child, dtype)
+                    replaced[id(child)] = PackedLinear(child, dtype, int8)
                 setattr(parent, name, replaced[id(child)])

@@ -2,6 +2,7 @@
 // SSE and NEON. bfloat16 is a float's upper half, so it is read by shifting, and rounded to nearest even when written.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <initializer_list>
@@ -57,6 +58,17 @@ inline Floats load(const BFloat16* from) {
   return (Floats)(__builtin_convertvector(load_raw<Halves>(from), Words) << 16);
 }
 
+/// float16 -> floats, by their bits: exponent and mantissa move up, and a factor corrects the exponent's offset.
+inline Floats load_float16(const uint16_t* from) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_cvtph_ps((__m256i)load_raw<Halves>(from));
+#else
+  const Words bits = __builtin_convertvector(load_raw<Halves>(from), Words);
+  const Floats magnitude = (Floats)((bits & 0x7fff) << 13) * 0x1p112f;
+  return (Floats)((Words)magnitude | (bits & 0x8000) << 16);
+#endif
+}
+
 /// Keeps the compiler from loading a value again at each use: loads, not multiplications, are scarce then.
 inline Floats in_register(Floats value) {
 #if defined(__AVX512F__)
@@ -84,6 +96,20 @@ inline float to_float(BFloat16 value) {
   float result;
   std::memcpy(&result, &bits, sizeof result);
   return result;
+}
+
+/// The nearest float16 to a float of magnitude below 65,520, even when halfway, and back.
+inline uint16_t float16_bits(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  const float magnitude = std::abs(value);
+  if (magnitude < 0x1p-14f) return uint16_t(bits >> 16 & 0x8000) | uint16_t(std::nearbyint(magnitude * 0x1p24f));
+  const uint32_t rounded = (bits & 0x7fffffff) + 0xfff + (bits >> 13 & 1);
+  return uint16_t(bits >> 16 & 0x8000) | uint16_t((rounded >> 13) - (112 << 10));
+}
+inline float float16_value(uint16_t bits) {
+  uint16_t lanes[kLanes] = {bits};
+  return load_float16(lanes)[0];
 }
 
 /// `count` floats of one dtype to another; bit for bit what `store(load())` gives, whatever the tail.

@@ -63,6 +63,8 @@ class Engine:
         rule: str = "shared-noise",
         mode: str = "auto",
         arithmetic: str = "auto",
+        weights: str = "auto",
+        head_weights: str = "auto",
         pack_in_place: bool = False,
         max_batch: int = 16,
         max_length: int | None = None,
@@ -78,9 +80,9 @@ class Engine:
         the head always drafts, with `off` never. speculation_length: the most tokens that the head drafts in a row, or
         as many as it knows positions of; 0 is off. tree_size: the most nodes of a tree. lookup: let `auto` copy, with
         or without a head.
-        mode, arithmetic: see `build_models`. pack_in_place: the compiled mode replaces the linear layers of `target`
-        itself, which then serves nothing else; by default it packs a copy, and the caller's target keeps its weights,
-        too.
+        mode, arithmetic, weights, head_weights: see `build_models`. pack_in_place: the compiled mode replaces the
+        linear layers of `target` itself, which then serves nothing else; by default it packs a copy, and the caller's
+        target keeps its weights, too.
         max_batch: requests decoded at once. max_length: the most tokens of prompt and answer together (default: what
         the target was made for, as far as the cache holds it). kv_cache_memory: bytes of the cache (default: most of
         what is free; never more than `max_batch` such requests need). max_waiting, max_waiting_tokens: what may wait
@@ -119,6 +121,8 @@ class Engine:
             head if speculation != "off" else None,
             mode=mode,
             arithmetic_name=arithmetic,
+            weights=weights,
+            head_weights=head_weights,
             pack_in_place=pack_in_place,
             slots=self.max_batch,
             capacity=self.max_length + self._overhang,
@@ -413,6 +417,8 @@ class Engine:
             "kv_cache": {"bytes": size.blocks * size.block_bytes, "tokens": size.tokens, "block_tokens": BLOCK},
             "mode": self.mode,
             "arithmetic": self.models.arithmetic,
+            "weights": self.models.weights,
+            "head_weights": self.models.head_weights,
             "seconds": self._decoder.seconds.copy(),
             "speculation": self.controller.stats(),
         }

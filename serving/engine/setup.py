@@ -35,6 +35,7 @@ log = logging.getLogger(__name__)
 
 MODES = ("auto", "compiled", "eager")
 ARITHMETICS = ("auto", "float32", "bf16", "amx")
+WEIGHTS = ("auto", "float", "int8")
 WIDTHS = (1, 2, 4, 8, 16, 32)  # tokens of a pass, from plain decoding to a tree
 _REPEATS = 3
 
@@ -47,6 +48,8 @@ class Models:
     proposer: Proposer | None
     mode: str  # eager or compiled
     arithmetic: str  # of the compiled kernels with bfloat16 weights; otherwise the dtype's name
+    weights: str  # of the target: int8, or the dtype's name
+    head_weights: str | None  # the same of the head
     cache_size: CacheSize
 
 
@@ -62,6 +65,8 @@ def build_models(
     memory: int | None = None,
     threads: int | None,
     arithmetic_name: str = "auto",
+    weights: str = "auto",
+    head_weights: str = "auto",
 ) -> Models:
     """
     mode: `eager` runs the models as they are; `compiled`, on a CPU in float32 or bfloat16, replaces linear layers by
@@ -73,6 +78,9 @@ def build_models(
     because its threads wait for each other actively, and stall when another process takes a core.
     arithmetic_name: of bfloat16 weights in compiled mode, for the whole process: one of `cpu_kernels.arithmetics`, or
     `auto` for the fastest of them.
+    weights, head_weights: `int8` rounds the matrices of the target, or of the head, to int8 in compiled mode: the
+    answers are then exactly those of the rounded target. `float` leaves them in their dtype. `auto` is float for the
+    target, and for the head int8 in compiled mode: drafts need not be exact.
 
     Raises:
         UserError: for a mode that is impossible here, with the reason; for a target whose attention is not known; for
@@ -80,9 +88,10 @@ def build_models(
     """
     mode = _choose_mode(mode, target)
     products = _choose_arithmetic(arithmetic_name, mode, target)
+    of_target, of_head = _choose_weights(weights, head_weights, mode, target)
     kernel: Kernel = torch_attention
     if mode == "compiled":
-        target, head = _pack(target, head, pack_in_place)
+        target, head = _pack(target, head, pack_in_place, of_target == "int8", of_head == "int8")
         kernel = packed_attention
         if threads is not None:
             set_threads(threads)
@@ -92,15 +101,15 @@ def build_models(
     layers = head.auxiliary_layers(target) if head is not None else ()
     probe = find_attention(target)
     shapes = [shape for shape, _ in probe.found.values()]
-    of_head = [head_shape(head)] if isinstance(head, StepwiseHead) else []
-    size = fit_cache([*shapes, *of_head], slots, capacity, least, memory)
+    drafting = [head_shape(head)] if isinstance(head, StepwiseHead) else []
+    size = fit_cache([*shapes, *drafting], slots, capacity, least, memory)
     proposer = None if head is None else make_proposer(target, head, layers, slots, size.capacity, kernel, size.blocks)
     runner = TargetRunner(target, probe, SlotCache(shapes, slots, size.capacity, size.blocks), kernel, layers)
     if mode == "compiled":
         fuse_target(runner)
         if isinstance(proposer, HeadProposer):
             fuse_head(proposer.runner)
-    return Models(runner, proposer, mode, products, size)
+    return Models(runner, proposer, mode, products, of_target, None if head is None else of_head, size)
 
 
 def make_proposer(
@@ -191,6 +200,20 @@ def _choose_arithmetic(name: str, mode: str, target: Target) -> str:
     return arithmetic()
 
 
+def _choose_weights(weights: str, head_weights: str, mode: str, target: Target) -> tuple[str, str]:
+    """Return the formats of the matrices of target and head."""
+    for option, value in (("weights", weights), ("head_weights", head_weights)):
+        if value not in WEIGHTS:
+            raise UserError(f"{option} = {value!r}: it must be one of {', '.join(WEIGHTS)}.")
+        if value == "int8" and mode != "compiled":
+            raise UserError(
+                f"{option} = 'int8' needs the compiled kernels of a CPU, and this is {mode} mode; leave it at auto."
+            )
+    dtype = str(target.dtype).removeprefix("torch.")
+    rounded = mode == "compiled" and head_weights != "float"
+    return ("int8" if weights == "int8" else dtype), ("int8" if rounded else dtype)
+
+
 def _why_no_kernels() -> str | None:
     try:
         load_kernels(cache_folder())
@@ -199,7 +222,9 @@ def _why_no_kernels() -> str | None:
     return None
 
 
-def _pack(target: Target, head: DraftHead | None, in_place: bool) -> tuple[Target, DraftHead | None]:
+def _pack(
+    target: Target, head: DraftHead | None, in_place: bool, int8: bool, head_int8: bool
+) -> tuple[Target, DraftHead | None]:
     """Return the target and a copy of the head, which its owner may want to save, with packed linear layers."""
     _ = target.fingerprint  # while its weights are there to be hashed
     dtype = target.dtype
@@ -211,11 +236,11 @@ def _pack(target: Target, head: DraftHead | None, in_place: bool) -> tuple[Targe
         target.decoder = target.model.get_decoder() if hasattr(model, "get_decoder") else target.model.base_model
         target.config = target.model.config.get_text_config()
         target.embedding = target.model.get_input_embeddings()
-    pack_linears(target.model, dtype)
+    pack_linears(target.model, dtype, int8)
     target.lm_head = target.model.get_output_embeddings()
     if head is not None:
         head = copy.deepcopy(head).to(dtype)
-        pack_linears(head, dtype)
+        pack_linears(head, dtype, head_int8)
         head.use_target_lm_head(target)  # not the plain one's LM head, where it has none
     return target, head
 

@@ -136,7 +136,9 @@ def test_a_row_has_the_same_bits_in_any_batch(stored, products, size_in, size_ou
 
 def packed_columns(packed: Tensor, size_in: int) -> Tensor:
     """The first 16 features [in, 16] of a packed weight, by the product with the identity."""
-    return packed_linear(torch.eye(size_in), packed, packed.shape[0] * packed.shape[2])[:, :16].double()
+    return packed_linear(torch.eye(size_in), packed, packed.shape[0] * torch.ops.draftsmith.panel_width())[
+        :, :16
+    ].double()
 
 
 def test_packed_linear_takes_any_shape_and_strides():
