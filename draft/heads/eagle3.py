@@ -211,6 +211,10 @@ class Eagle3Head(StepwiseHead):
     def lm_head_modules(self) -> dict[str, nn.Linear]:
         return {} if self.lm_head is None else {"lm_head": self.lm_head}
 
+    def get_lm_head(self) -> nn.Module:
+        """The LM head, its own or the target's."""
+        return self.lm_head if self.lm_head is not None else self.shared_target.lm_head
+
     @property
     def attention(self) -> Attention:
         return self.midlayer.self_attn

@@ -2,10 +2,12 @@
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/full.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <string>
+#include <tuple>
 #include <type_traits>
 #include <utility>
 
@@ -14,6 +16,7 @@
 #endif
 
 #include "attention.h"
+#include "drafting.h"
 #include "layers.h"
 #include "linear.h"
 
@@ -183,6 +186,18 @@ const float* norm_weight(const at::Tensor& weight, int64_t size) {
   return weight.numel() ? const_data<float>(weight) : nullptr;
 }
 
+LayerWeights layer_weights(const at::Tensor* own, int64_t size, int64_t heads, int64_t key_heads, int64_t width,
+                           int64_t value_width) {
+  const int64_t inner = own[kGateUp].size(0) * kPanel / 2, entering = own[kEmbedNorm].numel() ? 2 * size : size;
+  const auto packed = [&](int place, int64_t in, int64_t out) {
+    return packed_weight(own[place], own[place + 1], in, out, "decoder_layers");
+  };
+  return {norm_weight(own[kInputNorm], size), norm_weight(own[kEmbedNorm], size),
+          packed(kQkv, entering, heads * width + key_heads * (width + value_width)), norm_weight(own[kQNorm], width),
+          norm_weight(own[kKNorm], width), packed(kO, heads * value_width, size), norm_weight(own[kPostNorm], size),
+          packed(kGateUp, size, 2 * inner), packed(kDown, inner, size)};
+}
+
 /// hidden [1, N, H] through all layers -> [1 + captured, N, H] float32: what comes out of the last layer, and what enters
 /// the captured ones, in their order. One entry a layer in windows and masks; `cos` and `sin` are [N, rotary].
 at::Tensor decoder_layers_op(const at::Tensor& hidden, const at::Tensor& embeds, const at::Tensor& cos,
@@ -217,20 +232,12 @@ at::Tensor decoder_layers_op(const at::Tensor& hidden, const at::Tensor& embeds,
       const at::Tensor seen = masks[layer].contiguous();
       const bool masked = seen.numel() > 0;
       const int64_t key_heads = keys.size(0), width = keys.size(2), value_width = values.size(2);
-      const int64_t mask_width = masked ? seen.size(1) : 0, inner = own[kGateUp].size(0) * kPanel / 2;
-      const int64_t entering = own[kEmbedNorm].numel() ? 2 * size : size;
+      const int64_t mask_width = masked ? seen.size(1) : 0;
       TORCH_CHECK(shape.rotary <= width && heads % key_heads == 0 && keys.stride(2) == 1 && values.stride(2) == 1 &&
                       (!masked || seen.size(0) == tokens) && values.scalar_type() == keys.scalar_type(),
                   "decoder_layers: cache, heads or mask of layer ", layer, " do not fit");
       check_segments(first, rows.size(0), blocks, keys, tokens, mask_width, masked);
-      const auto packed = [&](int place, int64_t in, int64_t out) {
-        return packed_weight(own[place], own[place + 1], in, out, "decoder_layers");
-      };
-      const LayerWeights weight{
-          norm_weight(own[kInputNorm], size), norm_weight(own[kEmbedNorm], size),
-          packed(kQkv, entering, heads * width + key_heads * (width + value_width)), norm_weight(own[kQNorm], width),
-          norm_weight(own[kKNorm], width), packed(kO, heads * value_width, size), norm_weight(own[kPostNorm], size),
-          packed(kGateUp, size, 2 * inner), packed(kDown, inner, size)};
+      const LayerWeights weight = layer_weights(own, size, heads, key_heads, width, value_width);
       decoder_layer(shape, weight,
                     Attention<T>{{}, {}, {}, strided<T>(keys), strided<T>(values), const_data<int64_t>(blocks),
                                  blocks.size(1), const_data<int64_t>(where), first,
@@ -242,6 +249,85 @@ at::Tensor decoder_layers_op(const at::Tensor& hidden, const at::Tensor& embeds,
   for (size_t place = 0; place < captured.size(); ++place)
     if (captured[place] == layers) out[1 + place].copy_(stream);
   return out;
+}
+
+/// Places in `weights` of a head's tensors behind those of its layer.
+enum { kFc = kTensorsALayer, kFinalNorm, kLmHead, kTensorsOfHead };
+
+/// See `ops.FusedChains`. Returns tokens, confidences and logits [sequences, longest, ...]; -1 behind a chain's end.
+std::tuple<at::Tensor, at::Tensor, at::Tensor> draft_chains_op(
+    const at::Tensor& states, const at::Tensor& ids, const at::Tensor& segments, at::Tensor hidden, at::TensorList weights,
+    const at::Tensor& embedding, const at::Tensor& vocabulary, const at::Tensor& cos, const at::Tensor& sin,
+    at::Tensor k_cache, at::Tensor v_cache, const at::Tensor& blocks, const at::Tensor& lengths, const at::Tensor& keys,
+    const at::Tensor& noisy, const at::Tensor& inverse_temperatures, const at::Tensor& floors,
+    const at::Tensor& calibration, int64_t heads, double eps, double scale, bool norm_output, bool keep_logits) {
+  const int64_t sequences = lengths.numel(), size = hidden.size(-1), tokens = ids.numel(), key_heads = k_cache.size(0);
+  const int64_t width = k_cache.size(2), value_width = v_cache.size(2), rotary = cos.size(-1);
+  for (const at::Tensor* each : {&ids, &segments, &lengths, &keys, &vocabulary, &blocks})
+    TORCH_CHECK(each->scalar_type() == at::kLong && each->is_contiguous(), "draft_chains: ids and counts are int64");
+  for (const at::Tensor* each : {&static_cast<const at::Tensor&>(hidden), &cos, &sin, &inverse_temperatures, &floors, &calibration})
+    TORCH_CHECK(each->scalar_type() == at::kFloat && each->is_contiguous(), "draft_chains: states and angles are float32");
+  TORCH_CHECK(weights.size() == kTensorsOfHead && hidden.dim() == 2 && hidden.size(0) == sequences &&
+                  segments.dim() == 2 && segments.size(0) == sequences && segments.size(1) == 5 &&
+                  floors.numel() == sequences && inverse_temperatures.numel() == sequences &&
+                  noisy.numel() == sequences && noisy.scalar_type() == at::kBool && calibration.numel() == kConfidences,
+              "draft_chains: weights, states or settings do not fit ", sequences, " sequences");
+  const auto* first = reinterpret_cast<const Segment*>(const_data<int64_t>(segments));
+  const std::vector<Segment> read(first, first + sequences);
+  const int64_t longest = sequences > 0 ? std::max<int64_t>(0, lengths.max().item<int64_t>()) : 0;
+  TORCH_CHECK(keys.numel() == sequences * longest * 2, "draft_chains: the keys are not of ", longest, " positions");
+  int64_t reach = 0, counted = 0;
+  std::vector<Segment> drafted = read;  // the places that are written
+  for (int64_t s = 0; s < sequences; ++s) {
+    TORCH_CHECK(read[s].count >= 0 && read[s].start == counted, "draft_chains: the segments do not follow each other");
+    counted += read[s].count;
+    drafted[s] = {read[s].slot, 0, read[s].past, 0, read[s].count + std::max<int64_t>(0, const_data<int64_t>(lengths)[s] - 1)};
+    reach = std::max(reach, drafted[s].past + drafted[s].count);
+  }
+  TORCH_CHECK(counted == tokens && reach <= cos.numel() / rotary && cos.numel() == sin.numel() && rotary <= width,
+              "draft_chains: ids or angles do not fit the segments");
+  for (const Segment& segment : drafted) check_segments(&segment, 1, blocks, k_cache, segment.count, 0, false);
+  const int64_t* given = const_data<int64_t>(ids);
+  for (int64_t i = 0; i < tokens; ++i)
+    TORCH_CHECK(given[i] >= 0 && given[i] < embedding.size(0), "draft_chains: there is no token ", given[i]);
+
+  const int64_t drafting = vocabulary.numel();
+  at::Tensor chosen = at::full({sequences, longest}, -1, lengths.options());
+  at::Tensor confidences = at::zeros({sequences, longest}, hidden.options());
+  at::Tensor logits = at::empty({sequences, keep_logits ? longest : 0, drafting}, hidden.options());
+  const at::Tensor input = states.to(at::kFloat).contiguous();
+  std::vector<ChainJob> jobs;
+  for (int64_t s = 0; s < sequences; ++s)
+    jobs.push_back({const_data<int64_t>(lengths)[s],
+                    const_data<bool>(noisy)[s] ? const_data<int64_t>(keys) + s * longest * 2 : nullptr,
+                    const_data<float>(inverse_temperatures)[s], const_data<float>(floors)[s]});
+  with_type(k_cache.scalar_type(), "the cache", [&](auto kind) {
+    using T = decltype(kind);
+    TORCH_CHECK(embedding.scalar_type() == k_cache.scalar_type() && v_cache.scalar_type() == k_cache.scalar_type() &&
+                    embedding.dim() == 2 && embedding.size(1) == size && embedding.is_contiguous() &&
+                    k_cache.stride(2) == 1 && v_cache.stride(2) == 1 && heads % key_heads == 0,
+                "draft_chains: embeddings and cache do not fit");
+    ChainHead<T> head{};
+    if (weights[kFc].numel() && tokens > 0)
+      head.fc = packed_weight(weights[kFc], {}, input.size(-1), size, "draft_chains");
+    else
+      TORCH_CHECK(tokens == 0 || input.size(-1) == size, "draft_chains: the states are not of ", size, " features");
+    head.layer = layer_weights(weights.data(), size, heads, key_heads, width, value_width);
+    head.norm = norm_weight(weights[kFinalNorm], size);
+    head.norm_output = norm_output;
+    head.lm_head = packed_weight(weights[kLmHead], {}, size, drafting, "draft_chains");
+    head.vocabulary = const_data<int64_t>(vocabulary);
+    head.embedding = const_data<T>(embedding);
+    head.cos = const_data<float>(cos), head.sin = const_data<float>(sin);
+    head.attention = {{}, {}, {}, strided<T>(k_cache), strided<T>(v_cache), const_data<int64_t>(blocks), blocks.size(1),
+                      nullptr, nullptr, nullptr, nullptr, 0, 0, heads, key_heads, width, value_width, 0, float(scale), 0.0f};
+    head.hidden = size, head.rotary = rotary, head.eps = float(eps);
+    draft_chains(head, read, const_data<float>(input), given, static_cast<float*>(hidden.data_ptr()), jobs, longest,
+                 const_data<float>(calibration),
+                 {static_cast<int64_t*>(chosen.data_ptr()), static_cast<float*>(confidences.data_ptr()),
+                  keep_logits ? static_cast<float*>(logits.data_ptr()) : nullptr});
+  });
+  return {chosen, confidences, logits};
 }
 
 at::Tensor rms_norm_op(const at::Tensor& x, const at::Tensor& weight, double eps) {
@@ -304,6 +390,11 @@ TORCH_LIBRARY(draftsmith, library) {
       "decoder_layers(Tensor hidden, Tensor embeds, Tensor cos, Tensor sin, Tensor[] weights, Tensor(a!)[] k_cache, "
       "Tensor(b!)[] v_cache, Tensor blocks, Tensor positions, Tensor segments, Tensor[] masks, int[] windows, "
       "int[] captured, int heads, float eps, float scale, float softcap) -> Tensor");
+  library.def(
+      "draft_chains(Tensor states, Tensor ids, Tensor segments, Tensor(a!) hidden, Tensor[] weights, Tensor embedding, "
+      "Tensor vocabulary, Tensor cos, Tensor sin, Tensor(b!) k_cache, Tensor(c!) v_cache, Tensor blocks, Tensor lengths, "
+      "Tensor keys, Tensor noisy, Tensor inverse_temperatures, Tensor floors, Tensor calibration, int heads, float eps, "
+      "float scale, bool norm_output, bool keep_logits) -> (Tensor, Tensor, Tensor)");
   library.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
   library.def("weight_memory(int bytes) -> Tensor", &draftsmith::weight_memory);
   library.def("set_threads(int threads) -> ()", &draftsmith::set_threads);
@@ -320,5 +411,6 @@ TORCH_LIBRARY_IMPL(draftsmith, CPU, library) {
   library.impl("packed_linear", &draftsmith::packed_linear_op);
   library.impl("slot_attention", &draftsmith::slot_attention_op);
   library.impl("decoder_layers", &draftsmith::decoder_layers_op);
+  library.impl("draft_chains", &draftsmith::draft_chains_op);
   library.impl("rms_norm", &draftsmith::rms_norm_op);
 }

@@ -145,6 +145,44 @@ class FusedDecoder:
         )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class FusedChains:
+    """Chains of drafts of an EAGLE-3 head in one call: reading what was accepted, and every step of every chain."""
+
+    weights: list[Tensor]  # 13 of the layer as in FusedDecoder, fc (empty: the states are its output), norm, LM head
+    embedding: Tensor  # [ids, hidden], in the cache's dtype
+    vocabulary: Tensor  # int64 [draft_vocab] target ids
+    heads: int
+    eps: float
+    scale: float
+    norm_output: bool
+
+    def run(
+        self,
+        states: Tensor,  # [tokens, features of fc], one sequence after the other
+        ids: Tensor,  # int64 [tokens]: the token after each of them
+        segments: Tensor,  # int64 [sequences, 5] as in `slot_attention`; a count of 0: nothing is read
+        hidden: Tensor,  # float32 [sequences, hidden], written: the head's output at the last token read
+        rotation: tuple[Tensor, Tensor],  # float32 cosines and sines [positions, rotary]
+        cache: tuple[Tensor, Tensor],  # keys and values, written
+        blocks: Tensor,
+        lengths: Tensor,  # int64 [sequences]: the most drafts of each
+        keys: Tensor,  # int64 [sequences, longest, 2]: of the noise, see serving/engine/noise.py
+        noisy: Tensor,  # bool [sequences]: choices are made with noise
+        inverse_temperatures: Tensor,  # float32 [sequences]
+        floors: Tensor,  # float32 [sequences]: a chain ends before its estimated acceptance falls below
+        calibration: Tensor,  # float32 [16]: acceptance of a token by its step's largest probability
+        keep_logits: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return tokens [sequences, longest] (-1 behind a chain's end), each step's largest probability at the
+        sequence's temperature, the same shape, and the logits [sequences, longest or 0, draft_vocab]."""
+        return torch.ops.draftsmith.draft_chains(
+            states, ids, segments, hidden, self.weights, self.embedding, self.vocabulary, *rotation, *cache, blocks,
+            lengths, keys, noisy, inverse_temperatures, floors, calibration, self.heads, self.eps, self.scale,
+            self.norm_output, keep_logits,
+        )  # fmt: skip
+
+
 class OneCallNorm(nn.Module):
     """A root-mean-square norm in one call: PyTorch's small operations, once a pass has emptied the CPU's caches, take
     a percent of a step."""

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cpu_kernels.ops import FusedChains
 from draft.heads import MedusaHead
 from serving.engine.estimates import BRANCHING
 from serving.engine.kv_cache import RaggedBatch, Segment
@@ -84,6 +85,8 @@ class HeadProposer:
 
     def propose(self, jobs: Sequence[Job]) -> list[DraftTree]:
         """Draft after the last token observed of each sequence; what was observed stays as it was."""
+        if self.runner.chains is not None and not any(job.nodes for job in jobs):
+            return self._fused_chains(self.runner.chains, jobs)
         self.catch_up([job.state for job in jobs])
         chains, grown = [job for job in jobs if not job.nodes], [job for job in jobs if job.nodes]
         drafted = {False: iter(self._chains(chains) if chains else []), True: iter(self._trees(grown))}
@@ -124,6 +127,58 @@ class HeadProposer:
         for state in states:
             state.auxiliary.clear()
         return total
+
+    def _fused_chains(self, chains: FusedChains, jobs: Sequence[Job]) -> list[DraftTree]:
+        """As `catch_up` and `_chains`, in one call."""
+        runner, states = self.runner, [job.state for job in jobs]
+        if sum(state.backlog for state in states) > READ_LIMIT:
+            self.catch_up(states)
+        lengths, rows, start = runner.cache.lengths, list[tuple[int, ...]](), 0
+        for state in states:
+            past, count = lengths[state.slot], state.backlog
+            rows.append((state.slot, past, past, start, count))
+            start += count
+        observed = [past + count for _, _, past, _, count in rows]  # also the position of the last token known
+        longest = max(job.length for job in jobs)
+        keys = [
+            job.rule.noise_keys(range(place + 1, place + 1 + longest)) or [(0, 0)] * longest
+            for job, place in zip(jobs, observed, strict=True)
+        ]
+        blank = torch.zeros(1, runner.head.config.hidden_size)
+        hidden = torch.cat([blank if state.hidden is None else state.hidden.float() for state in states])
+        read = torch.cat([part for state in states for part in state.auxiliary] or [blank[:0]])
+        drawn = [job.rule.noise_purpose is not None for job in jobs]
+        keep = any(job.rule.keeps_q for job in jobs)
+        tokens, _, logits = chains.run(
+            read if runner.reads_raw or not start else runner.combine(read),
+            torch.tensor([token for state in states for token in state.following], dtype=torch.int64),
+            torch.tensor(rows),
+            hidden,
+            runner.angles(max(observed) + longest),
+            runner.cache.layers[0],
+            runner.cache.table,
+            torch.tensor([job.length for job in jobs]),
+            torch.tensor(keys),
+            torch.tensor(drawn),
+            torch.tensor([1.0 / (job.rule.temperature or 1.0) for job in jobs]),
+            torch.tensor([job.floor for job in jobs]),
+            torch.tensor(jobs[0].calibration or [1.0] * 16),
+            keep,
+        )
+        for state, row in zip(states, hidden, strict=True):
+            runner.cache.extend(state.slot, state.backlog)
+            state.hidden = row[None]
+            state.following.clear()
+            state.auxiliary.clear()
+        trees = []
+        for index, (job, chain) in enumerate(zip(jobs, tokens.tolist(), strict=True)):
+            drafted = [token for token in chain if token >= 0]
+            q = None
+            if job.rule.keeps_q:
+                own = apply_temperature(logits[index, : len(drafted)], job.rule.temperature).softmax(dim=-1)
+                q = spread(own, self.vocabulary, self.vocab_size)
+            trees.append(DraftTree.chain(drafted, q))
+        return trees
 
     def _chains(self, jobs: list[Job]) -> list[DraftTree]:
         lengths = self.runner.cache.lengths

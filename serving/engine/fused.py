@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cpu_kernels.ops import FusedDecoder, OneCallNorm, PackedLinear, weight_memory
+from cpu_kernels.ops import FusedChains, FusedDecoder, OneCallNorm, PackedLinear, weight_memory
 from serving.engine.kv_cache import RaggedBatch, Segment
 from serving.engine.model import HeadRunner, TargetRunner
 
@@ -88,7 +88,31 @@ def fuse_head(runner: HeadRunner) -> bool:
     runner.fused = FusedDecoder(weights, [0], heads, layer.hidden_norm.eps, head.config.head_dim**-0.5, 0.0)
     head.norm = in_one_call(head.get_submodule("norm")) or head.norm
     runner.norm = head.norm if getattr(head.config, "norm_output", False) else None
+    runner.chains = _fuse_chains(runner, weights)
     return True
+
+
+def _fuse_chains(runner: HeadRunner, layer: list[Tensor]) -> FusedChains | None:
+    """Return whole chains in one call, if embeddings and LM head are plain tables; layer: as of `_weights`."""
+    head: Any = runner.head
+    fused, lm_head = runner.fused, head.get_lm_head()
+    if fused is None or type(runner.embedding) is not nn.Embedding or not isinstance(lm_head, PackedLinear):
+        return None
+    if not isinstance(head.norm, OneCallNorm) or head.norm.eps != fused.eps or lm_head.bias is not None:
+        return None
+    runner.reads_raw = (
+        head.input_norm is None and head.fc_norm is None
+    )  # otherwise fc reads what the head makes of them
+    fc = head.fc.packed if runner.reads_raw else _NOTHING
+    return FusedChains(
+        [*layer, fc, head.norm.weight, lm_head.packed],
+        runner.embedding.weight.detach().to(runner.dtype),
+        head.vocabulary,
+        fused.heads,
+        fused.eps,
+        fused.scale,
+        runner.norm is not None,
+    )
 
 
 def _has_parts(layer: nn.Module, layout: LayerParts) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cpu_kernels.ops import FusedDecoder
+from cpu_kernels.ops import FusedChains, FusedDecoder
 from draft.errors import UserError
 from draft.heads import StepwiseHead
 from draft.target import Target
@@ -103,9 +103,11 @@ class HeadRunner:
         self.layer = SlotLayer(*cache.layers[0], self.view, kernel)
         self.fused: FusedDecoder | None = None  # its layer in one call
         self.norm: Any = None  # after it, where the head's output is normed
+        self.chains: FusedChains | None = None  # whole chains in one call,
+        self.reads_raw = False  # which starts from auxiliary states as they are, or as `combine` makes them
         # cosines and sines [positions, head_dim] for that call, of those that were reached so far: a step has so little
         # arithmetic that computing them would be a twentieth of it
-        self._angles: tuple[Tensor, ...] = (_NOTHING, _NOTHING)
+        self._angles: tuple[Tensor, Tensor] = (_NOTHING, _NOTHING)
 
     def combine(self, auxiliary: Tensor) -> Tensor:
         """The target's auxiliary states [n, layers * hidden] -> [n, hidden]."""
@@ -122,11 +124,7 @@ class HeadRunner:
                 return layer.kernel(query, key, value, layer, query.shape[-1] ** -0.5, 0, 0.0)
 
             return self.head(embeds, hidden[None], batch.positions, attend)[0]
-        reached = max(segment.reach for segment in batch.segments)
-        if reached > len(self._angles[0]):
-            positions = torch.arange(min(2 * reached, self.cache.capacity))[None]
-            self._angles = tuple(part[0, 0] for part in self.head.rope(positions, torch.float32))
-        cos, sin = self._angles
+        cos, sin = self.angles(max(segment.reach for segment in batch.segments))
         rotation = cos[None, batch.positions], sin[None, batch.positions]
         cache, masks = self.cache, [batch.mask]
         output = self.fused.run(
@@ -134,6 +132,14 @@ class HeadRunner:
         )[0]
         output = output.to(hidden.dtype)  # [N, hidden]
         return self.norm(output) if self.norm is not None else output
+
+    def angles(self, reached: int) -> tuple[Tensor, Tensor]:
+        """Return cosines and sines of at least the first `reached` positions, [positions, head_dim] float32 each."""
+        if reached > len(self._angles[0]):
+            positions = torch.arange(min(2 * reached, self.cache.capacity))[None]
+            cos, sin = self.head.rope(positions, torch.float32)
+            self._angles = cos[0, 0], sin[0, 0]
+        return self._angles
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[n, hidden] -> [n, draft_vocab]."""

@@ -47,7 +47,7 @@ def uniform(seed: int, purpose: Purpose, positions: Sequence[int], candidates: T
 
     positions: of [rows] tokens, absolute in the sequence; candidates: [n] int64, such as token ids -> [rows, n].
     """
-    keys = _position_keys(seed, purpose, positions)
+    keys = position_keys(seed, purpose, positions)
     return torch.stack([_unit(_stream_tensor(single, candidates)) for _, single in keys])
 
 
@@ -56,7 +56,7 @@ def gumbel(seed: int, purpose: Purpose, positions: Sequence[int], candidates: Te
     group, member = candidates >> _GROUP_BITS, candidates & (GROUP - 1)
     groups = torch.arange(int(group.max()) + 1, device=candidates.device)
     rows = []
-    for shared, single in _position_keys(seed, purpose, positions):
+    for shared, single in position_keys(seed, purpose, positions):
         # row by row: that of a whole vocabulary stays in a core's cache, which is three times faster
         bits = _stream_tensor(shared, groups)
         least = _unit(bits).log_().mul_(-1 / GROUP)
@@ -74,7 +74,7 @@ def choose(log_p: Tensor, seed: int, positions: Sequence[int], purpose: Purpose 
     if log_p.device.type != "cpu":  # there all of the noise costs less than finding out what is needed
         everyone = torch.arange(log_p.shape[1], device=log_p.device)
         return (log_p + gumbel(seed, purpose, positions, everyone)).argmax(dim=1)
-    row, token, score = _contenders(log_p, _position_keys(seed, purpose, positions))
+    row, token, score = _contenders(log_p, position_keys(seed, purpose, positions))
     ids = np.zeros(len(log_p), dtype=np.int64)
     order = np.lexsort((-token, score))  # what is written last stays: the best of each row
     ids[row[order]] = token[order]
@@ -115,7 +115,7 @@ def _contenders(log_p: Tensor, keys: list[tuple[int, int]]) -> tuple[np.ndarray,
     return row, group * GROUP + member, scores(row, group, member)
 
 
-def _position_keys(seed: int, purpose: Purpose, positions: Sequence[int]) -> list[tuple[int, int]]:
+def position_keys(seed: int, purpose: Purpose, positions: Sequence[int]) -> list[tuple[int, int]]:
     """Keys of the streams at each position: for groups of candidates, and for single ones."""
     key = _stream(seed, purpose)
     streams = [_stream(key, position) for position in positions]
@@ -129,7 +129,7 @@ def _stream(key: int, counter: int) -> int:
     return x ^ (x >> 31)
 
 
-def _signed(value: int) -> int:
+def signed(value: int) -> int:
     """The 64-bit pattern of `value` as torch's int64 has it."""
     value &= _MASK
     return value - 2**64 if value >= 2**63 else value
@@ -158,9 +158,9 @@ def _shift_right(x: Tensor, bits: int) -> Tensor:
 
 def _stream_tensor(key: int, counters: Tensor) -> Tensor:
     """`_stream_array` on any device, as int64 bit patterns."""
-    x = (counters * _signed(_GAMMA)).add_(_signed(key + _GAMMA))
-    x.bitwise_xor_(_shift_right(x, 30)).mul_(_signed(_MIX_1))
-    x.bitwise_xor_(_shift_right(x, 27)).mul_(_signed(_MIX_2))
+    x = (counters * signed(_GAMMA)).add_(signed(key + _GAMMA))
+    x.bitwise_xor_(_shift_right(x, 30)).mul_(signed(_MIX_1))
+    x.bitwise_xor_(_shift_right(x, 27)).mul_(signed(_MIX_2))
     return x.bitwise_xor_(_shift_right(x, 31))
 
 

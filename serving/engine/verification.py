@@ -39,7 +39,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from serving.engine.noise import Purpose, choose, gumbel, uniform
+from serving.engine.noise import Purpose, choose, gumbel, position_keys, signed, uniform
 from serving.engine.sampling import Processor, SamplingParams, apply_temperature
 
 # row of a verification -> log p [vocab]; computed on demand: warping a row is not free
@@ -228,8 +228,17 @@ class Rule(ABC):
     The head drafts at the request's temperature; truncation and penalties are left to the target, without loss.
     """
 
+    noise_purpose: Purpose | None = None  # of the noise that `draft` adds to the head's scores
+    keeps_q = False  # verification needs the distributions that drafts were drawn from
+
     def __init__(self, params: SamplingParams, seed: int) -> None:
         self.temperature, self.seed = params.temperature, seed
+
+    def noise_keys(self, positions: Sequence[int]) -> list[tuple[int, int]]:
+        """Return the keys of the noise of `draft` at these positions, as signed 64-bit numbers; none: no noise."""
+        if self.noise_purpose is None:
+            return []
+        return [(signed(a), signed(b)) for a, b in position_keys(self.seed, self.noise_purpose, positions)]
 
     @abstractmethod
     def draft(self, logits: Tensor, vocabulary: Tensor, positions: Sequence[int]) -> tuple[Tensor, Tensor | None]:
@@ -267,6 +276,8 @@ class Greedy(Rule):
 class SharedNoise(Rule):
     """The target chooses argmax(log p + g), the head drafts with the same g: the text depends on the seed only."""
 
+    noise_purpose = Purpose.CHOICE
+
     def _noisy(self, logits: Tensor, vocabulary: Tensor, positions: Sequence[int]) -> Tensor:
         """log q + g [m, draft_vocab], up to a constant a row. Nodes of a frontier share a position, and so noise."""
         distinct = sorted(set(positions))
@@ -299,6 +310,9 @@ class Rejection(Rule):
 
     Without drafts it chooses as shared noise does.
     """
+
+    noise_purpose = Purpose.DRAFT
+    keeps_q = True
 
     def draft(self, logits: Tensor, vocabulary: Tensor, positions: Sequence[int]) -> tuple[Tensor, Tensor | None]:
         log_q = apply_temperature(logits, self.temperature).log_softmax(dim=-1)
