@@ -22,10 +22,12 @@ from draft.heads.checkpoint import load_head
 from draft.heads.layers import RMSNorm
 from draft.target import Target, load_target
 from serving.engine import Engine, SamplingParams, Speculation
+from serving.engine.drafting import HeadProposer, Job
 from serving.engine.fused import in_one_call
 from serving.engine.kv_cache import RaggedBatch, Segment
 from serving.engine.model import TargetRunner
 from serving.engine.setup import Models, build_models
+from serving.engine.verification import make_rule
 
 WIDTHS = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 6, "head_dim": 16}
 SCALED_QUERIES = {"rope_type": "default", "rope_theta": 1e4, "llama_4_scaling_beta": 0.5,
@@ -65,8 +67,9 @@ def make(family: str, dtype: torch.dtype = torch.float32) -> Target:
     return Target(family, model.to(dtype), byte_tokenizer())
 
 
-def compiled(target: Target, head: Any = None) -> Models:
-    return build_models(target, head, mode="compiled", pack_in_place=True, slots=4, capacity=64, threads=1)
+def compiled(target: Target, head: Any = None, head_weights: str = "auto") -> Models:
+    sizes: Any = {"slots": 4, "capacity": 64, "threads": 1}
+    return build_models(target, head, mode="compiled", pack_in_place=True, head_weights=head_weights, **sizes)
 
 
 def ids(count: int, seed: int) -> list[int]:
@@ -147,7 +150,7 @@ def test_the_layer_of_a_head_in_one_call(option):
     head = make_tiny_head(target, **({option: True} if option else {}))
     for norm in (each for each in head.parameters() if each.dim() == 1):
         norm.copy_(torch.randn_like(norm))
-    runner = compiled(target, head).proposer.runner  # type: ignore[union-attr]
+    runner = compiled(target, head, "float").proposer.runner  # type: ignore[union-attr]
     hidden, outputs, layer = torch.randn(9, 64), list[Tensor](), runner.fused
     assert (layer is None) == (option == "norm_before_residual")
     if layer is None:
@@ -162,20 +165,84 @@ def test_the_layer_of_a_head_in_one_call(option):
     assert relative(outputs[1], outputs[0].double()) < 1e-5
 
 
+@pytest.mark.parametrize("option", [None, "norm_output", "norm_before_fc", "shared_lm_head"])
+@torch.inference_mode()
+def test_chains_in_one_call_are_those_of_single_steps(option):
+    """Tokens, distributions and states, for each rule, over steps in which sequences read and draft what they like."""
+    target = make("llama")
+    vocabulary = {"draft_vocab_size": target.vocab_size} if option == "shared_lm_head" else {}
+    head = make_tiny_head(target, **vocabulary, **({option: True} if option else {}))
+    for norm in (each for each in head.parameters() if each.dim() == 1):
+        norm.copy_(torch.rand_like(norm) + 0.5)
+    proposer = compiled(target, head, head_weights="float").proposer
+    assert isinstance(proposer, HeadProposer) and proposer.runner.chains is not None
+    rules = [
+        make_rule("shared-noise", SamplingParams(), 0),
+        make_rule("shared-noise", SamplingParams(temperature=0.7), 5),
+        make_rule("rejection", SamplingParams(temperature=1.3), 6),
+    ]
+    auxiliary = 64 * len(proposer.layers)
+    drafted = []
+    for chains in (None, proposer.runner.chains):
+        proposer.runner.chains = chains
+        torch.manual_seed(2)
+        states, trees = [proposer.join() for _ in rules], []
+        for read, lengths in (([5, 2, 7], [4, 2, 3]), ([1, 3, 2], [2, 5, 1]), ([1, 0, 0], [3, 3, 3])):
+            for state, count in zip(states, read, strict=True):
+                if count:
+                    proposer.observe(state, torch.randint(3, 259, (count,)).tolist(), torch.randn(count, auxiliary))
+            jobs = [Job(*each, 0, rule) for each, rule in zip(zip(states, lengths, strict=True), rules, strict=True)]
+            trees += proposer.propose(jobs)
+            assert not any(state.backlog for state in states)
+        drafted.append((trees, torch.cat([state.hidden for state in states])))
+        for state in states:
+            proposer.leave(state)
+    (single, single_states), (fused, fused_states) = drafted
+    assert [tree.tokens for tree in fused] == [tree.tokens for tree in single]
+    assert relative(fused_states, single_states.double()) < 1e-5
+    for one, other in zip(single, fused, strict=True):
+        assert (one.q is None) == (other.q is None)
+        assert one.q is None or other.q is None or torch.allclose(one.q, other.q, atol=1e-5)
+
+
+@torch.inference_mode()
+def test_a_chain_in_one_call_ends_at_its_floor():
+    target = make("llama")
+    proposer = compiled(target, make_tiny_head(target)).proposer
+    assert isinstance(proposer, HeadProposer)
+    rule, calibration = make_rule("shared-noise", SamplingParams(), 0), (0.5,) * 16
+    lengths = []
+    for floor in (0.0, 0.12, 0.13, 0.3, 0.9):
+        state = proposer.join()
+        proposer.observe(state, [5, 6, 7], torch.randn(3, 64 * len(proposer.layers)))
+        lengths.append(len(proposer.propose([Job(state, 5, 0, rule, floor, calibration)])[0]))
+        proposer.leave(state)
+    assert lengths == [5, 3, 2, 1, 1]  # 0.5, 0.25, 0.125, ...; one at least
+
+
 @pytest.mark.parametrize(
-    ("family", "dtype"),  # in one call, and layer by layer; a head of another dtype
-    [("qwen3", torch.bfloat16), ("gemma2", torch.bfloat16), ("llama", torch.float32)],
+    ("family", "dtype", "weights"),  # in one call, and layer by layer; a head of another dtype
+    [
+        ("qwen3", torch.bfloat16, "float"),
+        ("gemma2", torch.bfloat16, "float"),
+        ("llama", torch.float32, "float"),
+        ("llama", torch.bfloat16, "int8"),
+        ("gemma2", torch.bfloat16, "int8"),
+    ],
 )
-def test_texts_with_and_without_drafts_are_the_same_in_bfloat16(family, dtype):
+def test_texts_with_and_without_drafts_are_the_same_in_bfloat16(family, dtype, weights):
     target = make(family, torch.bfloat16)
     head = make_tiny_head(target).to(dtype)
-    engine = Engine(target, head, mode="compiled", speculation="tree", tree_size=6, threads=1)
+    options: Any = {"mode": "compiled", "weights": weights, "threads": 1}
+    engine = Engine(target, head, speculation="tree", tree_size=6, **options)
     params, prompts = SamplingParams(24, ignore_eos=True), [ids(5, 1), ids(30, 2), ids(1, 3), ids(2, 4)]
     drafted = engine.generate(prompts, params)
     plain = engine.generate(prompts, params, Speculation(enabled=False))
     single = engine.generate(prompts[:1], params, Speculation(num_tokens=1))
     assert [each.token_ids for each in drafted] == [each.token_ids for each in plain]
     assert single[0].token_ids == plain[0].token_ids and sum(each.stats.drafted for each in drafted) > 0
+    chained = Engine(target, head, speculation="chain", **options).generate(prompts, params)
+    assert [each.token_ids for each in chained] == [each.token_ids for each in plain]
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral, a window wider than trees are deep", "gemma2"])
@@ -254,12 +321,12 @@ def test_greedy_text_with_drafts_differs_at_near_ties_only():
                 assert near_tie(target, prompt + plain[:place], plain[place], drafted[place]), (mode, place)
 
 
-@pytest.mark.parametrize("name", ["smollm2", "qwen3"])
+@pytest.mark.parametrize(("name", "weights"), [("smollm2", "float"), ("smollm2", "int8"), ("qwen3", "float")])
 @torch.inference_mode()
-def test_a_row_has_the_same_bits_in_passes_of_any_width(name):
+def test_a_row_has_the_same_bits_in_passes_of_any_width(name, weights):
     """Passes of 1 to 600 tokens of several requests: prompts read at once and in pieces, beside others that decode."""
     target = load_target(name, torch.bfloat16) if name == "smollm2" else make(name, torch.bfloat16)
-    runner = Engine(target, None, mode="compiled", max_batch=8, max_length=700).models.runner
+    runner = Engine(target, None, mode="compiled", weights=weights, max_batch=8, max_length=700).models.runner
     assert runner.fused is not None
     texts = torch.randint(3, target.vocab_size, (4, 600), generator=torch.Generator().manual_seed(5)).tolist()
 
