@@ -407,6 +407,7 @@ def started(server: LocalServer, target: Target, max_length: int) -> Iterator[En
     options = {
         "--target": target.name,
         "--dtype": server.dtype or str(target.dtype).removeprefix("torch."),
+        "--weights": server.weights,
         "--max-batch": batch,
         "--max-length": min(target.max_length, max(max_length, _SHORTEST_CONTEXT)),
         "--max-waiting": 4 * batch,

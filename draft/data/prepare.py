@@ -130,8 +130,10 @@ def _arguments(
 ) -> dict[str, Any]:
     """The arguments that a repeated call must agree on, conversations included: a file may have changed since."""
     messages = [_content(prompt, prompt.row and (prompt.row.ids, prompt.row.mask)) for prompt in given or ()]
-    answered_by = None
-    if isinstance(server, EndpointSettings):  # an address may change between two calls; the model that answers may not
+    answered_by = weights = None
+    if isinstance(server, LocalServer):
+        weights = "int8" if server.weights == "int8" else None  # the responses are the rounded target's
+    else:  # an address may change between two calls; the model that answers may not
         answered_by = server.endpoint_model or "the endpoint's model"
     return {
         "target_fingerprint": target.fingerprint,
@@ -140,6 +142,7 @@ def _arguments(
         **settings.model_dump(),
         "skip_invalid": settings.skip_invalid or None,
         "answered_by": answered_by,
+        "answered_with_weights": weights,
         "shards": shard and shard.count,
         "chat_template": target.template_hash if target.chat_template else None,
         "rendering_time": datetime.now().isoformat(timespec="minutes") if target.reads_clock else None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -53,6 +53,11 @@ class LocalServer(_Settings):
     )
     dtype: str | None = None  # None: the dtype and the device of the target that is loaded here
     device: str | None = None
+    weights: Literal["auto", "float", "int8"] = Field(
+        default="auto",
+        description="Matrices of the target that writes, without --endpoint, on a CPU: int8 is faster, and the "
+        "responses are then those of the rounded target.",
+    )
     head: str | None = Field(
         default=None,
         description="Draft head that makes the target write faster, without --endpoint: a folder [default: the bundled "
