@@ -72,7 +72,7 @@ void read_tokens(const ChainHead<T>& head, const std::vector<Segment>& segments,
 
 /// The largest of n values at temperature 1 / inverse: its place, and its probability.
 inline std::pair<int64_t, float> most_probable(const float* logits, int64_t n, float inverse) {
-  const int64_t place = std::max_element(logits, logits + n) - logits;
+  const int64_t place = place_of_largest(logits, n);
   Floats sums{};
   float total = 0;
   int64_t i = 0;

@@ -330,6 +330,34 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> draft_chains_op(
   return {chosen, confidences, logits};
 }
 
+/// The largest of each row of logits [rows, vocab], of equal ones the first, once `keys` [rows, 2] noise has been added to
+/// logits * inverse_temperature; without keys the largest logit -> ids [rows].
+at::Tensor choices_op(const at::Tensor& logits, const std::optional<at::Tensor>& keys, double inverse_temperature) {
+  TORCH_CHECK(logits.dim() == 2 && logits.size(1) > 0, "choices takes logits [rows, vocab]");
+  const int64_t rows = logits.size(0), vocab = logits.size(1);
+  TORCH_CHECK(!keys || (keys->scalar_type() == at::kLong && keys->is_contiguous() && keys->numel() == 2 * rows),
+              "choices takes two keys for each row");
+  const at::Tensor given = logits.contiguous();
+  at::Tensor out = at::empty({rows}, logits.options().dtype(at::kLong));
+  auto* ids = static_cast<int64_t*>(out.data_ptr());
+  with_type(given.scalar_type(), "logits", [&](auto kind) {
+    using T = decltype(kind);
+    for_each_tile(rows, [&](int64_t row) {
+      static thread_local std::vector<float> scores;
+      scores.resize(vocab);
+      convert(const_data<T>(given) + row * vocab, scores.data(), vocab);
+      if (keys) {
+        const auto* pair = reinterpret_cast<const uint64_t*>(const_data<int64_t>(*keys)) + 2 * row;
+        ids[row] = noisy_choice(scores.data(), static_cast<const int64_t*>(nullptr), vocab, float(inverse_temperature),
+                                pair[0], pair[1]);
+      } else {
+        ids[row] = place_of_largest(scores.data(), vocab);
+      }
+    });
+  });
+  return out;
+}
+
 at::Tensor rms_norm_op(const at::Tensor& x, const at::Tensor& weight, double eps) {
   const int64_t size = weight.numel();
   TORCH_CHECK(x.dim() > 0 && x.size(-1) == size && weight.scalar_type() == at::kFloat && weight.is_contiguous(),
@@ -395,6 +423,7 @@ TORCH_LIBRARY(draftsmith, library) {
       "Tensor vocabulary, Tensor cos, Tensor sin, Tensor(b!) k_cache, Tensor(c!) v_cache, Tensor blocks, Tensor lengths, "
       "Tensor keys, Tensor noisy, Tensor inverse_temperatures, Tensor floors, Tensor calibration, int heads, float eps, "
       "float scale, bool norm_output, bool keep_logits) -> (Tensor, Tensor, Tensor)");
+  library.def("choices(Tensor logits, Tensor? keys=None, float inverse_temperature=1.0) -> Tensor");
   library.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
   library.def("weight_memory(int bytes) -> Tensor", &draftsmith::weight_memory);
   library.def("set_threads(int threads) -> ()", &draftsmith::set_threads);
@@ -412,5 +441,6 @@ TORCH_LIBRARY_IMPL(draftsmith, CPU, library) {
   library.impl("slot_attention", &draftsmith::slot_attention_op);
   library.impl("decoder_layers", &draftsmith::decoder_layers_op);
   library.impl("draft_chains", &draftsmith::draft_chains_op);
+  library.impl("choices", &draftsmith::choices_op);
   library.impl("rms_norm", &draftsmith::rms_norm_op);
 }

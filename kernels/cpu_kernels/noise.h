@@ -22,8 +22,8 @@ inline uint64_t random_bits(uint64_t key, uint64_t counter) {
 /// Strictly between 0 and 1.
 inline double unit(uint64_t bits) { return (double(bits >> 12) + 0.5) * 0x1p-52; }
 
-/// The place of the largest logits[i] * inverse_temperature + Gumbel noise of token ids[i]; shared, single: the keys of the
-/// position, for groups and for single tokens.
+/// The place of the largest logits[i] * inverse_temperature + Gumbel noise of token ids[i], or of token i where ids is
+/// null; shared, single: the keys of the position, for groups and for single tokens.
 inline int64_t noisy_choice(const float* logits, const int64_t* ids, int64_t n, float inverse_temperature,
                             uint64_t shared, uint64_t single) {
   struct Group {
@@ -32,10 +32,11 @@ inline int64_t noisy_choice(const float* logits, const int64_t* ids, int64_t n, 
   };
   static thread_local std::vector<Group> groups;
   groups.clear();
+  const auto id = [=](int64_t i) { return ids == nullptr ? i : ids[i]; };
   for (int64_t first = 0, last; first < n; first = last) {
-    const int64_t group = ids[first] >> kGroupBits;
+    const int64_t group = id(first) >> kGroupBits;
     float largest = logits[first];
-    for (last = first + 1; last < n && ids[last] >> kGroupBits == group; ++last) largest = std::max(largest, logits[last]);
+    for (last = first + 1; last < n && id(last) >> kGroupBits == group; ++last) largest = std::max(largest, logits[last]);
     const uint64_t bits = random_bits(shared, uint64_t(group));
     const double least = -std::log(unit(bits)) / (1 << kGroupBits);
     groups.push_back({first, last, int64_t(bits & ((1 << kGroupBits) - 1)), least,
@@ -48,8 +49,8 @@ inline int64_t noisy_choice(const float* logits, const int64_t* ids, int64_t n, 
     for (int64_t i = group.first; i < group.last; ++i) {
       const double score = double(logits[i]) * inverse_temperature;
       if (score + ceiling < most) continue;
-      const bool wins = (ids[i] & ((1 << kGroupBits) - 1)) == group.winner;
-      const double excess = wins ? 0.0 : -std::log(unit(random_bits(single, uint64_t(ids[i]))));
+      const bool wins = (id(i) & ((1 << kGroupBits) - 1)) == group.winner;
+      const double excess = wins ? 0.0 : -std::log(unit(random_bits(single, uint64_t(id(i)))));
       const double noisy = score - std::log(excess + group.least);
       if (noisy > most) most = noisy, best = i;
     }

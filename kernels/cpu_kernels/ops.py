@@ -85,6 +85,15 @@ def slot_attention(
     )
 
 
+def choices(logits: Tensor, keys: Tensor | None = None, inverse_temperature: float = 1.0) -> Tensor:
+    """Return the place of the largest of each row of logits [rows, vocab], float32 or bfloat16 -> ids [rows].
+
+    keys: int64 [rows, 2], of the Gumbel noise (serving/engine/noise.py) that is added to logits * inverse_temperature:
+    a draw from their softmax.
+    """
+    return torch.ops.draftsmith.choices(logits, keys, inverse_temperature)
+
+
 def set_threads(count: int) -> None:
     """Set the number of threads that the operators share, the caller's included; at first all cores of this process."""
     torch.ops.draftsmith.set_threads(count)

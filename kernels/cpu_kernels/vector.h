@@ -134,6 +134,22 @@ inline float sum(Floats value) {
   return lanes[0];
 }
 
+/// The place of the largest of n > 0 floats, the first of equal ones; NaN is never larger.
+inline int64_t place_of_largest(const float* x, int64_t n) {
+  Floats most = splat(x[0]);
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    const Floats value = load(x + i);
+    most = (value > most) ? value : most;
+  }
+  float largest = x[0];
+  for (int lane = 0; lane < kLanes; ++lane) largest = most[lane] > largest ? most[lane] : largest;
+  for (; i < n; ++i) largest = x[i] > largest ? x[i] : largest;
+  for (i = 0; i < n && x[i] != largest; ++i) {
+  }
+  return i < n ? i : 0;
+}
+
 /// e^x to about 2 units in the last place; 0 below -87, so that masked scores (-inf) vanish; NaN stays NaN.
 inline Floats exp(Floats x) {
   const Floats upper = splat(88.3f);

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from cpu_kernels import KernelsUnavailable, arithmetics, build, set_arithmetic, set_threads
-from cpu_kernels.ops import pack, pack_linears, packed_linear, threads
+from cpu_kernels.ops import choices, pack, pack_linears, packed_linear, threads
+from serving.engine.noise import Purpose, gumbel, position_keys, signed
 
 
 def test_threads_do_not_change_bits():
@@ -244,3 +245,32 @@ def test_pack_linears_replaces_all_and_leaves_a_tied_embedding():
         assert not any(type(m) is nn.Linear for m in model.modules())
         assert isinstance(model.get_input_embeddings().weight, nn.Parameter)
         torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+# choices
+
+
+@pytest.mark.parametrize("dtype", [FLOAT, HALF])
+@pytest.mark.parametrize("vocab", [1, 7, 300, 5000])
+def test_choices_are_the_first_of_the_largest(dtype, vocab):
+    torch.manual_seed(vocab)
+    logits = torch.randn(9, vocab).mul(3).to(dtype)
+    logits[3] = 1.5
+    logits[4, vocab // 2 :] = 50.0
+    logits[5, 0] = -torch.inf
+    expected = [row.index(max(row)) for row in logits.tolist()]
+    assert choices(logits).tolist() == expected
+
+
+@pytest.mark.parametrize("dtype", [FLOAT, HALF])
+@pytest.mark.parametrize("vocab", [1, 40, 300, 5000])
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 2.0])
+def test_noisy_choices_are_those_of_the_noise_in_full(dtype, vocab, temperature):
+    torch.manual_seed(vocab)
+    logits, positions = torch.randn(40, vocab).mul(2).to(dtype), list(range(100, 140))
+    logits[:, vocab // 2 :: 7] = -torch.inf
+    logits[:, 0] = 0
+    keys = torch.tensor([[signed(one), signed(other)] for one, other in position_keys(11, Purpose.CHOICE, positions)])
+    noise = gumbel(11, Purpose.CHOICE, positions, torch.arange(vocab))
+    expected = (logits.double() / temperature + noise).argmax(dim=1)
+    assert choices(logits, keys, 1 / temperature).tolist() == expected.tolist()
