@@ -62,15 +62,13 @@ Arithmetic = Annotated[
     Literal["auto", "float32", "bf16", "amx"],
     Option(help="Products of bfloat16 weights in the compiled kernels; auto takes the fastest that the CPU has."),
 ]
+_Formats = Literal["auto", "float", "int8", "int4"]
 Weights = Annotated[
-    Literal["auto", "float", "int8"],
-    Option(
-        help="Matrices of the target in compiled mode: int8 (the answers are those of the rounded target) or --dtype."
-    ),
+    _Formats,
+    Option(help="Matrices of the target in compiled mode; with int8 and int4 the answers are the rounded target's."),
 ]
 HeadWeights = Annotated[
-    Literal["auto", "float", "int8"],
-    Option(help="Matrices of the head in compiled mode: int8 or --dtype; auto is int8, which changes no answer."),
+    _Formats, Option(help="Matrices of the head in compiled mode; auto is int8, which changes no answer.")
 ]
 Dtype = Annotated[str, Option(help="Format of the weights: auto, bfloat16, float16, float32 or float64.")]
 Threads = Annotated[int | None, Option(min=1, help="Number of CPU threads that compute.")]
@@ -226,8 +224,8 @@ def load_engine(
     if not sys.stderr.isatty():
         disable_progress_bar()
     template = None if chat_template is None else read_chat_template(chat_template)
-    if dtype == "auto" and options["weights"] == "int8" and target.endswith(".gguf"):
-        dtype = "float32"  # the integers of a file in Q8_0 are found again in nothing narrower
+    if dtype == "auto" and options["weights"] in ("int8", "int4") and target.endswith(".gguf"):
+        dtype = "float32"  # the integers of its blocks are found again in nothing narrower
     loaded = load_target(target, decoding_dtype(dtype, options["mode"]), adapter=target_adapter)
     if template is not None:
         loaded.use_chat_template(template)

@@ -132,7 +132,9 @@ def _arguments(
     messages = [_content(prompt, prompt.row and (prompt.row.ids, prompt.row.mask)) for prompt in given or ()]
     answered_by = weights = None
     if isinstance(server, LocalServer):
-        weights = "int8" if server.weights == "int8" else None  # the responses are the rounded target's
+        weights = (
+            server.weights if server.weights in ("int8", "int4") else None
+        )  # the responses are the rounded target's
     else:  # an address may change between two calls; the model that answers may not
         answered_by = server.endpoint_model or "the endpoint's model"
     return {

@@ -53,10 +53,10 @@ class LocalServer(_Settings):
     )
     dtype: str | None = None  # None: the dtype and the device of the target that is loaded here
     device: str | None = None
-    weights: Literal["auto", "float", "int8"] = Field(
+    weights: Literal["auto", "float", "int8", "int4"] = Field(
         default="auto",
-        description="Matrices of the target that writes, without --endpoint, on a CPU: int8 is faster, and the "
-        "responses are then those of the rounded target.",
+        description="Matrices of the target that writes, without --endpoint, on a CPU: int8 and int4 are "
+        "faster, and the responses are then those of the rounded target.",
     )
     head: str | None = Field(
         default=None,

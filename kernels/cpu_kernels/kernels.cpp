@@ -50,24 +50,27 @@ at::Tensor weight_memory(int64_t bytes) {
   return memory.narrow(0, int64_t(first - begin), bytes);
 }
 
-/// The packed form: [panels, steps, elements of a step], in int8 bytes.
+/// The packed form: [panels, steps, elements of a step], or bytes of a block of integers.
 template <typename Weight, typename From>
 at::Tensor pack_as(const at::Tensor& rows) {
   const int64_t features = rows.size(0), in = rows.size(1);
   const int64_t panels = (features + kPanel - 1) / kPanel, step = kElements<Weight> * sizeof(Weight);
   const at::Tensor packed = weight_memory(panels * steps_of<Weight>(in) * step);
   pack_panels(const_data<From>(rows), features, in, static_cast<Weight*>(packed.data_ptr()));
-  const at::ScalarType dtype = std::is_same_v<Weight, Int8Weights> ? at::kByte : rows.scalar_type();
+  const at::ScalarType dtype = kBlocked<Weight> ? at::kByte : rows.scalar_type();
   return packed.view({panels, steps_of<Weight>(in), step}).view(dtype);
 }
 
-at::Tensor pack(const at::Tensor& weight, bool int8) {
+at::Tensor pack(const at::Tensor& weight, int64_t bits) {
   TORCH_CHECK(weight.dim() == 2, "pack takes a weight [out, in], not ", weight.dim(), " dimensions");
+  TORCH_CHECK(bits == 0 || bits == 4 || bits == 8, "pack rounds to 4 or 8 bits, not ", bits);
   const at::Tensor rows = weight.contiguous();
   at::Tensor packed;
   with_type(rows.scalar_type(), "the weight", [&](auto kind) {
     using T = decltype(kind);
-    packed = int8 ? pack_as<Int8Weights, float>(rows.to(at::kFloat)) : pack_as<T, T>(rows);
+    packed = bits == 8   ? pack_as<Int8Weights, float>(rows.to(at::kFloat))
+             : bits == 4 ? pack_as<Int4Weights, float>(rows.to(at::kFloat))
+                         : pack_as<T, T>(rows);
   });
   return packed;
 }
@@ -76,11 +79,20 @@ at::Tensor pack(const at::Tensor& weight, bool int8) {
 Packed packed_weight(const at::Tensor& packed, const at::Tensor& bias, int64_t in, int64_t out, const char* what) {
   const at::ScalarType dtype = packed.scalar_type();
   TORCH_CHECK(dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kByte, what, ": a packed weight is float32, "
-              "bfloat16 or int8 in bytes, not ", dtype);
-  const Format format = dtype == at::kFloat ? Format::kFloat32 : dtype == at::kByte ? Format::kInt8 : Format::kBFloat16;
-  const auto [steps, step] = format == Format::kFloat32   ? std::pair<int64_t, int64_t>(steps_of<float>(in), kElements<float>)
-                             : format == Format::kBFloat16 ? std::pair(steps_of<BFloat16>(in), int64_t(kElements<BFloat16>))
-                                                           : std::pair(steps_of<Int8Weights>(in), int64_t(sizeof(Int8Weights)));
+              "bfloat16 or integers in bytes, not ", dtype);
+  const bool four = packed.size(-1) == int64_t(sizeof(Int4Weights));
+  const Format format = dtype == at::kFloat      ? Format::kFloat32
+                        : dtype == at::kBFloat16 ? Format::kBFloat16
+                        : four                   ? Format::kInt4
+                                                 : Format::kInt8;
+  const auto shape = [in](auto kind) {
+    using Weight = decltype(kind);
+    return std::pair(steps_of<Weight>(in), int64_t(kBlocked<Weight> ? sizeof(Weight) : kElements<Weight>));
+  };
+  const auto [steps, step] = format == Format::kFloat32    ? shape(float{})
+                             : format == Format::kBFloat16 ? shape(BFloat16{})
+                             : format == Format::kInt4     ? shape(Int4Weights{})
+                                                           : shape(Int8Weights{});
   TORCH_CHECK(packed.dim() == 3 && packed.is_contiguous() && packed.size(0) == (out + kPanel - 1) / kPanel &&
                   packed.size(1) == steps && packed.size(2) == step,
               what, ": x ends in ", in, " features, and a weight of shape ", packed.sizes(), " was not packed for ", in,
@@ -409,7 +421,7 @@ int64_t get_threads() { return PoolHolder::get().threads(); }
 }  // namespace draftsmith
 
 TORCH_LIBRARY(draftsmith, library) {
-  library.def("pack(Tensor weight, bool int8=False) -> Tensor");
+  library.def("pack(Tensor weight, int bits=0) -> Tensor");
   library.def("packed_linear(Tensor x, Tensor packed, int out_features, Tensor? bias=None) -> Tensor");
   library.def(
       "slot_attention(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor blocks, "

@@ -4,7 +4,8 @@
 // steps. In float32 a step is one input: [panels, in, kPanel]. In bfloat16 the inputs lie in pairs, padded to a multiple
 // of kDepth: [panels, in / 2, kPanel, 2], which is what dot products of pairs and tiles of matrices read, and what a
 // shift and a mask make floats of. In int8 a step is a block of 32 inputs with a scale for each feature, as in GGUF's
-// Q8_0; x is rounded to int8 in the same blocks, and the products of a block are summed exactly, as integers.
+// Q8_0, in int4 one with a scale and a minimum, as in Q4_1; x is rounded to int8 in the same blocks, and the products of
+// a block are summed exactly, as integers.
 //
 // Each output is one chain of additions over the steps in order, whatever the number of rows and the tiles are: a
 // row's result does not depend on the rows beside it, bit for bit. So the arithmetic is chosen for the process and
@@ -16,6 +17,7 @@
 #include <cmath>
 #include <limits>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "pool.h"
@@ -34,7 +36,7 @@ namespace draftsmith {
 
 constexpr int kPanel = 2 * kLanes;
 constexpr int kDepth = 32;                       // inputs that a tile of bfloat16 holds
-constexpr int kInt8Block = 32;                   // inputs that share a scale
+constexpr int kBlockInputs = 32;                 // of an int8 or int4 block, which share a scale
 
 constexpr int kBlockBytes = 16 << 10;  // of a panel: stays in the L1 cache while several groups of rows pass
 constexpr int kAhead = 2048;           // bytes to prefetch ahead in one stream: processors stop at the end of a page
@@ -43,17 +45,24 @@ constexpr int kAhead = 2048;           // bytes to prefetch ahead in one stream:
 /// unsigned by signed ones; what the 128 adds is the same for all features, and is taken off by `Int8Inputs::start`.
 struct Int8Weights {
   uint16_t scales[kPanel];  // float16
-  uint8_t bytes[kInt8Block / 4][kPanel][4];
+  uint8_t bytes[kBlockInputs / 4][kPanel][4];
+};
+
+/// The same in int4: weight = scale * level + minimum. A byte has the level of one input and of that 16 later.
+struct Int4Weights {
+  uint16_t scales[kPanel], minima[kPanel];  // float16
+  uint8_t levels[kBlockInputs / 8][kPanel][4];
 };
 
 /// A block of a row of x in int8: x = scale * value.
 struct Int8Inputs {
   int32_t start;  // -128 * the sum of the values
   float scale;    // NaN where a value of the block is not finite
+  float sum;      // scale * the sum of the values
 #if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
-  int8_t values[kInt8Block];
+  int8_t values[kBlockInputs];
 #else
-  int16_t values[kInt8Block];  // of four inputs the first and third, then the second and fourth
+  int16_t values[kBlockInputs];  // of four inputs the first and third, then the second and fourth
 #endif
 };
 
@@ -84,22 +93,26 @@ inline std::atomic<Arithmetic>& arithmetic() {
   return chosen;
 }
 
+/// Formats of integers in blocks.
+template <typename Weight>
+constexpr bool kBlocked = std::is_same_v<Weight, Int8Weights> || std::is_same_v<Weight, Int4Weights>;
+
 /// Inputs of a step; elements of `Weight` in a step of a panel, and of `X` in a step of a row.
 template <typename Weight>
-constexpr int kInputs = std::is_same_v<Weight, Int8Weights> ? kInt8Block : std::is_same_v<Weight, BFloat16> ? 2 : 1;
+constexpr int kInputs = kBlocked<Weight> ? kBlockInputs : std::is_same_v<Weight, BFloat16> ? 2 : 1;
 template <typename Weight>
-constexpr int kElements = std::is_same_v<Weight, Int8Weights> ? 1 : kPanel * kInputs<Weight>;
+constexpr int kElements = kBlocked<Weight> ? 1 : kPanel * kInputs<Weight>;
 template <typename X, typename Weight>
 constexpr int kXElements = std::is_same_v<X, Int8Inputs> ? 1 : kInputs<Weight>;
 
-/// Rows whose sums fill the registers: 24 of 32, or 12 of 16; with int8 there are sums of a block beside them.
+/// Rows whose sums fill the registers: 24 of 32, or 12 of 16; with integers there are sums of a block beside them.
 template <typename Weight>
-constexpr int kMaxRows = std::is_same_v<Weight, Int8Weights> ? (kLanes == 16 ? 6 : 2) : (kLanes == 16 ? 12 : 6);
+constexpr int kMaxRows = kBlocked<Weight> ? (kLanes == 16 ? 6 : 2) : (kLanes == 16 ? 12 : 6);
 
 /// Steps of a panel, padded.
 template <typename Weight>
 constexpr int64_t steps_of(int64_t in) {
-  constexpr int64_t whole = std::is_same_v<Weight, float> ? 1 : kDepth;
+  constexpr int64_t whole = std::is_same_v<Weight, float> ? 1 : kDepth;  // kBlockInputs are as many
   return (in + whole - 1) / whole * whole / kInputs<Weight>;
 }
 
@@ -173,7 +186,7 @@ inline void multiply_inputs(const Int8Inputs* x, int64_t x_stride, const Int8Wei
                             Floats (&sums)[Rows][2]) {
   Ints dots[Rows][2];
   UNROLL for (int r = 0; r < Rows; ++r) dots[r][0] = dots[r][1] = x[r * x_stride].start - Ints{};
-  UNROLL for (int four = 0; four < kInt8Block / 4; ++four)
+  UNROLL for (int four = 0; four < kBlockInputs / 4; ++four)
     UNROLL for (int h = 0; h < 2; ++h) {
       const Words some = load_raw<Words>(&weights->bytes[four][h * kLanes][0]);
       UNROLL for (int r = 0; r < Rows; ++r) dots[r][h] = add_products(dots[r][h], some, x[r * x_stride], four);
@@ -182,6 +195,31 @@ inline void multiply_inputs(const Int8Inputs* x, int64_t x_stride, const Int8Wei
     const Floats scales = load_float16(weights->scales + h * kLanes);
     UNROLL for (int r = 0; r < Rows; ++r)
       sums[r][h] = fma(__builtin_convertvector(dots[r][h], Floats), scales * splat(x[r * x_stride].scale), sums[r][h]);
+  }
+}
+
+template <int Rows>
+inline void multiply_inputs(const Int8Inputs* x, int64_t x_stride, const Int4Weights* weights,
+                            Floats (&sums)[Rows][2]) {
+  constexpr int kHalf = kBlockInputs / 8;
+  Ints dots[Rows][2] = {};
+  UNROLL for (int four = 0; four < kHalf; ++four)
+    UNROLL for (int h = 0; h < 2; ++h) {
+      const Words both = load_raw<Words>(&weights->levels[four][h * kLanes][0]);
+      const Words low = both & 0x0f0f0f0fu, high = (both >> 4) & 0x0f0f0f0fu;
+      UNROLL for (int r = 0; r < Rows; ++r) {
+        dots[r][h] = add_products(dots[r][h], low, x[r * x_stride], four);
+        dots[r][h] = add_products(dots[r][h], high, x[r * x_stride], four + kHalf);
+      }
+    }
+  UNROLL for (int h = 0; h < 2; ++h) {
+    const Floats scales = load_float16(weights->scales + h * kLanes);
+    const Floats minima = load_float16(weights->minima + h * kLanes);
+    UNROLL for (int r = 0; r < Rows; ++r) {
+      const Int8Inputs& row = x[r * x_stride];
+      sums[r][h] = fma(__builtin_convertvector(dots[r][h], Floats), scales * splat(row.scale), sums[r][h]);
+      sums[r][h] = fma(minima, splat(row.sum), sums[r][h]);
+    }
   }
 }
 
@@ -194,7 +232,7 @@ struct Prefetch {
 
 /// Prefetches of a step of a panel.
 template <typename Weight>
-constexpr int kLines = std::is_same_v<Weight, Int8Weights> ? (sizeof(Int8Weights) + 63) / 64 : kInputs<Weight>;
+constexpr int kLines = kBlocked<Weight> ? (sizeof(Weight) + 63) / 64 : kInputs<Weight>;
 
 /// out [Rows, Panels * kPanel] (+)= `steps` steps of x [Rows, ...] times `Panels` panels, `panel_stride` elements apart.
 template <int Rows, int Panels, typename X, typename Weight>
@@ -383,14 +421,14 @@ inline void pack_panels(const float* weight, int64_t features, int64_t in, Int8W
     for (int64_t step = 0; step < steps; ++step) {
       Int8Weights& to = packed[panel * steps + step];
       for (int lane = 0; lane < kPanel; ++lane) {
-        const int64_t feature = panel * kPanel + lane, first = step * kInt8Block;
-        const int64_t count = feature < features ? std::min<int64_t>(kInt8Block, in - first) : 0;
+        const int64_t feature = panel * kPanel + lane, first = step * kBlockInputs;
+        const int64_t count = feature < features ? std::min<int64_t>(kBlockInputs, in - first) : 0;
         const float* from = weight + feature * in + first;
         float largest = 0;
         for (int64_t i = 0; i < count; ++i) largest = std::max(largest, std::abs(from[i]));
         to.scales[lane] = float16_bits(largest / 127);
         const float scale = float16_value(to.scales[lane]);
-        for (int i = 0; i < kInt8Block; ++i) {
+        for (int i = 0; i < kBlockInputs; ++i) {
           const float level = i < count && scale > 0 ? std::nearbyint(from[i] / scale) : 0.0f;
           to.bytes[i / 4][lane][i % 4] = uint8_t(128 + int(std::clamp(level, -127.0f, 127.0f)));
         }
@@ -399,14 +437,62 @@ inline void pack_panels(const float* weight, int64_t features, int64_t in, Int8W
   });
 }
 
+/// Scale and minimum (float16) of a block of weights in int4.
+struct Int4Scale {
+  uint16_t scale, minimum;
+
+  int level(float weight) const {
+    const float step = float16_value(scale);
+    const float steps = step != 0 ? (weight - float16_value(minimum)) / step : 0.0f;
+    return int(std::clamp(std::nearbyint(steps), 0.0f, 15.0f));
+  }
+  float value(int level) const { return std::fma(float16_value(scale), float(level), float16_value(minimum)); }
+};
+
+/// As GGUF's Q4_1 or Q4_0 has it, whichever rounds the block less: from the minimum in 15 steps to the maximum, or in
+/// eighths of the weight of largest magnitude. So blocks that were written in one of the two get their own levels back.
+inline Int4Scale int4_scale(const float* weights, int64_t count) {
+  const auto larger = [](float a, float b) { return std::abs(a) < std::abs(b); };
+  const auto [low, high] = std::minmax_element(weights, weights + count);
+  const float largest = *std::max_element(weights, weights + count, larger);
+  const Int4Scale fifteenths{float16_bits((*high - *low) / 15), float16_bits(*low)};
+  const Int4Scale eighths{float16_bits(largest / -8), float16_bits(largest)};
+  const auto error = [=](const Int4Scale& scale) {
+    float total = 0;
+    for (int64_t i = 0; i < count; ++i) total += std::abs(scale.value(scale.level(weights[i])) - weights[i]);
+    return total;
+  };
+  return error(eighths) < error(fifteenths) ? eighths : fifteenths;
+}
+
+/// The same as pack_panels, rounded to int4.
+inline void pack_panels(const float* weight, int64_t features, int64_t in, Int4Weights* packed) {
+  const int64_t steps = steps_of<Int4Weights>(in);
+  for_each_tile((features + kPanel - 1) / kPanel, [&](int64_t panel) {
+    for (int64_t step = 0; step < steps; ++step) {
+      Int4Weights& to = packed[panel * steps + step] = Int4Weights{};
+      for (int lane = 0; lane < kPanel; ++lane) {
+        const int64_t feature = panel * kPanel + lane, first = step * kBlockInputs;
+        if (feature >= features) continue;
+        const int64_t count = std::min<int64_t>(kBlockInputs, in - first);
+        const float* from = weight + feature * in + first;
+        const Int4Scale scale = int4_scale(from, count);
+        to.scales[lane] = scale.scale, to.minima[lane] = scale.minimum;
+        for (int64_t i = 0; i < count; ++i)
+          to.levels[i % (kBlockInputs / 2) / 4][lane][i % 4] |= uint8_t(scale.level(from[i]) << i / (kBlockInputs / 2) * 4);
+      }
+    }
+  });
+}
+
 /// A row of x rounded to int8, block by block; the last one is padded with zeros.
 inline void round_row(const float* x, int64_t in, Int8Inputs* to) {
-  static_assert(kInt8Block % kLanes == 0);
-  constexpr int kVectors = kInt8Block / kLanes;
-  for (int64_t first = 0; first < in; first += kInt8Block, ++to) {
-    float padded[kInt8Block] = {};
+  static_assert(kBlockInputs % kLanes == 0);
+  constexpr int kVectors = kBlockInputs / kLanes;
+  for (int64_t first = 0; first < in; first += kBlockInputs, ++to) {
+    float padded[kBlockInputs] = {};
     const float* from = x + first;
-    if (in - first < kInt8Block) from = std::copy_n(from, in - first, padded) - (in - first);
+    if (in - first < kBlockInputs) from = std::copy_n(from, in - first, padded) - (in - first);
     Floats values[kVectors], largest{}, zero{};
     UNROLL for (int v = 0; v < kVectors; ++v) {
       values[v] = load(from + v * kLanes);
@@ -419,19 +505,20 @@ inline void round_row(const float* x, int64_t in, Int8Inputs* to) {
     const float most = *std::max_element(lanes, lanes + kLanes);
     const bool finite = sum(zero) == 0.0f, nothing = !(most > 1e-30f) || !finite;
     const Floats shifter = splat(12582912.0f), factor = splat(nothing ? 0.0f : 127.0f / most);
-    int32_t rounded[kInt8Block], total = 0;
+    int32_t rounded[kBlockInputs], total = 0;
     UNROLL for (int v = 0; v < kVectors; ++v) {
       const Floats scaled = nothing ? Floats{} : values[v] * factor;
       const Ints level = (Ints)(scaled + shifter) - (Ints)shifter;  // to the nearest integer
       std::memcpy(rounded + v * kLanes, &level, sizeof level);
     }
-    for (int i = 0; i < kInt8Block; ++i) {
+    for (int i = 0; i < kBlockInputs; ++i) {
       total += rounded[i];
       const int place = sizeof to->values[0] == 1 ? i : i / 4 * 4 + i % 2 * 2 + i % 4 / 2;
       to->values[place] = decltype(to->values[0] + 0)(rounded[i]);
     }
     to->start = -128 * total;
     to->scale = finite ? (nothing ? 0.0f : most / 127) : std::numeric_limits<float>::quiet_NaN();
+    to->sum = to->scale * float(total);
   }
 }
 
@@ -458,7 +545,7 @@ const To* as_inputs(const float* x, int64_t rows, int64_t in, int64_t depth, std
 }
 
 /// The formats of packed weights.
-enum class Format { kFloat32, kBFloat16, kInt8 };
+enum class Format { kFloat32, kBFloat16, kInt8, kInt4 };
 
 /// A packed weight of `out` features; `bias` (float32, [out]) may be null.
 struct Packed {
@@ -507,11 +594,14 @@ void packed_linear(const float* x, const Packed& weight, Out* out, int64_t rows)
   constexpr int64_t kTileRows = 48;
   if (weight.format == Format::kFloat32)
     return multiply_all<float, float>(x, weight.in, weight, out, rows, kTileRows, multiply_panels<float, float>);
-  if (weight.format == Format::kInt8) {
-    const int64_t depth = steps_of<Int8Weights>(weight.in);
-    const Int8Inputs* rounded = as_inputs(x, rows, weight.in, depth, integers);
-    return multiply_all<Int8Inputs, Int8Weights>(rounded, depth, weight, out, rows, kTileRows,
-                                                 multiply_panels<Int8Inputs, Int8Weights>);
+  if (weight.format == Format::kInt8 || weight.format == Format::kInt4) {
+    const int64_t blocks = steps_of<Int8Weights>(weight.in);
+    const Int8Inputs* rounded = as_inputs(x, rows, weight.in, blocks, integers);
+    if (weight.format == Format::kInt8)
+      return multiply_all<Int8Inputs, Int8Weights>(rounded, blocks, weight, out, rows, kTileRows,
+                                                   multiply_panels<Int8Inputs, Int8Weights>);
+    return multiply_all<Int8Inputs, Int4Weights>(rounded, blocks, weight, out, rows, kTileRows,
+                                                 multiply_panels<Int8Inputs, Int4Weights>);
   }
   const int64_t depth = steps_of<BFloat16>(weight.in) * kInputs<BFloat16>;
   const Arithmetic by = arithmetic().load();

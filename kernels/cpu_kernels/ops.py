@@ -28,16 +28,16 @@ def load_kernels(cache: Path) -> None:
     torch.ops.load_library(str(built_library(cache)))
 
 
-def pack(weight: Tensor, int8: bool = False) -> Tensor:
+def pack(weight: Tensor, bits: int = 0) -> Tensor:
     """Put a linear layer's weight [out, in], float32 or bfloat16, in the order in which `packed_linear` reads it.
 
-    int8: round it to integers in blocks of 32 inputs with a float16 scale each, as GGUF's Q8_0; a float32 weight that
-    was made of such blocks gives the same blocks.
+    bits: 8 or 4 rounds it to integers in blocks of 32 inputs with a float16 scale, as GGUF's Q8_0, or a scale and a
+    minimum, as Q4_1; a float32 weight that was made of such blocks, or of Q4_0's, gives the same levels. 0: as it is.
 
     Returns [panels, steps, elements] in the weight's dtype, or bytes: for this machine and process only, never to be
     saved.
     """
-    return torch.ops.draftsmith.pack(weight, int8)
+    return torch.ops.draftsmith.pack(weight, bits)
 
 
 def weight_memory(size: int) -> Tensor:
@@ -49,7 +49,7 @@ def packed_linear(x: Tensor, packed: Tensor, out_features: int, bias: Tensor | N
     """Multiply x [..., in] (float32 or bfloat16) by a packed weight: [..., out_features] in x's dtype.
 
     Products are summed in float32, in one order whatever the number of rows. What is multiplied with a bfloat16 weight
-    depends on `arithmetic`: x itself, or x rounded to bfloat16. With an int8 weight x is rounded to int8, each row and
+    depends on `arithmetic`: x itself, or x rounded to bfloat16. With integer weights x is rounded to int8, each row and
     block of 32 inputs by its own largest magnitude.
     """
     return torch.ops.draftsmith.packed_linear(x, packed, out_features, bias)
@@ -207,29 +207,32 @@ class OneCallNorm(nn.Module):
 
 
 class PackedLinear(nn.Module):
-    """A linear layer for decoding: its weight is stored once, in int8, bfloat16 or float32, in the kernels' order.
+    """A linear layer for decoding: its weight is stored once, in integers, bfloat16 or float32, in the kernels'
+    order.
 
     A row's result does not depend on the number of rows: no faster product is taken for wide passes, since it would
     round differently, and a request's text would then depend on the requests beside it.
     """
 
-    def __init__(self, linear: nn.Linear, dtype: torch.dtype, int8: bool = False) -> None:
-        """dtype: of the weight, where it is not rounded to int8."""
+    def __init__(self, linear: nn.Linear, dtype: torch.dtype, bits: int = 0) -> None:
+        """dtype: of the weight where bits, which are those of `pack`, are 0."""
         super().__init__()
         self.out_features, self.in_features = linear.weight.shape
         weight = linear.weight.detach()  # [out, in]
         self.packed: Tensor
         self.bias: Tensor | None
         # buffers that a checkpoint does not have: the order is this machine's
-        self.register_buffer("packed", pack(weight.to(torch.float32 if int8 else dtype), int8), persistent=False)
+        self.register_buffer("packed", pack(weight.to(torch.float32 if bits else dtype), bits), persistent=False)
         self.register_buffer("bias", None if linear.bias is None else linear.bias.detach(), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:  # [..., in] -> [..., out]
         return packed_linear(x, self.packed, self.out_features, self.bias)
 
 
-def pack_linears(module: nn.Module, dtype: torch.dtype, int8: bool = False) -> None:
+def pack_linears(module: nn.Module, dtype: torch.dtype, bits: int = 0, lm_head: nn.Module | None = None) -> None:
     """Replace every nn.Linear below `module` by a PackedLinear, in place; arguments as there.
+
+    lm_head: gets 8 bits where the others get 4; it is what rounding harms most.
 
     A weight shared with an embedding stays there for the embedding.
     """
@@ -238,5 +241,5 @@ def pack_linears(module: nn.Module, dtype: torch.dtype, int8: bool = False) -> N
         for name, child in list(parent.named_children()):
             if type(child) is nn.Linear:
                 if id(child) not in replaced:
-                    replaced[id(child)] = PackedLinear(child, dtype, int8)
+                    replaced[id(child)] = PackedLinear(child, dtype, 8 if bits and child is lm_head else bits)
                 setattr(parent, name, replaced[id(child)])

@@ -9,7 +9,7 @@ import time
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cpu_kernels import (
     KernelsUnavailable,
@@ -35,7 +35,9 @@ log = logging.getLogger(__name__)
 
 MODES = ("auto", "compiled", "eager")
 ARITHMETICS = ("auto", "float32", "bf16", "amx")
-WEIGHTS = ("auto", "float", "int8")
+WEIGHTS = ("auto", "float", "int8", "int4")
+_BITS = {"int8": 8, "int4": 4}
+_LARGEST_ROUNDED = 60_000.0  # scales are float16
 WIDTHS = (1, 2, 4, 8, 16, 32)  # tokens of a pass, from plain decoding to a tree
 _REPEATS = 3
 
@@ -48,7 +50,7 @@ class Models:
     proposer: Proposer | None
     mode: str  # eager or compiled
     arithmetic: str  # of the compiled kernels with bfloat16 weights; otherwise the dtype's name
-    weights: str  # of the target: int8, or the dtype's name
+    weights: str  # of the target: int8, int4, or the dtype's name
     head_weights: str | None  # the same of the head
     cache_size: CacheSize
 
@@ -78,9 +80,9 @@ def build_models(
     because its threads wait for each other actively, and stall when another process takes a core.
     arithmetic_name: of bfloat16 weights in compiled mode, for the whole process: one of `cpu_kernels.arithmetics`, or
     `auto` for the fastest of them.
-    weights, head_weights: `int8` rounds the matrices of the target, or of the head, to int8 in compiled mode: the
-    answers are then exactly those of the rounded target. `float` leaves them in their dtype. `auto` is float for the
-    target, and for the head int8 in compiled mode: drafts need not be exact.
+    weights, head_weights: `int8` and `int4` round the matrices of the target, or of the head, in compiled mode, with
+    int4 the LM head to int8: the answers are then exactly those of the rounded target. `float` leaves them in their
+    dtype. `auto` is float for the target, and for the head int8 in compiled mode: drafts need not be exact.
 
     Raises:
         UserError: for a mode that is impossible here, with the reason; for a target whose attention is not known; for
@@ -91,7 +93,7 @@ def build_models(
     of_target, of_head = _choose_weights(weights, head_weights, mode, target)
     kernel: Kernel = torch_attention
     if mode == "compiled":
-        target, head = _pack(target, head, pack_in_place, of_target == "int8", of_head == "int8")
+        target, head = _pack(target, head, pack_in_place, _BITS.get(of_target, 0), _BITS.get(of_head, 0))
         kernel = packed_attention
         if threads is not None:
             set_threads(threads)
@@ -205,13 +207,13 @@ def _choose_weights(weights: str, head_weights: str, mode: str, target: Target) 
     for option, value in (("weights", weights), ("head_weights", head_weights)):
         if value not in WEIGHTS:
             raise UserError(f"{option} = {value!r}: it must be one of {', '.join(WEIGHTS)}.")
-        if value == "int8" and mode != "compiled":
+        if value in _BITS and mode != "compiled":
             raise UserError(
-                f"{option} = 'int8' needs the compiled kernels of a CPU, and this is {mode} mode; leave it at auto."
+                f"{option} = {value!r} needs the compiled kernels of a CPU, and this is {mode} mode; leave it at auto."
             )
     dtype = str(target.dtype).removeprefix("torch.")
-    rounded = mode == "compiled" and head_weights != "float"
-    return ("int8" if weights == "int8" else dtype), ("int8" if rounded else dtype)
+    of_head = {"auto": "int8" if mode == "compiled" else dtype, "float": dtype}.get(head_weights, head_weights)
+    return weights if weights in _BITS else dtype, of_head
 
 
 def _why_no_kernels() -> str | None:
@@ -223,10 +225,17 @@ def _why_no_kernels() -> str | None:
 
 
 def _pack(
-    target: Target, head: DraftHead | None, in_place: bool, int8: bool, head_int8: bool
+    target: Target, head: DraftHead | None, in_place: bool, bits: int, head_bits: int
 ) -> tuple[Target, DraftHead | None]:
     """Return the target and a copy of the head, which its owner may want to save, with packed linear layers."""
     _ = target.fingerprint  # while its weights are there to be hashed
+    for model, rounded in ((target.model, bits), (head, head_bits)):
+        linears = [each.weight for each in model.modules() if type(each) is nn.Linear] if model and rounded else []
+        if (largest := max((float(weight.abs().max()) for weight in linears), default=0)) > _LARGEST_ROUNDED:
+            raise UserError(
+                f"a matrix has an entry of magnitude {largest:.3g}, and integers with float16 scales reach "
+                f"{_LARGEST_ROUNDED:.0f}; leave the weights at float."
+            )
     dtype = target.dtype
     if not in_place:
         target, model = copy.copy(target), target.model
@@ -236,11 +245,11 @@ def _pack(
         target.decoder = target.model.get_decoder() if hasattr(model, "get_decoder") else target.model.base_model
         target.config = target.model.config.get_text_config()
         target.embedding = target.model.get_input_embeddings()
-    pack_linears(target.model, dtype, int8)
+    pack_linears(target.model, dtype, bits, target.lm_head)
     target.lm_head = target.model.get_output_embeddings()
     if head is not None:
         head = copy.deepcopy(head).to(dtype)
-        pack_linears(head, dtype, head_int8)
+        pack_linears(head, dtype, head_bits, getattr(head, "lm_head", None))
         head.use_target_lm_head(target)  # not the plain one's LM head, where it has none
     return target, head
 

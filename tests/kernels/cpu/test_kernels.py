@@ -3,6 +3,7 @@
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
+import gguf
 import pytest
 import torch
 from conftest import ended, make_tiny_target, python
@@ -155,15 +156,12 @@ def test_packed_linear_takes_any_shape_and_strides():
         packed_linear(torch.randn(2, 24).double(), pack(weight), 33)
 
 
-# int8
+# integers
 
 
-def rounded(weight: Tensor) -> Tensor:
-    """A weight [out, in] rounded to int8 in blocks of 32, as values in float64."""
-    padded = functional.pad(weight, (0, -weight.shape[1] % 32)).unflatten(1, (-1, 32))
-    scales = padded.abs().amax(-1, keepdim=True).div(127).to(torch.float16).float()
-    levels = torch.where(scales > 0, padded / scales, 0.0).round().clamp(-127, 127)
-    return (levels.double() * scales.double()).flatten(1)[:, : weight.shape[1]]
+def stored_in(packed: Tensor, size_in: int, size_out: int) -> Tensor:
+    """The weight [out, in] that a packed one of integers stands for; rounding leaves 127 times a unit as it is."""
+    return packed_linear(torch.eye(size_in) * 127, packed, size_out).T.double() / 127
 
 
 @settings(max_examples=60)
@@ -172,16 +170,21 @@ def rounded(weight: Tensor) -> Tensor:
     size_in=st.integers(1, 200),
     size_out=st.integers(1, 200),
     stored=st.sampled_from([FLOAT, HALF]),
+    bits=st.sampled_from([4, 8]),
     power=st.integers(-20, 10),
     seed=st.integers(0, 1000),
 )
-def test_int8_products_are_those_of_rounded_factors(rows, size_in, size_out, stored, power, seed):
+def test_products_of_integers_are_those_of_rounded_factors(rows, size_in, size_out, stored, bits, power, seed):
     torch.manual_seed(seed)
     weight, bias = torch.randn(size_out, size_in).mul(0.1).to(stored), torch.randn(size_out)
     weight[0], weight[-1, 0] = 0, 3.0
     levels = torch.randint(-127, 128, (rows, size_in)).float()
     levels[:, ::32] = 127  # of each block, so that rounding changes nothing
-    packed, exact = pack(weight, int8=True), rounded(weight.float())
+    packed = pack(weight, bits)
+    exact = stored_in(packed, size_in, size_out)
+    for block, close in zip(weight.double().split(32, dim=1), exact.split(32, dim=1), strict=True):
+        step = (block.amax(1) - block.amin(1)) / 15 if bits == 4 else block.abs().amax(1) / 127
+        assert ((close - block).abs().mean(1) <= 0.51 * step + 2e-3 * block.abs().amax(1)).all()  # float16 scales
     expected = functional.linear(levels.double() * 2.0**power, exact, bias.double())
     magnitudes = functional.linear(levels.abs().double() * 2.0**power, exact.abs(), bias.abs().double())
     got = packed_linear(levels * 2.0**power, packed, size_out, bias)
@@ -194,27 +197,28 @@ def test_int8_products_are_those_of_rounded_factors(rows, size_in, size_out, sto
 
 
 @pytest.mark.parametrize(("size_in", "size_out"), [(576, 1100), (1700, 130)])
-def test_a_row_has_the_same_bits_in_any_batch_in_int8(size_in, size_out):
-    packed, x = pack(torch.randn(size_out, size_in), int8=True), torch.randn(230, size_in)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_row_has_the_same_bits_in_any_batch_of_integers(size_in, size_out, bits):
+    packed, x = pack(torch.randn(size_out, size_in), bits), torch.randn(230, size_in)
     whole = packed_linear(x, packed, size_out)
     for rows in (*range(1, 65), 97, 200):
         assert torch.equal(packed_linear(x[:rows], packed, size_out), whole[:rows]), rows
     assert torch.equal(packed_linear(x[113:114], packed, size_out), whole[113:114])
 
 
-def test_blocks_of_a_gguf_file_in_q8_0_are_taken_as_they_are():
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q4_1"])
+def test_blocks_of_a_gguf_file_are_taken_as_they_are(kind):
     torch.manual_seed(4)
-    levels = torch.randint(-127, 128, (40, 6, 32))
-    levels[..., 5] = 127  # as every block has that is written from floats
-    scales = torch.rand(40, 6, 1).mul(10 ** torch.randint(-5, 2, (40, 6, 1)).double()).to(torch.float16)
-    weight = (levels * scales.float()).flatten(1)
-    units = torch.eye(192) * 127  # its levels are 127, and its scales 1
-    products = packed_linear(units, pack(weight, int8=True), 40)
-    assert torch.equal(products, (weight * 127).T)
+    written = torch.randn(40, 192).mul(10 ** torch.randint(-3, 2, (40, 1)).double()).float().numpy()
+    quantised = gguf.quants.quantize(written, getattr(gguf.GGMLQuantizationType, kind))
+    weight = torch.from_numpy(gguf.quants.dequantize(quantised, getattr(gguf.GGMLQuantizationType, kind)))
+    got = stored_in(pack(weight, 8 if kind == "Q8_0" else 4), 192, 40).float()
+    torch.testing.assert_close(got, weight, rtol=1e-6, atol=1e-6 * float(weight.abs().max()))
 
 
-def test_nan_and_infinity_stay_in_their_row_in_int8():
-    packed, x = pack(torch.randn(40, 70), int8=True), torch.randn(4, 70)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_nan_and_infinity_stay_in_their_row_of_integers(bits):
+    packed, x = pack(torch.randn(40, 70), bits), torch.randn(4, 70)
     clean = packed_linear(x, packed, 40)
     x[1, 7], x[2, 69] = float("nan"), float("-inf")
     got = packed_linear(x, packed, 40)
