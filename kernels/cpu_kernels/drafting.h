@@ -32,7 +32,8 @@ struct ChainJob {
   int64_t length;             // the most tokens; 0: nothing, its accepted tokens are only read
   const int64_t* keys;        // [length, 2] of the noise that is added at each position, or null: none
   float inverse_temperature;  // of the head's probabilities; with noise, of the scores too
-  float floor;                // the chain ends before the probability that all of it is accepted falls below this
+  float floor;                // the chain ends before the probability that all of it is accepted falls below this,
+  const float* calibration;   // [kConfidences]: that of one token, by the part in which its step's largest probability is
 };
 
 /// Drafted tokens; entries behind a chain's end are not written.
@@ -86,7 +87,7 @@ inline std::pair<int64_t, float> most_probable(const float* logits, int64_t n, f
 template <typename T>
 void draft_chains(const ChainHead<T>& head, const std::vector<Segment>& segments, const float* states,
                   const int64_t* ids, float* hidden, const std::vector<ChainJob>& jobs, int64_t longest,
-                  const float* calibration, ChainDrafts drafts) {
+                  ChainDrafts drafts) {
   static thread_local std::vector<float> read, flowing, normed, logits;
   const int64_t sequences = int64_t(jobs.size()), size = head.hidden, vocabulary = head.lm_head.out;
   int64_t tokens = 0;
@@ -127,7 +128,7 @@ void draft_chains(const ChainHead<T>& head, const std::vector<Segment>& segments
       const float* scores = logits.data() + row * vocabulary;
       auto [token, confidence] = most_probable(scores, vocabulary, job.inverse_temperature);
       const int part = confidence > 0 ? std::min(int(confidence * kConfidences), kConfidences - 1) : 0;  // NaN: 0
-      surviving[s] *= calibration[part];
+      surviving[s] *= job.calibration[part];
       // known before this step's choice: under the rejection rule a drawn token must not decide whether it is drafted
       if (step > 0 && surviving[s] < job.floor) continue;
       if (job.keys != nullptr)

@@ -282,7 +282,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> draft_chains_op(
   TORCH_CHECK(weights.size() == kTensorsOfHead && hidden.dim() == 2 && hidden.size(0) == sequences &&
                   segments.dim() == 2 && segments.size(0) == sequences && segments.size(1) == 5 &&
                   floors.numel() == sequences && inverse_temperatures.numel() == sequences &&
-                  noisy.numel() == sequences && noisy.scalar_type() == at::kBool && calibration.numel() == kConfidences,
+                  noisy.numel() == sequences && noisy.scalar_type() == at::kBool && calibration.numel() == sequences * kConfidences,
               "draft_chains: weights, states or settings do not fit ", sequences, " sequences");
   const auto* first = reinterpret_cast<const Segment*>(const_data<int64_t>(segments));
   const std::vector<Segment> read(first, first + sequences);
@@ -312,7 +312,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> draft_chains_op(
   for (int64_t s = 0; s < sequences; ++s)
     jobs.push_back({const_data<int64_t>(lengths)[s],
                     const_data<bool>(noisy)[s] ? const_data<int64_t>(keys) + s * longest * 2 : nullptr,
-                    const_data<float>(inverse_temperatures)[s], const_data<float>(floors)[s]});
+                    const_data<float>(inverse_temperatures)[s], const_data<float>(floors)[s],
+                    const_data<float>(calibration) + s * kConfidences});
   with_type(k_cache.scalar_type(), "the cache", [&](auto kind) {
     using T = decltype(kind);
     TORCH_CHECK(embedding.scalar_type() == k_cache.scalar_type() && v_cache.scalar_type() == k_cache.scalar_type() &&
@@ -335,7 +336,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> draft_chains_op(
                       nullptr, nullptr, nullptr, nullptr, 0, 0, heads, key_heads, width, value_width, 0, float(scale), 0.0f};
     head.hidden = size, head.rotary = rotary, head.eps = float(eps);
     draft_chains(head, read, const_data<float>(input), given, static_cast<float*>(hidden.data_ptr()), jobs, longest,
-                 const_data<float>(calibration),
                  {static_cast<int64_t*>(chosen.data_ptr()), static_cast<float*>(confidences.data_ptr()),
                   keep_logits ? static_cast<float*>(logits.data_ptr()) : nullptr});
   });

@@ -180,7 +180,7 @@ class FusedChains:
         noisy: Tensor,  # bool [sequences]: choices are made with noise
         inverse_temperatures: Tensor,  # float32 [sequences]
         floors: Tensor,  # float32 [sequences]: a chain ends before its estimated acceptance falls below
-        calibration: Tensor,  # float32 [16]: acceptance of a token by its step's largest probability
+        calibration: Tensor,  # float32 [sequences, 16]: acceptance of a token by its step's largest probability
         keep_logits: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return tokens [sequences, longest] (-1 behind a chain's end), each step's largest probability at the

@@ -12,12 +12,13 @@ from torch import Tensor
 
 from cpu_kernels.ops import FusedChains
 from draft.heads import MedusaHead
-from serving.engine.estimates import BRANCHING
+from serving.engine.estimates import BINS, BRANCHING
 from serving.engine.kv_cache import RaggedBatch, Segment
 from serving.engine.model import HeadRunner
 from serving.engine.sampling import apply_temperature
 from serving.engine.verification import DraftTree, Rule
 
+_CERTAIN = (1.0,) * BINS  # no calibration
 READ_LIMIT = 512  # the most tokens that a head reads in one pass
 
 
@@ -149,7 +150,7 @@ class HeadProposer:
         read = torch.cat([part for state in states for part in state.auxiliary] or [blank[:0]])
         drawn = [job.rule.noise_purpose is not None for job in jobs]
         keep = any(job.rule.keeps_q for job in jobs)
-        tokens, _, logits = chains.run(
+        tokens, confidences, logits = chains.run(
             read if runner.reads_raw or not start else runner.combine(read),
             torch.tensor([token for state in states for token in state.following], dtype=torch.int64),
             torch.tensor(rows),
@@ -162,7 +163,7 @@ class HeadProposer:
             torch.tensor(drawn),
             torch.tensor([1.0 / (job.rule.temperature or 1.0) for job in jobs]),
             torch.tensor([job.floor for job in jobs]),
-            torch.tensor(jobs[0].calibration or [1.0] * 16),
+            torch.tensor([job.calibration or _CERTAIN for job in jobs]),
             keep,
         )
         for state, row in zip(states, hidden, strict=True):
@@ -171,13 +172,14 @@ class HeadProposer:
             state.following.clear()
             state.auxiliary.clear()
         trees = []
-        for index, (job, chain) in enumerate(zip(jobs, tokens.tolist(), strict=True)):
+        for index, (job, chain, own) in enumerate(zip(jobs, tokens.tolist(), confidences.tolist(), strict=True)):
             drafted = [token for token in chain if token >= 0]
             q = None
             if job.rule.keeps_q:
-                own = apply_temperature(logits[index, : len(drafted)], job.rule.temperature).softmax(dim=-1)
-                q = spread(own, self.vocabulary, self.vocab_size)
-            trees.append(DraftTree.chain(drafted, q))
+                law = apply_temperature(logits[index, : len(drafted)], job.rule.temperature).softmax(dim=-1)
+                q = spread(law, self.vocabulary, self.vocab_size)
+            known = own[: len(drafted)] if job.calibration is not None else ()
+            trees.append(DraftTree.chain(drafted, q, confidences=known))
         return trees
 
     def _chains(self, jobs: list[Job]) -> list[DraftTree]:

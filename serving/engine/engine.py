@@ -304,7 +304,7 @@ class Engine:
         head_cap = min(cap, self.speculation_length) if proposer is not None else 0
         answer = GrowingAnswer(request.prompt_ids, params, target.tokenizer, target.eos_token_ids, self._special_ids)
         processor = Processor(params, request.prompt_ids, target.vocab_size, target.eos_token_ids)
-        rule = make_rule(speculation.rule or self.rule, params, seed or 0)
+        rule = make_rule(speculation.rule or self.rule, params, seed or 0, self.models.runner.compiled)
         estimate, lookup = self.controller.track(), LookupProposer() if self.lookup and cap else None
         places = self._places(request)
         drafting = proposer.join(places) if proposer is not None and head_cap else None

@@ -45,6 +45,7 @@ class TargetRunner:
             module: SlotLayer(keys, values, self.view, kernel)
             for module, (keys, values) in zip(probe.found, self.cache.layers, strict=True)
         }
+        self.compiled = False  # the kernels are loaded, and take its logits
         self.fused: FusedDecoder | None = None  # all layers in one call
         self.norm: Any = None  # after them
 

@@ -21,6 +21,7 @@ from draft.errors import UserError
 
 _NUCLEUS_GUESS = 1024  # most nuclei are smaller, and the largest few are found faster than all are sorted
 _TIES_GUESS = 14  # logits of a bf16 model often tie at the edge of the top k
+LEAST_TEMPERATURE = 1e-30
 _TINY, _HUGE = 1e-30, 1e30  # beyond these, float32 would give 0 or infinity, and they already decide everything
 
 
@@ -41,6 +42,7 @@ class Processor:
         self._bias = torch.tensor(list(bias.values()), dtype=torch.float64)
         self._repetition = min(max(params.repetition_penalty, _TINY), _HUGE)
         self._penalises = (params.repetition_penalty, params.presence_penalty, params.frequency_penalty) != (1, 0, 0)
+        self.truncates = 0 < params.top_k < vocab_size or params.top_p < 1 or params.min_p > 0
         # False: `adjust` never changes anything
         self.active = bool(bias) or self._penalises or (params.min_new_tokens > 0 and bool(ends))
         if self._penalises:
@@ -113,7 +115,7 @@ def apply_temperature(logits: Tensor, temperature: float) -> Tensor:
     float32, while 1e-30 already decides between any two logits that differ.
     """
     scores = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return (scores - scores.amax(dim=-1, keepdim=True)).div_(max(temperature, _TINY))
+    return (scores - scores.amax(dim=-1, keepdim=True)).div_(max(temperature, LEAST_TEMPERATURE))
 
 
 def warp(logits: Tensor, params: SamplingParams) -> Tensor:

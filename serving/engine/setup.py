@@ -107,7 +107,8 @@ def build_models(
     size = fit_cache([*shapes, *drafting], slots, capacity, least, memory)
     proposer = None if head is None else make_proposer(target, head, layers, slots, size.capacity, kernel, size.blocks)
     runner = TargetRunner(target, probe, SlotCache(shapes, slots, size.capacity, size.blocks), kernel, layers)
-    if mode == "compiled":
+    runner.compiled = mode == "compiled"
+    if runner.compiled:
         fuse_target(runner)
         if isinstance(proposer, HeadProposer):
             fuse_head(proposer.runner)

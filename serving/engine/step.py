@@ -239,7 +239,7 @@ class Decoder:
     def _verify(self, parts: list[_Part], logits: Tensor) -> list[tuple[Verdict | None, Tensor]]:
         """Decide for each part, with its logits [n+1, vocab]; None where a prompt goes on."""
         greedy = [part.active.params.temperature == 0 and not part.active.processor.active for part in parts]
-        choices = greedy_choices(logits) if any(greedy) and len(logits) else []
+        choices = greedy_choices(logits, self.runner.compiled) if any(greedy) and len(logits) else []
         verdicts: list[tuple[Verdict | None, Tensor]] = []
         start = 0
         for part, is_greedy in zip(parts, greedy, strict=True):

@@ -39,8 +39,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from cpu_kernels.ops import choices
 from serving.engine.noise import Purpose, choose, gumbel, position_keys, signed, uniform
-from serving.engine.sampling import Processor, SamplingParams, apply_temperature
+from serving.engine.sampling import LEAST_TEMPERATURE, Processor, SamplingParams, apply_temperature
 
 # row of a verification -> log p [vocab]; computed on demand: warping a row is not free
 Law = Callable[[int], Tensor]
@@ -164,8 +165,13 @@ def follow(tree: DraftTree, choice: Callable[[int], int]) -> Verdict:
     return Verdict(path, token)
 
 
-def greedy_choices(logits: Tensor) -> list[int]:
-    """The greedy choice of each row: [N, vocab], adjusted where a request needs it -> N ids."""
+def greedy_choices(logits: Tensor, compiled: bool = False) -> list[int]:
+    """The greedy choice of each row: [N, vocab], adjusted where a request needs it -> N ids.
+
+    compiled: the CPU kernels choose.
+    """
+    if compiled:
+        return choices(logits).tolist()
     return logits.max(dim=-1).indices.tolist()  # `argmax` takes four times as long on a CPU in bfloat16
 
 
@@ -231,8 +237,9 @@ class Rule(ABC):
     noise_purpose: Purpose | None = None  # of the noise that `draft` adds to the head's scores
     keeps_q = False  # verification needs the distributions that drafts were drawn from
 
-    def __init__(self, params: SamplingParams, seed: int) -> None:
-        self.temperature, self.seed = params.temperature, seed
+    def __init__(self, params: SamplingParams, seed: int, compiled: bool = False) -> None:
+        """compiled: the CPU kernels choose tokens, where they can."""
+        self.temperature, self.seed, self.compiled = params.temperature, seed, compiled
 
     def noise_keys(self, positions: Sequence[int]) -> list[tuple[int, int]]:
         """Return the keys of the noise of `draft` at these positions, as signed 64-bit numbers; none: no noise."""
@@ -301,7 +308,13 @@ class SharedNoise(Rule):
         return self._noisy(logits, vocabulary, positions).log_softmax(dim=-1)
 
     def verify(self, logits: Tensor, tree: DraftTree, position: int, processor: Processor) -> Verdict:
-        law, sampler, depths = target_law(logits, tree, processor), SeededSampler(self.seed), [0, *tree.depths]
+        depths = [0, *tree.depths]
+        if self.compiled and not (processor.active or processor.truncates):
+            # all rows at once, and no softmax: it subtracts the same from all of a row
+            keys = torch.tensor(self.noise_keys([position + depth for depth in depths]))
+            chosen = choices(logits, keys, 1.0 / max(self.temperature, LEAST_TEMPERATURE)).tolist()
+            return follow(tree, chosen.__getitem__)
+        law, sampler = target_law(logits, tree, processor), SeededSampler(self.seed)
         return follow(tree, lambda row: sampler.draw(law(row), position + depths[row]))
 
 
@@ -335,6 +348,6 @@ def target_law(logits: Tensor, tree: DraftTree, processor: Processor) -> Law:
 RULES: dict[str, type[Rule]] = {"shared-noise": SharedNoise, "rejection": Rejection}
 
 
-def make_rule(name: str, params: SamplingParams, seed: int) -> Rule:
+def make_rule(name: str, params: SamplingParams, seed: int, compiled: bool = False) -> Rule:
     """The rule of one request; at temperature 0 both are greedy."""
-    return (RULES[name] if params.temperature > 0 else Greedy)(params, seed)
+    return (RULES[name] if params.temperature > 0 else Greedy)(params, seed, compiled)
