@@ -155,7 +155,7 @@ class HeadProposer:
             torch.tensor([token for state in states for token in state.following], dtype=torch.int64),
             torch.tensor(rows),
             hidden,
-            runner.angles(max(observed) + longest),
+            runner.angles.table(max(observed) + longest),
             runner.cache.layers[0],
             runner.cache.table,
             torch.tensor([job.length for job in jobs]),

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from cpu_kernels.ops import FusedChains, FusedDecoder, OneCallNorm, PackedLinear, weight_memory
 from serving.engine.kv_cache import RaggedBatch, Segment
-from serving.engine.model import HeadRunner, TargetRunner
+from serving.engine.model import Angles, HeadRunner, TargetRunner
 
 PROBED = 24  # tokens that are compared; no slot holds fewer
 _NOTHING = torch.empty(0)
@@ -70,8 +70,25 @@ def fuse_target(runner: TargetRunner) -> bool:
     runner.norm = norm
     if not _agrees(runner, fused):
         return False
-    runner.fused = fused
+    runner.fused, runner.angles = fused, _angles(runner)
     return True
+
+
+@torch.inference_mode()
+def _angles(runner: TargetRunner) -> Angles | None:
+    """Return the table of the target's angles, unless those of a position depend on how far the others reach."""
+    decoder, last = runner.target.decoder, runner.cache.capacity - 1
+    dtype = runner.target.embedding.weight[:1]  # the angles are of its dtype
+
+    def compute(positions: Tensor) -> tuple[Tensor, Tensor]:
+        return decoder.rotary_emb(dtype, position_ids=positions)
+
+    alone = [compute(torch.tensor([[place]])) for place in (0, last)]
+    for together in (compute(torch.tensor([[0, last]])), compute(torch.tensor([[0, last // 2, last]]))):
+        for part in (0, 1):
+            if not all(torch.equal(each[part][0, 0], together[part][0, -place]) for place, each in enumerate(alone)):
+                return None
+    return Angles(compute, runner.cache.capacity)
 
 
 def fuse_head(runner: HeadRunner) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -48,6 +48,7 @@ class TargetRunner:
         self.compiled = False  # the kernels are loaded, and take its logits
         self.fused: FusedDecoder | None = None  # all layers in one call
         self.norm: Any = None  # after them
+        self.angles: Angles | None = None  # for that call, where a position's do not depend on the others
 
     def forward(self, batch: RaggedBatch) -> tuple[Tensor, Tensor | None]:
         """-> last hidden states [N, hidden], after the final norm, and auxiliary states [N, layers * hidden]."""
@@ -70,7 +71,10 @@ class TargetRunner:
     def run_fused(self, fused: FusedDecoder, batch: RaggedBatch, captured: Sequence[int]) -> Tensor:
         """Run all layers in one call -> [1 + captured, N, hidden] float32, before the final norm."""
         embeds = self.target.decoder.embed_tokens(batch.ids)
-        rotation = self.target.decoder.rotary_emb(embeds, position_ids=batch.positions)
+        if self.angles is not None:
+            rotation = self.angles.of(batch.positions)
+        else:
+            rotation = self.target.decoder.rotary_emb(embeds, position_ids=batch.positions)
         shown, masks = self.view.batch, [self.view.mask(window) for window in fused.windows]
         cache = self.cache
         return fused.run(
@@ -90,6 +94,29 @@ class TargetRunner:
         return output.last_hidden_state[0], {layer: states[0] for layer, states in captured.items()}
 
 
+class Angles:
+    """Cosines and sines of positions from a table, of those that were reached so far: a step has so little arithmetic
+    that computing them would be some percent of it."""
+
+    def __init__(self, compute: Callable[[Tensor], tuple[Tensor, Tensor]], capacity: int) -> None:
+        """compute: positions [1, n] -> cosines and sines, [1, n, rotary] each."""
+        self._compute, self._capacity = compute, capacity
+        self._cos, self._sin = _NOTHING, _NOTHING
+
+    def table(self, reached: int) -> tuple[Tensor, Tensor]:
+        """Return those of at least the first `reached` positions, [positions, rotary] float32 each."""
+        if reached > len(self._cos):
+            positions = torch.arange(min(max(2 * reached, 256), max(self._capacity, reached)))[None]
+            cos, sin = self._compute(positions)
+            self._cos, self._sin = cos[0].float().contiguous(), sin[0].float().contiguous()
+        return self._cos, self._sin
+
+    def of(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Return those of positions [1, n]: [1, n, rotary] float32 each."""
+        cos, sin = self.table(int(positions.max()) + 1)
+        return cos[positions], sin[positions]
+
+
 class HeadRunner:
     """A head that drafts step by step, over the embeddings of its target.
 
@@ -106,9 +133,7 @@ class HeadRunner:
         self.norm: Any = None  # after it, where the head's output is normed
         self.chains: FusedChains | None = None  # whole chains in one call,
         self.reads_raw = False  # which starts from auxiliary states as they are, or as `combine` makes them
-        # cosines and sines [positions, head_dim] for that call, of those that were reached so far: a step has so little
-        # arithmetic that computing them would be a twentieth of it
-        self._angles: tuple[Tensor, Tensor] = (_NOTHING, _NOTHING)
+        self.angles = Angles(self._rotation, cache.capacity)  # for that call
 
     def combine(self, auxiliary: Tensor) -> Tensor:
         """The target's auxiliary states [n, layers * hidden] -> [n, hidden]."""
@@ -125,8 +150,7 @@ class HeadRunner:
                 return layer.kernel(query, key, value, layer, query.shape[-1] ** -0.5, 0, 0.0)
 
             return self.head(embeds, hidden[None], batch.positions, attend)[0]
-        cos, sin = self.angles(max(segment.reach for segment in batch.segments))
-        rotation = cos[None, batch.positions], sin[None, batch.positions]
+        rotation = self.angles.of(batch.positions)
         cache, masks = self.cache, [batch.mask]
         output = self.fused.run(
             hidden[None], embeds, rotation, cache.layers, cache.table, batch.positions, batch.table, masks
@@ -134,13 +158,9 @@ class HeadRunner:
         output = output.to(hidden.dtype)  # [N, hidden]
         return self.norm(output) if self.norm is not None else output
 
-    def angles(self, reached: int) -> tuple[Tensor, Tensor]:
-        """Return cosines and sines of at least the first `reached` positions, [positions, head_dim] float32 each."""
-        if reached > len(self._angles[0]):
-            positions = torch.arange(min(2 * reached, self.cache.capacity))[None]
-            cos, sin = self.head.rope(positions, torch.float32)
-            self._angles = cos[0, 0], sin[0, 0]
-        return self._angles
+    def _rotation(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        cos, sin = self.head.rope(positions, torch.float32)
+        return cos[:, 0], sin[:, 0]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[n, hidden] -> [n, draft_vocab]."""

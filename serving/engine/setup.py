@@ -231,7 +231,9 @@ def _pack(
     """Return the target and a copy of the head, which its owner may want to save, with packed linear layers."""
     _ = target.fingerprint  # while its weights are there to be hashed
     for model, rounded in ((target.model, bits), (head, head_bits)):
-        linears = [each.weight for each in model.modules() if type(each) is nn.Linear] if model and rounded else []
+        linears = (
+            [each.weight.detach() for each in model.modules() if type(each) is nn.Linear] if model and rounded else []
+        )
         if (largest := max((float(weight.abs().max()) for weight in linears), default=0)) > _LARGEST_ROUNDED:
             raise UserError(
                 f"a matrix has an entry of magnitude {largest:.3g}, and integers with float16 scales reach "
