@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -170,18 +170,13 @@ def cache_folder() -> Path:
 
 def provenance() -> dict[str, str]:
     """The command line of a run and the commit of this program, with `-dirty` where its files differ from it."""
-    return {"command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]), "commit": _commit() or "unknown"}
+    file, commit = Path(__file__), "unknown"
 
+    def git(words: str) -> str:
+        run = subprocess.run(["git", *words.split()], cwd=file.parent, capture_output=True, text=True, check=True)
+        return run.stdout.strip()
 
-def _commit() -> str:
-    """Empty where this file is in no repository: an installed copy may lie in somebody else's."""
-    file = Path(__file__)
-    output = ""
-    for words in (f"ls-files --error-unmatch {file.name}", "describe --always --dirty --abbrev=40 --exclude=*"):
-        try:
-            output = subprocess.run(
-                ["git", *words.split()], cwd=file.parent, capture_output=True, text=True, check=True
-            ).stdout
-        except (OSError, subprocess.CalledProcessError):  # no git on this machine, or not its file
-            return ""
-    return output.strip()
+    with suppress(OSError, subprocess.CalledProcessError):  # no git on this machine
+        git(f"ls-files --error-unmatch {file.name}")  # an installed copy may lie in somebody else's repository
+        commit = git("describe --always --dirty --abbrev=40 --exclude=*")
+    return {"command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]), "commit": commit}

@@ -138,14 +138,15 @@ class _Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """The first signal begins to drain, a second one ends the process at once."""
+
+        async def stop() -> None:
+            await self._service.drain(self._drain_seconds)
+            self.should_exit = True
+
         if self._signalled:
             os._exit(128 + sig)
         self._signalled = True
         if self._loop is None:
             self.should_exit = True
         else:
-            self._stopping = asyncio.run_coroutine_threadsafe(self._stop(), self._loop)
-
-    async def _stop(self) -> None:
-        await self._service.drain(self._drain_seconds)
-        self.should_exit = True
+            self._stopping = asyncio.run_coroutine_threadsafe(stop(), self._loop)

@@ -82,7 +82,7 @@ class Layout:
         elif system:
             raise BadRow("a system prompt that is not a text", f"the system prompt is a {type(system).__name__}")
         if self.keep:
-            messages = _with_answers(self._answered(messages, record, used))
+            messages = self._answered(messages, record, used)
         elif not any(message["role"] == "user" for message in messages):
             raise BadRow("no user turn", "there is no user turn")
         self.note_unused(record, used, {message["content"] for message in messages})
@@ -100,8 +100,15 @@ class Layout:
 
     def _turns(self, record: Record, used: set[str]) -> list[Message]:
         value, column = record.get(self.column), self.column
-        if column in CONVERSATIONS and isinstance(value, str):
-            value = _list_of(value, column)
+        if column in CONVERSATIONS and isinstance(value, str) and value.strip():
+            if value.lstrip().startswith("["):  # the only form that a list can have in a CSV file
+                value = _json(value, f"column {column!r}")
+            elif column != "turns":  # which may be a single one
+                raise BadRow(
+                    "a text where a list of turns belongs",
+                    f"column {column!r} is a plain text where a list of turns belongs; call it 'prompt' or 'text' if "
+                    "it is one",
+                )
         if value == []:
             raise BadRow("no turns", f"column {column!r} is empty")
         if isinstance(value, list):
@@ -148,6 +155,14 @@ class Layout:
             messages = messages[:-1]  # an unanswered end has nothing to train on
         if not messages:
             raise BadRow("no answer", "there is no response to keep")
+        # users and the target take turns in all that a server could have seen
+        roles = [message["role"] for message in messages if message["role"] != "system"]
+        if roles[0] == "assistant":
+            raise BadRow(
+                "the first turn is the assistant's", "the first turn is the assistant's, which answers nothing"
+            )
+        if any(pair == ("user", "user") for pair in zip(roles, roles[1:], strict=False)):
+            raise BadRow("two user turns in a row", "two user turns follow each other without an answer")
         return messages
 
     def note_unused(self, record: Record, used: set[str], texts: set[str]) -> None:
@@ -166,19 +181,6 @@ def _telling(name: Any, record: Record) -> bool:
     if not isinstance(value, (str, list, dict)) or not value or (isinstance(value, str) and not value.strip()):
         return False
     return bool((_ASKED.search(name) or _ANSWERED.search(name) or name in RESPONSES) and not _ABOUT.search(name))
-
-
-def _list_of(text: str, column: str) -> Any:
-    """The turns in a text: the only form that they can have in a CSV file."""
-    is_list = text.lstrip().startswith("[")
-    if not text.strip() or (column == "turns" and not is_list):  # a single one
-        return text
-    if not is_list:
-        raise BadRow(
-            "a text where a list of turns belongs",
-            f"column {column!r} is a plain text where a list of turns belongs; call it 'prompt' or 'text' if it is one",
-        )
-    return _json(text, f"column {column!r}")
 
 
 def _json(text: str, what: str) -> Any:
@@ -291,16 +293,6 @@ def _history(value: Any) -> list[Any]:
             what = f"turn {place} of the history is no pair of question and answer, and no message"
             raise BadRow("a history that cannot be read", what)
     return turns
-
-
-def _with_answers(messages: list[Message]) -> list[Message]:
-    """The messages, if a server could have seen them: users and the target take turns."""
-    roles = [message["role"] for message in messages if message["role"] != "system"]
-    if roles[0] == "assistant":
-        raise BadRow("the first turn is the assistant's", "the first turn is the assistant's, which answers nothing")
-    if any(pair == ("user", "user") for pair in zip(roles, roles[1:], strict=False)):
-        raise BadRow("two user turns in a row", "two user turns follow each other without an answer")
-    return messages
 
 
 def _text(value: Any, what: str, reason: str = "") -> str:

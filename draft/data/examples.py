@@ -222,7 +222,13 @@ def encode_kept(target: Target, messages: list[Message], tools: Tools = ()) -> l
         start = len(before)
         if not after.startswith(before):
             if not marked:
-                raise _other_prompt(before, after)
+                common = len(os.path.commonprefix([before, after]))
+                raise BadRow(
+                    "an answer that the chat template renders after another prompt",
+                    "the target's chat template does not render an answer after the prompt that it is asked with, "
+                    f"which goes on with {before[common:][:40]!r} where the conversation has {after[common:][:40]!r}",
+                    "give a template that renders it there with --chat-template, or remove that row",
+                )
             start = _end_of_history(messages[:place], before, after)
         _check_answer(target, messages[: place + 1], after, start, tools)
         answers = [(start, len(after))]
@@ -267,16 +273,6 @@ def _with_offsets(target: Target, text: str, **options: bool) -> tuple[list[int]
         )
     encoded = target.tokenizer(text, return_offsets_mapping=True, **options)
     return list(encoded.input_ids), list(encoded.offset_mapping)
-
-
-def _other_prompt(before: str, after: str) -> BadRow:
-    common = len(os.path.commonprefix([before, after]))
-    return BadRow(
-        "an answer that the chat template renders after another prompt",
-        "the target's chat template does not render an answer after the prompt that it is asked with, which goes on "
-        f"with {before[common:][:40]!r} where the conversation has {after[common:][:40]!r}",
-        "give a template that renders it there with --chat-template, or remove that row",
-    )
 
 
 def _end_of_history(history: list[Message], before: str, after: str) -> int:

@@ -391,8 +391,15 @@ class Writer:
     def _unanswered(self, prompts: list[Prompt]) -> dict[int, Row]:
         """Rows that end with the first user turn, with the temperature of the answers; of this shard only."""
         rows: dict[int, Row] = {}
+
+        def first_prompt(prompt: Prompt) -> list[int]:  # once all turns are known to be such that the target reads them
+            last = len(answer_places(prompt.messages)) - 1
+            if last > 0:
+                prompt_ids(self.target, prompt.messages, last, repeat(SENTINEL), prompt.tools)
+            return prompt_ids(self.target, prompt.messages, tools=prompt.tools)
+
         for index, prompt in enumerate(prompts):
-            ids = self._usable(prompt, self._first_prompt)
+            ids = self._usable(prompt, first_prompt)
             if ids is None:
                 continue
             id = conversation_id(ids)
@@ -403,13 +410,6 @@ class Writer:
         for index in by_hash[round(self.settings.greedy_share * len(rows)) :]:
             rows[index] = replace(rows[index], temperature=1.0)
         return {index: row for index, row in rows.items() if self.shard is None or self.shard.holds(index)}
-
-    def _first_prompt(self, prompt: Prompt) -> list[int]:
-        """The token ids that the target reads first, once all turns are known to be such that it can read them."""
-        last = len(answer_places(prompt.messages)) - 1
-        if last > 0:
-            prompt_ids(self.target, prompt.messages, last, repeat(SENTINEL), prompt.tools)
-        return prompt_ids(self.target, prompt.messages, tools=prompt.tools)
 
     def _usable(self, prompt: Prompt, use: Callable[[Prompt], _Used]) -> _Used | None:
         """Return what `use` makes of the prompt; None, and a count, for one that it refuses and that may be skipped."""

@@ -144,7 +144,16 @@ def compare(
     def measure(method: Callable[..., Mapping[str, Acceptance]], name: str, kind: str) -> Pair:
         label = f"{name}, {kind}" if progress else None
         results = method(target, heads, sets[name], max_steps, progress=label)
-        return _pair(results, resamples)
+        columns = range(1, results[BASELINE].emitted.shape[1] + 1)
+        units = {which: [result.units(length) for length in columns] for which, result in results.items()}
+        taus = {which: [bootstrap_ratio(*u.T, resamples=resamples) for u in each] for which, each in units.items()}
+        gains = [
+            # both have the same conversations in the same order: whether there is something to verify depends on the
+            # text
+            bootstrap_gain(base, new, resamples=resamples)
+            for base, new in zip(units[BASELINE], units[CANDIDATE], strict=True)
+        ]
+        return Pair(len(units[BASELINE][0]), results, taus, gains)
 
     measured = {}
     for name, rows in sets.items():
@@ -158,18 +167,6 @@ def compare(
         deciding_length=deciding_length,
         measurements=measured,
     )
-
-
-def _pair(results: Mapping[str, Acceptance], resamples: int) -> Pair:
-    columns = range(1, results[BASELINE].emitted.shape[1] + 1)
-    units = {name: [result.units(length) for length in columns] for name, result in results.items()}
-    taus = {name: [bootstrap_ratio(*u.T, resamples=resamples) for u in each] for name, each in units.items()}
-    gains = [
-        # both have the same conversations in the same order: whether there is something to verify depends on the text
-        bootstrap_gain(base, new, resamples=resamples)
-        for base, new in zip(units[BASELINE], units[CANDIDATE], strict=True)
-    ]
-    return Pair(len(units[BASELINE][0]), results, taus, gains)
 
 
 def general_rows(target: Target) -> list[Row] | None:

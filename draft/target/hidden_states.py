@@ -33,7 +33,11 @@ def check_hidden_states(target: Target, layers: Sequence[int] | None = None) -> 
     if layers is None:
         layers = [layer for layer in target.default_auxiliary_layers if layer >= 0] + [target.output_layer]
     layers = sorted(set(layers))
-    ids = _token_ids(target)  # [1, tokens]
+    tokens = [each for each in target.tokenizer(_TEXT, add_special_tokens=False).input_ids if each < target.vocab_size]
+    tokens = tokens[:_TOKENS]
+    if tokens == tokens[::-1]:  # read backwards, it has to be another text
+        tokens = list(range(min(_TOKENS, target.vocab_size)))
+    ids = torch.tensor([tokens], device=target.device)  # [1, tokens]
     with target.lock:
         own = target.model(input_ids=ids, use_cache=False).logits.double().log_softmax(dim=-1)  # [1, tokens, vocab]
     output = target.forward(ids, layers=layers)
@@ -55,13 +59,6 @@ def check_hidden_states(target: Target, layers: Sequence[int] | None = None) -> 
                 f"another layer or not all that {type(target.model).__name__} passes on, so use another target, or the "
                 "version of transformers in constraints.txt."
             )
-
-
-def _token_ids(target: Target) -> Tensor:
-    """Return a short text [1, tokens] that differs from itself read backwards."""
-    ids = [token for token in target.tokenizer(_TEXT, add_special_tokens=False).input_ids if token < target.vocab_size]
-    ids = ids[:_TOKENS] if ids[:_TOKENS] != ids[:_TOKENS][::-1] else list(range(min(_TOKENS, target.vocab_size)))
-    return torch.tensor([ids], device=target.device)
 
 
 @contextmanager

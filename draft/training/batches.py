@@ -134,9 +134,15 @@ class FeatureSource:
     def get(self, batch: Batch, rows: list[int]) -> Features:
         """Features of `batch`, whose conversations are the training rows `rows`."""
         with torch.no_grad():
-            states = self._run(batch) if self.kept is None else self._lay_out(self.kept, batch, rows)
-            kept = kept_layers(self.target, self.layers)
-            output = TargetOutput(states[..., -self.target.hidden_size :], states, kept)
+            kept, size = kept_layers(self.target, self.layers), self.target.hidden_size
+            if self.kept is None:
+                states = self._run(batch)
+            else:  # as `_run` gives them, zeros on the padding
+                states = torch.zeros(*batch.input_ids.shape, len(kept) * size, dtype=self.target.dtype)
+                for row, (line, start, length) in zip(rows, _places(batch), strict=True):
+                    states[line, start : start + length] = self.kept[row]
+                states = states.to(self.target.device)
+            output = TargetOutput(states[..., -size:], states, kept)
             return Features(self.target.embedding(batch.input_ids), output.states_of(self.layers), output.last_hidden)
 
     def states(self, batch: Batch, rows: list[int]) -> dict[int, Tensor]:
@@ -158,14 +164,6 @@ class FeatureSource:
             if output.auxiliary is None:
                 return output.last_hidden
             return torch.cat([output.auxiliary, output.last_hidden], dim=-1)
-
-    def _lay_out(self, kept: Kept, batch: Batch, rows: list[int]) -> Tensor:
-        """Kept rows as `_run` gives them, zeros on the padding."""
-        width = len(kept_layers(self.target, self.layers)) * self.target.hidden_size
-        states = torch.zeros(*batch.input_ids.shape, width, dtype=self.target.dtype)
-        for row, (line, start, length) in zip(rows, _places(batch), strict=True):
-            states[line, start : start + length] = kept[row]
-        return states.to(self.target.device)
 
 
 def _places(batch: Batch) -> Sequence[tuple[int, int, int]]:

@@ -56,13 +56,11 @@ def _number(value: Any) -> Any:
         return value
 
 
-def _absolute(value: str | None) -> str | None:
-    """Resolve a folder: a merge may be called from another one."""
-    return str(Path(value).resolve()) if value and Path(value).is_dir() else value
-
-
 Number = Annotated[float, BeforeValidator(_number)]
-Folder = Annotated[str | None, AfterValidator(_absolute)]
+# absolute: a merge may be called from another folder
+Folder = Annotated[
+    str | None, AfterValidator(lambda value: str(Path(value).resolve()) if value and Path(value).is_dir() else value)
+]
 
 
 def _setting(default: Any, help: str, **bounds: Any) -> Any:

@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -96,18 +97,15 @@ class Trainer:
         state = self.progress, self.identity, self.batches.per_step, processes.count
         processes.on_main(lambda: self.run.check(*state))
         self.batches.features.layers = self.head.auxiliary_layers(self.target)
-        self.remember = self._fits_in_memory() if settings.training.cache_hidden_states is None else False
+        training = settings.training
+        keep = training.keep_hidden_states if training.cache_hidden_states is None else False
+        if keep is None:
+            tokens = sum(len(row.ids) for row in self.rows) * processes.count
+            fits = training.epochs > 1 and fits_in_memory(self.target, self.batches.features.layers, tokens)
+            keep = processes.on_main(lambda: bool(self.progress.get("remember", fits)))  # a run goes on as before
+        self.remember = keep
         if self.remember:
             self.batches.remember()
-
-    def _fits_in_memory(self) -> bool:
-        """Decide to keep hidden states in memory: a run that goes on does as it did before."""
-        training = self.settings.training
-        if training.keep_hidden_states is not None:
-            return training.keep_hidden_states
-        tokens = sum(len(row.ids) for row in self.rows) * self.processes.count
-        fits = training.epochs > 1 and fits_in_memory(self.target, self.batches.features.layers, tokens)
-        return self.processes.on_main(lambda: self.progress.get("remember", fits))
 
     def _prepare_head(self) -> None:
         """First weights, the adapter, the optimiser, and all of it as the processes share it."""
@@ -146,7 +144,15 @@ class Trainer:
         """
         with self._arithmetic():
             self.processes.on_main(self.run.begin)
-            self._resume()
+            if progress := self.progress:
+                self.run.load(progress["name"], self.saver, self.optimizer.optimizer)
+                self.done = progress["step"]
+                for group, scale in zip(self.optimizer.param_groups, progress["scales"], strict=True):
+                    group["scale"] = scale
+                self.console.print(
+                    f"Continuing {str(self.run.folder)!r} from step {self.done} of {self.total_steps}.", soft_wrap=True
+                )
+            self._anneal()
             folder = self.settings.training.cache_hidden_states
             if folder is not None:
                 cache = HiddenStateCache(Path(folder), self.target, self.batches.features.layers, self.rows)
@@ -189,7 +195,15 @@ class Trainer:
                 if training.eval_every and (self.done % training.eval_every == 0 or last):
                     monitor.log(self.done, self._evaluate())
                 if self.done % training.save_every == 0 or last or self.stopping:
-                    self._save()
+                    progress = {
+                        "step": self.done,
+                        "scales": [group["scale"] for group in self.optimizer.param_groups],
+                        "identity": self.identity,
+                        "batches_per_step": self.batches.per_step,
+                        "remember": self.remember,
+                    }
+                    tensors = snapshot(self.saver, self.optimizer.optimizer)
+                    self.processes.on_main(partial(self.run.save, tensors, progress))
                 if self.stopping and not last:
                     raise Interrupted(self.signals[0] if self.signals else None, self.done)
 
@@ -269,29 +283,6 @@ class Trainer:
             tau = replay_acceptance_length(self.target, head, self.held_out, EVALUATED_LENGTH)
         head.train()
         return {"tau": tau} if math.isfinite(tau) else {}
-
-    def _resume(self) -> None:
-        progress = self.progress
-        if progress:
-            self.run.load(progress["name"], self.saver, self.optimizer.optimizer)
-            self.done = progress["step"]
-            for group, scale in zip(self.optimizer.param_groups, progress["scales"], strict=True):
-                group["scale"] = scale
-            self.console.print(
-                f"Continuing {str(self.run.folder)!r} from step {self.done} of {self.total_steps}.", soft_wrap=True
-            )
-        self._anneal()
-
-    def _save(self) -> None:
-        progress = {
-            "step": self.done,
-            "scales": [group["scale"] for group in self.optimizer.param_groups],
-            "identity": self.identity,
-            "batches_per_step": self.batches.per_step,
-            "remember": self.remember,
-        }
-        tensors = snapshot(self.saver, self.optimizer.optimizer)
-        self.processes.on_main(lambda: self.run.save(tensors, progress))
 
     def _write_result(self, head: Any, saver: Any) -> Path:
         draw(self.run.folder, self.console)

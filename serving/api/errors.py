@@ -7,7 +7,6 @@ request.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,7 +91,10 @@ async def on_error(request: Request, error: Exception) -> JSONResponse:
     """Handle an exception: the API's own, the engine's, or a refusal by FastAPI or Starlette."""
     match error:
         case RequestValidationError():
-            answer = _validation_error(error.errors())
+            problems = error.errors()
+            names = (_field(problems[0]), getattr(problems[0].get("ctx", {}).get("error"), "field", None))
+            message = "; ".join(_sentence(problem) for problem in problems[:3])
+            answer = ApiError("validation", message, field=".".join(filter(None, names)) or None)
         case HTTPException():  # no such path, wrong method, a body that cannot be parsed
             kind = "not_found" if error.status_code == 404 else "validation"
             answer = ApiError(kind, error.detail, status=error.status_code, headers=dict(error.headers or {}))
@@ -103,12 +105,6 @@ async def on_error(request: Request, error: Exception) -> JSONResponse:
         case _:
             answer = api_error(error)
     return response_of(answer, request.url.path)
-
-
-def _validation_error(problems: Sequence[Any]) -> ApiError:
-    names = (_field(problems[0]), getattr(problems[0].get("ctx", {}).get("error"), "field", None))
-    message = "; ".join(_sentence(problem) for problem in problems[:3])
-    return ApiError("validation", message, field=".".join(filter(None, names)) or None)
 
 
 def _field(problem: dict[str, Any]) -> str | None:

@@ -126,19 +126,20 @@ class Answer:
         return await stream(self, self.generation, self._compute_type)
 
     def burst(self, _: int, tokens: list[Token], completion: Completion | None) -> bytes:
-        return b"".join(self._event(token, completion if token is tokens[-1] else None) for token in tokens)
+        events = []
+        for token in tokens:
+            self.sent += 1
+            data: dict[str, Any] = {"index": self.sent, "token": self._token(token)}
+            if self.parameters.top_n_tokens:
+                data["top_tokens"] = self._top_tokens(token)
+            last = completion if token is tokens[-1] else None
+            details = last and {**self._details(last), "input_length": len(self.prompt_ids)}
+            data |= {"generated_text": last and self._text(last), "details": details}
+            events.append(event(data, b"data:"))
+        return b"".join(events)
 
     def end(self, error: ApiError | None) -> bytes:
         return event(body_of(error, openai=False), b"data:") if error else b""
-
-    def _event(self, token: Token, completion: Completion | None) -> bytes:
-        self.sent += 1
-        data: dict[str, Any] = {"index": self.sent, "token": self._token(token)}
-        if self.parameters.top_n_tokens:
-            data["top_tokens"] = self._top_tokens(token)
-        details = completion and {**self._details(completion), "input_length": len(self.prompt_ids)}
-        data |= {"generated_text": completion and self._text(completion), "details": details}
-        return event(data, b"data:")
 
     # parts of both
 

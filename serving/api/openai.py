@@ -16,7 +16,7 @@ from serving.api.openai_schemas import ChatRequest, CompletionRequest, Completio
 from serving.api.schemas import EVENT_STREAM
 from serving.api.service import Service
 from serving.api.streaming import Generation, event, finite, stream
-from serving.engine import Completion, SamplingParams, Speculation, SpeculationStats, Token
+from serving.engine import Completion, SamplingParams, Speculation, Token
 from serving.engine.sampling import SEED_LIMIT, sorted_pairs
 
 router = APIRouter(
@@ -182,17 +182,16 @@ class Answer:
     def whole(self, completions: Sequence[Completion]) -> dict[str, Any]:
         self.completions = dict(enumerate(completions))
         self.generated = sum(len(each.token_ids) for each in completions)
-        choices = [self._choice(index, completion) for index, completion in enumerate(completions)]
+        choices = []
+        for index, completion in self.completions.items():
+            choice: dict[str, Any] = {"index": index, "logprobs": self._logprobs(index, completion.tokens)}
+            if self.chat:
+                choice["message"] = {"role": "assistant", "content": completion.text, "refusal": None}
+            else:
+                choice |= {"text": self._echo(index) + completion.text, **self._prompt_ids(index)}
+            choices.append(choice | self._token_ids(completion.token_ids) | _end(completion))
         more = self._prompt_ids(0) if self.chat else {}
         return {**self._header, "choices": choices, "usage": self._usage(), "metrics": self._metrics(), **more}
-
-    def _choice(self, index: int, completion: Completion) -> dict[str, Any]:
-        choice: dict[str, Any] = {"index": index, "logprobs": self._logprobs(index, completion.tokens)}
-        if self.chat:
-            choice["message"] = {"role": "assistant", "content": completion.text, "refusal": None}
-        else:
-            choice |= {"text": self._echo(index) + completion.text, **self._prompt_ids(index)}
-        return choice | self._token_ids(completion.token_ids) | _end(completion)
 
     # streamed
 
@@ -245,9 +244,35 @@ class Answer:
         }
 
     def _metrics(self) -> dict[str, Any]:
-        """Return vLLM's figures per request, which it has for single sequences only."""
-        stats = [each.stats for each in self.completions.values()]
-        figures = _figures(stats[0], self.speculation.num_tokens or 0) if len(stats) == 1 else None
+        """Return vLLM's figures of speculation, which it has for single sequences only.
+
+        A step is a verification of at least one drafted token. mean_acceptance_length is vLLM's 1 + accepted / steps:
+        the bonus token counts, also where the end of the answer cut it off.
+        """
+        if len(self.completions) != 1:
+            return {"speculative_decoding": None}
+        [stats] = [each.stats for each in self.completions.values()]
+        steps = [(step.depth, step.accepted) for step in stats.steps if step.depth]
+        accepted_tokens = sum(accepted for _, accepted in steps)
+        most = self.speculation.num_tokens or 0  # drafted at a time
+
+        def histogram(accepted: list[int], most: int) -> list[int]:  # steps that accepted 0, 1, ... `most` tokens
+            return [accepted.count(count) for count in range(most + 1)]
+
+        depths = sorted({depth for depth, _ in steps})
+        figures = {
+            "mean_acceptance_length": 1 + accepted_tokens / len(steps) if steps else None,
+            "draft_acceptance_rate": accepted_tokens / stats.drafted if stats.drafted else None,
+            "acceptance_histogram": histogram([accepted for _, accepted in steps], most),
+            "acceptance_histogram_by_draft_length": {
+                str(depth): histogram([accepted for each, accepted in steps if each == depth], depth)
+                for depth in depths
+            },
+            "num_spec_steps": len(steps),
+            "num_accepted_draft_tokens": accepted_tokens,
+            "num_draft_tokens": stats.drafted,
+            "num_spec_tokens": most,
+        }
         return {"speculative_decoding": figures}
 
     def _echo(self, index: int) -> str:
@@ -303,31 +328,4 @@ def _end(completion: Completion | None) -> dict[str, Any]:
         "finish_reason": _FINISH_REASONS[completion.finish_reason],
         "stop_reason": completion.stop_reason,
         "seed": completion.seed,
-    }
-
-
-def _figures(stats: SpeculationStats, length: int) -> dict[str, Any]:
-    """Return vLLM's figures of speculation; length: tokens drafted at a time, at most.
-
-    A step is a verification of at least one drafted token. mean_acceptance_length is vLLM's 1 + accepted / steps: the
-    bonus token counts, also where the end of the answer cut it off.
-    """
-    steps = [(step.depth, step.accepted) for step in stats.steps if step.depth]
-    accepted_tokens = sum(accepted for _, accepted in steps)
-
-    def histogram(accepted: list[int], most: int) -> list[int]:  # steps that accepted 0, 1, ... `most` tokens
-        return [accepted.count(count) for count in range(most + 1)]
-
-    depths = sorted({depth for depth, _ in steps})
-    return {
-        "mean_acceptance_length": 1 + accepted_tokens / len(steps) if steps else None,
-        "draft_acceptance_rate": accepted_tokens / stats.drafted if stats.drafted else None,
-        "acceptance_histogram": histogram([accepted for _, accepted in steps], length),
-        "acceptance_histogram_by_draft_length": {
-            str(depth): histogram([accepted for each, accepted in steps if each == depth], depth) for depth in depths
-        },
-        "num_spec_steps": len(steps),
-        "num_accepted_draft_tokens": accepted_tokens,
-        "num_draft_tokens": stats.drafted,
-        "num_spec_tokens": length,
     }

@@ -72,12 +72,8 @@ def _check_text(text: str) -> str:
     return text
 
 
-def _whole(value: Any) -> Any:
-    """Return 1 for 1.0, which is an integer to languages that have one kind of number."""
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-Whole = BeforeValidator(_whole)
+# 1.0 is an integer to languages that have one kind of number
+Whole = BeforeValidator(lambda value: int(value) if isinstance(value, float) and value.is_integer() else value)
 Count = Annotated[int, Field(ge=0), Whole]
 Positive = Annotated[int, Field(ge=1), Whole]
 Text = Annotated[str, AfterValidator(_check_text)]
