@@ -125,12 +125,20 @@ def _signal_after(moment: float, number: int) -> None:
     Monitor.log = signalling  # type: ignore[method-assign]
 
 
-def run_group(arguments: list[str], *, signalled: Any = None, file_size: Any = None, **environment: str) -> list[Run]:
+def run_group(
+    arguments: list[str], *, signalled: Any = None, file_size: Any = None, script: str = "", **environment: str
+) -> list[Run]:
     """Two processes of one run, with what `torchrun` puts into their environment; `signalled` is of the first."""
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # a chosen port may be another group's
     shared = {**group_environment(store), **environment}
     runs = [
-        Run(arguments, file_size=file_size, signalled=signal, environment={**shared, "RANK": rank, "LOCAL_RANK": rank})
+        Run(
+            arguments,
+            file_size=file_size,
+            signalled=signal,
+            script=script,
+            environment={**shared, "RANK": rank, "LOCAL_RANK": rank},
+        )
         for rank, signal in (("0", signalled), ("1", None))
     ]
     runs[0].store = store

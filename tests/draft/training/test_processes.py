@@ -101,10 +101,33 @@ def test_two_processes_train_what_one_trains(world, tmp_path, kind, mode, archit
     assert_same_run(tmp_path / "together", tmp_path / "alone")
 
 
+KEPT = """
+import gc, os, weakref
+import torch
+from draft.training.distributed import Processes
+
+groups, end, leave = [], Processes.end, os._exit
+
+def noting(processes):
+    groups.append(weakref.ref(torch.distributed.group.WORLD))
+    end(processes)
+
+def leaving(status):
+    gc.collect()
+    print("groups that are kept:", [group() is not None for group in groups], flush=True)
+    leave(status)
+
+Processes.end, os._exit = noting, leaving
+"""
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_bfloat16(world, tmp_path, kind):
-    for run in run_group(command(world, "pretrain", tmp_path / "run", *SETTINGS, "--dtype", "bfloat16"), **KINDS[kind]):
-        run.succeed()
+def test_bfloat16_and_a_group_that_outlives_its_run(world, tmp_path, kind):
+    """A group that went with the trainer would wait for gloo's threads with the interpreter's lock held, now and then
+    for ever."""
+    arguments = command(world, "pretrain", tmp_path / "run", *SETTINGS, "--dtype", "bfloat16")
+    for run in run_group(arguments, script=KEPT, **KINDS[kind]):
+        assert "groups that are kept: [True]" in run.succeed().output()
     curve, expected = logged(tmp_path / "run"), logged(world / "pretrain")
     assert curve.keys() == expected.keys()
     assert list(curve.values()) == pytest.approx(list(expected.values()), rel=0.03)
@@ -143,6 +166,8 @@ def test_a_signal_to_one_process_ends_all(world, tmp_path):
     [({}, 60_000, "could not be written"), ({**SHARDED, "FSDP_VERSION": "1"}, None, "add --fsdp_version 2")],
 )
 def test_a_full_disk_and_the_first_fsdp_end_all_with_one_sentence(world, tmp_path, environment, limit, words):
-    group = run_group(command(world, "pretrain", tmp_path / "run", *SETTINGS), file_size=limit, **environment)
+    at_once = "from draft import cli; cli.SECONDS_FOR_PROCESS_0 = 0"  # no launcher ends the second process here
+    arguments = command(world, "pretrain", tmp_path / "run", *SETTINGS)
+    group = run_group(arguments, file_size=limit, script=at_once, **environment)
     assert [run.wait() for run in group] == [2, 2]
     assert all(words in run.output() and "Traceback" not in run.output() for run in group)
