@@ -10,6 +10,7 @@ import signal
 import sys
 import threading
 from collections.abc import Mapping
+from multiprocessing import forkserver
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -22,7 +23,8 @@ from torch.distributed import TCPStore
 from written_data import prepared
 
 CONTEXT = multiprocessing.get_context("forkserver")  # a server that has imported everything forks fresh processes
-CONTEXT.set_forkserver_preload(["draft.training.trainer", "training_runs"])
+LATE = ["pyarrow.dataset", "tensorboardX", "matplotlib.figure", "matplotlib.backends.backend_agg"]  # of a run's parts
+CONTEXT.set_forkserver_preload(["training_runs", "draft.training.trainer", *LATE])
 
 
 def make_world(root: Path, rows: int = 24) -> Path:
@@ -58,6 +60,9 @@ class Run:
         """options: of `_main`."""
         rank = options.get("environment", {}).get("RANK", "")
         self.log = Path(f"{arguments[arguments.index('--out') + 1]}{rank}.log")
+        with pytest.MonkeyPatch.context() as patch:  # Python's server of forks does not know our sys.path by itself
+            patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+            forkserver.ensure_running()
         self.process = CONTEXT.Process(target=_main, args=(arguments, self.log), kwargs=options, daemon=True)
         self.process.start()
 
