@@ -1,7 +1,7 @@
-"""Takes docs/page-desktop.png and docs/page-phone.png again, from a server that runs.
+"""Take docs/page-desktop.png and docs/page-phone.png again, from a server that runs.
 
     draft-serve --target smollm2 --head smollm2-eagle3 --speculation chain
-    python docs/take_screenshots.py http://127.0.0.1:8000
+    .venv/bin/python docs/take_screenshots.py http://127.0.0.1:8000
 
 Chains are forced because the automatic mode drafts little where drafting does not pay, as on a busy machine.
 Needs chromium, chromedriver and selenium, as the page's tests do (Debian: apt-get install chromium chromium-driver).
