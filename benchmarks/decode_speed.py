@@ -7,21 +7,18 @@ that every answer has the same length.
 
 from __future__ import annotations
 
-import os
 import shlex
-import signal
 import statistics
 import subprocess
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import httpx
 import numpy as np
@@ -31,9 +28,9 @@ from rich.table import Table
 from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
 
-from benchmarks import shared
+from benchmarks import llama_cpp, shared
 from benchmarks.shared import at_least, at_most, spread
-from draft.errors import UserError
+from benchmarks.timing import Key, Samples, Timing, Variant, batches, measure
 from draft.heads import DraftHead
 from draft.launcher import draft_serve
 from draft.target import Target, load_target, wait_for
@@ -54,6 +51,8 @@ examples:
     python -m {MODULE} --target smollm2 --head smollm2-eagle3 --workload chat --out runs/chat
   how it scales, without the baselines:
     python -m {MODULE} --target smollm2 --head smollm2-eagle3 --batch 1 2 4 8 16 --baseline none --out runs/decode_speed
+  beside llama.cpp, built by `{llama_cpp.BUILD}`:
+    python -m {MODULE} --target smollm2 --head smollm2-eagle3 --vs bf16 q8_0 q4_0 --out runs/decode_speed
 """
 COPYING = Path(__file__).parent / "copying.jsonl"  # prompts of --workload copy: answers that repeat much of them
 # of transformers' generate; prompt lookup takes one prompt at a time only
@@ -66,7 +65,7 @@ WIDTHS = (1, 2, 4, 8, 16, 32)  # tokens of the passes that are timed
 PAST = 128  # tokens in the cache of these passes
 STEP_ROUNDS = 60
 GOOD_HEAD = 2.8  # acceptance length from which higher bars hold
-SERVER_SECONDS = 600  # for a server of --vs to start
+OWN_WEIGHTS = "bf16"  # of --weights: those of --dtype
 
 # ---- the program ----
 
@@ -85,8 +84,12 @@ def parse(arguments: Sequence[str]) -> Namespace:
     parser.add("--temperature", shared.real(0, 100), default=[0.0], metavar="T", **several)
     parser.add("--rule", choices=RULES, default=list(RULES), help="for temperatures above 0", **several)
     parser.add("--baseline", choices=("none", *BASELINES), default=list(BASELINES), help="of transformers", **several)
-    parser.add("--vs", metavar="COMMAND", help="start this server and time it on the same prompts")
-    parser.add("--vs-url", metavar="URL", default="http://127.0.0.1:8000", help="of its OpenAI API")
+    formats = list(llama_cpp.FORMATS)
+    parser.add("--vs", choices=formats, default=[], help="llama.cpp beside it, with the target in these", **several)
+    parser.add("--llama-cpp", metavar="DIR", default=str(llama_cpp.FOLDER), help="its build, from tests/interop/run.sh")
+    parser.add("--server", metavar="COMMAND", help="start this server and time it on the same prompts")
+    parser.add("--server-url", metavar="URL", default="http://127.0.0.1:8000", help="of its OpenAI API")
+    parser.add("--weights", default=[OWN_WEIGHTS], metavar="FORMAT", help="others beside --dtype's own", **several)
     parser.add("--repeats", whole, default=5, metavar="N")
     parser.add("--limit", whole, default=5, metavar="N", help="prompts, or --batch if more")
     parser.add("--max-new-tokens", shared.whole(2), default=128, metavar="N")
@@ -106,6 +109,7 @@ def benchmark(arguments: Namespace, command: Sequence[str]) -> int:
     console = shared.make_console()
     out = shared.output_folder(arguments.out)
     disable_progress_bar()
+    build = llama_cpp.Build.find(Path(arguments.llama_cpp)) if arguments.vs else None
     copying = arguments.workload == "copy" and arguments.prompts is None
     chosen = shared.load_prompts(COPYING if copying else arguments.prompts)
     target = load_target(arguments.target, arguments.dtype, adapter=arguments.target_adapter)
@@ -114,17 +118,25 @@ def benchmark(arguments: Namespace, command: Sequence[str]) -> int:
     if arguments.workload:
         return compare_lookup(console, target, head, chosen, arguments, command)
     others = baselines(arguments, target.dtype, threads)
-    engines = Engines(target, head, arguments)
+    kinds = {weights: Engines(target, head, arguments, weights) for weights in weight_formats(arguments)}
+    engines = kinds[None]
     ids = fitting(target, chosen.prompts, arguments)
-    groups = {size: batches(ids, size) for size in arguments.batch}
+    groups = {size: batches(ids, size) for size in {1, *arguments.batch}}
     bandwidth = read_bandwidth(threads, target.device)
     costs = step_costs(engines.plain, engines.chain)
+    beside = None
     with ExitStack() as stack:
-        variants = [*engines.variants(arguments), *others]
-        if arguments.vs:
-            stack.enter_context(served(arguments.vs, arguments.vs_url))
+        variants = [variant for kind in kinds.values() for variant in kind.variants(arguments)] + others
+        if arguments.server:
+            stack.enter_context(shared.served(shlex.split(arguments.server), arguments.server_url))
             variants += external(target, arguments)
+        if build:
+            texts = [prompt.turns[0] for prompt in chosen.prompts]
+            rival = stack.enter_context(llama_cpp.started(build, arguments, target, texts, ids, threads, kinds))
+            variants += rival.decoding()
         samples = measure(variants, groups, arguments.repeats)
+        if build:
+            beside = rival.compare(samples, [kind.reading() for kind in kinds.values()])
     results = {
         "benchmark": MODULE,
         **shared.provenance(MODULE, command, target),
@@ -136,6 +148,7 @@ def benchmark(arguments: Namespace, command: Sequence[str]) -> int:
         "floor": floor(weight_bytes(engines.plain), bandwidth),
         "steps": costs,
         "rates": summarise(samples),
+        "llama_cpp": beside,
         "controller": engines.automatic.stats()["speculation"],
     }
     if arguments.check:
@@ -153,6 +166,11 @@ def benchmark(arguments: Namespace, command: Sequence[str]) -> int:
     return shared.exit_status(results, arguments.check)
 
 
+def weight_formats(arguments: Namespace) -> list[str | None]:
+    """Return the engines' weight formats; None, first of them, stands for those of --dtype."""
+    return [None, *dict.fromkeys(weights for weights in arguments.weights if weights != OWN_WEIGHTS)]
+
+
 def fitting(target: Target, prompts: Sequence[shared.Prompt], arguments: Namespace) -> list[list[int]]:
     """Return token ids of the first prompts that fit the context together with their answers."""
     room = target.max_length - arguments.max_new_tokens
@@ -163,93 +181,15 @@ def fitting(target: Target, prompts: Sequence[shared.Prompt], arguments: Namespa
     return chosen
 
 
-def batches(ids: list[list[int]], size: int) -> list[list[list[int]]]:
-    """Return the prompts in groups of `size`; the last one is filled up from the beginning."""
-    count = -(-len(ids) // size)
-    return [[ids[(group * size + place) % len(ids)] for place in range(size)] for group in range(count)]
-
-
 # ---- what is timed ----
 
 
-class Key(NamedTuple):
-    """Setting of a row of the results."""
-
-    batch: int
-    temperature: float
-    rule: str | None
-    name: str
-
-
-@dataclass(frozen=True)
-class Timing:
-    """One timed pass over some prompts at once."""
-
-    tokens: int  # after each prompt's first one
-    seconds: float
-    outputs: tuple[tuple[int, ...], ...] = ()
-    verifications: int = 0  # 0: not known
-    emitted: int = 0  # by these verifications
-    parts: tuple[tuple[str, float], ...] = ()  # seconds by part of a step
-
-    @property
-    def rate(self) -> float:
-        """Tokens per second, of all prompts together."""
-        return self.tokens / self.seconds
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One way to decode a batch of prompts."""
-
-    key: Key
-    run: Callable[[list[list[int]]], Timing]
-
-
-Samples = dict[Key, list[Timing]]  # one for each repeat
-
-
-def measure(variants: list[Variant], groups: dict[int, list[list[list[int]]]], repeats: int) -> Samples:
-    """Time every variant `repeats` times over its batches; repeat 0 warms up and is not kept."""
-    samples: Samples = {variant.key: [] for variant in variants}
-    with shared.progress_bar() as progress:
-        bar = progress.add_task("decoding", total=len(variants) * (repeats + 1))
-        try:
-            for repeat in range(repeats + 1):
-                shift = repeat % len(variants)
-                for variant in variants[shift:] + variants[:shift]:
-                    chosen = groups[variant.key.batch] if repeat else groups[variant.key.batch][:1]
-                    timings = [variant.run(prompts) for prompts in chosen]
-                    if repeat:
-                        samples[variant.key].append(pool(timings))
-                    progress.advance(bar)
-        except KeyboardInterrupt:
-            if not any(samples.values()):
-                raise
-    return {key: timings for key, timings in samples.items() if timings}
-
-
-def pool(timings: list[Timing]) -> Timing:
-    """Add up all batches of one repeat."""
-    parts: dict[str, float] = {}
-    for timing in timings:
-        for name, seconds in timing.parts:
-            parts[name] = parts.get(name, 0.0) + seconds
-    return Timing(
-        sum(timing.tokens for timing in timings),
-        sum(timing.seconds for timing in timings),
-        tuple(output for timing in timings for output in timing.outputs),
-        sum(timing.verifications for timing in timings),
-        sum(timing.emitted for timing in timings),
-        tuple(parts.items()),
-    )
-
-
 class Engines:
-    """Our engines over one target; they share its weights."""
+    """Our engines over one target, in one format of its weights."""
 
-    def __init__(self, target: Target, head: DraftHead, arguments: Namespace) -> None:
-        self.new_tokens, self.seed = arguments.max_new_tokens, arguments.seed
+    def __init__(self, target: Target, head: DraftHead, arguments: Namespace, weights: str | None = None) -> None:
+        self.new_tokens, self.seed, self.weights = arguments.max_new_tokens, arguments.seed, weights
+        format: dict[str, Any] = {} if weights is None else {"weights": weights}
 
         def build(head: DraftHead | None, **options: Any) -> Engine:
             engine = Engine(
@@ -261,6 +201,7 @@ class Engines:
                 # all prompts in one step: none is decoded, and no clock runs, while another is still read
                 prefill_chunk=max(arguments.batch) * target.max_length,
                 speculation_length=max(arguments.speculation_length),
+                **format,
                 **options,
             )
             engine.warm_up()
@@ -283,10 +224,24 @@ class Engines:
             for rule in (arguments.rule if temperature else [None])
         ]
         return [
-            Variant(Key(*setting, name), self._decoding(engine, Speculation(num_tokens=k, rule=setting[2]), setting[1]))
+            Variant(
+                Key(*setting, name, self.weights),
+                self._decoding(engine, Speculation(num_tokens=k, rule=setting[2]), setting[1]),
+            )
             for setting in settings
             for name, engine, k in engines
         ]
+
+    def reading(self) -> Variant:
+        """Return the reading of prompts, up to their first token."""
+        params = SamplingParams(max_new_tokens=1, ignore_eos=True)
+
+        def run(prompts: list[list[int]]) -> Timing:
+            began = time.perf_counter()
+            self.plain.generate(prompts, params)
+            return Timing(sum(map(len, prompts)), time.perf_counter() - began)
+
+        return Variant(Key(1, 0.0, None, "plain", self.weights), run)
 
     def _decoding(self, engine: Engine, speculation: Speculation, temperature: float) -> Callable[..., Timing]:
         params = SamplingParams(
@@ -371,8 +326,8 @@ def generate(
 
 
 def external(target: Target, arguments: Namespace) -> list[Variant]:
-    """Return the server of --vs: the time of first tokens, requested alone, is subtracted."""
-    url, new_tokens = arguments.vs_url, arguments.max_new_tokens
+    """Return the server of --server: the time of first tokens, requested alone, is subtracted."""
+    url, new_tokens = arguments.server_url, arguments.max_new_tokens
 
     def run(prompts: list[list[int]]) -> Timing:
         texts = [target.tokenizer.decode(prompt) for prompt in prompts]
@@ -396,37 +351,6 @@ def complete(url: str, text: str, new_tokens: int) -> int:
         model = client.get("/v1/models").raise_for_status().json()["data"][0]["id"]
         body = {"model": model, "prompt": text, "max_tokens": new_tokens, "temperature": 0, "ignore_eos": True}
         return int(client.post("/v1/completions", json=body).raise_for_status().json()["usage"]["completion_tokens"])
-
-
-@contextmanager
-def served(command: str, url: str) -> Iterator[None]:
-    """Start a server, wait until it lists its models, and end it, with all that it started, afterwards."""
-    process = subprocess.Popen(
-        shlex.split(command), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-    )
-
-    def answers() -> bool:
-        try:
-            return httpx.get(f"{url}/v1/models", timeout=5, trust_env=False).is_success
-        except httpx.HTTPError:
-            return False
-
-    try:
-        deadline = time.monotonic() + SERVER_SECONDS
-        while not answers():
-            if process.poll() is not None:
-                raise UserError(f"--vs: {command!r} ended with status {process.returncode} before it served {url}.")
-            if time.monotonic() > deadline:
-                raise UserError(f"--vs: {command!r} did not serve {url} within {SERVER_SECONDS} s.")
-            time.sleep(0.5)
-        yield
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGTERM)
-            try:
-                process.wait(20)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
 
 
 # ---- lookup beside the head ----
@@ -659,10 +583,11 @@ def second_start(options: list[str], new_tokens: int = 96) -> dict[str, float]:
 def summarise(samples: Samples) -> list[dict[str, Any]]:
     """Return a row for each variant: rates, ratios to plain decoding of the same batch and temperature, counts."""
     rows = []
-    order = {key.name: place for place, key in enumerate(samples)}
-    by_setting = sorted(samples.items(), key=lambda item: (item[0][:2], item[0].rule or "", order[item[0].name]))
+    order = {(key.name, key.weights): place for place, key in enumerate(samples)}
+    by_setting = sorted(samples.items(), key=lambda item: (item[0][:2], item[0].rule or "", order[item[0][3:]]))
     for key, timings in by_setting:
-        plain = samples.get(key._replace(name="plain")) or samples.get(Key(key.batch, 0.0, None, "plain"), [])
+        plain = samples.get(key._replace(name="plain"), [])
+        plain = plain or samples.get(Key(key.batch, 0.0, None, "plain", key.weights), [])
         ratios = [one.rate / other.rate for one, other in zip(timings, plain, strict=False)]
         last = timings[-1]
         outputs = list(zip(last.outputs, plain[-1].outputs, strict=False)) if plain else []
@@ -687,10 +612,17 @@ def summarise(samples: Samples) -> list[dict[str, Any]]:
     return rows
 
 
-def find(results: dict[str, Any], name: str, batch: int = 1, temperature: float = 0.0) -> dict[str, Any] | None:
+def find(
+    results: dict[str, Any], name: str, batch: int = 1, temperature: float = 0.0, weights: str | None = None
+) -> dict[str, Any] | None:
     """Return the row of a variant, of its first rule where there are several."""
-    wanted = (name, batch, temperature)
-    return next((row for row in results["rates"] if (row["name"], row["batch"], row["temperature"]) == wanted), None)
+    wanted = {"name": name, "batch": batch, "temperature": temperature, "weights": weights}
+    return next((row for row in results["rates"] if wanted.items() <= row.items()), None)
+
+
+def own(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the rows of engines with the target's weights as they are."""
+    return [row for row in results["rates"] if row["weights"] is None]
 
 
 def predict(results: dict[str, Any]) -> dict[str, Any] | None:
@@ -700,7 +632,7 @@ def predict(results: dict[str, Any]) -> dict[str, Any] | None:
         return None
     widths = {int(width): seconds for width, seconds in steps["target"].items()}
     best: dict[str, Any] = {"name": "plain", "tokens_per_second": 1 / widths[1], "over_plain": 1.0}
-    for row in results["rates"]:
+    for row in own(results):
         kind, _, length = row["name"].partition(" ")
         if kind != "chain" or row["batch"] != 1 or row["temperature"] != 0 or not row["acceptance_length"]:
             continue
@@ -725,7 +657,7 @@ def judge(results: dict[str, Any]) -> list[dict[str, Any]]:
     ]
     if "draft" in results["steps"]:
         bars.append(at_most("draft step / plain step", results["steps"]["draft"] / steps[1], 0.10))
-    chains = [row for row in results["rates"] if row["name"].startswith("chain") and row["batch"] == 1]
+    chains = [row for row in own(results) if row["name"].startswith("chain") and row["batch"] == 1]
     tau = max((row["acceptance_length"] or 1.0 for row in chains if row["temperature"] == 0), default=1.0)
     owed = 1.6 if tau >= GOOD_HEAD else 1.1 if tau >= 1.9 else 1.0
     best = results["predicted"]
@@ -736,17 +668,18 @@ def judge(results: dict[str, Any]) -> list[dict[str, Any]]:
         if tau >= GOOD_HEAD:
             bars.append(at_least("automatic / transformers generate", _ratio(automatic, generate), 4.0))
     for row in results["rates"]:
-        if row["name"] != "automatic" or (row["batch"], row["temperature"]) == (1, 0):
+        if row["name"] != "automatic" or (row["batch"], row["temperature"], row["weights"]) == (1, 0, None):
             continue
         name = f"automatic / plain, batch {row['batch']}, temperature {row['temperature']:g}"
-        name += f", {row['rule']}" if row["rule"] else ""
+        name += "".join(f", {row[part]}" for part in ("rule", "weights") if row[part])
         good = (row["batch"], row["temperature"]) == (1, 1) and tau >= GOOD_HEAD
         bars.append(at_least(name, row["over_plain"]["median"], 1.25 if good else 0.98))
     bars.append(at_least("plain, batch 8 / batch 1", _ratio(find(results, "plain", batch=8), plain), 4.0))
     surroundings = results.get("surroundings") or {}
     bars.append(at_least("plain beside a busy process / alone", surroundings.get("busy_share"), 1 / 3))
     bars.append(at_most("seconds from the second start to 80 % of full speed", surroundings.get("start"), 20))
-    return bars
+    bars.append(at_least("plain, int8 / plain", _ratio(find(results, "plain", weights="int8"), plain), 1.7))
+    return bars + llama_cpp.judge(results["llama_cpp"])
 
 
 def _ratio(row: dict[str, Any] | None, other: dict[str, Any] | None) -> float | None:
@@ -780,6 +713,8 @@ def show(console: Console, results: dict[str, Any]) -> None:
             f"best by these costs: {best['name']}, {best['tokens_per_second']:.1f} tokens/s, "
             f"{best['over_plain']:.2f} times plain"
         )
+    if results["llama_cpp"]:
+        llama_cpp.show(console, results["llama_cpp"])
     shared.show_bars(console, results["bars"])
 
 
@@ -792,7 +727,7 @@ def _table(results: dict[str, Any]) -> Table:
         table.add_row(
             str(row["batch"]),
             f"{row['temperature']:g}",
-            row["name"] + (f", {row['rule']}" if row["rule"] else ""),
+            row["name"] + "".join(f", {row[part]}" for part in ("weights", "rule") if row[part]),
             f"{rate['median']:.1f}",
             f"{rate['least']:.1f}-{rate['most']:.1f}",
             f"{ratio['median']:.2f} [{ratio['least']:.2f}, {ratio['most']:.2f}]" if ratio else "-",
@@ -814,7 +749,8 @@ def draw(results: dict[str, Any], path: Path) -> None:
             [m - row["tokens_per_second"]["least"] for m, row in zip(medians, rows, strict=True)],
             [row["tokens_per_second"]["most"] - m for m, row in zip(medians, rows, strict=True)],
         ]
-        axis.barh([row["name"] for row in rows], medians, xerr=errors)
+        names = [row["name"] + (f", {row['weights']}" if row["weights"] else "") for row in rows]
+        axis.barh(names, medians, xerr=errors)
         axis.invert_yaxis()
         axis.set_title(f"batch {size}")
     shared.save_figure(figure, path)

@@ -541,8 +541,9 @@ async def _note_stream(trace: Trace, response: httpx.Response) -> None:
 
 def _note_usage(trace: Trace, answer: dict[str, Any]) -> None:
     trace.tokens = answer["usage"]["completion_tokens"]
-    figures = answer["metrics"]["speculative_decoding"]
-    trace.accepted, trace.steps = figures["num_accepted_draft_tokens"], figures["num_spec_steps"]
+    if figures := answer.get("metrics"):  # of other servers there are none
+        figures = figures["speculative_decoding"]
+        trace.accepted, trace.steps = figures["num_accepted_draft_tokens"], figures["num_spec_steps"]
 
 
 # ---- cores ----

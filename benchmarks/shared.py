@@ -1,4 +1,4 @@
-"""Command lines, prompts, provenance, bars and output files of all benchmarks."""
+"""Command lines, prompts, foreign servers, provenance, bars and output files of all benchmarks."""
 
 from __future__ import annotations
 
@@ -10,14 +10,20 @@ import math
 import os
 import platform
 import shlex
+import signal
 import statistics
+import subprocess
 import sys
-from collections.abc import Callable, Sequence
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NoReturn
 
+import httpx
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -34,6 +40,7 @@ from draft.target import Target
 ROOT = Path(__file__).resolve().parents[1]
 PROMPTS = ROOT / "benchmarks" / "prompts"
 PROMPT_COLUMNS = ("turns", "prompt", "question")
+SERVER_SECONDS = 600  # for another project's server to start
 
 # ---- command lines ----
 
@@ -250,6 +257,42 @@ def load_fitting_head(folder: str, target: Target) -> DraftHead:
     head, about = load_head(folder, dtype=target.dtype, device=target.device)
     attach_head(head, about, target)
     return head
+
+
+# ---- another project's server ----
+
+
+@contextmanager
+def served(command: Sequence[str], url: str, ready: str = "/v1/models") -> Iterator[None]:
+    """Start a server, wait until it answers at the path `ready`, and end it, with all that it started, afterwards."""
+    with tempfile.TemporaryFile("w+", errors="replace") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+
+        def answers() -> bool:
+            try:
+                return httpx.get(f"{url}{ready}", timeout=5, trust_env=False).is_success
+            except httpx.HTTPError:
+                return False
+
+        try:
+            deadline = time.monotonic() + SERVER_SECONDS
+            while not answers():
+                if process.poll() is not None:
+                    log.seek(0)
+                    last = (log.read().strip().splitlines() or ["it printed nothing"])[-1]
+                    ended = f"ended with status {process.returncode} before it served {url}"
+                    raise UserError(f"{shlex.join(command)} {ended}: {last}")
+                if time.monotonic() > deadline:
+                    raise UserError(f"{shlex.join(command)} did not serve {url} within {SERVER_SECONDS} s.")
+                time.sleep(0.2)
+            yield
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGTERM)
+                try:
+                    process.wait(20)
+                except subprocess.TimeoutExpired:
+                    os.killpg(process.pid, signal.SIGKILL)
 
 
 # ---- provenance ----

