@@ -34,9 +34,11 @@ from draft.target import Target
 FOLDER = Path("runs/interop")  # where `make test-interop` builds
 BUILD = f"sh tests/interop/run.sh {FOLDER} llama_server"
 FORMATS = {"bf16": "BF16", "q8_0": "Q8_0", "q4_0": "Q4_0"}  # of --vs; names of llama-quantize
-SPECULATION = ("ngram-simple", "ngram-cache")  # llama.cpp's own, without a second model
+# llama.cpp's own that needs no second model; ngram-mod is left out, which remembers the answers of earlier repeats
+SPECULATION = ("ngram-map-k",)
 MODES = ("off", "automatic")  # of draft-serve
 SLOTS = 8  # requests at once
+SEVERAL = 16  # prompts of the requests at once, which are timed longer than alone
 READING = 512  # tokens of the prompts whose reading is timed
 FIRST_TOKEN = (100, 300, 1000)  # tokens of the prompts whose first token is awaited
 LONG_PROMPTS = 3  # of each length
@@ -160,8 +162,11 @@ class Peer:
         """Return an answer of llama.cpp's own API, which has token ids and its timings."""
         body = {"prompt": prompt, "n_predict": new_tokens, "temperature": 0, "ignore_eos": True}
         body |= {"return_tokens": True, "cache_prompt": False}
-        answer = httpx.post(f"{self.url}/completion", json=body, timeout=TIMEOUT, trust_env=False)
-        found: dict[str, Any] = answer.raise_for_status().json()
+        try:
+            answer = httpx.post(f"{self.url}/completion", json=body, timeout=TIMEOUT, trust_env=False)
+            found: dict[str, Any] = answer.raise_for_status().json()
+        except httpx.HTTPError as error:
+            raise UserError(f"{self.name} at {self.url} failed: {error}.") from error
         if (count := len(found["tokens"])) != new_tokens:
             raise UserError(f"{self.name} wrote {count} tokens where {new_tokens} were requested.")
         return found
@@ -277,7 +282,7 @@ class Rival:
                 variants = [Variant(peer.key(), peer.first_token) for peer in (*self.ours, *plain)]
                 name = f"first token after {length}"
                 parts[name] = measure(variants, {1: long}, repeats, name)
-        groups = {size: batches(self.ids, size) for size in (1, SLOTS)}
+        groups = {1: batches(self.ids, 1), SLOTS: batches(self.ids[:SEVERAL], SLOTS)}
         for batch, peers in {1: [*self.ours, *self.theirs], SLOTS: [*self.ours, *plain]}.items():
             variants = [Variant(peer.key(batch), peer.stream(new_tokens)) for peer in peers]
             name = f"HTTP, {batch} at once"

@@ -129,6 +129,8 @@ def run_program(
     That is 2 after a user's mistake or a file error, which is printed in one sentence, and 130 after Ctrl-C.
     """
     command = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments is None:  # servers that a program has started end with it
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     parsed = parse(command)
     try:
         return benchmark(parsed, command)
