@@ -38,7 +38,7 @@ from serving.engine import Engine, SamplingParams, Speculation
 from serving.engine.drafting import HeadProposer
 from serving.engine.kv_cache import RaggedBatch, Segment
 from serving.engine.model import HeadRunner, TargetRunner
-from serving.engine.setup import MODES
+from serving.engine.setup import MODES, WEIGHTS
 from serving.engine.verification import RULES
 
 MODULE = "benchmarks.decode_speed"
@@ -65,7 +65,6 @@ WIDTHS = (1, 2, 4, 8, 16, 32)  # tokens of the passes that are timed
 PAST = 128  # tokens in the cache of these passes
 STEP_ROUNDS = 60
 GOOD_HEAD = 2.8  # acceptance length from which higher bars hold
-OWN_WEIGHTS = "bf16"  # of --weights: those of --dtype
 
 # ---- the program ----
 
@@ -89,7 +88,9 @@ def parse(arguments: Sequence[str]) -> Namespace:
     parser.add("--llama-cpp", metavar="DIR", default=str(llama_cpp.FOLDER), help="its build, from tests/interop/run.sh")
     parser.add("--server", metavar="COMMAND", help="start this server and time it on the same prompts")
     parser.add("--server-url", metavar="URL", default="http://127.0.0.1:8000", help="of its OpenAI API")
-    parser.add("--weights", default=[OWN_WEIGHTS], metavar="FORMAT", help="others beside --dtype's own", **several)
+    parser.add(
+        "--weights", choices=WEIGHTS[1:], default=["float"], help="beside float, which is always timed", **several
+    )
     parser.add("--repeats", whole, default=5, metavar="N")
     parser.add("--limit", whole, default=5, metavar="N", help="prompts, or --batch if more")
     parser.add("--max-new-tokens", shared.whole(2), default=128, metavar="N")
@@ -168,7 +169,7 @@ def benchmark(arguments: Namespace, command: Sequence[str]) -> int:
 
 def weight_formats(arguments: Namespace) -> list[str | None]:
     """Return the engines' weight formats; None, first of them, stands for those of --dtype."""
-    return [None, *dict.fromkeys(weights for weights in arguments.weights if weights != OWN_WEIGHTS)]
+    return [None, *dict.fromkeys(weights for weights in arguments.weights if weights != "float")]
 
 
 def fitting(target: Target, prompts: Sequence[shared.Prompt], arguments: Namespace) -> list[list[int]]:

@@ -14,6 +14,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
 from statistics import median
@@ -304,13 +305,13 @@ def long_prompts(target: Target, texts: Sequence[str], length: int) -> list[list
         return []
     words = [word for text in texts for word in text.split()]
 
-    def ids(start: int, count: int) -> list[int]:
+    def chat(start: int, count: int) -> list[int]:
         return shared.chat_ids(target, " ".join(islice(cycle(words), start, start + count)))
 
     found = []
     for start in range(0, LONG_PROMPTS * length, length):
-        count = bisect_right(range(1, length), length, key=lambda count, start=start: len(ids(start, count)))
-        found.append([ids(start, max(count, 1))])
+        count = bisect_right(range(length), length, lo=1, key=partial(lambda start, n: len(chat(start, n)), start))
+        found.append([chat(start, max(count - 1, 1))])
     return found
 
 
@@ -388,7 +389,7 @@ def kinds(parts: dict[str, Samples]) -> list[str | None]:
 
 
 def of_same_width(weights: str | None, dtype: str) -> str | None:
-    return {"bfloat16": "bf16", "int8": "q8_0"}.get(weights or dtype)
+    return {"bfloat16": "bf16", "int8": "q8_0", "int4": "q4_0"}.get(weights or dtype)
 
 
 def best(parts: dict[str, Samples], part: str, choose: Callable[[Key], bool]) -> Key | None:
