@@ -7,6 +7,7 @@ request.
 from __future__ import annotations
 
 import dataclasses
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,8 @@ from starlette.routing import Match
 
 from draft.errors import UserError
 from serving.engine import EngineStopped, Overloaded
+
+log = logging.getLogger(__name__)
 
 MAX_MESSAGE = 500  # characters
 _MAX_ECHO = 40
@@ -64,6 +67,7 @@ def api_error(error: BaseException) -> ApiError:
             return ApiError("overloaded", "Model is overloaded", headers=RETRY)
         case EngineStopped():
             return unavailable("the engine has stopped")
+    log.error("a request failed", exc_info=error)  # nobody else may have the cause
     return ApiError("generation", "Request failed during generation", headers=NO_RETRY)
 
 

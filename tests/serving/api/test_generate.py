@@ -8,6 +8,7 @@ from fastapi.testclient import TestClient
 from http_testing import MESSAGES, PROMPT, GatedEngine, ask, events
 
 from serving.api.app import create_app
+from serving.api.generate import Answer
 from serving.api.schemas import GenerateParameters
 from serving.api.service import Limits
 from serving.api.streaming import event
@@ -259,6 +260,21 @@ def test_a_failure_before_the_first_token_has_a_status(gated):
             answer = client.post(path, json=body | {"stream": True})
             assert answer.status_code == status and "secret" not in answer.text
             assert answer.headers["x-should-retry"] == "false"
+
+
+@pytest.mark.parametrize("after", [0, 1])
+def test_the_cause_of_a_failure_while_writing_events_is_in_the_log(client, monkeypatch, log_lines, after):
+    inner, count = Answer.burst, iter(range(after, 99))
+
+    def burst(*args: Any) -> bytes:
+        if next(count) == 1:
+            raise RuntimeError("/home/secret exploded")
+        return inner(*args)
+
+    monkeypatch.setattr(Answer, "burst", burst)
+    answer = client.post("/generate_stream", json={"inputs": PROMPT, "parameters": {"max_new_tokens": 40}})
+    assert "error" in answer.text and "secret" not in answer.text
+    assert any("secret exploded" in line.get("exception", "") for line in log_lines())
 
 
 def test_the_deadline_ends_a_stream_with_an_error(gated):
