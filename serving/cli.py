@@ -18,6 +18,7 @@ from draft.launcher import end_with_starter
 from serving.server import Listener, serve_until_stopped
 
 if TYPE_CHECKING:
+    from draft.target import Target as LoadedTarget
     from serving.engine import Engine
 
 # \b keeps the lines as they are
@@ -229,6 +230,7 @@ def load_engine(
     loaded = load_target(target, decoding_dtype(dtype, options["mode"]), adapter=target_adapter)
     if template is not None:
         loaded.use_chat_template(template)
+    _report_template(loaded)
     draft_head = None
     if head is not None:
         draft_head, about = load_head(head, dtype=loaded.dtype, device=loaded.device)
@@ -240,6 +242,19 @@ def load_engine(
     if self_check:
         engine.self_check()
     return engine
+
+
+def _report_template(target: LoadedTarget) -> None:
+    """Log what the target's chat template does not render of conversations."""
+    from draft.target import template_faults
+
+    try:
+        faults = template_faults(target.tokenizer, target.template_for())
+    except UserError as error:
+        logging.getLogger(__name__).warning("chats are refused: %s", error)
+    else:
+        for fault in faults:
+            logging.getLogger(__name__).warning("the target's chat template %s", fault)
 
 
 def _size(text: str) -> int:

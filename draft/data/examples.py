@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
 from itertools import repeat
 from typing import Any
 
 import torch
-from jinja2 import TemplateSyntaxError
 from torch import Tensor
 
 from draft.data.dataset import Row, conversation_id, hashed
 from draft.data.records import BadRow
 from draft.errors import UserError
-from draft.target import Target
+from draft.target import Target, TemplateRefusal
 
 SENTINEL = "draftsmith-puts-text-here"  # rendered in the place of a text to find what surrounds it
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
@@ -42,34 +41,18 @@ def render(
 
     at: the time that the template reads, None for that of the target.
     """
-    target.template_for(list(tools))  # for its error
     try:
         text = target.render_chat(messages, add_generation_prompt=add_generation_prompt, tools=list(tools), at=at)
-    except TemplateSyntaxError as error:
-        raise UserError(
-            f"the target's chat template is no Jinja template ({error}); give one with --chat-template FILE."
-        ) from error
-    except Exception as error:  # a template is a program: it may raise anything at what it does not expect
+    except TemplateRefusal as error:
         roles = ", ".join(message["role"] for message in messages)
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise BadRow(
             "turns that the chat template refuses",
-            f"the target's chat template refuses the turns {roles} ({reason})",
+            f"the target's chat template refuses the turns {roles} ({error.reason})",
             "give another template with --chat-template, or remove that row",
         ) from error
     if any("\ud800" <= letter <= "\udfff" for letter in text):
         raise BadRow("half a surrogate pair", "a call or a tool holds half a surrogate pair, which is no text")
     return text
-
-
-def check_template(target: Target) -> None:
-    """Refuse a template that leaves out what users say, as those do that read lists of parts only: UserError."""
-    with suppress(BadRow):  # a row that it refuses will be named
-        if SENTINEL not in render(target, [{"role": "user", "content": SENTINEL}], add_generation_prompt=True):
-            raise UserError(
-                f"target {target.name!r}: its chat template leaves out what a user says; give another with "
-                "--chat-template."
-            )
 
 
 def tokenise(target: Target, text: str) -> list[int]:
@@ -220,17 +203,13 @@ def encode_kept(target: Target, messages: list[Message], tools: Tools = ()) -> l
         before = render(target, messages[:place], add_generation_prompt=True, tools=tools)
         after = render(target, messages[: place + 1], add_generation_prompt=False, tools=tools)
         start = len(before)
-        if not after.startswith(before):
-            if not marked:
-                common = len(os.path.commonprefix([before, after]))
-                raise BadRow(
-                    "an answer that the chat template renders after another prompt",
-                    "the target's chat template does not render an answer after the prompt that it is asked with, "
-                    f"which goes on with {before[common:][:40]!r} where the conversation has {after[common:][:40]!r}",
-                    "give a template that renders it there with --chat-template, or remove that row",
-                )
+        if after.startswith(before):
+            _check_answer(target, messages[: place + 1], after, start, tools)
+        elif marked:  # the marks are places in what the template renders
             start = _end_of_history(messages[:place], before, after)
-        _check_answer(target, messages[: place + 1], after, start, tools)
+            _check_answer(target, messages[: place + 1], after, start, tools)
+        else:
+            after = before + _written(target, messages[: place + 1], before, after, tools)
         answers = [(start, len(after))]
         if rows and not apart and before.startswith(rows[-1][1]):
             answers = rows.pop()[2] + answers
@@ -275,6 +254,51 @@ def _with_offsets(target: Target, text: str, **options: bool) -> tuple[list[int]
     return list(encoded.input_ids), list(encoded.offset_mapping)
 
 
+def _written(target: Target, messages: list[Message], before: str, after: str, tools: Tools) -> str:
+    """The text that the target writes as an answer, the last message, where the template renders its prompt otherwise.
+
+    Templates that move the system prompt into the last user's turn render what follows that turn alike. Templates that
+    open the thoughts in the prompt, and take thoughts out of answers, leave those that begin with them as they are.
+
+    before, after: the prompt and the whole conversation as the template renders them.
+
+    Raises:
+        BadRow: where the answer cannot be told.
+    """
+    *history, answer = messages
+    asking = [*history[:-1], {**history[-1], "content": SENTINEL}]
+
+    def after_question(*said: Message) -> str:
+        """What the template renders after the last turn before the answer."""
+        text = render(target, [*asking, *said], add_generation_prompt=not said, tools=tools)
+        return text.split(SENTINEL, 1)[1] if SENTINEL in text else ""
+
+    asked = after_question()
+    follows = after_question(answer)
+    if asked and follows.startswith(asked):
+        written = follows.removeprefix(asked)
+        _check_answer(target, messages, after, len(after) - len(written), tools)
+        return written
+    lead, found, end = after_question({"role": "assistant", "content": SENTINEL}).rpartition(SENTINEL)
+    opening = asked.removeprefix(lead)
+    tag, blanks = opening.strip(), opening[len(opening.rstrip()) :]
+    written = answer["content"].removeprefix(tag).removeprefix(blanks)
+    thought = re.fullmatch(r"<(\w+)>", tag) and tag.replace("<", "</") in written
+    if not (found and thought) or answer.get("tool_calls") or answer.get("reasoning_content"):
+        raise _other_prompt(before, after)
+    return written + end
+
+
+def _other_prompt(before: str, after: str) -> BadRow:
+    common = len(os.path.commonprefix([before, after]))
+    return BadRow(
+        "an answer that the chat template renders after another prompt",
+        "the target's chat template does not render an answer after the prompt that it is asked with, which goes on "
+        f"with {before[common:][:40]!r} where the conversation has {after[common:][:40]!r}",
+        "give a template that renders it there with --chat-template, or remove that row",
+    )
+
+
 def _end_of_history(history: list[Message], before: str, after: str) -> int:
     """The first character of `after` that can be of an answer: behind all turns of others."""
     end = 0
@@ -292,7 +316,8 @@ def _check_answer(target: Target, messages: list[Message], rendered: str, start:
     """
     *history, answer = messages
     shown = "".join(rendered[max(0, start - len(answer["content"])) :].split())
-    if "".join(answer["content"].split()) not in shown:
+    forms = (answer["content"], *(json.dumps(answer["content"], ensure_ascii=ascii)[1:-1] for ascii in (False, True)))
+    if not any("".join(form.split()) in shown for form in forms):  # some templates write answers as JSON
         raise BadRow(
             "an answer with a part left out by the chat template",
             f"the target's chat template leaves out a part of the answer {answer['content'][:40]!r}",

@@ -9,7 +9,7 @@ import random
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import cached_property
@@ -39,7 +39,6 @@ from draft.data.dataset import (
 from draft.data.examples import (
     SENTINEL,
     answer_places,
-    check_template,
     next_prompt,
     prompt_id,
     prompt_ids,
@@ -52,7 +51,7 @@ from draft.data.settings import EndpointSettings, LocalServer, Settings
 from draft.errors import UserError, plain_console
 from draft.files import read_json, write_json
 from draft.launcher import ServerEnded
-from draft.target import Target
+from draft.target import Target, TemplateRefusal
 from draft.target.hidden_states import check_hidden_states
 
 log = logging.getLogger(__name__)
@@ -101,7 +100,8 @@ def prepare(
     skipped: Counter[str] = Counter()
     given = _given_prompts([str(source) for source in prompts], column, chosen, skipped) if prompts else None
     if given is None or any(prompt.messages for prompt in given):
-        check_template(target)
+        with suppress(TemplateRefusal):  # a row that it refuses will be named
+            target.check_template()
     folder = Path(out)
     plan = Plan(folder, _arguments(target, prompts or (), given, chosen, shard, server))
     if not plan.finished:

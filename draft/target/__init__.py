@@ -10,16 +10,18 @@ from draft.target.target import (
     render_chat,
     wait_for,
 )
-from draft.target.template import read_chat_template
+from draft.target.template import TemplateRefusal, read_chat_template, template_faults
 
 __all__ = [
     "DTYPES",
     "Target",
     "TargetOutput",
+    "TemplateRefusal",
     "fastest_cpu_dtype",
     "load_target",
     "load_tokenizer",
     "read_chat_template",
     "render_chat",
+    "template_faults",
     "wait_for",
 ]

@@ -33,6 +33,7 @@ from draft.target.support import (
     weight_files,
 )
 from draft.target.template import (
+    TemplateRefusal,
     check_chat_template,
     generation_spans,
     reads_clock,
@@ -282,8 +283,17 @@ class Target:
 
     def use_chat_template(self, template: str) -> None:
         """Render with this template instead of the tokenizer's; UserError where it renders no user turn."""
-        check_chat_template(self.tokenizer, template)
+        try:
+            check_chat_template(self.tokenizer, template)
+        except TemplateRefusal as error:
+            raise UserError(
+                f"the chat template refuses a user's turn ({error.reason}); correct it, or give another."
+            ) from error
         self.chat_template = template
+
+    def check_template(self) -> None:
+        """Refuse a template that renders no user's turn: UserError, TemplateRefusal where it raises at one."""
+        check_chat_template(self.tokenizer, self.template_for())
 
     def template_for(self, tools: list[Any] | None = None) -> str:
         """The template of a conversation with these tools; UserError where there is none."""

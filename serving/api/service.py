@@ -6,12 +6,13 @@ import asyncio
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from draft.errors import UserError
+from draft.target import TemplateRefusal
 from serving.api.errors import ApiError, echo, unavailable
 from serving.api.metrics import Metrics
 from serving.api.openai_schemas import MAX_CHOICES
@@ -133,14 +134,19 @@ class Service:
     def render(self, messages: list[dict[str, str]], field: str) -> str:
         """Return messages as text under the target's chat template, up to where its answer begins.
 
+        A developer's message is a system prompt where the template does not know that role.
+
         Raises:
-            UserError: there is no template. ApiError: it does not take these messages.
+            UserError: there is no template, or it leaves out what users say. ApiError: it does not take these messages.
         """
+        target = self.engine.target
+        with suppress(TemplateRefusal):  # of a user's turn alone, as by templates that demand a system prompt
+            target.check_template()
+        if "developer" not in target.template_for():
+            messages = [each | {"role": "system"} if each["role"] == "developer" else each for each in messages]
         try:
-            return self.engine.target.render_chat(messages, add_generation_prompt=True)
-        except UserError:
-            raise
-        except Exception as error:  # a template is a program: it may raise anything at what it does not expect
+            return target.render_chat(messages, add_generation_prompt=True)
+        except TemplateRefusal as error:
             message = "the model's chat template does not take these messages; check the order of their roles"
             raise ApiError("validation", message, field=field) from error
 

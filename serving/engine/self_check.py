@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from draft.errors import UserError
 from draft.target import Target
 from serving.engine.request import MAX_SPECULATION_LENGTH, SpeculationStats
 
@@ -46,7 +47,7 @@ def check_prompts(target: Target, longest: int) -> list[list[int]]:
     for text in _PROMPTS:
         try:
             ids = target.encode_chat([{"role": "user", "content": text}], add_generation_prompt=True)
-        except Exception as error:  # a template is a program, and may refuse a message in any way
+        except UserError as error:  # there is no template, or it refuses a user's message
             log.info("self-check: texts in the place of chat messages (%s)", error)
             ids = target.tokenizer(text).input_ids
         known = [token for token in ids if token < target.vocab_size]

@@ -38,6 +38,11 @@ REWRITING = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 OPENING = REWRITING.replace(THOUGHT, "").replace("assistant\n{% endif %}", "assistant\n<think>{% endif %}")
+MOVING = (
+    "{% set s = messages[0].content if messages[0].role == 'system' else '' %}{% for m in messages %}"
+    "{% if m.role == 'user' %}{{ '[INST] ' + (s + '\n\n' + m.content if s and loop.last else m.content) + '[/INST]' }}"
+    "{% elif m.role == 'assistant' %}{{ ' ' + m.content + '<|im_end|>' }}{% endif %}{% endfor %}"
+)
 WITH_CALLS = "{{ m['content'] }}{% for c in m.tool_calls or [] %}<call>{{ c.function | tojson }}{% endfor %}"
 TOOLS = "{% if tools %}<|im_start|>system\n{{ tools | tojson }}<|im_end|>\n{% endif %}" + TEMPLATE.replace(
     "{{ m['content'] }}", WITH_CALLS
@@ -224,11 +229,20 @@ def test_a_template_that_leaves_out_a_part_of_an_answer(target: Target, tmp_path
 LISTS = TEMPLATE.replace("m['content']", "m['content'][0]['text']")  # of a model that also sees pictures
 
 
+def test_a_template_that_reads_lists_of_parts_only(target: Target, tmp_path: Path) -> None:
+    plain = rows_of(with_template(target, TEMPLATE), tmp_path, {"messages": HELLO})
+    looped = "{% for p in m['content'] if p['type'] == 'text' %}{{ p['text'] }}{% endfor %}"
+    for template in (LISTS, TEMPLATE.replace("{{ m['content'] }}", looped)):
+        assert rows_of(with_template(target, template), tmp_path, {"messages": HELLO}) == plain
+
+
 @pytest.mark.parametrize("keep", [False, True])
-def test_a_template_that_reads_lists_of_parts_only_is_refused(target: Target, tmp_path: Path, keep: bool) -> None:
-    with_template(target, LISTS)
+def test_a_template_that_leaves_out_what_users_say_is_refused(target: Target, tmp_path: Path, keep: bool) -> None:
+    with_template(target, TEMPLATE.replace("m['content']", "m['text']"))
     path = write(tmp_path / "rows.jsonl", {"messages": HELLO})
-    with pytest.raises(UserError, match="its chat template leaves out what a user says; give another with --chat-t"):
+    with pytest.raises(
+        UserError, match="the chat template leaves out what a user says; give a Jinja template of chats"
+    ):
         prepare(target, tmp_path / "data", prompts=[path], keep_responses=keep, progress=False)
     assert not (tmp_path / "data").exists()
 
@@ -288,9 +302,43 @@ def test_templates_that_rewrite_earlier_answers(target: Target, tmp_path: Path) 
 
 
 def test_a_template_whose_prompt_opens_the_thoughts(target: Target, tmp_path: Path) -> None:
+    """The thoughts are trained on as the target writes them: after the tag, which the prompt has."""
     with_template(target, OPENING)
-    with pytest.raises(BadRow, match=r"goes on with '<think>' where the conversation has 'Hello.*--chat-template"):
-        rows_of(target, tmp_path, {"messages": [HELLO[0], said("assistant", "<think>Hm.</think>Hello.")]})
+    for opened in ("<think>", ""):  # servers return the answer with it, or without
+        turns = [{**turn, "content": f"{opened}Hm.</think>{turn['content']}"} for turn in HELLO if "a" in turn["role"]]
+        (first, one), (second, two) = rows_of(target, tmp_path, {"messages": [HELLO[0], turns[0], HELLO[2], turns[1]]})
+        assert first == f"<|im_start|>user\nHi<|im_end|>\n{ASSISTANT}<think>"
+        assert one == ["Hm.</think>Hello.<|im_end|>"] and two == ["Hm.</think>See you.<|im_end|>"]
+        assert second.endswith(f"{ASSISTANT}Hello.<|im_end|>\n<|im_start|>user\nBye<|im_end|>\n{ASSISTANT}<think>")
+    for answer in (HELLO[1], said("assistant", "Hello.", reasoning_content="Hm.</think>")):
+        with pytest.raises(BadRow, match=r"goes on with '<think>' where the conversation has 'Hello.*--chat-template"):
+            rows_of(target, tmp_path, {"messages": [HELLO[0], answer]})
+
+
+def test_a_template_that_moves_the_system_prompt_into_the_last_turn(target: Target, tmp_path: Path) -> None:
+    """As Mistral's: where the answer is the last turn, there is no system prompt at all."""
+    with_template(target, MOVING)
+    turns = [said("system", "Be terse."), *HELLO]
+    (first, one), (second, two) = rows_of(target, tmp_path, {"messages": turns})
+    assert first == "[INST] Be terse.\n\nHi[/INST]" and one == [" Hello.<|im_end|>"]
+    assert second == "[INST] Hi[/INST] Hello.<|im_end|>[INST] Be terse.\n\nBye[/INST]" and two == [
+        " See you.<|im_end|>"
+    ]
+    for shown, place in ((first, 2), (second, 4)):
+        assert shown == target.render_chat(turns[:place], add_generation_prompt=True)  # what a server reads
+    assert rows_of(target, tmp_path, {"messages": HELLO})[0][1] == [*one, *two]  # without one: a single row
+    with_template(target, MOVING.replace("m.content + '<|im_end|>'", "m.content[:3] + '<|im_end|>'"))
+    with pytest.raises(BadRow, match="leaves out a part of the answer"):
+        rows_of(target, tmp_path, {"messages": turns})
+    behind = MOVING.replace("s + '\n\n' + m.content", "m.content + '\n\n' + s")
+    with pytest.raises(BadRow, match="does not render an answer after the prompt"):
+        rows_of(with_template(target, behind), tmp_path, {"messages": turns})
+
+
+def test_a_template_that_writes_answers_as_json(target: Target, tmp_path: Path) -> None:
+    with_template(target, TEMPLATE.replace("m['content']", "m['content'] | tojson"))
+    answer = said("assistant", 'Say "hé".\nNow.')
+    assert rows_of(target, tmp_path, {"messages": [HELLO[0], answer]})[0][1] == ['"Say \\"hé\\".\\nNow."<|im_end|>']
 
 
 def test_masks_of_generation_blocks(target: Target) -> None:
@@ -425,7 +473,11 @@ def test_a_template_from_a_file(target: Target, tmp_path: Path) -> None:
     turns = [HELLO[0], said("assistant", "Hello.", reasoning_content="Hm.")]
     assert rows_of(target, tmp_path, {"messages": turns})[0][1] == ["<think>Hm.</think>Hello.<|im_end|>"]
     assert target.fingerprint == before != target.template_hash  # the target is the same
-    for text, what in {"{% if %}": "renders no user turn", "hello": "leaves out what a user says: 'hello'"}.items():
+    for text, what in {
+        "{% if %}": "is no Jinja template",
+        "hello": "leaves out what a user says",
+        "{{ raise_exception('no') }}": r"refuses a user's turn \(no\)",
+    }.items():
         with pytest.raises(UserError, match=what):
             target.use_chat_template(text)
     path.write_bytes(b"\xff")
@@ -438,7 +490,9 @@ def test_a_template_from_a_file(target: Target, tmp_path: Path) -> None:
             read_chat_template(file)
 
 
-def test_a_template_on_the_command_lines(folder: Path, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+def test_a_template_on_the_command_lines(
+    folder: Path, tmp_path: Path, monkeypatch: Any, capsys: Any, caplog: Any
+) -> None:
     """Both programs take the same file; a data set of it fits the target."""
     path = tmp_path / "chat.jinja"
     path.write_text(THINK)
@@ -464,6 +518,15 @@ def test_a_template_on_the_command_lines(folder: Path, tmp_path: Path, monkeypat
     options = {"warm_up": False, "threads": None, "mode": "eager", "speculation": "off", "max_batch": 1}
     engine = load_engine(str(folder), None, "float32", chat_template=path, **options)
     assert "<think>Hm.</think>" in engine.target.render_chat(turns, add_generation_prompt=True)
+    assert "chat template" not in caplog.text
+    path.write_text("{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + DATED)
+    load_engine(str(folder), None, "float32", chat_template=path, **options)
+    assert "the target's chat template refuses system prompts (no system)" in caplog.messages
+    path.write_text("{{ messages[-1].content }}")
+    load_engine(str(folder), None, "float32", chat_template=path, **options)
+    assert [text for text in caplog.messages if "leaves out" in text] == [
+        f"the target's chat template leaves out {part}" for part in ("system prompts", "earlier answers")
+    ]
     with pytest.raises(UserError, match="--chat-template .* cannot be read"):
         load_engine("not loaded", None, "float32", chat_template=tmp_path / "none.jinja", **options)
 

@@ -53,7 +53,7 @@ def test_a_generation_template_decides_itself():
 
 def test_a_template_that_rewrites_earlier_turns_is_refused():
     target = make_tiny_target()
-    target.tokenizer.chat_template = "{{ messages | length }}" + TEMPLATE
+    target.tokenizer.chat_template = TEMPLATE + "{{ '?' if add_generation_prompt }}"
     with pytest.raises(UserError, match="does not render an answer after the prompt"):
         encode_kept(target, CONVERSATION)
     target.tokenizer.chat_template = "{{ raise_exception('no system turn') }}"

@@ -142,3 +142,24 @@ def test_a_template_that_refuses_is_400_without_its_words(client, tiny_target, m
     answer = client.post("/v1/chat/completions", json={"messages": MESSAGES})
     assert answer.status_code == 400 and answer.json()["error"]["param"] == "messages"
     assert "someone" not in answer.text
+
+
+def test_a_template_that_leaves_out_what_users_say_is_400(client, tiny_target, monkeypatch):
+    monkeypatch.setattr(tiny_target.tokenizer, "chat_template", "{{ messages | length }}")
+    answer = client.post("/v1/chat/completions", json={"messages": MESSAGES})
+    assert answer.status_code == 400 and "leaves out what a user says" in answer.json()["error"]["message"]
+    monkeypatch.setattr(tiny_target.tokenizer, "chat_template", "{% if %}")
+    answer = client.post("/generate", json={"inputs": PROMPT, "parameters": {"chat": True}})
+    assert answer.status_code == 422 and "no Jinja template" in answer.json()["error"]
+
+
+def test_developers_messages_are_system_prompts_where_the_template_does_not_know_them(client, tiny_target, monkeypatch):
+    def read(role):
+        body = {"messages": [{"role": role, "content": "Be terse."}, *MESSAGES], "max_tokens": 1}
+        answer = client.post("/v1/chat/completions", json={**body, "return_token_ids": True})
+        return tiny_target.tokenizer.decode(answer.json()["prompt_token_ids"])
+
+    assert "<|im_start|>system\nBe terse." in read("developer") == read("system")
+    knowing = tiny_target.tokenizer.chat_template + "{# developer #}"
+    monkeypatch.setattr(tiny_target.tokenizer, "chat_template", knowing)
+    assert "<|im_start|>developer\nBe terse." in read("developer")
