@@ -132,7 +132,7 @@ class Layout:
                 continue
             messages.append(_message(item, role, place))
             if isinstance(item, dict):
-                if self.keep and role == "assistant" and item.get("weight") == 0:  # OpenAI's "not to be trained on"
+                if self.keep and role == "assistant" and not _trained_on(item.get("weight"), place):
                     messages[-1]["weight"] = 0
                 self.unused |= {f"{name} of a turn" for name in item if name not in _TURN_KEYS and _telling(name, item)}
         return messages
@@ -220,6 +220,15 @@ def _message(item: Any, role: str, place: int) -> Message:
         return {**message, "content": ""}
     reason = "an empty answer" if role == "assistant" else "an empty turn"
     return {**message, "content": _text(content, f"turn {place}", reason)}
+
+
+def _trained_on(weight: Any, place: int) -> bool:
+    """False for an answer of weight 0, OpenAI's "not to be trained on"; BadRow for a weight that is not 0 or 1."""
+    if weight is None or weight != weight:  # NaN says "none" where a format has no null
+        return True
+    if str(weight).strip() not in ("0", "0.0", "1", "1.0", "False", "True"):
+        raise BadRow("a weight that is not 0 or 1", f"turn {place} has the weight {weight!r:.40}, not 0 or 1")
+    return str(weight).strip() in ("1", "1.0", "True")
 
 
 def _joined(content: Any, where: str) -> Any:

@@ -238,7 +238,7 @@ class Target:
         generation = getattr(self.model, "generation_config", None)
         ids: set[int] = set()
         for value in (getattr(generation, "eos_token_id", None), self.config.eos_token_id, self.tokenizer.eos_token_id):
-            ids.update(value if isinstance(value, (list, tuple)) else [] if value is None else [value])
+            ids.update(_token_ids(self.name, value))
         # a tokenizer may know tokens that the model has no row for, and never writes
         return frozenset(token for token in ids if isinstance(token, int) and 0 <= token < self.vocab_size)
 
@@ -361,6 +361,17 @@ class Target:
             digest.update(f"{name}{tuple(weight.shape)}".encode())
             digest.update(sample.view(torch.int16).numpy().tobytes())
         return digest.hexdigest()[:16]
+
+
+def _token_ids(name: str, value: Any) -> list[int]:
+    """The ids in an entry of a configuration: one, a list of them, or none. UserError for anything else."""
+    ids = value if isinstance(value, (list, tuple)) else [] if value is None else [value]
+    if not all(isinstance(token, int) for token in ids):
+        raise UserError(
+            f"target {name!r}: eos_token_id is {value!r:.60}, not a token id or a list of them; correct its "
+            "generation_config.json."
+        )
+    return list(ids)
 
 
 @dataclass(frozen=True)

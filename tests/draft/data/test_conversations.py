@@ -212,9 +212,14 @@ def test_tools_and_calls(target: Target, tmp_path: Path) -> None:
 
 
 def test_an_answer_of_no_weight_is_not_trained_on(target: Target, tmp_path: Path) -> None:
-    bad = {**HELLO[1], "weight": 0}
-    rows = rows_of(target, tmp_path, {"messages": [HELLO[0], bad, *HELLO[2:]]})
-    assert [answers for _, answers in rows] == [["See you.<|im_end|>"]] and "Hello." in rows[0][0]
+    for weight in ("0", 0.0, False, 0):
+        bad = {**HELLO[1], "weight": weight}
+        rows = rows_of(target, tmp_path, {"messages": [HELLO[0], bad, *HELLO[2:]]})
+        assert [answers for _, answers in rows] == [["See you.<|im_end|>"]] and "Hello." in rows[0][0]
+    for weight in (0.5, "no", [0]):
+        with pytest.raises(UserError, match="turn 2 has the weight .*, not 0 or 1; mend"):
+            rows_of(target, tmp_path, {"messages": [HELLO[0], {**HELLO[1], "weight": weight}]})
+    assert rows_of(target, tmp_path, {"messages": [HELLO[0], {**HELLO[1], "weight": 1}]})[0][1]
     with pytest.raises(UserError, match="no response to keep"):
         rows_of(target, tmp_path, {"messages": [HELLO[0], bad]})
 

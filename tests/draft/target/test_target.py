@@ -318,3 +318,11 @@ def test_tokens_that_the_model_has_no_row_for_end_no_text(saved, tmp_path):
     tokenizer.add_special_tokens({"eos_token": "<|beyond|>"})
     tokenizer.save_pretrained(folder)
     assert load_target(str(folder)).eos_token_ids == {2}
+
+
+@pytest.mark.parametrize("value", [{"a": 1}, [[2]], "2"])
+def test_an_end_that_is_no_token_id_is_refused(saved, tmp_path, value):
+    folder = shutil.copytree(saved, tmp_path / "target")
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": value}))
+    with pytest.raises(UserError, match="eos_token_id is .*, not a token id or a list of them; correct its generation"):
+        assert load_target(str(folder)).eos_token_ids
