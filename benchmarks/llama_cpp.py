@@ -21,6 +21,7 @@ from statistics import median
 from typing import Any
 
 import httpx
+import psutil
 from rich.console import Console
 
 from benchmarks import shared
@@ -274,29 +275,38 @@ class Rival:
         """
         repeats, new_tokens = self.arguments.repeats, self.arguments.max_new_tokens
         plain = [peer for peer in self.theirs if "," not in peer.name]
-        parts = {"decoding": decoded}
+        parts, busy = {"decoding": decoded}, [busy_share()]
         if long := long_prompts(self.target, self.texts, READING):
             variants = [*reading, *(Variant(peer.key(), peer.read) for peer in plain)]
             parts["reading"] = measure(variants, {1: long}, repeats, "reading")
+            busy.append(busy_share())
         for length in FIRST_TOKEN:
             if long := long_prompts(self.target, self.texts, length):
                 variants = [Variant(peer.key(), peer.first_token) for peer in (*self.ours, *plain)]
                 name = f"first token after {length}"
                 parts[name] = measure(variants, {1: long}, repeats, name)
+                busy.append(busy_share())
         groups = {1: batches(self.ids, 1), SLOTS: batches(self.ids[:SEVERAL], SLOTS)}
         for batch, peers in {1: [*self.ours, *self.theirs], SLOTS: [*self.ours, *plain]}.items():
             variants = [Variant(peer.key(batch), peer.stream(new_tokens)) for peer in peers]
             name = f"HTTP, {batch} at once"
             parts[name] = measure(variants, groups, repeats, name)
+            busy.append(busy_share())
         dtype = str(self.target.dtype).removeprefix("torch.")
         ends = self.target.eos_token_ids
         return {
             "version": self.version,
             "formats": self.arguments.vs,
+            "busy_share": max(busy),
             "rows": rows(parts),
             "ratios": ratios(parts, dtype, self.arguments.vs),
             "texts": [{"name": peer.name, "in_common": in_common(decoded, peer.key(), ends)} for peer in self.theirs],
         }
+
+
+def busy_share() -> float:
+    """Return the share of the cores that other processes take: all of ours wait."""
+    return psutil.cpu_percent(1.0) / 100
 
 
 def long_prompts(target: Target, texts: Sequence[str], length: int) -> list[list[list[int]]]:
@@ -446,7 +456,10 @@ def judge(results: dict[str, Any] | None) -> list[shared.Bar]:
     bars += [at_most(name, found.get(name), 1.0) for name in names]
     texts = {row["name"]: row["in_common"] for row in results["texts"]} if results else {}
     same = texts.get(label("bf16"))  # much less, and it is another model, or another prompt
-    return [*bars, at_least("greedy text in common with llama.cpp bf16", same, 0.3)]
+    bars.append(at_least("greedy text in common with llama.cpp bf16", same, 0.3))
+    # several threads of theirs are slowed by others much more than ours are
+    busy = results["busy_share"] if results else None
+    return [*bars, at_most("share of the cores that others took beside llama.cpp", busy, 0.1)]
 
 
 def show(console: Console, results: dict[str, Any]) -> None:

@@ -1,8 +1,11 @@
 """The comparison with llama.cpp: its bars, what is sent, and a whole run where a llama-server was built."""
 
 import json
+import subprocess
+import sys
 from argparse import Namespace
 
+import psutil
 import pytest
 import torch
 from conftest import make_tiny_target
@@ -38,15 +41,18 @@ def parts(ours: float) -> dict:  # type: ignore[type-arg]
     }
 
 
-def judged(ours: float, formats: list[str] | None = None, texts: float = 1.0) -> dict:  # type: ignore[type-arg]
-    results = {"ratios": llama_cpp.ratios(parts(ours), "bfloat16", formats or list(FORMATS))}
-    results["texts"] = [{"name": "llama.cpp bf16", "in_common": texts}]
+def judged(ours: float, formats: list[str] | None = None, **more: float) -> dict:  # type: ignore[type-arg]
+    results: dict = {
+        "busy_share": more.get("busy", 0.0),
+        "ratios": llama_cpp.ratios(parts(ours), "bfloat16", formats or list(FORMATS)),
+    }
+    results["texts"] = [{"name": "llama.cpp bf16", "in_common": more.get("texts", 1.0)}]
     return {bar["bar"]: bar for bar in llama_cpp.judge(results)}
 
 
 def test_each_bar_can_be_met_and_missed():
     assert {bar["met"] for bar in judged(22.1).values()} == {True}
-    assert {bar["met"] for bar in judged(9.9, texts=0.29).values()} == {False}
+    assert {bar["met"] for bar in judged(9.9, texts=0.29, busy=0.11).values()} == {False}
     assert {bar["met"] for bar in llama_cpp.judge(None)} == {None}
     assert judged(22.1).keys() == judged(9.9).keys() == {bar["bar"] for bar in llama_cpp.judge(None)}
 
@@ -92,6 +98,15 @@ def test_long_prompts_are_as_long_as_they_can_be():
     lengths = [len(ids) for (ids,) in llama_cpp.long_prompts(target, ["one two three", "four five"], room - 1)]
     assert len(lengths) == llama_cpp.LONG_PROMPTS and all(room - 16 < length < room for length in lengths)
     assert llama_cpp.long_prompts(target, ["one"], room) == []
+
+
+def test_others_that_compute_are_noticed():
+    process = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        assert llama_cpp.busy_share() > 0.4 / psutil.cpu_count()
+    finally:
+        process.kill()
+        process.wait()
 
 
 def test_a_missing_build_is_one_sentence(small, two_prompts, tmp_path, capsys):
