@@ -23,6 +23,7 @@ from serving.engine.self_check import AcceptanceWatch
 from serving.engine.verification import DraftTree, Rule, Verdict, follow, greedy_choices
 
 _NO_DRAFT = DraftTree.chain([])
+BESIDE_STREAMS = 32  # tokens of prompts that are read while others stream: fewer read the weights too often
 MOST_UNREAD = 4096  # tokens of a sequence that the head leaves unread: their states take memory
 
 
@@ -103,7 +104,7 @@ class Decoder:
     def __init__(
         self, runner: TargetRunner, proposer: Proposer | None, controller: Controller, *, prefill_chunk: int
     ) -> None:
-        """prefill_chunk: the most prompt tokens in one step, so that a long prompt does not stall those that stream."""
+        """prefill_chunk: the most prompt tokens in one step, so that a long prompt does not stall those behind it."""
         self.runner, self.proposer, self.controller = runner, proposer, controller
         self.prefill_chunk = prefill_chunk
         self.watch = AcceptanceWatch()
@@ -125,7 +126,7 @@ class Decoder:
             parents = None if tree.is_chain else [-1, *(parent + 1 for parent in tree.parents)]
             segment = Segment(active.slot, past, past, [active.answer.last_id, *tree.tokens], parents)
             parts.append(_Part(active, segment, tree))
-        parts += self._chunks([active for active in requests if active.reading])
+        parts += self._chunks([active for active in requests if active.reading], beside=bool(decoding))
         batch = RaggedBatch.of([part.segment for part in parts], self.runner.target.device)
         entered = time.perf_counter()
         hidden, auxiliary = self.runner.forward(batch)
@@ -220,15 +221,20 @@ class Decoder:
             active.stats.decode_seconds += drafted - began
         return trees
 
-    def _chunks(self, requests: list[ActiveRequest]) -> list[_Part]:
+    def _chunks(self, requests: list[ActiveRequest], *, beside: bool) -> list[_Part]:
         """Take the next parts of prompts: half of the chunk for the one that came first, so that it goes on, and the
-        rest for those that end soonest, so that a long prompt does not hold up short ones."""
+        rest for those that end soonest, so that a long prompt does not hold up short ones.
+
+        beside: others stream in this step, and get one token for each chunk, so it is a small one on a CPU, where a
+        pass takes as long as its tokens.
+        """
+        chunk = min(self.prefill_chunk, BESIDE_STREAMS) if beside and not self._asynchronous else self.prefill_chunk
         left = {active: len(active.request.prompt_ids) - active.read for active in requests}
         counts = dict.fromkeys(requests, 0)
         for first in requests[:1]:
-            counts[first] = min(left[first], -(-self.prefill_chunk // 2))
+            counts[first] = min(left[first], -(-chunk // 2))
         for active in sorted(requests, key=lambda active: left[active] - counts[active]):
-            counts[active] += min(left[active] - counts[active], self.prefill_chunk - sum(counts.values()))
+            counts[active] += min(left[active] - counts[active], chunk - sum(counts.values()))
         parts = []
         for active, count in counts.items():
             ids = active.request.prompt_ids[active.read : active.read + count]

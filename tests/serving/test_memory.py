@@ -22,6 +22,7 @@ from serving.engine import Engine, Request, SamplingParams, Speculation
 from serving.engine.drafting import HeadProposer
 from serving.engine.kv_cache import LayerShape
 from serving.engine.memory import _rooms_of_groups, fit_cache, free_memory, in_words
+from serving.engine.step import BESIDE_STREAMS
 
 CPU = torch.device("cpu")
 TARGET = tiny("llama")
@@ -182,6 +183,23 @@ def test_short_prompts_are_read_beside_a_long_one() -> None:
         assert engine._active[1].read >= read + 16 and len(engine._active[0].answer.tokens) == before + passed
     assert all(request.done for request in short) and not long.times.first_token
     stream.cancel()
+    finish(engine)
+
+
+def test_a_stream_is_not_held_up_by_whole_chunks() -> None:
+    engine = Engine(LONG, max_batch=2, prefill_chunk=256)
+    long = engine.submit([51] * 2000, params(2))
+    engine.step()
+    assert engine._active[0].read == 256  # nobody streams
+    stream, read = engine.submit([50], params(200)), []
+    while len(read) < 5:
+        before = engine._active[0].read
+        engine.step()
+        if engine._active[1].answer.tokens:
+            read.append(engine._active[0].read - before)
+    assert set(read[1:]) == {BESIDE_STREAMS}
+    for request in (long, stream):
+        request.cancel()
     finish(engine)
 
 
