@@ -374,7 +374,7 @@ def compare_lookup(
     }
     for engine in engines.values():
         engine.warm_up()
-    prompts = chosen.prompts if arguments.workload == "copy" else chosen.prompts[: max(arguments.limit, 24)]
+    prompts = chosen.prompts if arguments.workload == "copy" else chosen.prompts[: arguments.limit]
     seconds, same = time_in_turns(engines, target, prompts, arguments)
     results = {
         "benchmark": MODULE,

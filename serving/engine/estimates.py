@@ -88,22 +88,31 @@ class Acceptance:
         self._fading = 1 - 1 / (OVERALL_MEMORY if overall is None else ROW_MEMORY)
         self._strength = OVERALL_STRENGTH if overall is None else ROW_STRENGTH
         self._cells: dict[tuple[int, int], tuple[float, float]] = {}  # (source, position) -> (accepted, tried)
+        self._known: dict[tuple[int, int], float] = {}  # overall rates since the last observation: all requests ask
 
     def observe(self, source: int, position: int, accepted: bool) -> None:
         hits, tried = self._cells.get((source, position), (0.0, 0.0))
         self._cells[source, position] = hits * self._fading + accepted, tried * self._fading + 1
+        self._known.clear()
 
     def forget_head(self) -> None:
         """After a pause: keep the estimates of the head, but let few new observations outweigh them."""
         for cell, (hits, tried) in self._cells.items():
             if cell[0] <= HEAD and tried > KEPT_AFTER_PAUSE:
                 self._cells[cell] = hits * KEPT_AFTER_PAUSE / tried, KEPT_AFTER_PAUSE
+        self._known.clear()
 
     def rate(self, source: int, position: int) -> float:
         """Estimate a rate, drawn towards the prior where little was observed."""
-        hits, tried = self._cells.get((source, position), (0.0, 0.0))
+        cell = source, position
+        if (known := self._known.get(cell)) is not None:
+            return known
+        hits, tried = self._cells.get(cell, (0.0, 0.0))
         prior = self._guess(source, position) if self._overall is None else self._overall.rate(source, position)
-        return (hits + self._strength * prior) / (tried + self._strength)
+        rate = (hits + self._strength * prior) / (tried + self._strength)
+        if self._overall is None:
+            self._known[cell] = rate
+        return rate
 
     def _guess(self, source: int, position: int) -> float:
         """Guess from what is alike: the position before, or what a longer match gives at once."""
@@ -154,11 +163,14 @@ class RequestEstimate:
         self.backlog = 0 if by_head else self.backlog + emitted
 
     def observe_head(self, planned: int, drafted: int, accepted: int) -> None:
-        """Count `accepted` of `drafted` tokens in a row, where the plan allowed `planned`."""
+        """Count `accepted` of `drafted` tokens in a row, where the plan allowed `planned`.
+
+        What follows a rejection was not judged. Nor may it tell how long chains are: that depends on tokens that were
+        withheld, and the next plans would, too (see verification.py).
+        """
         for acceptance in (self.own, self._overall):
-            for position in range(min(accepted + 1, planned)):  # what follows a rejection was not judged
+            for position in range(min(accepted + 1, planned)):
                 acceptance.observe(HEAD, position, position < accepted)
-            for position in range(min(drafted + 1, planned)):
                 acceptance.observe(DRAFTED, position, position < drafted)
 
     def observe_lookup(self, match: int, accepted: int, judged: int) -> None:
@@ -197,7 +209,7 @@ class Curve:
     def __init__(self) -> None:
         self._samples: dict[int, deque[float]] = {}
         self._medians: dict[int, float] = {}
-        self._knots: list[tuple[int, float]] = []  # (width, seconds), both rising
+        self._knots: list[tuple[float, float]] = []  # (width, seconds), both rising
 
     def observe(self, width: float, seconds: float, count: int = 1) -> None:
         """Add a measurement of a width above 0; count: how many it is worth."""
@@ -206,7 +218,7 @@ class Curve:
         samples.extend([seconds] * count)
         self._medians[bucket] = median_low(samples)
         known = [each for each in self._medians if len(self._samples[each]) >= ENOUGH]
-        knots, least = [], math.inf
+        knots, least = list[tuple[float, float]](), math.inf
         for each in sorted(known if len(known) > 1 else self._medians, reverse=True):
             least = min(least, self._medians[each])
             knots.append((each, least))

@@ -15,6 +15,7 @@ import math
 import threading
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -59,6 +60,22 @@ class Option(NamedTuple):
 _NOTHING = Option(OFF)
 
 
+@dataclass
+class _Probe:
+    """Steps that look at what is not in use."""
+
+    what: str  # "head", or "off": plain steps
+    steps: int = 0
+    tokens: int = 0  # emitted
+    seconds: float = 0.0  # catching up aside
+    cost: float = 0.0  # seconds of all, by the model: a slow moment must not put off the next probe for long
+
+    def goes_on(self, rate: float) -> bool:
+        """Test that it has not taken its fewest steps, or is no slower than what is in use."""
+        fewest, most = PROBE_STEPS
+        return self.steps < fewest or (self.steps < most and self.tokens >= rate * self.seconds)
+
+
 class Controller:
     """Chooses the plans of one engine.
 
@@ -88,9 +105,7 @@ class Controller:
         self._seconds = 0.0  # of the present step
         self._expected = 0.0  # the same by the model
         self._late = 0.0  # what the head's catching up adds to the present one
-        self._probe = ""  # what is being probed: "head", "off" or nothing
-        self._probe_steps, self._probe_tokens, self._probe_seconds = 0, 0, 0.0  # catching up aside
-        self._probe_cost = 0.0  # seconds of all, by the model: a slow moment must not put off the next one for long
+        self._probe: _Probe | None = None
         self._probe_at = {"head": 0.0, "off": 0.0}  # on its clock
 
     def track(self) -> RequestEstimate:
@@ -176,12 +191,11 @@ class Controller:
     def _end_step(self, rows: Sequence[RequestEstimate]) -> None:
         """Account for the step before, and for the probe that it was a part of."""
         self._clock["off" if self.drafting else "head"] += self._seconds + self._late
-        emitted = sum(row.emitted for row in self._rows) - self._emitted
-        if self._probe:
-            self._probe_steps += 1
-            self._probe_tokens += emitted
-            self._probe_seconds += self._seconds
-            self._probe_cost += self._expected + self._late
+        if probe := self._probe:
+            probe.steps += 1
+            probe.tokens += sum(row.emitted for row in self._rows) - self._emitted
+            probe.seconds += self._seconds
+            probe.cost += self._expected + self._late
         self._rows, self._emitted = list(rows), sum(row.emitted for row in rows)
         self._seconds = self._late = 0.0
 
@@ -227,10 +241,11 @@ class Controller:
         steps, drafting = max((each.steps for each in rest), default=0.0), sum(each.steps > 0 for each in rest)
         late = sum(each.seconds for each in rest) + (steps * self.costs.draft["chain"](drafting) if steps else 0.0)
         found, least = None, best * (1 + ROW_MARGIN / len(chosen) if len(chosen) > 1 else 1.0)
+        target, reach = self.costs.target, self.costs.target.reach
         for option in others:  # none with steps of the head
-            seconds = self.costs.target(width + option.nodes) + late
+            seconds = target(width + option.nodes) + late
             rate = (tokens + option.tokens) / seconds if seconds else 0.0
-            if rate > least and width + option.nodes <= self.costs.target.reach:
+            if rate > least and width + option.nodes <= reach:
                 found, least = option, rate
         return (chosen, best) if found is None else ([*chosen[:place], found, *chosen[place + 1 :]], least)
 
@@ -266,39 +281,32 @@ class Controller:
     ) -> list[Option]:
         """Return the plans of a probe, when there is one, or those that were chosen."""
         able = sorted((place for place, row in enumerate(rows) if row.head), key=lambda place: rows[place].backlog)
-        if self._probe and not (able and self._goes_on(rate)):
-            lost = self._probe_cost - self._probe_tokens / rate if rate else 0.0
-            gap = PROBE_GAP * self.costs.seconds(len(rows))
-            self._probe_at[self._probe] = self._clock[self._probe] + max(gap, lost / PROBE_BUDGET)
-            self._probe = ""
+        gap, probe = PROBE_GAP * self.costs.seconds(len(rows)), self._probe
+        if probe and not (able and probe.goes_on(rate)):
+            lost = probe.cost - probe.tokens / rate if rate else 0.0
+            self._probe_at[probe.what] = self._clock[probe.what] + max(gap, lost / PROBE_BUDGET)
+            self._probe = None
         if not self._probe and able and rate and self.costs.target.known(len(rows)):
             due = "off" if self.drafting else "head"
-            if not self._probe_at[due]:
-                self._probe_at[due] = self._clock[due] + PROBE_GAP * self.costs.seconds(len(rows))
+            self._probe_at[due] = self._probe_at[due] or self._clock[due] + gap
             if self._clock[due] >= self._probe_at[due]:
                 self._begin_probe(due)
-        if self._probe == "off":
+        if self._probe is None:
+            return chosen
+        if self._probe.what == "off":
             return [_NOTHING] * len(rows)
-        if self._probe == "head":
-            chosen = list(chosen)
-            rates = [self._rates.get(f"chain {length}", 0.0) for length in range(1, max(row.head for row in rows) + 1)]
-            length = 1 + rates.index(max(rates))
-            for place in able[: math.ceil(len(able) / PROBE_ROWS)]:
-                chosen[place] = options[place][min(length, rows[place].head)]
-        return chosen
+        longest = max(row.head for row in rows)
+        length = max(range(1, longest + 1), key=lambda length: self._rates.get(f"chain {length}", 0.0))
+        few = able[: math.ceil(len(able) / PROBE_ROWS)]
+        chains = {place: options[place][min(length, rows[place].head)] for place in few}
+        return [chains.get(place, option) for place, option in enumerate(chosen)]
 
     def _begin_probe(self, what: str) -> None:
-        self._probe, self._probe_steps, self._probe_tokens = what, 0, 0
-        self._probe_seconds = self._probe_cost = 0.0
+        self._probe = _Probe(what)
         self.probes += 1
         if what == "head":
             for acceptance in (self.acceptance, *(row.own for row in self._rows)):
                 acceptance.forget_head()
-
-    def _goes_on(self, rate: float) -> bool:
-        fewest, most = PROBE_STEPS
-        slower = self._probe_tokens < rate * self._probe_seconds
-        return self._probe_steps < most and (self._probe_steps < fewest or not slower)
 
     def _reason(self) -> str:
         """State in one line what was chosen, and why."""
@@ -315,7 +323,7 @@ class Controller:
         rates, plain = self._rates, self._rates["off"]
         best = max((name for name in rates if name not in ("off", "chosen")), key=rates.__getitem__, default="")
         if self._probe:
-            return f"a probe of {'plain steps' if self._probe == 'off' else 'the head'}"
+            return f"a probe of {'plain steps' if self._probe.what == 'off' else 'the head'}"
         if drafts:
             return f"{rates['chosen']:.0f} tokens a second expected, {plain:.0f} without drafts"
         return f"{plain:.0f} tokens a second expected" + (f", {rates[best]:.0f} with {best}" if best else "")

@@ -1,12 +1,13 @@
 """The arithmetic of the speed figures, and a whole run on a tiny target."""
 
 import json
+from collections import Counter
 
 import pytest
 import torch
 from conftest import make_tiny_target
 
-from benchmarks import decode_speed
+from benchmarks import decode_speed, shared
 from benchmarks.decode_speed import Key, Timing
 from cpu_kernels.ops import load_kernels
 from draft.files import cache_folder
@@ -74,6 +75,25 @@ def test_a_whole_run(small, two_prompts, tmp_path, capsys):
     assert all(row["identical"] == 1.0 for row in written["rates"])  # float32, one machine, tiny: no rounding decides
     assert (tmp_path / "decode_speed.png").stat().st_size > 0
     assert "floor of a plain step" in capsys.readouterr().out
+
+
+def test_lookup_is_compared_with_the_head_alone(small, two_prompts, tmp_path, capsys):
+    options = f"{small} --out {tmp_path} --mode eager --repeats 2 --max-new-tokens 6 --workload".split()
+    assert decode_speed.main([*options, "chat", *two_prompts.split()]) == 0
+    written = json.loads((tmp_path / "decode_speed.json").read_text())
+    assert written["identical"] == 1.0 and written["controller"]["why"]
+    for seconds in written["seconds_per_token"].values():
+        assert list(seconds) == ["plain", "head alone", "automatic"] and all(
+            len(each) == 2 for each in seconds.values()
+        )
+    [bar] = written["bars"]
+    assert bar["limit"] == "at least 0.98" and bar["figure"] == written["lookup"]["all"]["over_head"]["median"]
+    assert "lookup beside the head" in capsys.readouterr().out
+    categories = Counter(prompt.category for prompt in shared.load_prompts(decode_speed.COPYING).prompts)
+    assert categories == {"summarising": 12, "extraction": 12, "code editing": 12}
+    assert (
+        decode_speed.lookup_gains({"plain": [3.0], "head alone": [2.0], "automatic": [1.0]})["over_head"]["median"] == 2
+    )
 
 
 def test_a_tree_needs_more_nodes_than_it_is_deep(capsys):

@@ -1,5 +1,6 @@
 """The proposals of a head are those that training taught it: against passes from scratch, in float64."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -128,6 +129,31 @@ def test_rejection_gets_the_distributions_that_it_drew_from():
         expected = torch.zeros(TARGET.vocab_size, dtype=torch.float64)
         expected[HEAD.vocabulary] = (logits_after(6, chain.tokens[:step]) / 0.7).softmax(-1)
         torch.testing.assert_close(chain.q[step], expected, rtol=1e-9, atol=1e-12)
+
+
+@STEP_BY_STEP
+@pytest.mark.parametrize("name", ["shared-noise", "rejection"])
+def test_a_chain_ends_where_the_head_is_unsure_before_the_draw(name):
+    """And is the beginning of the one without a floor: the same draws, distributions and confidences."""
+    proposer = proposer_of()
+    state, other = (observe(proposer, proposer.join(), 0, read) for read in (6, 3))
+    calibration = tuple((place + 0.5) / 16 for place in range(16))
+    lengths = set()
+    for seed in range(6):
+        rule = make_rule(name, SamplingParams(temperature=0.5), seed)
+        (whole,) = proposer.propose([Job(state, 5, 0, rule, 0.0, calibration)])
+        for step, confidence in enumerate(whole.confidences):
+            q = (logits_after(6, whole.tokens[:step]) / 0.5).softmax(-1)
+            assert confidence == pytest.approx(q.max().item(), rel=1e-6)
+        survival = [calibration[min(15, int(each * 16))] for each in whole.confidences]
+        for floor in (0.0, 1e-6, 1e-3, 0.05, 0.9):
+            expected = next((n for n in range(1, 5) if math.prod(survival[: n + 1]) < floor), 5)
+            chain, beside = proposer.propose([Job(state, 5, 0, rule, floor, calibration), Job(other, 2, 0, rule)])
+            assert chain.tokens == whole.tokens[:expected] and len(beside) == 2 and beside.confidences == []
+            assert chain.confidences == pytest.approx(whole.confidences[:expected])
+            assert chain.q is None or chain.q.allclose(whole.q[:expected])
+            lengths.add(expected)
+    assert len(lengths) > 2
 
 
 def test_proposing_leaves_no_trace():
