@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
+from operator import mul
 from typing import Any
 
 import torch
@@ -16,7 +18,7 @@ from serving.engine.estimates import BINS, BRANCHING
 from serving.engine.kv_cache import RaggedBatch, Segment
 from serving.engine.model import HeadRunner
 from serving.engine.sampling import apply_temperature
-from serving.engine.verification import DraftTree, Rule
+from serving.engine.verification import DraftTree, Rule, calibrated
 
 _CERTAIN = (1.0,) * BINS  # no calibration
 READ_LIMIT = 512  # the most tokens that a head reads in one pass
@@ -230,8 +232,7 @@ class HeadProposer:
     def _ends(job: Job, survival: list[float], index: int, confidence: float, step: int) -> bool:
         """Multiply the survival of a chain by its next token's, and test that it ends before that one."""
         assert job.calibration is not None
-        bins = len(job.calibration)
-        survival[index] *= job.calibration[min(bins - 1, int(confidence * bins))]
+        survival[index] *= calibrated(job.calibration, confidence)
         return step > 0 and survival[index] < job.floor
 
     def _trees(self, jobs: list[Job]) -> list[DraftTree]:
@@ -315,9 +316,16 @@ class AtOnceProposer:
         # of the tokens that are drafted: the token after the last one read is known
         positions = [job.state.read + 1 + step for step in range(job.length)]
         if not job.nodes:
+            confidences: list[float] = []
+            if job.calibration is not None:
+                largest = [largest_probability(row, job.rule.temperature) for row in logits]
+                confidences = torch.stack(largest).tolist()
+                survival = accumulate((calibrated(job.calibration, each) for each in confidences), mul)
+                count = max(1, sum(share >= job.floor for share in survival))
+                logits, positions, confidences = logits[:count], positions[:count], confidences[:count]
             tokens, q = job.rule.draft(logits, self.vocabulary, positions)
-            vocab_size = self.head.config.vocab_size
-            return DraftTree.chain(tokens.tolist(), None if q is None else spread(q, self.vocabulary, vocab_size))
+            q = None if q is None else spread(q, self.vocabulary, self.head.config.vocab_size)
+            return DraftTree.chain(tokens.tolist(), q, confidences=confidences)
         grower = TreeGrower(BRANCHING, job.length, job.nodes)
         nodes = 1  # of the frontier; at first the last token known
         for scores in job.rule.candidate_scores(logits, self.vocabulary, positions):

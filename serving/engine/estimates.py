@@ -130,15 +130,11 @@ class Calibration:
         self.rates = tuple((place + 0.5) / BINS for place in range(BINS))  # at first: as it says itself
 
     def observe(self, confidence: float, accepted: bool) -> None:
-        place = confidence_bin(confidence)
+        place = min(BINS - 1, int(confidence * BINS))
         cell, fading = self._cells[place], 1 - 1 / OVERALL_MEMORY
         cell[:] = cell[0] * fading + accepted, cell[1] * fading + 1
         rate = (cell[0] + OVERALL_STRENGTH * (place + 0.5) / BINS) / (cell[1] + OVERALL_STRENGTH)
         self.rates = (*self.rates[:place], rate, *self.rates[place + 1 :])
-
-
-def confidence_bin(confidence: float) -> int:
-    return min(BINS - 1, int(confidence * BINS))
 
 
 class RequestEstimate:

@@ -30,9 +30,8 @@ from serving.engine.estimates import (
     DraftPlan,
     RequestEstimate,
     StepCosts,
-    confidence_bin,
 )
-from serving.engine.verification import DraftTree
+from serving.engine.verification import DraftTree, calibrated
 
 MARGIN = 1.03  # what plans must promise over plain decoding, to replace it
 ROW_MARGIN = 0.1  # of its share of the tokens must be gained by a request that takes another plan than the others
@@ -133,7 +132,7 @@ class Controller:
         Each must pay by itself: its chance of acceptance times the present tokens per second.
         """
         rates = self.calibrations[samples].rates
-        share = math.prod(rates[confidence_bin(each)] for each in chain.confidences)
+        share = math.prod(calibrated(rates, each) for each in chain.confidences)
         survival = row.survival(min(match, LONGEST_MATCH), row.room - len(chain)) if match and self.tail_floor else []
         return sum(share * each >= self.tail_floor for each in survival)
 

@@ -135,6 +135,11 @@ class DraftTree:
         return [self.tokens[node] for node in self.path(row - 1)]
 
 
+def calibrated(calibration: Sequence[float], confidence: float) -> float:
+    """Return the estimate of the bin, of equal ones, that a probability falls into."""
+    return calibration[min(len(calibration) - 1, int(confidence * len(calibration)))]
+
+
 class Verdict(NamedTuple):
     """The result of a verification: the tokens of `path`, then `bonus`."""
 
