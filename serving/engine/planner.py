@@ -40,7 +40,7 @@ PROBE_STEPS = 3, 16  # a probe's fewest and most steps
 PROBE_ROWS = 4  # one request in so many drafts in a probe of the head, which must catch up on each
 PROBE_GAP = 48  # steps between two probes, however little they lose
 CATCH_UP_STEPS = 64  # steps that share the cost of catching up when drafting begins again, in a request of so many
-COPIES = (1, 2, 3, 4, 5, 6, 7, 9, 11, 15, 19, 23, 31)  # tokens of lookup's plans
+COPIES = (1, 2, 3, 5, 7, 11, 15, 23, 31)  # tokens of lookup's plans
 
 _CHAINS = [DraftPlan.chain(length) for length in range(33)]
 _LOOKUPS = {count: DraftPlan.lookup(count) for count in COPIES}

@@ -1,6 +1,7 @@
 """Drafts that are copied: the automaton against a search of everything, and answers that must not change by them."""
 
 import itertools
+import sys
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from oracle import COPIES, Case, Fickle, Oracle, all_free, engine_of, serve
 from tiny_targets import texts_of, tiny
 
 from draft.heads.registry import ARCHITECTURES
+from serving import cli
 from serving.engine import Engine, SamplingParams, Speculation
 from serving.engine.lookup import LOOKUP_LENGTH, LookupProposer, Match, SuffixAutomaton
 from serving.engine.verification import DraftTree
@@ -147,3 +149,19 @@ def test_compiled_answers_with_copies_are_those_of_plain_decoding():
     expected = [plain.generate([prompt], each)[0].token_ids for prompt, each in zip(prompts, options, strict=True)]
     answers = copying.generate(prompts, options)
     assert [answer.token_ids for answer in answers] == expected and counted(answers)[1] > 0
+
+
+def test_the_servers_option(folders, monkeypatch):
+    """Without a head the server speculates all the same, unless it is told not to."""
+    monkeypatch.setattr(cli, "serve_until_stopped", lambda app, load, *_: loaded.append(load()))
+    loaded: list[Engine] = []
+    for words in ([], ["--no-lookup"]):
+        options = ["--port", "0", "--no-warm-up", "--target", str(folders / "my-target"), "--dtype", "float64"]
+        monkeypatch.setattr(sys, "argv", ["draft-serve", *options, *words])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        assert not ended.value.code
+    assert [engine.lookup for engine in loaded] == [True, False]
+    answers = [engine.generate([[5, 6, 7, 8] * 6], SamplingParams(40, ignore_eos=True))[0] for engine in loaded]
+    assert answers[0].stats.drafted > 0 == answers[1].stats.drafted
+    assert answers[0].token_ids == answers[1].token_ids

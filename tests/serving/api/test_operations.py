@@ -13,6 +13,9 @@ from http_testing import ask, in_process, live, metric, series, until
 from serving.api.app import create_app
 from serving.api.service import Limits, public_name
 from serving.engine import Engine
+from serving.engine.estimates import DraftPlan
+from serving.engine.lookup import LOOKUP_LENGTH
+from serving.engine.planner import Fixed
 
 
 @pytest.mark.parametrize(
@@ -117,6 +120,34 @@ def test_metrics_add_up(tiny_target, tiny_head):
         assert 0 < metric(client, "inter_token_latency_seconds_count") <= steps
         for name, least in (("queue", 0.0001), ("prefill", 0.0001), ("decode", 0.001)):  # small models are told apart
             assert f'draftsmith:request_{name}_time_seconds_bucket{{le="{least}"}}' in client.get("/metrics").text
+
+
+def test_copied_tokens_are_counted_by_their_source(tiny_target):
+    engine = Engine(tiny_target)
+    engine.controller = engine._decoder.controller = Fixed(DraftPlan.lookup(5))  # whatever is fast here
+    with TestClient(create_app(engine)) as client:
+        wishes = {"max_new_tokens": 80, "details": True, "speculative": {"origin": True}}
+        details = ask(client, "zebras " * 6, **wishes).json()["details"]
+        figures, origins = details["speculative"], [token["origin"] for token in details["tokens"]]
+        counts = {"drafted": figures["drafted"], "accepted": figures["accepted"]}
+        assert figures["sources"] == {"head": {"drafted": 0, "accepted": 0}, "lookup": counts}
+        assert 0 < figures["accepted"] < figures["drafted"] and figures["speculation_length"] == LOOKUP_LENGTH
+        accepted = [origin for origin in origins if origin["source"] == "draft"]
+        rejected = [origin for origin in origins if origin["rejected"]]
+        assert len(accepted) == figures["accepted"] and rejected
+        assert {origin["drafter"] for origin in accepted + rejected} == {"lookup"}
+        assert {origin["drafter"] for origin in origins if origin not in accepted + rejected} == {None}
+        for name, value in (("draft", figures["drafted"]), ("accepted", figures["accepted"])):
+            series = f"spec_decode_num_{name}_tokens"
+            assert metric(client, f"{series}_total") == value
+            assert metric(client, f'{series}_by_source_total{{source="lookup"}}') == value
+            assert metric(client, f'{series}_by_source_total{{source="head"}}') == 0
+        about = client.get("/info").json()
+        assert (about["head"], about["lookup"], about["speculation_length"]) == (None, True, LOOKUP_LENGTH)
+        assert about["engine"]["speculation"]["why"].startswith("lookup for 1: ")
+        off = ask(client, "zebras " * 6, **wishes | {"speculative": {"enabled": False}}).json()["details"]
+        assert off["speculative"]["drafted"] == 0
+        assert [token["id"] for token in off["tokens"]] == [token["id"] for token in details["tokens"]]
 
 
 def test_tokens_are_counted_while_they_come(gated):
