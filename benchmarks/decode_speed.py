@@ -421,9 +421,9 @@ def time_in_turns(
             for category in ("all", prompt.category) if repeat else ():
                 counts = tokens.setdefault(category, [0] * arguments.repeats)
                 counts[repeat - 1] += len(done["plain"].token_ids) - 1
-                for name, answer in done.items():
+                for name in names:
                     times = spent.setdefault(category, {}).setdefault(name, [0.0] * arguments.repeats)
-                    times[repeat - 1] += answer.stats.decode_seconds
+                    times[repeat - 1] += done[name].stats.decode_seconds
             same += sum(answer.token_ids == done["plain"].token_ids for answer in done.values())
             answers += len(done)
     per_token = {

@@ -18,6 +18,7 @@ from enumeration import (
     confident,
     copies,
     distance,
+    head_law,
     trees,
     with_tails,
 )
@@ -58,11 +59,13 @@ def test_what_is_drafted_may_depend_on_what_was_emitted(monkeypatch):
     assert distance(monkeypatch, Rejection(params, 0), params, plan, params) < 1e-12
 
 
+# between the confidences after the two tokens that a chain may begin with
+FLOOR = sum(float(head_law((token,), 0.8).max()) for token in VOCABULARY.tolist()) / 2
 COPYING: dict[str, ScriptedPlan] = {
     "copies": copies(2),
     "a chain and a copy": with_tails(chains(1), 1),
-    "chains that end where the head is unsure": confident(2, 0.6),
-    "and copies behind them": with_tails(confident(2, 0.6), 2),
+    "chains that end where the head is unsure": confident(2, FLOOR),
+    "and copies behind them": with_tails(confident(2, FLOOR), 2),
 }
 
 
@@ -77,7 +80,7 @@ def test_the_plans_of_copies_copy_and_end_chains():
     script = Script([])
     assert copies(2)((), script) == DraftTree()  # the prompt's tokens are all different
     assert copies(2)((0,), script).copied == 1
-    lengths = {len(confident(2, 0.6)((), Script([first]))) for first in range(2)}
+    lengths = {len(confident(2, FLOOR)((), Script([first]))) for first in range(2)}
     assert lengths == {1, 2}
 
 
