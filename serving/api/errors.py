@@ -56,8 +56,11 @@ class ApiError(Exception):
     headers: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
-def api_error(error: BaseException) -> ApiError:
-    """Return the answer for an exception, without its text unless that was written for the client."""
+def api_error(error: BaseException, *, logged: bool = False) -> ApiError:
+    """Return the answer for an exception, without its text unless that was written for the client.
+
+    logged: the engine has written its cause to the log.
+    """
     match error:
         case ApiError():
             return error
@@ -67,7 +70,8 @@ def api_error(error: BaseException) -> ApiError:
             return ApiError("overloaded", "Model is overloaded", headers=RETRY)
         case EngineStopped():
             return unavailable("the engine has stopped")
-    log.error("a request failed", exc_info=error)  # nobody else may have the cause
+    if not logged:
+        log.error("a request failed", exc_info=error)
     return ApiError("generation", "Request failed during generation", headers=NO_RETRY)
 
 

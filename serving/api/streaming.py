@@ -82,7 +82,7 @@ class Generation:
             await unless_disconnected(asyncio.gather(*ends, return_exceptions=True), self.http)
             completions = [self._checked(end.result()) for end in ends]
         except Exception as error:
-            raise api_error(error) from error
+            raise api_error(error, logged=True) from error
         finally:  # also when the server, shutting down, cancels this very task
             self.close()
         self.http.scope["draftsmith.log"] |= {"generated_tokens": sum(len(each.token_ids) for each in completions)}
@@ -106,7 +106,7 @@ class Generation:
             while left:
                 item = await queue.get()
                 if isinstance(item, Exception):
-                    raise item
+                    raise api_error(item, logged=True) from item
                 if item[2] is not None:
                     self._checked(item[2])
                     left -= 1

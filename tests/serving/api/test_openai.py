@@ -53,7 +53,8 @@ def test_a_stream_is_the_same_answer_in_parts(client, path):
         assert [each["finish_reason"] for each in own[:-1]] == [None] * (len(own) - 1)
         assert own[-1]["finish_reason"] == choice["finish_reason"] and own[-1]["seed"] == choice["seed"]
     without = complete(client, path, **wishes, stream=True)["events"]
-    assert all("usage" not in each for each in without[:-1]) and len(without) == len(chunks) + 1
+    # the steps may be others, since drafts are planned by what is fast
+    assert all("usage" not in each and each["choices"] for each in without[:-1]) and without[-1] == "[DONE]"
 
 
 @pytest.mark.parametrize("path", ["completions", "chat/completions"])
