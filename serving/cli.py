@@ -167,32 +167,27 @@ def serve(
     ssl_cert_reqs: SslClients = None,
 ) -> None:
     """Serve a target, and the draft head that makes it faster, over HTTP."""
-    _check_key(api_key)
-    if not (metrics_prefix.isascii() and metrics_prefix.isidentifier()):
-        raise UserError(f"--metrics-prefix {metrics_prefix!r} must be letters, digits and underscores, such as vllm.")
+    _check_words(api_key, metrics_prefix)
     tls = _tls(ssl_certfile, ssl_keyfile, ssl_keyfile_password, ssl_ca_certs, ssl_cert_reqs)
     with Listener(host, port) as listener:  # before the model is loaded, which takes longer than finding the port taken
-        from serving.api.app import create_app  # here, so that --help does not wait for torch
+        from serving.api.app import Limits, create_app  # here, so that --help does not wait for torch
         from serving.api.middleware import log_as_json
-        from serving.api.service import Limits
 
         log_as_json()
         limits = Limits(max_new_tokens_limit, max_body_bytes, request_seconds=request_timeout or None)
-        access: Any = dict(api_key=api_key, strict_model_name=strict_model_name, metrics_prefix=metrics_prefix)
-        app = create_app(None, head_name=head, limits=limits, cors_origins=cors_origin or (), **access)
-        drafts: dict[str, Any] = dict(speculation=speculation, speculation_length=speculation_length)
-        drafts |= dict(tree_size=tree_size, lookup=lookup, rule=rule)
-        memory = None if kv_cache_memory is None else _size(kv_cache_memory)
-        sizes = dict(max_batch=max_batch, max_length=max_length, kv_cache_memory=memory, prefill_chunk=prefill_chunk)
-        queue = dict(max_waiting=max_waiting, max_waiting_tokens=max_waiting_tokens)
-        formats = dict(arithmetic=arithmetic, weights=weights, head_weights=head_weights)
-        options: dict[str, Any] = dict(mode=mode, threads=threads, **formats, **drafts, **sizes, **queue)
-        start: dict[str, Any] = dict(chat_template=chat_template, warm_up=warm_up, self_check=self_check)
-        load = partial(load_engine, target, head, dtype, target_adapter=target_adapter, **start, **options)
-        models = f"{target} + {target_adapter}" if target_adapter else target
-        models += f" with {head}, K = {speculation_length}, {rule}" if head else " without a draft head"
-        serving = f"serving {models} on {listener.url('https' if tls else 'http')}"
-        serve_until_stopped(app, load, listener, serving, drain_seconds, tls)
+        access: Any = dict(api_key=api_key, strict_model_name=strict_model_name, cors_origins=cors_origin or ())
+        app = create_app(None, head_name=head, limits=limits, metrics_prefix=metrics_prefix, **access)
+        load = partial(
+            load_engine, target, head, dtype, target_adapter=target_adapter, chat_template=chat_template,
+            warm_up=warm_up, self_check=self_check, mode=mode, threads=threads, arithmetic=arithmetic, weights=weights,
+            head_weights=head_weights, speculation=speculation, speculation_length=speculation_length,
+            tree_size=tree_size, lookup=lookup, rule=rule, max_batch=max_batch, max_length=max_length,
+            kv_cache_memory=kv_cache_memory, prefill_chunk=prefill_chunk, max_waiting=max_waiting,
+            max_waiting_tokens=max_waiting_tokens,
+        )  # fmt: skip
+        drafter = f"with {head}, K = {speculation_length}, {rule}" if head else "without a draft head"
+        models, url = " + ".join(filter(None, (target, target_adapter))), listener.url("https" if tls else "http")
+        serve_until_stopped(app, load, listener, f"serving {models} {drafter} on {url}", drain_seconds, tls)
 
 
 def load_engine(
@@ -205,9 +200,10 @@ def load_engine(
     warm_up: bool,
     self_check: bool = False,
     threads: int | None,
+    kv_cache_memory: str | None = None,
     **options: Any,
 ) -> Engine:
-    """Return an engine that is ready to be started; options: of Engine.
+    """Return an engine that is ready to be started; kv_cache_memory: with a unit; options: of Engine.
 
     Raises:
         UserError: when the target or the head cannot be loaded, do not fit each other, or an option is out of range.
@@ -220,12 +216,13 @@ def load_engine(
     from serving.engine import Engine
     from serving.engine.setup import decoding_dtype
 
+    memory = None if kv_cache_memory is None else _size(kv_cache_memory)
     if threads is not None:
         torch.set_num_threads(threads)
     if not sys.stderr.isatty():
         disable_progress_bar()
     template = None if chat_template is None else read_chat_template(chat_template)
-    if dtype == "auto" and options["weights"] in ("int8", "int4") and target.endswith(".gguf"):
+    if dtype == "auto" and options.get("weights") in ("int8", "int4") and target.endswith(".gguf"):
         dtype = "float32"  # the integers of its blocks are found again in nothing narrower
     loaded = load_target(target, decoding_dtype(dtype, options["mode"]), adapter=target_adapter)
     if template is not None:
@@ -235,7 +232,7 @@ def load_engine(
     if head is not None:
         draft_head, about = load_head(head, dtype=loaded.dtype, device=loaded.device)
         attach_head(draft_head, about, loaded)
-    engine = Engine(loaded, draft_head, threads=threads, pack_in_place=True, **options)
+    engine = Engine(loaded, draft_head, threads=threads, pack_in_place=True, kv_cache_memory=memory, **options)
     logging.getLogger(__name__).info("KV cache: %s", engine.models.cache_size)
     if warm_up:
         engine.warm_up()
@@ -266,7 +263,9 @@ def _size(text: str) -> int:
         raise UserError(f"--kv-cache-memory {text!r} is not a size; give a number with a unit, such as 4GB.") from error
 
 
-def _check_key(key: str | None) -> None:
+def _check_words(key: str | None, prefix: str) -> None:
+    if not (prefix.isascii() and prefix.isidentifier()):
+        raise UserError(f"--metrics-prefix {prefix!r} must be letters, digits and underscores, such as vllm.")
     if key is None and os.environ.get(_KEY_VARIABLE) == "":  # a secret that was not filled in is not to open the server
         raise UserError(f"{_KEY_VARIABLE} is empty; put the key into it, or unset it for no key.")
     if key is not None and not (key.isascii() and key.isprintable() and key.strip() == key != ""):

@@ -269,7 +269,7 @@ def _written(target: Target, messages: list[Message], before: str, after: str, t
     asking = [*history[:-1], {**history[-1], "content": SENTINEL}]
 
     def after_question(*said: Message) -> str:
-        """What the template renders after the last turn before the answer."""
+        """Render the conversation, and return what follows the last turn before the answer."""
         text = render(target, [*asking, *said], add_generation_prompt=not said, tools=tools)
         return text.split(SENTINEL, 1)[1] if SENTINEL in text else ""
 

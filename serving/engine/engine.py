@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Sequence
 from numbers import Integral
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 
@@ -33,7 +33,7 @@ from serving.engine.request import (
 )
 from serving.engine.sampling import SEED_LIMIT, Processor, SamplingParams
 from serving.engine.self_check import MAX_SECONDS, NEW_TOKENS, AcceptanceWatch, SelfCheck, check_prompts
-from serving.engine.setup import build_models, pass_seconds
+from serving.engine.setup import ModelOptions, build_models, pass_seconds
 from serving.engine.step import ActiveRequest, Decoder
 from serving.engine.verification import RULES, make_rule
 
@@ -61,18 +61,13 @@ class Engine:
         tree_size: int = 16,
         lookup: bool = True,
         rule: str = "shared-noise",
-        mode: str = "auto",
-        arithmetic: str = "auto",
-        weights: str = "auto",
-        head_weights: str = "auto",
-        pack_in_place: bool = False,
         max_batch: int = 16,
         max_length: int | None = None,
         kv_cache_memory: int | None = None,
         max_waiting: int = 1024,
         max_waiting_tokens: int | None = None,
         prefill_chunk: int = 128,
-        threads: int | None = None,
+        **models: Unpack[ModelOptions],
     ) -> None:
         """
         speculation: `auto` chooses at every step, for each request, what should give the most tokens per second:
@@ -80,15 +75,11 @@ class Engine:
         the head always drafts, with `off` never. speculation_length: the most tokens that the head drafts in a row, or
         as many as it knows positions of; 0 is off. tree_size: the most nodes of a tree. lookup: let `auto` copy, with
         or without a head.
-        mode, arithmetic, weights, head_weights: see `build_models`. pack_in_place: the compiled mode replaces the
-        linear layers of `target` itself, which then serves nothing else; by default it packs a copy, and the caller's
-        target keeps its weights, too.
         max_batch: requests decoded at once. max_length: the most tokens of prompt and answer together (default: what
         the target was made for, as far as the cache holds it). kv_cache_memory: bytes of the cache (default: most of
         what is free; never more than `max_batch` such requests need). max_waiting, max_waiting_tokens: what may wait
         behind those that run. prefill_chunk: prompt tokens read in one step.
-        threads: of the arithmetic on a CPU, of the whole process: `torch.set_num_threads` is called, with 1 in compiled
-        mode, whose kernels have threads of their own.
+        models: see `ModelOptions`.
 
         Raises:
             UserError: when the head is not of the target's shape, or a value is out of range.
@@ -102,7 +93,7 @@ class Engine:
         check_speculation_length(speculation_length)
         check_sizes(
             max_batch=max_batch, max_waiting=max_waiting, max_waiting_tokens=max_waiting_tokens, tree_size=tree_size,
-            kv_cache_memory=kv_cache_memory, prefill_chunk=prefill_chunk, threads=threads,
+            kv_cache_memory=kv_cache_memory, prefill_chunk=prefill_chunk, threads=models.get("threads"),
         )  # fmt: skip
         self.speculation, self.rule = speculation, rule
         longest = speculation_length if head is None or head.longest is None else head.longest
@@ -119,16 +110,11 @@ class Engine:
         self.models = build_models(
             target,
             head if speculation != "off" else None,
-            mode=mode,
-            arithmetic_name=arithmetic,
-            weights=weights,
-            head_weights=head_weights,
-            pack_in_place=pack_in_place,
             slots=self.max_batch,
             capacity=self.max_length + self._overhang,
             least=(max_length or 2) + self._overhang,
             memory=kv_cache_memory,
-            threads=threads,
+            **models,
         )
         fitting, size = self.models.cache_size.capacity - self._overhang, self.models.cache_size
         self.limit_note = f", which is what the KV cache holds ({size})" if fitting < self.max_length else ""

@@ -138,7 +138,7 @@ class Calibration:
 
 
 class RequestEstimate:
-    """What the planner knows of one request. The engine sets the public fields before each step."""
+    """The planner's estimates of one request. The engine sets the public fields before each step."""
 
     def __init__(self, overall: Acceptance) -> None:
         self.own = Acceptance(overall)

@@ -7,6 +7,7 @@ import itertools
 import logging
 import time
 from dataclasses import dataclass
+from typing import TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -55,41 +56,56 @@ class Models:
     cache_size: CacheSize
 
 
+class ModelOptions(TypedDict, total=False):
+    """Options of the execution of the models.
+
+    mode: `eager` runs the models as they are; `compiled`, on a CPU in float32 or bfloat16, replaces linear layers by
+    packed ones and attention by a kernel of ours, and runs all layers of the Llama family in one call; `auto`, the
+    default, is compiled where that is possible.
+    arithmetic: of bfloat16 weights in compiled mode, for the whole process: one of `cpu_kernels.arithmetics`, or `auto`
+    for the fastest of them.
+    weights, head_weights: `int8` and `int4` round the matrices of the target, or of the head, in compiled mode, with
+    int4 the LM head to int8: the answers are then exactly those of the rounded target. `float` leaves them in their
+    dtype. `auto` is float for the target, and for the head int8 in compiled mode: drafts need not be exact.
+    pack_in_place: the compiled mode replaces the linear layers of the target itself, which then serves nothing else; by
+    default it packs a copy, and the caller's target keeps its weights, too.
+    threads: of the arithmetic on a CPU, of the whole process: of the compiled kernels all cores of this process by
+    default, and PyTorch is left with one then (`torch.set_num_threads`), because its threads wait for each other
+    actively, and stall when another process takes a core.
+    """
+
+    mode: str
+    arithmetic: str
+    weights: str
+    head_weights: str
+    pack_in_place: bool
+    threads: int | None
+
+
 def build_models(
     target: Target,
     head: DraftHead | None,
     *,
-    mode: str,
-    pack_in_place: bool,
     slots: int,
     capacity: int,
     least: int = 1,
     memory: int | None = None,
-    threads: int | None,
-    arithmetic_name: str = "auto",
+    mode: str = "auto",
+    arithmetic: str = "auto",
     weights: str = "auto",
     head_weights: str = "auto",
+    pack_in_place: bool = False,
+    threads: int | None = None,
 ) -> Models:
     """
-    mode: `eager` runs the models as they are; `compiled`, on a CPU in float32 or bfloat16, replaces linear layers by
-    packed ones and attention by a kernel of ours, and runs all layers of the Llama family in one call; `auto` is
-    compiled where that is possible.
-    slots, capacity, least, memory: of the KV cache, see `fit_cache`.
-    pack_in_place: in compiled mode the linear layers of `target` itself are replaced, instead of a copy's.
-    threads: of the compiled kernels, all cores of this process by default; PyTorch itself is left with one then,
-    because its threads wait for each other actively, and stall when another process takes a core.
-    arithmetic_name: of bfloat16 weights in compiled mode, for the whole process: one of `cpu_kernels.arithmetics`, or
-    `auto` for the fastest of them.
-    weights, head_weights: `int8` and `int4` round the matrices of the target, or of the head, in compiled mode, with
-    int4 the LM head to int8: the answers are then exactly those of the rounded target. `float` leaves them in their
-    dtype. `auto` is float for the target, and for the head int8 in compiled mode: drafts need not be exact.
+    slots, capacity, least, memory: of the KV cache, see `fit_cache`. The others: see `ModelOptions`.
 
     Raises:
         UserError: for a mode that is impossible here, with the reason; for a target whose attention is not known; for
             too little memory.
     """
     mode = _choose_mode(mode, target)
-    products = _choose_arithmetic(arithmetic_name, mode, target)
+    products = _choose_arithmetic(arithmetic, mode, target)
     of_target, of_head = _choose_weights(weights, head_weights, mode, target)
     kernel: Kernel = torch_attention
     if mode == "compiled":
