@@ -222,9 +222,8 @@ def load_engine(
     if not sys.stderr.isatty():
         disable_progress_bar()
     template = None if chat_template is None else read_chat_template(chat_template)
-    if dtype == "auto" and options.get("weights") in ("int8", "int4") and target.endswith(".gguf"):
-        dtype = "float32"  # the integers of its blocks are found again in nothing narrower
-    loaded = load_target(target, decoding_dtype(dtype, options["mode"]), adapter=target_adapter)
+    wanted = decoding_dtype(dtype, options["mode"], target, options.get("weights", "auto"))
+    loaded = load_target(target, wanted, adapter=target_adapter)
     if template is not None:
         loaded.use_chat_template(template)
     _report_template(loaded)

@@ -148,11 +148,14 @@ def make_proposer(
     return AtOnceProposer(head, layers)
 
 
-def decoding_dtype(dtype: str, mode: str) -> str:
+def decoding_dtype(dtype: str, mode: str, target: str = "", weights: str = "auto") -> str:
     """Resolve `auto` for decoding: on a CPU bfloat16, where the compiled kernels are there.
 
     They read weights in bfloat16 and compute in float32: half the bytes, and no arithmetic that the CPU is slow at.
+    With integer weights a GGUF file is read in float32: nothing narrower gives the integers of its blocks back.
     """
+    if dtype == "auto" and weights in _BITS and target.endswith(".gguf"):
+        return "float32"
     if dtype != "auto" or mode == "eager" or torch.cuda.is_available():
         return dtype
     return dtype if _why_no_kernels() else "bfloat16"
