@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from cpu_kernels import (
     KernelsUnavailable,
+    PackedLinear,
     arithmetic,
     arithmetics,
     load_kernels,
@@ -110,6 +111,10 @@ def build_models(
     kernel: Kernel = torch_attention
     if mode == "compiled":
         target, head = _pack(target, head, pack_in_place, _BITS.get(of_target, 0), _BITS.get(of_head, 0))
+        if of_target in _BITS and (share := _share_left(target)) > 0:
+            reason = "they are not in linear layers, as those of a mixture of experts"
+            dtype = str(target.dtype).removeprefix("torch.")
+            log.warning("weights = %r: %.0f %% of the matrices stay in %s; %s", of_target, 100 * share, dtype, reason)
         kernel = packed_attention
         if threads is not None:
             set_threads(threads)
@@ -274,6 +279,14 @@ def _pack(
         pack_linears(head, dtype, head_bits, getattr(head, "lm_head", None))
         head.use_target_lm_head(target)  # not the plain one's LM head, where it has none
     return target, head
+
+
+def _share_left(target: Target) -> float:
+    """Return the share of the weights in matrices that were not packed; the embedding, a table, does not count."""
+    packed = sum(part.in_features * part.out_features for part in target.model.modules() if type(part) is PackedLinear)
+    table = target.embedding.weight
+    left = sum(each.numel() for each in target.model.parameters() if each.dim() > 1 and each is not table)
+    return left / (left + packed)
 
 
 @torch.inference_mode()

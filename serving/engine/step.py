@@ -298,7 +298,8 @@ class Decoder:
             if active.params.temperature <= 1:  # above, any head is accepted less
                 self.watch.observe(depth, by_head)
         if active.lookup is not None:
-            row.observe_lookup(active.lookup.match.length, active.lookup.continues(following), len(following))
+            if match := active.lookup.match.length:
+                row.observe_lookup(match, active.lookup.continues(following), len(following))
             active.lookup.observe(following)
 
     def _emit(self, active: ActiveRequest, tree: DraftTree, verdict: Verdict, logits: Tensor) -> list[int]:

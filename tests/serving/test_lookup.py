@@ -16,6 +16,7 @@ from tiny_targets import texts_of, tiny
 from draft.heads.registry import ARCHITECTURES
 from serving import cli
 from serving.engine import Engine, SamplingParams, Speculation
+from serving.engine.estimates import HEAD
 from serving.engine.lookup import LOOKUP_LENGTH, LookupProposer, Match, SuffixAutomaton
 from serving.engine.verification import DraftTree
 
@@ -149,6 +150,16 @@ def test_compiled_answers_with_copies_are_those_of_plain_decoding():
     expected = [plain.generate([prompt], each)[0].token_ids for prompt, each in zip(prompts, options, strict=True)]
     answers = copying.generate(prompts, options)
     assert [answer.token_ids for answer in answers] == expected and counted(answers)[1] > 0
+
+
+def test_what_is_learned_of_copies_says_nothing_of_the_head():
+    """Also where nothing matches: the prompt and the first tokens of the answer are new."""
+    engine = Engine(TARGET, max_batch=2)
+    before = engine.controller.acceptance.rate(HEAD, 0)
+    engine.generate([[index] for index in range(40, 52)], SamplingParams(20, ignore_eos=True))
+    rates = [engine.controller.acceptance.rate(match, 0) for match in range(1, 9)]
+    assert engine.controller.acceptance.rate(HEAD, 0) == before
+    assert rates != [match / (match + 2) for match in range(1, 9)]
 
 
 def test_the_servers_option(folders, monkeypatch):
