@@ -35,7 +35,7 @@ from draft.heads import DraftHead
 from draft.launcher import draft_serve
 from draft.target import Target, load_target, wait_for
 from serving.engine import Engine, SamplingParams, Speculation
-from serving.engine.drafting import HeadProposer, Job
+from serving.engine.drafting import HeadProposer, HeadState, Job
 from serving.engine.kv_cache import RaggedBatch, Segment
 from serving.engine.model import TargetRunner
 from serving.engine.setup import MODES, WEIGHTS
@@ -464,7 +464,9 @@ def step_costs(plain: Engine, drafting: Engine) -> dict[str, Any]:
     runs: dict[Any, Callable[[], object]] = {width: _target_pass(plain.models.runner, width) for width in WIDTHS}
     proposer = drafting.models.proposer
     if isinstance(proposer, HeadProposer):
-        runs |= {"one": _chain(proposer, 1), "long": _chain(proposer, LONG_CHAIN), "read": _chain(proposer, 1, 2)}
+        state = proposer.join()
+        for name, length, read in (("one", 1, 0), ("long", LONG_CHAIN, 0), ("read", 1, 2)):
+            runs[name] = _chain(proposer, state, length, read)
     timings: dict[Any, list[float]] = {name: [] for name in runs}
     for _ in range(1 + STEP_ROUNDS):
         for name, run in runs.items():
@@ -474,7 +476,8 @@ def step_costs(plain: Engine, drafting: Engine) -> dict[str, Any]:
             timings[name].append(time.perf_counter() - began)
     seconds = {name: statistics.median(times[1:]) for name, times in timings.items()}
     costs: dict[str, Any] = {"target": {width: seconds[width] for width in WIDTHS}}
-    if "one" in seconds:  # what a longer chain, and two tokens to read, take in addition
+    if isinstance(proposer, HeadProposer):  # what a longer chain, and two tokens to read, take in addition
+        proposer.leave(state)
         costs["draft"] = (seconds["long"] - seconds["one"]) / (LONG_CHAIN - 1)
         costs["re-read"] = seconds["read"] - costs["draft"]
     return costs
@@ -493,7 +496,7 @@ def _target_pass(runner: TargetRunner, width: int) -> Callable[[], object]:
     return run
 
 
-def _chain(proposer: HeadProposer, length: int, read: int = 0) -> Callable[[], object]:
+def _chain(proposer: HeadProposer, state: HeadState, length: int, read: int) -> Callable[[], object]:
     """Return a greedy chain after `read` tokens that the target has just accepted."""
     runner = proposer.runner
     features = len(proposer.layers) * runner.head.config.hidden_size
@@ -506,7 +509,7 @@ def _chain(proposer: HeadProposer, length: int, read: int = 0) -> Callable[[], o
         runner.cache.lengths[state.slot] = PAST
         return chain
 
-    rule, state = make_rule("shared-noise", SamplingParams(), 0, runner.chains is not None), proposer.join()
+    rule = make_rule("shared-noise", SamplingParams(), 0, runner.chains is not None)
     proposer.observe(state, [1] * PAST, auxiliary)
     run()
     return run
