@@ -425,8 +425,9 @@ def time_in_turns(
                 for name in names:
                     times = spent.setdefault(category, {}).setdefault(name, [0.0] * arguments.repeats)
                     times[repeat - 1] += done[name].stats.decode_seconds
-            same += sum(answer.token_ids == done["plain"].token_ids for answer in done.values())
-            answers += len(done)
+            others = [answer.token_ids for name, answer in done.items() if name != "plain"]
+            same += sum(ids == done["plain"].token_ids for ids in others)
+            answers += len(others)
     per_token = {
         category: {name: [s / n for s, n in zip(each, tokens[category], strict=True)] for name, each in times.items()}
         for category, times in spent.items()

@@ -404,9 +404,9 @@ def started(server: LocalServer, target: Target, max_length: int) -> Iterator[En
     """
     device = server.device or str(target.device)
     batch = server.batch_size or _BATCH_SIZE.get(resolve_device(device).type, 16)
-    rounded = server.weights in ("int8", "int4") and target.name.endswith(".gguf")
-    # the integers of a GGUF file are found again in float32 only
-    dtype = "float32" if rounded else server.dtype or str(target.dtype).removeprefix("torch.")
+    dtype = server.dtype or str(target.dtype).removeprefix("torch.")
+    if server.weights in ("int8", "int4") and target.name.endswith(".gguf") and server.dtype in (None, "auto"):
+        dtype = "auto"  # in which the server finds the integers of the file again
     options = {
         "--target": target.name,
         "--dtype": dtype,

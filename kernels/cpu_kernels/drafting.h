@@ -31,6 +31,7 @@ struct ChainHead {
 struct ChainJob {
   int64_t length;             // the most tokens; 0: nothing, its accepted tokens are only read
   const int64_t* keys;        // [length, 2] of the noise that is added at each position, or null: none
+  const int64_t* ids;         // that the noise is of, or null: the places in the draft vocabulary
   float inverse_temperature;  // of the head's probabilities; with noise, of the scores too
   float floor;                // the chain ends before the probability that all of it is accepted falls below this,
   const float* calibration;   // [kConfidences]: that of one token, by the part in which its step's largest probability is
@@ -132,14 +133,14 @@ void draft_chains(const ChainHead<T>& head, const std::vector<Segment>& segments
       // known before this step's choice: under the rejection rule a drawn token must not decide whether it is drafted
       if (step > 0 && surviving[s] < job.floor) continue;
       if (job.keys != nullptr)
-        token = noisy_choice(scores, head.vocabulary, vocabulary, job.inverse_temperature,
+        token = noisy_choice(scores, job.ids, vocabulary, job.inverse_temperature,
                              uint64_t(job.keys[2 * step]), uint64_t(job.keys[2 * step + 1]));
       drafts.tokens[place] = head.vocabulary[token];
       drafts.confidences[place] = confidence;
       if (drafts.logits != nullptr) std::copy_n(scores, vocabulary, drafts.logits + place * vocabulary);
       if (step + 1 == job.length) continue;
       const int64_t observed = segments[s].past + segments[s].count, kept = int64_t(going_on.size());
-      std::copy_n(flowing.data() + row * size, size, flowing.data() + kept * size);
+      if (kept < row) std::copy_n(flowing.data() + row * size, size, flowing.data() + kept * size);
       own.push_back({segments[s].slot, observed, observed + step, kept, 1});
       chosen.push_back(head.vocabulary[token]);
       going_on.push_back(s);

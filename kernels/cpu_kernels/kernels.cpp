@@ -265,24 +265,30 @@ at::Tensor decoder_layers_op(const at::Tensor& hidden, const at::Tensor& embeds,
 
 /// Places in `weights` of a head's tensors behind those of its layer.
 enum { kFc = kTensorsALayer, kFinalNorm, kLmHead, kTensorsOfHead };
+constexpr int64_t kByToken = 1;  // the noise of a sequence is that of target ids; 2: of places in the draft vocabulary
 
 /// See `ops.FusedChains`. Returns tokens, confidences and logits [sequences, longest, ...]; -1 behind a chain's end.
 std::tuple<at::Tensor, at::Tensor, at::Tensor> draft_chains_op(
     const at::Tensor& states, const at::Tensor& ids, const at::Tensor& segments, at::Tensor hidden, at::TensorList weights,
     const at::Tensor& embedding, const at::Tensor& vocabulary, const at::Tensor& cos, const at::Tensor& sin,
     at::Tensor k_cache, at::Tensor v_cache, const at::Tensor& blocks, const at::Tensor& lengths, const at::Tensor& keys,
-    const at::Tensor& noisy, const at::Tensor& inverse_temperatures, const at::Tensor& floors,
+    const at::Tensor& noise, const at::Tensor& inverse_temperatures, const at::Tensor& floors,
     const at::Tensor& calibration, int64_t heads, double eps, double scale, bool norm_output, bool keep_logits) {
+  TORCH_CHECK(hidden.dim() == 2 && states.dim() == 2 && k_cache.dim() == 3 && v_cache.dim() == 3 && cos.dim() == 2 &&
+                  cos.size(1) > 0,
+              "draft_chains: states and angles have 2 dimensions, the cache has 3");
   const int64_t sequences = lengths.numel(), size = hidden.size(-1), tokens = ids.numel(), key_heads = k_cache.size(0);
   const int64_t width = k_cache.size(2), value_width = v_cache.size(2), rotary = cos.size(-1);
-  for (const at::Tensor* each : {&ids, &segments, &lengths, &keys, &vocabulary, &blocks})
+  for (const at::Tensor* each : {&ids, &segments, &lengths, &keys, &noise, &vocabulary, &blocks})
     TORCH_CHECK(each->scalar_type() == at::kLong && each->is_contiguous(), "draft_chains: ids and counts are int64");
   for (const at::Tensor* each : {&static_cast<const at::Tensor&>(hidden), &cos, &sin, &inverse_temperatures, &floors, &calibration})
     TORCH_CHECK(each->scalar_type() == at::kFloat && each->is_contiguous(), "draft_chains: states and angles are float32");
-  TORCH_CHECK(weights.size() == kTensorsOfHead && hidden.dim() == 2 && hidden.size(0) == sequences &&
+  TORCH_CHECK(states.size(0) == tokens && v_cache.size(0) == key_heads && v_cache.size(1) == k_cache.size(1),
+              "draft_chains: states or cache do not fit ", tokens, " tokens and ", key_heads, " heads");
+  TORCH_CHECK(weights.size() == kTensorsOfHead && hidden.size(0) == sequences &&
                   segments.dim() == 2 && segments.size(0) == sequences && segments.size(1) == 5 &&
                   floors.numel() == sequences && inverse_temperatures.numel() == sequences &&
-                  noisy.numel() == sequences && noisy.scalar_type() == at::kBool && calibration.numel() == sequences * kConfidences,
+                  noise.numel() == sequences && calibration.numel() == sequences * kConfidences,
               "draft_chains: weights, states or settings do not fit ", sequences, " sequences");
   const auto* first = reinterpret_cast<const Segment*>(const_data<int64_t>(segments));
   const std::vector<Segment> read(first, first + sequences);
@@ -311,7 +317,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> draft_chains_op(
   std::vector<ChainJob> jobs;
   for (int64_t s = 0; s < sequences; ++s)
     jobs.push_back({const_data<int64_t>(lengths)[s],
-                    const_data<bool>(noisy)[s] ? const_data<int64_t>(keys) + s * longest * 2 : nullptr,
+                    const_data<int64_t>(noise)[s] ? const_data<int64_t>(keys) + s * longest * 2 : nullptr,
+                    const_data<int64_t>(noise)[s] == kByToken ? const_data<int64_t>(vocabulary) : nullptr,
                     const_data<float>(inverse_temperatures)[s], const_data<float>(floors)[s],
                     const_data<float>(calibration) + s * kConfidences});
   with_type(k_cache.scalar_type(), "the cache", [&](auto kind) {
@@ -327,6 +334,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> draft_chains_op(
       TORCH_CHECK(tokens == 0 || input.size(-1) == size, "draft_chains: the states are not of ", size, " features");
     head.layer = layer_weights(weights.data(), size, heads, key_heads, width, value_width);
     head.norm = norm_weight(weights[kFinalNorm], size);
+    for (int place : {int(kInputNorm), int(kPostNorm), int(kFinalNorm)})
+      TORCH_CHECK(weights[place].numel() > 0, "draft_chains: norm ", place, " is missing");
     head.norm_output = norm_output;
     head.lm_head = packed_weight(weights[kLmHead], {}, size, drafting, "draft_chains");
     head.vocabulary = const_data<int64_t>(vocabulary);
@@ -433,7 +442,7 @@ TORCH_LIBRARY(draftsmith, library) {
   library.def(
       "draft_chains(Tensor states, Tensor ids, Tensor segments, Tensor(a!) hidden, Tensor[] weights, Tensor embedding, "
       "Tensor vocabulary, Tensor cos, Tensor sin, Tensor(b!) k_cache, Tensor(c!) v_cache, Tensor blocks, Tensor lengths, "
-      "Tensor keys, Tensor noisy, Tensor inverse_temperatures, Tensor floors, Tensor calibration, int heads, float eps, "
+      "Tensor keys, Tensor noise, Tensor inverse_temperatures, Tensor floors, Tensor calibration, int heads, float eps, "
       "float scale, bool norm_output, bool keep_logits) -> (Tensor, Tensor, Tensor)");
   library.def("choices(Tensor logits, Tensor? keys=None, float inverse_temperature=1.0) -> Tensor");
   library.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");

@@ -613,7 +613,7 @@ void packed_linear(const float* x, const Packed& weight, Out* out, int64_t rows)
 #if defined(DRAFTSMITH_PAIRS)
   if (by == Arithmetic::kPairs)
     return multiply_all<BFloat16, BFloat16>(as_inputs(x, rows, weight.in, depth, halves), depth, weight, out, rows,
-                                            kRowsATile, multiply_panels<BFloat16, BFloat16>);
+                                            kTileRows, multiply_panels<BFloat16, BFloat16>);
 #endif
   multiply_all<float, BFloat16>(as_inputs(x, rows, weight.in, depth, floats), depth, weight, out, rows, kTileRows,
                                 multiply_panels<float, BFloat16>);

@@ -8,6 +8,8 @@
 #include <limits>
 #include <vector>
 
+#include "vector.h"
+
 namespace draftsmith {
 
 constexpr int kGroupBits = 6;  // tokens of the same id >> kGroupBits share a bound
@@ -32,22 +34,24 @@ inline int64_t noisy_choice(const float* logits, const int64_t* ids, int64_t n, 
   };
   static thread_local std::vector<Group> groups;
   groups.clear();
+  const double highest = logits[place_of_largest(logits, n)];  // 0 from here on: a tiny temperature must not hide noise
   const auto id = [=](int64_t i) { return ids == nullptr ? i : ids[i]; };
   for (int64_t first = 0, last; first < n; first = last) {
     const int64_t group = id(first) >> kGroupBits;
-    float largest = logits[first];
-    for (last = first + 1; last < n && id(last) >> kGroupBits == group; ++last) largest = std::max(largest, logits[last]);
+    float largest = -std::numeric_limits<float>::infinity();
+    for (last = first; last < n && id(last) >> kGroupBits == group; ++last)
+      largest = logits[last] > largest ? logits[last] : largest;
     const uint64_t bits = random_bits(shared, uint64_t(group));
     const double least = -std::log(unit(bits)) / (1 << kGroupBits);
     groups.push_back({first, last, int64_t(bits & ((1 << kGroupBits) - 1)), least,
-                      double(largest) * inverse_temperature - std::log(least)});
+                      (largest - highest) * inverse_temperature - std::log(least)});
   }
   int64_t best = 0;
   double most = -std::numeric_limits<double>::infinity();
   const auto look_at = [&](const Group& group) {
     const double ceiling = -std::log(group.least);
     for (int64_t i = group.first; i < group.last; ++i) {
-      const double score = double(logits[i]) * inverse_temperature;
+      const double score = (logits[i] - highest) * inverse_temperature;
       if (score + ceiling < most) continue;
       const bool wins = (id(i) & ((1 << kGroupBits) - 1)) == group.winner;
       const double excess = wins ? 0.0 : -std::log(unit(random_bits(single, uint64_t(id(i)))));

@@ -32,7 +32,8 @@ def pack(weight: Tensor, bits: int = 0) -> Tensor:
     """Put a linear layer's weight [out, in], float32 or bfloat16, in the order in which `packed_linear` reads it.
 
     bits: 8 or 4 rounds it to integers in blocks of 32 inputs with a float16 scale, as GGUF's Q8_0, or a scale and a
-    minimum, as Q4_1; a float32 weight that was made of such blocks, or of Q4_0's, gives the same levels. 0: as it is.
+    minimum, as Q4_1; a float32 weight made of such blocks, or of Q4_0's, that use their largest levels gives the same
+    levels. 0: as it is.
 
     Returns [panels, steps, elements] in the weight's dtype, or bytes: for this machine and process only, never to be
     saved.
@@ -177,7 +178,7 @@ class FusedChains:
         blocks: Tensor,
         lengths: Tensor,  # int64 [sequences]: the most drafts of each
         keys: Tensor,  # int64 [sequences, longest, 2]: of the noise, see serving/engine/noise.py
-        noisy: Tensor,  # bool [sequences]: choices are made with noise
+        noise: Tensor,  # int64 [sequences]: 0: none; 1: that of target ids; 2: of places in the draft vocabulary
         inverse_temperatures: Tensor,  # float32 [sequences]
         floors: Tensor,  # float32 [sequences]: a chain ends before its estimated acceptance falls below
         calibration: Tensor,  # float32 [sequences, 16]: acceptance of a token by its step's largest probability
@@ -187,7 +188,7 @@ class FusedChains:
         sequence's temperature, the same shape, and the logits [sequences, longest or 0, draft_vocab]."""
         return torch.ops.draftsmith.draft_chains(
             states, ids, segments, hidden, self.weights, self.embedding, self.vocabulary, *rotation, *cache, blocks,
-            lengths, keys, noisy, inverse_temperatures, floors, calibration, self.heads, self.eps, self.scale,
+            lengths, keys, noise, inverse_temperatures, floors, calibration, self.heads, self.eps, self.scale,
             self.norm_output, keep_logits,
         )  # fmt: skip
 
@@ -234,8 +235,14 @@ def pack_linears(module: nn.Module, dtype: torch.dtype, bits: int = 0, lm_head: 
 
     lm_head: gets 8 bits where the others get 4; it is what rounding harms most.
 
+    Raises:
+        ValueError: some have been packed before in another format.
+
     A weight shared with an embedding stays there for the embedding.
     """
+    wanted = torch.uint8 if bits else dtype
+    if any(type(each) is PackedLinear and each.packed.dtype != wanted for each in module.modules()):
+        raise ValueError(f"its linear layers have been packed before, in a format other than {wanted}")
     replaced: dict[int, PackedLinear] = {}  # by id: a replaced layer is freed at once
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):

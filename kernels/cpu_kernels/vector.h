@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <cstring>
 #include <initializer_list>
+#include <limits>
 
 #if defined(__AVX2__)
 #include <immintrin.h>
@@ -136,13 +137,13 @@ inline float sum(Floats value) {
 
 /// The place of the largest of n > 0 floats, the first of equal ones; NaN is never larger.
 inline int64_t place_of_largest(const float* x, int64_t n) {
-  Floats most = splat(x[0]);
+  float largest = -std::numeric_limits<float>::infinity();
+  Floats most = splat(largest);
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) {
     const Floats value = load(x + i);
     most = (value > most) ? value : most;
   }
-  float largest = x[0];
   for (int lane = 0; lane < kLanes; ++lane) largest = most[lane] > largest ? most[lane] : largest;
   for (; i < n; ++i) largest = x[i] > largest ? x[i] : largest;
   for (i = 0; i < n && x[i] != largest; ++i) {

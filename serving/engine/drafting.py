@@ -17,10 +17,12 @@ from draft.heads import MedusaHead
 from serving.engine.estimates import BINS, BRANCHING
 from serving.engine.kv_cache import RaggedBatch, Segment
 from serving.engine.model import HeadRunner
-from serving.engine.sampling import apply_temperature
+from serving.engine.noise import Purpose
+from serving.engine.sampling import LEAST_TEMPERATURE, apply_temperature
 from serving.engine.verification import DraftTree, Rule, calibrated
 
 _CERTAIN = (1.0,) * BINS  # no calibration
+_NOISE = {None: 0, Purpose.CHOICE: 1, Purpose.DRAFT: 2}  # as FusedChains.run takes it
 READ_LIMIT = 512  # the most tokens that a head reads in one pass
 
 
@@ -132,7 +134,7 @@ class HeadProposer:
         return total
 
     def _fused_chains(self, chains: FusedChains, jobs: Sequence[Job]) -> list[DraftTree]:
-        """As `catch_up` and `_chains`, in one call."""
+        """Read and draft as `catch_up` and `_chains` do, in one call."""
         runner, states = self.runner, [job.state for job in jobs]
         if sum(state.backlog for state in states) > READ_LIMIT:
             self.catch_up(states)
@@ -150,7 +152,7 @@ class HeadProposer:
         blank = torch.zeros(1, runner.head.config.hidden_size)
         hidden = torch.cat([blank if state.hidden is None else state.hidden.float() for state in states])
         read = torch.cat([part for state in states for part in state.auxiliary] or [blank[:0]])
-        drawn = [job.rule.noise_purpose is not None for job in jobs]
+        noise = [_NOISE[job.rule.noise_purpose] for job in jobs]
         keep = any(job.rule.keeps_q for job in jobs)
         tokens, confidences, logits = chains.run(
             read if runner.reads_raw or not start else runner.combine(read),
@@ -162,8 +164,8 @@ class HeadProposer:
             runner.cache.table,
             torch.tensor([job.length for job in jobs]),
             torch.tensor(keys),
-            torch.tensor(drawn),
-            torch.tensor([1.0 / (job.rule.temperature or 1.0) for job in jobs]),
+            torch.tensor(noise),
+            torch.tensor([1.0 / max(job.rule.temperature or 1.0, LEAST_TEMPERATURE) for job in jobs]),
             torch.tensor([job.floor for job in jobs]),
             torch.tensor([job.calibration or _CERTAIN for job in jobs]),
             keep,

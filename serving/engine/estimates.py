@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from statistics import median_low
 
+from serving.engine.verification import bin_of
+
 BRANCHING = 8  # children that a tree's node may have, and nodes that the head reads at a depth
 
 
@@ -130,7 +132,7 @@ class Calibration:
         self.rates = tuple((place + 0.5) / BINS for place in range(BINS))  # at first: as it says itself
 
     def observe(self, confidence: float, accepted: bool) -> None:
-        place = min(BINS - 1, int(confidence * BINS))
+        place = bin_of(confidence, BINS)
         cell, fading = self._cells[place], 1 - 1 / OVERALL_MEMORY
         cell[:] = cell[0] * fading + accepted, cell[1] * fading + 1
         rate = (cell[0] + OVERALL_STRENGTH * (place + 0.5) / BINS) / (cell[1] + OVERALL_STRENGTH)

@@ -23,7 +23,7 @@ class Match(NamedTuple):
     """A suffix of a sequence that has occurred before."""
 
     length: int  # tokens; 0: even the last one is new
-    end: int  # index of the token that followed its latest occurrence before
+    end: int  # index of the token that followed its latest occurrence before (a recent one, in runs of few tokens)
 
 
 NO_MATCH = Match(0, 0)

@@ -115,6 +115,11 @@ def _contenders(log_p: Tensor, keys: list[tuple[int, int]]) -> tuple[np.ndarray,
     return row, group * GROUP + member, scores(row, group, member)
 
 
+def draft_seed(seed: int, first_position: int) -> int:
+    """Return the seed of the DRAFT numbers of one verification, which decides from this position on."""
+    return _stream(seed, len(Purpose) + first_position)
+
+
 def position_keys(seed: int, purpose: Purpose, positions: Sequence[int]) -> list[tuple[int, int]]:
     """Keys of the streams at each position: for groups of candidates, and for single ones."""
     key = _stream(seed, purpose)

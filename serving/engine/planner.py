@@ -90,7 +90,10 @@ class Controller:
         self.acceptance = Acceptance()
         self.calibrations = Calibration(), Calibration()  # of greedy requests, and of those that sample
         self.plans: list[DraftPlan] = []  # of the present step
-        self.floor = self.tail_floor = 0.0  # survival from which one more token pays: drafted by the head, and copied
+        self.floor, self.tail_floor = (
+            0.0,
+            math.inf,
+        )  # survival from which one more token pays: drafted by the head, and copied
         self.chosen: Counter[str] = Counter()
         self.probes = 0
         self._rates: dict[str, float] = {}  # tokens per second that plans promised at the last decision
@@ -133,7 +136,9 @@ class Controller:
         """
         rates = self.calibrations[samples].rates
         share = math.prod(calibrated(rates, each) for each in chain.confidences)
-        survival = row.survival(min(match, LONGEST_MATCH), row.room - len(chain)) if match and self.tail_floor else []
+        survival = (
+            row.survival(min(match, LONGEST_MATCH), row.room - len(chain)) if match and self.tail_floor < 1 else []
+        )
         return sum(share * each >= self.tail_floor for each in survival)
 
     def observe_target(self, tokens: int, seconds: float, *, ignore: bool = False) -> None:
@@ -211,7 +216,7 @@ class Controller:
         steps, drafting = max(option.steps for option in chosen), sum(option.steps > 0 for option in chosen)
         slope, self._expected = self.costs.slope(width), self.costs.seconds(width, steps, drafting)
         # a probe looks at whole chains
-        self.tail_floor = 0.0 if self._probe else rate * slope
+        self.tail_floor = math.inf if self._probe else rate * slope
         self.floor = 0.0 if self._probe else rate * (slope + self.costs.draft["chain"](drafting))
         self._choice = chosen, width
         return chosen

@@ -254,15 +254,9 @@ def _pack(
 ) -> tuple[Target, DraftHead | None]:
     """Return the target and a copy of the head, which its owner may want to save, with packed linear layers."""
     _ = target.fingerprint  # while its weights are there to be hashed
-    for model, rounded in ((target.model, bits), (head, head_bits)):
-        linears = (
-            [each.weight.detach() for each in model.modules() if type(each) is nn.Linear] if model and rounded else []
-        )
-        if (largest := max((float(weight.abs().max()) for weight in linears), default=0)) > _LARGEST_ROUNDED:
-            raise UserError(
-                f"a matrix has an entry of magnitude {largest:.3g}, and integers with float16 scales reach "
-                f"{_LARGEST_ROUNDED:.0f}; leave the weights at float."
-            )
+    check_range(target.model, bits, f"target {target.name!r}", "weights")
+    if head is not None:
+        check_range(head, head_bits, "the head", "head_weights")
     dtype = target.dtype
     if not in_place:
         target, model = copy.copy(target), target.model
@@ -272,13 +266,27 @@ def _pack(
         target.decoder = target.model.get_decoder() if hasattr(model, "get_decoder") else target.model.base_model
         target.config = target.model.config.get_text_config()
         target.embedding = target.model.get_input_embeddings()
-    pack_linears(target.model, dtype, bits, target.lm_head)
+    try:
+        pack_linears(target.model, dtype, bits, target.lm_head)
+    except ValueError as error:
+        raise UserError(f"target {target.name!r}: {error}; load it again for another engine.") from error
     target.lm_head = target.model.get_output_embeddings()
     if head is not None:
         head = copy.deepcopy(head).to(dtype)
         pack_linears(head, dtype, head_bits, getattr(head, "lm_head", None))
         head.use_target_lm_head(target)  # not the plain one's LM head, where it has none
     return target, head
+
+
+def check_range(model: nn.Module, bits: int, name: str, option: str) -> None:
+    """Refuse matrices that integers with float16 scales do not reach."""
+    for part in model.modules() if bits else ():
+        largest = float(part.weight.detach().abs().max()) if type(part) is nn.Linear else 0.0
+        if not largest <= _LARGEST_ROUNDED:
+            raise UserError(
+                f"{name} has a matrix with an entry of magnitude {largest:.3g}, and integers with float16 scales reach "
+                f"{_LARGEST_ROUNDED:.0f}; use {option} = 'float'."
+            )
 
 
 def _share_left(target: Target) -> float:

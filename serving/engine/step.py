@@ -117,6 +117,7 @@ class Decoder:
     @torch.inference_mode()
     def step(self, requests: list[ActiveRequest]) -> None:
         """Run one pass of the target; requests may be finished afterwards."""
+        start = time.perf_counter()
         decoding = [active for active in requests if not active.reading]
         trees = self._draft(decoding, requests)
         began = time.perf_counter()
@@ -147,8 +148,8 @@ class Decoder:
             self.seconds["target"] += read - entered
             self.seconds["sampling"] += decided - read
             self.seconds["other"] += seconds - (decided - entered)
-        for active in decoding:
-            active.stats.decode_seconds += seconds
+        for active in decoding:  # with planning and drafting
+            active.stats.decode_seconds += time.perf_counter() - start
         self.controller.observe_target(batch.ids.shape[1], seconds, ignore=len(decoding) < len(parts))
 
     def _wait(self) -> None:
@@ -176,6 +177,7 @@ class Decoder:
     def _job(self, active: ActiveRequest, plan: DraftPlan) -> Job:
         calibration = self.controller.calibration(samples=active.samples)
         floor = 0.0 if plan.tree_nodes else self.controller.floor
+        active.rule.first_position = active.answer.length
         return Job(active.drafting, plan.length, plan.tree_nodes, active.rule, floor, calibration)
 
     def _with_copies(self, active: ActiveRequest, tree: DraftTree) -> DraftTree:
@@ -217,8 +219,6 @@ class Decoder:
         drafted = time.perf_counter()
         self.controller.observe_draft(list(trees.values()), drafted - caught_up)
         self.seconds["head"] += drafted - began
-        for active in jobs:
-            active.stats.decode_seconds += drafted - began
         return trees
 
     def _chunks(self, requests: list[ActiveRequest], *, beside: bool) -> list[_Part]:

@@ -19,13 +19,14 @@ Why numbers keyed by position serve rejection, too. A verification that looks at
 CHOICE (what replaces it, or the bonus token) numbers of a position does so because all before it was accepted, and
 therefore emits that position's token: each is looked at in one verification only, as chain or as tree. The DRAFT
 numbers of a position serve again when a chain is rejected before it. But the acceptance of x_i depends on numbers of
-positions up to i, so what was drafted behind the first rejection decided nothing, and given all that was emitted
-its numbers are as good as new. The three purposes are independent, and so are siblings, whose numbers are keyed by
-their tokens, too. This asks of the engine: how many tokens are drafted, by the head or copied, as chain or as tree, may
-depend on what was emitted and accepted and how long it took, but not on a drafted token that is then withheld. So a
-chain may end by the largest q of its next token, since that depends on the tokens before it, which are verified: either
-they are emitted, or nothing after them counts. It may not end by the probability of a token that was drawn, nor may
-copied tokens replace the head's because these disagree.
+positions up to i, so what was drafted behind the first rejection decided nothing, and given all that was emitted its
+numbers are as good as new. How long a step took, which later plans depend on, may tell of such drafts all the same: so
+the DRAFT numbers are keyed by the first position of their verification, too, and never serve twice. The three purposes
+are independent, and so are siblings, whose numbers are keyed by their tokens, too. This asks of the engine: how many
+tokens are drafted, by the head or copied, as chain or as tree, may depend on what was emitted and accepted and how long
+it took, but not on a drafted token that is then withheld. So a chain may end by the largest q of its next token, since
+that depends on the tokens before it, which are verified: either they are emitted, or nothing after them counts. It may
+not end by the probability of a token that was drawn, nor may copied tokens replace the head's because these disagree.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ import torch
 from torch import Tensor
 
 from cpu_kernels.ops import choices
-from serving.engine.noise import Purpose, choose, gumbel, position_keys, signed, uniform
+from serving.engine.noise import Purpose, choose, draft_seed, gumbel, position_keys, signed, uniform
 from serving.engine.sampling import LEAST_TEMPERATURE, Processor, SamplingParams, apply_temperature
 
 # row of a verification -> log p [vocab]; computed on demand: warping a row is not free
@@ -137,7 +138,12 @@ class DraftTree:
 
 def calibrated(calibration: Sequence[float], confidence: float) -> float:
     """Return the estimate of the bin, of equal ones, that a probability falls into."""
-    return calibration[min(len(calibration) - 1, int(confidence * len(calibration)))]
+    return calibration[bin_of(confidence, len(calibration))]
+
+
+def bin_of(confidence: float, bins: int) -> int:
+    """Return the one of equal bins that a probability falls into; the first for NaN."""
+    return min(bins - 1, int(confidence * bins)) if confidence > 0 else 0
 
 
 class Verdict(NamedTuple):
@@ -239,6 +245,7 @@ class Rule(ABC):
     The head drafts at the request's temperature; truncation and penalties are left to the target, without loss.
     """
 
+    first_position = 0  # the first that the next verification decides: of the DRAFT numbers' key
     noise_purpose: Purpose | None = None  # of the noise that `draft` adds to the head's scores
     keeps_q = False  # verification needs the distributions that drafts were drawn from
 
@@ -250,7 +257,8 @@ class Rule(ABC):
         """Return the keys of the noise of `draft` at these positions, as signed 64-bit numbers; none: no noise."""
         if self.noise_purpose is None:
             return []
-        return [(signed(a), signed(b)) for a, b in position_keys(self.seed, self.noise_purpose, positions)]
+        seed = draft_seed(self.seed, self.first_position) if self.noise_purpose == Purpose.DRAFT else self.seed
+        return [(signed(a), signed(b)) for a, b in position_keys(seed, self.noise_purpose, positions)]
 
     @abstractmethod
     def draft(self, logits: Tensor, vocabulary: Tensor, positions: Sequence[int]) -> tuple[Tensor, Tensor | None]:
@@ -334,7 +342,9 @@ class Rejection(Rule):
 
     def draft(self, logits: Tensor, vocabulary: Tensor, positions: Sequence[int]) -> tuple[Tensor, Tensor | None]:
         log_q = apply_temperature(logits, self.temperature).log_softmax(dim=-1)
-        return vocabulary[choose(log_q, self.seed, positions, Purpose.DRAFT)], log_q.exp()
+        return vocabulary[
+            choose(log_q, draft_seed(self.seed, self.first_position), positions, Purpose.DRAFT)
+        ], log_q.exp()
 
     def verify(self, logits: Tensor, tree: DraftTree, position: int, processor: Processor) -> Verdict:
         decide = verify_candidates if tree.q is None else verify_chain

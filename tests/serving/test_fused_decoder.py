@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 
 from cpu_kernels import PackedLinear, load_kernels
+from draft.errors import UserError
 from draft.files import cache_folder
 from draft.heads.checkpoint import load_head
 from draft.heads.layers import RMSNorm
@@ -143,6 +144,36 @@ def test_a_norm_in_one_call(dtype):
         assert in_one_call(other) is None
 
 
+REACHING = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [3.0] * 8,
+            "original_max_position_embeddings": 32}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("family", "config", "fixed"),
+    [
+        ("llama", {}, True),
+        ("phi3", {"rope_parameters": REACHING, "original_max_position_embeddings": 32}, False),
+        ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0},
+                   "max_position_embeddings": 32}, False),
+    ],
+)  # fmt: skip
+def test_angles_that_depend_on_how_far_others_reach_are_not_kept(family, config, fixed):
+    target = Target(
+        family, model_of(family, seed=3, **{"max_position_embeddings": 700, **WIDTHS, **config}), byte_tokenizer()
+    )
+    runner = compiled(target).runner
+    assert runner.fused is not None and (runner.angles is not None) == fixed
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_rounded_targets_in_float32_run_in_one_call(weights):
+    """As those from a GGUF file: a last bit of x decides between two levels."""
+    engine = Engine(load_target("smollm2", torch.float32), weights=weights, pack_in_place=True, max_length=64)
+    assert engine.models.runner.fused is not None
+    with pytest.raises(UserError, match="packed before"):
+        Engine(engine.target, weights="float", pack_in_place=True, max_length=64)
+
+
 @pytest.mark.parametrize("option", [None, "norm_output", "norm_before_fc", "norm_before_residual"])
 @torch.inference_mode()
 def test_the_layer_of_a_head_in_one_call(option):
@@ -165,6 +196,10 @@ def test_the_layer_of_a_head_in_one_call(option):
     assert relative(outputs[1], outputs[0].double()) < 1e-5
 
 
+RISING = tuple((place + 0.5) / 16 for place in range(16))
+FLOORS, CALIBRATIONS = (0.0, 0.3, 0.002, 0.0), (None, RISING[::-1], RISING, RISING)
+
+
 @pytest.mark.parametrize("option", [None, "norm_output", "norm_before_fc", "shared_lm_head"])
 @torch.inference_mode()
 def test_chains_in_one_call_are_those_of_single_steps(option):
@@ -174,12 +209,15 @@ def test_chains_in_one_call_are_those_of_single_steps(option):
     head = make_tiny_head(target, **vocabulary, **({option: True} if option else {}))
     for norm in (each for each in head.parameters() if each.dim() == 1):
         norm.copy_(torch.rand_like(norm) + 0.5)
+    if option != "shared_lm_head":
+        head.set_vocabulary(torch.randperm(target.vocab_size)[:200].sort().values)
     proposer = compiled(target, head, head_weights="float").proposer
     assert isinstance(proposer, HeadProposer) and proposer.runner.chains is not None
     rules = [
         make_rule("shared-noise", SamplingParams(), 0),
         make_rule("shared-noise", SamplingParams(temperature=0.7), 5),
         make_rule("rejection", SamplingParams(temperature=1.3), 6),
+        make_rule("shared-noise", SamplingParams(temperature=1e-40), 7),
     ]
     auxiliary = 64 * len(proposer.layers)
     drafted = []
@@ -187,11 +225,12 @@ def test_chains_in_one_call_are_those_of_single_steps(option):
         proposer.runner.chains = chains
         torch.manual_seed(2)
         states, trees = [proposer.join() for _ in rules], []
-        for read, lengths in (([5, 2, 7], [4, 2, 3]), ([1, 3, 2], [2, 5, 1]), ([1, 0, 0], [3, 3, 3])):
+        for read, lengths in (([5, 2, 7, 1], [4, 2, 3, 3]), ([1, 3, 2, 1], [2, 5, 1, 4]), ([1, 0, 0, 2], [3, 3, 5, 2])):
             for state, count in zip(states, read, strict=True):
                 if count:
                     proposer.observe(state, torch.randint(3, 259, (count,)).tolist(), torch.randn(count, auxiliary))
-            jobs = [Job(*each, 0, rule) for each, rule in zip(zip(states, lengths, strict=True), rules, strict=True)]
+            asked = zip(states, lengths, rules, FLOORS, CALIBRATIONS, strict=True)
+            jobs = [Job(state, length, 0, *each) for state, length, *each in asked]
             trees += proposer.propose(jobs)
             assert not any(state.backlog for state in states)
         drafted.append((trees, torch.cat([state.hidden for state in states])))
@@ -203,6 +242,8 @@ def test_chains_in_one_call_are_those_of_single_steps(option):
     for one, other in zip(single, fused, strict=True):
         assert (one.q is None) == (other.q is None)
         assert one.q is None or other.q is None or torch.allclose(one.q, other.q, atol=1e-5)
+        assert one.confidences == pytest.approx(other.confidences, abs=1e-5)
+    assert len({len(tree) for tree in fused}) > 2
 
 
 @torch.inference_mode()
