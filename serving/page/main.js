@@ -43,7 +43,7 @@ function showServer() {
   const { model_id, head, dtype, device, limits, speculation_length: length, chat_template } = info;
   $("served").textContent = [model_id, head ? `head ${head.name}` : "no draft head", `${dtype} on ${device}`].join(" · ");
   const why = head ? "runs with speculation off" : "has no draft head and copies nothing";
-  const away = head ? "--speculation auto" : "--head, or with --lookup,";
+  const away = head ? "--speculation auto" : "--speculation auto, or with a --head,";
   const missing = `This server ${why}, so the target supplies every token, and there is nothing to compare. `;
   say($("notice"), drafts() ? "" : `${missing}Start it with ${away} to see speculation.`);
   showDegraded();
