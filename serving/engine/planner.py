@@ -1,4 +1,4 @@
-"""Chooses what to draft for each request in each step: what gives the most tokens per second, which may be nothing.
+"""Choice of what to draft for each request in each step: what gives the most tokens a second, which may be nothing.
 
     rate = sum over requests of expected tokens / (one pass over all their blocks + the head's steps)
 

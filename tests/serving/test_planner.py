@@ -6,6 +6,7 @@ controller itself sees noisy times, slow outliers and random acceptance.
 """
 
 import json
+import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ import pytest
 
 from serving.engine.estimates import HEAD, INITIAL_RATE, OFF, Acceptance, Calibration, Curve, DraftPlan, RequestEstimate
 from serving.engine.planner import COPIES, Controller
-from serving.engine.verification import DraftTree
+from serving.engine.verification import DraftTree, bin_of
 
 LENGTH = 6  # of the head's longest chain
 PLANS = [OFF, *(DraftPlan.chain(length) for length in range(1, LENGTH + 1)), *map(DraftPlan.lookup, COPIES)]
@@ -147,7 +148,7 @@ class Simulation:
             row.observe_lookup(row.match, min(copies, emitted), emitted)
 
     def _run(self, rate: float) -> int:
-        """How many tokens are right before the first that is not."""
+        """Count the tokens that are right before the first that is not."""
         count = 0
         while self.rng.random() < rate:
             count += 1
@@ -491,3 +492,12 @@ def test_noise_never_makes_a_wider_pass_cheaper():
             curve.observe(width, 20 + 0.01 * width + rng.gauss(0, 2))
     costs = [curve(width) for width in range(1, 400)]
     assert costs == sorted(costs) and costs[100] == pytest.approx(21, rel=0.03)
+
+
+def test_a_head_that_gives_nan_is_thought_to_be_wrong_and_ends_no_step():
+    calibration = Calibration()
+    before = calibration.rates
+    calibration.observe(math.nan, accepted=False)
+    assert calibration.rates[0] < before[0] and calibration.rates[1:] == before[1:]
+    assert bin_of(math.nan, 16) == 0
+    assert bin_of(1.0, 16) == 15
