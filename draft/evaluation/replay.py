@@ -21,10 +21,11 @@ from draft.data.examples import batches, collate
 from draft.errors import UserError
 from draft.evaluation.tau import acceptance_length
 from draft.heads import DraftHead
-from draft.heads.unroll import shift_left
+from draft.heads.unroll import shift_left, wanted_places
 from draft.target import Target, TargetOutput
 
 TOKENS_PER_BATCH = 4096
+Pass = tuple[list[int], Tensor, TargetOutput]  # indices of rows, ids [batch, tokens], the target's output
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,7 @@ def replay(
     *,
     tokens_per_batch: int = TOKENS_PER_BATCH,
     progress: str | None = None,
+    passes: Iterable[Pass] | None = None,
 ) -> dict[str, ReplayResult]:
     """Greedy replay of several heads with one pass of the target; rows that were not written greedily are left out.
 
@@ -120,6 +122,7 @@ def replay(
     Args:
         heads: by any name; the results have the same names.
         progress: the text beside a progress bar; None shows none.
+        passes: what `target_passes` yields for the greedy rows, where it is kept from one call to the next.
 
     Raises:
         UserError: when no row was written greedily with something to verify.
@@ -133,7 +136,9 @@ def replay(
         )
     results = {name: ReplayResult.empty([row.id for row in greedy], max_steps) for name in heads}
     with torch.no_grad():
-        for indices, ids, output in target_passes(target, greedy, tokens_per_batch, progress, heads.values()):
+        if passes is None:
+            passes = target_passes(target, greedy, tokens_per_batch, progress, heads.values())
+        for indices, ids, output in passes:
             wanted = response_positions([spans[index] for index in indices], ids)
             for name, head in heads.items():
                 leading = _leading_hits(target, head, ids, output, wanted, max_steps).tolist()
@@ -142,15 +147,17 @@ def replay(
     return results
 
 
-def replay_acceptance_length(target: Target, head: DraftHead, rows: Iterable[Row], length: int) -> float:
+def replay_acceptance_length(
+    target: Target, head: DraftHead, rows: Iterable[Row], length: int, passes: Iterable[Pass] | None = None
+) -> float:
     """τ of one head by greedy replay at one speculation length: the trainer's periodic evaluation.
 
-    The head is evaluated in eval mode and left in the mode it was in.
+    The head is evaluated in eval mode and left in the mode it was in. passes: see `replay`.
     """
     training = head.training
     head.eval()
     try:
-        return replay(target, {"head": head}, rows, length)["head"].tau(length)
+        return replay(target, {"head": head}, rows, length, passes=passes)["head"].tau(length)
     finally:
         head.train(training)
 
@@ -187,8 +194,8 @@ def target_passes(
     tokens_per_batch: int,
     progress: str | None,
     heads: Iterable[DraftHead] = (),
-) -> Iterator[tuple[list[int], Tensor, TargetOutput]]:
-    """Yield (indices of rows, ids [batch, tokens], the target's output), rows of similar length together.
+) -> Iterator[Pass]:
+    """Yield the target's passes over some rows, those of similar length together.
 
     The output has the auxiliary states that any of `heads` reads; without heads, those of the default layers.
     Padding on the right needs no mask: everything is causal, and no real token sees what follows it.
@@ -210,10 +217,15 @@ def response_positions(spans: list[list[Span]], ids: Tensor) -> Tensor:
     return wanted.to(ids.device)
 
 
-def drafted_states(target: Target, head: DraftHead, ids: Tensor, output: TargetOutput, steps: int) -> Iterator[Tensor]:
-    """Yield the head's hidden states of each draft step that it has, [batch, tokens, hidden], in the head's dtype."""
+def drafted_states(
+    target: Target, head: DraftHead, ids: Tensor, output: TargetOutput, steps: int, places: Tensor | None = None
+) -> Iterator[Tensor]:
+    """Yield the head's hidden states of each draft step that it has, [batch, tokens, hidden], in the head's dtype.
+
+    places: [batch, wanted], the entries whose states are wanted; None: all.
+    """
     auxiliary = output.states_of(head.auxiliary_layers(target)).to(head.dtype)
-    return head.unroll(target.embedding(ids).to(head.dtype), auxiliary, steps)
+    return head.unroll(target.embedding(ids).to(head.dtype), auxiliary, steps, places=places)
 
 
 def _leading_hits(
@@ -223,13 +235,15 @@ def _leading_hits(
 
     The recorded tokens are fed to the head in the place of its own drafts: up to the first miss they are the same.
     """
-    alive = wanted.clone()  # entries without a miss so far: only they need logits
-    leading = torch.zeros_like(ids)
-    for step, hidden in enumerate(drafted_states(target, head, ids, output, steps)):
+    places = wanted_places(wanted)
+    alive = torch.take_along_dim(wanted, places, dim=1)  # entries without a miss so far: only they need logits
+    leading = torch.zeros_like(places)
+    for step, hidden in enumerate(drafted_states(target, head, ids, output, steps, places)):
         drafts = head.vocabulary[head.logits(hidden[alive], step).argmax(dim=-1)]  # [alive]
-        alive[alive.clone()] = drafts == shift_left(ids, step + 2)[alive]
+        recorded = torch.take_along_dim(shift_left(ids, step + 2), places, dim=1)
+        alive[alive.clone()] = drafts == recorded[alive]
         leading += alive
-    return leading
+    return torch.zeros_like(ids).scatter_(1, places, leading)
 
 
 # ---- τ at temperature 1 under the rejection rule, estimated from text that the target sampled ----

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from draft.errors import UserError
 from draft.heads.config import DecoderConfig, HeadConfig
 from draft.heads.layers import Attend, Attention, Rotary, attend_causally
-from draft.heads.unroll import attend_unrolled, shift_left
+from draft.heads.unroll import attend_unrolled, shift_left, take
 from draft.target import Target
 
 
@@ -107,6 +107,7 @@ class DraftHead(nn.Module, ABC):
         *,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
+        places: Tensor | None = None,
     ) -> Iterator[Tensor]:
         """Yield the hidden states of draft steps 0..steps-1, each [batch, tokens, hidden] (see `draft.heads.unroll`).
 
@@ -114,6 +115,7 @@ class DraftHead(nn.Module, ABC):
         states of the same x at `auxiliary_layers`.
         attention_mask, position_ids: [batch, tokens], see `Batch`; rows are padded on the right. Entry i of step k is
         meaningful where x[i+1+k] exists in the same conversation; beyond a row's end the embeddings are zeros.
+        places: [batch, wanted], the entries whose states are wanted, each [batch, wanted, hidden] then; None: all.
         """
 
     @abstractmethod
@@ -203,18 +205,27 @@ class StepwiseHead(DraftHead):
         *,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
+        places: Tensor | None = None,
     ) -> Iterator[Tensor]:
         batch, tokens, _ = embeds.shape
         attention, groups = self.attention, self.config.num_attention_heads // self.config.num_key_value_heads
         if position_ids is None:
             position_ids = torch.arange(tokens, device=embeds.device).expand(batch, -1)
+        positions = take(position_ids[..., None], places)[..., 0]
 
         hidden = self.combine(auxiliary)
         cache: list[tuple[Tensor, Tensor]] = []  # keys and values of steps 0.., each [batch, heads, tokens, head_dim]
         for step in range(steps):
             embeds = shift_left(embeds)
-            x, residual = self.mix(embeds, hidden)
-            q, k, v = attention.project(x, self.rope(position_ids + step, hidden.dtype))
+            if step == 0:  # the keys of all positions are attended to, from those that are wanted
+                x, residual = self.mix(embeds, hidden)
+                k, v = attention.keys_values(x, self.rope(position_ids, hidden.dtype))
+                x, residual = take(x, places), take(residual, places)
+            else:
+                x, residual = self.mix(take(embeds, places), hidden)
+                k, v = attention.keys_values(x, self.rope(positions + step, hidden.dtype))
+            q = attention.queries(x, self.rope(positions + step, hidden.dtype))
             cache.append((k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)))
-            hidden = self.finish(residual, attention.merge(attend_unrolled(q, cache[0], cache[1:], attention_mask)))
+            mixed = attend_unrolled(q, cache[0], cache[1:], attention_mask, places)
+            hidden = self.finish(residual, attention.merge(mixed))
             yield hidden

@@ -47,9 +47,18 @@ class Attention(nn.Module):
 
     def project(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """x [batch, tokens, inputs] -> rotated queries, rotated keys, values: [batch, heads, tokens, head_dim]."""
-        projected = (projection(x) for projection in (self.q_proj, self.k_proj, self.v_proj))
-        q, k, v = (each.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for each in projected)
-        return rotate(q, rotation), rotate(k, rotation), v
+        return self.queries(x, rotation), *self.keys_values(x, rotation)
+
+    def queries(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+        """x [batch, tokens, inputs] -> rotated queries, [batch, heads, tokens, head_dim]."""
+        return rotate(self._by_head(self.q_proj(x)), rotation)
+
+    def keys_values(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """x [batch, tokens, inputs] -> rotated keys, values: [batch, kv_heads, tokens, head_dim] each."""
+        return rotate(self._by_head(self.k_proj(x)), rotation), self._by_head(self.v_proj(x))
+
+    def _by_head(self, projected: Tensor) -> Tensor:
+        return projected.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
     def merge(self, mixed: Tensor) -> Tensor:
         """[batch, heads, tokens, head_dim] -> [batch, tokens, hidden]."""

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from draft.heads.base import DraftHead, Features
 from draft.heads.config import STRICT, HeadConfig, check_unknown, read_flag
 from draft.heads.initial import Ridge
+from draft.heads.unroll import take
 from draft.target import Target
 
 
@@ -124,9 +125,11 @@ class MedusaHead(DraftHead):
         target = self.shared_target
         return target.logits(hidden.to(target.dtype)).to(hidden.dtype)
 
-    def unroll(self, embeds: Tensor, auxiliary: Tensor, steps: int, **_: Any) -> Iterator[Tensor]:
+    def unroll(
+        self, embeds: Tensor, auxiliary: Tensor, steps: int, *, places: Tensor | None = None, **_: Any
+    ) -> Iterator[Tensor]:
         """Yield the states of as many steps as the head has positions; embeddings and the mask make no difference."""
-        hidden = self.combine(auxiliary)
+        hidden = take(self.combine(auxiliary), places)
         for step in range(min(steps, self.config.num_heads)):
             yield self(hidden, step)
 

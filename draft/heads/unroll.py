@@ -31,8 +31,27 @@ def shift_left(x: Tensor, by: int = 1) -> Tensor:
     return torch.cat([x[:, by:], torch.zeros_like(x[:, :by])], dim=1)
 
 
+def take(x: Tensor, places: Tensor | None) -> Tensor:
+    """x [batch, tokens, size] at `places` [batch, wanted]: [batch, wanted, size]; all of it without them."""
+    return x if places is None else torch.take_along_dim(x, places[..., None], dim=1)
+
+
+def wanted_places(wanted: Tensor) -> Tensor:
+    """Positions that are wanted, rising: wanted [batch, tokens] bool -> [batch, most wanted of a row].
+
+    Rows with fewer are filled up with positions that are not wanted.
+    """
+    most = max(1, int(wanted.sum(1).max()))
+    return wanted.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :most]
+
+
 def attend_unrolled(
-    query: Tensor, base: KeysValues, own: Sequence[KeysValues], segments: Tensor | None, chunk: int | None = None
+    query: Tensor,
+    base: KeysValues,
+    own: Sequence[KeysValues],
+    segments: Tensor | None,
+    places: Tensor | None = None,
+    chunk: int | None = None,
 ) -> Tensor:
     """The attention of one draft step: to step 0 causally, to later steps by position.
 
@@ -41,34 +60,38 @@ def attend_unrolled(
     Long texts take `chunk` queries at a time, against the keys up to the last, and recompute the scores in the backward
     pass, so that what is kept grows with the tokens and not with their square.
 
-    query: [batch, heads, tokens, head_dim]; base, own: keys and values of step 0, and of steps 1..k.
+    query: [batch, heads, queries, head_dim]; base, own: keys and values of step 0, and of steps 1..k at the queries.
+    places: [batch, queries], the position of each query; None: one at each position.
     segments: [batch, tokens], the number of the conversation that each token belongs to (padding is one of its own, so
     that its queries see something and the softmax gives no NaN); None: one a row.
     chunk: None chooses by the length.
 
     Returns:
-        [batch, heads, tokens, head_dim].
+        [batch, heads, queries, head_dim].
     """
-    tokens = query.shape[2]
-    chunk = chunk or (tokens if tokens <= DENSE_TOKENS else CHUNK)
-    if chunk >= tokens:
-        return _attend(query, base, own, _allowed(segments, 0, tokens, query.device))
+    tokens, queries = base[0].shape[2], query.shape[2]
+    if places is None:
+        places = torch.arange(tokens, device=query.device)[None]
+    chunk = chunk or (queries if tokens <= DENSE_TOKENS else CHUNK)
+    if chunk >= queries:
+        return _attend(query, base, own, _allowed(segments, places, tokens))
     parts = []
-    for start in range(0, tokens, chunk):
-        end = min(start + chunk, tokens)
+    for start in range(0, queries, chunk):
+        part = slice(start, start + chunk)
+        end = int(places[:, part].max()) + 1
         keys = base[0][:, :, :end], base[1][:, :, :end]
-        here = [(key[:, :, start:end], value[:, :, start:end]) for key, value in own]
-        allowed = _allowed(segments, start, end, query.device)
-        parts.append(checkpoint(_attend, query[:, :, start:end], keys, here, allowed, use_reentrant=False))
+        here = [(key[:, :, part], value[:, :, part]) for key, value in own]
+        allowed = _allowed(segments, places[:, part], end)
+        parts.append(checkpoint(_attend, query[:, :, part], keys, here, allowed, use_reentrant=False))
     return torch.cat(parts, dim=2)
 
 
-def _allowed(segments: Tensor | None, start: int, end: int, device: torch.device) -> Tensor:
-    """[batch or 1, 1, end - start, end] bool: the base keys that queries start..end-1 see."""
-    columns = torch.arange(end, device=device)
-    allowed = (columns <= columns[start:, None])[None]
+def _allowed(segments: Tensor | None, places: Tensor, end: int) -> Tensor:
+    """[batch or 1, 1, queries, end] bool: which of the first `end` base keys the queries at `places` see."""
+    allowed = torch.arange(end, device=places.device) <= places[..., None]
     if segments is not None:
-        allowed = allowed & (segments[:, start:end, None] == segments[:, None, :end])
+        own = torch.take_along_dim(segments, places, dim=1)  # [batch, queries]
+        allowed = allowed & (own[..., None] == segments[:, None, :end])
     return allowed[:, None]
 
 

@@ -46,8 +46,14 @@ def test_dense_and_chunked_attention_are_the_formula(kind, steps, chunk):
     drawn = [random_step(150, generator) for _ in range(steps)]
     query, (base, *own) = drawn[-1][0], [(key, value) for _, key, value in drawn]
     segments = segments_of(150, kind)
-    mixed = attend_unrolled(query, base, own, segments, chunk)
-    torch.testing.assert_close(mixed, by_hand(query, [base, *own], segments), atol=1e-12, rtol=0)
+    mixed = attend_unrolled(query, base, own, segments, chunk=chunk)
+    expected = by_hand(query, [base, *own], segments)
+    torch.testing.assert_close(mixed, expected, atol=1e-12, rtol=0)
+    places = torch.stack([torch.randperm(150, generator=generator)[:90].sort().values for _ in range(BATCH)])
+    at = places[:, None, :, None]
+    wanted = [[torch.take_along_dim(each, at, 2) for each in pair] for pair in own]
+    some = attend_unrolled(torch.take_along_dim(query, at, 2), base, wanted, segments, places, chunk)
+    torch.testing.assert_close(some, torch.take_along_dim(expected, at, 2), atol=1e-12, rtol=0)
 
 
 def test_chunks_have_the_same_gradients():
@@ -56,7 +62,7 @@ def test_chunks_have_the_same_gradients():
         generator = torch.Generator().manual_seed(2)
         drawn = [tensor.requires_grad_() for step in range(2) for tensor in random_step(150, generator)]
         segments = segments_of(150, "packed")
-        mixed = attend_unrolled(drawn[3], (drawn[1], drawn[2]), [(drawn[4], drawn[5])], segments, chunk)
+        mixed = attend_unrolled(drawn[3], (drawn[1], drawn[2]), [(drawn[4], drawn[5])], segments, chunk=chunk)
         mixed.square().sum().backward()
         gradients.append([tensor.grad for tensor in drawn if tensor.grad is not None])
     for ours, theirs in zip(*gradients, strict=True):

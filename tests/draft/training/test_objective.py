@@ -19,10 +19,11 @@ from draft.data.dataset import Row, open_dataset, write_dataset
 from draft.data.examples import batches, collate, packed_batches
 from draft.errors import UserError
 from draft.heads.registry import ARCHITECTURES
+from draft.heads.unroll import wanted_places
 from draft.target import load_target
 from draft.training.batches import FeatureSource, Remembered, load_rows
 from draft.training.config import resolve
-from draft.training.loss import LOSSES, RENORMALISED, HeadLoss, Objective
+from draft.training.loss import LOSSES, POSITIONS_IN_CACHE, RENORMALISED, HeadLoss, Objective, Teacher
 
 
 def make_rows(lengths, seed=5):
@@ -182,15 +183,41 @@ EXPECTED = {
 @pytest.mark.parametrize("name", LOSSES)
 def test_loss_equals_the_formula(name):
     # logits are log-probabilities up to a constant
-    value = LOSSES[name](Q.log() + 3, P.log() - 5, MASS)
+    value = LOSSES[name](Q.log() + 3, Teacher.of(P.log() - 5, MASS), torch.tensor([0]))
     assert value.item() == pytest.approx(EXPECTED[name], abs=1e-12)
 
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_only_losses_of_the_unnormalised_teacher_see_the_mass(name):
     student, teacher = torch.randn(2, 5, 7, dtype=torch.float64)
-    full, half = (LOSSES[name](student, teacher, torch.full((5,), math.log(m)).double()) for m in (1.0, 0.5))
+    masses = (torch.full((5,), math.log(mass)).double() for mass in (1.0, 0.5))
+    full, half = (LOSSES[name](student, Teacher.of(teacher, mass), torch.arange(5)) for mass in masses)
     assert torch.allclose(full, half) == (name in RENORMALISED)
+
+
+def test_gradient_of_the_divergence_is_that_of_its_formula():
+    generator = torch.Generator().manual_seed(2)
+    count = 2 * POSITIONS_IN_CACHE + 3
+    student, logits = torch.randn(2, count, 11, dtype=torch.float64, generator=generator)
+    rows, weights = torch.randperm(count, generator=generator), torch.rand(count, generator=generator).double()
+
+    def formula(student, teacher, rows):
+        log_p, log_q = teacher.log_p[rows], student.log_softmax(-1)
+        return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+    gradients = []
+    for divergence in (LOSSES["kl"], formula):
+        student = student.detach().requires_grad_()
+        (divergence(student, Teacher.of(logits), rows) * weights).sum().backward()
+        gradients.append(student.grad)
+    torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-14)
+
+
+def test_wanted_places_are_the_wanted_ones_first():
+    wanted = torch.tensor([[0, 1, 0, 1, 1, 0], [0, 0, 0, 0, 1, 0], [0, 0, 0, 0, 0, 0]]).bool()
+    places = wanted_places(wanted)
+    assert places.shape == (3, 3) and places[0].tolist() == [1, 3, 4] and places[1, 0] == 4
+    assert not torch.take_along_dim(wanted, places, 1)[1, 1:].any()
 
 
 @pytest.mark.parametrize(
@@ -218,7 +245,8 @@ def test_loss_equals_a_loop_over_positions(tiny_target, architecture, loss):
                         at = full[row, i + 1 + k]
                         teacher = at[tiny_head.vocabulary]
                         mass = teacher.logsumexp(-1) - at.logsumexp(-1)
-                        value = LOSSES[loss](logits[row, i][None], teacher[None], mass[None])
+                        taught = Teacher.of(teacher[None], mass[None])
+                        value = LOSSES[loss](logits[row, i][None], taught, torch.tensor([0]))
                         there = features.last_hidden[row, i + 1 + k]
                         value = value + weight * smooth_l1_loss(hidden[row, i], there)
                         expected += 0.8**k * value.item()
