@@ -35,7 +35,8 @@ from draft.target import DTYPES, Target, load_target, wait_for
 from draft.training.batches import FeatureSource
 from draft.training.config import RunSettings, resolve
 from draft.training.loss import HeadLoss
-from draft.training.model import autocast, blank_head, make_trainable, master_dtype, parameter_groups, settle
+from draft.training.model import autocast, blank_head, make_trainable, master_dtype, settle
+from draft.training.optimizer import make_optimizer
 from draft.training.run import trained_parameters
 
 MODULE = "benchmarks.training_speed"
@@ -216,8 +217,9 @@ class Step:
             set_annealing_step(saver, 1, 10)  # while the activation is there, which costs more than after
         self.module = HeadLoss(self.head, target, objective)
         self.parameters = list(trained_parameters(saver).values())
-        groups = parameter_groups(self.parameters, scaled=settings.method == "full")
-        self.optimizer = torch.optim.AdamW(groups, lr=1e-6, betas=(0.9, 0.95), weight_decay=0.0)
+        self.optimizer = make_optimizer(trained_parameters(saver), self.head, settings)
+        for group in self.optimizer.param_groups:
+            group["lr"] = 1e-6
         self.source = FeatureSource(target)
         self.source.layers = head.auxiliary_layers(target)
 

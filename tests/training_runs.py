@@ -94,7 +94,7 @@ def _main(
     """file_size: no file that it writes may grow beyond, in bytes: what a full disk does, without one.
 
     signalled: (step, number): it sends itself the signal of that number when it has logged the step; with a fraction,
-    so many tenths of a second later. script: Python that runs before the command.
+    so many hundredths of a second later. script: Python that runs before the command.
     """
     os.environ.update(environment)
     with open(log, "w") as file:
@@ -125,7 +125,7 @@ def _signal_after(moment: float, number: int) -> None:
             if moment == step:
                 os.kill(os.getpid(), number)
             else:
-                threading.Timer((moment - step) / 10, os.kill, (os.getpid(), number)).start()
+                threading.Timer((moment - step) / 100, os.kill, (os.getpid(), number)).start()
 
     Monitor.log = signalling  # type: ignore[method-assign]
 

@@ -28,6 +28,7 @@ from draft.heads.registry import ARCHITECTURES, DEFAULT
 from draft.training.loss import LOSSES
 
 TRACKERS = ("tensorboard", "wandb", "trackio", "none")
+OPTIMIZERS = ("adamw", "muon")
 METHODS = ("afa-lora", "lora", "full")
 DRAFT_VOCABULARY = 8192  # tokens of a new head's reduced vocabulary
 DRAFT_STEPS = 4  # that training-time test unrolls, for heads that draft any number
@@ -164,7 +165,19 @@ class TrainingSettings(_Section):
     max_steps: int | None = _setting(None, "Optimiser steps, instead of epochs.", ge=1)
     learning_rate: Number | None = _setting(None, f"Peak learning rate; by default {_LEARNING_RATES}.", ge=0)
     warmup_ratio: Number = _setting(
-        0.05, "Share of steps in which the rate rises; then it falls to a tenth.", ge=0, le=1
+        0.05, "Share of steps in which the rate rises; then it falls to final_rate.", ge=0, le=1
+    )
+    final_rate: Number = _setting(0.1, "Learning rate at the end, as a share of the peak.", ge=0, le=1)
+    optimizer: Annotated[str, _one_of(OPTIMIZERS)] = _setting(
+        "adamw",
+        "Optimiser: adamw, or muon for the matrices of the decoder layer with adamw for the rest (all weights).",
+    )
+    freeze_lm_head: bool = _setting(False, "Keep the LM head of the head as it is (all weights).")
+    weight_average: Number = _setting(
+        0.0,
+        "Decay of the moving average of the weights, which is evaluated and kept: 0.99, say; 0 for none.",
+        ge=0,
+        lt=1,
     )
     max_grad_norm: Number = _setting(0.5, "Gradients are clipped to this norm.", ge=1e-12)
     gradient_accumulation: int = _setting(1, "Batches per optimiser step and process.", ge=1)
@@ -182,7 +195,11 @@ class TrainingSettings(_Section):
     )
     seed: int = _setting(0, "Seed of initialisation and data order.")
     eval_every: int = _setting(50, "Steps between replays on a few held-out rows; 0 for never.", ge=0)
-    eval_rows: int = _setting(12, "Held-out greedy rows of the replay during training.", ge=0)
+    eval_rows: int = _setting(32, "Held-out greedy rows of the replay during training.", ge=0)
+    keep_best: bool = _setting(
+        True, "Keep the weights of the best replay, not the last (of afa-lora: once the activation is annealed away)."
+    )
+    patience: int | None = _setting(None, "End the run after so many replays without a better one.", ge=1)
     save_every: int = _setting(100, "Steps between checkpoints.", ge=1)
     keep_checkpoints: int = _setting(2, "Newest checkpoints that are kept.", ge=1)
     keep_hidden_states: bool | None = _setting(
@@ -252,6 +269,14 @@ class RunSettings(_Section):
             raise UserError(f"draft_vocab_size = {size}: {head!r} has one; leave it out, or add --rebuild-vocabulary.")
         if not head and size and not ARCHITECTURES[model.new_architecture].reduced_vocabulary:
             raise UserError(f"draft_vocab_size = {size}: {model.architecture} has the whole vocabulary; leave it out.")
+        training = self.training
+        if self.method != "full" and (training.optimizer != "adamw" or training.freeze_lm_head):
+            what = "freeze_lm_head" if training.freeze_lm_head else f"optimizer {training.optimizer}"
+            raise UserError(f"{what} is for the training of all weights, not for method {self.method}; leave it out.")
+        if training.patience and not (training.keep_best and training.eval_every and training.eval_rows):
+            raise UserError(
+                "patience counts replays without a better one; it needs keep_best, eval_every and eval_rows."
+            )
         if "none" in self.training.log_with and len(self.training.log_with) > 1:
             raise UserError(f"log_with {', '.join(self.training.log_with)}: choose trackers, or none alone.")
         _ = model.options  # refuses what the architecture does not have

@@ -4,7 +4,7 @@ config.yaml         the resolved settings
 provenance.json     the command and the commit
 metrics.jsonl       a line a step; training.png is drawn from it
 logs/               output of the trackers
-checkpoints/        step-N, each whole once it is there
+checkpoints/        step-N, each whole once it is there, and the weights of the best replay
 head/ or adapter/   the result; about.json, written last, describes it
 
 The same command goes on with an interrupted run, if the settings that its weights depend on are the same.
@@ -17,13 +17,14 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
 import yaml
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -31,6 +32,7 @@ from draft.errors import UserError
 from draft.files import atomic_file, atomic_folder, finish_folders, provenance, read_json, write_json
 from draft.training.config import SECTIONS, RunSettings, to_yaml
 from draft.training.distributed import part_of, whole
+from draft.training.optimizer import Average
 
 # settings that may change when a run goes on: the weights don't depend on them. Accumulation may where the number of
 # processes does, see `RunFolder.check`
@@ -40,6 +42,15 @@ RESULTS = ("head", "adapter")
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _FILES = frozenset({"state.safetensors", "progress.json"})  # of a checkpoint
 _PREFIX = "step-"
+_BEST = "best.safetensors"  # its weights, and in its header step and tau
+
+
+@dataclass(frozen=True)
+class Best:
+    """The best replay of a run so far."""
+
+    step: int
+    tau: float
 
 
 class RunFolder:
@@ -138,7 +149,34 @@ class RunFolder:
         for old in sorted(self.checkpoints.glob(f"{_PREFIX}*"))[: -self.settings.training.keep_checkpoints]:
             shutil.rmtree(old)
 
-    def load(self, checkpoint: str, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    def save_best(self, weights: dict[str, Tensor], step: int, tau: float) -> None:
+        """Write the weights of the best replay so far."""
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        with atomic_file(self.checkpoints / _BEST) as temporary:
+            save_file(weights, temporary, {"step": str(step), "tau": repr(tau)})
+
+    def best(self) -> Best | None:
+        """The best replay that was written."""
+        path = self.checkpoints / _BEST
+        if not path.is_file():
+            return None
+        try:
+            with safe_open(path, framework="pt") as file:
+                about = file.metadata()
+                return Best(int(about["step"]), float(about["tau"]))
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{str(path)!r} could not be read ({error}); start again with --no-resume.") from error
+
+    def load_best(self, model: nn.Module) -> None:
+        """Restore the weights of the best replay in place, each process its part."""
+        tensors = load_file(self.checkpoints / _BEST)
+        with torch.no_grad():
+            for name, parameter in trained_parameters(model).items():
+                parameter.copy_(part_of(tensors[name].to(parameter.device), parameter))
+
+    def load(
+        self, checkpoint: str, model: nn.Module, optimizer: torch.optim.Optimizer, average: Average | None = None
+    ) -> None:
         """Restore a checkpoint's weights, optimiser state and random generators in place, each process its part."""
         try:
             tensors = load_file(self.checkpoints / checkpoint / "state.safetensors")
@@ -152,11 +190,16 @@ class RunFolder:
                 parameter.copy_(part_of(tensors[f"weight.{name}"].to(parameter.device), parameter))
                 state = {
                     key: part_of(tensors[f"{key}.{name}"].to(parameter.device), parameter)
-                    for key in ("exp_avg", "exp_avg_sq")
+                    for key in ("exp_avg", "exp_avg_sq", "momentum_buffer")
                     if f"{key}.{name}" in tensors
                 }
+                if f"step.{name}" in tensors:
+                    state["step"] = tensors[f"step.{name}"]
                 if state:
-                    optimizer.state[parameter] = {"step": tensors[f"step.{name}"], **state}
+                    optimizer.state[parameter] = state
+                if average is not None:
+                    kept = tensors[f"average.{name}"].to(parameter.device)
+                    average.values[name] = part_of(kept, parameter).clone()
         torch.set_rng_state(tensors["random.cpu"])
         if "random.cuda" in tensors and torch.cuda.is_available():
             torch.cuda.set_rng_state(tensors["random.cuda"])
@@ -176,8 +219,8 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def snapshot(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Whole copies on the CPU of the trained weights, the optimiser's state and the random generators'.
+def snapshot(model: nn.Module, optimizer: torch.optim.Optimizer, average: Average | None = None) -> dict[str, Tensor]:
+    """Whole copies on the CPU of the trained weights, their average, the optimiser's state and the generators'.
 
     All processes have to call this together.
     """
@@ -188,11 +231,18 @@ def snapshot(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Te
         tensors[f"weight.{name}"] = _copy(parameter)
         for key, value in optimizer.state.get(parameter, {}).items():
             tensors[f"{key}.{name}"] = _copy(value)
+        if average is not None:
+            tensors[f"average.{name}"] = _copy(average.values[name])
     return tensors
 
 
+def trained_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Whole copies on the CPU of what is trained; all processes have to call this together."""
+    return {name: _copy(parameter) for name, parameter in trained_parameters(model).items()}
+
+
 def _copy(tensor: Tensor) -> Tensor:
-    return whole(tensor.detach()).cpu().contiguous()
+    return whole(tensor.detach()).to("cpu", copy=True).contiguous()
 
 
 def latest_snapshot(folder: Path) -> Path | None:

@@ -20,8 +20,9 @@ from rich.console import Console
 
 from draft.afa import set_annealing_step
 from draft.errors import UserError, plain_console
-from draft.evaluation.replay import replay_acceptance_length
+from draft.evaluation.replay import TOKENS_PER_BATCH, Pass, replay_acceptance_length, target_passes
 from draft.files import atomic_folder, write_json
+from draft.heads import DraftHead
 from draft.heads.checkpoint import save_head
 from draft.target import load_target
 from draft.training.batches import Batches, fits_in_memory, load_rows
@@ -32,20 +33,21 @@ from draft.training.loss import HeadLoss
 from draft.training.model import (
     about_run,
     autocast,
-    learning_rate_at,
     make_trainable,
-    parameter_groups,
     settle,
     starting_head,
 )
 from draft.training.monitor import Monitor, abandon_trackers, choose_trackers, draw, start_trackers
+from draft.training.optimizer import Average, learning_rate_at, make_optimizer
 from draft.training.run import (
+    Best,
     Interrupted,
     RunFolder,
     deterministic_algorithms,
     noting_signals,
     snapshot,
     trained_parameters,
+    trained_weights,
 )
 
 INITIAL_TOKENS = 40_000  # that a new head's first weights are solved from
@@ -119,18 +121,21 @@ class Trainer:
         self.head, self.saver = make_trainable(self.head, settings)
         # FSDP2 leaves a part of each weight in a process: whole ones are gathered into a copy
         self.copy = copy.deepcopy(self.saver) if processes.sharded else None
-        optimizer = torch.optim.AdamW(
-            parameter_groups(list(trained_parameters(self.saver).values()), scaled=settings.method == "full"),
-            lr=settings.learning_rate,
-            betas=(0.9, 0.95),
-            weight_decay=0.0,
-        )
+        if processes.sharded and training.optimizer == "muon":
+            raise UserError("optimizer muon needs whole matrices, and FSDP2 divides them; use adamw, or DDP.")
+        optimizer = make_optimizer(trained_parameters(self.saver), self.head, settings)
         self.module, self.optimizer = processes.wrap(
             HeadLoss(self.head, self.target, self.objective),
             optimizer,
             idle=self.objective.draft_steps < (self.head.longest or 0),  # Medusa has weights of its own for each step
         )
         self.parameters = list(trained_parameters(self.saver).values())
+        decay = training.weight_average
+        self.average = Average(trained_parameters(self.saver), decay) if decay else None
+        self.best: Best | None = None
+        self.worse = 0  # replays since the best one
+        self.beta: float | None = None  # None: there is no activation
+        self.passes: list[Pass] = []  # of the target over the held-out rows
         self.rates = [learning_rate_at(step, self.total_steps, settings) for step in range(self.total_steps)]
         self.autocast = autocast(self.target, settings)
         self.signals: list[int] = []
@@ -145,8 +150,9 @@ class Trainer:
         with self._arithmetic():
             self.processes.on_main(self.run.begin)
             if progress := self.progress:
-                self.run.load(progress["name"], self.saver, self.optimizer.optimizer)
-                self.done = progress["step"]
+                self.run.load(progress["name"], self.saver, self.optimizer.optimizer, self.average)
+                self.done, self.worse = progress["step"], progress.get("worse", 0)
+                self.best = self.processes.on_main(self.run.best)
                 for group, scale in zip(self.optimizer.param_groups, progress["scales"], strict=True):
                     group["scale"] = scale
                 self.console.print(
@@ -167,6 +173,7 @@ class Trainer:
             )
             try:
                 self._loop()
+                self._take_best()
                 head, saver = self._whole()
                 result = self.processes.on_main(lambda: self._write_result(head, saver))
             except Interrupted:
@@ -188,12 +195,13 @@ class Trainer:
         with monitor.progress, noting_signals(self.signals):
             if self.done == 0:
                 monitor.log(0, self._evaluate())
-            while self.done < self.total_steps:
+            while self.done < self.total_steps and not self._patience_is_over():
                 metrics, tokens = self.step()
                 monitor.log(self.done, metrics, tokens=tokens)
                 last = self.done == self.total_steps
                 if training.eval_every and (self.done % training.eval_every == 0 or last):
                     monitor.log(self.done, self._evaluate())
+                last = last or self._patience_is_over()
                 if self.done % training.save_every == 0 or last or self.stopping:
                     progress = {
                         "step": self.done,
@@ -201,8 +209,9 @@ class Trainer:
                         "identity": self.identity,
                         "batches_per_step": self.batches.per_step,
                         "remember": self.remember,
+                        "worse": self.worse,
                     }
-                    tensors = snapshot(self.saver, self.optimizer.optimizer)
+                    tensors = snapshot(self.saver, self.optimizer.optimizer, self.average)
                     self.processes.on_main(partial(self.run.save, tensors, progress))
                 if self.stopping and not last:
                     raise Interrupted(self.signals[0] if self.signals else None, self.done)
@@ -240,6 +249,8 @@ class Trainer:
             )
         self.optimizer.step()
         self.done += 1
+        if self.average is not None:
+            self.average.update(self.done)
         sums[0] = len(self.signals)
         signals, total, *agreement = self.accelerator.reduce(sums, "sum").tolist()
         self.stopping = signals > 0
@@ -255,11 +266,10 @@ class Trainer:
         return metrics, window.tokens
 
     def _anneal(self) -> float | None:
-        beta = None
         for model in (self.saver, self.copy):
             if model is not None and self.settings.method == "afa-lora":
-                beta = set_annealing_step(model, self.done, self.total_steps)
-        return beta
+                self.beta = set_annealing_step(model, self.done, self.total_steps)
+        return self.beta
 
     def _whole(self) -> tuple[Any, Any]:
         """The head, and the module that saves it, with whole weights; all processes have to ask for them."""
@@ -272,21 +282,50 @@ class Trainer:
         return self.copy.get_base_model() if isinstance(self.copy, PeftModel) else self.copy, self.copy
 
     def _evaluate(self) -> dict[str, float]:
-        """τ by replay of the held-out rows, in process 0; the others go on and wait for it in the next step."""
+        """τ by replay of the held-out rows, in process 0, and the weights kept where it is the best so far."""
         if not (self.settings.training.eval_every and self.held_out):
             return {}
-        head, _ = self._whole()
-        if not self.processes.is_main:
-            return {}
-        head.eval()
+        with self.average.in_place() if self.average is not None else nullcontext():
+            head, _ = self._whole()
+            tau = self.processes.on_main(lambda: self._replay(head))
+            if not math.isfinite(tau):
+                return {}
+            if self.settings.training.keep_best and self.done and self._annealed():
+                self.worse += 1
+                if self.best is None or tau >= self.best.tau:
+                    self.best, self.worse = Best(self.done, tau), 0
+                    weights = trained_weights(self.saver)
+                    self.processes.on_main(lambda: self.run.save_best(weights, self.done, tau))
+        return {"tau": tau}
+
+    def _replay(self, head: DraftHead) -> float:
+        if not self.passes:
+            with torch.no_grad():
+                self.passes = list(target_passes(self.target, self.held_out, TOKENS_PER_BATCH, None, [head]))
         with torch.no_grad(), self.autocast:
-            tau = replay_acceptance_length(self.target, head, self.held_out, EVALUATED_LENGTH)
-        head.train()
-        return {"tau": tau} if math.isfinite(tau) else {}
+            return replay_acceptance_length(self.target, head, self.held_out, EVALUATED_LENGTH, self.passes)
+
+    def _annealed(self) -> bool:
+        """True where the weights are what a merge would write."""
+        return not self.beta
+
+    def _patience_is_over(self) -> bool:
+        patience = self.settings.training.patience
+        return patience is not None and self.worse >= patience
+
+    def _take_best(self) -> None:
+        """Let the trained parameters hold what is kept: the weights of the best replay, or the average of them."""
+        if self.best is not None:
+            self.run.load_best(self.saver)
+            self.console.print(f"Kept: step {self.best.step} of {self.done}, τ {self.best.tau:.3f} by replay.")
+        elif self.average is not None:
+            for name, parameter in trained_parameters(self.saver).items():
+                parameter.data.copy_(self.average.values[name])
 
     def _write_result(self, head: Any, saver: Any) -> Path:
         draw(self.run.folder, self.console)
-        about = {**self.about, "steps": self.done}
+        best = {} if self.best is None else {"kept_step": self.best.step, "kept_tau": self.best.tau}
+        about = {**self.about, "steps": self.done, **best}
         if isinstance(saver, PeftModel):
             result = self.run.folder / "adapter"
             with atomic_folder(result, ADAPTER_FILES) as temporary:

@@ -7,15 +7,17 @@ import pytest
 import torch
 from conftest import make_tiny_head, make_tiny_target, save_tiny_target
 from rich.console import Console
+from safetensors.torch import load_file
 from training_runs import logged
 
 from draft.afa import load_afa_adapter
 from draft.data.dataset import open_dataset, write_dataset
 from draft.errors import UserError
+from draft.files import read_json
 from draft.heads.checkpoint import head_sha256, load_head, save_head
 from draft.training.config import resolve
 from draft.training.merge import merge_run
-from draft.training.model import learning_rate_at, parameter_groups
+from draft.training.optimizer import learning_rate_at, share_of_rate
 from draft.training.trainer import Trainer
 
 QUIET = Console(quiet=True)
@@ -55,7 +57,77 @@ def test_pretraining_lowers_the_loss_and_leaves_a_whole_run(world, name, share):
     head, about = load_head(folder / "head")
     assert about["method"] == "full" and about["steps"] == 12 and about["trained_rows"]
     assert head.config.draft_vocab_size == (259 if name == "eagle" else 180)
-    assert {path.name for path in (folder / "checkpoints").iterdir()} == {"step-0000010", "step-0000012"}
+    kept = {path.name for path in (folder / "checkpoints").iterdir()}
+    assert kept == {"step-0000010", "step-0000012", "best.safetensors"}
+
+
+def test_the_weights_of_the_best_replay_are_kept(world, tmp_path, monkeypatch):
+    """Also where the run was interrupted after it, and where it ends early."""
+    taus = {0: 1.6, 3: 1.2, 6: 1.5, 9: 1.4, 12: 1.3}
+    trainers = []
+
+    def replayed(trainer, head):
+        trainers.append(trainer)
+        return taus[trainer.done]
+
+    monkeypatch.setattr(Trainer, "_replay", replayed)
+    run(world, "pretrain", tmp_path / "six", max_steps=12, eval_every=0, save_every=6, keep_checkpoints=3)
+    at_six = load_file(tmp_path / "six" / "checkpoints" / "step-0000006" / "state.safetensors")
+    flags = {"eval_every": 3, "save_every": 4, "keep_checkpoints": 9, "max_steps": 12}
+    for name, more, steps in (("best", {}, 12), ("patient", {"patience": 1}, 9)):
+        result = run(world, "pretrain", tmp_path / name, **flags, **more)
+        head, about = load_head(result)
+        assert (about["kept_step"], about["kept_tau"], about["steps"]) == (6, 1.5, steps)
+        assert torch.equal(head.fc.weight, at_six["weight.fc.weight"])
+    last = load_head(run(world, "pretrain", tmp_path / "last", **flags, keep_best=False))[0]
+    assert not torch.equal(last.fc.weight, head.fc.weight)
+    for step in (9, 12):
+        shutil.rmtree(tmp_path / "best" / "checkpoints" / f"step-{step:07d}", ignore_errors=True)
+    trainers.clear()
+    resumed = load_head(run(world, "pretrain", tmp_path / "best", **flags))[0]
+    assert min(trainer.done for trainer in trainers) > 6 and torch.equal(resumed.fc.weight, head.fc.weight)
+
+
+def test_an_adapter_is_kept_once_its_activation_is_gone(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(Trainer, "_replay", lambda trainer, head: 2.0 - trainer.done / 100)  # the earlier the better
+    run(world, "adapt", tmp_path, max_steps=10, eval_every=1, rank=2, decay_ratio=0.5)
+    assert read_json(tmp_path / "about.json")["kept_step"] == 5
+
+
+def test_the_average_of_the_weights_is_kept(world, tmp_path):
+    flags = {"max_steps": 6, "save_every": 1, "keep_checkpoints": 9, "eval_every": 0, "weight_average": 0.3}
+    result, _ = load_head(run(world, "pretrain", tmp_path, **flags))
+    states = [load_file(tmp_path / "checkpoints" / f"step-{n:07d}" / "state.safetensors") for n in range(1, 7)]
+    average = None
+    for step, state in enumerate(states, 1):
+        share = 1 - min(0.3, step / (step + 9))
+        if average is not None:
+            average = average + share * (state["weight.fc.weight"] - average)
+            torch.testing.assert_close(average, state["average.fc.weight"], rtol=1e-5, atol=1e-7)
+        average = state["average.fc.weight"]
+    assert torch.equal(result.fc.weight, average) and not torch.equal(average, states[-1]["weight.fc.weight"])
+
+
+def test_muon_moves_the_matrices_of_the_layer(world, tmp_path):
+    """An orthogonal step: the singular values of an update are about the same."""
+    flags = {"max_steps": 2, "save_every": 1, "keep_checkpoints": 9, "eval_every": 0, "optimizer": "muon"}
+    start = world / "eagle3" / "head"
+    run(world, "pretrain", tmp_path, head=str(start), **flags)
+    before, state = load_head(start)[0].state_dict(), tmp_path / "checkpoints" / "step-0000001" / "state.safetensors"
+    after = load_file(state)
+    name = "midlayer.mlp.down_proj.weight"
+    update = after[f"weight.{name}"].double() - before[name].double()
+    values = torch.linalg.svdvals(update)
+    assert values.median() > 0.6 * values.max()
+    assert f"momentum_buffer.{name}" in after and "exp_avg.lm_head.weight" in after
+
+
+def test_a_frozen_lm_head_stays(world, tmp_path):
+    start = world / "eagle3" / "head"
+    result, _ = load_head(run(world, "pretrain", tmp_path, head=str(start), max_steps=2, freeze_lm_head=True))
+    base, _ = load_head(start)
+    assert torch.equal(result.lm_head.weight, base.lm_head.weight)
+    assert not torch.equal(result.fc.weight, base.fc.weight)
 
 
 # architecture -> a weight that an adapter changes, how many it changes
@@ -145,6 +217,9 @@ def test_a_new_head_has_the_requested_options(world, tmp_path, architecture, opt
         ("adapt", {"architecture": "eagle"}, "is of architecture eagle3, not eagle"),
         ("adapt", {"method": "lora", "rebuild_vocabulary": True}, "rebuild_vocabulary needs method full"),
         ("adapt", {"head": "{world}/eagle/head", "method": "full", "rebuild_vocabulary": True}, "eagle heads have the"),
+        ("adapt", {"optimizer": "muon"}, "optimizer muon is for the training of all weights"),
+        ("adapt", {"freeze_lm_head": True}, "freeze_lm_head is for the training of all weights"),
+        ("pretrain", {"patience": 2, "eval_every": 0}, "patience counts replays without a better one; it needs"),
         ("pretrain", {"name": "eagle3", "draft_vocab_size": 100}, "holds a run with other settings"),
         ("pretrain", {"target": "{world}/other"}, "prepared for target"),
     ],
@@ -163,9 +238,8 @@ def test_the_learning_rate_rises_and_falls_to_a_tenth():
 
 
 def test_small_weights_move_by_small_steps():
-    parameters = [torch.nn.Parameter(torch.full((3,), size)) for size in (0.001, 0.02, 1.0)]
-    assert [group["scale"] for group in parameter_groups(parameters, scaled=True)] == pytest.approx([0.05, 1.0, 1.0])
-    assert [group["scale"] for group in parameter_groups(parameters, scaled=False)] == [1.0, 1.0, 1.0]
+    shares = [share_of_rate(torch.full((3,), size)) for size in (0.0, 0.001, 0.02, 1.0)]
+    assert shares == pytest.approx([1.0, 0.05, 1.0, 1.0])
 
 
 def test_a_rebuilt_vocabulary_keeps_what_the_head_knows(world):

@@ -1,0 +1,113 @@
+"""How the weights of a run move: optimiser, learning rates, and the average of the weights."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from draft.heads import DraftHead
+from draft.training.config import RunSettings
+
+_BETAS = (0.9, 0.95)
+
+
+def make_optimizer(parameters: Mapping[str, nn.Parameter], head: DraftHead, settings: RunSettings) -> Any:
+    """The optimiser of a run, one group a parameter with its `scale`: see `share_of_rate`.
+
+    parameters: what is trained, by name.
+    """
+    scaled = settings.method == "full"
+    groups = {
+        name: {"params": [parameter], "scale": share_of_rate(parameter) if scaled else 1.0}
+        for name, parameter in parameters.items()
+    }
+    if settings.training.optimizer == "adamw":
+        return torch.optim.AdamW(groups.values(), lr=settings.learning_rate, betas=_BETAS, weight_decay=0.0)
+    layers = tuple(f"{target}.weight" for target in head.adapter_targets)
+    matrices = [group for name, group in groups.items() if name.endswith(layers)]
+    others = [group for name, group in groups.items() if not name.endswith(layers)]
+    return MuonWithAdamW(matrices, others, settings.learning_rate)
+
+
+class MuonWithAdamW(torch.optim.Optimizer):
+    """Muon for the matrices of the decoder layer, AdamW for the rest (fc, norms, the LM head).
+
+    Muon's steps are scaled to the size of AdamW's, so that one learning rate suits both.
+    """
+
+    def __init__(self, matrices: list[dict[str, Any]], others: list[dict[str, Any]], rate: float) -> None:
+        super().__init__([*matrices, *others], {"lr": rate})
+        self._parts: list[torch.optim.Optimizer] = []
+        if matrices:
+            self._parts.append(torch.optim.Muon(matrices, rate, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"))
+        if others:
+            self._parts.append(torch.optim.AdamW(others, rate, betas=_BETAS, weight_decay=0.0))
+        self.param_groups = [group for part in self._parts for group in part.param_groups]
+        self.state: defaultdict[Any, Any] = defaultdict(dict)
+        for part in self._parts:
+            part.state = self.state
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for part in self._parts:
+            part.step()
+
+
+def share_of_rate(parameter: Tensor) -> float:
+    """A parameter's share of the learning rate where all weights of a head are trained.
+
+    Adam moves every weight by about the rate, whatever its size. `fc` reads raw residual streams of large scale and has
+    small weights: a rate that suits the other matrices would overwrite it in a few steps. So the share falls with the
+    root mean square of the starting weights, below that of a common initialisation (0.02).
+    """
+    size = float(parameter.detach().float().pow(2).mean().sqrt())
+    return min(1.0, size / 0.02) if size else 1.0  # what starts at zero says nothing about its size
+
+
+def learning_rate_at(step: int, total_steps: int, settings: RunSettings) -> float:
+    """The rate of the step after `step` steps: a linear rise, then a cosine to `final_rate` of the peak."""
+    warmup = max(1, round(settings.training.warmup_ratio * total_steps))
+    if step < warmup:
+        return settings.learning_rate * (step + 1) / warmup
+    progress = (step - warmup) / max(1, total_steps - warmup)
+    last = settings.training.final_rate
+    return settings.learning_rate * (last + (1 - last) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+class Average:
+    """Exponential moving average of the trained weights, which is what is evaluated and kept.
+
+    Its memory is shorter in the first steps, so that it does not drag the starting weights along.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float) -> None:
+        self.parameters, self.decay = dict(parameters), decay
+        self.values = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """step: optimiser steps done."""
+        share = 1 - min(self.decay, step / (step + 9))
+        for name, parameter in self.parameters.items():
+            self.values[name].lerp_(parameter.detach(), share)
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Let the parameters hold the average for a while."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for name, parameter in self.parameters.items():
+            current = parameter.detach().clone()
+            parameter.copy_(self.values[name])
+            self.values[name] = current
