@@ -169,8 +169,8 @@ def compare(
     )
 
 
-def general_rows(target: Target) -> list[Row] | None:
-    """The held-out self-prompted rows that ship with the project, or None for a target that did not write them.
+def general_rows(target: Target, split: str = "held-out") -> list[Row] | None:
+    """The general rows that ship with the project, or None for a target that did not write them.
 
     Raises:
         UserError: when the files are missing from the installation.
@@ -183,7 +183,7 @@ def general_rows(target: Target) -> list[Row] | None:
     dataset = open_dataset(GENERAL_ROWS)
     if dataset.manifest["target_fingerprint"] != target.fingerprint:
         return None
-    return list(dataset.rows("held-out"))
+    return list(dataset.rows(split))
 
 
 # ---- the rows that a head was trained on, as its draftsmith.json records them ----

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -17,6 +18,7 @@ from torch import Tensor
 from draft.data.dataset import Row, open_dataset
 from draft.data.examples import Batch, batches, collate, packed_batches
 from draft.errors import UserError
+from draft.evaluation.compare import general_rows
 from draft.heads.base import Features
 from draft.target import Target, TargetOutput
 from draft.training.config import RunSettings
@@ -201,6 +203,8 @@ def load_rows(settings: RunSettings, target: Target, console: Console) -> tuple[
     ids = {row.id for row in held_out}
     kept = [row for row in offered if row.id not in ids]
     train = [row for row in kept if sum(row.mask[2:])]
+    if share := settings.data.mix_general:
+        train += _general_rows(settings, target, train, ids, share / (1 - share))
     if not train:
         reason = "the prompts of all are held out in another data set" if offered and not kept else "the data are small"
         raise UserError(
@@ -209,3 +213,40 @@ def load_rows(settings: RunSettings, target: Target, console: Console) -> tuple[
     if left_out := len(offered) - len(kept):
         console.print(f"{left_out} training rows are left out: their prompts are held out in another data set.")
     return train, [row for row in held_out if row.greedy][: settings.training.eval_rows]
+
+
+def _general_rows(
+    settings: RunSettings, target: Target, train: list[Row], held_out: set[str], ratio: float
+) -> list[Row]:
+    """General rows to mix in, each at most once: `ratio` of the tokens of the rows of the domain.
+
+    Raises:
+        UserError: when there are none for this target, or too few.
+    """
+    folder = settings.data.general
+    if folder is None:
+        offered = general_rows(target, "train")
+        if offered is None:
+            raise UserError(
+                f"--mix-general {settings.data.mix_general}: no general conversations ship for target {target.title}; "
+                "let it write some with `draft-train prepare --out DIR`, and pass --general DIR."
+            )
+    else:
+        dataset = open_dataset(Path(folder))
+        dataset.check_target(target)
+        offered = dataset.rows("train")
+    offered = [row for row in offered if row.id not in held_out and sum(row.mask[2:])]
+    random.Random(settings.training.seed).shuffle(offered)
+    wanted = ratio * sum(len(row.ids) for row in train)
+    chosen: list[Row] = []
+    for row in offered:
+        if wanted <= 0:
+            return chosen
+        chosen.append(row)
+        wanted -= len(row.ids)
+    if wanted > 0:
+        raise UserError(
+            f"--mix-general {settings.data.mix_general}: the general conversations have {wanted:,.0f} tokens too few "
+            "for that share of this data; give more with --general DIR, or choose a smaller share."
+        )
+    return chosen

@@ -152,6 +152,12 @@ class DataSettings(_Section):
     """Data of a run, and how much of it a batch holds."""
 
     data: list[str] = _setting([], "Folder that `draft-train prepare` wrote; repeatable, to mix several.")
+    mix_general: Number = _setting(
+        0.0, "Share of the training tokens that are of general conversations, so that the head keeps them.", ge=0, lt=1
+    )
+    general: str | None = _setting(
+        None, "Folder of the general conversations for mix_general [default: those that ship for the bundled target]."
+    )
     tokens_per_batch: int = _setting(2048, "Tokens (padding included) of one forward pass of one process.", ge=1)
     packing: bool | None = _setting(
         None, "Several conversations in one row, each attending to itself only (default: on CUDA)."

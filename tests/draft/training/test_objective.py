@@ -6,6 +6,7 @@ import io
 import json
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -163,6 +164,26 @@ def test_nothing_left_to_train_on_is_told(world, tmp_path):
     write_dataset(tmp_path, swapped, open_dataset(root / "data-0").manifest)
     with pytest.raises(UserError, match="held out in another data set; prepare data of other prompts"):
         load(target, root / "data-0", tmp_path)
+
+
+def test_general_rows_are_mixed_in_by_their_tokens(world):
+    root, target = world
+    flags = {"data": [str(root / "data-0")], "general": str(root / "data-5"), "mix_general": 0.25}
+    load = partial(load_rows, target=target, console=Console(quiet=True))
+    alone, held_out = load(resolve("adapt", "o", flags={**flags, "mix_general": 0.0, "head": "h"}))
+    mixed, replayed = load(resolve("adapt", "o", flags={**flags, "head": "h"}))
+    general = mixed[len(alone) :]
+    assert mixed[: len(alone)] == alone and replayed == held_out
+    assert len({row.id for row in general}) == len(general) and not {row.id for row in general} & {
+        row.id for row in open_dataset(root / "data-0").rows("held-out")
+    }
+    tokens, longest = sum(len(row.ids) for row in general), max(len(row.ids) for row in general)
+    assert 0 <= tokens - sum(len(row.ids) for row in alone) / 3 < longest
+    with pytest.raises(UserError, match="have [0-9,]+ tokens too few for that share"):
+        load(resolve("adapt", "o", flags={**flags, "mix_general": 0.9, "head": "h"}))
+    del flags["general"]
+    with pytest.raises(UserError, match="no general conversations ship for target"):
+        load(resolve("adapt", "o", flags={**flags, "head": "h"}))
 
 
 # ---- the loss ----
