@@ -77,7 +77,8 @@ class Monitor:
             return
         self.tokens += tokens
         speed = self.tokens / max(time.monotonic() - self.started, 1e-9)
-        line = {"step": step, "tokens_per_second": round(speed, 1), **metrics}
+        read = {"tokens": tokens} if tokens else {}
+        line = {"step": step, "tokens_per_second": round(speed, 1), **read, **metrics}
         with self.file.open("a") as file:
             file.write(json.dumps(line) + "\n")
         if self.accelerator is not None and self.accelerator.trackers:

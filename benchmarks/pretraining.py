@@ -1,0 +1,216 @@
+"""Settings of pretraining at an equal budget of tokens, judged by replay on held-out rows of every kind.
+
+Each setting is a `draft-train pretrain` of its own: the flags of --base, then its own. All see the same conversations
+in the order of their seed, each once, until the budget is spent; the hidden states of the target are computed once and
+shared, so a setting's seconds are those of the head alone (a run that trains from text adds the target's pass).
+
+  τ            acceptance length of greedy replay over the rows of a kind (their source file), K = 5, bonus included
+  mean         of the kinds' τ, each weighing the same
+  position 1   share of first drafts that are accepted, over all rows
+  tokens/s     of a run, evaluation and start included
+
+What is finished is not done again: the same command goes on after an interruption.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+
+from benchmarks import shared
+from draft.data.dataset import Row, open_dataset
+from draft.errors import UserError
+from draft.evaluation.replay import replay, target_passes
+from draft.evaluation.tau import acceptance_length
+from draft.files import read_json, write_json
+from draft.heads.checkpoint import load_head
+from draft.target import Target, load_target
+
+MODULE = "benchmarks.pretraining"
+EXAMPLES = f"""
+examples:
+  all built-in settings, two seeds (hours):
+    python -m {MODULE} --data data/mixed --held-out data/kinds --tokens 1000000 --out runs/settings
+  two of them:
+    python -m {MODULE} --data data/mixed --held-out data/kinds --only base "muon 4e-3" --out runs/settings
+  your own, from a YAML file of names and flags (wide: --head-options intermediate_size=3072):
+    python -m {MODULE} --data data/mixed --held-out data/kinds --settings mine.yaml --out runs/settings
+"""
+K = 5
+BASE = "--draft-steps 3 --learning-rate 1e-3"
+SETTINGS = {
+    "base": "",
+    "adamw 5e-4": "--learning-rate 5e-4",
+    "adamw 2e-3": "--learning-rate 2e-3",
+    "muon 1e-3": "--optimizer muon --learning-rate 1e-3",
+    "muon 4e-3": "--optimizer muon --learning-rate 4e-3",
+    "muon 1e-2": "--optimizer muon --learning-rate 1e-2",
+    "512 tokens a batch": "--tokens-per-batch 512",
+    "1024 tokens a batch": "--tokens-per-batch 1024",
+    "4096 tokens a batch": "--tokens-per-batch 4096",
+    "frozen LM head": "--freeze-lm-head",
+    "average of weights 0.99": "--weight-average 0.99",
+    "loss lk-lambda": "--loss lk-lambda",
+    "1 draft step": "--draft-steps 1",
+    "5 draft steps": "--draft-steps 5",
+    "vocabulary 8192": "--draft-vocab-size 8192",
+    "vocabulary 16384": "--draft-vocab-size 16384",
+}
+
+
+def parse(arguments: Sequence[str]) -> Namespace:
+    parser = shared.Parser(MODULE, __doc__, EXAMPLES)
+    parser.add("--target", default="smollm2", help="hub id, folder, .gguf file, or smollm2")
+    parser.add("--data", metavar="DIR", nargs="+", required=True, help="data sets to train on")
+    parser.add("--held-out", metavar="DIR", nargs="+", required=True, help="data sets whose greedy rows are replayed")
+    parser.add("--tokens", shared.whole(1), default=1_000_000, metavar="N", help="budget of a run")
+    parser.add("--seeds", shared.whole(0), default=[0, 1], metavar="N", nargs="+", help="of start and order")
+    parser.add("--base", default=BASE, metavar="FLAGS", help="flags of every run")
+    parser.add("--settings", metavar="FILE", help="YAML: name -> flags (default: the built-in ones)")
+    parser.add("--only", metavar="NAME", nargs="+", help="settings to run")
+    parser.add("--rows", shared.whole(1), default=40, metavar="N", help="replayed rows a kind")
+    parser.add_output(MODULE, check=False)
+    return parser.parse_args(arguments)
+
+
+def benchmark(arguments: Namespace, command: Sequence[str]) -> int:
+    console = shared.make_console()
+    settings = choose(arguments)
+    out = shared.output_folder(arguments.out)
+    target = load_target(arguments.target)
+    kinds = rows_by_kind(target, arguments)
+    results = {
+        "benchmark": MODULE,
+        **shared.provenance(MODULE, command, target),
+        "kinds": {kind: len(rows) for kind, rows in kinds.items()},
+        "settings": vars(arguments),
+        "runs": [],
+    }
+    passes: dict[str, Any] = {}
+    for name, flags in settings.items():
+        for seed in arguments.seeds:
+            folder = out / f"{name.replace(' ', '-')}-{seed}"
+            seconds = train(folder, arguments, flags, seed, out)
+            results["runs"].append(
+                {"setting": name, "flags": flags, "seed": seed, **judge(target, folder, kinds, passes, seconds)}
+            )
+            show(console, results, kinds)
+            shared.write_results(out / "pretraining.json", results)
+    draw(results, out / "pretraining.png")
+    return 0
+
+
+def choose(arguments: Namespace) -> dict[str, str]:
+    """Return the settings to run, by name."""
+    settings: Any = SETTINGS
+    if arguments.settings:
+        settings = yaml.safe_load(Path(arguments.settings).read_text())
+        if not isinstance(settings, dict) or not all(isinstance(flags, str) for flags in settings.values()):
+            raise UserError(f"--settings {arguments.settings!r} must map names to flags in one text each.")
+    for name in arguments.only or ():
+        if name not in settings:
+            raise UserError(f"--only {name!r} is no setting; they are {', '.join(settings)}.")
+    return {name: settings[name] for name in arguments.only or settings}
+
+
+def rows_by_kind(target: Target, arguments: Namespace) -> dict[str, list[Row]]:
+    """Return the greedy held-out rows of each source file, at most --rows of each."""
+    kinds: dict[str, list[Row]] = {}
+    for folder in arguments.held_out:
+        dataset = open_dataset(folder)
+        dataset.check_target(target)
+        for row in dataset.rows("held-out"):
+            rows = kinds.setdefault(Path(row.source).stem, [])
+            if row.greedy and len(rows) < arguments.rows:
+                rows.append(row)
+    if not any(kinds.values()):
+        raise UserError(f"{', '.join(arguments.held_out)}: no greedy held-out rows; prepare some with a greedy share.")
+    return {kind: rows for kind, rows in sorted(kinds.items()) if rows}
+
+
+def train(folder: Path, arguments: Namespace, flags: str, seed: int, out: Path) -> float:
+    """Run one setting, if it is not finished; return the seconds that it took."""
+    done = folder / "seconds.json"
+    if done.is_file():
+        return float(read_json(done)["seconds"])
+    words = ["pretrain", "--target", arguments.target, "--out", str(folder), "--epochs", "1", "--seed", str(seed)]
+    words += ["--cache-hidden-states", str(out / "states"), "--eval-every", "0", "--log-with", "none"]
+    words += [word for data in arguments.data for word in ("--data", data)]
+    words += [*shlex.split(arguments.base), *shlex.split(flags)]
+    given = dict(zip(words, words[1:], strict=False))
+    steps = arguments.tokens // int(given.get("--tokens-per-batch", 2048))
+    began = time.monotonic()
+    words += ["--max-steps", str(max(1, steps))]
+    status = subprocess.run([sys.executable, "-m", "draft.cli", *words], check=False).returncode
+    if status:
+        raise UserError(f"`draft-train {shlex.join(words)}` ended with status {status}; its message is above.")
+    seconds = time.monotonic() - began
+    write_json(done, {"seconds": seconds})
+    return seconds
+
+
+def judge(
+    target: Target, folder: Path, kinds: dict[str, list[Row]], passes: dict[str, Any], seconds: float
+) -> dict[str, Any]:
+    """Return the figures of one run."""
+    head, _ = load_head(folder / "head", device=target.device)
+    head = head.to(target.dtype).eval()
+    taus, accepted, drafted = {}, 0, 0
+    for kind, rows in kinds.items():
+        if kind not in passes:
+            passes[kind] = list(target_passes(target, rows, 4096, None, [head]))
+        result = replay(target, {"head": head}, rows, K, passes=passes[kind])["head"]
+        taus[kind] = acceptance_length(result.emitted[:, K - 1].sum(), result.verifications[:, K - 1].sum())
+        accepted, drafted = accepted + result.accepted(K)[0], drafted + result.drafted(K)[0]
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    tokens = sum(line.get("tokens", 0) for line in lines)
+    return {
+        "tau": taus,
+        "mean": statistics.mean(taus.values()),
+        "position_1": accepted / drafted,
+        "tokens": tokens,
+        "seconds": seconds,
+        "loss": lines[-1]["loss"],
+    }
+
+
+def show(console: Console, results: dict[str, Any], kinds: dict[str, list[Row]]) -> None:
+    headings = ("setting", "seed", "mean", *kinds, "position 1", "tokens", "tokens/s")
+    table = shared.make_table(f"τ by greedy replay, K = {K}", headings, ("setting",))
+    for run in results["runs"]:
+        taus = [f"{run['tau'][kind]:.3f}" for kind in kinds]
+        rate = run["tokens"] / run["seconds"]
+        table.add_row(
+            *(run["setting"], str(run["seed"]), f"{run['mean']:.3f}", *taus),
+            *(f"{run['position_1']:.3f}", f"{run['tokens']:,}", f"{rate:.0f}"),
+        )
+    console.print(table)
+
+
+def draw(results: dict[str, Any], path: Path) -> None:
+    """Draw each run's mean τ."""
+    figure, (axis,) = shared.make_figure(1, f"pretraining settings, {results['settings']['tokens']:,} tokens")
+    names = list(dict.fromkeys(run["setting"] for run in results["runs"]))
+    for run in results["runs"]:
+        axis.plot(run["mean"], names.index(run["setting"]), "o", color="tab:blue")
+    axis.set_yticks(range(len(names)), names)
+    axis.set(xlabel="mean τ of the kinds")
+    shared.save_figure(figure, path)
+
+
+main = partial(shared.run_program, parse, benchmark)
+
+if __name__ == "__main__":
+    sys.exit(main())

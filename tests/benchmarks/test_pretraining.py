@@ -1,0 +1,47 @@
+"""benchmarks.pretraining on a tiny target: two settings, judged kind by kind, and gone on with."""
+
+import json
+
+import pytest
+import torch
+from conftest import make_tiny_target, save_tiny_target
+from written_data import prepared
+
+from benchmarks import pretraining
+from draft.files import read_json
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    root = tmp_path_factory.mktemp("pretraining")
+    save_tiny_target(root / "target")
+    target = make_tiny_target(dtype=torch.float32)
+    for kind in ("chat", "code"):
+        (root / f"{kind}.jsonl").write_text("".join(json.dumps({"prompt": f"{kind} {n}"}) + "\n" for n in range(12)))
+    prompts = [root / "chat.jsonl", root / "code.jsonl"]
+    prepared(target, root / "data", prompts=prompts, max_new_tokens=12, greedy_share=1.0, held_out_share=0.25)
+    (root / "settings.yaml").write_text("base: ''\nfrozen: --freeze-lm-head --draft-vocab-size 100\n")
+    return root
+
+
+def test_settings_are_judged_by_kind_and_not_trained_twice(world, capsys, monkeypatch):
+    data, out = str(world / "data"), world / "out"
+    arguments = ["--target", str(world / "target"), "--data", data, "--held-out", data, "--tokens", "300"]
+    arguments += ["--base", "--draft-steps 2 --tokens-per-batch 100 --draft-vocab-size 180 --save-every 1"]
+    arguments += ["--seeds", "3", "--settings", str(world / "settings.yaml"), "--out", str(out)]
+    assert pretraining.main(arguments) == 0
+    results = read_json(out / "pretraining.json")
+    assert [run["setting"] for run in results["runs"]] == ["base", "frozen"] and set(results["kinds"]) == {
+        "chat",
+        "code",
+    }
+    for run in results["runs"]:
+        assert set(run["tau"]) == {"chat", "code"} and 1 <= run["mean"] <= 6 and 150 <= run["tokens"] <= 300
+    assert (out / "pretraining.png").stat().st_size > 5_000
+    monkeypatch.setattr(pretraining.sys, "executable", "no-python")  # nothing is left to run
+    assert pretraining.main(arguments) == 0
+    again = read_json(out / "pretraining.json")
+    assert [run["tau"] for run in again["runs"]] == [run["tau"] for run in results["runs"]]
+    capsys.readouterr()
+    assert pretraining.main([*arguments, "--only", "mine"]) == 2
+    assert "--only 'mine' is no setting; they are base, frozen." in capsys.readouterr().err
