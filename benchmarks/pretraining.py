@@ -63,6 +63,7 @@ SETTINGS = {
     "frozen LM head": "--freeze-lm-head",
     "average of weights 0.99": "--weight-average 0.99",
     "loss lk-lambda": "--loss lk-lambda",
+    "every position": "--every-position",
     "1 draft step": "--draft-steps 1",
     "5 draft steps": "--draft-steps 5",
     "vocabulary 8192": "--draft-vocab-size 8192",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Protocol
@@ -205,6 +205,8 @@ def load_rows(settings: RunSettings, target: Target, console: Console) -> tuple[
     train = [row for row in kept if sum(row.mask[2:])]
     if share := settings.data.mix_general:
         train += _general_rows(settings, target, train, ids, share / (1 - share))
+    if settings.data.every_position:
+        train = [replace(row, mask=[True] * len(row.ids)) for row in train]
     if not train:
         reason = "the prompts of all are held out in another data set" if offered and not kept else "the data are small"
         raise UserError(

@@ -152,6 +152,7 @@ class DataSettings(_Section):
     """Data of a run, and how much of it a batch holds."""
 
     data: list[str] = _setting([], "Folder that `draft-train prepare` wrote; repeatable, to mix several.")
+    every_position: bool = _setting(False, "Train on the prompts of conversations as well, not on the answers only.")
     mix_general: Number = _setting(
         0.0, "Share of the training tokens that are of general conversations, so that the head keeps them.", ge=0, lt=1
     )

@@ -166,6 +166,13 @@ def test_nothing_left_to_train_on_is_told(world, tmp_path):
         load(target, root / "data-0", tmp_path)
 
 
+def test_prompts_are_trained_on_when_requested(world):
+    root, _ = world
+    flags = {"data": [str(root / "data-0")], "every_position": True}
+    rows, _ = load_rows(resolve("pretrain", "o", flags=flags), world[1], Console(quiet=True))
+    assert all(row.mask == [True] * len(row.ids) for row in rows) and any(row.prompt_length > 1 for row in rows)
+
+
 def test_general_rows_are_mixed_in_by_their_tokens(world):
     root, target = world
     flags = {"data": [str(root / "data-0")], "general": str(root / "data-5"), "mix_general": 0.25}
