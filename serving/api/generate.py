@@ -147,7 +147,7 @@ class Answer:
         return (self.inputs if self.parameters.return_full_text else "") + completion.text
 
     def _details(self, completion: Completion) -> dict[str, Any]:
-        stats, length = completion.stats, self.speculation.num_tokens or 0
+        stats, length, engine = completion.stats, self.speculation.num_tokens or 0, self.service.engine
         pairs = zip(stats.accepted_per_position, stats.drafted_per_position, strict=True)
         return {
             "finish_reason": completion.finish_reason,
@@ -155,8 +155,9 @@ class Answer:
             "seed": completion.seed,
             "speculative": {
                 "enabled": length > 0,
-                "rule": self.speculation.rule or self.service.engine.rule,
-                "speculation_length": length,
+                "rule": self.speculation.rule or engine.rule,
+                "speculation_length": min(length, engine.head_length),
+                "lookup_length": min(length, engine.lookup_length),
                 "acceptance_length": finite(stats.acceptance_length),
                 "verifications": stats.verifications,
                 "drafted": stats.drafted,

@@ -86,16 +86,12 @@ class Service:
         """Sequences of one request: more than fit into an idle engine and its queue would never be taken."""
         return min(MAX_CHOICES, self.engine.max_batch + self.engine.max_waiting)
 
-    @property
-    def speculation_length(self) -> int:
-        """Tokens drafted at a time, at most: by the head, or copied; 0 without speculation."""
-        return self.engine.longest_draft
-
     def speculation(self, requested: Speculative | None) -> Speculation:
-        """Return a request's options, with the server's speculation length as the cap and the default."""
+        """Return a request's options, with the most tokens that the engine drafts as the cap and the default."""
         requested = requested or Speculative()
-        length = self.speculation_length if requested.num_tokens is None else requested.num_tokens
-        length = 0 if requested.enabled is False else min(length, self.speculation_length)
+        most = self.engine.longest_draft
+        length = most if requested.num_tokens is None else requested.num_tokens
+        length = 0 if requested.enabled is False else min(length, most)
         return Speculation(enabled=length > 0, num_tokens=length, rule=requested.rule)
 
     def check_open(self) -> Engine:

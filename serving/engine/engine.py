@@ -99,12 +99,15 @@ class Engine:
         longest = speculation_length if head is None or head.longest is None else head.longest
         self.speculation_length = min(speculation_length, longest)
         self.lookup = lookup and speculation == "auto" and speculation_length > 0
-        by_head = self.speculation_length if head is not None and speculation != "off" else 0
-        self.longest_draft = max(by_head, LOOKUP_LENGTH if self.lookup else 0)  # tokens drafted at a time, at most
+        # the most tokens drafted at a time: by the head in a row; copied; and in all
+        self.head_length = self.speculation_length if head is not None and speculation != "off" else 0
+        self.lookup_length = LOOKUP_LENGTH if self.lookup else 0
+        self.longest_draft = max(self.head_length, self.lookup_length)
+        self.tree_size = tree_size if speculation == "tree" and self.head_length else None
         self.max_length = check_max_length(max_length, target)
         self.max_batch, self.max_waiting, self.max_waiting_tokens = max_batch, max_waiting, max_waiting_tokens
         self._queue = RequestQueue(max_waiting, max_waiting_tokens)
-        self.controller = make_controller(speculation, by_head, tree_size)
+        self.controller = make_controller(speculation, self.head_length, tree_size)
         # drafts beyond a sequence's last token need places too, and those that the head reads but does not draft
         self._overhang = max(tree_size, BRANCHING * self.speculation_length, MAX_SPECULATION_LENGTH) + 1
         self.models = build_models(

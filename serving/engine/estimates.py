@@ -41,6 +41,10 @@ class DraftPlan:
         drafted = "" if self.nodes == 0 else "chain" if self.nodes == self.length else "tree"
         return " + ".join(filter(None, (drafted, "lookup" if self.copied else ""))) or "off"
 
+    def with_copies(self, copied: int) -> DraftPlan:
+        """This plan with so many copied tokens."""
+        return self if copied == self.copied else DraftPlan(self.length, self.nodes, copied)
+
     def capped(self, row: RequestEstimate) -> DraftPlan:
         """This plan for a request that can use less."""
         length = min(self.length, row.head)
@@ -57,8 +61,7 @@ class DraftPlan:
         return self.nodes if self.nodes > self.length else 0
 
     def __str__(self) -> str:
-        shapes = {"off": "off", "chain": f"chain {self.length}", "tree": f"tree {self.nodes}x{self.length}"}
-        return shapes.get(self.kind, self.kind)
+        return self.kind.replace("chain", f"chain {self.length}").replace("tree", f"tree {self.nodes}x{self.length}")
 
 
 OFF = DraftPlan()

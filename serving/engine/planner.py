@@ -122,8 +122,13 @@ class Controller:
         with self.lock:
             self._end_step(rows)
             self.plans = [option.plan for option in self._decide(rows)] if rows else []
-            self.chosen.update(map(str, self.plans))
             return self.plans
+
+    def observe_plans(self, plans: Sequence[DraftPlan]) -> None:
+        """The plans of this step as they were carried out: with what was copied behind chains."""
+        with self.lock:
+            self.plans = list(plans)
+            self.chosen.update(map(str, plans))
 
     def calibration(self, *, samples: bool) -> tuple[float, ...] | None:
         """Return what `Job` takes; None: nothing is learned from confidences. samples: the request is not greedy."""
@@ -317,7 +322,7 @@ class Controller:
         chosen, width = self._choice
         if not chosen:
             return "nothing has been decoded yet"
-        plans = ", ".join(f"{plan} for {count}" for plan, count in Counter(str(each.plan) for each in chosen).items())
+        plans = ", ".join(f"{plan} for {count}" for plan, count in Counter(map(str, self.plans)).items())
         reason, costs = self._cause(any(each.nodes for each in chosen)), self.costs
         passes = ", ".join(f"{n:.0f}: {1e3 * costs.seconds(n):.3g} ms" for n in dict.fromkeys((len(chosen), width)))
         head = 1e3 * costs.draft["chain"](1)
@@ -348,7 +353,7 @@ class Fixed(Controller):
 
     def _decide(self, rows: Sequence[RequestEstimate]) -> list[Option]:
         chosen = [Option(self.plan.capped(row)) for row in rows]
-        self._choice = chosen, len(rows) + sum(each.plan.nodes for each in chosen)
+        self._choice = chosen, len(rows) + sum(each.plan.nodes + each.plan.copied for each in chosen)
         return chosen
 
     def _cause(self, drafts: bool) -> str:

@@ -172,7 +172,9 @@ class Decoder:
         self._plans = dict(zip(requests, chosen, strict=True))
         jobs = {active: self._job(active, plan) for active, plan in self._plans.items() if plan.length}
         drafted = self._head_drafts(jobs, everyone) if self.proposer is not None else {}
-        return [self._with_copies(active, drafted.get(active, _NO_DRAFT)) for active in requests]
+        trees = [self._with_copies(active, drafted.get(active, _NO_DRAFT)) for active in requests]
+        self.controller.observe_plans([plan.with_copies(tree.copied) for plan, tree in zip(chosen, trees, strict=True)])
+        return trees
 
     def _job(self, active: ActiveRequest, plan: DraftPlan) -> Job:
         calibration = self.controller.calibration(samples=active.samples)

@@ -36,20 +36,23 @@ async function connect() {
 }
 
 function drafts() {
-  return info === null || info.speculation_length > 0;
+  return info === null || info.limits.max_draft_tokens > 0;
 }
 
 function showServer() {
-  const { model_id, head, dtype, device, limits, speculation_length: length, chat_template } = info;
-  $("served").textContent = [model_id, head ? `head ${head.name}` : "no draft head", `${dtype} on ${device}`].join(" · ");
+  const { model_id, head, dtype, device, limits, speculation_length, tree_size, lookup_length, chat_template } = info;
+  const shape = tree_size ? `trees of ${tree_size}, depth ${speculation_length}` : `chains up to ${speculation_length}`;
+  const drafter = head ? `head ${head.name}${speculation_length ? `, ${shape}` : ""}` : "no draft head";
+  const copies = lookup_length ? [`copies up to ${lookup_length}`] : [];
+  $("served").textContent = [model_id, drafter, ...copies, `${dtype} on ${device}`].join(" · ");
   const why = head ? "runs with speculation off" : "has no draft head and copies nothing";
   const away = head ? "--speculation auto" : "--speculation auto, or with a --head,";
   const missing = `This server ${why}, so the target supplies every token, and there is nothing to compare. `;
   say($("notice"), drafts() ? "" : `${missing}Start it with ${away} to see speculation.`);
   showDegraded();
   $("max_new_tokens").max = limits.max_new_tokens;
-  $("num_tokens").max = length;
-  $("num_tokens").placeholder = `up to ${length}`;
+  $("num_tokens").max = limits.max_draft_tokens;
+  $("num_tokens").placeholder = `up to ${limits.max_draft_tokens}`;
   $("num_tokens").disabled = $("compare").disabled = !drafts();
   if (!chat_template) {
     document.querySelector("[value=chat]").disabled = true;
@@ -160,8 +163,8 @@ async function perform(titles, work) {
   say($("error"), "");
   $("empty").hidden = $("verdict").hidden = true;
   $("legend").hidden = false;
-  const { speculation_length: length = LEVELS, head = true, lookup = false } = info ?? {};
-  showLegend($("legend").querySelector("ul"), { length, head, lookup });
+  const { speculation_length: length = LEVELS, lookup_length: copied = 0 } = info ?? {};
+  showLegend($("legend").querySelector("ul"), { length, copied });
   $("cards").classList.toggle("pair", cards.length > 1);
   $("cards").replaceChildren(...cards.map((card) => card.root));
   const still = matchMedia("(prefers-reduced-motion: reduce)").matches;

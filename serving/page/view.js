@@ -133,16 +133,16 @@ class Card {
   }
 }
 
-/** Explain the colours, for chains of the head up to this length, and for lookup. */
-function showLegend(legend, { length, head, lookup }) {
+/** Explain the colours, for the most tokens that the head drafts in a row, and that are copied; 0: it does not. */
+function showLegend(legend, { length, copied }) {
   const items = [["target", ["abc"], "from the target"]];
-  if (head && length > 0) {
+  if (length > 0) {
     const places = Array.from({ length: Math.min(length, LEVELS) }, (_, place) => `${place + 1}`);
     if (length > LEVELS) places[LEVELS - 1] += "+";
     items.push(["draft", places, "drafted at this position by the head and accepted"]);
   }
-  if (lookup) items.push(["copied", ["abc"], "copied from the text before and accepted"]);
-  if (length > 0) items.push(["instead", ["abc"], "from the target, in place of a rejected draft"]);
+  if (copied > 0) items.push(["copied", ["abc"], "copied from the text before and accepted"]);
+  if (length > 0 || copied > 0) items.push(["instead", ["abc"], "from the target, in place of a rejected draft"]);
   const entries = items.map(([kind, marks, words]) => {
     const item = make("li");
     item.dataset.kind = kind;

@@ -116,6 +116,12 @@ def test_a_mix_of_requests_has_the_answers_of_plain_decoding(head):
     """Greedy and seeded, with every processing, planned as they are served."""
     drafting = None if head is None else make_tiny_head(TARGET, architecture=head)
     engine = Engine(TARGET, drafting, max_batch=5, prefill_chunk=16)
+    observe = engine.controller.observe_target  # of passes whose width costs little, on any machine
+
+    def observe_cheap(tokens: int, seconds: float, *, ignore: bool = False) -> None:
+        observe(tokens, 1.0 + 0.001 * tokens, ignore=ignore)
+
+    engine.controller.observe_target = observe_cheap
     names = list(itertools.product(PROCESSING, range(len(PROMPTS))))
     cases = [sampled_case("llama", *name, arrives=index % 5) for index, name in enumerate(names)]
     texts = [Case.greedy(text, text.written, params(40)) for text in texts_of(TARGET)[:4]]
@@ -152,6 +158,21 @@ def test_compiled_answers_with_copies_are_those_of_plain_decoding():
     expected = [plain.generate([prompt], each)[0].token_ids for prompt, each in zip(prompts, options, strict=True)]
     answers = copying.generate(prompts, options)
     assert [answer.token_ids for answer in answers] == expected and counted(answers)[1] > 0
+
+
+def test_copies_behind_a_chain_are_part_of_the_plan_that_is_shown():
+    target = make_tiny_target(max_length=256)
+    head = make_tiny_head(target)
+    engine = Engine(target, head, speculation="chain", max_batch=2)
+    engine.lookup, engine.longest_draft = True, LOOKUP_LENGTH
+    everything = head.vocabulary.tolist()  # so that whatever is drafted has occurred before
+    engine.controller.tail = lambda row, chain, match, *, samples: min(4, row.room - len(chain)) * (match > 0)
+    answers = engine.generate([everything, everything[::-1]], SamplingParams(30, ignore_eos=True))
+    steps = [step for answer in answers for step in answer.stats.steps]
+    shown = engine.controller.stats()["steps"]
+    longer = {name: count for name, count in shown.items() if name.endswith(" + lookup")}
+    assert sum(longer.values()) == sum(step.copied > 0 for step in steps) > 0
+    assert sum(shown.values()) == len(steps) and set(longer) <= {f"chain {length} + lookup" for length in range(1, 6)}
 
 
 def test_what_is_learned_of_copies_says_nothing_of_the_head():

@@ -124,6 +124,7 @@ class Simulation:
             row.head = min(LENGTH, row.room)
             row.match = 8 if self.copying(number) and row.room else 0
         plans = self.controller.choose([row for row, _ in self.rows])
+        self.controller.observe_plans(plans)
         done = Step(plans, 0.0, 0.0)
         drafting = [(row, plan.length) for (row, _), plan in zip(self.rows, plans, strict=True) if plan.length]
         if drafting:

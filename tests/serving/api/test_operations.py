@@ -62,7 +62,7 @@ def test_info_tells_what_is_served_and_no_paths(client, tiny_target):
     assert about["limits"]["max_total_tokens"] == tiny_target.max_length
     assert "/" not in answer.text and about["engine"]["speculation"]["plan"] == "chain 5"
     assert set(about["versions"]) == {"draftsmith", "torch", "transformers"}
-    assert about["lookup"] is False
+    assert (about["tree_size"], about["lookup_length"], about["limits"]["max_draft_tokens"]) == (None, 0, 5)
     with TestClient(create_app(Engine(tiny_target, lookup=False))) as plain:
         assert plain.get("/info").json()["head"] is None and plain.get("/info").json()["speculation_length"] == 0
         figures = ask(plain, details=True, speculative={"enabled": True}).json()["details"]["speculative"]
@@ -122,6 +122,22 @@ def test_metrics_add_up(tiny_target, tiny_head):
             assert f'draftsmith:request_{name}_time_seconds_bucket{{le="{least}"}}' in client.get("/metrics").text
 
 
+@pytest.mark.parametrize(
+    ("options", "shown"),
+    [({}, (5, None, LOOKUP_LENGTH, LOOKUP_LENGTH)), ({"speculation": "tree", "tree_size": 9}, (5, 9, 0, 5))],
+)
+def test_info_and_details_tell_what_is_drafted_at_most(tiny_target, tiny_head, options, shown):
+    with TestClient(create_app(Engine(tiny_target, tiny_head, **options))) as client:
+        about = client.get("/info").json()
+        fields = ("speculation_length", "tree_size", "lookup_length")
+        assert (*(about[name] for name in fields), about["limits"]["max_draft_tokens"]) == shown
+        for requested in (None, 3, 12):
+            wishes = {} if requested is None else {"speculative": {"num_tokens": requested}}
+            figures = ask(client, details=True, **wishes).json()["details"]["speculative"]
+            lengths = figures["speculation_length"], figures["lookup_length"]
+            assert lengths == tuple(min(requested or 99, shown[place]) for place in (0, 2))
+
+
 def test_copied_tokens_are_counted_by_their_source(tiny_target):
     engine = Engine(tiny_target)
     engine.controller = engine._decoder.controller = Fixed(DraftPlan.lookup(5))  # whatever is fast here
@@ -131,7 +147,8 @@ def test_copied_tokens_are_counted_by_their_source(tiny_target):
         figures, origins = details["speculative"], [token["origin"] for token in details["tokens"]]
         counts = {"drafted": figures["drafted"], "accepted": figures["accepted"]}
         assert figures["sources"] == {"head": {"drafted": 0, "accepted": 0}, "lookup": counts}
-        assert 0 < figures["accepted"] < figures["drafted"] and figures["speculation_length"] == LOOKUP_LENGTH
+        assert 0 < figures["accepted"] < figures["drafted"]
+        assert (figures["speculation_length"], figures["lookup_length"]) == (0, LOOKUP_LENGTH)
         accepted = [origin for origin in origins if origin["source"] == "draft"]
         rejected = [origin for origin in origins if origin["rejected"]]
         assert len(accepted) == figures["accepted"] and rejected
@@ -143,7 +160,8 @@ def test_copied_tokens_are_counted_by_their_source(tiny_target):
             assert metric(client, f'{series}_by_source_total{{source="lookup"}}') == value
             assert metric(client, f'{series}_by_source_total{{source="head"}}') == 0
         about = client.get("/info").json()
-        assert (about["head"], about["lookup"], about["speculation_length"]) == (None, True, LOOKUP_LENGTH)
+        assert (about["head"], about["speculation_length"], about["lookup_length"]) == (None, 0, LOOKUP_LENGTH)
+        assert about["limits"]["max_draft_tokens"] == LOOKUP_LENGTH
         assert " for 1: the only plan of this mode (a pass of " in about["engine"]["speculation"]["why"]
         off = ask(client, "zebras " * 6, **wishes | {"speculative": {"enabled": False}}).json()["details"]
         assert off["speculative"]["drafted"] == 0

@@ -13,6 +13,7 @@ from http_testing import PROMPT, ask, eventually, idle, live
 from serving.api.app import create_app
 from serving.engine import Engine
 from serving.engine.estimates import DraftPlan
+from serving.engine.lookup import LOOKUP_LENGTH
 from serving.engine.planner import Fixed
 
 SAMPLED = {"temperature": 1.0, "seed": 7, "max_new_tokens": 24}
@@ -59,6 +60,7 @@ def test_tokens_are_coloured_by_origin_as_the_api_tells_it(page, told):
     looks = {(token["kind"], token["position"]): (token["color"], token["line"]) for token in tokens}
     assert len(set(looks.values())) == len(looks) > 3  # each position and kind has its own
     assert all(token["under"] == (f'"{token["position"]}"' if token["position"] else "none") for token in tokens)
+    assert ", chains up to 5 · " in page.text("#served")
     legend = page.text("#legend")
     assert "drafted at this position" in legend and "rejected" in legend and "1 2 3 4 5" in legend
     # figures: the server's own at the end
@@ -204,6 +206,8 @@ def test_copied_tokens_have_a_colour_of_their_own_and_a_place_in_the_legend(open
         looks = {token["kind"]: (token["color"], token["line"]) for token in tokens}
         assert {"copied", "target"} <= looks.keys() and len(set(looks.values())) == len(looks)
         assert max(int(token["position"] or 0) for token in tokens) > 5 and len(page.bars()) == 10
+        assert f"no draft head · copies up to {LOOKUP_LENGTH} · " in page.text("#served")
+        assert page.find("#num_tokens").get_attribute("max") == str(LOOKUP_LENGTH)
         legend = page.text("#legend")
         assert "copied from the text before and accepted" in legend and "by the head" not in legend
         page.point_at(page.find(".token[data-kind=copied] .mark"))
