@@ -55,6 +55,11 @@ class GrowingAnswer:
         self._last_shown = 0  # index of the last token that is not special
 
     @property
+    def end_ids(self) -> frozenset[int]:
+        """The tokens that end the answer."""
+        return self._eos_ids.union(self.params.stop_ids)
+
+    @property
     def length(self) -> int:
         """Tokens of the prompt and the answer."""
         return len(self.prompt_ids) + len(self.tokens)

@@ -294,7 +294,8 @@ class Engine:
         answer = GrowingAnswer(request.prompt_ids, params, target.tokenizer, target.eos_token_ids, self._special_ids)
         processor = Processor(params, request.prompt_ids, target.vocab_size, target.eos_token_ids)
         rule = make_rule(speculation.rule or self.rule, params, seed or 0, self.models.runner.compiled)
-        estimate, lookup = self.controller.track(), LookupProposer() if self.lookup and cap else None
+        lookup = LookupProposer(answer.end_ids) if self.lookup and cap else None
+        estimate = self.controller.track()
         places = self._places(request)
         drafting = proposer.join(places) if proposer is not None and head_cap else None
         slot = cache.acquire(places)  # one is free: nothing fails after the head's slot has been taken

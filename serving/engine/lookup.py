@@ -8,7 +8,7 @@ time, some microseconds, and at most two states.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from itertools import takewhile
 from typing import NamedTuple
 
@@ -134,8 +134,10 @@ class SuffixAutomaton:
 class LookupProposer:
     """The drafts of one sequence. They cost no pass of any model."""
 
-    def __init__(self) -> None:
+    def __init__(self, ends: Set[int] = frozenset()) -> None:
+        """ends: tokens that end the answer, behind which nothing is copied."""
         self._seen = SuffixAutomaton()
+        self._ends = ends
 
     def observe(self, tokens: Sequence[int]) -> None:
         """Add tokens of the prompt, as they are read, or of the answer, so that neither takes long at a time."""
@@ -152,12 +154,19 @@ class LookupProposer:
         return self._seen.match_after(tree.tokens)
 
     def propose(self, count: int) -> DraftTree:
-        """Copy `count` tokens after the match, which there must be."""
-        return DraftTree.chain(self._seen.copy(self.match, count), copied=count)
+        """Copy `count` tokens after the match, which there must be, or up to one that ends the answer."""
+        copied = self._up_to_end(self._seen.copy(self.match, count))
+        return DraftTree.chain(copied, copied=len(copied))
 
     def extend(self, tree: DraftTree, match: Match, count: int) -> DraftTree:
-        """Copy `count` tokens behind a chain, after what `match_after` gave for it."""
-        return tree.extended(self._seen.copy(match, count, tree.tokens))
+        """Copy `count` tokens, or up to one that ends the answer, behind a chain, after its `match_after`."""
+        if not self._ends.isdisjoint(tree.tokens):
+            return tree
+        return tree.extended(self._up_to_end(self._seen.copy(match, count, tree.tokens)))
+
+    def _up_to_end(self, tokens: list[int]) -> list[int]:
+        last = next((place for place, token in enumerate(tokens) if token in self._ends), len(tokens))
+        return tokens[: last + 1]
 
     def continues(self, tokens: Sequence[int]) -> int:
         """Return how many of these tokens, the next ones, are what would have been copied."""

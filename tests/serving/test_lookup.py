@@ -16,8 +16,9 @@ from tiny_targets import texts_of, tiny
 from draft.heads.registry import ARCHITECTURES
 from serving import cli
 from serving.engine import Engine, SamplingParams, Speculation
-from serving.engine.estimates import HEAD
+from serving.engine.estimates import HEAD, DraftPlan
 from serving.engine.lookup import _REFRESHED, LOOKUP_LENGTH, LookupProposer, Match, SuffixAutomaton
+from serving.engine.planner import Fixed
 from serving.engine.verification import DraftTree
 
 TARGET = tiny("llama")
@@ -84,6 +85,18 @@ def test_a_proposer_copies_behind_the_head_and_knows_what_it_would_have_copied()
     assert match == Match(4, 4) and tree.tokens == [3, 4, 5, 9] and (tree.copied, tree.drawn) == (2, 2)
     assert tree.confidences == [0.9, 0.8]
     assert proposer.match_after(DraftTree.chain([7])).length == 0
+
+
+def test_nothing_is_copied_behind_a_token_that_ends_the_answer():
+    proposer = LookupProposer({5, 9})
+    proposer.observe([1, 2, 3, 4, 5, 6, 9, 1, 2])
+    assert proposer.propose(2) == DraftTree.chain([3, 4], copied=2)
+    assert proposer.propose(6) == DraftTree.chain([3, 4, 5], copied=3)
+    for chain, whole in (([3], [3, 4, 5]), ([3, 4], [3, 4, 5]), ([3, 4, 5], [3, 4, 5]), ([6], [6, 9]), ([9], [9])):
+        tree = DraftTree.chain(chain)
+        assert proposer.extend(tree, proposer.match_after(tree), 4) == DraftTree.chain(
+            whole, copied=len(whole) - len(chain)
+        )
 
 
 # engines
@@ -173,6 +186,25 @@ def test_copies_behind_a_chain_are_part_of_the_plan_that_is_shown():
     longer = {name: count for name, count in shown.items() if name.endswith(" + lookup")}
     assert sum(longer.values()) == sum(step.copied > 0 for step in steps) > 0
     assert sum(shown.values()) == len(steps) and set(longer) <= {f"chain {length} + lookup" for length in range(1, 6)}
+
+
+@pytest.mark.parametrize("ends", ["eos", "stop", None])
+def test_copies_of_an_engine_end_with_the_answer(ends):
+    target = make_tiny_target(max_length=128)
+    target.eos_token_ids = frozenset({7} if ends == "eos" else {})
+    engine = Engine(target, max_batch=1)
+    engine.controller = engine._decoder.controller = Fixed(DraftPlan.lookup(9))
+    proposed: list[list[int]] = []
+
+    def verify(parts: Any, logits: torch.Tensor, verify: Any = engine._decoder._verify) -> Any:
+        proposed.extend(part.tree.tokens for part in parts)
+        return verify(parts, logits)
+
+    engine._decoder._verify = verify  # type: ignore[method-assign]
+    always_6: dict[str, Any] = {"logit_bias": {6: 100.0}}
+    options = SamplingParams(40, ignore_eos=ends is None, stop_ids=(7,) if ends == "stop" else (), **always_6)
+    engine.generate([[5, 6, 7, 8] * 6 + [5]], options)
+    assert proposed[1] == ([7] if ends else [7, 8, 5, 6, 7, 8, 5, 6, 7])  # after the prompt's step
 
 
 def test_what_is_learned_of_copies_says_nothing_of_the_head():
