@@ -22,6 +22,7 @@ log = logging.getLogger(__name__)
 NEW_TOKENS = 32  # of each answer
 MAX_SECONDS = 10.0  # a large target on a CPU is judged by the verifications that it has made by then
 LEAST = 0.4  # accepted tokens per verification
+SAMPLED = 2 / 3  # of what is expected of greedy answers: of the bundled head's 0.53 are accepted at temperature 1
 BROKEN, WELL = 1 / 2, 2 / 3  # of the accepted tokens that are expected
 ENOUGH = 16  # verifications with drafts from which the head is judged at the start
 WATCHED = 200  # verifications with drafts from which a running server is judged, and after which one weighs 1/e
@@ -132,7 +133,8 @@ class AcceptanceWatch:
     WATCHED verifications. From WATCHED verifications on, speculation is degraded when the accepted tokens are less than
     BROKEN of the expected ones, or none was accepted in the last WATCHED; it is well again from WELL of them on.
     Without a self-check LEAST tokens are expected. Of a tree more is accepted than of a chain, so that it is judged the
-    more leniently.
+    more leniently. Of requests that sample SAMPLED of it is expected, and LEAST too: the self-check's answers are
+    greedy. What lookup copied is no part of the figures, alone or behind a chain.
 
     The engine's thread calls `observe`; any thread may read the attributes.
     """
@@ -144,7 +146,8 @@ class AcceptanceWatch:
         self._count = self._missed = 0  # drafted verifications, and the latest ones without an accepted token
         self._accepted = self._expected = 0.0
         depths = range(MAX_SPECULATION_LENGTH + 1)
-        self._expecting = [check.expected(depth) if check is not None else LEAST for depth in depths]
+        greedy = [check.expected(depth) if check is not None else LEAST for depth in depths]
+        self._expecting = {False: greedy, True: [max(LEAST, SAMPLED * each) for each in greedy]}  # by `samples`
 
     @property
     def tau(self) -> float:
@@ -155,15 +158,18 @@ class AcceptanceWatch:
     def is_degraded(self) -> bool:
         return self.degraded is not None
 
-    def observe(self, depth: int, accepted: int) -> None:
-        """Count one verification of `depth` tokens drafted in a row; 0: plain decoding, which says nothing."""
+    def observe(self, depth: int, accepted: int, *, samples: bool = False) -> None:
+        """Count one verification of `depth` tokens that the head drafted in a row; 0: none, which says nothing.
+
+        accepted: of these. samples: the request is not greedy.
+        """
         if not depth:
             return
         fading = WATCHED / (WATCHED + 1)
         self._count += 1
         self._missed = 0 if accepted else self._missed + 1
         self._accepted = self._accepted * fading + accepted
-        self._expected = self._expected * fading + self._expecting[depth]
+        self._expected = self._expected * fading + self._expecting[samples][depth]
         if self._count < WATCHED:
             return
         share = self._accepted / self._expected

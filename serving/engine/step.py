@@ -298,7 +298,7 @@ class Decoder:
             row.observe_head(self._plans[active].length, depth, by_head)
             self.controller.observe_confidence(tree, by_head, samples=active.samples)
             if active.params.temperature <= 1:  # above, any head is accepted less
-                self.watch.observe(depth, by_head)
+                self.watch.observe(depth, by_head, samples=active.samples)
         if active.lookup is not None:
             if match := active.lookup.match.length:
                 row.observe_lookup(match, active.lookup.continues(following), len(following))

@@ -14,13 +14,14 @@ import torch
 from conftest import byte_tokenizer, make_tiny_head, make_tiny_target
 from fastapi.testclient import TestClient
 from http_testing import ask, idle, metric
-from oracle import all_free
+from oracle import Fickle, all_free
 from trained_heads import train_briefly
 
 from draft.target import Target
 from serving import cli
 from serving.api.app import create_app
 from serving.engine import Engine, SamplingParams, SpeculationStats
+from serving.engine.estimates import DraftPlan
 from serving.engine.request import Verification
 from serving.engine.self_check import WATCHED, AcceptanceWatch, SelfCheck, check_prompts
 
@@ -192,10 +193,10 @@ def test_acceptance_that_stays_at_zero_is_noticed_without_a_self_check(tiny_targ
     )
 
 
-def seen(depths: list[tuple[int, int]], watch: AcceptanceWatch) -> bool:
+def seen(depths: list[tuple[int, int]], watch: AcceptanceWatch, *, samples: bool = False) -> bool:
     for _ in range(200):
         for depth, accepted in depths:
-            watch.observe(depth, accepted)
+            watch.observe(depth, accepted, samples=samples)
     return watch.is_degraded
 
 
@@ -212,6 +213,39 @@ def test_short_chains_are_compared_with_short_chains() -> None:
     assert not seen([(3, 1)], AcceptanceWatch(check))
     assert seen([(3, 2), (3, 0), (3, 0)], AcceptanceWatch(check))
     assert not seen([(0, 0)], AcceptanceWatch(check))  # plain decoding
+    # of samples 1.2 of 3 are expected, where greedy answers have 1.8
+    assert not seen([(3, 2), (3, 0), (3, 0)], AcceptanceWatch(check), samples=True)
+    assert seen([(3, 1), (3, 1), (3, 0), (3, 0)], AcceptanceWatch(check), samples=True)
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_copies_do_not_count_as_the_heads_whatever_becomes_of_them(
+    tiny_target: Target, head: Any, broken: bool
+) -> None:
+    """Plans change at every step; copies are all wrong, or beside a head that is wrong."""
+    engine = engine_of(tiny_target, copy.deepcopy(head), max_batch=1)
+    if broken:
+        with torch.no_grad():
+            zero(engine.head)
+    engine.controller = engine._decoder.controller = Fickle([DraftPlan(n, n, m) for n in (0, 2) for m in (0, 4)], 1)
+    counted: list[tuple[int, int]] = []
+
+    class Watch(AcceptanceWatch):
+        def observe(self, depth: int, accepted: int, *, samples: bool = False) -> None:
+            counted.append((depth, accepted))
+            super().observe(depth, accepted, samples=samples)
+
+    engine._decoder.watch = Watch(SelfCheck(SpeculationStats(60, 80, [Verification(3, 3)] * 20)))  # all were accepted
+    copies = 0
+    for prompt in check_prompts(tiny_target, CONTEXT // 2) * 8:
+        counted.clear()
+        stats = engine.generate([prompt], SamplingParams(CONTEXT // 2, ignore_eos=True))[0].stats
+        heads = [step for step in stats.steps if step.depth > step.copied]
+        own = [(step.depth - step.copied, step.accepted - step.accepted_copies) for step in heads]
+        assert counted in (own, own[:-1])  # the answer may have ended within the last
+        copies += sum(step.copied for step in stats.steps)
+    assert copies > 100
+    assert engine.watch.is_degraded is broken
 
 
 def test_few_verifications_and_a_single_hit_change_nothing() -> None:
