@@ -49,7 +49,7 @@ def answers(requests: Iterable[Request]) -> list[list[int]]:
 
 def alone(prompts: Sequence[list[int]], each: Any) -> list[list[int]]:
     """The answers of an engine without speculation, one prompt after the other."""
-    return [answer.token_ids for answer in Engine(TARGET, max_batch=1).generate(prompts, each)]
+    return [answer.token_ids for answer in Engine(TARGET, max_batch=1, speculation="off").generate(prompts, each)]
 
 
 def block_bytes(engine: Engine) -> int:
@@ -171,7 +171,7 @@ def test_blocks_come_back_however_a_request_ends(monkeypatch: pytest.MonkeyPatch
 
 
 def test_short_prompts_are_read_beside_a_long_one() -> None:
-    engine = Engine(LONG, max_batch=4, prefill_chunk=32)
+    engine = Engine(LONG, max_batch=4, prefill_chunk=32, speculation="off")
     stream, long = engine.submit([50], params(200)), engine.submit([51] * 2000, params(2))
     for _ in range(2):
         engine.step()
@@ -187,7 +187,7 @@ def test_short_prompts_are_read_beside_a_long_one() -> None:
 
 
 def test_a_stream_is_not_held_up_by_whole_chunks() -> None:
-    engine = Engine(LONG, max_batch=2, prefill_chunk=256)
+    engine = Engine(LONG, max_batch=2, prefill_chunk=256, speculation="off")
     long = engine.submit([51] * 2000, params(2))
     engine.step()
     assert engine._active[0].read == 256  # nobody streams

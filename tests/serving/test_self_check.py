@@ -33,7 +33,7 @@ CHAIN: dict[str, Any] = {"speculation": "chain"}
 def head(tiny_target: Target) -> Any:
     """A head that knows the target's answers to the built-in prompts nearly by heart."""
     prompts = check_prompts(tiny_target, CONTEXT // 2)
-    answers = Engine(tiny_target).generate(prompts, SamplingParams(CONTEXT // 2, ignore_eos=True))
+    answers = Engine(tiny_target, speculation="off").generate(prompts, SamplingParams(CONTEXT // 2, ignore_eos=True))
     ids = torch.tensor([prompt + answer.token_ids for prompt, answer in zip(prompts, answers, strict=True)])
     untrained = make_tiny_head(tiny_target, draft_vocab_size=258)
     return train_briefly(untrained, tiny_target, ids, draft_steps=LENGTH, rate=0.01, steps=150)
@@ -85,7 +85,7 @@ def test_a_good_head_passes_and_leaves_no_trace(
     assert engine.stats() == before and idle(engine)
     assert all_free(engine.models.proposer.runner.cache)  # type: ignore[union-attr]
     prompts = [[5, 6, 7], [9] * 12]
-    expected = Engine(tiny_target).generate(prompts, SamplingParams(20, ignore_eos=True))
+    expected = Engine(tiny_target, speculation="off").generate(prompts, SamplingParams(20, ignore_eos=True))
     answers = engine.generate(prompts, SamplingParams(20, ignore_eos=True))
     assert [each.token_ids for each in answers] == [each.token_ids for each in expected]
 

@@ -37,7 +37,7 @@ def client(url):
 def text(tiny_target):
     """The greedy answer."""
     ids = tiny_target.tokenizer(PROMPT).input_ids
-    return Engine(tiny_target).generate([ids], SamplingParams(max_new_tokens=12))[0].text
+    return Engine(tiny_target, speculation="off").generate([ids], SamplingParams(max_new_tokens=12))[0].text
 
 
 # --- openai

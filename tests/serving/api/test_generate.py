@@ -17,7 +17,7 @@ from serving.engine import Engine, SamplingParams
 
 def test_the_answer_is_the_engine_s_and_details_come_only_when_asked_for(client, tiny_target):
     ids = tiny_target.tokenizer(PROMPT).input_ids
-    plain = Engine(tiny_target).generate([ids], SamplingParams(max_new_tokens=8, logprobs=0))[0]
+    plain = Engine(tiny_target, speculation="off").generate([ids], SamplingParams(max_new_tokens=8, logprobs=0))[0]
     assert ask(client).json() == {"generated_text": plain.text}
     assert ask(client, details=False).json() == {"generated_text": plain.text}
     details = ask(client, details=True).json()["details"]

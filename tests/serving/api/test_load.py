@@ -104,7 +104,7 @@ def test_a_cancel_storm_changes_no_other_answer_and_leaves_nothing_behind():
         texts = asyncio.run(storm())
         eventually(lambda: idle(engine))
         text = httpx.get(f"{url}/metrics").text
-    plain = Engine(target, max_batch=1)
+    plain = Engine(target, max_batch=1, speculation="off")
     for index in range(0, COUNT, 2):
         params = SamplingParams(**{name: value for name, value in mixed(index).items() if value is not None})
         ids = target.tokenizer(f"{index} {PROMPT[: index % 40]}").input_ids

@@ -12,7 +12,7 @@ from serving.engine import Engine, SamplingParams
 
 def alone(target: Any, **params: Any) -> Any:
     params = {"max_new_tokens": 12, "keep_stop": False, **params}
-    return Engine(target).generate([target.tokenizer(PROMPT).input_ids], SamplingParams(**params))[0]
+    return Engine(target, speculation="off").generate([target.tokenizer(PROMPT).input_ids], SamplingParams(**params))[0]
 
 
 def test_both_endpoints_answer_as_the_engine_does(client, tiny_target):
