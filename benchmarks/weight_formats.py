@@ -34,8 +34,8 @@ from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
 
 from benchmarks import shared
-from benchmarks.decode_speed import weight_bytes
 from benchmarks.shared import interval_text
+from benchmarks.step_costs import weight_bytes
 from draft.data.examples import end_of_turn, tokenise
 from draft.data.records import BadRow, records
 from draft.errors import UserError

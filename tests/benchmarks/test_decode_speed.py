@@ -7,8 +7,8 @@ import pytest
 import torch
 from conftest import make_tiny_target
 
-from benchmarks import decode_speed, shared
-from benchmarks.decode_speed import Key, Timing
+from benchmarks import decode_figures, decode_speed, lookup_speed, shared, step_costs
+from benchmarks.timing import Key, Timing
 from cpu_kernels.ops import load_kernels
 from draft.files import cache_folder
 from serving.engine import Engine
@@ -23,7 +23,7 @@ def test_ratios_are_taken_within_a_repeat():
         Key(1, 0.0, None, "plain"): [timing(10, 1.0, 10), timing(10, 10.0, 10)],
         Key(1, 0.0, None, "chain 2"): [timing(10, 0.5, 5), timing(10, 5.0, 5, (1, 3))],
     }
-    plain, chain = decode_speed.summarise(samples)
+    plain, chain = decode_figures.summarise(samples)
     assert plain["tokens_per_second"]["median"] == pytest.approx(5.5)  # of 10 and 1
     assert chain["over_plain"] == {"median": 2.0, "least": 2.0, "most": 2.0}
     assert chain["acceptance_length"] == 2.0 and plain["acceptance_length"] == 1.0
@@ -38,19 +38,19 @@ def results(tau: float) -> dict:  # type: ignore[type-arg]
     }
     return {
         "settings": {"dtype": "float32"},
-        "floor": decode_speed.floor(8_000_000, 1e9),
+        "floor": step_costs.floor(8_000_000, 1e9),
         "steps": {"target": {1: 0.010, 2: 0.010, 8: 0.012, 16: 0.020}, "draft": 0.0005, "re-read": 0.0005},
-        "rates": decode_speed.summarise(samples),
+        "rates": decode_figures.summarise(samples),
         "llama_cpp": None,
     }
 
 
 def test_the_prediction_and_the_bars():
     found = results(tau=2.0)
-    found["predicted"] = decode_speed.predict(found)
+    found["predicted"] = decode_figures.predict(found)
     seconds = (0.010 + 0.002 / 3) + 3 * 0.0005 + 0.0005  # 4 tokens lie between 2 and 8
     assert found["predicted"]["tokens_per_second"] == pytest.approx(2.0 / seconds)
-    bars = {bar["bar"]: bar for bar in decode_speed.judge(found)}
+    bars = {bar["bar"]: bar for bar in decode_figures.judge(found)}
     assert bars["plain step / reading its weights"]["figure"] == pytest.approx(0.010 / 0.008)
     assert bars["verifying 8 tokens / plain step"]["met"] is True
     assert bars["verifying 16 tokens / plain step"]["met"] is False
@@ -58,8 +58,8 @@ def test_the_prediction_and_the_bars():
     owed = bars["automatic / plain, batch 1"]
     assert (owed["figure"], owed["limit"], owed["met"]) == (pytest.approx(1.8), "at least 1.1", True)
     better = results(tau=3.0)
-    better["predicted"] = decode_speed.predict(better)
-    owed = next(bar for bar in decode_speed.judge(better) if bar["bar"] == "automatic / plain, batch 1")
+    better["predicted"] = decode_figures.predict(better)
+    owed = next(bar for bar in decode_figures.judge(better) if bar["bar"] == "automatic / plain, batch 1")
     assert owed["limit"] == "at least 1.6"
 
 
@@ -89,10 +89,10 @@ def test_lookup_is_compared_with_the_head_alone(small, two_prompts, tmp_path, ca
     [bar] = written["bars"]
     assert bar["limit"] == "at least 0.98" and bar["figure"] == written["lookup"]["all"]["over_head"]["median"]
     assert "lookup beside the head" in capsys.readouterr().out
-    categories = Counter(prompt.category for prompt in shared.load_prompts(decode_speed.COPYING).prompts)
+    categories = Counter(prompt.category for prompt in shared.load_prompts(lookup_speed.COPYING).prompts)
     assert categories == {"summarising": 12, "extraction": 12, "code editing": 12}
     assert (
-        decode_speed.lookup_gains({"plain": [3.0], "head alone": [2.0], "automatic": [1.0]})["over_head"]["median"] == 2
+        lookup_speed.lookup_gains({"plain": [3.0], "head alone": [2.0], "automatic": [1.0]})["over_head"]["median"] == 2
     )
 
 
@@ -115,5 +115,5 @@ def test_each_weight_is_counted_once(tied):
             -(-each.out_features // wide) * wide * (-(-each.in_features // deep) * deep)
             for each in (*linears, target.lm_head)
         )
-        counted = decode_speed.weight_bytes(Engine(target, None, mode=mode))
+        counted = step_costs.weight_bytes(Engine(target, None, mode=mode))
         assert counted == 2 * (numbers + norms) + rotary, mode
