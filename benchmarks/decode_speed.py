@@ -45,6 +45,12 @@ examples:
   beside llama.cpp, built by `{llama_cpp.BUILD}`:
     python -m {MODULE} --target smollm2 --head smollm2-eagle3 --vs bf16 q8_0 q4_0 --out runs/decode_speed
 """
+# options that --workload does not look at
+NOT_OF_WORKLOADS = (
+    "batch", "speculation_length", "tree", "temperature", "rule", "baseline", "baseline_tokens", "vs", "llama_cpp",
+    "server", "server_url", "weights",
+)  # fmt: skip
+LIMIT = 5  # prompts
 
 # ---- the program ----
 
@@ -72,7 +78,7 @@ def parse(arguments: Sequence[str]) -> Namespace:
         "--weights", choices=WEIGHTS[1:], default=["float"], help="beside float, which is always timed", **several
     )
     parser.add("--repeats", whole, default=5, metavar="N")
-    parser.add("--limit", whole, default=5, metavar="N", help="prompts, or --batch if more")
+    parser.add("--limit", whole, metavar="N", help=f"prompts, or --batch if more (default: {LIMIT})")
     parser.add("--max-new-tokens", shared.whole(2), default=128, metavar="N")
     parser.add("--baseline-tokens", shared.whole(2), default=32, metavar="N", help="of transformers' answers")
     parser.add("--seed", shared.whole(0), default=0, metavar="N")
@@ -81,6 +87,14 @@ def parse(arguments: Sequence[str]) -> Namespace:
     parser.add("--threads", whole, metavar="N", help="CPU threads (default: all of this process's)")
     parser.add_output(MODULE)
     parsed = parser.parse_args(arguments)
+    if parsed.workload:
+        ignored = [name for name in NOT_OF_WORKLOADS if getattr(parsed, name) != parser.get_default(name)]
+        ignored += ["limit"] if parsed.workload == "copy" and parsed.limit is not None else []
+        if ignored:
+            names = ", ".join(f"--{name.replace('_', '-')}" for name in ignored)
+            parser.error(f"--workload {parsed.workload} takes no {names}: it would have no effect; leave it out")
+    if parsed.limit is None and parsed.workload != "copy":  # which takes all of its prompts
+        parsed.limit = LIMIT
     if min(parsed.tree, default=max(parsed.speculation_length) + 1) <= max(parsed.speculation_length):
         parser.error("a --tree needs more nodes than the largest --speculation-length, which is its depth")
     return parsed

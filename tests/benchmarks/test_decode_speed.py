@@ -102,6 +102,34 @@ def test_a_tree_needs_more_nodes_than_it_is_deep(capsys):
     assert stop.value.code == 2 and "--tree" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        ("chat --batch 4 --temperature 1", "chat takes no --batch, --temperature"),
+        ("chat --server-url http://localhost:1 --vs bf16 --tree", "chat takes no --tree, --vs, --server-url"),
+        ("copy --limit 5", "copy takes no --limit"),
+        ("copy --weights int8 --speculation-length 3", "copy takes no --speculation-length, --weights"),
+    ],
+)
+def test_options_that_a_workload_does_not_look_at_are_refused(capsys, words, named):
+    with pytest.raises(SystemExit) as stop:
+        decode_speed.main(["--target", "t", "--head", "h", "--out", "o", "--workload", *words.split()])
+    assert stop.value.code == 2 and f"error: --workload {named}: " in capsys.readouterr().err
+
+
+def test_options_of_workloads_are_those_that_are_left():
+    models = ["--target", "t", "--head", "h", "--out", "o"]
+    taken = "--dtype float32 --mode eager --repeats 2 --limit 3"
+    chat = decode_speed.parse([*models, "--workload", "chat", *taken.split()])
+    assert (chat.limit, chat.repeats) == (3, 2)
+    limits = [decode_speed.parse([*models, *words]).limit for words in ([], ["--workload", "copy"])]
+    assert limits == [decode_speed.LIMIT, None]
+    # a new option is listed here, or applies to workloads
+    known = {"target", "head", "target_adapter", "prompts", "workload", "repeats", "limit", "max_new_tokens", "seed"}
+    known |= {"dtype", "mode", "threads", "out", "check", *decode_speed.NOT_OF_WORKLOADS}
+    assert vars(chat).keys() == known
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_each_weight_is_counted_once(tied):
     target = make_tiny_target(dtype=torch.bfloat16, tie_word_embeddings=tied)
