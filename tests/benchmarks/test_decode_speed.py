@@ -87,13 +87,32 @@ def test_lookup_is_compared_with_the_head_alone(small, two_prompts, tmp_path, ca
             len(each) == 2 for each in seconds.values()
         )
     [bar] = written["bars"]
-    assert bar["limit"] == "at least 0.98" and bar["figure"] == written["lookup"]["all"]["over_head"]["median"]
+    others = written["lookup"][lookup_speed.OTHERS]["over_head"]["median"]
+    assert bar["limit"] == "at least 0.98" and bar["figure"] == others and "do not copy" in bar["bar"]
     assert "lookup beside the head" in capsys.readouterr().out
     categories = Counter(prompt.category for prompt in shared.load_prompts(lookup_speed.COPYING).prompts)
     assert categories == {"summarising": 12, "extraction": 12, "code editing": 12}
     assert (
         lookup_speed.lookup_gains({"plain": [3.0], "head alone": [2.0], "automatic": [1.0]})["over_head"]["median"] == 2
     )
+
+
+def test_prompts_that_copy_are_no_part_of_the_bar_of_chat(small, tmp_path):
+    kinds = ["chat", "extraction", "writing", "summarising"]
+    rows = [{"category": kind, "prompt": f"Say {index}."} for index, kind in enumerate(kinds)]
+    (tmp_path / "mixed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = f"{small} --prompts {tmp_path / 'mixed.jsonl'} --out {tmp_path} --mode eager --repeats 1 --workload chat"
+    assert decode_speed.main([*options.split(), "--max-new-tokens", "6"]) == 0
+    written = json.loads((tmp_path / "decode_speed.json").read_text())
+    # seconds per token of a group lie between those of its kinds
+    seconds = {group: times["plain"][0] for group, times in written["seconds_per_token"].items()}
+    assert seconds.keys() == {"all", lookup_speed.OTHERS, *kinds}
+    assert min(seconds["chat"], seconds["writing"]) <= seconds[lookup_speed.OTHERS]
+    assert seconds[lookup_speed.OTHERS] <= max(seconds["chat"], seconds["writing"])
+    gains = {"all": {"over_head": {"median": 1.25}}, lookup_speed.OTHERS: {"over_head": {"median": 0.9}}}
+    assert [lookup_speed.judge(gains, workload)["figure"] for workload in ("copy", "chat")] == [1.25, 0.9]
+    assert lookup_speed.judge(gains, "chat")["met"] is False
+    assert lookup_speed.judge({"all": gains["all"]}, "chat")["met"] is None
 
 
 def test_a_tree_needs_more_nodes_than_it_is_deep(capsys):
