@@ -8,19 +8,17 @@ import torch
 from conftest import make_tiny_target
 
 from benchmarks import weight_formats
-from benchmarks.weight_formats import (
+from benchmarks.accuracy import (
     Question,
-    compare_texts,
-    divergence,
     last_number,
     limited,
-    log_probabilities,
     mcnemar,
     option_scores,
     read_problems,
     read_questions,
-    summarise_texts,
+    summarise_answers,
 )
+from benchmarks.weight_formats import compare_texts, divergence, log_probabilities, summarise_texts
 from draft.errors import UserError
 from serving.engine import Engine
 
@@ -39,6 +37,13 @@ def figures(first: Engine, second: Engine) -> dict[str, float]:
     (summary,) = summarise_texts(rows)
     assert summary["kl"]["low"] <= summary["kl"]["value"] <= summary["kl"]["high"]
     return {name: summary[name]["value"] for name in ("kl", "agreement")}
+
+
+def test_fewer_bits_change_more():
+    rows = compare_texts({"float32": engine(), "int8": engine("int8"), "int4": engine("int4")}, PROMPTS, 24)
+    kl = {(row["from"], row["to"]): row["kl"]["value"] for row in summarise_texts(rows)}
+    assert list(kl) == [("float32", "int8"), ("float32", "int4")]
+    assert 0 < kl["float32", "int8"] < kl["float32", "int4"] / 4
 
 
 def test_equal_weights_differ_in_nothing_and_broken_ones_in_much():
@@ -90,6 +95,19 @@ def test_mcnemar():
     assert mcnemar(2, 8) == pytest.approx(2 * (1 + 10 + 45) / 1024)
 
 
+def test_each_rounded_format_is_compared_with_the_plain_one():
+    right = {"plain": (1, 1, 1, 0), "int8": (1, 1, 0, 1), "int4": (0, 0, 0, 0)}
+    rows = [
+        {"kind": "problem", "task": "sums"} | {name: bool(values[at]) for name, values in right.items()}
+        for at in range(4)
+    ]
+    (row,) = summarise_answers(rows, list(right))
+    assert [row[name]["value"] for name in right] == [0.75, 0.75, 0.0]
+    assert [row["against"][name]["difference"]["value"] for name in ("int8", "int4")] == [0, -0.75]
+    assert row["against"]["int8"]["only"] == {"plain": 1, "int8": 1}
+    assert row["against"]["int4"]["only"] == {"plain": 3, "int4": 0} and row["against"]["int4"]["p"] == mcnemar(3, 0)
+
+
 def test_questions_of_each_task_are_taken_at_equal_distances():
     rows = [Question(task, str(n), ("a", "b"), 0) for task in "xy" for n in range(10)]
     assert [(row.task, row.text) for row in limited(rows, 3)] == [(task, n) for task in "xy" for n in "036"]
@@ -126,17 +144,22 @@ def test_a_whole_run(small, two_prompts, tmp_path, capsys):
     )
     assert weight_formats.main(command.split()) == 0
     results = json.loads((tmp_path / "weight_formats.json").read_text())
-    assert list(results["formats"]) == ["bfloat16", "int8", "float32"]
+    assert list(results["formats"]) == ["bfloat16", "int8", "int4", "float32"]
     pairs = [(row["from"], row["to"]) for row in results["distributions"]]
-    assert pairs == [("bfloat16", "int8"), ("float32", "bfloat16"), ("float32", "int8")]
+    rounded = ("int8", "int4")
+    assert pairs == [*(("bfloat16", to) for to in rounded), *(("float32", to) for to in ("bfloat16", *rounded))]
     assert [(row["task"], row["count"], row["chance"]) for row in results["accuracy"]] == [
         ("one", 1, 0.5),
         ("two", 1, 0.5),
         ("sums", 2, None),
         ("all questions", 2, 0.5),
     ]
-    assert results["speed"]["tokens_per_second"].keys() == {"bfloat16", "int8"}
+    assert results["speed"]["tokens_per_second"].keys() == {"bfloat16", *rounded}
+    assert results["speed"]["over_plain"].keys() == set(rounded)
     read = {name: about["bytes_read_a_step"] for name, about in results["formats"].items()}
-    assert read["int8"] < 0.7 * read["bfloat16"]
+    assert read["int4"] < read["int8"] < 0.7 * read["bfloat16"]
     assert (tmp_path / "weight_formats.png").stat().st_size > 0
-    assert "Accuracy in percent" in capsys.readouterr().out
+    assert capsys.readouterr().out.count("Accuracy in percent") == 2
+    assert weight_formats.main([*command.split(), "--weights", "int4", "--skip-float32"]) == 0
+    results = json.loads((tmp_path / "weight_formats.json").read_text())
+    assert list(results["formats"]) == ["bfloat16", "int4"] and results["accuracy"][0]["against"].keys() == {"int4"}
