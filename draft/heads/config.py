@@ -14,7 +14,7 @@ from pydantic.dataclasses import dataclass
 
 from draft.errors import UserError
 from draft.target import Target
-from draft.target.support import head_rope
+from draft.target.support import head_rope, impossible
 
 STRICT = ConfigDict(strict=True, extra="forbid")  # of the pydantic dataclasses below and in the heads' files
 # keys that change the arithmetic and are not built here: the only values that mean what is, absent ones aside
@@ -89,7 +89,7 @@ class DecoderConfig(HeadConfig):
     num_key_value_heads: PositiveInt
     head_dim: PositiveInt
     vocab_size: PositiveInt  # the target's
-    rms_norm_eps: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    rms_norm_eps: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
     rope_parameters: dict[str, Any]
     max_position_embeddings: PositiveInt  # the target's
     bos_token_id: int | list[int] | None = None
@@ -98,6 +98,9 @@ class DecoderConfig(HeadConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        theta = self.rope_parameters.get("rope_theta", 10000.0)
+        if isinstance(theta, bool) or not isinstance(theta, (int, float)) or impossible("rope_theta", theta):
+            raise UserError(f"head config: rope_theta = {theta!r}: it must be a finite number above 1; correct it.")
         if self.num_attention_heads % self.num_key_value_heads:
             raise UserError(
                 f"head config: {self.num_attention_heads} attention heads can't share {self.num_key_value_heads} "
@@ -148,9 +151,11 @@ def read_sizes(values: dict[str, Any]) -> dict[str, Any]:
         raise UserError(f"head config: layer_types = {kinds!r} is not supported; only full_attention is.")
     values = dict(values)
     heads = values.get("num_attention_heads", 1)
-    values["num_key_value_heads"] = values.get("num_key_value_heads") or heads
+    if values.get("num_key_value_heads") is None:
+        values["num_key_value_heads"] = heads
     with suppress(KeyError, TypeError, ZeroDivisionError):  # `HeadConfig.checked` refuses the value
-        values["head_dim"] = values.get("head_dim") or values["hidden_size"] // heads
+        if values.get("head_dim") is None:
+            values["head_dim"] = values["hidden_size"] // heads
     rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
     if not isinstance(rope, dict):
         raise UserError(f"head config: the rotary embedding is {rope!r}; it must be an object with a rope_type.")
@@ -167,15 +172,16 @@ def read_sizes(values: dict[str, Any]) -> dict[str, Any]:
             f"head config: rope_parameters has an object for {nested}; give the one of the head's layer alone."
         )
     for key, value in {"rope_theta": values.get("rope_theta"), **(values.get("rope_scaling") or {})}.items():
-        if value is not None and rope.get(key, value) != value:
+        if value is not None and key in rope and rope[key] != value:
             raise UserError(
                 f"head config: {key} is {rope[key]!r} in rope_parameters and {value!r} beside it, and engines read "
                 "either; correct the one that is wrong."
             )
+    theta = rope.get("rope_theta") if rope.get("rope_theta") is not None else values.get("rope_theta")
     values["rope_parameters"] = {
         **{key: value for key, value in rope.items() if key != "type"},
         "rope_type": kind,
-        "rope_theta": rope.get("rope_theta") or values.get("rope_theta") or 10000.0,
+        "rope_theta": 10000.0 if theta is None else theta,
     }
     return values
 

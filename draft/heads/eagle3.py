@@ -109,7 +109,8 @@ class Eagle3Config(DecoderConfig):
         check_fixed(nested, _FIXED_EAGLE, "eagle_config.")
         values = read_sizes(values)
         values["shared_lm_head"] = "draft_vocab_size" in values and values["draft_vocab_size"] is None
-        values["draft_vocab_size"] = values.get("draft_vocab_size") or values.get("vocab_size")
+        if values.get("draft_vocab_size") is None:
+            values["draft_vocab_size"] = values.get("vocab_size")
         values.update({option: read_flag(values, option) for option in OPTIONS})
         values["auxiliary_layers"] = read_layer_ids(values)
         return cls.of_known(values)

@@ -75,7 +75,7 @@ def complete_layer(values: dict[str, Any], found: Checkpoint, target: Target) ->
     """
     # engines assume the same where a LlamaConfig says nothing
     defaults: dict[str, Any] = {"rms_norm_eps": 1e-6, "hidden_act": "silu"}
-    if not values.get("rope_parameters") and not values.get("rope_theta"):
+    if not values.get("rope_parameters") and values.get("rope_theta") is None:
         defaults["rope_theta"] = 10000.0
     for key, value in defaults.items():
         if values.get(key) is None:

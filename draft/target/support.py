@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import re
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,15 @@ _PLAIN_DTYPES = {"F64", "F32", "F16", "BF16"}
 # integer tables of older checkpoints, which are computed today
 _TABLES = re.compile(r"(position_ids|masked_bias|attn\.bias|inv_freq)$")
 MOST_LAYERS = 10_000
+_FINITE = sys.float_info.max
+# number of a configuration -> it is above the first, and at most the second; null stands for what follows from others
+_RANGES: dict[str, tuple[float, float]] = {
+    **dict.fromkeys(("hidden_size", "intermediate_size", "vocab_size", "max_position_embeddings"), (0, _FINITE)),
+    **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "head_dim"), (0, _FINITE)),
+    "num_hidden_layers": (0, MOST_LAYERS),  # building too many, without weights even, would take for ever
+    "rms_norm_eps": (0, 1),
+    "rope_theta": (1, _FINITE),
+}
 _LAYER = re.compile(r"^(.*\blayers)\.(\d+)\.(.+)$")
 # rotary embeddings that treat all tokens and layers alike
 _HEAD_ROPES = ("default", "linear", "llama3", "yarn")
@@ -89,6 +98,23 @@ def check_config(name: str, config: Any) -> None:
         raise UserError(f"target {name!r}: {reason}.")
 
 
+def check_numbers(name: str, config: Any) -> None:
+    """Raise UserError, naming the value, for a size or a constant of a target that no model has."""
+    text = config.get_text_config().to_dict()  # attributes that differ between layers cannot be read
+    rope = text.get("rope_parameters") or {}
+    values = [(key, text.get(key)) for key in _RANGES]
+    values += [("rope_theta", each.get("rope_theta")) for each in (rope, *rope.values()) if isinstance(each, dict)]
+    for key, value in values:
+        if impossible(key, value):
+            raise UserError(f"target {name!r}: {key} = {value}, which no model has; correct its config.json.")
+
+
+def impossible(key: str, value: Any) -> bool:
+    """Test that a number is out of the range that this key of a configuration has in any model."""
+    least, most = _RANGES[key]
+    return isinstance(value, (int, float)) and not least < value <= most
+
+
 def check_model(name: str, config: Any, dtype: torch.dtype | str, device: torch.device) -> None:
     """Refuse a target of other modules than heads need, or with weights larger than the device that they are to be on.
 
@@ -99,11 +125,6 @@ def check_model(name: str, config: Any, dtype: torch.dtype | str, device: torch.
     """
     from transformers import AutoModelForCausalLM
 
-    layers = getattr(config.get_text_config(), "num_hidden_layers", 1)
-    length = getattr(config.get_text_config(), "max_position_embeddings", 1)
-    for key, value, most in (("num_hidden_layers", layers, MOST_LAYERS), ("max_position_embeddings", length, math.inf)):
-        if not 0 < value <= most:  # building too many layers, without weights even, would take for ever
-            raise UserError(f"target {name!r}: {key} = {value}, which no model has; correct its config.json.")
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)

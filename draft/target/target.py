@@ -28,6 +28,7 @@ from draft.target.support import (
     check_config,
     check_loaded,
     check_model,
+    check_numbers,
     decoder_of,
     rope_limit,
     weight_files,
@@ -70,6 +71,7 @@ def load_target(
     files: list[Path] = []
     if not options:  # a GGUF file's layers are known once it is read, and are dequantised
         check_config(name, config)
+        check_numbers(name, config)
         check_model(name, config, wanted, place)
         with _loading(name):  # nothing is downloaded that does not fit
             files = weight_files(name, _finder(source))

@@ -110,6 +110,17 @@ def test_names_of_other_trainers_are_understood(folder, tiny_head):
         ("architectures", ["OtherModel"], "OtherModel"),
         ("rms_norm_eps", None, "rms_norm_eps"),
         ("rms_norm_eps", math.inf, "rms_norm_eps = inf"),
+        ("rms_norm_eps", 1e300, r"rms_norm_eps = 1e\+300.*less than or equal to 1"),
+        ("rms_norm_eps", 0.0, "rms_norm_eps = 0.0"),
+        ("hidden_size", -32, "hidden_size = -32"),
+        ("intermediate_size", 0, "intermediate_size = 0"),
+        ("num_attention_heads", -4, "num_attention_heads = -4"),
+        ("num_key_value_heads", 0, "num_key_value_heads = 0"),
+        ("head_dim", -8, "head_dim = -8"),
+        ("head_dim", 0, "head_dim = 0"),
+        ("vocab_size", -1, "vocab_size = -1"),
+        ("draft_vocab_size", 0, "draft_vocab_size = 0"),
+        ("max_position_embeddings", -5, "max_position_embeddings = -5"),
         ("eagle_aux_hidden_state_layer_ids", [3, 1, 4], r"\[3, 1, 4\].*must rise"),
         ("eagle_config", {"eagle_aux_hidden_state_layer_ids": [1, 3, 5]}, "1,3,5 as vLLM reads it, 2,4,6 as SGLang"),
         ("num_attention_heads", 0, "num_attention_heads = 0"),
@@ -136,6 +147,17 @@ def test_an_unsupported_config_is_refused(folder, key, value, words):
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=words):
         attach_head(*load_head(folder), make_tiny_target())
+
+
+@pytest.mark.parametrize("theta", [0, -1e4, 1.0, math.inf, math.nan, "big", True])
+@pytest.mark.parametrize("spelling", ["rope_parameters", "rope_theta"])
+def test_a_rope_theta_that_no_head_has_is_refused(folder, theta, spelling):
+    config = json.loads((folder / "config.json").read_text())
+    del config["rope_theta"], config["rope_parameters"]
+    config[spelling] = {"rope_type": "default", "rope_theta": theta} if spelling == "rope_parameters" else theta
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=f"rope_theta = {theta!r}: it must be a finite number above 1"):
+        load_head(folder)
 
 
 @pytest.mark.parametrize("values", [

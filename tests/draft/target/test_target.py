@@ -3,6 +3,7 @@
 import io
 import json
 import logging
+import math
 import shutil
 import sys
 
@@ -198,6 +199,18 @@ def drop(name):
         (set_config(num_hidden_layers=10**12), "num_hidden_layers = 1000000000000, which no model has"),
         (set_config(num_hidden_layers=-1), "num_hidden_layers = -1, which no model has"),
         (set_config(max_position_embeddings=0), "max_position_embeddings = 0, which no model has"),
+        (set_config(vocab_size=-259), "vocab_size = -259, which no model has"),
+        (set_config(hidden_size=-32), "hidden_size = -32, which no model has"),
+        (set_config(intermediate_size=0), "intermediate_size = 0, which no model has"),
+        (set_config(num_attention_heads=-4), "num_attention_heads = -4, which no model has"),
+        (set_config(num_key_value_heads=-2), "num_key_value_heads = -2, which no model has"),
+        (set_config(head_dim=-8), "head_dim = -8, which no model has"),
+        (set_config(rms_norm_eps=1e300), r"rms_norm_eps = 1e\+300, which no model has"),
+        (set_config(rms_norm_eps=0.0), "rms_norm_eps = 0.0, which no model has"),
+        (set_config(rms_norm_eps=math.nan), "rms_norm_eps = nan, which no model has"),
+        (set_config(rope_parameters={"rope_type": "default", "rope_theta": 0.0}), "rope_theta = 0.0, which no model"),
+        (set_config(rope_parameters={"rope_type": "default", "rope_theta": -1e4}), "rope_theta = -10000.0, which no"),
+        (set_config(rope_parameters={"rope_type": "default", "rope_theta": math.inf}), "rope_theta = inf, which no"),
         (set_config(hidden_act="magic"), "it has no 'magic'"),
         (lambda f: (f / "generation_config.json").write_text("{"), "generation_config.json' is not readable JSON"),
         (set_config(num_hidden_layers=9), r"model.layers.8.*is missing.*\(and 8 more\)"),
