@@ -7,6 +7,7 @@ drafts and processing is drawn; EXACTNESS_SAMPLES=20000 in the environment gives
 import itertools
 import math
 import os
+import random
 from functools import cache
 from typing import Any
 
@@ -18,7 +19,10 @@ from enumeration import Law, deviations_of
 from draft.heads import DraftHead
 from draft.target import Target
 from serving.engine import Engine, SamplingParams, verification
+from serving.engine.drafting import HeadProposer
+from serving.engine.planner import Controller
 from serving.engine.sampling import Processor
+from serving.engine.verification import DraftTree
 
 VOCAB, LENGTH, PROMPT = 5, 3, [1, 2]
 SAMPLES = int(os.environ.get("EXACTNESS_SAMPLES", 500))
@@ -111,3 +115,29 @@ def test_drawing_notices_a_broken_sampler(mistake, monkeypatch):
     monkeypatch.setattr(verification, name, broken)
     seen, _ = draw("rejection", shape, PROCESSING["plain"], 800)
     assert deviations_of(seen, exact_law(PROCESSING["plain"])) > 5
+
+
+COIN = random.Random(3)
+WIDTHS = {
+    "a coin of its own": lambda tree: COIN.random() < 0.8,
+    "the token that was drawn": lambda tree: float(tree.q[0, tree.tokens[0]]) >= 0.25,
+}
+
+
+@pytest.mark.parametrize("decides", WIDTHS)
+def test_how_many_tokens_are_drafted_must_not_depend_on_the_noise_that_drew_them(decides, monkeypatch):
+    """Drafts are withheld now and then: by what has no part in them, or where the draw was an unlikely one."""
+    propose, widths = HeadProposer.propose, list[int]()
+
+    def narrowed(self, jobs):
+        trees = [tree if WIDTHS[decides](tree) else DraftTree() for tree in propose(self, jobs)]
+        widths.extend(map(len, trees))
+        return trees
+
+    monkeypatch.setattr(HeadProposer, "propose", narrowed)
+    monkeypatch.setattr(Controller, "observe_draft", lambda *_: None)  # which knows of no step without drafts
+    fields = {"temperature": 0.7}
+    seen, _ = draw("rejection", "chain", fields, 1500)
+    assert 0.1 < widths.count(0) / len(widths) < 0.4
+    deviation = deviations_of(seen, exact_law(fields))
+    assert deviation > 5 if decides == "the token that was drawn" else deviation < 4
