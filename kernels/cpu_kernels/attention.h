@@ -99,7 +99,8 @@ struct Floated {
   int64_t stride;
 };
 
-/// out[row][0..Vectors * kLanes) += weights[row][key] * values[key], key after key; from feature `column` of the values.
+/// out[row][0..Vectors * kLanes) += weights[row][key] * values[key], key after key; from feature `column` of the
+/// values.
 template <int Rows, int Vectors>
 inline void add_values(const float* weights, int64_t weight_stride, const Floated& values, int64_t column, int64_t keys,
                        float* out, int64_t out_stride) {

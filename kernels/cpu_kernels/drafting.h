@@ -34,7 +34,7 @@ struct ChainJob {
   const int64_t* ids;         // that the noise is of, or null: the places in the draft vocabulary
   float inverse_temperature;  // of the head's probabilities; with noise, of the scores too
   float floor;                // the chain ends before the probability that all of it is accepted falls below this,
-  const float* calibration;   // [kConfidences]: that of one token, by the part in which its step's largest probability is
+  const float* calibration;   // [kConfidences]: that of one token, by the part of its step's largest probability
 };
 
 /// Drafted tokens; entries behind a chain's end are not written.
@@ -83,8 +83,8 @@ inline std::pair<int64_t, float> most_probable(const float* logits, int64_t n, f
   return {place, 1 / (total + sum(sums))};
 }
 
-/// Reads `states` of the segments' tokens (one segment a sequence, which may be empty; `ids`: the token after each), then
-/// drafts. hidden [sequences, hidden]: the head's output at the last token read, in and out.
+/// Reads `states` of the segments' tokens (one segment a sequence, which may be empty; `ids`: the token after each),
+/// then drafts. hidden [sequences, hidden]: the head's output at the last token read, in and out.
 template <typename T>
 void draft_chains(const ChainHead<T>& head, const std::vector<Segment>& segments, const float* states,
                   const int64_t* ids, float* hidden, const std::vector<ChainJob>& jobs, int64_t longest,

@@ -78,8 +78,8 @@ at::Tensor pack(const at::Tensor& weight, int64_t bits) {
 /// The weight that `packed` is, for `in` and `out` features; `bias` may be undefined or empty.
 Packed packed_weight(const at::Tensor& packed, const at::Tensor& bias, int64_t in, int64_t out, const char* what) {
   const at::ScalarType dtype = packed.scalar_type();
-  TORCH_CHECK(dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kByte, what, ": a packed weight is float32, "
-              "bfloat16 or integers in bytes, not ", dtype);
+  TORCH_CHECK(dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kByte, what,
+              ": a packed weight is float32, bfloat16 or integers in bytes, not ", dtype);
   const bool four = packed.size(-1) == int64_t(sizeof(Int4Weights));
   const Format format = dtype == at::kFloat      ? Format::kFloat32
                         : dtype == at::kBFloat16 ? Format::kBFloat16
@@ -114,7 +114,8 @@ at::Tensor packed_linear_op(const at::Tensor& x, const at::Tensor& packed, int64
   if (out.numel() == 0) return out;
   const at::Tensor input = x.to(at::kFloat).contiguous();
   with_type(x.scalar_type(), "x", [&](auto kind) {
-    packed_linear(const_data<float>(input), weight, static_cast<decltype(kind)*>(out.data_ptr()), out.numel() / features);
+    auto* to = static_cast<decltype(kind)*>(out.data_ptr());
+    packed_linear(const_data<float>(input), weight, to, out.numel() / features);
   });
   return out;
 }
@@ -161,8 +162,8 @@ at::Tensor slot_attention_op(const at::Tensor& q, const at::Tensor& k, const at:
                   v_cache.size(2) == v.size(3) && k_cache.size(1) == v_cache.size(1) && k_cache.stride(2) == 1 &&
                   v_cache.stride(2) == 1,
               "slot_attention: caches ", k_cache.sizes(), " and ", v_cache.sizes(), " do not fit the keys and values");
-  for (const at::Tensor* other : {&k, &v, &static_cast<const at::Tensor&>(k_cache), &static_cast<const at::Tensor&>(v_cache)})
-    TORCH_CHECK(other->scalar_type() == q.scalar_type(), "slot_attention: q, k, v and the cache share one dtype");
+  for (const at::ScalarType dtype : {k.scalar_type(), v.scalar_type(), k_cache.scalar_type(), v_cache.scalar_type()})
+    TORCH_CHECK(dtype == q.scalar_type(), "slot_attention: q, k, v and the cache share one dtype");
   TORCH_CHECK(positions.scalar_type() == at::kLong && segments.scalar_type() == at::kLong && segments.dim() == 2 &&
                   segments.size(1) == 5,
               "slot_attention: positions and segments [n, 5] are int64");
@@ -190,7 +191,10 @@ at::Tensor slot_attention_op(const at::Tensor& q, const at::Tensor& k, const at:
 }
 
 /// Places in `weights` of a layer's tensors; one that a layer does not have is empty.
-enum { kInputNorm, kEmbedNorm, kQkv, kQkvBias, kQNorm, kKNorm, kO, kOBias, kPostNorm, kGateUp, kGateUpBias, kDown, kDownBias, kTensorsALayer };
+enum {
+  kInputNorm, kEmbedNorm, kQkv, kQkvBias, kQNorm, kKNorm, kO, kOBias, kPostNorm, kGateUp, kGateUpBias, kDown, kDownBias,
+  kTensorsALayer
+};
 
 const float* norm_weight(const at::Tensor& weight, int64_t size) {
   TORCH_CHECK(weight.numel() == 0 || (weight.numel() == size && weight.scalar_type() == at::kFloat),
@@ -210,29 +214,31 @@ LayerWeights layer_weights(const at::Tensor* own, int64_t size, int64_t heads, i
           packed(kGateUp, size, 2 * inner), packed(kDown, inner, size)};
 }
 
-/// hidden [1, N, H] through all layers -> [1 + captured, N, H] float32: what comes out of the last layer, and what enters
-/// the captured ones, in their order. One entry a layer in windows and masks; `cos` and `sin` are [N, rotary].
+/// hidden [1, N, H] through all layers -> [1 + captured, N, H] float32: what comes out of the last layer, and what
+/// enters the captured ones, in their order. One entry a layer in windows and masks; `cos` and `sin` are [N, rotary].
 at::Tensor decoder_layers_op(const at::Tensor& hidden, const at::Tensor& embeds, const at::Tensor& cos,
                              const at::Tensor& sin, at::TensorList weights, at::TensorList k_cache,
                              at::TensorList v_cache, const at::Tensor& blocks, const at::Tensor& positions,
-                             const at::Tensor& segments, at::TensorList masks, at::IntArrayRef windows, at::IntArrayRef captured, int64_t heads,
-                             double eps, double scale, double softcap) {
+                             const at::Tensor& segments, at::TensorList masks, at::IntArrayRef windows,
+                             at::IntArrayRef captured, int64_t heads, double eps, double scale, double softcap) {
   const int64_t layers = k_cache.size(), tokens = hidden.size(-2), size = hidden.size(-1);
   TORCH_CHECK(int64_t(weights.size()) == layers * kTensorsALayer && int64_t(v_cache.size()) == layers &&
                   int64_t(masks.size()) == layers && int64_t(windows.size()) == layers && layers > 0,
               "decoder_layers: the lists are not of ", layers, " layers");
-  TORCH_CHECK(positions.numel() == tokens && cos.numel() == sin.numel() && cos.numel() % std::max<int64_t>(tokens, 1) == 0 &&
-                  segments.dim() == 2 && segments.size(1) == 5,
+  TORCH_CHECK(positions.numel() == tokens && cos.numel() == sin.numel() &&
+                  cos.numel() % std::max<int64_t>(tokens, 1) == 0 && segments.dim() == 2 && segments.size(1) == 5,
               "decoder_layers: positions, cos, sin or segments do not fit ", tokens, " tokens");
-  for (const int64_t layer : captured) TORCH_CHECK(layer >= 0 && layer <= layers, "decoder_layers: there is no layer ", layer);
+  for (const int64_t layer : captured)
+    TORCH_CHECK(layer >= 0 && layer <= layers, "decoder_layers: there is no layer ", layer);
   at::Tensor out = at::empty({1 + int64_t(captured.size()), tokens, size}, hidden.options().dtype(at::kFloat));
   if (tokens == 0) return out;
   const at::Tensor stream = out[0];
   stream.copy_(hidden.view({tokens, size}));
   const at::Tensor turn_cos = cos.to(at::kFloat).contiguous(), turn_sin = sin.to(at::kFloat).contiguous();
-  const at::Tensor embedded = embeds.to(at::kFloat).contiguous(), rows = segments.contiguous(), where = positions.contiguous();
-  const LayerShape shape{tokens, size, cos.numel() / tokens, float(eps), const_data<float>(turn_cos), const_data<float>(turn_sin),
-                         embeds.numel() ? const_data<float>(embedded) : nullptr};
+  const at::Tensor embedded = embeds.to(at::kFloat).contiguous();
+  const at::Tensor rows = segments.contiguous(), where = positions.contiguous();
+  const LayerShape shape{tokens, size, cos.numel() / tokens, float(eps), const_data<float>(turn_cos),
+                         const_data<float>(turn_sin), embeds.numel() ? const_data<float>(embedded) : nullptr};
   const auto* first = reinterpret_cast<const Segment*>(const_data<int64_t>(rows));
   auto* residual = static_cast<float*>(stream.data_ptr());
   with_type(k_cache[0].scalar_type(), "the cache", [&](auto kind) {
@@ -267,92 +273,136 @@ at::Tensor decoder_layers_op(const at::Tensor& hidden, const at::Tensor& embeds,
 enum { kFc = kTensorsALayer, kFinalNorm, kLmHead, kTensorsOfHead };
 constexpr int64_t kByToken = 1;  // the noise of a sequence is that of target ids; 2: of places in the draft vocabulary
 
+/// Settings of all sequences, in the order of `ChainJob`.
+struct ChainSettings {
+  const at::Tensor &lengths, &keys, &noise, &inverse_temperatures, &floors, &calibration;
+};
+
+std::vector<ChainJob> chain_jobs(const ChainSettings& given, const at::Tensor& vocabulary, int64_t longest) {
+  const int64_t sequences = given.lengths.numel();
+  for (const at::Tensor* each : {&given.lengths, &given.keys, &given.noise, &vocabulary})
+    TORCH_CHECK(each->scalar_type() == at::kLong && each->is_contiguous(), "draft_chains: ids and counts are int64");
+  for (const at::Tensor* each : {&given.inverse_temperatures, &given.floors, &given.calibration})
+    TORCH_CHECK(each->scalar_type() == at::kFloat && each->is_contiguous(), "draft_chains: settings are float32");
+  TORCH_CHECK(given.floors.numel() == sequences && given.inverse_temperatures.numel() == sequences &&
+                  given.noise.numel() == sequences && given.calibration.numel() == sequences * kConfidences,
+              "draft_chains: weights, states or settings do not fit ", sequences, " sequences");
+  TORCH_CHECK(given.keys.numel() == sequences * longest * 2, "draft_chains: the keys are not of ", longest,
+              " positions");
+  const int64_t *keys = const_data<int64_t>(given.keys), *noise = const_data<int64_t>(given.noise);
+  std::vector<ChainJob> jobs;
+  for (int64_t s = 0; s < sequences; ++s)
+    jobs.push_back({const_data<int64_t>(given.lengths)[s], noise[s] ? keys + s * longest * 2 : nullptr,
+                    noise[s] == kByToken ? const_data<int64_t>(vocabulary) : nullptr,
+                    const_data<float>(given.inverse_temperatures)[s], const_data<float>(given.floors)[s],
+                    const_data<float>(given.calibration) + s * kConfidences});
+  return jobs;
+}
+
+/// The segments of the tokens that the head reads, one a sequence. Checked are they, the places of the drafts behind
+/// them in the cache, and the ids; there are angles of so many `positions`.
+std::vector<Segment> chain_segments(const at::Tensor& segments, const at::Tensor& ids,
+                                    const std::vector<ChainJob>& jobs, const at::Tensor& blocks,
+                                    const at::Tensor& k_cache, int64_t known_ids, int64_t positions) {
+  const int64_t sequences = int64_t(jobs.size());
+  for (const at::Tensor* each : {&ids, &segments, &blocks})
+    TORCH_CHECK(each->scalar_type() == at::kLong && each->is_contiguous(), "draft_chains: ids and counts are int64");
+  TORCH_CHECK(segments.dim() == 2 && segments.size(0) == sequences && segments.size(1) == 5,
+              "draft_chains: weights, states or settings do not fit ", sequences, " sequences");
+  const auto* first = reinterpret_cast<const Segment*>(const_data<int64_t>(segments));
+  int64_t reach = 0, counted = 0;
+  for (int64_t s = 0; s < sequences; ++s) {
+    const Segment& read = first[s];
+    TORCH_CHECK(read.count >= 0 && read.start == counted, "draft_chains: the segments do not follow each other");
+    counted += read.count;
+    const Segment written{read.slot, 0, read.past, 0, read.count + std::max<int64_t>(0, jobs[s].length - 1)};
+    reach = std::max(reach, written.past + written.count);
+    check_segments(&written, 1, blocks, k_cache, written.count, 0, false);
+  }
+  TORCH_CHECK(counted == ids.numel() && reach <= positions, "draft_chains: ids or angles do not fit the segments");
+  for (int64_t i = 0; i < counted; ++i) {
+    const int64_t id = const_data<int64_t>(ids)[i];
+    TORCH_CHECK(id >= 0 && id < known_ids, "draft_chains: there is no token ", id);
+  }
+  return {first, first + sequences};
+}
+
+/// The head of these weights, for states of `features` features; 0: there are none to be read.
+template <typename T>
+ChainHead<T> chain_head(at::TensorList weights, const at::Tensor& embedding, const at::Tensor& vocabulary,
+                        const at::Tensor& k_cache, const at::Tensor& v_cache, int64_t size, int64_t features,
+                        int64_t heads) {
+  const int64_t key_heads = k_cache.size(0), width = k_cache.size(2), value_width = v_cache.size(2);
+  TORCH_CHECK(embedding.scalar_type() == k_cache.scalar_type() && v_cache.scalar_type() == k_cache.scalar_type() &&
+                  embedding.dim() == 2 && embedding.size(1) == size && embedding.is_contiguous() &&
+                  k_cache.stride(2) == 1 && v_cache.stride(2) == 1 && heads % key_heads == 0,
+              "draft_chains: embeddings and cache do not fit");
+  ChainHead<T> head{};
+  if (weights[kFc].numel() && features > 0)
+    head.fc = packed_weight(weights[kFc], {}, features, size, "draft_chains");
+  else
+    TORCH_CHECK(features == 0 || features == size, "draft_chains: the states are not of ", size, " features");
+  head.layer = layer_weights(weights.data(), size, heads, key_heads, width, value_width);
+  head.norm = norm_weight(weights[kFinalNorm], size);
+  for (int place : {int(kInputNorm), int(kPostNorm), int(kFinalNorm)})
+    TORCH_CHECK(weights[place].numel() > 0, "draft_chains: norm ", place, " is missing");
+  head.lm_head = packed_weight(weights[kLmHead], {}, size, vocabulary.numel(), "draft_chains");
+  head.vocabulary = const_data<int64_t>(vocabulary);
+  head.embedding = const_data<T>(embedding);
+  head.hidden = size;
+  return head;
+}
+
 /// See `ops.FusedChains`. Returns tokens, confidences and logits [sequences, longest, ...]; -1 behind a chain's end.
 std::tuple<at::Tensor, at::Tensor, at::Tensor> draft_chains_op(
-    const at::Tensor& states, const at::Tensor& ids, const at::Tensor& segments, at::Tensor hidden, at::TensorList weights,
-    const at::Tensor& embedding, const at::Tensor& vocabulary, const at::Tensor& cos, const at::Tensor& sin,
-    at::Tensor k_cache, at::Tensor v_cache, const at::Tensor& blocks, const at::Tensor& lengths, const at::Tensor& keys,
-    const at::Tensor& noise, const at::Tensor& inverse_temperatures, const at::Tensor& floors,
+    const at::Tensor& states, const at::Tensor& ids, const at::Tensor& segments, at::Tensor hidden,
+    at::TensorList weights, const at::Tensor& embedding, const at::Tensor& vocabulary, const at::Tensor& cos,
+    const at::Tensor& sin, at::Tensor k_cache, at::Tensor v_cache, const at::Tensor& blocks, const at::Tensor& lengths,
+    const at::Tensor& keys, const at::Tensor& noise, const at::Tensor& inverse_temperatures, const at::Tensor& floors,
     const at::Tensor& calibration, int64_t heads, double eps, double scale, bool norm_output, bool keep_logits) {
   TORCH_CHECK(hidden.dim() == 2 && states.dim() == 2 && k_cache.dim() == 3 && v_cache.dim() == 3 && cos.dim() == 2 &&
                   cos.size(1) > 0,
               "draft_chains: states and angles have 2 dimensions, the cache has 3");
   const int64_t sequences = lengths.numel(), size = hidden.size(-1), tokens = ids.numel(), key_heads = k_cache.size(0);
   const int64_t width = k_cache.size(2), value_width = v_cache.size(2), rotary = cos.size(-1);
-  for (const at::Tensor* each : {&ids, &segments, &lengths, &keys, &noise, &vocabulary, &blocks})
-    TORCH_CHECK(each->scalar_type() == at::kLong && each->is_contiguous(), "draft_chains: ids and counts are int64");
-  for (const at::Tensor* each : {&static_cast<const at::Tensor&>(hidden), &cos, &sin, &inverse_temperatures, &floors, &calibration})
-    TORCH_CHECK(each->scalar_type() == at::kFloat && each->is_contiguous(), "draft_chains: states and angles are float32");
+  for (const at::Tensor& each : {hidden, cos, sin})
+    TORCH_CHECK(each.scalar_type() == at::kFloat && each.is_contiguous(),
+                "draft_chains: states and angles are float32");
   TORCH_CHECK(states.size(0) == tokens && v_cache.size(0) == key_heads && v_cache.size(1) == k_cache.size(1),
               "draft_chains: states or cache do not fit ", tokens, " tokens and ", key_heads, " heads");
-  TORCH_CHECK(weights.size() == kTensorsOfHead && hidden.size(0) == sequences &&
-                  segments.dim() == 2 && segments.size(0) == sequences && segments.size(1) == 5 &&
-                  floors.numel() == sequences && inverse_temperatures.numel() == sequences &&
-                  noise.numel() == sequences && calibration.numel() == sequences * kConfidences,
+  TORCH_CHECK(weights.size() == kTensorsOfHead && hidden.size(0) == sequences,
               "draft_chains: weights, states or settings do not fit ", sequences, " sequences");
-  const auto* first = reinterpret_cast<const Segment*>(const_data<int64_t>(segments));
-  const std::vector<Segment> read(first, first + sequences);
+  TORCH_CHECK(cos.numel() == sin.numel() && rotary <= width, "draft_chains: ids or angles do not fit the segments");
   const int64_t longest = sequences > 0 ? std::max<int64_t>(0, lengths.max().item<int64_t>()) : 0;
-  TORCH_CHECK(keys.numel() == sequences * longest * 2, "draft_chains: the keys are not of ", longest, " positions");
-  int64_t reach = 0, counted = 0;
-  std::vector<Segment> drafted = read;  // the places that are written
-  for (int64_t s = 0; s < sequences; ++s) {
-    TORCH_CHECK(read[s].count >= 0 && read[s].start == counted, "draft_chains: the segments do not follow each other");
-    counted += read[s].count;
-    drafted[s] = {read[s].slot, 0, read[s].past, 0, read[s].count + std::max<int64_t>(0, const_data<int64_t>(lengths)[s] - 1)};
-    reach = std::max(reach, drafted[s].past + drafted[s].count);
-  }
-  TORCH_CHECK(counted == tokens && reach <= cos.numel() / rotary && cos.numel() == sin.numel() && rotary <= width,
-              "draft_chains: ids or angles do not fit the segments");
-  for (const Segment& segment : drafted) check_segments(&segment, 1, blocks, k_cache, segment.count, 0, false);
-  const int64_t* given = const_data<int64_t>(ids);
-  for (int64_t i = 0; i < tokens; ++i)
-    TORCH_CHECK(given[i] >= 0 && given[i] < embedding.size(0), "draft_chains: there is no token ", given[i]);
+  const ChainSettings settings{lengths, keys, noise, inverse_temperatures, floors, calibration};
+  const std::vector<ChainJob> jobs = chain_jobs(settings, vocabulary, longest);
+  const std::vector<Segment> read =
+      chain_segments(segments, ids, jobs, blocks, k_cache, embedding.size(0), cos.size(0));
 
-  const int64_t drafting = vocabulary.numel();
   at::Tensor chosen = at::full({sequences, longest}, -1, lengths.options());
   at::Tensor confidences = at::zeros({sequences, longest}, hidden.options());
-  at::Tensor logits = at::empty({sequences, keep_logits ? longest : 0, drafting}, hidden.options());
+  at::Tensor logits = at::empty({sequences, keep_logits ? longest : 0, vocabulary.numel()}, hidden.options());
   const at::Tensor input = states.to(at::kFloat).contiguous();
-  std::vector<ChainJob> jobs;
-  for (int64_t s = 0; s < sequences; ++s)
-    jobs.push_back({const_data<int64_t>(lengths)[s],
-                    const_data<int64_t>(noise)[s] ? const_data<int64_t>(keys) + s * longest * 2 : nullptr,
-                    const_data<int64_t>(noise)[s] == kByToken ? const_data<int64_t>(vocabulary) : nullptr,
-                    const_data<float>(inverse_temperatures)[s], const_data<float>(floors)[s],
-                    const_data<float>(calibration) + s * kConfidences});
   with_type(k_cache.scalar_type(), "the cache", [&](auto kind) {
     using T = decltype(kind);
-    TORCH_CHECK(embedding.scalar_type() == k_cache.scalar_type() && v_cache.scalar_type() == k_cache.scalar_type() &&
-                    embedding.dim() == 2 && embedding.size(1) == size && embedding.is_contiguous() &&
-                    k_cache.stride(2) == 1 && v_cache.stride(2) == 1 && heads % key_heads == 0,
-                "draft_chains: embeddings and cache do not fit");
-    ChainHead<T> head{};
-    if (weights[kFc].numel() && tokens > 0)
-      head.fc = packed_weight(weights[kFc], {}, input.size(-1), size, "draft_chains");
-    else
-      TORCH_CHECK(tokens == 0 || input.size(-1) == size, "draft_chains: the states are not of ", size, " features");
-    head.layer = layer_weights(weights.data(), size, heads, key_heads, width, value_width);
-    head.norm = norm_weight(weights[kFinalNorm], size);
-    for (int place : {int(kInputNorm), int(kPostNorm), int(kFinalNorm)})
-      TORCH_CHECK(weights[place].numel() > 0, "draft_chains: norm ", place, " is missing");
+    const int64_t features = tokens > 0 ? input.size(-1) : 0;
+    auto head = chain_head<T>(weights, embedding, vocabulary, k_cache, v_cache, size, features, heads);
     head.norm_output = norm_output;
-    head.lm_head = packed_weight(weights[kLmHead], {}, size, drafting, "draft_chains");
-    head.vocabulary = const_data<int64_t>(vocabulary);
-    head.embedding = const_data<T>(embedding);
     head.cos = const_data<float>(cos), head.sin = const_data<float>(sin);
+    head.rotary = rotary, head.eps = float(eps);
     head.attention = {{}, {}, {}, strided<T>(k_cache), strided<T>(v_cache), const_data<int64_t>(blocks), blocks.size(1),
-                      nullptr, nullptr, nullptr, nullptr, 0, 0, heads, key_heads, width, value_width, 0, float(scale), 0.0f};
-    head.hidden = size, head.rotary = rotary, head.eps = float(eps);
-    draft_chains(head, read, const_data<float>(input), given, static_cast<float*>(hidden.data_ptr()), jobs, longest,
+                      nullptr, nullptr, nullptr, nullptr, 0, 0, heads, key_heads, width, value_width, 0, float(scale),
+                      0.0f};
+    draft_chains(head, read, const_data<float>(input), const_data<int64_t>(ids),
+                 static_cast<float*>(hidden.data_ptr()), jobs, longest,
                  {static_cast<int64_t*>(chosen.data_ptr()), static_cast<float*>(confidences.data_ptr()),
                   keep_logits ? static_cast<float*>(logits.data_ptr()) : nullptr});
   });
   return {chosen, confidences, logits};
 }
 
-/// The largest of each row of logits [rows, vocab], of equal ones the first, once `keys` [rows, 2] noise has been added to
-/// logits * inverse_temperature; without keys the largest logit -> ids [rows].
+/// The largest of each row of logits [rows, vocab], of equal ones the first, once `keys` [rows, 2] noise has been added
+/// to logits * inverse_temperature; without keys the largest logit -> ids [rows].
 at::Tensor choices_op(const at::Tensor& logits, const std::optional<at::Tensor>& keys, double inverse_temperature) {
   TORCH_CHECK(logits.dim() == 2 && logits.size(1) > 0, "choices takes logits [rows, vocab]");
   const int64_t rows = logits.size(0), vocab = logits.size(1);
@@ -441,9 +491,9 @@ TORCH_LIBRARY(draftsmith, library) {
       "int[] captured, int heads, float eps, float scale, float softcap) -> Tensor");
   library.def(
       "draft_chains(Tensor states, Tensor ids, Tensor segments, Tensor(a!) hidden, Tensor[] weights, Tensor embedding, "
-      "Tensor vocabulary, Tensor cos, Tensor sin, Tensor(b!) k_cache, Tensor(c!) v_cache, Tensor blocks, Tensor lengths, "
-      "Tensor keys, Tensor noise, Tensor inverse_temperatures, Tensor floors, Tensor calibration, int heads, float eps, "
-      "float scale, bool norm_output, bool keep_logits) -> (Tensor, Tensor, Tensor)");
+      "Tensor vocabulary, Tensor cos, Tensor sin, Tensor(b!) k_cache, Tensor(c!) v_cache, Tensor blocks, "
+      "Tensor lengths, Tensor keys, Tensor noise, Tensor inverse_temperatures, Tensor floors, Tensor calibration, "
+      "int heads, float eps, float scale, bool norm_output, bool keep_logits) -> (Tensor, Tensor, Tensor)");
   library.def("choices(Tensor logits, Tensor? keys=None, float inverse_temperature=1.0) -> Tensor");
   library.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
   library.def("weight_memory(int bytes) -> Tensor", &draftsmith::weight_memory);

@@ -95,7 +95,8 @@ inline void multiply(const float* x, const Packed& weight, int64_t tokens, std::
   packed_linear(x, weight, out.data(), tokens);
 }
 
-/// One layer, in place: hidden [tokens, hidden]. `attention` has everything but q, k, v and out, which it is given here.
+/// One layer, in place: hidden [tokens, hidden]. `attention` has everything but q, k, v and out, which it is given
+/// here.
 template <typename T>
 void decoder_layer(const LayerShape& shape, const LayerWeights& weights, Attention<T> attention, float* hidden) {
   static thread_local Activations buffers;
@@ -103,7 +104,8 @@ void decoder_layer(const LayerShape& shape, const LayerWeights& weights, Attenti
   Activations& a = buffers;
   const int64_t size = shape.hidden, tokens = shape.tokens;
   const int64_t queries = attention.query_heads * attention.width, keys = attention.key_heads * attention.width;
-  const int64_t values = attention.key_heads * attention.value_width, attended = attention.query_heads * attention.value_width;
+  const int64_t values = attention.key_heads * attention.value_width;
+  const int64_t attended = attention.query_heads * attention.value_width;
 
   const int64_t width = weights.qkv.in;
   a.normed.resize(tokens * std::max(width, size));

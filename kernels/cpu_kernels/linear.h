@@ -1,11 +1,11 @@
 // x [rows, in] times packed weights, accumulated in float32.
 //
 // Packed: panels of kPanel output features, and within a panel step after step of inputs, padded with zeros to whole
-// steps. In float32 a step is one input: [panels, in, kPanel]. In bfloat16 the inputs lie in pairs, padded to a multiple
-// of kDepth: [panels, in / 2, kPanel, 2], which is what dot products of pairs and tiles of matrices read, and what a
-// shift and a mask make floats of. In int8 a step is a block of 32 inputs with a scale for each feature, as in GGUF's
-// Q8_0, in int4 one with a scale and a minimum, as in Q4_1; x is rounded to int8 in the same blocks, and the products of
-// a block are summed exactly, as integers.
+// steps. In float32 a step is one input: [panels, in, kPanel]. In bfloat16 the inputs lie in pairs, padded to a
+// multiple of kDepth: [panels, in / 2, kPanel, 2], which is what dot products of pairs and tiles of matrices read, and
+// what a shift and a mask make floats of. In int8 a step is a block of 32 inputs with a scale for each feature, as in
+// GGUF's Q8_0, in int4 one with a scale and a minimum, as in Q4_1; x is rounded to int8 in the same blocks, and the
+// products of a block are summed exactly, as integers.
 //
 // Each output is one chain of additions over the steps in order, whatever the number of rows and the tiles are: a
 // row's result does not depend on the rows beside it, bit for bit. So the arithmetic is chosen for the process and
@@ -41,8 +41,9 @@ constexpr int kBlockInputs = 32;                 // of an int8 or int4 block, wh
 constexpr int kBlockBytes = 16 << 10;  // of a panel: stays in the L1 cache while several groups of rows pass
 constexpr int kAhead = 2048;           // bytes to prefetch ahead in one stream: processors stop at the end of a page
 
-/// A block of inputs of a panel in int8: weight = scale * (byte - 128). Unsigned bytes, because the instructions multiply
-/// unsigned by signed ones; what the 128 adds is the same for all features, and is taken off by `Int8Inputs::start`.
+/// A block of inputs of a panel in int8: weight = scale * (byte - 128). Unsigned bytes, because the instructions
+/// multiply unsigned by signed ones; what the 128 adds is the same for all features, and is taken off by
+/// `Int8Inputs::start`.
 struct Int8Weights {
   uint16_t scales[kPanel];  // float16
   uint8_t bytes[kBlockInputs / 4][kPanel][4];
@@ -173,7 +174,8 @@ inline Ints add_pairs(Ints sums, Words weights, int32_t pair) {
 #endif
 }
 
-/// sums[i] += the four products of each feature's bytes and those of x: exact, where an 8-bit instruction would saturate.
+/// sums[i] += the four products of each feature's bytes and those of x: exact, where an 8-bit instruction would
+/// saturate.
 inline Ints add_products(Ints sums, Words weights, const Int8Inputs& x, int four) {
   int32_t pairs[2];
   std::memcpy(pairs, x.values + 4 * four, sizeof pairs);
@@ -234,7 +236,8 @@ struct Prefetch {
 template <typename Weight>
 constexpr int kLines = kBlocked<Weight> ? (sizeof(Weight) + 63) / 64 : kInputs<Weight>;
 
-/// out [Rows, Panels * kPanel] (+)= `steps` steps of x [Rows, ...] times `Panels` panels, `panel_stride` elements apart.
+/// out [Rows, Panels * kPanel] (+)= `steps` steps of x [Rows, ...] times `Panels` panels, `panel_stride` elements
+/// apart.
 template <int Rows, int Panels, typename X, typename Weight>
 void multiply_tile(const X* x, int64_t x_stride, const Weight* weights, int64_t panel_stride, int64_t steps,
                    float* out, int64_t out_stride, bool accumulate, Prefetch ahead) {
@@ -305,9 +308,9 @@ void multiply_panels(const X* x, int64_t x_stride, const Weight* weights, int64_
         const Prefetch ahead =
             row_groups == 1 ? Prefetch{bytes + kAhead, line}
                             : Prefetch{bytes + block_bytes + group * block_bytes / row_groups, line / row_groups};
-        multiply_rows<kMaxRows<Weight>>(int(last - first), x + first * x_stride + from * kXElements<X, Weight>, x_stride,
-                                        some, panel_size, at_once, end - from, sums + first * stride + p * kPanel, stride,
-                                        block > 0, ahead);
+        const auto* inputs = x + first * x_stride + from * kXElements<X, Weight>;
+        multiply_rows<kMaxRows<Weight>>(int(last - first), inputs, x_stride, some, panel_size, at_once, end - from,
+                                        sums + first * stride + p * kPanel, stride, block > 0, ahead);
       }
 }
 
@@ -413,8 +416,8 @@ void pack_panels(const Weight* weight, int64_t features, int64_t in, Weight* pac
   });
 }
 
-/// The same, rounded to int8: scale = the block's largest magnitude / 127 in float16, which gives weights that come from
-/// Q8_0 their own integers and scales back.
+/// The same, rounded to int8: scale = the block's largest magnitude / 127 in float16, which gives weights that come
+/// from Q8_0 their own integers and scales back.
 inline void pack_panels(const float* weight, int64_t features, int64_t in, Int8Weights* packed) {
   const int64_t steps = steps_of<Int8Weights>(in);
   for_each_tile((features + kPanel - 1) / kPanel, [&](int64_t panel) {
@@ -478,8 +481,10 @@ inline void pack_panels(const float* weight, int64_t features, int64_t in, Int4W
         const float* from = weight + feature * in + first;
         const Int4Scale scale = int4_scale(from, count);
         to.scales[lane] = scale.scale, to.minima[lane] = scale.minimum;
-        for (int64_t i = 0; i < count; ++i)
-          to.levels[i % (kBlockInputs / 2) / 4][lane][i % 4] |= uint8_t(scale.level(from[i]) << i / (kBlockInputs / 2) * 4);
+        for (int64_t i = 0; i < count; ++i) {
+          const int64_t place = i % (kBlockInputs / 2), half = i / (kBlockInputs / 2);
+          to.levels[place / 4][lane][i % 4] |= uint8_t(scale.level(from[i]) << half * 4);
+        }
       }
     }
   });

@@ -1,5 +1,5 @@
-// The random numbers of serving/engine/noise.py, for drafting: a function of a position's keys and a token, by SplitMix64.
-// The noise of 64 tokens is bounded by one number, so that few tokens of a large vocabulary need their own.
+// The random numbers of serving/engine/noise.py, for drafting: a function of a position's keys and a token, by
+// SplitMix64. The noise of 64 tokens is bounded by one number, so that few tokens of a large vocabulary need their own.
 #pragma once
 
 #include <algorithm>
