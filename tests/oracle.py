@@ -116,8 +116,8 @@ class Fickle(Controller):
         super().__init__(8)
         self.any, self.rng = [OFF, *plans], random.Random(seed)
 
-    def choose(self, rows: Sequence[RequestEstimate]) -> list[DraftPlan]:
-        super().choose(rows)  # its own bookkeeping must survive, too
+    def choose(self, rows: Sequence[RequestEstimate], prompts: int = 0, readers: int = 0) -> list[DraftPlan]:
+        super().choose(rows, prompts, readers)  # its own bookkeeping must survive, too
         return [self.rng.choice(self.any).capped(row) for row in rows]
 
 

@@ -198,6 +198,7 @@ class RequestEstimate:
 # ---- costs of a step's parts, as functions of the number of tokens, from the steps that are run ----
 
 WINDOW = 15  # measurements kept of each width: their median leaves out steps that another process slowed down
+PACE_WINDOW = 5  # passes whose median tells how fast the machine is at present
 ENOUGH = 3  # measurements of a width before it counts as known
 
 
@@ -253,9 +254,18 @@ class Curve:
         (x0, y0), (x1, y1) = knots[left], knots[right]
         return y0 + (y1 - y0) * (width - x0) / (x1 - x0)
 
-    def table(self) -> dict[str, float]:
-        """Width -> seconds, for people."""
-        return {f"{width:.4g}": seconds for width, seconds in self._knots}
+    def least_slope(self, width: float) -> float:
+        """Return the least that a token costs of any number of tokens beyond a width; 0 while that is not known."""
+        knots = self._knots
+        if len(knots) < 2:
+            return 0.0
+        here, far = self(width), 2 * max(width, knots[-1][0])
+        beyond = [(seconds - here) / (each - width) for each, seconds in knots if each > width]
+        return max(0.0, min([*beyond, (self(2 * far) - self(far)) / far]))
+
+    def table(self, pace: float = 1.0) -> dict[str, float]:
+        """Width -> seconds, for people; pace: that of the machine."""
+        return {f"{width:.4g}": pace * seconds for width, seconds in self._knots}
 
 
 def _bucket(width: float) -> int:
@@ -269,16 +279,31 @@ class StepCosts:
 
     target: of a ragged pass, by its tokens. draft: of one step of the head, by its tokens, for chains and for trees.
     catch_up: of reading what the target decoded while the head did not draft, by its tokens.
+
+    Other processes make a machine slow for a while, and a width that is not run then would look cheap. So all curves
+    are in seconds of the calibration: what is measured is divided by `pace`, which tells how much longer the last
+    passes took than they would have taken then.
     """
 
     def __init__(self) -> None:
+        self.pace = 1.0
+        self._calibration = Curve()
+        self._ratios: deque[float] = deque(maxlen=PACE_WINDOW)
         self.target = Curve()
         self.draft = {"chain": Curve(), "tree": Curve()}
         self.catch_up = Curve()
 
     def calibrate(self, tokens: int, seconds: float) -> None:
         """Take the figure of a pass that was run for it."""
+        self._calibration.observe(tokens, seconds, ENOUGH)
         self.target.observe(tokens, seconds, ENOUGH)
+
+    def observe_target(self, tokens: int, seconds: float) -> None:
+        """Take the figure of a pass, and the machine's pace from it."""
+        if calibrated := self._calibration(tokens):
+            self._ratios.append(seconds / calibrated)
+            self.pace = median_low(self._ratios)
+        self.target.observe(tokens, seconds / self.pace)
 
     def seconds(self, tokens: float, steps: float = 0.0, drafting: int = 0) -> float:
         """Estimate a step, catching up aside: a pass over so many tokens, and steps of chains of some requests."""

@@ -79,7 +79,8 @@ class Controller:
     """Chooses the plans of one engine.
 
     Call in each step: choose, the observe methods as the parts are run, those of RequestEstimate. One thread calls
-    these; `stats` may be called by any. All seconds are wall-clock.
+    these; `stats` may be called by any. All seconds that go in and out are wall-clock, and those inside at the pace of
+    the calibration (see `StepCosts`).
     """
 
     def __init__(self, length: int) -> None:
@@ -107,6 +108,10 @@ class Controller:
         self._seconds = 0.0  # of the present step
         self._expected = 0.0  # the same by the model
         self._late = 0.0  # what the head's catching up adds to the present one
+        self._known = 0  # tokens in the present one without drafts, those of prompts, too
+        self._readers = 0  # requests whose prompts are being read
+        self._plain = 0.0  # seconds of a pass without drafts and prompts, but with a token of each reader
+        self._slope = 0.0  # seconds that a token adds to the present one, over a doubling
         self._probe: _Probe | None = None
         self._probe_at = {"head": 0.0, "off": 0.0}  # on its clock
 
@@ -114,13 +119,17 @@ class Controller:
         """Return the estimates of a new request."""
         return RequestEstimate(self.acceptance)
 
-    def choose(self, rows: Sequence[RequestEstimate]) -> list[DraftPlan]:
+    def choose(self, rows: Sequence[RequestEstimate], prompts: int = 0, readers: int = 0) -> list[DraftPlan]:
         """Return the plans of this step.
 
         rows: of all requests that are decoded in the step, those that draft nothing (room 0) too: they share its pass.
+        prompts: tokens of prompts that its pass reads, too; readers: requests whose prompts are not read to the end.
         """
         with self.lock:
             self._end_step(rows)
+            self._known, self._readers = len(rows) + prompts, readers
+            self._plain = self.costs.target(len(rows) + readers)
+            self._slope = self.costs.slope(self._known) if rows else 0.0
             self.plans = [option.plan for option in self._decide(rows)] if rows else []
             return self.plans
 
@@ -153,20 +162,22 @@ class Controller:
         """
         with self.lock:
             if not ignore:
-                self.costs.target.observe(tokens, seconds)
-            self._seconds += seconds
+                self.costs.observe_target(tokens, seconds)
+            self._seconds += seconds / self.costs.pace
 
     def observe_draft(self, trees: Sequence[DraftTree], seconds: float) -> None:
         """Drafting of what the head drafts, with re-reading what was accepted."""
         with self.lock:
             steps, nodes = max(tree.depth - tree.copied for tree in trees), sum(tree.drawn for tree in trees)
             kind = "chain" if all(tree.is_chain for tree in trees) else "tree"
+            seconds /= self.costs.pace
             self.costs.draft[kind].observe(nodes / steps, seconds / steps)
             self._seconds += seconds
 
     def observe_catch_up(self, tokens: int, seconds: float) -> None:
         """The head has read `tokens` tokens, of all requests, that the target decoded without it."""
         with self.lock:
+            seconds /= self.costs.pace
             self.costs.catch_up.observe(tokens, seconds)
             self._late += seconds
 
@@ -179,15 +190,16 @@ class Controller:
         """Return the controller's estimates and counts; JSON-able, seconds."""
         with self.lock:
             plans, plain, present = Counter(map(str, self.plans)), self._rates.get("off"), self._rates.get("chosen")
-            matches = range(1, LONGEST_MATCH + 1)
+            matches, pace = range(1, LONGEST_MATCH + 1), self.costs.pace
+            rates = {name: rate / pace for name, rate in self._rates.items() if name != "chosen"}
             return {
                 "plan": ", ".join(plans) or "off",
                 "why": self._reason(),
                 "expected_gain": present / plain if plain and present else None,
-                "expected_tokens_per_second": {name: rate for name, rate in self._rates.items() if name != "chosen"},
-                "target_seconds": self.costs.target.table(),
-                "draft_step_seconds": {kind: curve.table() for kind, curve in self.costs.draft.items()},
-                "catch_up_seconds": self.costs.catch_up.table(),
+                "expected_tokens_per_second": rates,
+                "target_seconds": self.costs.target.table(pace),
+                "draft_step_seconds": {kind: curve.table(pace) for kind, curve in self.costs.draft.items()},
+                "catch_up_seconds": self.costs.catch_up.table(pace),
                 "acceptance": {
                     "head": [self.acceptance.rate(HEAD, position) for position in range(self.length)],
                     "lookup": {str(match): self.acceptance.rate(match, 0) for match in matches},
@@ -209,34 +221,40 @@ class Controller:
         self._seconds = self._late = 0.0
 
     def _decide(self, rows: Sequence[RequestEstimate]) -> list[Option]:
-        options = [self._options(row) for row in rows]
         plain = [_NOTHING] * len(rows)
         self._rates = {"off": self._rate(plain)}
         # the first steps tell what a plain one costs
-        chosen = self._best(rows, options, plain) if self.costs.target.narrowest <= len(rows) else plain
+        chosen = self._best(rows, plain) if self.costs.target.narrowest <= len(rows) else plain
         self.drafting = any(option.steps for option in chosen)
         self._rates["chosen"] = rate = self._rate(chosen)
-        chosen = self._probed(rows, options, chosen, rate)
+        chosen = self._probed(rows, chosen, rate)
         width = len(rows) + sum(option.nodes for option in chosen)
         steps, drafting = max(option.steps for option in chosen), sum(option.steps > 0 for option in chosen)
-        slope, self._expected = self.costs.slope(width), self.costs.seconds(width, steps, drafting)
+        self._expected = self._seconds_of(width - len(rows), steps, drafting)
+        slope = self.costs.slope(self._known + width - len(rows))
         # a probe looks at whole chains
         self.tail_floor = math.inf if self._probe else rate * slope
         self.floor = 0.0 if self._probe else rate * (slope + self.costs.draft["chain"](drafting))
         self._choice = chosen, width
         return chosen
 
-    def _best(self, rows: Sequence[RequestEstimate], options: list[list[Option]], plain: list[Option]) -> list[Option]:
+    def _best(self, rows: Sequence[RequestEstimate], plain: list[Option]) -> list[Option]:
         """Return the best plans that are alike, but for requests for which another one is better."""
         rates = self._rates
+        # no draft gains where its tokens are accepted less often than this, and then none is worth a look
+        floor = rates["off"] * self.costs.target.least_slope(self._known)
+        chains = [self._chains(row) if row.head and row.own.rate(HEAD, 0) > floor else [_NOTHING] for row in rows]
         chosen, best = plain, rates["off"]
-        for length in range(1, max(row.head for row in rows) + 1):
-            alike = [own[min(length, row.head)] for row, own in zip(rows, options, strict=True)]
+        for length in range(1, max(map(len, chains))):
+            alike = _alike(chains, length)
             rates[f"chain {length}"] = rate = self._rate(alike)
             if rate > best:
                 chosen, best = alike, rate
-        for place, (row, own) in enumerate(zip(rows, options, strict=True)):
-            others = [_NOTHING, *own[row.head + 1 :]] if len(rows) > 1 or row.match else []
+        for place, row in enumerate(rows):
+            match = min(row.match, LONGEST_MATCH)
+            others = self._copies(row) if match and row.own.rate(match, 0) > floor else []
+            if chosen[place].nodes and len(rows) > 1:
+                others.append(_NOTHING)
             if others:
                 chosen, best = self._with_another(chosen, place, others, best)
         return chosen if best > (1.0 if self.drafting else MARGIN) * rates["off"] else plain
@@ -246,48 +264,63 @@ class Controller:
     ) -> tuple[list[Option], float]:
         """Return plans, and their rate, in which one request may have another plan, given those of the rest."""
         rest = [*chosen[:place], *chosen[place + 1 :]]
-        tokens, width = sum(each.tokens for each in rest), len(chosen) + sum(each.nodes for each in rest)
+        tokens, nodes = sum(each.tokens for each in rest), sum(each.nodes for each in rest)
         steps, drafting = max((each.steps for each in rest), default=0.0), sum(each.steps > 0 for each in rest)
-        late = sum(each.seconds for each in rest) + (steps * self.costs.draft["chain"](drafting) if steps else 0.0)
+        tokens, late = tokens + self._readers, sum(each.seconds for each in rest)
         found, least = None, best * (1 + ROW_MARGIN / len(chosen) if len(chosen) > 1 else 1.0)
-        target, reach = self.costs.target, self.costs.target.reach
         for option in others:  # none with steps of the head
-            seconds = target(width + option.nodes) + late
+            seconds = self._seconds_of(nodes + option.nodes, steps, drafting) + late
             rate = (tokens + option.tokens) / seconds if seconds else 0.0
-            if rate > least and width + option.nodes <= reach:
+            if rate > least and len(chosen) + nodes + option.nodes <= self.costs.target.reach:
                 found, least = option, rate
         return (chosen, best) if found is None else ([*chosen[:place], found, *chosen[place + 1 :]], least)
 
-    def _options(self, row: RequestEstimate) -> list[Option]:
-        """Return nothing, chains of 1 to row.head tokens, and copies."""
+    def _chains(self, row: RequestEstimate) -> list[Option]:
+        """Return nothing, and chains of 1 to row.head tokens."""
+        late = self.costs.catch_up(row.backlog) if row.backlog else 0.0
+        shares = row.survival(HEAD, row.head)
+        tokens = [*accumulate(shares, initial=1.0)]
+        nodes = [*accumulate(row.survival(DRAFTED, row.head), initial=0.0)]
         options = [_NOTHING]
-        if row.head:
-            late = self.costs.catch_up(row.backlog) / min(CATCH_UP_STEPS, row.remaining) if row.backlog else 0.0
-            shares = row.survival(HEAD, row.head)
-            tokens = [*accumulate(shares, initial=1.0)]
-            nodes = [*accumulate(row.survival(DRAFTED, row.head), initial=0.0)]
-            for length in range(1, row.head + 1):
-                drafted = nodes[min(length, len(nodes) - 1)]
-                options.append(Option(_CHAINS[length], tokens[min(length, len(shares))], drafted, drafted, late))
-        if row.match:
-            copied = [*accumulate(row.survival(min(row.match, LONGEST_MATCH), row.room), initial=1.0)]
-            options += [Option(_LOOKUPS[count], copied[count], count) for count in COPIES if count < len(copied)]
+        for length in range(1, row.head + 1):
+            drafted = nodes[min(length, len(nodes) - 1)]
+            emitted = tokens[min(length, len(shares))]
+            share = late / max(1.0, min(CATCH_UP_STEPS, row.remaining / emitted))
+            options.append(Option(_CHAINS[length], emitted, drafted, drafted, share))
         return options
+
+    @staticmethod
+    def _copies(row: RequestEstimate) -> list[Option]:
+        """Return copies of several lengths."""
+        tokens = [*accumulate(row.survival(min(row.match, LONGEST_MATCH), row.room), initial=1.0)]
+        return [Option(_LOOKUPS[count], tokens[count], count) for count in COPIES if count < len(tokens)]
 
     def _rate(self, chosen: Sequence[Option]) -> float:
         """Estimate the tokens per second of these plans; 0: they go beyond what is known of the costs."""
-        width = len(chosen) + sum(option.nodes for option in chosen)
+        nodes = sum(option.nodes for option in chosen)
         steps, drafting = max(option.steps for option in chosen), sum(option.steps > 0 for option in chosen)
-        seconds = self.costs.seconds(width, steps, drafting) + sum(option.seconds for option in chosen)
-        if not seconds or (steps and width > self.costs.target.reach):
+        seconds = self._seconds_of(nodes, steps, drafting) + sum(option.seconds for option in chosen)
+        if not seconds or (steps and len(chosen) + nodes > self.costs.target.reach):
             return 0.0
-        return sum(option.tokens for option in chosen) / seconds
+        return (sum(option.tokens for option in chosen) + self._readers) / seconds
+
+    def _seconds_of(self, nodes: float, steps: float, drafting: int) -> float:
+        """Estimate the present step with so many drafted tokens, and steps of chains of some requests.
+
+        The time of prompts is left out, since they are read in any case, but drafts are as dear as beside them. Those
+        that read count as if they decoded: they soon will, and a token that is emitted now saves its share of a pass
+        with them, not of the present narrow one. Few drafts are no cheaper than many: neighbouring widths differ by
+        less than their noise.
+        """
+        if not nodes:
+            return self._plain
+        target = self.costs.target
+        added = max(target(self._known + nodes) - target(self._known), nodes * self._slope)
+        return self._plain + added + (steps * self.costs.draft["chain"](drafting) if steps else 0.0)
 
     # probes
 
-    def _probed(
-        self, rows: Sequence[RequestEstimate], options: list[list[Option]], chosen: list[Option], rate: float
-    ) -> list[Option]:
+    def _probed(self, rows: Sequence[RequestEstimate], chosen: list[Option], rate: float) -> list[Option]:
         """Return the plans of a probe, when there is one, or those that were chosen."""
         able = sorted((place for place, row in enumerate(rows) if row.head), key=lambda place: rows[place].backlog)
         gap, probe = PROBE_GAP * self.costs.seconds(len(rows)), self._probe
@@ -298,17 +331,25 @@ class Controller:
         if not self._probe and able and rate and self.costs.target.known(len(rows)):
             due = "off" if self.drafting else "head"
             self._probe_at[due] = self._probe_at[due] or self._clock[due] + gap
-            if self._clock[due] >= self._probe_at[due]:
+            if self._clock[due] >= self._probe_at[due] and (due == "off" or self._could_pay(rows, len(able), rate)):
                 self._begin_probe(due)
         if self._probe is None:
             return chosen
         if self._probe.what == "off":
             return [_NOTHING] * len(rows)
+        chains = [self._chains(row) for row in rows]
         longest = max(row.head for row in rows)
-        length = max(range(1, longest + 1), key=lambda length: self._rates.get(f"chain {length}", 0.0))
-        few = able[: math.ceil(len(able) / PROBE_ROWS)]
-        chains = {place: options[place][min(length, rows[place].head)] for place in few}
-        return [chains.get(place, option) for place, option in enumerate(chosen)]
+        alike = _alike(chains, max(range(1, longest + 1), key=lambda length: self._rate(_alike(chains, length))))
+        few = set(able[: math.ceil(len(able) / PROBE_ROWS)])
+        return [alike[place] if place in few else option for place, option in enumerate(chosen)]
+
+    def _could_pay(self, rows: Sequence[RequestEstimate], able: int, rate: float) -> bool:
+        """Test that the head would be used if it were always right: otherwise nothing can be found out about it."""
+        lengths = range(1, max(row.head for row in rows) + 1)
+        best = max(
+            (len(rows) + self._readers + able * each) / self._seconds_of(able * each, each, able) for each in lengths
+        )
+        return best > MARGIN * rate
 
     def _begin_probe(self, what: str) -> None:
         self._probe = _Probe(what)
@@ -323,13 +364,14 @@ class Controller:
         if not chosen:
             return "nothing has been decoded yet"
         plans = ", ".join(f"{plan} for {count}" for plan, count in Counter(map(str, self.plans)).items())
-        reason, costs = self._cause(any(each.nodes for each in chosen)), self.costs
-        passes = ", ".join(f"{n:.0f}: {1e3 * costs.seconds(n):.3g} ms" for n in dict.fromkeys((len(chosen), width)))
-        head = 1e3 * costs.draft["chain"](1)
+        reason, costs, ms = self._cause(any(each.nodes for each in chosen)), self.costs, 1e3 * self.costs.pace
+        passes = ", ".join(f"{n:.0f}: {ms * costs.seconds(n):.3g} ms" for n in dict.fromkeys((len(chosen), width)))
+        head = ms * costs.draft["chain"](1)
         return f"{plans}: {reason} (a pass of {passes}" + (f"; a step of the head {head:.3g} ms)" if head else ")")
 
     def _cause(self, drafts: bool) -> str:
-        rates, plain = self._rates, self._rates["off"]
+        rates = {name: rate / self.costs.pace for name, rate in self._rates.items()}
+        plain = rates["off"]
         best = max((name for name in rates if name not in ("off", "chosen")), key=rates.__getitem__, default="")
         if self._probe:
             return f"a probe of {'plain steps' if self._probe.what == 'off' else 'the head'}"
@@ -338,12 +380,17 @@ class Controller:
         return f"{plain:.0f} tokens a second expected" + (f", {rates[best]:.0f} with {best}" if best else "")
 
 
+def _alike(chains: list[list[Option]], length: int) -> list[Option]:
+    """Return chains of one length, but for requests that have shorter ones only."""
+    return [own[min(length, len(own) - 1)] for own in chains]
+
+
 class Fixed(Controller):
     """Always the same plan, with the same interface and the same statistics."""
 
     def __init__(self, plan: DraftPlan) -> None:
         super().__init__(plan.length)
-        self.plan = plan
+        self.plan, self.drafting = plan, plan.length > 0
 
     def calibration(self, *, samples: bool) -> tuple[float, ...] | None:
         return None

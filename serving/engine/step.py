@@ -119,7 +119,8 @@ class Decoder:
         """Run one pass of the target; requests may be finished afterwards."""
         start = time.perf_counter()
         decoding = [active for active in requests if not active.reading]
-        trees = self._draft(decoding, requests)
+        chunks = self._chunks([active for active in requests if active.reading], beside=bool(decoding))
+        trees = self._draft(decoding, requests, sum(len(part.segment.ids) for part in chunks))
         began = time.perf_counter()
         parts = []
         for active, tree in zip(decoding, trees, strict=True):  # the last token, not read yet, and the drafts after it
@@ -127,7 +128,7 @@ class Decoder:
             parents = None if tree.is_chain else [-1, *(parent + 1 for parent in tree.parents)]
             segment = Segment(active.slot, past, past, [active.answer.last_id, *tree.tokens], parents)
             parts.append(_Part(active, segment, tree))
-        parts += self._chunks([active for active in requests if active.reading], beside=bool(decoding))
+        parts += chunks
         batch = RaggedBatch.of([part.segment for part in parts], self.runner.target.device)
         entered = time.perf_counter()
         hidden, auxiliary = self.runner.forward(batch)
@@ -157,18 +158,20 @@ class Decoder:
         if self._asynchronous:
             wait_for(self.runner.target.device)
 
-    def _draft(self, requests: list[ActiveRequest], everyone: list[ActiveRequest]) -> list[DraftTree]:
+    def _draft(self, requests: list[ActiveRequest], everyone: list[ActiveRequest], prompts: int) -> list[DraftTree]:
         """Draft a tree for each request, by the plans that the controller chooses.
 
         everyone: those whose prompt is being read, too. Where others draft the head reads it along, so that no step
-        waits until it has read the whole of it.
+        waits until it has read the whole of it. prompts: tokens of prompts in this step.
         """
         for active in requests:
             row = active.estimate
             row.room, row.remaining = active.draftable, active.answer.remaining
             row.head = min(row.room, active.head_cap) if active.drafting is not None else 0
             row.match = active.lookup.match.length if active.lookup is not None and row.room else 0
-        chosen = self.controller.choose([active.estimate for active in requests])
+        chosen = self.controller.choose(
+            [active.estimate for active in requests], prompts, len(everyone) - len(requests)
+        )
         self._plans = dict(zip(requests, chosen, strict=True))
         jobs = {active: self._job(active, plan) for active, plan in self._plans.items() if plan.length}
         drafted = self._head_drafts(jobs, everyone) if self.proposer is not None else {}
@@ -198,11 +201,12 @@ class Decoder:
     ) -> dict[ActiveRequest, DraftTree]:
         """Let the head draft, and read what it must before; everyone: see `_draft`."""
         assert self.proposer is not None
+        along = jobs and self.controller.drafting  # what only a probe looks at, the next step may not need
         late = [
             active
             for active in everyone
             if active.drafting is not None
-            and active.estimate.backlog >= (1 if active in jobs or (jobs and active.reading) else MOST_UNREAD)
+            and active.estimate.backlog >= (1 if active in jobs or (along and active.reading) else MOST_UNREAD)
         ]
         if not (jobs or late):
             return {}

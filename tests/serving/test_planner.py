@@ -415,9 +415,9 @@ def test_requests_that_come_and_go_do_not_make_it_lose_to_plain(batch, tokens):
 
 
 def test_catching_up_counts_against_drafting_again():
-    for backlog, drafts in ((0, True), (10, True), (1000, False)):
+    for backlog, drafts in ((0, True), (5, True), (10, False), (1000, False)):
         controller = calibrated({1: 0.02, 2: 0.02})
-        for tokens in (10, 1000):
+        for tokens in (5, 10, 1000):  # with two tokens left, a draft saves less than a whole step
             controller.observe_catch_up(tokens, tokens * 0.002)
         row = row_of(controller, 1, backlog=backlog)
         row.remaining = 2
