@@ -142,8 +142,8 @@ class Decoder:
         read = time.perf_counter()
         verdicts = self._verify(parts, logits)
         decided = time.perf_counter()
-        for part, (verdict, logits) in zip(parts, verdicts, strict=True):
-            self._advance(part, verdict, logits, auxiliary)
+        for part, (verdict, own) in zip(parts, verdicts, strict=True):
+            self._advance(part, verdict, own, auxiliary)
         seconds = time.perf_counter() - began
         if len(decoding) == len(parts):
             self.seconds["target"] += read - entered
@@ -152,6 +152,10 @@ class Decoder:
         for active in decoding:  # with planning and drafting
             active.stats.decode_seconds += time.perf_counter() - start
         self.controller.observe_target(batch.ids.shape[1], seconds, ignore=len(decoding) < len(parts))
+        # the readers wake up, and take Python's lock whenever the engine gives it up: not before all else is done
+        for part, (verdict, _) in zip(parts, verdicts, strict=True):
+            if verdict is not None and not part.active.finished:  # the last tokens come with the completion
+                part.active.request.release(part.active.answer.release())
 
     def _wait(self) -> None:
         """Wait for the device, so that the clock may be read."""
@@ -327,8 +331,6 @@ class Decoder:
                 break
         if not active.request.times.first_token:
             active.request.times.first_token = time.monotonic()
-        if answer.finish_reason is None:  # otherwise the last tokens come with the completion
-            active.request.release(answer.release())
         return emitted
 
 
