@@ -289,7 +289,8 @@ class Engine:
             seed = secrets.randbelow(SEED_LIMIT)
         requested = self.longest_draft if speculation.num_tokens is None else speculation.num_tokens
         proposer, cache = self.models.proposer, self.models.runner.cache
-        cap = min(requested, self.longest_draft) if speculation.enabled else 0
+        useful = max(0, params.max_new_tokens - 2)  # the first token and the last one are the target's own
+        cap = min(requested, self.longest_draft, useful) if speculation.enabled else 0
         head_cap = min(cap, self.speculation_length) if proposer is not None else 0
         answer = GrowingAnswer(request.prompt_ids, params, target.tokenizer, target.eos_token_ids, self._special_ids)
         processor = Processor(params, request.prompt_ids, target.vocab_size, target.eos_token_ids)

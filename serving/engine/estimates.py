@@ -155,13 +155,14 @@ class RequestEstimate:
         self.remaining: float = math.inf  # the most tokens that may still be emitted
         self.emitted = 0  # tokens
 
-    def observe(self, emitted: int, *, by_head: bool) -> None:
+    def observe(self, emitted: int, *, by_head: bool, copied: int = 0) -> None:
         """Count the tokens of a step; by_head: the head drafted in it, and reads what was accepted when it does again.
 
-        What it drafted is observed by `observe_head`, and what would have been copied by `observe_lookup`.
+        copied: so many of the tokens were copied behind the head's, which then adds to what it must read. What the head
+        drafted is observed by `observe_head`, and what would have been copied by `observe_lookup`.
         """
         self.emitted += emitted
-        self.backlog = 0 if by_head else self.backlog + emitted
+        self.backlog = copied if by_head else self.backlog + emitted
 
     def observe_head(self, planned: int, drafted: int, accepted: int) -> None:
         """Count `accepted` of `drafted` tokens in a row, where the plan allowed `planned`.

@@ -16,6 +16,7 @@ from serving.engine.verification import DraftTree
 
 LOOKUP_LENGTH = 31  # the most tokens copied at a time: a pass of 32
 _REFRESHED = 16  # suffixes, from the longest on, whose latest occurrence is brought up to date with each token
+_TRIED = 64  # suffixes, from the longest on, that are tried for a match behind tokens which are not in the list yet
 _NO_EDGES: dict[int, int] = {}
 
 
@@ -75,8 +76,10 @@ class SuffixAutomaton:
             return self.match  # whose end is that of an earlier place
         state, length = max(0, self._link[self._last]), self.match.length
         for token in following:
+            links = 0  # a list of equal tokens has as many suffixes as tokens
             while state and self._follow(state, token) < 0:
-                state = self._link[state]
+                links += 1
+                state = self._link[state] if links < _TRIED else 0
                 length = self._length[state]
             after = self._follow(state, token)
             if after >= 0:

@@ -301,7 +301,7 @@ class Decoder:
         active, tree, row = part.active, part.tree, part.active.estimate
         depth = tree.depth - tree.copied  # of what the head drafted
         by_head = min(accepted, depth)
-        row.observe(len(following), by_head=depth > 0)
+        row.observe(len(following), by_head=depth > 0, copied=accepted - by_head)
         if depth and not trimmed:
             row.observe_head(self._plans[active].length, depth, by_head)
             self.controller.observe_confidence(tree, by_head, samples=active.samples)

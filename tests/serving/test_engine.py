@@ -327,14 +327,35 @@ def test_a_request_whose_end_goes_wrong_does_not_hang(monkeypatch, where):
 def test_a_request_that_cannot_be_taken_up_fails_alone(monkeypatch, where):
     """Its slot is free again, also where it was the head that could not take it up."""
     engine = Engine(TARGET, HEAD, max_batch=1, **CHAIN)
-    first, second = engine.submit([50], params(2)), engine.submit([51], params(2))
+    first, second = engine.submit([50], params(3)), engine.submit([51], params(3))
     owner: Any = engine if where == "_activate" else engine.models.proposer
     inner, calls = getattr(owner, where), iter([bad])
     monkeypatch.setattr(owner, where, lambda *arguments: next(calls, inner)(*arguments))
     finish(engine)
     with pytest.raises(RuntimeError, match="out of luck"):
         first.result(0)
-    assert len(second.result(0).token_ids) == 2 and all_free(engine.models.runner.cache)
+    assert len(second.result(0).token_ids) == 3 and all_free(engine.models.runner.cache)
+
+
+def test_tokens_are_handed_out_once_all_requests_have_theirs(monkeypatch):
+    """Whoever wakes up takes Python's lock, and the engine would wait for it between two requests."""
+    engine = Engine(TARGET, HEAD, max_batch=2, **CHAIN)
+    first, second = engine.submit([50], params(4)), engine.submit([51], params(4))
+    known: list[int] = []
+    monkeypatch.setattr(first, "release", lambda tokens: known.append(len(engine._active[1].answer.tokens)))
+    engine.step()
+    assert known == [1] and engine._active[1].request is second
+    finish(engine)
+
+
+@pytest.mark.parametrize(("tokens", "drafts"), [(2, False), (3, True)])
+def test_a_request_too_short_for_drafts_prepares_for_none(tokens, drafts):
+    engine = Engine(TARGET, HEAD, speculation="auto")
+    engine.submit([50], params(tokens))
+    engine.step()
+    [active] = engine._active
+    assert (active.drafting is not None, active.lookup is not None) == (drafts, drafts)
+    finish(engine)
 
 
 def test_closing_turns_everyone_away():
@@ -393,13 +414,13 @@ def test_figures_are_of_one_moment(threaded, monkeypatch):
     """The thread that steps changes no figure of the controller while somebody reads them."""
     controller, inner, changed = threaded.controller, Curve.table, list[bool]()
 
-    def table(curve):
+    def table(curve, pace):
         if not changed:
             writer = threading.Thread(target=lambda: controller.observe_target(99, 1.0))
             writer.start()
             writer.join(0.1)
             changed.append(not writer.is_alive())
-        return inner(curve)
+        return inner(curve, pace)
 
     monkeypatch.setattr(Curve, "table", table)
     assert "99" not in threaded.stats()["speculation"]["target_seconds"] and changed == [False]

@@ -99,6 +99,16 @@ def test_nothing_is_copied_behind_a_token_that_ends_the_answer():
         )
 
 
+def test_looking_behind_a_run_of_one_token_takes_no_longer_the_longer_it_is(monkeypatch):
+    automaton = SuffixAutomaton()
+    for _ in range(2000):
+        automaton.append(7)
+    calls, inner = [], automaton._follow
+    monkeypatch.setattr(automaton, "_follow", lambda *edge: calls.append(edge) or inner(*edge))
+    assert automaton.match_after([8]).length == 0 and len(calls) < 100
+    assert automaton.match_after([7, 7]).length == 2000
+
+
 # engines
 
 

@@ -244,6 +244,43 @@ def test_requests_without_drafts_are_decoded_plainly_beside_those_with_drafts():
     assert DraftPlan.lookup(9).capped(row_of(controller, 8, match=2)) == DraftPlan.lookup(8)
 
 
+def test_drafts_must_pay_beside_prompts_and_in_the_company_of_those_that_read():
+    controller = calibrated({1: 0.010, 8: 0.010, 16: 0.02, 32: 0.04, 64: 0.08})
+    six, two = ([row_of(controller, 1) for _ in range(count)] for count in (6, 2))
+    assert any(plan.length for plan in controller.choose(six))  # up to eight tokens cost the same
+    controller.drafting = False
+    assert controller.choose(six, 32) == [OFF] * 6
+    assert controller.choose(two, 32) == [DraftPlan.chain(1)] * 2
+    controller.drafting = False
+    assert controller.choose(two, 32, 6) == [OFF] * 2  # soon a token takes an eighth of a pass
+
+
+def test_a_width_that_only_noise_makes_cheap_is_not():
+    controller = calibrated({1: 0.01, 8: 0.02, 9: 0.02, 16: 0.03, 32: 0.05})
+    rows = [row_of(controller, 8, head=0) for _ in range(7)]
+    assert controller.choose([*rows, row_of(controller, 8, head=0, match=1)]) == [OFF] * 8
+    assert controller.choose([*rows, row_of(controller, 8, head=0, match=8)])[-1].copied
+
+
+def test_a_slow_machine_makes_no_width_cheap_that_was_not_run_since():
+    machine = Machine(**MACHINES["two cores"])
+    controller = calibrated({width: machine.target(width) for width in (1, 2, 4, 8, 16, 32)})
+    before = controller.costs.target(32) / controller.costs.target(16)
+    for _ in range(40):
+        controller.observe_target(16, 3 * machine.target(16))
+    assert controller.costs.pace == pytest.approx(3)
+    assert controller.costs.target(32) / controller.costs.target(16) == pytest.approx(before)
+    controller.choose([row_of(controller, 0)])
+    assert controller.stats()["target_seconds"]["16"] == pytest.approx(3 * machine.target(16))
+
+
+def test_a_head_that_could_not_pay_if_it_were_always_right_is_not_probed():
+    for base, probed in ((20, True), (0.05, False)):
+        simulation = simulate(dict(base=base, token=3.0, draft=0.6), batch=4, rate=0.0)
+        simulation.steps(100)  # it has been tried
+        assert simulation.until_probe(300) == probed
+
+
 def test_a_request_of_poor_acceptance_stops_drafting_and_the_next_one_starts_afresh():
     simulation = simulate("two cores", rate=0.7)
     simulation.steps(600)
@@ -426,6 +463,8 @@ def test_catching_up_counts_against_drafting_again():
         assert row.backlog == backlog + 1
         row.observe(2, by_head=True)
         assert row.backlog == 0 and row.emitted == 3
+        row.observe(5, by_head=True, copied=2)
+        assert row.backlog == 2
 
 
 def test_stats_are_json_and_name_the_choice():
@@ -484,6 +523,16 @@ def test_widths_that_were_never_run_have_a_cost(points, expected):
         for outlier in (1, 1, 1, 5, 1):
             curve.observe(width, outlier * seconds)
     assert {width: curve(width) for width in expected} == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("points", [{1: 3.0, 4: 3.1, 8: 5.0, 16: 5.1}, {1: 1.0, 8: 8.0, 32: 32.0}, {4: 1.0}, {}])
+def test_the_least_slope_is_that_of_the_best_number_of_tokens(points):
+    curve = Curve()
+    for width, seconds in points.items():
+        curve.observe(width, seconds, 3)
+    for width in (1, 3, 8, 20):
+        slopes = [(curve(width + more) - curve(width)) / more for more in (*range(1, 100), 10**6)]
+        assert curve.least_slope(width) == pytest.approx(min(slopes), rel=1e-3)
 
 
 def test_noise_never_makes_a_wider_pass_cheaper():
