@@ -5,11 +5,14 @@ from __future__ import annotations
 import inspect as introspection
 import logging
 import os
+import random
 import signal
 import sys
 import time
 import typing
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,6 +22,7 @@ from pydantic import BaseModel
 from draft import demo
 from draft.data.settings import EndpointSettings, LocalServer, Settings
 from draft.errors import UserError, file_trouble, plain_console
+from draft.files import write_jsonl
 from draft.training.config import SECTIONS, resolve
 
 app = typer.Typer(
@@ -114,6 +118,107 @@ def _given(settings: type[BaseModel], flags: dict[str, Any]) -> dict[str, Any]:
 
 
 # The commands, in the order of the work.
+
+
+@app.command(
+    epilog=_examples(
+        "draft-train text /usr/share/doc /usr/share/man --out text.jsonl",
+        "draft-train text unpacked --out text.jsonl --megabytes 100 --languages en --languages de",
+        "draft-train prepare --prompts text.jsonl --keep-responses --out data/text",
+    )
+)
+def text(
+    places: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            metavar="[FOLDER]...",
+            help="Folders of documentation and source code [default: the installed Python's].",
+            show_default=False,
+        ),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="JSONL file to write: rows of text, kind, language and source.")] = Path(
+        "text.jsonl"
+    ),
+    languages: Annotated[
+        list[str] | None,
+        typer.Option(help="Language of prose to keep, as en, de, fr, es, it or pt; repeatable [default: all]."),
+    ] = None,
+    megabytes: Annotated[
+        float | None,
+        typer.Option(
+            min=0.01,
+            help="Characters of the texts, in millions: 60 % English, 20 % code, 20 % other languages, at most 15 % of "
+            "each from one source, a folder below the given ones [default: all].",
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the order.")] = 0,
+) -> None:
+    """Turn documentation and source code into clean pieces of ordinary text."""
+    from draft.data.passages import LANGUAGES, group, installed_places, read_passages, share_out
+
+    if wrong := [language for language in languages or () if language not in LANGUAGES]:
+        raise UserError(f"--languages {wrong[0]!r} is not known; choose from {', '.join(LANGUAGES)}.")
+    with console.status("reading"):
+        pieces = read_passages(places or installed_places())
+    kept = [piece for piece in pieces if piece.kind == "code" or not languages or piece.language in languages]
+    random.Random(seed).shuffle(kept)
+    if megabytes:
+        kept = share_out(kept, round(megabytes * 1e6))
+    write_jsonl(out, map(asdict, kept))
+    sizes: Counter[str] = Counter()
+    for piece in kept:
+        sizes[group(piece)] += len(piece.text.encode())
+    parts = ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in sorted(sizes.items()))
+    console.print(f"Wrote {out}: {len(kept)} pieces ({parts}).", soft_wrap=True)
+
+
+@app.command(
+    epilog=_examples(
+        "draft-train prompts --out prompts.jsonl --count 20000",
+        "draft-train prompts --out code.jsonl --count 500 --kind code --kind code-editing --passages text.jsonl",
+        "draft-train prompts --out held.jsonl --count 400 --seed 1 --exclude prompts.jsonl --share chat=10",
+        "draft-train prepare --prompts prompts.jsonl --out data/general --max-length 4096",
+    )
+)
+def prompts(
+    out: Annotated[Path, typer.Option(help="JSONL file to write: rows of messages and kind.")],
+    count: Annotated[int, typer.Option(min=1, help="Number of prompts, all different.")],
+    seed: Annotated[int, typer.Option(help="Seed; with the same passages it gives the same prompts.")] = 0,
+    kind: Annotated[
+        list[str] | None,
+        typer.Option(help="Kind of prompt; repeatable [default: all].", show_default=False),
+    ] = None,
+    share: Annotated[
+        list[str] | None,
+        typer.Option(help="Share of a kind, as chat=30, beside the others' defaults; repeatable.", show_default=False),
+    ] = None,
+    passages: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="File that draft-train text wrote, or a folder of documentation; repeatable [default: the installed "
+            "Python's].",
+            show_default=False,
+        ),
+    ] = None,
+    exclude: Annotated[
+        list[Path] | None,
+        typer.Option(help="File of prompts that are not made again; repeatable.", show_default=False),
+    ] = None,
+) -> None:
+    """Make prompts of many kinds, for which prepare lets the target write responses."""
+    from draft.data.made_prompts import chosen_shares, counts, keys_of, make_prompts
+    from draft.data.passages import installed_places, read_passages
+
+    shares = chosen_shares(kind or (), share or ())
+    known = [key for file in exclude or () for key in keys_of(file)]
+    with console.status("reading passages"):
+        pieces = read_passages(passages or installed_places())
+    rows = make_prompts(count, seed, pieces, shares=shares, exclude=known)
+    write_jsonl(out, rows)
+    numbers = ", ".join(f"{name} {number}" for name, number in counts(rows).items())
+    console.print(
+        f"Wrote {out}: {len(rows)} prompts ({numbers}). Next: draft-train prepare --prompts {out}", soft_wrap=True
+    )
 
 
 Shard = Annotated[
