@@ -9,14 +9,34 @@ import re
 import textwrap
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
-from functools import cache, cached_property
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache
+from itertools import accumulate
 
 from draft.data.grammar import grammar
 from draft.data.passages import COMMON, LANGUAGES, Piece
 
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[\"'(¿¡]?[A-ZÄÖÜÉÈÀÁÍÓÚ¿¡])")
+_LONGEST_CODE = 3500  # characters of a piece of code that is shown as it is
 _DRAWS = 30  # of pieces in which something fit for use is looked for
+
+
+class _Pool:
+    """Pieces, drawn so that a source counts by the root of their number: a large one does not crowd out the others."""
+
+    def __init__(self, pieces: Iterable[Piece]) -> None:
+        self.sources: dict[str, list[Piece]] = {}
+        for piece in pieces:
+            self.sources.setdefault(piece.source, []).append(piece)
+        self.names = list(self.sources)
+        self.weights = list(accumulate(len(each) ** 0.5 for each in self.sources.values()))
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def draw(self, chance: random.Random) -> Piece:
+        source = chance.choices(self.names, cum_weights=self.weights)[0]
+        return chance.choice(self.sources[source])
 
 
 class Inputs:
@@ -24,18 +44,15 @@ class Inputs:
 
     def __init__(self, pieces: Sequence[Piece]) -> None:
         prose = [piece for piece in pieces if piece.kind == "prose"]
-        self.english = [piece.text for piece in prose if piece.language == "en"]
-        self.foreign = [(piece.language, piece.text) for piece in prose if piece.language != "en"]
-        self.code = [piece for piece in pieces if piece.kind == "code"]
-
-    @cached_property
-    def python(self) -> list[str]:
-        """Source texts that hold Python functions."""
-        return [piece.text for piece in self.code if piece.language == "python" and "def " in piece.text]
-
-    @cached_property
-    def other_code(self) -> list[Piece]:
-        return [piece for piece in self.code if len(piece.text) < 3500]
+        code = [piece for piece in pieces if piece.kind == "code"]
+        self.english = _Pool(piece for piece in prose if piece.language == "en")
+        self.foreign = {
+            name: _Pool(piece for piece in prose if piece.language == language)
+            for language, name in LANGUAGES.items()
+            if language != "en" and any(piece.language == language for piece in prose)
+        }
+        self.python = _Pool(piece for piece in code if piece.language == "python" and "def " in piece.text)
+        self.short_code = _Pool(piece for piece in code if len(piece.text) < _LONGEST_CODE)
 
     def has(self, name: str) -> bool:
         """True where there are passages for a slot, or it needs none."""
@@ -49,12 +66,12 @@ class Inputs:
     # English prose
 
     def passage(self, chance: random.Random, values: dict[str, str]) -> str:
-        return chance.choice(self.english)
+        return self.english.draw(chance).text
 
     def short_passage(self, chance: random.Random, values: dict[str, str]) -> str | None:
         """Paragraphs of 50 to 220 words."""
         for _ in range(_DRAWS):
-            paragraphs = chance.choice(self.english).split("\n\n")
+            paragraphs = self.english.draw(chance).text.split("\n\n")
             start = chance.randrange(len(paragraphs))
             text = ""
             while start < len(paragraphs) and len(text.split()) < 50:
@@ -65,7 +82,7 @@ class Inputs:
         return None
 
     def documents(self, chance: random.Random, values: dict[str, str]) -> str:
-        texts = [chance.choice(self.english) for _ in range(chance.randint(2, 4))]
+        texts = [self.english.draw(chance).text for _ in range(chance.randint(2, 4))]
         label = chance.choice(["Document {}:\n", "[{}] ", "## Text {}\n\n", "Source {}: "])
         return "\n\n".join(label.format(number) + text for number, text in enumerate(texts, 1))
 
@@ -73,8 +90,7 @@ class Inputs:
         """A word that the passage of this prompt has several times."""
         text = next((values[name] for name in ("passage", "short_passage", "documents") if name in values), None)
         if text is None:
-            name = chance.choice(["passage"])
-            text = values[name] = self.passage(chance, values)
+            text = values["passage"] = self.passage(chance, values)
         taken = {values.get("term"), values.get("other_term")}
         words = Counter(re.findall(r"\b[A-Za-z][a-z]{3,}\b", text))
         fit = [word for word, _ in words.most_common(40) if word.lower() not in _usual() and word not in taken][:8]
@@ -86,10 +102,10 @@ class Inputs:
     def sentences_en(self, chance: random.Random, values: dict[str, str]) -> str | None:
         return self._sentences(chance, self.english, chance.randint(2, 5))
 
-    def _sentences(self, chance: random.Random, texts: Sequence[str], number: int) -> str | None:
+    def _sentences(self, chance: random.Random, pool: _Pool, number: int) -> str | None:
         """That many sentences in a row, of ordinary length and without symbols."""
         for _ in range(_DRAWS):
-            paragraph = chance.choice(chance.choice(texts).split("\n\n")).removeprefix("- ")
+            paragraph = chance.choice(pool.draw(chance).text.split("\n\n")).removeprefix("- ")
             sentences = _SENTENCE_END.split(paragraph)
             start = chance.randrange(len(sentences))
             chosen = sentences[start : start + number]
@@ -117,8 +133,7 @@ class Inputs:
 
     def foreign_name(self, chance: random.Random, values: dict[str, str]) -> str:
         """The language of this prompt's foreign sentences."""
-        languages = sorted({language for language, _ in self.foreign})
-        return LANGUAGES[chance.choice(languages)]
+        return chance.choice(list(self.foreign))
 
     def sentence_foreign(self, chance: random.Random, values: dict[str, str]) -> str | None:
         return self._foreign(chance, values, 1)
@@ -128,14 +143,7 @@ class Inputs:
 
     def _foreign(self, chance: random.Random, values: dict[str, str], number: int) -> str | None:
         name = values.setdefault("foreign", self.foreign_name(chance, values))
-        return self._sentences(chance, self._by_language[name], number)
-
-    @cached_property
-    def _by_language(self) -> dict[str, list[str]]:
-        texts: dict[str, list[str]] = {}
-        for language, text in self.foreign:
-            texts.setdefault(LANGUAGES[language], []).append(text)
-        return texts
+        return self._sentences(chance, self.foreign[name], number)
 
     # code
 
@@ -163,7 +171,7 @@ class Inputs:
     def _function(self, chance: random.Random) -> str | None:
         """A whole function of 5 to 45 lines."""
         for _ in range(_DRAWS):
-            text = chance.choice(self.python)
+            text = self.python.draw(chance).text
             starts = list(re.finditer(r"^([ ]*)(?:async )?def \w+", text, re.MULTILINE))
             if not starts:
                 continue
@@ -178,7 +186,7 @@ class Inputs:
         return None
 
     def code_piece(self, chance: random.Random, values: dict[str, str]) -> str:
-        piece = chance.choice(self.other_code)
+        piece = self.short_code.draw(chance)
         return f"```{piece.language}\n{piece.text}\n```"
 
     # made up
@@ -285,7 +293,7 @@ INPUTS: dict[str, tuple[_Draw, str]] = {
     "function": (Inputs.function, "python"),
     "function_head": (Inputs.function_head, "python"),
     "broken_function": (Inputs.broken_function, "python"),
-    "code": (Inputs.code_piece, "other_code"),
+    "code": (Inputs.code_piece, "short_code"),
     "csv": (Inputs.csv, ""),
     "json": (Inputs.json, ""),
     "log": (Inputs.log, ""),

@@ -49,7 +49,7 @@ _CODE = {
 }  # fmt: skip
 _SKIPPED = re.compile(
     r"^(changelog|changes|news|copyright|authors|todo|history|record|genindex|search|index-|all-|license\.dependencies)"
-    r"|\.min\.|_pb2|/(tests?|testing|__pycache__|node_modules|locale_data|i18n)/|-changelog|whatsnew/changelog|/__init__\.pyi",
+    r"|\.min\.|_pb2|/(tests?|testing|__pycache__|node_modules|locale_data|i18n|_sources)/|-changelog|whatsnew/changelog|/__init__\.pyi",
     re.IGNORECASE,
 )
 _NOTICE = re.compile(
@@ -133,7 +133,7 @@ class _Reader:
             read: Callable[[Path], Iterable[str]] = _catalogue
         elif suffix == ".dict":
             read = _dictionary
-        elif suffix in (".html", ".htm", ".xhtml"):
+        elif suffix in (".html", ".htm", ".xhtml", ".page"):
             read = _html
         elif re.fullmatch(r"\.\d[a-z]*", suffix) and "man" in path.parent.name:
             read = _manual
@@ -217,7 +217,9 @@ def _good(paragraph: str) -> bool:
     if len(dense) < 3 or len(dense) > 12_000 or "\ufffd" in paragraph or _NOTICE.search(paragraph):
         return False
     letters = sum(letter.isalpha() for letter in dense)
-    if letters < 0.7 * len(dense) or re.search(r"(.)\1{7}|\b[0-9a-f]{24}|>>>|#\d{3}", dense):
+    if letters < 0.7 * len(dense) or len(re.findall(r"[^\W\d\u0000-\u024f]", dense)) > 0.05 * letters:
+        return False  # symbols, or other alphabets
+    if re.search(r"(.)\1{7}|\b[0-9a-f]{24}|>>>|#\d{3}", dense):
         return False
     return not re.search(r"\.{4}|(?:^| )\|.*\|", paragraph) and sum(map(str.isupper, dense)) < 0.4 * letters + 4
 
@@ -242,7 +244,8 @@ def _content(path: Path) -> str:
 def _is_plain(path: Path, suffix: str) -> bool:
     """True for files of text whose names do not say so: README, METADATA, and cookies of fortune."""
     name = path.name.lower()
-    return name.startswith(("readme", "metadata", "faq")) or (not suffix and "fortunes" in path.parts)
+    cookies = "fortunes" in path.parts and suffix in ("", ".fortunes")
+    return cookies or name.startswith(("readme", "metadata", "faq"))
 
 
 def _plain(path: Path) -> Iterator[str]:
@@ -252,7 +255,12 @@ def _plain(path: Path) -> Iterator[str]:
     if text.count("`") > 0.2 * text.count("\n") > 20 and text.count("\t") > text.count("\n"):  # dialogues of games
         text = "\n\n".join(re.findall(r"`([^`\n]+)`", text))
     text = re.sub(r"```.*?```|<!--.*?-->", "\n\n", text, flags=re.DOTALL)
-    text = re.sub(r"!?\[([^\]\n]*)\]\([^)\n]*\)|`([^`\n]+)`_?", r"\1\2", text)  # links, names in back quotes
+    # links, names in back quotes, emphasis, and marks of quoted lines
+    text = re.sub(r"!?\[([^\]\n]*)\]\([^)\n]*\)|(?::[\w:+-]+:)?`([^`]{1,200})`_?", r"\1\2", text)
+    text = re.sub(r"(?<!\w)([_*]{1,2})([\w\"][^_*]*)\1(?!\w)|^> ?", r"\2", text, flags=re.MULTILINE)
+    if path.name.endswith((".pod", ".pod.gz")):
+        text = re.sub(r"^=\w+.*|\bX<[^>]*>", "", text, flags=re.MULTILINE)
+        text = re.sub(r"\b[A-Z]<+ ?([^<>]*) ?>+", r"\1", text)
     text = re.sub(r"\*\*|``|^\s*(#+|\.\. .*|:\w+:.*|=+|-{3,}|~{3,})\s*$", "", text, flags=re.MULTILINE)
     text = re.sub(r"^(#+ )", "\n\n", text, flags=re.MULTILINE)
     yield from _reflowed(text.replace("\n%\n", "\n\n"))
@@ -271,11 +279,13 @@ def _reflowed(text: str) -> Iterator[str]:
 
 _TAGS = re.compile(r"<[^>]*>")
 _SET_APART = re.compile(
-    r"<(script|style|nav|head|header|footer|form|table|svg|select)\b.*?</\1\s*>|<!--.*?-->"
+    r"<(script|style|nav|head|info|header|footer|form|table|svg|select)\b.*?</\1\s*>|<!--.*?-->"
     r"|<div[^>]*class=\"(?:nav|toc|sphinxsidebar|related|footer)[^>]*>.*?</div>",
     re.DOTALL | re.IGNORECASE,
 )
-_BLOCKS = re.compile(r"</?(?:p|div|h\d|ul|ol|dl|dt|dd|section|blockquote|article|br ?/?)\b[^>]*>", re.IGNORECASE)
+_BLOCKS = re.compile(
+    r"</?(?:p|div|h\d|ul|ol|dl|dt|dd|section|blockquote|article|br ?/?|title|item)\b[^>]*>", re.IGNORECASE
+)
 
 
 def _html(path: Path) -> Iterator[str]:
@@ -289,8 +299,8 @@ def _html(path: Path) -> Iterator[str]:
             yield line
 
 
-_REQUEST = re.compile(r"^[.'](\w+)\s*(.*)$")
-_ESCAPE = re.compile(r"\\(f\[?\w+\]|f.|s[+-]?\d|[&|^/,%])")
+_REQUEST = re.compile(r"^[.'](\S+)\s*(.*)$")
+_ESCAPE = re.compile(r"\\(f(\(..|\[\w*\]|.)|s[+-]?\d|\*(\(..|\[[^\]]*\]|.)|[&|^/,%])")
 _GLYPHS = {
     r"\-": "-", r"\(aq": "'", r"\(em": " - ", r"\(en": "-", r"\(lq": '"', r"\(rq": '"', r"\e": "\\", r"\ ": " ",
     r"\(co": "©", r"\(cq": "'", r"\(oq": "'", r"\(bu": "-", r"\~": " ", r"\(dq": '"', r"\(rs": "\\", r"\:": "",
@@ -315,8 +325,9 @@ def _manual(path: Path) -> Iterator[str]:
             and rest
         ):
             if not example:
-                joined = name in ("BR", "IR", "RB", "RI", "BI", "IB")
-                rest = re.sub(r"(?<!\\)\"", "", rest if not joined else re.sub(r"(?<!\\) ", "", rest))
+                if name:  # alternating fonts stand side by side
+                    words = [quoted or word for quoted, word in re.findall(r'"([^"]*)"|((?:\\ |[^ ])+)', rest)]
+                    rest = ("" if len(name) == 2 and name.isupper() and name != "SM" else " ").join(words)
                 lines.append(("-" if name == "Fl" else "") + rest)
         else:
             yield _typeset(lines)
@@ -336,8 +347,8 @@ def _typeset(lines: list[str]) -> str:
 def _dictionary(path: Path) -> Iterator[str]:
     """The entries of a dictd dictionary, each as one paragraph."""
     for entry in re.split(r"\n(?=\S)", _content(path)):
-        text = " ".join(re.sub(r"\[[^\]]*\]|\{|\}|\\", "", entry).split())
-        yield text.replace(" -- ", ": ")
+        text = " ".join(re.sub(r"\[[^\]]*\]|\{|\}|\\|\([^a-z ]*\)", "", entry).split())
+        yield re.sub(r"^(.*?) \S*[\"*`]\S*(?<!,),?", r"\1,", text, count=1)  # the syllables of the word
 
 
 def _catalogue(path: Path) -> Iterator[str]:
