@@ -22,14 +22,14 @@ _DRAWS = 30  # of pieces in which something fit for use is looked for
 
 
 class _Pool:
-    """Pieces, drawn so that a source counts by the root of their number: a large one does not crowd out the others."""
+    """Pieces, drawn so that a source counts less than in proportion: a large one leaves room for the others."""
 
     def __init__(self, pieces: Iterable[Piece]) -> None:
         self.sources: dict[str, list[Piece]] = {}
         for piece in pieces:
             self.sources.setdefault(piece.source, []).append(piece)
         self.names = list(self.sources)
-        self.weights = list(accumulate(len(each) ** 0.5 for each in self.sources.values()))
+        self.weights = list(accumulate(len(each) ** 0.75 for each in self.sources.values()))
 
     def __len__(self) -> int:
         return len(self.names)
