@@ -27,7 +27,7 @@ _LENGTHS = (200, 300, 450, 650, 900)  # words after which a piece ends, at its n
 _CODE_LENGTHS = (1200, 2000, 3000, 4500)  # characters
 _WIDEST = 200  # characters of a line of source code that people write
 
-# the commonest words of a language tell it from others; texts in the last four are not kept
+# the commonest words of a language tell it from others; texts in the last five are not kept
 _COMMON = {
     "en": "the of and to a in is that it for be this with as are or not you can if on by an from which will have was",
     "de": "der die das und ist nicht den von zu mit ein eine im auf für sie des dem werden wird kann auch oder als es",
@@ -36,6 +36,7 @@ _COMMON = {
     "it": "il la i le di che e un una del in per è con non si da al della dei sono nel come più o può questo gli",
     "pt": "o a os as de que e em um uma do da se por para com não é ao no na como mais ou são pode dos das ser você",
     "ca": "el la els les de que i en un una del per amb no és al més o està si pot aquest aquesta ser als dels hi ha",
+    "gl": "o a os as de que e do da un unha para por con non é ao na no como máis ou son pode dos das ser vostede se",
     "nl": "de het een van en is dat niet in op te voor met zijn als aan er om ook door naar bij wordt kan deze of u",
     "ro": "de și în la cu o un din pe care este nu se pentru să sunt mai ca sau această prin fi dacă poate al ale",
     "da": "og i at det er en til på som af for med ikke den de der et kan du vil har om men eller skal fra som",
