@@ -96,7 +96,10 @@ def choices(logits: Tensor, keys: Tensor | None = None, inverse_temperature: flo
 
 
 def set_threads(count: int) -> None:
-    """Set the number of threads that the operators share, the caller's included; at first all cores of this process."""
+    """Set the number of threads that the operators share, the caller's included.
+
+    At first all cores of this process, or OMP_NUM_THREADS where that is fewer.
+    """
     torch.ops.draftsmith.set_threads(count)
 
 

@@ -13,6 +13,7 @@
 #include <chrono>
 #include <condition_variable>
 #include <cstdint>
+#include <cstdlib>
 #include <mutex>
 #include <thread>
 #include <vector>
@@ -115,12 +116,16 @@ class Pool {
     }
   }
 
+  // Cores of this process, or as few as OMP_NUM_THREADS asks for: whoever shares a machine sets it for all libraries.
   static int available_cores() {
+    int cores = std::max(1u, std::thread::hardware_concurrency());
 #if defined(__linux__)
     cpu_set_t allowed;
-    if (sched_getaffinity(0, sizeof allowed, &allowed) == 0) return std::max(1, CPU_COUNT(&allowed));
+    if (sched_getaffinity(0, sizeof allowed, &allowed) == 0) cores = std::max(1, CPU_COUNT(&allowed));
 #endif
-    return std::max(1u, std::thread::hardware_concurrency());
+    const char* requested = std::getenv("OMP_NUM_THREADS");
+    const int limit = requested ? std::atoi(requested) : 0;
+    return limit > 0 ? std::min(cores, limit) : cores;
   }
 
   std::mutex turn_;  // held while a job runs

@@ -71,8 +71,8 @@ class ModelOptions(TypedDict, total=False):
     pack_in_place: the compiled mode replaces the linear layers of the target itself, which then serves nothing else; by
     default it packs a copy, and the caller's target keeps its weights, too.
     threads: of the arithmetic on a CPU, of the whole process: of the compiled kernels all cores of this process by
-    default, and PyTorch is left with one then (`torch.set_num_threads`), because its threads wait for each other
-    actively, and stall when another process takes a core.
+    default, or OMP_NUM_THREADS, and PyTorch is left with one then (`torch.set_num_threads`), because its threads wait
+    for each other actively, and stall when another process takes a core.
     """
 
     mode: str

@@ -1,5 +1,6 @@
 """The CPU kernels: threads, schemas of operators, building; packed linear layers against the product in float64."""
 
+import os
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
@@ -29,6 +30,15 @@ def test_threads_do_not_change_bits():
             results.append((packed_linear(x, packed, 1000), attend(case)))
     for a, b in pairwise(results):
         assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
+
+
+@pytest.mark.parametrize(("requested", "expected"), [("1", 1), ("4096", None), ("many", None), ("", None)])
+def test_the_variable_of_openmp_limits_the_threads(requested, expected):
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    program = "from cpu_kernels.ops import load_kernels, threads; from draft.files import cache_folder; "
+    program += "load_kernels(cache_folder()); print(threads())"
+    status, shown = ended(python("-c", program, OMP_NUM_THREADS=requested))
+    assert status == 0 and int(shown.splitlines()[-1]) == (expected or cores)
 
 
 def test_operators_say_truly_what_they_change_and_return():
