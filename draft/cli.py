@@ -164,6 +164,8 @@ def text(
     random.Random(seed).shuffle(kept)
     if megabytes:
         kept = share_out(kept, round(megabytes * 1e6))
+    if not kept:
+        raise UserError("no text is left of the files; give more folders, other --languages, or more --megabytes.")
     write_jsonl(out, map(asdict, kept))
     sizes: Counter[str] = Counter()
     for piece in kept:

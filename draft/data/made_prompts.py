@@ -115,7 +115,8 @@ class _Maker:
         return None
 
     def _possible(self, form: str) -> bool:
-        return all(self.inputs.has(name) for _, name, *_ in _SLOT.findall(form) if name in INPUTS)
+        names = {name[0].lower() + name[1:] for _, name, *_ in _SLOT.findall(form)}
+        return all(map(self.inputs.has, names & INPUTS.keys()))
 
     def _messages(self, form: str, loose: bool) -> Messages | None:
         """The form filled in: one message for each of its turns; None where the passages have nothing for it."""

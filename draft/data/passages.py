@@ -11,8 +11,10 @@ import gettext
 import gzip
 import html
 import re
+import struct
 import sysconfig
 import warnings
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -57,6 +59,8 @@ _NOTICE = re.compile(
     r"copyright \(c\)|©|all rights reserved|permission is hereby granted|warrant(y|ies)", re.IGNORECASE
 )
 
+_BROKEN = re.compile("[\ud800-\udfff\ufffd]")  # halves of characters, and what stands for unreadable ones
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -83,7 +87,8 @@ def read_passages(places: Sequence[str | Path]) -> list[Piece]:
         elif path.exists():
             for file in [path] if path.is_file() else _files(path):
                 below = file.relative_to(path).parts if path.is_dir() else (file.name,)
-                pieces += reader.read(file, below[0])
+                # a name in another encoding than UTF-8 could not be written
+                pieces += reader.read(file, below[0].encode(errors="replace").decode())
         else:
             raise UserError(f"{str(place)!r}: no such file or folder; give folders of documentation or source code.")
     if not pieces:
@@ -215,7 +220,7 @@ def language_of(text: str) -> str | None:
 def _good(paragraph: str) -> bool:
     """True for words in sentences, and short examples."""
     dense = "".join(paragraph.split())
-    if len(dense) < 3 or len(dense) > 12_000 or "\ufffd" in paragraph or _NOTICE.search(paragraph):
+    if len(dense) < 3 or len(dense) > 12_000 or _BROKEN.search(paragraph) or _NOTICE.search(paragraph):
         return False
     letters = sum(letter.isalpha() for letter in dense)
     if letters < 0.7 * len(dense) or len(re.findall(r"[^\W\d\u0000-\u024f]", dense)) > 0.05 * letters:
@@ -232,7 +237,7 @@ def _content(path: Path) -> str:
     """The text of a file, also a compressed one; empty for what is no text."""
     try:
         data = gzip.decompress(path.read_bytes()) if path.suffix in (".gz", ".dz") else path.read_bytes()
-    except (OSError, EOFError):
+    except (OSError, EOFError, zlib.error):
         return ""
     if b"\0" in data[:4096]:
         return ""
@@ -357,9 +362,10 @@ def _catalogue(path: Path) -> Iterator[str]:
     try:
         with path.open("rb") as file:
             messages = gettext.GNUTranslations(file)._catalog  # type: ignore[attr-defined]
-    except (OSError, ValueError, UnicodeDecodeError):
+    except (OSError, ValueError, LookupError, struct.error):  # damaged, or in an unknown encoding
         return
-    pairs = [(key.rpartition("^")[2], value) for key, value in messages.items() if isinstance(key, str) and key]
+    # the original follows its context
+    pairs = [(key.rpartition("\x04")[2], value) for key, value in messages.items() if isinstance(key, str) and key]
     for side in (0, 1):
         for pair in pairs:
             text = " ".join(_TAGS.sub("", pair[side]).split())

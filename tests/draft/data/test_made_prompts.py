@@ -6,6 +6,7 @@ import gzip
 import json
 import random
 import re
+import struct
 from collections import Counter
 from pathlib import Path
 
@@ -136,6 +137,40 @@ def test_text_of_files_is_clean_and_told_apart(tmp_path: Path, folder: Path) -> 
     assert again.read_bytes() == out.read_bytes()
 
 
+def test_damaged_files_and_odd_names_are_no_hindrance(tmp_path: Path) -> None:
+    root = tmp_path / "files"
+    odd = root / "caf\udce9"  # é in latin-1
+    odd.mkdir(parents=True)
+    (odd / "mill.txt").write_text(ENGLISH)
+    packed = gzip.compress(GERMAN.encode())
+    (root / "broken.txt.gz").write_bytes(packed[:20] + b"\xff" * 9 + packed[29:])
+    (root / "cut.txt.gz").write_bytes(packed[:40])
+    (root / "broken.mo").write_bytes(b"\xde")
+    halves = ENGLISH.replace("\n\n", "\\ud800\n\n").replace("mill", "shop")  # a literal of half a character
+    (root / "halves.py").write_text(f'"""{halves}"""\n')
+    run("text", root, "--out", tmp_path / "text.jsonl")
+    pieces = read_passages([tmp_path / "text.jsonl"])
+    assert [(piece.source, piece.kind) for piece in pieces] == [("caf?", "prose")]
+    assert "wheel turns" in pieces[0].text and "shop" not in pieces[0].text
+
+
+def test_messages_of_a_catalogue_come_without_their_context(tmp_path: Path) -> None:
+    sentences = ENGLISH.replace("\n", " ").split(". ")
+    texts = {"": "Content-Type: text/plain; charset=UTF-8\n"}
+    texts |= {f"menu\x04{sentence}.": f"{sentence}!" for sentence in sentences}
+    table, data = b"", b""
+    entries = sorted((key.encode(), value.encode()) for key, value in texts.items())
+    start = 28 + 16 * len(entries)
+    for side in (0, 1):
+        for entry in entries:
+            table += struct.pack("<II", len(entry[side]), start + len(data))
+            data += entry[side] + b"\0"
+    header = struct.pack("<7I", 0x950412DE, 0, len(entries), 28, 28 + 8 * len(entries), 0, 0)
+    (tmp_path / "mill.mo").write_bytes(header + table + data)
+    text = "\n\n".join(piece.text for piece in read_passages([tmp_path]))
+    assert "bread of the valley is dark" in text and "menu" not in text and "\x04" not in text
+
+
 def test_languages_are_told_by_their_common_words() -> None:
     assert language_of(ENGLISH) == "en" and language_of(GERMAN) == "de"
     assert (
@@ -166,5 +201,12 @@ def test_mistakes_end_in_one_sentence(tmp_path: Path, arguments: list[str], mess
         (tmp_path / "none").mkdir()
     command = ["prompts", "--out", str(tmp_path / "out.jsonl"), "--count", "20", *given]
     with pytest.raises(UserError, match=re.escape(message)):
+        CliRunner().invoke(app, command, catch_exceptions=False)
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_no_text_is_a_mistake(tmp_path: Path, folder: Path) -> None:
+    command = ["text", str(folder / "man"), "--out", str(tmp_path / "out.jsonl"), "--languages", "de"]
+    with pytest.raises(UserError, match="no text is left of the files"):
         CliRunner().invoke(app, command, catch_exceptions=False)
     assert not (tmp_path / "out.jsonl").exists()
