@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from draft.errors import UserError
 from draft.heads import DraftHead
 from draft.training.config import RunSettings
 
@@ -29,6 +30,10 @@ def make_optimizer(parameters: Mapping[str, nn.Parameter], head: DraftHead, sett
     }
     if settings.training.optimizer == "adamw":
         return torch.optim.AdamW(groups.values(), lr=settings.learning_rate, betas=_BETAS, weight_decay=0.0)
+    if not hasattr(torch.optim, "Muon"):
+        raise UserError(
+            f"optimizer muon needs PyTorch 2.9 or newer, this is {torch.__version__}; update it or use adamw."
+        )
     layers = tuple(f"{target}.weight" for target in head.adapter_targets)
     matrices = [group for name, group in groups.items() if name.endswith(layers)]
     others = [group for name, group in groups.items() if not name.endswith(layers)]

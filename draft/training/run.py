@@ -34,9 +34,10 @@ from draft.training.config import SECTIONS, RunSettings, to_yaml
 from draft.training.distributed import part_of, whole
 from draft.training.optimizer import Average
 
-# settings that may change when a run goes on: the weights don't depend on them. Accumulation may where the number of
-# processes does, see `RunFolder.check`
-FREE = {"save_every", "keep_checkpoints", "eval_every", "eval_rows", "log_with", "gradient_accumulation"}
+# settings that may change when a run goes on: the weights of a step don't depend on them. Replays of other rows could
+# not be compared with the best one so far. Accumulation may change where the number of processes does, see
+# `RunFolder.check`
+FREE = {"save_every", "keep_checkpoints", "eval_every", "log_with", "gradient_accumulation"}
 OURS = ("config.yaml", "provenance.json", "metrics.jsonl", "training.png", "about.json", "logs", "checkpoints")
 RESULTS = ("head", "adapter")
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -127,6 +128,8 @@ class RunFolder:
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
+        if latest_snapshot(self.checkpoints) is None:  # of a run that ended before its first checkpoint
+            (self.checkpoints / _BEST).unlink(missing_ok=True)
         with atomic_file(self.folder / "config.yaml") as temporary:
             temporary.write_text(to_yaml(self.settings))
         write_json(self.folder / "provenance.json", provenance())
@@ -150,10 +153,19 @@ class RunFolder:
             shutil.rmtree(old)
 
     def save_best(self, weights: dict[str, Tensor], step: int, tau: float) -> None:
-        """Write the weights of the best replay so far."""
-        self.checkpoints.mkdir(parents=True, exist_ok=True)
-        with atomic_file(self.checkpoints / _BEST) as temporary:
-            save_file(weights, temporary, {"step": str(step), "tau": repr(tau)})
+        """Write the weights of the best replay so far.
+
+        Raises:
+            UserError: when they can't be written; those of the one before are intact then.
+        """
+        path = self.checkpoints / _BEST
+        try:
+            with atomic_file(path) as temporary:
+                save_file(weights, temporary, {"step": str(step), "tau": repr(tau)})
+        except (OSError, SafetensorError) as error:
+            raise UserError(
+                f"{str(path)!r} could not be written ({error}); make room there, and give the same command again."
+            ) from error
 
     def best(self) -> Best | None:
         """The best replay that was written."""

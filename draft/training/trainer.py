@@ -291,11 +291,12 @@ class Trainer:
             if not math.isfinite(tau):
                 return {}
             if self.settings.training.keep_best and self.done and self._annealed():
-                self.worse += 1
                 if self.best is None or tau >= self.best.tau:
                     self.best, self.worse = Best(self.done, tau), 0
                     weights = trained_weights(self.saver)
                     self.processes.on_main(lambda: self.run.save_best(weights, self.done, tau))
+                elif self.done > self.best.step:  # after an interruption the best may lie behind the checkpoint
+                    self.worse += 1
         return {"tau": tau}
 
     def _replay(self, head: DraftHead) -> float:

@@ -88,6 +88,35 @@ def test_the_weights_of_the_best_replay_are_kept(world, tmp_path, monkeypatch):
     assert min(trainer.done for trainer in trainers) > 6 and torch.equal(resumed.fc.weight, head.fc.weight)
 
 
+def test_a_best_replay_behind_the_checkpoint_ends_no_run(world, tmp_path, monkeypatch):
+    """A run that goes on from before its best replay comes to it again."""
+    taus = {0: 1.1, 3: 1.2, 6: 1.5, 9: 1.6, 12: 1.3}
+    monkeypatch.setattr(Trainer, "_replay", lambda trainer, head: taus[trainer.done])
+    flags = {"eval_every": 3, "save_every": 4, "keep_checkpoints": 9, "max_steps": 12, "patience": 1}
+    for _ in range(2):
+        run(world, "pretrain", tmp_path, **flags)
+        about = read_json(tmp_path / "about.json")
+        assert (about["kept_step"], about["steps"]) == (9, 12)
+        for step in (8, 12):
+            shutil.rmtree(tmp_path / "checkpoints" / f"step-{step:07d}")
+
+
+def test_a_best_replay_of_an_abandoned_run_is_not_kept(world, tmp_path, monkeypatch):
+    def replayed(trainer, head):
+        if trainer.done == 4:
+            raise RuntimeError("out of memory")
+        return 9.0
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="out of memory"):
+        patch.setattr(Trainer, "_replay", replayed)
+        run(world, "pretrain", tmp_path, eval_every=2, max_steps=4)
+    assert (tmp_path / "checkpoints" / "best.safetensors").is_file()
+    flags = {"eval_every": 0, "max_steps": 2}
+    first = load_head(run(world, "pretrain", tmp_path, **flags))[0]
+    again, about = load_head(run(world, "pretrain", tmp_path, **flags))
+    assert "kept_step" not in about and torch.equal(first.fc.weight, again.fc.weight)
+
+
 def test_an_adapter_is_kept_once_its_activation_is_gone(world, tmp_path, monkeypatch):
     monkeypatch.setattr(Trainer, "_replay", lambda trainer, head: 2.0 - trainer.done / 100)  # the earlier the better
     run(world, "adapt", tmp_path, max_steps=10, eval_every=1, rank=2, decay_ratio=0.5)
@@ -220,6 +249,11 @@ def test_a_new_head_has_the_requested_options(world, tmp_path, architecture, opt
         ("adapt", {"optimizer": "muon"}, "optimizer muon is for the training of all weights"),
         ("adapt", {"freeze_lm_head": True}, "freeze_lm_head is for the training of all weights"),
         ("pretrain", {"patience": 2, "eval_every": 0}, "patience counts replays without a better one; it needs"),
+        (
+            "pretrain",
+            {"name": "eagle3", "draft_vocab_size": 180, "eval_rows": 2},
+            "eval_rows was 3, is 2",
+        ),
         ("pretrain", {"name": "eagle3", "draft_vocab_size": 100}, "holds a run with other settings"),
         ("pretrain", {"target": "{world}/other"}, "prepared for target"),
     ],
