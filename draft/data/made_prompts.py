@@ -82,10 +82,15 @@ def keys_of(file: str | Path) -> list[str]:
     """The keys of the prompts in a file that this wrote before."""
     keys = []
     for where, record in records(str(file)):
-        if not isinstance(record, dict) or not isinstance(record.get("messages"), list):
+        messages = record.get("messages") if isinstance(record, dict) else None
+        if not isinstance(messages, list) or not all(map(_is_text, messages)):
             raise UserError(f"{where}: no row of messages; give a file that draft-train prompts wrote.")
-        keys.append(key(record["messages"]))
+        keys.append(key(messages))
     return keys
+
+
+def _is_text(message: object) -> bool:
+    return isinstance(message, dict) and isinstance(message.get("content"), str)
 
 
 def _whole(count: int, shares: Mapping[str, float]) -> dict[str, int]:

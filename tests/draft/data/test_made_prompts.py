@@ -189,11 +189,13 @@ def test_languages_are_told_by_their_common_words() -> None:
         (["--passages", "nowhere"], "'nowhere': no such file or folder"),
         (["--passages", "EMPTY"], "no passages found; give folders that hold documentation"),
         (["--exclude", "EMPTY/other.jsonl"], "other.jsonl, line 1: no row of messages"),
+        (["--exclude", "EMPTY/odd.jsonl"], "odd.jsonl, line 1: no row of messages"),
         (["--kind", "code-editing", "--passages", "EMPTY/text.jsonl"], "code-editing has only 0 different prompts"),
     ],
 )
 def test_mistakes_end_in_one_sentence(tmp_path: Path, arguments: list[str], message: str) -> None:
     (tmp_path / "other.jsonl").write_text('{"prompt": "a"}\n')
+    (tmp_path / "odd.jsonl").write_text('{"messages": [{"role": "user", "content": null}]}\n')
     (tmp_path / "text.jsonl").write_text(json.dumps(PIECES[1].__dict__) + "\n")
     given = [argument.replace("EMPTY", str(tmp_path)) for argument in arguments]
     if given[-1] == str(tmp_path):
