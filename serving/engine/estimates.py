@@ -200,6 +200,8 @@ class RequestEstimate:
 
 WINDOW = 15  # measurements kept of each width: their median leaves out steps that another process slowed down
 PACE_WINDOW = 5  # passes whose median tells how fast the machine is at present
+FIRST = 5  # passes of a width that the later ones are compared with
+STEADY = 1.2  # paces nearer to 1 are noise
 ENOUGH = 3  # measurements of a width before it counts as known
 
 
@@ -282,13 +284,14 @@ class StepCosts:
     catch_up: of reading what the target decoded while the head did not draft, by its tokens.
 
     Other processes make a machine slow for a while, and a width that is not run then would look cheap. So all curves
-    are in seconds of the calibration: what is measured is divided by `pace`, which tells how much longer the last
-    passes took than they would have taken then.
+    are in seconds of a calm machine: what is measured is divided by `pace`, which tells how much longer the last passes
+    took than the first ones of their width did. Not than those of the calibration, which are passes alone: what
+    sampling and bookkeeping add to a step would look like a slow machine, and never be learned.
     """
 
     def __init__(self) -> None:
         self.pace = 1.0
-        self._calibration = Curve()
+        self._first: dict[int, list[float]] = {}  # seconds of the first passes of each width
         self._ratios: deque[float] = deque(maxlen=PACE_WINDOW)
         self.target = Curve()
         self.draft = {"chain": Curve(), "tree": Curve()}
@@ -296,14 +299,17 @@ class StepCosts:
 
     def calibrate(self, tokens: int, seconds: float) -> None:
         """Take the figure of a pass that was run for it."""
-        self._calibration.observe(tokens, seconds, ENOUGH)
         self.target.observe(tokens, seconds, ENOUGH)
 
     def observe_target(self, tokens: int, seconds: float) -> None:
         """Take the figure of a pass, and the machine's pace from it."""
-        if calibrated := self._calibration(tokens):
-            self._ratios.append(seconds / calibrated)
-            self.pace = median_low(self._ratios)
+        first = self._first.setdefault(_bucket(tokens), [])
+        if len(first) >= ENOUGH:
+            self._ratios.append(seconds / median_low(first))
+            pace = median_low(self._ratios)
+            self.pace = pace if max(pace, 1 / pace) > STEADY else 1.0
+        if len(first) < FIRST:
+            first.append(seconds / self.pace)
         self.target.observe(tokens, seconds / self.pace)
 
     def seconds(self, tokens: float, steps: float = 0.0, drafting: int = 0) -> float:

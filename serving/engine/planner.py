@@ -91,10 +91,8 @@ class Controller:
         self.acceptance = Acceptance()
         self.calibrations = Calibration(), Calibration()  # of greedy requests, and of those that sample
         self.plans: list[DraftPlan] = []  # of the present step
-        self.floor, self.tail_floor = (
-            0.0,
-            math.inf,
-        )  # survival from which one more token pays: drafted by the head, and copied
+        self.floor = 0.0  # survival from which one more token of the head pays
+        self.tail_floor = math.inf  # the same of one that is copied
         self.chosen: Counter[str] = Counter()
         self.probes = 0
         self._rates: dict[str, float] = {}  # tokens per second that plans promised at the last decision

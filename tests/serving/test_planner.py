@@ -265,6 +265,8 @@ def test_a_width_that_only_noise_makes_cheap_is_not():
 def test_a_slow_machine_makes_no_width_cheap_that_was_not_run_since():
     machine = Machine(**MACHINES["two cores"])
     controller = calibrated({width: machine.target(width) for width in (1, 2, 4, 8, 16, 32)})
+    for _ in range(3):
+        controller.observe_target(16, machine.target(16))
     before = controller.costs.target(32) / controller.costs.target(16)
     for _ in range(40):
         controller.observe_target(16, 3 * machine.target(16))
@@ -272,6 +274,17 @@ def test_a_slow_machine_makes_no_width_cheap_that_was_not_run_since():
     assert controller.costs.target(32) / controller.costs.target(16) == pytest.approx(before)
     controller.choose([row_of(controller, 0)])
     assert controller.stats()["target_seconds"]["16"] == pytest.approx(3 * machine.target(16))
+
+
+@pytest.mark.parametrize(("batch", "rate"), [(16, 0.3), (8, 0.5)])
+def test_what_requests_add_to_a_pass_is_learned_and_not_taken_for_a_slow_machine(batch, rate):
+    costs = dict(base=10.0, token=0.2, draft=0.8)
+    simulation = simulate({**costs, "base": 10.0 + 0.8 * batch}, batch, rate, seed=1)
+    for width in (1, 2, 4, 8, 16, 32):
+        simulation.controller.costs.calibrate(width, Machine(**costs).target(width))
+    simulation.steps(250)
+    assert speed(simulation.steps(350)) >= 0.97 * best(simulation)
+    assert simulation.controller.costs.pace == pytest.approx(1, abs=0.15)
 
 
 def test_a_head_that_could_not_pay_if_it_were_always_right_is_not_probed():
