@@ -214,7 +214,9 @@ def load_rows(settings: RunSettings, target: Target, console: Console) -> tuple[
         )
     if left_out := len(offered) - len(kept):
         console.print(f"{left_out} training rows are left out: their prompts are held out in another data set.")
-    return train, [row for row in held_out if row.greedy][: settings.training.eval_rows]
+    greedy = [row for row in held_out if row.greedy]
+    count = min(settings.training.eval_rows, len(greedy))
+    return train, [greedy[place * len(greedy) // count] for place in range(count)]  # of all data sets
 
 
 def _general_rows(
