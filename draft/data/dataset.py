@@ -394,17 +394,22 @@ def token_counts(rows: Sequence[Row], vocab_size: int) -> Tensor:
     return torch.bincount(torch.tensor(trained, dtype=torch.int64), minlength=vocab_size)
 
 
-def draft_vocabulary(rows: Sequence[Row], size: int, vocab_size: int, always: Iterable[int] = ()) -> Tensor:
+def draft_vocabulary(
+    rows: Sequence[Row], size: int, vocab_size: int, always: Iterable[int] = (), kept: Tensor | None = None
+) -> Tensor:
     """The `size` target ids that are trained on most often, sorted: [size] int64.
 
-    Ties go to the lower id, and so do places that no trained token needs. `always` (the ends of a turn) come first.
+    Ties, and places that no trained token needs, go to those of `kept` (a head's vocabulary until now), then to the
+    lower id. `always` (the ends of a turn) come first.
 
     Raises:
         UserError: when `size` exceeds the target's vocabulary or has no room for `always`.
     """
     if size > vocab_size:
         raise UserError(f"a draft vocabulary of {size} tokens exceeds the target's {vocab_size}; choose a smaller one.")
-    counts = token_counts(rows, vocab_size)
+    counts = 2 * token_counts(rows, vocab_size)
+    if kept is not None:
+        counts[kept.cpu()] += 1
     required = torch.tensor(sorted(set(always)), dtype=torch.int64)
     if len(required) > size:
         raise UserError(

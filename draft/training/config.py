@@ -98,7 +98,9 @@ class ModelSettings(_Section):
         ge=1,
     )
     rebuild_vocabulary: bool = _setting(
-        False, "Choose --head's vocabulary anew from the data (pretrain, adapt by full)."
+        False,
+        "Take the data's most frequent tokens into --head's vocabulary, for those that they lack (pretrain, adapt by "
+        "full).",
     )
     dtype: str = _setting("auto", "Compute dtype: auto, bfloat16, float16, float32 or float64.")
     device: str = _setting("auto", "Device: auto, cpu, cuda.")

@@ -42,24 +42,26 @@ def starting_head(
     attach_head(head, {} if model.other_target else about, target)
     head.to(target.dtype if settings.method != "full" else master_dtype(target))
     if model.rebuild_vocabulary:
-        head = with_vocabulary(head, target, _choose_vocabulary(model, target, rows))
+        head = with_vocabulary(head, target, _choose_vocabulary(model, target, rows, head))
     share = coverage(rows, head.vocabulary.cpu())
     console.print(f"The head's vocabulary covers {share:.1%} of the tokens that are trained on.")
     if share < 0.95:
         console.print(
             f"Warning: {1 - share:.1%} of this domain's tokens can never be drafted with this head; "
-            "a head pretrained on this domain would know them.",
+            "`--method full --rebuild-vocabulary` takes them in.",
             style="yellow",
         )
     return head, about
 
 
-def _choose_vocabulary(model: ModelSettings, target: Target, rows: list[Row]) -> Tensor:
-    """Target ids [draft_vocab] that a new head drafts from: the most frequent ones of the data."""
+def _choose_vocabulary(model: ModelSettings, target: Target, rows: list[Row], head: DraftHead | None = None) -> Tensor:
+    """Target ids [draft_vocab] that a head drafts from: the most frequent ones of the data, then those of `head`."""
+    kept = head.vocabulary if head is not None and len(head.vocabulary) < target.vocab_size else None
     reduced = ARCHITECTURES[model.new_architecture].reduced_vocabulary and not model.options.get("shared_lm_head")
     usual = min(DRAFT_VOCABULARY, target.vocab_size) if reduced else target.vocab_size
     # a requested size is not cut: `draft_vocabulary` refuses one that is too large
-    return draft_vocabulary(rows, model.draft_vocab_size or usual, target.vocab_size, sorted(target.eos_token_ids))
+    size = model.draft_vocab_size or (usual if kept is None else len(kept))
+    return draft_vocabulary(rows, size, target.vocab_size, sorted(target.eos_token_ids), kept)
 
 
 def blank_head(target: Target, vocabulary: Tensor, model: ModelSettings) -> DraftHead:

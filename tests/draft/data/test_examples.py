@@ -3,6 +3,7 @@
 import random
 
 import pytest
+import torch
 from conftest import TEMPLATE, make_tiny_target
 
 from draft.data.dataset import Row, coverage, draft_vocabulary
@@ -89,6 +90,9 @@ def test_the_vocabulary_holds_the_tokens_trained_on_most():
     rows = [row([9, 9, 9, 9, 5, 5, 7, 4, 3], [False] * 4 + [True] * 5)]
     assert draft_vocabulary(rows, 3, 12, always=[11]).tolist() == [3, 5, 11]  # ties go to the lower id
     assert draft_vocabulary(rows, 7, 12, always=[11]).tolist() == [0, 1, 3, 4, 5, 7, 11]  # filled from below
+    kept = torch.tensor([7, 9, 10])  # before those that nobody needs, after those that are needed
+    assert draft_vocabulary(rows, 7, 12, always=[11], kept=kept).tolist() == [3, 4, 5, 7, 9, 10, 11]
+    assert draft_vocabulary(rows, 3, 12, always=[11], kept=kept).tolist() == [5, 7, 11]  # ties go to them
     vocabulary = draft_vocabulary(rows, 3, 12, always=[11])
     assert coverage(rows, vocabulary) == pytest.approx(3 / 5)  # 5, 5 and 3 of five
     assert coverage([], vocabulary) == 1.0

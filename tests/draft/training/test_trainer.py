@@ -274,7 +274,10 @@ def test_small_weights_move_by_small_steps():
 
 def test_a_rebuilt_vocabulary_keeps_what_the_head_knows(world):
     base, _ = load_head(world / "eagle3" / "head")
-    flags = {"head": str(world / "eagle3" / "head"), "rebuild_vocabulary": True, "draft_vocab_size": 220}
+    flags = {"head": str(world / "eagle3" / "head"), "rebuild_vocabulary": True}
+    same = load_head(run(world, "pretrain", "same-size", max_steps=1, learning_rate=1e-9, **flags))[0]
+    assert same.config.draft_vocab_size == base.config.draft_vocab_size  # its size, and those of its tokens that fit
+    flags["draft_vocab_size"] = 220
     result = run(world, "pretrain", "rebuilt", max_steps=1, learning_rate=1e-9, **flags)
     rebuilt, _ = load_head(result)
     assert rebuilt.config.draft_vocab_size == 220
