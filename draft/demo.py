@@ -1,16 +1,20 @@
-"""Demonstration of the whole path: adapt the bundled head to grade-school word problems, compare it, serve it.
+"""Demonstration of the whole path: adapt the bundled head to a fine-tuned target, compare it, serve it.
 
-Each step is the command that a user would type, and it is printed before it runs. A repeated run continues: what a step
-has finished is not done again.
+The target that ships is fine-tuned, by a LoRA adapter that ships too, to turn the messages of a shop's customers into
+JSON records: the case of a team with a model of its own, which a stock head fits badly. Each step is the command that a
+user would type, and it is printed before it runs. A repeated run continues: what a step has finished is not done again.
 """
 
 from __future__ import annotations
 
 import json
 import shlex
+import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,8 +26,12 @@ from rich.table import Table
 from draft.errors import UserError
 from draft.launcher import draft_serve
 
-WORD_PROBLEMS = Path(__file__).parent / "data" / "word_problems.jsonl"
-QUESTION = "A baker sells 12 boxes with 6 muffins each, and then 9 single muffins. How many muffins did he sell?"
+TICKETS = Path(__file__).parent / "data" / "tickets.jsonl"
+GENERAL_PROMPTS = Path(__file__).parent / "data" / "general_prompts.jsonl"
+FINE_TUNED = Path(__file__).parent / "pretrained" / "smollm2-tickets-lora"
+SERVED = 9  # held-out prompts that both servers answer
+WARM_UP = 3  # of these, that are not counted: in them the automatic mode learns what drafts are worth
+NEW_TOKENS = 160
 EPILOG = "Examples:\n\n`draft-train demo`\n\n`draft-train demo --num-prompts 40 --epochs 1 --out runs/small-demo`"
 console = Console()
 
@@ -32,32 +40,39 @@ def demo(
     target: Annotated[str, typer.Option(help="Target: hub id, folder, .gguf file, or smollm2 (bundled).")] = "smollm2",
     target_adapter: Annotated[
         str | None,
-        typer.Option(help="PEFT LoRA adapter of the target, merged in memory: a folder.", show_default=False),
+        typer.Option(
+            help="PEFT LoRA adapter of the target, merged in memory: a folder [default of smollm2: one that ships].",
+            show_default=False,
+        ),
     ] = None,
     head: Annotated[str, typer.Option(help="Head to adapt: a folder, or the bundled one.")] = "smollm2-eagle3",
-    prompts: Annotated[Path, typer.Option(help="Prompts of the domain: JSONL.", show_default="word problems")] = (
-        WORD_PROBLEMS
+    prompts: Annotated[Path, typer.Option(help="Prompts of the domain: JSONL.", show_default="support tickets")] = (
+        TICKETS
     ),
-    num_prompts: Annotated[int, typer.Option(min=2, help="Number of prompts to use.")] = 150,
+    num_prompts: Annotated[int, typer.Option(min=2, help="Number of prompts to use.")] = 120,
     epochs: Annotated[float, typer.Option(help="Passes over the training data.")] = 2,
-    out: Annotated[Path, typer.Option(help="Folder to write; the same command continues there.")] = Path(
-        "runs/adaptation"
-    ),
+    out: Annotated[Path, typer.Option(help="Folder to write; the same command continues there.")] = Path("runs/demo"),
 ) -> None:
-    """Adapt the bundled head to word problems, compare it with its base and serve both: the whole path in minutes."""
+    """Adapt the bundled head to a fine-tuned target, compare it with its base and serve both: the path in minutes."""
     started = time.monotonic()
+    if target_adapter is None and target == "smollm2":
+        target_adapter = str(FINE_TUNED)
     model = ["--target", target] + (["--target-adapter", target_adapter] if target_adapter else [])
-    data, run, adapted, report = (out / name for name in ("data", "run", "head", "report"))
-    _draft_train("prepare", *model, "--prompts", prompts, "--num-prompts", num_prompts, "--max-new-tokens", 128,
-                 "--greedy-share", 0.75, "--held-out-share", 0.3, "--out", data)  # fmt: skip
-    _draft_train("adapt", *model, "--head", head, "--data", data, "--method", "afa-lora", "--epochs", epochs,
-                 "--tokens-per-batch", 1024, "--draft-steps", 3, "--eval-every", 0, "--out", run)  # fmt: skip
+    data, general, run, adapted, report = (out / name for name in ("data", "general", "run", "head", "report"))
+    _draft_train("prepare", *model, "--prompts", prompts, "--num-prompts", num_prompts, "--max-new-tokens", NEW_TOKENS,
+                 "--greedy-share", 0.75, "--held-out-share", 0.25, "--out", data)  # fmt: skip
+    _draft_train("prepare", *model, "--prompts", GENERAL_PROMPTS, "--max-new-tokens", 96,
+                 "--greedy-share", 0.75, "--held-out-share", 0.4, "--out", general)  # fmt: skip
+    _draft_train("adapt", *model, "--head", head, "--data", data, "--mix-general", 0.15, "--general", general,
+                 "--method", "full", "--rebuild-vocabulary", "--learning-rate", 5e-4, "--epochs", epochs,
+                 "--tokens-per-batch", 512, "--draft-steps", 3, "--eval-every", 0, "--out", run)  # fmt: skip
     _draft_train("merge", run, "--out", adapted)
     (report / "comparison.json").unlink(missing_ok=True)
-    _draft_train("compare", *model, "--baseline", head, "--candidate", adapted, "--data", data, "--out", report,
-                 accepted=(0, 1))  # fmt: skip
-    answers = {name: ask(target, model, path) for name, path in (("base", head), ("adapted", str(adapted)))}
-    summarise(json.loads((report / "comparison.json").read_text()), answers)
+    _draft_train("compare", *model, "--baseline", head, "--candidate", adapted, "--data", data, "--general", general,
+                 "--out", report, accepted=(0, 1))  # fmt: skip
+    chosen = held_out_prompts(target, prompts, data, SERVED)
+    answers = serve_in_turn(model, {"base": head, "adapted": str(adapted)}, [text for _, text in chosen])
+    summarise(json.loads((report / "comparison.json").read_text()), answers, chosen[-1][0])
     console.print(
         f"\nDone in {(time.monotonic() - started) / 60:.1f} minutes. "
         "Next, with your own prompts (JSONL, a `prompt` column):\n"
@@ -78,53 +93,90 @@ def _draft_train(*words: object, accepted: tuple[int, ...] = (0,)) -> None:
         raise UserError(f"`draft-train {arguments[0]}` ended with status {status}; its message is above.")
 
 
-def ask(target: str, model: list[str], head: str) -> dict[str, Any]:
-    """Send QUESTION twice to a server with this head; return the second answer, which no warm-up slows, and `seconds`.
+def held_out_prompts(target: str, prompts: Path, data: Path, count: int) -> list[tuple[str, str]]:
+    """Return the last user turn, and the text under the chat template, of prompts that `data` holds out."""
+    from draft.data.dataset import open_dataset
+    from draft.data.examples import up_to_answer
+    from draft.data.prompts import load_prompts
+    from draft.target import load_tokenizer, render_chat
 
-    The server drafts chains of the length that `compare` decides by: the automatic mode drafts one token or none on a
-    CPU, and its speed and acceptance length would be the planner's, not the heads'.
+    tokenizer = load_tokenizer(target)
+    chosen: list[tuple[str, str]] = []
+    held_out = {tuple(row.ids[: row.prompt_length]) for row in open_dataset(data).rows("held-out")}
+    for prompt in load_prompts(str(prompts)):
+        messages = up_to_answer(prompt.messages, 0)
+        text = render_chat(tokenizer, messages, add_generation_prompt=True)
+        if tuple(tokenizer(text, add_special_tokens=False).input_ids) in held_out and len(chosen) < count:
+            chosen.append((str(messages[-1]["content"]), text))
+    return chosen
+
+
+def serve_in_turn(
+    model: Sequence[str],
+    heads: Mapping[str, str],
+    prompts: Sequence[str],
+    new_tokens: int = NEW_TOKENS,
+    options: Sequence[str] = (),
+) -> dict[str, list[dict[str, Any]]]:
+    """Let a server of each head answer each prompt, in turn, in the automatic mode and without others beside it.
+
+    model: options that name the target; prompts: texts under its chat template; options: further ones of the servers.
+
+    Returns:
+        by head the answers of `/generate`, with `seconds`, without those to the first WARM_UP prompts.
     """
     import httpx
 
-    from draft.evaluation.compare import DECIDING_LENGTH
-    from draft.target import load_tokenizer, render_chat
+    answers: dict[str, list[dict[str, Any]]] = {name: [] for name in heads}
+    with ExitStack() as stack:
+        clients = {}
+        for name, head in heads.items():
+            words = [*model, "--head", head, *options]
+            console.print(f"\n[bold]$ draft-serve {escape(shlex.join(words))}[/]", soft_wrap=True)
+            server = stack.enter_context(draft_serve(words))
+            clients[name] = stack.enter_context(httpx.Client(base_url=server.url, timeout=300, trust_env=False))
+        for number, prompt in enumerate(prompts):
+            body = {"inputs": prompt, "parameters": {"max_new_tokens": new_tokens, "details": True}}
+            for name in sorted(clients, reverse=bool(number % 2)):
+                began = time.monotonic()
+                response = clients[name].post("/generate", json=body)
+                seconds = time.monotonic() - began
+                if response.is_error:
+                    raise UserError(f"draft-serve answered with status {response.status_code}: {response.text.strip()}")
+                if number >= min(WARM_UP, len(prompts) - 1):
+                    answers[name].append({**response.json(), "seconds": seconds})
+    return answers
 
-    text = render_chat(load_tokenizer(target), [{"role": "user", "content": QUESTION}], add_generation_prompt=True)
-    body = {"inputs": text, "parameters": {"max_new_tokens": 128, "details": True}}
-    options = [*model, "--head", head, "--speculation", "chain", "--speculation-length", str(DECIDING_LENGTH)]
-    console.print(f"\n[bold]$ draft-serve {escape(shlex.join(options))}[/]", soft_wrap=True)
-    with draft_serve(options) as server, httpx.Client(base_url=server.url, timeout=300, trust_env=False) as client:
-        for _ in range(2):
-            began = time.monotonic()
-            response = client.post("/generate", json=body)
-            seconds = time.monotonic() - began
-        if response.is_error:
-            raise UserError(f"draft-serve answered with status {response.status_code}: {response.text.strip()}")
-        return {**response.json(), "seconds": seconds}
+
+def speeds(answers: Sequence[Mapping[str, Any]]) -> list[float]:
+    """Return the tokens per second of each answer, from the request to its end."""
+    return [answer["details"]["generated_tokens"] / answer["seconds"] for answer in answers]
 
 
-def summarise(comparison: dict[str, Any], answers: dict[str, dict[str, Any]]) -> None:
-    """Print acceptance lengths and speeds before and after, the verdict, and the served answers."""
+def summarise(comparison: dict[str, Any], answers: dict[str, list[dict[str, Any]]], question: str) -> None:
+    """Print acceptance lengths and speeds before and after, the verdict, and the last of the served answers."""
     length = comparison["deciding_length"]
-    table = Table(title=f"The head before and after adaptation (greedy, K = {length})")
+    table = Table(title=f"The head before and after adaptation (greedy, τ at K = {length})")
     for heading in ("", "base head", "adapted head", "gain"):
         table.add_column(heading)
-    for name, label in (("domain", "τ on held-out word problems"), ("general", "τ on general traffic")):
+    for name, label in (("domain", "τ on held-out prompts of the domain"), ("general", "τ on general traffic")):
         if comparison[name]:
             result = comparison[name]["greedy"]["speculation_lengths"][length - 1]
             taus = [_interval(result[head]["acceptance_length"], ".2f") for head in ("baseline", "candidate")]
             table.add_row(label, *taus, _interval(result["gain"], "+.1%"))
-    both = [answers["base"], answers["adapted"]]
-    base, adapted = (answer["details"]["generated_tokens"] / answer["seconds"] for answer in both)
-    label = f"tokens/s of one request, served with a chain of {length}"
-    table.add_row(label, f"{base:.1f}", f"{adapted:.1f}", f"{adapted / base - 1:+.1%}")
-    served = [answer["details"]["speculative"]["acceptance_length"] for answer in both]
-    table.add_row("τ of that request", *("-" if tau is None else f"{tau:.2f}" for tau in served), "")
+    base, adapted = (speeds(answers[name]) for name in ("base", "adapted"))
+    gains = [new / old - 1 for old, new in zip(base, adapted, strict=True)]
+    table.add_row(
+        f"tokens/s of draft-serve, median of {len(base)} answers",
+        *(f"{statistics.median(values):.0f}" for values in (base, adapted)),
+        f"{statistics.median(gains):+.0%} [{min(gains):+.0%}, {max(gains):+.0%}]",
+    )
     console.print()
     console.print(table)
     console.print(escape(comparison["summary"]))
-    console.print(f"\n[bold]{QUESTION}[/]\n{escape(answers['adapted']['generated_text'])}", highlight=False)
-    if both[0]["generated_text"] == both[1]["generated_text"]:
+    old, new = (answers[name][-1]["generated_text"] for name in ("base", "adapted"))
+    console.print(f"\n[bold]{escape(question)}[/]\n{escape(new)}", highlight=False)
+    if old == new:
         console.print("\nBoth heads gave the same text, as greedy decoding should.")
     else:
         console.print(
