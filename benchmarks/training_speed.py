@@ -254,11 +254,14 @@ class Step:
         counted = counter.get_flop_counts()["Global"]
         products = sum(count for op, count in counted.items() if str(op).rpartition(".")[2] in WEIGHT_PRODUCTS)
         rows, tokens = batch.input_ids.shape
+        steps = self.settings.training.draft_steps or 0
         pairs = rows * tokens * (tokens + 1) / 2  # of a query and a key that it sees
+        wanted = torch.stack([batch.trained_ahead(2 + step) for step in range(steps)]).any(0)  # the head's queries
+        pairs_of_head = int((wanted * torch.arange(1, tokens + 1)).sum())
         config, head = self.target.config, self.head.config
         width = config.num_attention_heads * (getattr(config, "head_dim", None) or config.hidden_size)
         in_target = 4 * pairs * width * self.target.num_layers  # two products of two operations each
-        in_head = 4 * pairs * head.num_attention_heads * head.head_dim * (self.settings.training.draft_steps or 0)
+        in_head = 4 * pairs_of_head * head.num_attention_heads * head.head_dim * steps
         return products + in_target + 3 * in_head  # the backward pass is twice the forward pass
 
     def memory_peak(self, batch: Batch) -> int | None:

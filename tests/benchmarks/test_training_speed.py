@@ -42,13 +42,17 @@ def test_counted_operations_are_those_of_the_formula(arguments):
     tokens, k = 64, step.settings.training.draft_steps
     layers = sum(m.weight.numel() for m in target.decoder.layers.modules() if isinstance(m, torch.nn.Linear))
     own = sum(m.weight.numel() for m in step.head.midlayer.modules() if isinstance(m, torch.nn.Linear))
+    attention = step.head.midlayer.self_attn
+    keys = attention.k_proj.weight.numel() + attention.v_proj.weight.numel()
     fc, vocabulary = step.head.fc.weight.numel(), step.head.lm_head.weight.numel()
     predicted = [int(batch.trained_ahead(2 + step).sum()) for step in range(k)]
     teacher = int(batch.trained_ahead(1).sum())
+    # of a row of 32, trained from token 8 on, step k predicts from entry 6 - k to entry 29 - k; all need keys at step 0
+    wanted = range(6 - (k - 1), 30)
+    in_layer = 3 * (tokens * keys + 2 * len(wanted) * (k * own - keys))
     # at step 0 the embeddings need no gradient, but the fused states beside them do
-    expected = 2 * tokens * (layers + 2 * fc + 3 * k * own) + 2 * vocabulary * (teacher + 3 * sum(predicted))
-    width = {"target": 4 * 8 * target.num_layers, "head": 3 * 4 * 8 * k}
-    expected += 4 * 2 * 32 * 33 / 2 * sum(width.values())
+    expected = 2 * (tokens * (layers + 2 * fc) + in_layer) + 2 * vocabulary * (teacher + 3 * sum(predicted))
+    expected += 4 * 2 * (32 * 33 / 2 * 4 * 8 * target.num_layers + sum(i + 1 for i in wanted) * 3 * 4 * 8 * k)
     assert step.flops(batch) == pytest.approx(expected, rel=1e-9)
 
 
