@@ -161,7 +161,8 @@ class Case:
 
     @property
     def drafts(self) -> bool:
-        return self.speculation.enabled and self.speculation.num_tokens != 0
+        """True where the head gets a slot: the first token and the last one are the target's own."""
+        return self.speculation.enabled and self.speculation.num_tokens != 0 and self.params.max_new_tokens > 2
 
 
 def submit(engine: Engine, case: Case) -> Request:
