@@ -92,7 +92,8 @@ def test_the_vocabulary_holds_the_tokens_trained_on_most():
     assert draft_vocabulary(rows, 7, 12, always=[11]).tolist() == [0, 1, 3, 4, 5, 7, 11]  # filled from below
     kept = torch.tensor([7, 9, 10])  # before those that nobody needs, after those that are needed
     assert draft_vocabulary(rows, 7, 12, always=[11], kept=kept).tolist() == [3, 4, 5, 7, 9, 10, 11]
-    assert draft_vocabulary(rows, 3, 12, always=[11], kept=kept).tolist() == [5, 7, 11]  # ties go to them
+    assert draft_vocabulary(rows, 3, 12, always=[11], kept=kept).tolist() == [7, 9, 11]  # two fives are too few
+    assert draft_vocabulary([*rows, row([5])], 3, 12, always=[11], kept=kept).tolist() == [5, 7, 11]
     vocabulary = draft_vocabulary(rows, 3, 12, always=[11])
     assert coverage(rows, vocabulary) == pytest.approx(3 / 5)  # 5, 5 and 3 of five
     assert coverage([], vocabulary) == 1.0
