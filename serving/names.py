@@ -1,10 +1,18 @@
-"""Names that others see."""
+"""Names that others see: of models, which reveal no folders, and of heads."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 from draft.errors import UserError
 
 MAX_HEAD_NAME = 64  # characters
+
+
+def public_name(name: str) -> str:
+    """Return a name that reveals nothing of the machine's folders: a path's last part; hub ids stay whole."""
+    path = Path(name).expanduser()
+    return path.resolve().name if path.is_absolute() or path.exists() else name
 
 
 def check_head_name(name: str) -> None:

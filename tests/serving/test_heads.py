@@ -8,6 +8,7 @@ import itertools
 import logging
 import random
 import shutil
+import sys
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_tiny_head, make_tiny_target
+from conftest import make_tiny_head, make_tiny_target, save_target
 from oracle import CHAINS, COPIES, Fickle, all_free
 from trained_heads import train_briefly
 
@@ -23,6 +24,7 @@ from draft.errors import UserError
 from draft.heads import checkpoint
 from draft.heads.checkpoint import head_sha256, load_unchanged_head, save_head
 from draft.target import Target
+from serving import cli
 from serving.engine import Engine, Request, SamplingParams, Speculation
 from serving.engine.drafting import HeadProposer
 from serving.engine.estimates import DraftPlan, HeadEstimate, RequestEstimate
@@ -412,6 +414,22 @@ def test_a_folder_that_changes_while_it_is_loaded_gives_no_torn_head(
     if whole:
         loaded = load_unchanged_head(tmp_path / "head", target)
         assert loaded.fingerprint == head_sha256(folder / "eagle3") != head_sha256(folder / "good")
+
+
+def test_the_servers_options(folder: Path, tmp_path: Path, target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_target(tmp_path / "target", target)
+    monkeypatch.setattr(cli, "serve_until_stopped", lambda app, load, *_: loaded.append(load()))
+    loaded: list[Engine] = []
+    words = ["--target", str(tmp_path / "target"), "--dtype", "float64", "--port", "0", "--no-warm-up"]
+    words += ["--no-self-check", "--head", str(folder / "eagle"), "--head", f"other={folder / 'good'}"]
+    monkeypatch.setattr(sys, "argv", ["draft-serve", *words, "--route", "auto"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert not ended.value.code
+    [engine] = loaded
+    assert [head.name for head in engine.heads] == ["eagle", "other"] and engine.heads.default_name == "eagle"
+    assert engine.heads.route == "auto" and not engine.checks_heads
+    assert engine.heads["other"].head.fingerprint == head_sha256(folder / "good")
 
 
 # trials
