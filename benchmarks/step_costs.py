@@ -29,7 +29,7 @@ def step_costs(plain: Engine, drafting: Engine) -> dict[str, Any]:
     Medians over rounds in which every pass runs once, so that a slow moment of the machine affects all alike.
     """
     runs: dict[Any, Callable[[], object]] = {width: _target_pass(plain.models.runner, width) for width in WIDTHS}
-    proposer = drafting.models.proposer
+    proposer = drafting.proposer
     if isinstance(proposer, HeadProposer):
         state = proposer.join()
         for name, length, read in (("one", 1, 0), ("long", LONG_CHAIN, 0), ("read", 1, 2)):

@@ -6,6 +6,7 @@ import logging
 import os
 import ssl
 import sys
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -15,6 +16,7 @@ from typer import Option
 
 from draft.errors import UserError, file_trouble
 from draft.launcher import end_with_starter
+from serving.names import check_head_name, public_name
 from serving.server import Listener, serve_until_stopped
 
 if TYPE_CHECKING:
@@ -27,6 +29,8 @@ Examples:
   draft-serve --head smollm2-eagle3
       the bundled target and head, on http://127.0.0.1:8000
   draft-serve --target ./my-llama --head ./my-head --host 0.0.0.0 --port 9000
+  draft-serve --head base=smollm2-eagle3 --head sql=./my-head --route auto
+      two heads; each request gets the one that is accepted best for its system prompt
   curl localhost:8000/generate -H 'content-type: application/json' \\
       -d '{"inputs": "Once upon a time", "parameters": {"max_new_tokens": 40}}'
 """
@@ -41,8 +45,20 @@ ClientCertificate = Literal["none", "optional", "required"]
 Target = Annotated[str, Option(help="Target: a hub id, a folder, a .gguf file, or smollm2 (bundled).")]
 TargetAdapter = Annotated[str | None, Option(help="Folder of a PEFT LoRA adapter, merged into the target.")]
 ChatTemplate = Annotated[Path | None, Option(help="File of a Jinja chat template. Default: the target's own.")]
-Head = Annotated[
-    str | None, Option(help="Draft head: a folder, or smollm2-eagle3 (bundled). Default: none, drafts by lookup only.")
+HeadFolders = Annotated[
+    list[str] | None,
+    Option(
+        metavar="[NAME=]FOLDER",
+        help="Draft head: a folder, or smollm2-eagle3 (bundled). Repeatable; the first is the default, and the name is "
+        "the folder's where none is given. Default: none, drafts by lookup only.",
+    ),
+]
+Route = Annotated[
+    Literal["default", "auto"],
+    Option(
+        help="Head of requests that name none: the default one, or the one that is accepted best for prompts of their "
+        "kind (of one system prompt)."
+    ),
 ]
 Drafting = Annotated[
     Literal["auto", "chain", "tree", "off"],
@@ -130,7 +146,8 @@ def serve(
     target: Target = "smollm2",
     target_adapter: TargetAdapter = None,
     chat_template: ChatTemplate = None,
-    head: Head = None,
+    head: HeadFolders = None,
+    route: Route = "default",
     speculation: Drafting = "auto",
     speculation_length: DraftLength = 5,
     tree_size: TreeSize = 16,
@@ -168,6 +185,7 @@ def serve(
 ) -> None:
     """Serve a target, and the draft head that makes it faster, over HTTP."""
     _check_words(api_key, metrics_prefix)
+    heads = named_heads(head or [])
     tls = _tls(ssl_certfile, ssl_keyfile, ssl_keyfile_password, ssl_ca_certs, ssl_cert_reqs)
     with Listener(host, port) as listener:  # before the model is loaded, which takes longer than finding the port taken
         from serving.api.app import Limits, create_app  # here, so that --help does not wait for torch
@@ -176,23 +194,25 @@ def serve(
         log_as_json()
         limits = Limits(max_new_tokens_limit, max_body_bytes, request_seconds=request_timeout or None)
         access: Any = dict(api_key=api_key, strict_model_name=strict_model_name, cors_origins=cors_origin or ())
-        app = create_app(None, head_name=head, limits=limits, metrics_prefix=metrics_prefix, **access)
+        app = create_app(
+            None, limits=limits, metrics_prefix=metrics_prefix, loopback=listener.is_loopback, **access
+        )  # fmt: skip
         load = partial(
-            load_engine, target, head, dtype, target_adapter=target_adapter, chat_template=chat_template,
+            load_engine, target, heads, dtype, target_adapter=target_adapter, chat_template=chat_template, route=route,
             warm_up=warm_up, self_check=self_check, mode=mode, threads=threads, arithmetic=arithmetic, weights=weights,
             head_weights=head_weights, speculation=speculation, speculation_length=speculation_length,
             tree_size=tree_size, lookup=lookup, rule=rule, max_batch=max_batch, max_length=max_length,
             kv_cache_memory=kv_cache_memory, prefill_chunk=prefill_chunk, max_waiting=max_waiting,
             max_waiting_tokens=max_waiting_tokens,
         )  # fmt: skip
-        drafter = f"with {head}, K = {speculation_length}, {rule}" if head else "without a draft head"
+        drafter = f"with {', '.join(head)}, K = {speculation_length}, {rule}" if head else "without a draft head"
         models, url = " + ".join(filter(None, (target, target_adapter))), listener.url("https" if tls else "http")
         serve_until_stopped(app, load, listener, f"serving {models} {drafter} on {url}", drain_seconds, tls)
 
 
 def load_engine(
     target: str,
-    head: str | None,
+    head: str | Mapping[str, str] | None,
     dtype: str,
     *,
     target_adapter: str | None = None,
@@ -203,7 +223,9 @@ def load_engine(
     kv_cache_memory: str | None = None,
     **options: Any,
 ) -> Engine:
-    """Return an engine that is ready to be started; kv_cache_memory: with a unit; options: of Engine.
+    """Return an engine that is ready to be started.
+
+    head: a folder, or several by the heads' names; kv_cache_memory: with a unit; options: of Engine.
 
     Raises:
         UserError: when the target or the head cannot be loaded, do not fit each other, or an option is out of range.
@@ -211,7 +233,7 @@ def load_engine(
     import torch
     from transformers.utils.logging import disable_progress_bar
 
-    from draft.heads.checkpoint import attach_head, load_head
+    from draft.heads.checkpoint import load_unchanged_head
     from draft.target import load_target, read_chat_template
     from serving.engine import Engine
     from serving.engine.setup import decoding_dtype
@@ -227,17 +249,34 @@ def load_engine(
     if template is not None:
         loaded.use_chat_template(template)
     _report_template(loaded)
-    draft_head = None
-    if head is not None:
-        draft_head, about = load_head(head, dtype=loaded.dtype, device=loaded.device)
-        attach_head(draft_head, about, loaded)
-    engine = Engine(loaded, draft_head, threads=threads, pack_in_place=True, kv_cache_memory=memory, **options)
+    folders = named_heads([head]) if isinstance(head, str) else head or {}
+    heads = {name: load_unchanged_head(folder, loaded) for name, folder in folders.items()}
+    engine = Engine(loaded, heads, threads=threads, pack_in_place=True, kv_cache_memory=memory, **options)
     logging.getLogger(__name__).info("KV cache: %s", engine.models.cache_size)
     if warm_up:
         engine.warm_up()
+    engine.checks_heads = self_check
     if self_check:
         engine.self_check()
     return engine
+
+
+def named_heads(words: Sequence[str]) -> dict[str, str]:
+    """Return the folders of heads by their names, of words as `--head` takes them.
+
+    Raises:
+        UserError: for a name that none can have, or two heads of one name.
+    """
+    folders: dict[str, str] = {}
+    for word in words:
+        name, equals, folder = word.partition("=")
+        if not equals or Path(word).exists():
+            name, folder = public_name(word), word
+        check_head_name(name)
+        if name in folders:
+            raise UserError(f"--head {word!r}: there is a head {name!r} already; name it: --head NAME=FOLDER.")
+        folders[name] = folder
+    return folders
 
 
 def _report_template(target: LoadedTarget) -> None:

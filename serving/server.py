@@ -8,6 +8,7 @@ import signal
 import socket
 import threading
 from collections.abc import Callable
+from ipaddress import ip_address
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -50,6 +51,11 @@ class Listener:
         except OSError as error:
             message = f"cannot listen on {host} port {port} ({error.strerror})"
             raise UserError(f"{message}; choose another --host or --port (0: a free one).") from error
+
+    @property
+    def is_loopback(self) -> bool:
+        """True where only this machine reaches it."""
+        return ip_address(self.socket.getsockname()[0].partition("%")[0]).is_loopback
 
     def url(self, scheme: str) -> str:
         return f"{scheme}://{f'[{self.host}]' if ':' in self.host else self.host}:{self.port}"

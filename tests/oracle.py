@@ -10,7 +10,8 @@ import itertools
 import random
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from serving.engine import Completion, Engine, Request, SamplingParams, Speculat
 from serving.engine.answer import GrowingAnswer, special_ids
 from serving.engine.drafting import Job, Proposer
 from serving.engine.estimates import OFF, DraftPlan, RequestEstimate
+from serving.engine.heads import LoadedHead
 from serving.engine.kv_cache import SlotCache
 from serving.engine.planner import Controller, make_controller
 from serving.engine.verification import DraftTree
@@ -131,10 +133,9 @@ def engine_of(target: Target, proposer: Proposer, controller: Controller | None 
     """An engine that drafts with any proposer, and with any controller."""
     options = {"tree_size": 32, "speculation_length": 8, **options}
     engine, tree_size = Engine(target, **options), options["tree_size"]
-    engine.models = replace(engine.models, proposer=proposer)
-    engine.models.runner.layers = proposer.layers
-    engine._decoder.proposer = proposer
-    engine.longest_draft = max(engine.longest_draft, engine.speculation_length)
+    weightless: Any = SimpleNamespace(fingerprint=None)
+    engine.heads.add(LoadedHead("oracle", weightless, proposer, engine.speculation_length))
+    engine.models.runner.layers = engine.heads.layers
     controller = controller or make_controller(engine.speculation, engine.speculation_length, tree_size)
     engine.controller = engine._decoder.controller = controller
     return engine
@@ -167,7 +168,7 @@ class Case:
 
 def submit(engine: Engine, case: Case) -> Request:
     """Submit a case, and give the oracle, if the engine has one, its continuation."""
-    proposer = engine.models.proposer
+    proposer = engine.proposer
     if isinstance(proposer, Oracle) and case.drafts:
         proposer.scripts.append(Script(case.prompt + case.expected, case.auxiliary))
     return engine.submit(case.prompt, case.params, case.speculation)

@@ -52,6 +52,7 @@ class DraftHead(nn.Module, ABC):
     tensor_renames: ClassVar[tuple[tuple[str, str], ...]] = ()  # (part of a tensor's name in some files, ours)
     # weight of the regression to the target's states in its loss; None: it does not predict them
     feature_weight: ClassVar[float | None] = None
+    fingerprint: str | None = None  # of the weights file that it was loaded from (`head_sha256`)
     longest: int | None = None  # the most tokens that it can draft in a row; None: any number
     adapter_targets: tuple[str, ...]  # names of the linear layers that an adapter is put on by default
 

@@ -76,6 +76,37 @@ def load_head(
     return head, read_json(about) if about.is_file() else {}
 
 
+def load_unchanged_head(folder: str | Path, target: Target) -> DraftHead:
+    """Load a head for `target`, in its dtype, from files that do not change meanwhile, and remember their hash.
+
+    Raises:
+        UserError: as `load_head` and `attach_head`; when a file was written or replaced while they were read.
+    """
+    before = _file_hashes(folder)
+    try:
+        head, about = load_head(folder, dtype=target.dtype, device=target.device)
+    finally:  # a half-written file is no whole one, either
+        if _file_hashes(folder) != before:
+            raise UserError(
+                f"head {str(folder)!r}: its files changed while they were read; wait for its writer to end."
+            )
+    attach_head(head, about, target)
+    head.fingerprint = before["model.safetensors"][:32]
+    return head
+
+
+def weights_bytes(folder: str | Path) -> int:
+    """The size of a head's weights file; 0 where there is none."""
+    path = _find(folder) / "model.safetensors"
+    return path.stat().st_size if path.is_file() else 0
+
+
+def _file_hashes(folder: str | Path) -> dict[str, str]:
+    """The sha256 of each of a head's files that is there."""
+    paths = [_find(folder) / name for name in sorted(HEAD_FILES)]
+    return {path.name: file_sha256(path) for path in paths if path.is_file()}
+
+
 def head_sha256(folder: str | Path) -> str:
     """Identify a head's weights by the first half of their file's sha256; UserError where they are missing."""
     path = _find(folder) / "model.safetensors"

@@ -11,7 +11,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 from draft.errors import UserError
-from serving.api import generate, openai, operations
+from serving.api import generate, heads, openai, operations
 from serving.api.errors import ApiError, on_error
 from serving.api.metrics import PREFIX
 from serving.api.middleware import ApiKey, BodyLimits, Guard
@@ -22,9 +22,9 @@ from serving.engine import Engine, EngineStopped, Overloaded
 def create_app(
     engine: Engine | None,
     *,
-    head_name: str | None = None,
     limits: Limits | None = None,
     api_key: str | None = None,
+    loopback: bool = False,
     cors_origins: Sequence[str] = (),
     strict_model_name: bool = False,
     metrics_prefix: str = PREFIX,
@@ -32,11 +32,11 @@ def create_app(
     """Return the application around an engine, which it starts and closes.
 
     engine: None where it is loaded later; then `app.state.service.attach(engine)` makes the application ready.
-    head_name: the draft head's name in /info; the target has one already. cors_origins: origins of pages that may use
-    the API from a browser.
+    loopback: it is bound to an address that only this machine reaches, so that heads may be changed without a key.
+    cors_origins: origins of pages that may use the API from a browser.
     """
     limits = limits or Limits()
-    service = Service(limits, head_name, strict_model_name, metrics_prefix)
+    service = Service(limits, strict_model_name, metrics_prefix)
     if engine is not None:
         service.attach(engine)
 
@@ -49,14 +49,16 @@ def create_app(
     version = operations.package_version()
     app = FastAPI(title="Draftsmith", version=version, lifespan=lifespan, redirect_slashes=False)
     app.state.service = service
+    app.state.heads_are_guarded = api_key is not None  # by the middleware below
+    app.state.loopback = loopback
     app.state.routes = []  # for the methods that a path allows
-    for router in (generate.router, openai.router, operations.router):
+    for router in (generate.router, openai.router, operations.router, heads.router):
         app.include_router(router)
         app.state.routes += router.routes
     for error in (ApiError, UserError, Overloaded, EngineStopped, HTTPException, RequestValidationError):
         app.add_exception_handler(error, on_error)
     # the last one added is the first to see a request
-    app.add_middleware(BodyLimits, limits=limits, paths=GENERATING | {"/tokenize"})
+    app.add_middleware(BodyLimits, limits=limits, paths=GENERATING | {"/tokenize", "/heads"})
     if api_key is not None:
         app.add_middleware(ApiKey, key=api_key)
     if cors_origins:

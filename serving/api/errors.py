@@ -31,7 +31,9 @@ NO_RETRY = {"x-should-retry": "false"}  # for the openai client: the request wou
 _KINDS: dict[str, tuple[int, int, str]] = {
     "validation": (422, 400, "invalid_request_error"),
     "authentication": (401, 401, "authentication_error"),
+    "permission": (403, 403, "permission_error"),
     "not_found": (404, 404, "not_found_error"),
+    "conflict": (409, 409, "conflict_error"),
     "overloaded": (429, 429, "rate_limit_error"),
     "generation": (424, 500, "server_error"),
     "incomplete_generation": (504, 504, "timeout_error"),

@@ -156,6 +156,7 @@ class Answer:
             "speculative": {
                 "enabled": length > 0,
                 "rule": self.speculation.rule or engine.rule,
+                "head": stats.head,
                 "speculation_length": min(length, engine.head_length),
                 "lookup_length": min(length, engine.lookup_length),
                 "acceptance_length": finite(stats.acceptance_length),

@@ -6,6 +6,7 @@ The names after the prefix are those of vLLM, of which llama.cpp has the spec_de
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
@@ -14,8 +15,11 @@ from operator import attrgetter
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
+from prometheus_client.core import CounterMetricFamily
+from prometheus_client.registry import Collector
 
 from serving.engine import Completion, Engine, Request
+from serving.engine.heads import Heads
 
 PREFIX = "draftsmith"
 # seconds; a small model answers in tenths of a second, a large one on a CPU in minutes
@@ -55,6 +59,16 @@ _HISTOGRAMS = {  # name -> (description, buckets)
     "request_prompt_tokens": ("Tokens of a prompt", _TOKENS),
     "request_generation_tokens": ("Tokens of an answer", _TOKENS),
 }
+_OF_HEADS = {  # name -> (description, attribute of a loaded head)
+    "head_verifications": ("Verifications of a head's drafts", "verifications"),
+    "head_draft_tokens": ("Tokens that a head drafted", "drafted"),
+    "head_accepted_tokens": ("Tokens that a head drafted and the target accepted", "accepted"),
+}
+_OF_SWAPS = {  # name -> (description, attribute of all heads together)
+    "head_swaps": ("Changes of the default head by its operator", "swaps"),
+    "head_rollbacks": ("New default heads that gave way to the one before, since they were accepted less", "rollbacks"),
+    "head_explorations": ("Requests that tried another head than the best known for their kind", "explorations"),
+}
 SOURCES = ("head", "lookup")
 FINISH_REASONS = ("length", "eos_token", "stop_sequence", "cancelled", "error")
 # status of a request that got no answer -> reason
@@ -76,6 +90,25 @@ class _Watched:
     received: float
     began: bool = False  # its first token has been counted
     arrivals: int = 0  # so many of the gaps between them have been counted
+
+
+class HeadMetrics(Collector):
+    """Counters of the heads that are loaded at present; a head that is removed takes its own along."""
+
+    def __init__(self, heads: Heads, prefix: str, labels: dict[str, str]) -> None:
+        self.heads, self.prefix, self.labels = heads, prefix, labels
+
+    def collect(self) -> Iterator[CounterMetricFamily]:
+        own = [*self.labels.values()]
+        for name, (description, attribute) in _OF_SWAPS.items():
+            family = CounterMetricFamily(f"{self.prefix}:{name}", description, labels=[*self.labels])
+            family.add_metric(own, getattr(self.heads, attribute))
+            yield family
+        for name, (description, attribute) in _OF_HEADS.items():
+            family = CounterMetricFamily(f"{self.prefix}:{name}", description, labels=[*self.labels, "head"])
+            for head in self.heads:
+                family.add_metric([*own, head.name], getattr(head, attribute))
+            yield family
 
 
 class Metrics:
@@ -111,6 +144,8 @@ class Metrics:
         for name, (description, attribute) in _GAUGES.items():
             add(Gauge, name, description)
             self._series(name).set_function(partial(attrgetter(attribute), engine))
+        if (heads := getattr(engine, "heads", None)) is not None:
+            self.registry.register(HeadMetrics(heads, prefix, self._labels))
 
     def _series(self, name: str, **labels: str) -> Any:
         """Return one time series of a metric."""

@@ -272,6 +272,7 @@ class Answer:
             "num_accepted_draft_tokens": accepted_tokens,
             "num_draft_tokens": stats.drafted,
             "num_spec_tokens": most,
+            "head": stats.head,  # the name of the one that drafted; not in vLLM's
         }
         return {"speculative_decoding": figures}
 

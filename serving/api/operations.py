@@ -17,8 +17,9 @@ from pydantic_core import to_jsonable_python
 
 from serving.api import schemas
 from serving.api.errors import RETRY, ApiError
-from serving.api.service import Service, public_name
+from serving.api.service import Service
 from serving.engine.sampling import MAX_LOGPROBS
+from serving.names import public_name
 
 router = APIRouter(tags=["operations"], responses=schemas.ERRORS)
 
@@ -65,7 +66,7 @@ async def info(request: Request) -> dict[str, Any]:
         "chat_template": bool(target.chat_template or target.tokenizer.chat_template),
         "head": head
         and {
-            "name": service.head_name,
+            "name": engine.head_name,
             "architecture": head.stored_as,
             "draft_vocab_size": head.config.draft_vocab_size,
             "self_check": check and to_jsonable_python(check.figures(), inf_nan_mode="null"),

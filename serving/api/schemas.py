@@ -11,6 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from serving.engine.sampling import NewTokens, Penalty, RepetitionPenalty, Seed, Temperature, TopP
+from serving.names import MAX_HEAD_NAME
 
 MAX_STOP_SEQUENCES = 16
 MAX_STOP_CHARACTERS = 256
@@ -78,6 +79,7 @@ Count = Annotated[int, Field(ge=0), Whole]
 Positive = Annotated[int, Field(ge=1), Whole]
 Text = Annotated[str, AfterValidator(_check_text)]
 Prompt = Annotated[Text, Field(min_length=1)]
+HeadName = Annotated[Text, Field(min_length=1, max_length=MAX_HEAD_NAME)]
 StopString = Annotated[Text, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
 StopStrings = Annotated[list[StopString], Field(max_length=MAX_STOP_SEQUENCES)]
 
@@ -88,6 +90,7 @@ class Speculative(Strict):
     enabled: bool | None = optional("null: on, when the server has a draft head or copies")
     num_tokens: Count | None = optional("speculation length, capped by the server's; 0 is off")
     rule: Literal["shared-noise", "rejection"] | None = optional("null: the server's")
+    head: HeadName | None = optional("name of a loaded draft head; null: as the server chooses")
 
 
 class SpeculativeWithOrigin(Speculative):

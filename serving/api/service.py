@@ -9,7 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
-from pathlib import Path
 from typing import Any
 
 from draft.target import TemplateRefusal
@@ -19,6 +18,7 @@ from serving.api.openai_schemas import MAX_CHOICES
 from serving.api.schemas import Speculative
 from serving.engine import Engine, Speculation
 from serving.engine.answer import special_ids
+from serving.names import public_name
 from serving.server import STALLED_SECONDS
 
 GENERATING = {"/", "/generate", "/generate_stream", "/v1/completions", "/v1/chat/completions"}
@@ -39,9 +39,8 @@ class Limits:
 class Service:
     """One server's state: loading (no engine yet), ready, draining, ended."""
 
-    def __init__(self, limits: Limits, head_name: str | None, strict_model_name: bool, metrics_prefix: str) -> None:
+    def __init__(self, limits: Limits, strict_model_name: bool, metrics_prefix: str) -> None:
         self.limits = limits
-        self.head_name = head_name and public_name(head_name)
         self.strict_model_name = strict_model_name
         self.created = int(time.time())
         self.in_flight = 0  # HTTP requests, without those of /health, /ready and /metrics
@@ -52,6 +51,7 @@ class Service:
         self.endings: set[Callable[[ApiError], None]] = set()  # each ends a generation that runs
         # one thread: a tokenizer may not be set up by two at once
         self._encoder = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
+        self.loader = ThreadPoolExecutor(1, thread_name_prefix="heads")  # one head at a time is loaded
 
     def attach(self, engine: Engine) -> None:
         """Start the engine, which makes the service ready."""
@@ -92,7 +92,7 @@ class Service:
         most = self.engine.longest_draft
         length = most if requested.num_tokens is None else requested.num_tokens
         length = 0 if requested.enabled is False else min(length, most)
-        return Speculation(enabled=length > 0, num_tokens=length, rule=requested.rule)
+        return Speculation(enabled=length > 0, num_tokens=length, rule=requested.rule, head=requested.head)
 
     def check_open(self) -> Engine:
         """Return the engine. Raises ApiError, Overloaded or EngineStopped where any request would be refused."""
@@ -215,10 +215,5 @@ class Service:
         self.draining = True
         if self._engine is not None:
             self._engine.close()
-        self._encoder.shutdown(wait=False, cancel_futures=True)
-
-
-def public_name(name: str) -> str:
-    """Return a name that reveals nothing of the machine's folders: a path's last part; hub ids stay whole."""
-    path = Path(name).expanduser()
-    return path.resolve().name if path.is_absolute() or path.exists() else name
+        for executor in (self._encoder, self.loader):
+            executor.shutdown(wait=False, cancel_futures=True)

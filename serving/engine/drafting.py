@@ -64,7 +64,7 @@ class HeadProposer:
 
     def __init__(self, runner: HeadRunner, layers: tuple[int, ...]) -> None:
         """layers: those whose auxiliary hidden states `observe` takes."""
-        self.runner, self.layers = runner, layers
+        self.runner, self.layers, self.head = runner, layers, runner.head
         self.vocabulary = runner.head.vocabulary  # [draft_vocab] target ids
         self.vocab_size = runner.head.config.vocab_size
         self.device = self.vocabulary.device

@@ -3,25 +3,33 @@
 from __future__ import annotations
 
 import logging
+import math
 import secrets
 import threading
 import time
-from collections.abc import Sequence
-from numbers import Integral
-from typing import Any, Unpack
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import wait
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, TypeVar, Unpack
 
 import torch
 
 from draft.errors import UserError
-from draft.heads import DraftHead
-from draft.heads.checkpoint import attach_head
+from draft.heads import DraftHead, StepwiseHead
+from draft.heads.checkpoint import attach_head, load_unchanged_head, weights_bytes
 from draft.target import Target
 from draft.target.support import check_architecture
 from serving.engine.answer import GrowingAnswer, special_ids
-from serving.engine.estimates import BRANCHING, DraftPlan
+from serving.engine.checks import check_choice, check_max_length, check_prompt, check_sizes
+from serving.engine.drafting import HeadProposer, Proposer
+from serving.engine.estimates import BRANCHING
+from serving.engine.heads import ROUTES, Heads, LoadedHead
 from serving.engine.kv_cache import BLOCK
 from serving.engine.lookup import LOOKUP_LENGTH, LookupProposer
-from serving.engine.planner import Fixed, make_controller
+from serving.engine.memory import check_free
+from serving.engine.model import head_shape
+from serving.engine.planner import make_controller
 from serving.engine.request import (
     MAX_SPECULATION_LENGTH,
     Completion,
@@ -29,6 +37,7 @@ from serving.engine.request import (
     Request,
     RequestQueue,
     Speculation,
+    SpeculationStats,
     check_speculation_length,
 )
 from serving.engine.sampling import SEED_LIMIT, Processor, SamplingParams
@@ -40,12 +49,13 @@ from serving.engine.verification import RULES, make_rule
 log = logging.getLogger(__name__)
 
 SPECULATIONS = ("auto", "chain", "tree", "off")
+T = TypeVar("T")
 # after one of these the accelerator's context is gone for good; running out of memory is not among them
 _FATAL: Any = getattr(torch, "AcceleratorError", ())  # torch has had it since 2.8
 
 
 class Engine:
-    """Decodes with a target, and a draft head when there is one; the answers are the target's in either case.
+    """Decodes with a target, and draft heads when there are some; the answers are the target's in any case.
 
     `generate` answers a list of prompts from the thread that calls it. `start` gives the engine a thread of its own,
     and then `submit` may be called from any thread.
@@ -54,8 +64,9 @@ class Engine:
     def __init__(
         self,
         target: Target,
-        head: DraftHead | None = None,
+        head: DraftHead | Mapping[str, DraftHead] | None = None,
         *,
+        route: str = "default",
         speculation: str = "auto",
         speculation_length: int = 5,
         tree_size: int = 16,
@@ -70,6 +81,8 @@ class Engine:
         **models: Unpack[ModelOptions],
     ) -> None:
         """
+        head: that drafts, or several by their names, of which the first is the default; others come by `load_head`.
+        route: `auto` gives a request that names no head the one with the best measured acceptance for its kind.
         speculation: `auto` chooses at every step, for each request, what should give the most tokens per second:
         nothing, a chain of the head, or tokens copied from the prompt and the answer so far; with `chain` and `tree`
         the head always drafts, with `off` never. speculation_length: the most tokens that the head drafts in a row, or
@@ -85,9 +98,10 @@ class Engine:
             UserError: when the head is not of the target's shape, or a value is out of range.
         """
         check_architecture(target.config, target.name)
-        if head is not None:
-            attach_head(head, {}, target)
-        self.head = head
+        named = {} if head is None else head if isinstance(head, Mapping) else {"head": head}
+        for each in named.values():
+            attach_head(each, {}, target)
+        check_choice("route", route, ROUTES)
         check_choice("speculation", speculation, SPECULATIONS)
         check_choice("rule", rule, tuple(RULES))
         check_speculation_length(speculation_length)
@@ -96,23 +110,17 @@ class Engine:
             kv_cache_memory=kv_cache_memory, prefill_chunk=prefill_chunk, threads=models.get("threads"),
         )  # fmt: skip
         self.speculation, self.rule = speculation, rule
-        longest = speculation_length if head is None or head.longest is None else head.longest
-        self.speculation_length = min(speculation_length, longest)
+        self.speculation_length, self._tree_size = speculation_length, tree_size
         self.lookup = lookup and speculation == "auto" and speculation_length > 0
-        # the most tokens drafted at a time: by the head in a row; copied; and in all
-        self.head_length = self.speculation_length if head is not None and speculation != "off" else 0
-        self.lookup_length = LOOKUP_LENGTH if self.lookup else 0
-        self.longest_draft = max(self.head_length, self.lookup_length)
-        self.tree_size = tree_size if speculation == "tree" and self.head_length else None
         self.max_length = check_max_length(max_length, target)
         self.max_batch, self.max_waiting, self.max_waiting_tokens = max_batch, max_waiting, max_waiting_tokens
         self._queue = RequestQueue(max_waiting, max_waiting_tokens)
-        self.controller = make_controller(speculation, self.head_length, tree_size)
+        self.controller = make_controller(speculation, speculation_length, tree_size)
         # drafts beyond a sequence's last token need places too, and those that the head reads but does not draft
         self._overhang = max(tree_size, BRANCHING * self.speculation_length, MAX_SPECULATION_LENGTH) + 1
-        self.models = build_models(
+        self.models, proposers = build_models(
             target,
-            head if speculation != "off" else None,
+            [*named.values()] if speculation != "off" else [],
             slots=self.max_batch,
             capacity=self.max_length + self._overhang,
             least=(max_length or 2) + self._overhang,
@@ -123,7 +131,12 @@ class Engine:
         self.limit_note = f", which is what the KV cache holds ({size})" if fitting < self.max_length else ""
         self.max_length = min(self.max_length, fitting)
         self.target = self.models.runner.target
-        self._decoder = Decoder(self.models.runner, self.models.proposer, self.controller, prefill_chunk=prefill_chunk)
+        self.heads = Heads(route)
+        self.checks_heads = True  # that are loaded later, before a request may choose them
+        self._no_watch = AcceptanceWatch()
+        for place, (name, each) in enumerate(named.items()):
+            self._enter(self._loaded(name, each, proposers[place] if proposers else None))
+        self._decoder = Decoder(self.models.runner, self.heads, self.controller, prefill_chunk=prefill_chunk)
         self._special_ids = special_ids(target.tokenizer, target.eos_token_ids)
         self._active: list[ActiveRequest] = []  # changed in `step` only
         self._step_lock = threading.RLock()  # one thread steps at a time
@@ -139,39 +152,172 @@ class Engine:
         for tokens, seconds in pass_seconds(self.models.runner).items():
             self.controller.costs.calibrate(tokens, seconds)
 
-    def self_check(self) -> SelfCheck | None:
-        """Check that the head's drafts are accepted: before `start`, by greedy answers to some built-in prompts.
+    # heads
 
-        They go through the engine's own path, with a planner and a decoder of their own: no figure of the engine but
-        `watch` knows of them. Returns None where nothing is ever drafted.
+    @property
+    def head(self) -> DraftHead | None:
+        """The default head."""
+        return self.heads.default.head if self.heads.default is not None else None
+
+    @property
+    def head_name(self) -> str | None:
+        """The name of the default head."""
+        return self.heads.default_name
+
+    @property
+    def proposer(self) -> Proposer | None:
+        """That of the default head."""
+        return self.heads.default.proposer if self.heads.default is not None else None
+
+    @property
+    def head_length(self) -> int:
+        """The most tokens that the default head drafts in a row."""
+        return self.heads.default.length if self.heads.default is not None else 0
+
+    @property
+    def lookup_length(self) -> int:
+        """The most tokens drafted at a time where some are copied."""
+        return LOOKUP_LENGTH if self.lookup else 0
+
+    @property
+    def longest_draft(self) -> int:
+        """The most tokens drafted at a time, by any head or by copying."""
+        return max(self.lookup_length, *(head.length for head in self.heads), 0)
+
+    @property
+    def tree_size(self) -> int | None:
+        """The most nodes of a tree; None where chains are drafted."""
+        return self._tree_size if self.speculation == "tree" and self.head_length else None
+
+    def _loaded(self, name: str, head: DraftHead, proposer: Proposer | None) -> LoadedHead:
+        if proposer is None:
+            return LoadedHead(name, head, None, 0)
+        length = self.speculation_length if head.longest is None else min(self.speculation_length, head.longest)
+        return LoadedHead(name, proposer.head, proposer, length)
+
+    def _enter(self, head: LoadedHead, *, default: bool = False) -> None:
+        self.heads.add(head)
+        if default:
+            self.heads.make_default(head.name)
+        self.models.runner.layers = self.heads.layers
+
+    def load_head(self, name: str, folder: str | Path, *, default: bool = False) -> LoadedHead:
+        """Load a head beside those that are there: in any thread but the engine's own, which goes on meanwhile.
+
+        Requests may choose it once it has checked itself. default: then make it the default.
+
+        Raises:
+            HeadConflict: the name is taken. UserError: it is no head of this target, changed while it was read, fails
+            its self-check, or does not fit into memory. EngineStopped: the engine has ended.
         """
-        if self.models.proposer is None or not self.speculation_length:
-            return None
-        count = min(NEW_TOKENS, self.max_length // 2)
-        prompts = check_prompts(self.target, self.max_length - count)
+        self.heads.check_name(name)
+        if self.speculation == "off" or not self.speculation_length:
+            raise UserError("this engine never drafts, with speculation off; start it with speculation = 'auto'.")
+        self._check_free("the weights of the head", 2 * weights_bytes(folder))  # as they are in the file, and as used
+        head = self.models.packed(load_unchanged_head(folder, self.target), in_place=True)
+        if isinstance(head, StepwiseHead):
+            size = self.models.cache_size
+            self._check_free("the KV cache of the head", size.blocks * BLOCK * head_shape(head).nbytes)
+        loaded = self._loaded(name, head, self.models.proposer(head))
+        try:
+            if self.checks_heads:
+                self.between_steps(partial(self._present, loaded))
+                check = self._checked(loaded)
+                check.report(f"draft head {name!r}")
+                if check.failed:
+                    raise UserError(f"the head fails its self-check: {check.reason}")
+            self.between_steps(partial(self._enter, loaded, default=default))
+        except BaseException:
+            self.between_steps(self._withdraw)
+            raise
+        return loaded
+
+    def unload_head(self, name: str) -> None:
+        """Remove a head, and free its memory; what it was drafting for is decoded on without it.
+
+        Raises:
+            UnknownHead, HeadConflict: see `Heads.remove`. EngineStopped: the engine has ended.
+        """
+
+        def remove() -> None:
+            head = self.heads.remove(name)
+            for active in self._active:
+                if active.head is head:
+                    active.lose_head()
+            self.models.runner.layers = self.heads.layers
+
+        self.between_steps(remove)
+
+    def make_default_head(self, name: str) -> str:
+        """Make a head the default, on trial beside the one before it, whose name is returned; raises UnknownHead."""
+        return self.between_steps(partial(self.heads.make_default, name))
+
+    def between_steps(self, work: Callable[[], T]) -> T:
+        """Return the result of some work that is done while no step runs; EngineStopped once the engine has ended."""
+        if self._thread is not None:
+            return self._queue.post(work).result()
         with self._step_lock:
-            ordinary = self.controller, self._decoder
-            self.controller = Fixed(DraftPlan.chain(self.speculation_length))
-            self._decoder = Decoder(
-                self.models.runner, self.models.proposer, self.controller, prefill_chunk=ordinary[1].prefill_chunk
-            )
-            try:
-                for ignore_eos in (False, True):  # an answer that ends at once says nothing
-                    params = [SamplingParams(count, ignore_eos=ignore_eos)] * len(prompts)
-                    requests = self._requests(prompts, params, Speculation())
-                    self._queue.join(requests, None)
-                    end = time.monotonic() + MAX_SECONDS
-                    while any(not request.done for request in requests) and self.step():
-                        for request in requests if time.monotonic() > end else ():
-                            request.cancel()
-                    check = SelfCheck.of([request.result().stats for request in requests])
-                    if check.enough:
-                        break
-            finally:
-                self.controller, self._decoder = ordinary
-        check.report()
-        self._decoder.watch = AcceptanceWatch(check)
+            return work()
+
+    def _present(self, head: LoadedHead) -> None:
+        self.heads.checked = head
+        self.models.runner.layers = self.heads.layers
+
+    def _withdraw(self) -> None:
+        self.heads.checked = None
+        self.models.runner.layers = self.heads.layers
+
+    def _check_free(self, what: str, size: int) -> None:
+        caches = [self.models.runner.cache]
+        caches += [head.proposer.runner.cache for head in self.heads if isinstance(head.proposer, HeadProposer)]
+        check_free(what, size, sum(cache.promised_bytes for cache in caches), self.target.device)
+
+    def self_check(self) -> SelfCheck | None:
+        """Check that the drafts of each head are accepted, by greedy answers to some built-in prompts.
+
+        They go through the engine's own path: no figure of the engine but a head's `watch` knows of them. Returns that
+        of the default head; None where nothing is ever drafted.
+        """
+        for head in self.heads:
+            if head.length:
+                check = self._checked(head)
+                check.report(f"draft head {head.name!r}" if len(self.heads) > 1 else "the draft head")
+        return self.watch.check
+
+    @property
+    def _check_tokens(self) -> int:
+        return min(NEW_TOKENS, self.max_length // 2)
+
+    @cached_property
+    def _check_prompts(self) -> list[list[int]]:
+        """The prompts of self-checks: read once, since a tokenizer is not for two threads at a time."""
+        return check_prompts(self.target, self.max_length - self._check_tokens)
+
+    def _checked(self, head: LoadedHead) -> SelfCheck:
+        """Let a head check itself, beside whatever runs, and judge it from now on by what it has shown."""
+        for ignore_eos in (False, True):  # an answer that ends at once says nothing
+            params = SamplingParams(self._check_tokens, ignore_eos=ignore_eos)
+            speculation = Speculation(num_tokens=head.length)
+            requests = [Request(prompt, params, speculation, head) for prompt in self._check_prompts]
+            self._queue.join(requests, None, first=True)
+            self._finish(requests, MAX_SECONDS)
+            check = SelfCheck.of([request.result().stats for request in requests])
+            if check.enough:
+                break
+        head.watch = AcceptanceWatch(check)
         return check
+
+    def _finish(self, requests: Sequence[Request], seconds: float) -> None:
+        """Wait for requests, or step until they are done; they are cancelled so long after the first was taken up."""
+        while any(not request.done for request in requests):
+            if self._thread is None:
+                self.step()
+            else:
+                wait([request.future for request in requests], timeout=0.1)
+            started = min((each.times.started for each in requests if each.times.started), default=math.inf)
+            if time.monotonic() > started + seconds:
+                for request in requests:
+                    request.cancel()
 
     # requests
 
@@ -181,7 +327,8 @@ class Engine:
         """Put a request at the end of the queue; `async for event in engine.submit(...)` follows it.
 
         Raises:
-            UserError: for an empty prompt, ids outside the vocabulary, an unknown rule, or a request that cannot fit.
+            UserError: for an empty prompt, ids outside the vocabulary, an unknown rule or head, or a request that
+            cannot fit.
             Overloaded: the queue is full.
             EngineStopped: the engine has ended.
         """
@@ -237,6 +384,8 @@ class Engine:
             each.check_vocabulary(self.target.vocab_size)
         if speculation.rule is not None:
             check_choice("rule", speculation.rule, tuple(RULES))
+        if speculation.head is not None:
+            _ = self.heads[speculation.head]
         return [Request(list(prompt), each, speculation) for prompt, each in zip(prompts, params, strict=True)]
 
     # the loop
@@ -244,6 +393,7 @@ class Engine:
     def step(self) -> bool:
         """Admit requests, advance all that run by one step, and dismiss those that are done. False: nothing to do."""
         with self._step_lock:
+            self._queue.run_posted()
             self._admit()
             self._dismiss()  # those that were cancelled
             if self._active:
@@ -287,21 +437,28 @@ class Engine:
         seed = params.seed
         if seed is None and params.temperature > 0:
             seed = secrets.randbelow(SEED_LIMIT)
-        requested = self.longest_draft if speculation.num_tokens is None else speculation.num_tokens
-        proposer, cache = self.models.proposer, self.models.runner.cache
+        longest = self.longest_draft if request.checks is None else request.checks.length
+        requested = longest if speculation.num_tokens is None else speculation.num_tokens
         useful = max(0, params.max_new_tokens - 2)  # the first token and the last one are the target's own
-        cap = min(requested, self.longest_draft, useful) if speculation.enabled else 0
-        head_cap = min(cap, self.speculation_length) if proposer is not None else 0
+        cap = min(requested, longest, useful) if speculation.enabled else 0
+        head = request.checks or (self.heads.choose(speculation.head, request.prompt_ids) if cap else None)
+        head_cap = min(cap, head.length) if head is not None else 0
         answer = GrowingAnswer(request.prompt_ids, params, target.tokenizer, target.eos_token_ids, self._special_ids)
         processor = Processor(params, request.prompt_ids, target.vocab_size, target.eos_token_ids)
         rule = make_rule(speculation.rule or self.rule, params, seed or 0, self.models.runner.compiled)
-        lookup = LookupProposer(answer.end_ids) if self.lookup and cap else None
-        estimate = self.controller.track()
-        places = self._places(request)
-        drafting = proposer.join(places) if proposer is not None and head_cap else None
-        slot = cache.acquire(places)  # one is free: nothing fails after the head's slot has been taken
-        drafts = (cap, head_cap, estimate, drafting, lookup)
-        return ActiveRequest(request, answer, processor, rule, seed, slot, *drafts)
+        lookup = LookupProposer(answer.end_ids) if self.lookup and cap and request.checks is None else None
+        stats, places, drafting = SpeculationStats(), self._places(request), None
+        if head is None or head.proposer is None or not head_cap:
+            head = None
+        else:
+            drafting = head.proposer.join(places)
+            stats.head, stats.head_fingerprint = head.name, head.head.fingerprint
+            head.requests += request.checks is None
+        estimate = self.controller.track(head.estimate if head is not None else None)
+        slot = self.models.runner.cache.acquire(places)  # one is free: nothing fails after the head's was taken
+        active = ActiveRequest(request, answer, processor, rule, seed, slot, cap, head_cap, estimate, drafting, lookup)
+        active.head, active.stats = head, stats
+        return active
 
     def _advance(self) -> None:
         try:
@@ -329,8 +486,9 @@ class Engine:
     def _release(self, active: ActiveRequest) -> None:
         """Free the slots: before the answer, so that whoever has it finds them free. `_run` handles a failure."""
         self.models.runner.cache.release(active.slot)
-        if active.drafting is not None and self.models.proposer is not None:
-            self.models.proposer.leave(active.drafting)
+        if active.head is not None and active.head.proposer is not None:
+            active.head.proposer.leave(active.drafting)
+        active.lose_head()
         self._active.remove(active)
 
     # the thread
@@ -377,8 +535,8 @@ class Engine:
 
     @property
     def watch(self) -> AcceptanceWatch:
-        """The watch over the acceptance, with the self-check."""
-        return self._decoder.watch
+        """The watch over the default head's acceptance, with the self-check."""
+        return self.heads.default.watch if self.heads.default is not None else self._no_watch
 
     @property
     def running(self) -> int:
@@ -400,7 +558,7 @@ class Engine:
 
     def stats(self) -> dict[str, Any]:
         """Return the engine's and its controller's figures; JSON-able. Any thread may call it at any time."""
-        size = self.models.cache_size
+        size, default = self.models.cache_size, self.heads.default
         return {
             "running": self.running,
             "waiting": self.waiting,
@@ -409,55 +567,12 @@ class Engine:
             "mode": self.mode,
             "arithmetic": self.models.arithmetic,
             "weights": self.models.weights,
-            "head_weights": self.models.head_weights,
+            "head_weights": self.models.head_weights if self.proposer is not None else None,
             "seconds": self._decoder.seconds.copy(),
-            "speculation": self.controller.stats(),
+            "speculation": self.controller.stats(default.estimate if default else None, self.head_length),
         }
 
 
 def _turn_away(requests: list[Request]) -> None:
     for request in requests:
         request.fail(EngineStopped("the engine has ended"))
-
-
-def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise UserError(f"{name} = {value!r}: it must be one of {', '.join(choices)}.")
-
-
-def check_sizes(**sizes: int | None) -> None:
-    """Refuse, by its name, what is no whole number of at least 1; `max_waiting` may be 0, and others None."""
-    for name, value in sizes.items():
-        least = 0 if name == "max_waiting" else 1
-        if value is None and name in ("max_waiting_tokens", "kv_cache_memory", "threads"):
-            continue
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise UserError(f"{name} = {value!r}: it must be a whole number of at least {least}.")
-
-
-def check_max_length(length: int | None, target: Target) -> int:
-    if length is None:
-        return target.max_length
-    if not isinstance(length, int) or not 2 <= length <= target.max_length:
-        raise UserError(f"max_length = {length}: it must be from 2 to {target.max_length}; {target.limit_reason}.")
-    return length
-
-
-def check_prompt(
-    prompt_ids: Sequence[int], vocab_size: int, max_length: int, max_new_tokens: int, limit_note: str = ""
-) -> None:
-    if not len(prompt_ids):
-        raise UserError("the prompt is empty; give at least one token.")
-    if not all(isinstance(token, Integral) for token in prompt_ids):
-        raise UserError(
-            f"the prompt is {prompt_ids!r:.80}, not a list of token ids; encode it with target.encode_chat."
-        )
-    wrong = [token for token in prompt_ids if not 0 <= token < vocab_size]
-    if wrong:
-        raise UserError(f"the prompt has token id {wrong[0]}; the target's go from 0 to {vocab_size - 1}.")
-    if len(prompt_ids) + max_new_tokens > max_length:
-        raise UserError(
-            f"the prompt has {len(prompt_ids)} tokens and max_new_tokens is {max_new_tokens}: together they exceed the "
-            f"context of {max_length}{limit_note}; shorten the prompt or ask for at most "
-            f"{max(0, max_length - len(prompt_ids))} tokens."
-        )

@@ -87,9 +87,10 @@ class Acceptance:
     accepted.
     """
 
-    def __init__(self, overall: Acceptance | None = None) -> None:
-        """overall: the prior of one request's rates; None: these are those of all requests."""
-        self._overall = overall
+    def __init__(self, overall: Acceptance | None = None, of_head: Acceptance | None = None) -> None:
+        """overall: the prior of one request's rates; None: these are those of all requests. of_head: the prior of the
+        rates of its head, where that has figures of its own."""
+        self._overall, self._of_head = overall, of_head or overall
         self._fading = 1 - 1 / (OVERALL_MEMORY if overall is None else ROW_MEMORY)
         self._strength = OVERALL_STRENGTH if overall is None else ROW_STRENGTH
         self._cells: dict[tuple[int, int], tuple[float, float]] = {}  # (source, position) -> (accepted, tried)
@@ -113,7 +114,8 @@ class Acceptance:
         if (known := self._known.get(cell)) is not None:
             return known
         hits, tried = self._cells.get(cell, (0.0, 0.0))
-        prior = self._guess(source, position) if self._overall is None else self._overall.rate(source, position)
+        overall = self._of_head if source <= HEAD else self._overall
+        prior = self._guess(source, position) if overall is None else overall.rate(source, position)
         rate = (hits + self._strength * prior) / (tried + self._strength)
         if self._overall is None:
             self._known[cell] = rate
@@ -142,12 +144,26 @@ class Calibration:
         self.rates = (*self.rates[:place], rate, *self.rates[place + 1 :])
 
 
+class HeadEstimate:
+    """The planner's figures of one head: its acceptance in all requests, and what its steps cost."""
+
+    def __init__(self) -> None:
+        self.acceptance = Acceptance()  # of HEAD and DRAFTED
+        self.calibrations = Calibration(), Calibration()  # of greedy requests, and of those that sample
+        # seconds of one step, by its tokens; of reading what the target decoded while the head did not draft
+        self.draft = {"chain": Curve(), "tree": Curve()}
+        self.catch_up = Curve()
+        self.floor = 0.0  # survival from which one more token pays in the present step
+
+
 class RequestEstimate:
     """The planner's estimates of one request. The engine sets the public fields before each step."""
 
-    def __init__(self, overall: Acceptance) -> None:
-        self.own = Acceptance(overall)
-        self._overall = overall
+    def __init__(self, overall: Acceptance, drafter: HeadEstimate | None = None) -> None:
+        """overall: of all requests; drafter: of the request's head."""
+        self.drafter = drafter or HeadEstimate()  # without a head nothing is learned of it
+        self._overall, self._of_head = overall, overall if drafter is None else drafter.acceptance
+        self.own = Acceptance(overall, self._of_head)
         self.room = 0  # the most tokens that may be drafted now
         self.head = 0  # the most of them that the head may draft
         self.match = 0  # tokens of the suffix that has occurred before; 0: nothing can be copied
@@ -170,7 +186,7 @@ class RequestEstimate:
         What follows a rejection was not judged. Nor may it tell how long chains are: that depends on tokens that were
         withheld, and the next plans would, too (see verification.py).
         """
-        for acceptance in (self.own, self._overall):
+        for acceptance in (self.own, self._of_head):
             for position in range(min(accepted + 1, planned)):
                 acceptance.observe(HEAD, position, position < accepted)
                 acceptance.observe(DRAFTED, position, position < drafted)
@@ -278,10 +294,8 @@ def _bucket(width: float) -> int:
 
 
 class StepCosts:
-    """The costs of all parts of a step.
-
-    target: of a ragged pass, by its tokens. draft: of one step of the head, by its tokens, for chains and for trees.
-    catch_up: of reading what the target decoded while the head did not draft, by its tokens.
+    """The cost of a ragged pass of the target, by its tokens, and the machine's pace; what heads cost is in their
+    `HeadEstimate`.
 
     Other processes make a machine slow for a while, and a width that is not run then would look cheap. So all curves
     are in seconds of a calm machine: what is measured is divided by `pace`, which tells how much longer the last passes
@@ -294,8 +308,6 @@ class StepCosts:
         self._first: dict[int, list[float]] = {}  # seconds of the first passes of each width
         self._ratios: deque[float] = deque(maxlen=PACE_WINDOW)
         self.target = Curve()
-        self.draft = {"chain": Curve(), "tree": Curve()}
-        self.catch_up = Curve()
 
     def calibrate(self, tokens: int, seconds: float) -> None:
         """Take the figure of a pass that was run for it."""
@@ -311,10 +323,6 @@ class StepCosts:
         if len(first) < FIRST:
             first.append(seconds / self.pace)
         self.target.observe(tokens, seconds / self.pace)
-
-    def seconds(self, tokens: float, steps: float = 0.0, drafting: int = 0) -> float:
-        """Estimate a step, catching up aside: a pass over so many tokens, and steps of chains of some requests."""
-        return self.target(tokens) + (steps * self.draft["chain"](drafting) if steps else 0.0)
 
     def slope(self, tokens: float) -> float:
         """Estimate what one more token costs in a pass of so many, over a doubling."""

@@ -28,6 +28,11 @@ class LayerShape:
     dtype: torch.dtype
     device: torch.device
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of one token."""
+        return self.heads * (self.key_width + self.value_width) * self.dtype.itemsize
+
 
 def blocks_of(tokens: int) -> int:
     """Return the number of blocks that hold so many tokens."""
@@ -73,6 +78,16 @@ class SlotCache:
             self._stacks += [keys, values]
             for place, index in enumerate(members):
                 self.layers[index] = keys[place], values[place]  # [heads, places, width] each
+
+    @property
+    def nbytes(self) -> int:
+        return sum(store.nbytes for store in self._stacks)
+
+    @property
+    def promised_bytes(self) -> int:
+        """Bytes that the system counts as free, since they were never written."""
+        on_cpu = all(store.device.type == "cpu" for store in self._stacks)
+        return self.nbytes * (self.blocks - self._untouched) // max(1, self.blocks) if on_cpu else 0
 
     @property
     def free_blocks(self) -> int:

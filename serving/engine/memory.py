@@ -46,7 +46,7 @@ def fit_cache(
         UserError: when `memory` is more than is free, or too little for `least` tokens.
     """
     device = shapes[0].device
-    block_bytes = BLOCK * sum(each.heads * (each.key_width + each.value_width) * each.dtype.itemsize for each in shapes)
+    block_bytes = BLOCK * sum(each.nbytes for each in shapes)
     free = free_memory(device)
     if memory is not None and memory > free:
         raise UserError(
@@ -62,6 +62,19 @@ def fit_cache(
             + ("free some memory." if memory is None else "give --kv-cache-memory a larger size.")
         )
     return CacheSize(blocks, block_bytes, min(capacity, blocks * BLOCK))
+
+
+def check_free(what: str, size: int, promised: int, device: torch.device) -> None:
+    """Refuse to take `size` bytes for `what` where so many are not free.
+
+    promised: bytes that the system counts as free, and that caches will take as they fill.
+    """
+    room = max(0, free_memory(device) - promised)
+    if size > room:
+        raise UserError(
+            f"{what} takes {in_words(size)}, and {in_words(room)} are free on {device} beside the KV caches; unload "
+            "another head, or start the server with a smaller --kv-cache-memory."
+        )
 
 
 def in_words(size: int) -> str:

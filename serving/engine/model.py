@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -133,7 +134,8 @@ class HeadRunner:
         self.norm: Any = None  # after it, where the head's output is normed
         self.chains: FusedChains | None = None  # whole chains in one call,
         self.reads_raw = False  # which starts from auxiliary states as they are, or as `combine` makes them
-        self.angles = Angles(self._rotation, cache.capacity)  # for that call
+        # for that call; no method of this object, which would keep itself, and with it the cache, once it is unloaded
+        self.angles = Angles(partial(_rotation, head), cache.capacity)
 
     def combine(self, auxiliary: Tensor) -> Tensor:
         """The target's auxiliary states [n, layers * hidden] -> [n, hidden]."""
@@ -158,13 +160,14 @@ class HeadRunner:
         output = output.to(hidden.dtype)  # [N, hidden]
         return self.norm(output) if self.norm is not None else output
 
-    def _rotation(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        cos, sin = self.head.rope(positions, torch.float32)
-        return cos[:, 0], sin[:, 0]
-
     def logits(self, hidden: Tensor) -> Tensor:
         """[n, hidden] -> [n, draft_vocab]."""
         return self.head.logits(hidden)
+
+
+def _rotation(head: StepwiseHead, positions: Tensor) -> tuple[Tensor, Tensor]:
+    cos, sin = head.rope(positions, torch.float32)
+    return cos[:, 0], sin[:, 0]
 
 
 def head_shape(head: StepwiseHead) -> LayerShape:

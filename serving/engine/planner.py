@@ -26,8 +26,8 @@ from serving.engine.estimates import (
     LONGEST_MATCH,
     OFF,
     Acceptance,
-    Calibration,
     DraftPlan,
+    HeadEstimate,
     RequestEstimate,
     StepCosts,
 )
@@ -54,6 +54,7 @@ class Option(NamedTuple):
     nodes: float = 0.0  # drafted
     steps: float = 0.0  # of the head
     seconds: float = 0.0  # a step's share of what the head must read first
+    head: HeadEstimate | None = None  # that takes the steps
 
 
 _NOTHING = Option(OFF)
@@ -88,18 +89,18 @@ class Controller:
         self.length = length
         self.lock = threading.Lock()  # of all figures that `stats` reads
         self.costs = StepCosts()
-        self.acceptance = Acceptance()
-        self.calibrations = Calibration(), Calibration()  # of greedy requests, and of those that sample
+        self.acceptance = Acceptance()  # of copies; that of heads is in their own figures
+        self.head = HeadEstimate()  # of requests whose head is not told
         self.plans: list[DraftPlan] = []  # of the present step
-        self.floor = 0.0  # survival from which one more token of the head pays
-        self.tail_floor = math.inf  # the same of one that is copied
+        self.tail_floor = math.inf  # survival from which one more copied token pays; see `HeadEstimate.floor`
         self.chosen: Counter[str] = Counter()
         self.probes = 0
         self._rates: dict[str, float] = {}  # tokens per second that plans promised at the last decision
         self._choice: tuple[list[Option], float] = [], 0.0  # of the present step, with the width of its pass
         self._rows: list[RequestEstimate] = []  # of the present step
         self._emitted = 0  # by these rows before the present step
-        self.drafting = False  # the head drafts, by the last decision
+        self.drafting = False  # a head drafts, by the last decision
+        self._idle = False  # a head that could draft does not, by the last decision
         # seconds in which a probe of the head, and of plain steps, could have been due: requests that come and go, and
         # the plans that change with them, let it begin no sooner
         self._clock = {"head": 0.0, "off": 0.0}
@@ -113,9 +114,9 @@ class Controller:
         self._probe: _Probe | None = None
         self._probe_at = {"head": 0.0, "off": 0.0}  # on its clock
 
-    def track(self) -> RequestEstimate:
-        """Return the estimates of a new request."""
-        return RequestEstimate(self.acceptance)
+    def track(self, head: HeadEstimate | None = None) -> RequestEstimate:
+        """Return the estimates of a new request; head: that drafts for it."""
+        return RequestEstimate(self.acceptance, head or self.head)
 
     def choose(self, rows: Sequence[RequestEstimate], prompts: int = 0, readers: int = 0) -> list[DraftPlan]:
         """Return the plans of this step.
@@ -137,16 +138,16 @@ class Controller:
             self.plans = list(plans)
             self.chosen.update(map(str, plans))
 
-    def calibration(self, *, samples: bool) -> tuple[float, ...] | None:
+    def calibration(self, row: RequestEstimate, *, samples: bool) -> tuple[float, ...] | None:
         """Return what `Job` takes; None: nothing is learned from confidences. samples: the request is not greedy."""
-        return self.calibrations[samples].rates
+        return row.drafter.calibrations[samples].rates
 
     def tail(self, row: RequestEstimate, chain: DraftTree, match: int, *, samples: bool) -> int:
         """Return how many tokens to copy behind a chain, after which the match is `match` tokens long.
 
         Each must pay by itself: its chance of acceptance times the present tokens per second.
         """
-        rates = self.calibrations[samples].rates
+        rates = row.drafter.calibrations[samples].rates
         share = math.prod(calibrated(rates, each) for each in chain.confidences)
         survival = (
             row.survival(min(match, LONGEST_MATCH), row.room - len(chain)) if match and self.tail_floor < 1 else []
@@ -163,53 +164,58 @@ class Controller:
                 self.costs.observe_target(tokens, seconds)
             self._seconds += seconds / self.costs.pace
 
-    def observe_draft(self, trees: Sequence[DraftTree], seconds: float) -> None:
-        """Drafting of what the head drafts, with re-reading what was accepted."""
+    def observe_draft(self, trees: Sequence[DraftTree], seconds: float, head: HeadEstimate | None = None) -> None:
+        """Drafting of what a head drafts, with re-reading what was accepted."""
         with self.lock:
             steps, nodes = max(tree.depth - tree.copied for tree in trees), sum(tree.drawn for tree in trees)
             kind = "chain" if all(tree.is_chain for tree in trees) else "tree"
             seconds /= self.costs.pace
-            self.costs.draft[kind].observe(nodes / steps, seconds / steps)
+            (head or self.head).draft[kind].observe(nodes / steps, seconds / steps)
             self._seconds += seconds
 
-    def observe_catch_up(self, tokens: int, seconds: float) -> None:
-        """The head has read `tokens` tokens, of all requests, that the target decoded without it."""
+    def observe_catch_up(self, tokens: int, seconds: float, head: HeadEstimate | None = None) -> None:
+        """A head has read `tokens` tokens, of all its requests, that the target decoded without it."""
         with self.lock:
             seconds /= self.costs.pace
-            self.costs.catch_up.observe(tokens, seconds)
+            (head or self.head).catch_up.observe(tokens, seconds)
             self._late += seconds
 
-    def observe_confidence(self, chain: DraftTree, accepted: int, *, samples: bool) -> None:
+    def observe_confidence(self, row: RequestEstimate, chain: DraftTree, accepted: int, *, samples: bool) -> None:
         """The head's tokens of a chain, of which `accepted` were."""
         for position, confidence in enumerate(chain.confidences[: accepted + 1]):
-            self.calibrations[samples].observe(confidence, position < accepted)
+            row.drafter.calibrations[samples].observe(confidence, position < accepted)
 
-    def stats(self) -> dict[str, Any]:
-        """Return the controller's estimates and counts; JSON-able, seconds."""
+    def stats(self, head: HeadEstimate | None = None, length: int | None = None) -> dict[str, Any]:
+        """Return the controller's estimates and counts; JSON-able, seconds.
+
+        head: whose figures they contain; length: of its longest chain.
+        """
+        head, length = head or self.head, self.length if length is None else length
         with self.lock:
             plans, plain, present = Counter(map(str, self.plans)), self._rates.get("off"), self._rates.get("chosen")
             matches, pace = range(1, LONGEST_MATCH + 1), self.costs.pace
             rates = {name: rate / pace for name, rate in self._rates.items() if name != "chosen"}
             return {
                 "plan": ", ".join(plans) or "off",
-                "why": self._reason(),
+                "why": self._reason(head),
                 "expected_gain": present / plain if plain and present else None,
                 "expected_tokens_per_second": rates,
                 "target_seconds": self.costs.target.table(pace),
-                "draft_step_seconds": {kind: curve.table(pace) for kind, curve in self.costs.draft.items()},
-                "catch_up_seconds": self.costs.catch_up.table(pace),
+                "draft_step_seconds": {kind: curve.table(pace) for kind, curve in head.draft.items()},
+                "catch_up_seconds": head.catch_up.table(pace),
                 "acceptance": {
-                    "head": [self.acceptance.rate(HEAD, position) for position in range(self.length)],
+                    "head": [head.acceptance.rate(HEAD, position) for position in range(length)],
                     "lookup": {str(match): self.acceptance.rate(match, 0) for match in matches},
                 },
-                "confidence": dict(zip(("greedy", "sampled"), (each.rates for each in self.calibrations), strict=True)),
+                "confidence": dict(zip(("greedy", "sampled"), (each.rates for each in head.calibrations), strict=True)),
                 "steps": dict(self.chosen),
                 "probes": self.probes,
             }
 
     def _end_step(self, rows: Sequence[RequestEstimate]) -> None:
         """Account for the step before, and for the probe that it was a part of."""
-        self._clock["off" if self.drafting else "head"] += self._seconds + self._late
+        for what, runs in (("off", self.drafting), ("head", self._idle or not self.drafting)):
+            self._clock[what] += runs * (self._seconds + self._late)
         if probe := self._probe:
             probe.steps += 1
             probe.tokens += sum(row.emitted for row in self._rows) - self._emitted
@@ -226,14 +232,15 @@ class Controller:
         self.drafting = any(option.steps for option in chosen)
         self._rates["chosen"] = rate = self._rate(chosen)
         chosen = self._probed(rows, chosen, rate)
-        width = len(rows) + sum(option.nodes for option in chosen)
-        steps, drafting = max(option.steps for option in chosen), sum(option.steps > 0 for option in chosen)
-        self._expected = self._seconds_of(width - len(rows), steps, drafting)
-        slope = self.costs.slope(self._known + width - len(rows))
+        nodes = sum(option.nodes for option in chosen)
+        self._expected = self._seconds_of(nodes, _draft_seconds(chosen))
+        slope = self.costs.slope(self._known + nodes)
         # a probe looks at whole chains
         self.tail_floor = math.inf if self._probe else rate * slope
-        self.floor = 0.0 if self._probe else rate * (slope + self.costs.draft["chain"](drafting))
-        self._choice = chosen, width
+        for head in {row.drafter for row in rows}:
+            drafting = sum(option.head is head for option in chosen)
+            head.floor = 0.0 if self._probe else rate * (slope + head.draft["chain"](drafting))
+        self._choice = chosen, len(rows) + nodes
         return chosen
 
     def _best(self, rows: Sequence[RequestEstimate], plain: list[Option]) -> list[Option]:
@@ -263,11 +270,11 @@ class Controller:
         """Return plans, and their rate, in which one request may have another plan, given those of the rest."""
         rest = [*chosen[:place], *chosen[place + 1 :]]
         tokens, nodes = sum(each.tokens for each in rest), sum(each.nodes for each in rest)
-        steps, drafting = max((each.steps for each in rest), default=0.0), sum(each.steps > 0 for each in rest)
-        tokens, late = tokens + self._readers, sum(each.seconds for each in rest)
+        drafting, late = _draft_seconds(rest), sum(each.seconds for each in rest)
+        tokens += self._readers
         found, least = None, best * (1 + ROW_MARGIN / len(chosen) if len(chosen) > 1 else 1.0)
         for option in others:  # none with steps of the head
-            seconds = self._seconds_of(nodes + option.nodes, steps, drafting) + late
+            seconds = self._seconds_of(nodes + option.nodes, drafting) + late
             rate = (tokens + option.tokens) / seconds if seconds else 0.0
             if rate > least and len(chosen) + nodes + option.nodes <= self.costs.target.reach:
                 found, least = option, rate
@@ -275,7 +282,7 @@ class Controller:
 
     def _chains(self, row: RequestEstimate) -> list[Option]:
         """Return nothing, and chains of 1 to row.head tokens."""
-        late = self.costs.catch_up(row.backlog) if row.backlog else 0.0
+        late = row.drafter.catch_up(row.backlog) if row.backlog else 0.0
         shares = row.survival(HEAD, row.head)
         tokens = [*accumulate(shares, initial=1.0)]
         nodes = [*accumulate(row.survival(DRAFTED, row.head), initial=0.0)]
@@ -284,7 +291,7 @@ class Controller:
             drafted = nodes[min(length, len(nodes) - 1)]
             emitted = tokens[min(length, len(shares))]
             share = late / max(1.0, min(CATCH_UP_STEPS, row.remaining / emitted))
-            options.append(Option(_CHAINS[length], emitted, drafted, drafted, share))
+            options.append(Option(_CHAINS[length], emitted, drafted, drafted, share, row.drafter))
         return options
 
     @staticmethod
@@ -296,14 +303,13 @@ class Controller:
     def _rate(self, chosen: Sequence[Option]) -> float:
         """Estimate the tokens per second of these plans; 0: they go beyond what is known of the costs."""
         nodes = sum(option.nodes for option in chosen)
-        steps, drafting = max(option.steps for option in chosen), sum(option.steps > 0 for option in chosen)
-        seconds = self._seconds_of(nodes, steps, drafting) + sum(option.seconds for option in chosen)
-        if not seconds or (steps and len(chosen) + nodes > self.costs.target.reach):
+        if any(option.steps for option in chosen) and len(chosen) + nodes > self.costs.target.reach:
             return 0.0
-        return (sum(option.tokens for option in chosen) + self._readers) / seconds
+        seconds = self._seconds_of(nodes, _draft_seconds(chosen)) + sum(option.seconds for option in chosen)
+        return (sum(option.tokens for option in chosen) + self._readers) / seconds if seconds else 0.0
 
-    def _seconds_of(self, nodes: float, steps: float, drafting: int) -> float:
-        """Estimate the present step with so many drafted tokens, and steps of chains of some requests.
+    def _seconds_of(self, nodes: float, drafting: float) -> float:
+        """Estimate the present step with so many drafted tokens, and so many seconds of the heads' steps.
 
         The time of prompts is left out, since they are read in any case, but drafts are as dear as beside them. Those
         that read count as if they decoded: they soon will, and a token that is emitted now saves its share of a pass
@@ -314,23 +320,28 @@ class Controller:
             return self._plain
         target = self.costs.target
         added = max(target(self._known + nodes) - target(self._known), nodes * self._slope)
-        return self._plain + added + (steps * self.costs.draft["chain"](drafting) if steps else 0.0)
+        return self._plain + added + drafting
 
     # probes
 
     def _probed(self, rows: Sequence[RequestEstimate], chosen: list[Option], rate: float) -> list[Option]:
         """Return the plans of a probe, when there is one, or those that were chosen."""
         able = sorted((place for place, row in enumerate(rows) if row.head), key=lambda place: rows[place].backlog)
-        gap, probe = PROBE_GAP * self.costs.seconds(len(rows)), self._probe
+        in_use = {option.head for option in chosen if option.steps}
+        idle = [place for place in able if rows[place].drafter not in in_use]  # whose head drafts for nobody
+        self._idle = bool(idle)
+        gap, probe = PROBE_GAP * self.costs.target(len(rows)), self._probe
         if probe and not (able and probe.goes_on(rate)):
             lost = probe.cost - probe.tokens / rate if rate else 0.0
             self._probe_at[probe.what] = self._clock[probe.what] + max(gap, lost / PROBE_BUDGET)
             self._probe = None
-        if not self._probe and able and rate and self.costs.target.known(len(rows)):
-            due = "off" if self.drafting else "head"
-            self._probe_at[due] = self._probe_at[due] or self._clock[due] + gap
-            if self._clock[due] >= self._probe_at[due] and (due == "off" or self._could_pay(rows, len(able), rate)):
-                self._begin_probe(due)
+        plain_known = self.costs.target.known(len(rows))
+        for what, places in (("off", able if in_use else []), ("head", idle)):
+            if not self._probe and places and rate and (plain_known or (what == "head" and in_use)):
+                self._probe_at[what] = self._probe_at[what] or self._clock[what] + gap
+                due = self._clock[what] >= self._probe_at[what]
+                if due and (what == "off" or self._could_pay(rows, chosen, idle, rate)):
+                    self._begin_probe(what, [rows[place] for place in places])
         if self._probe is None:
             return chosen
         if self._probe.what == "off":
@@ -338,34 +349,40 @@ class Controller:
         chains = [self._chains(row) for row in rows]
         longest = max(row.head for row in rows)
         alike = _alike(chains, max(range(1, longest + 1), key=lambda length: self._rate(_alike(chains, length))))
-        few = set(able[: math.ceil(len(able) / PROBE_ROWS)])
+        looked_at = idle or able
+        few = set(looked_at[: math.ceil(len(looked_at) / PROBE_ROWS)])
         return [alike[place] if place in few else option for place, option in enumerate(chosen)]
 
-    def _could_pay(self, rows: Sequence[RequestEstimate], able: int, rate: float) -> bool:
-        """Test that the head would be used if it were always right: otherwise nothing can be found out about it."""
-        lengths = range(1, max(row.head for row in rows) + 1)
-        best = max(
-            (len(rows) + self._readers + able * each) / self._seconds_of(able * each, each, able) for each in lengths
-        )
+    def _could_pay(self, rows: Sequence[RequestEstimate], chosen: list[Option], idle: list[int], rate: float) -> bool:
+        """Test that idle heads would be used if they were always right: otherwise nothing can be found out about
+        them."""
+        others = [option for place, option in enumerate(chosen) if place not in idle]
+        tokens, nodes = sum(each.tokens for each in others) + self._readers, sum(each.nodes for each in others)
+        best = 0.0
+        for each in range(1, max(row.head for row in rows) + 1):
+            drafts = [Option(OFF, 1.0 + each, each, each, 0.0, rows[place].drafter) for place in idle]
+            seconds = self._seconds_of(nodes + len(idle) * each, _draft_seconds([*others, *drafts]))
+            best = max(best, (tokens + len(idle) * (1.0 + each)) / seconds)
         return best > MARGIN * rate
 
-    def _begin_probe(self, what: str) -> None:
+    def _begin_probe(self, what: str, rows: Sequence[RequestEstimate]) -> None:
         self._probe = _Probe(what)
         self.probes += 1
         if what == "head":
-            for acceptance in (self.acceptance, *(row.own for row in self._rows)):
+            heads = {row.drafter: row.drafter.acceptance for row in rows}
+            for acceptance in (*heads.values(), *(row.own for row in self._rows if row.drafter in heads)):
                 acceptance.forget_head()
 
-    def _reason(self) -> str:
+    def _reason(self, head: HeadEstimate) -> str:
         """State in one line what was chosen, and why."""
         chosen, width = self._choice
         if not chosen:
             return "nothing has been decoded yet"
         plans = ", ".join(f"{plan} for {count}" for plan, count in Counter(map(str, self.plans)).items())
         reason, costs, ms = self._cause(any(each.nodes for each in chosen)), self.costs, 1e3 * self.costs.pace
-        passes = ", ".join(f"{n:.0f}: {ms * costs.seconds(n):.3g} ms" for n in dict.fromkeys((len(chosen), width)))
-        head = ms * costs.draft["chain"](1)
-        return f"{plans}: {reason} (a pass of {passes}" + (f"; a step of the head {head:.3g} ms)" if head else ")")
+        passes = ", ".join(f"{n:.0f}: {ms * costs.target(n):.3g} ms" for n in dict.fromkeys((len(chosen), width)))
+        step = ms * head.draft["chain"](1)
+        return f"{plans}: {reason} (a pass of {passes}" + (f"; a step of the head {step:.3g} ms)" if step else ")")
 
     def _cause(self, drafts: bool) -> str:
         rates = {name: rate / self.costs.pace for name, rate in self._rates.items()}
@@ -376,6 +393,16 @@ class Controller:
         if drafts:
             return f"{rates['chosen']:.0f} tokens a second expected, {plain:.0f} without drafts"
         return f"{plain:.0f} tokens a second expected" + (f", {rates[best]:.0f} with {best}" if best else "")
+
+
+def _draft_seconds(chosen: Sequence[Option]) -> float:
+    """Estimate the seconds of the heads' steps: the chains of one head are drafted together."""
+    runs: dict[HeadEstimate, tuple[float, int]] = {}  # -> steps of the longest, requests
+    for option in chosen:
+        if option.steps and option.head is not None:
+            longest, count = runs.get(option.head, (0.0, 0))
+            runs[option.head] = max(longest, option.steps), count + 1
+    return sum(longest * head.draft["chain"](count) for head, (longest, count) in runs.items())
 
 
 def _alike(chains: list[list[Option]], length: int) -> list[Option]:
@@ -390,11 +417,11 @@ class Fixed(Controller):
         super().__init__(plan.length)
         self.plan, self.drafting = plan, plan.length > 0
 
-    def calibration(self, *, samples: bool) -> tuple[float, ...] | None:
+    def calibration(self, row: RequestEstimate, *, samples: bool) -> tuple[float, ...] | None:
         return None
 
-    def stats(self) -> dict[str, Any]:
-        return {**super().stats(), "plan": str(self.plan)}
+    def stats(self, head: HeadEstimate | None = None, length: int | None = None) -> dict[str, Any]:
+        return {**super().stats(head, length), "plan": str(self.plan)}
 
     def _decide(self, rows: Sequence[RequestEstimate]) -> list[Option]:
         chosen = [Option(self.plan.capped(row)) for row in rows]

@@ -12,14 +12,18 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from draft.errors import UserError
 from draft.evaluation.tau import acceptance_length
 from serving.engine.sampling import SamplingParams
 
+if TYPE_CHECKING:
+    from serving.engine.heads import LoadedHead
+
 MAX_SPECULATION_LENGTH = 32  # beyond any acceptance length that a head reaches
 _NUMBERS = itertools.count()
+T = TypeVar("T")
 
 
 class Overloaded(Exception):
@@ -41,6 +45,7 @@ class Speculation:
     enabled: bool = True
     num_tokens: int | None = None  # the most that are drafted at a time; None: as the engine does. 0 is off
     rule: str | None = None  # None: the engine's
+    head: str | None = None  # the name of the one that drafts; None: as the engine chooses
 
     def __post_init__(self) -> None:
         if self.num_tokens is not None:
@@ -68,7 +73,15 @@ class Times:
 class Request:
     """One request: `async for` follows it, `result()` waits for it, `cancel()` gives it up at the next step."""
 
-    def __init__(self, prompt_ids: list[int], params: SamplingParams, speculation: Speculation) -> None:
+    def __init__(
+        self,
+        prompt_ids: list[int],
+        params: SamplingParams,
+        speculation: Speculation,
+        checks: LoadedHead | None = None,
+    ) -> None:
+        """checks: a head whose self-check this request is a part of."""
+        self.checks = checks
         self.number = next(_NUMBERS)
         self.context = contextvars.copy_context()  # the client's, for log lines about this request
         self.prompt_ids, self.params, self.speculation = prompt_ids, params, speculation
@@ -222,6 +235,8 @@ class SpeculationStats:
     drafted: int = 0
     emitted: int = 0  # by verifications: the bonus token included, the one that the prefill gave excluded
     steps: list[Verification] = field(default_factory=list)
+    head: str | None = None  # the name of the one that drafted; None: none did
+    head_fingerprint: str | None = None  # of its weights; None: they are not of a file
     prefill_seconds: float = 0.0  # the prompt through the target, up to the first token
     decode_seconds: float = 0.0  # the steps that follow; the head reads the prompt in the first of them that drafts
 
@@ -281,6 +296,7 @@ class RequestQueue:
         self.max_requests, self.max_tokens = max_requests, max_tokens
         self.closed = False
         self._waiting: deque[Request] = deque()
+        self._posted: deque[tuple[Callable[[], None], Future[Any]]] = deque()
         self._changed = threading.Condition()
 
     def __len__(self) -> int:
@@ -306,15 +322,46 @@ class RequestQueue:
                 f"{queued} tokens wait already, {tokens} more came, and max_waiting_tokens is {self.max_tokens}"
             )
 
-    def join(self, requests: Sequence[Request], free_slots: int | None) -> None:
-        """Append all requests or none; raises as `check_room`. free_slots: None when the caller bounds their number."""
+    def join(self, requests: Sequence[Request], free_slots: int | None, *, first: bool = False) -> None:
+        """Append all requests or none; raises as `check_room`.
+
+        free_slots: None when the caller bounds their number. first: before those that wait already.
+        """
         with self._changed:
             if free_slots is None:
                 self.check_open()
             else:
                 self.check_room(_tokens(requests), free_slots, len(requests))
-            self._waiting.extend(requests)
+            if first:
+                self._waiting.extendleft(reversed(requests))
+            else:
+                self._waiting.extend(requests)
             self._changed.notify()
+
+    def post(self, work: Callable[[], T]) -> Future[T]:
+        """Let the thread that takes requests out do some work before it goes on; EngineStopped once it has ended."""
+        future: Future[T] = Future()
+
+        def run() -> None:
+            try:
+                future.set_result(work())
+            except Exception as error:
+                future.set_exception(error)
+
+        with self._changed:
+            self.check_open()
+            self._posted.append((run, future))
+            self._changed.notify()
+        return future
+
+    def run_posted(self) -> None:
+        """Do the work that was posted."""
+        while True:
+            with self._changed:
+                if not self._posted:
+                    return
+                run, _ = self._posted.popleft()
+            run()
 
     def next(self, fits: Callable[[Request], bool] = lambda _: True) -> Request | None:
         """Take out the first request that is still wanted, if it fits: none overtakes one that waits for room."""
@@ -336,17 +383,20 @@ class RequestQueue:
             request.finish(Completion(request.prompt_ids, [], [], "", "cancelled", None, SpeculationStats()))
 
     def wait(self) -> None:
-        """Wait until a request joins, or the queue is closed."""
+        """Wait until a request joins, work is posted, or the queue is closed."""
         with self._changed:
-            self._changed.wait_for(lambda: self._waiting or self.closed)
+            self._changed.wait_for(lambda: self._waiting or self._posted or self.closed)
 
     def close(self) -> list[Request]:
         """Let nobody join any more; returns those who still waited."""
         with self._changed:
             self.closed = True
-            left = list(self._waiting)
+            left, posted = list(self._waiting), list(self._posted)
             self._waiting.clear()
+            self._posted.clear()
             self._changed.notify_all()
+        for _, future in posted:
+            future.set_exception(EngineStopped("the engine has ended"))
         return left
 
 

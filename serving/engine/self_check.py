@@ -104,16 +104,16 @@ class SelfCheck:
             "acceptance_per_position": self.acceptance_per_position,
         }
 
-    def report(self) -> None:
+    def report(self, head: str = "the draft head") -> None:
         """Log the result: a warning where the head seems not to fit the target."""
         shares = ", ".join(f"{each:.2f}" for each in self.acceptance_per_position)
         tau = f"τ = {self.stats.acceptance_length:.2f} in {self.stats.verifications} verifications"
         if self.failed:
-            log.warning("self-check of the draft head: %s. Speculation is broken: %s", tau, self.reason)
+            log.warning("self-check of %s: %s. Speculation is broken: %s", head, tau, self.reason)
         elif not self.enough:
-            log.info("self-check of the draft head: %s, too few to judge it by", tau)
+            log.info("self-check of %s: %s, too few to judge it by", head, tau)
         else:
-            log.info("self-check of the draft head: %s; accepted by draft position: %s", tau, shares)
+            log.info("self-check of %s: %s; accepted by draft position: %s", head, tau, shares)
 
     @property
     def reason(self) -> str:
@@ -157,6 +157,10 @@ class AcceptanceWatch:
     @property
     def is_degraded(self) -> bool:
         return self.degraded is not None
+
+    def expected(self, depth: int, *, samples: bool) -> float:
+        """Tokens that a verification of `depth` tokens drafted in a row is expected to accept."""
+        return self._expecting[samples][depth]
 
     def observe(self, depth: int, accepted: int, *, samples: bool = False) -> None:
         """Count one verification of `depth` tokens that the head drafted in a row; 0: none, which says nothing.

@@ -6,6 +6,7 @@ import copy
 import itertools
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypedDict
 
@@ -46,15 +47,30 @@ _REPEATS = 3
 
 @dataclass(frozen=True)
 class Models:
-    """The models that the engine decodes with."""
+    """The target that the engine decodes with, and the ways in which it runs heads beside it."""
 
     runner: TargetRunner
-    proposer: Proposer | None
     mode: str  # eager or compiled
     arithmetic: str  # of the compiled kernels with bfloat16 weights; otherwise the dtype's name
     weights: str  # of the target: int8, int4, or the dtype's name
-    head_weights: str | None  # the same of the head
-    cache_size: CacheSize
+    head_weights: str  # the same of heads
+    cache_size: CacheSize  # with the first heads'
+    kernel: Kernel
+
+    def packed(self, head: DraftHead, *, in_place: bool = False) -> DraftHead:
+        """Return a head as it is to be run; in_place: its owner has no other use for it."""
+        if self.mode != "compiled":
+            return head
+        return _pack_head(head, self.runner.target, _BITS.get(self.head_weights, 0), in_place)
+
+    def proposer(self, head: DraftHead) -> Proposer:
+        """Return what drafts with a head that was packed: it has as many slots and blocks as the target."""
+        runner, size = self.runner, self.cache_size
+        layers, slots = head.auxiliary_layers(runner.target), len(runner.cache.lengths)
+        proposer = make_proposer(runner.target, head, layers, slots, size.capacity, self.kernel, size.blocks)
+        if self.mode == "compiled" and isinstance(proposer, HeadProposer):
+            fuse_head(proposer.runner)
+        return proposer
 
 
 class ModelOptions(TypedDict, total=False):
@@ -85,7 +101,7 @@ class ModelOptions(TypedDict, total=False):
 
 def build_models(
     target: Target,
-    head: DraftHead | None,
+    heads: Sequence[DraftHead],
     *,
     slots: int,
     capacity: int,
@@ -97,8 +113,9 @@ def build_models(
     head_weights: str = "auto",
     pack_in_place: bool = False,
     threads: int | None = None,
-) -> Models:
-    """
+) -> tuple[Models, list[Proposer]]:
+    """Return the models, and a proposer for each head.
+
     slots, capacity, least, memory: of the KV cache, see `fit_cache`. The others: see `ModelOptions`.
 
     Raises:
@@ -110,7 +127,8 @@ def build_models(
     of_target, of_head = _choose_weights(weights, head_weights, mode, target)
     kernel: Kernel = torch_attention
     if mode == "compiled":
-        target, head = _pack(target, head, pack_in_place, _BITS.get(of_target, 0), _BITS.get(of_head, 0))
+        target = _pack(target, pack_in_place, _BITS.get(of_target, 0))
+        heads = [_pack_head(head, target, _BITS.get(of_head, 0)) for head in heads]
         if of_target in _BITS and (share := _share_left(target)) > 0:
             reason = "they are not in linear layers, as those of a mixture of experts"
             dtype = str(target.dtype).removeprefix("torch.")
@@ -121,19 +139,16 @@ def build_models(
         torch.set_num_threads(1)
     elif threads is not None:
         torch.set_num_threads(threads)
-    layers = head.auxiliary_layers(target) if head is not None else ()
     probe = find_attention(target)
     shapes = [shape for shape, _ in probe.found.values()]
-    drafting = [head_shape(head)] if isinstance(head, StepwiseHead) else []
+    drafting = [head_shape(head) for head in heads if isinstance(head, StepwiseHead)]
     size = fit_cache([*shapes, *drafting], slots, capacity, least, memory)
-    proposer = None if head is None else make_proposer(target, head, layers, slots, size.capacity, kernel, size.blocks)
-    runner = TargetRunner(target, probe, SlotCache(shapes, slots, size.capacity, size.blocks), kernel, layers)
+    runner = TargetRunner(target, probe, SlotCache(shapes, slots, size.capacity, size.blocks), kernel)
     runner.compiled = mode == "compiled"
     if runner.compiled:
         fuse_target(runner)
-        if isinstance(proposer, HeadProposer):
-            fuse_head(proposer.runner)
-    return Models(runner, proposer, mode, products, of_target, None if head is None else of_head, size)
+    models = Models(runner, mode, products, of_target, of_head, size, kernel)
+    return models, [models.proposer(head) for head in heads]
 
 
 def make_proposer(
@@ -249,14 +264,10 @@ def _why_no_kernels() -> str | None:
     return None
 
 
-def _pack(
-    target: Target, head: DraftHead | None, in_place: bool, bits: int, head_bits: int
-) -> tuple[Target, DraftHead | None]:
-    """Return the target and a copy of the head, which its owner may want to save, with packed linear layers."""
+def _pack(target: Target, in_place: bool, bits: int) -> Target:
+    """Return the target with packed linear layers."""
     _ = target.fingerprint  # while its weights are there to be hashed
     check_range(target.model, bits, f"target {target.name!r}", "weights")
-    if head is not None:
-        check_range(head, head_bits, "the head", "head_weights")
     dtype = target.dtype
     if not in_place:
         target, model = copy.copy(target), target.model
@@ -271,11 +282,16 @@ def _pack(
     except ValueError as error:
         raise UserError(f"target {target.name!r}: {error}; load it again for another engine.") from error
     target.lm_head = target.model.get_output_embeddings()
-    if head is not None:
-        head = copy.deepcopy(head).to(dtype)
-        pack_linears(head, dtype, head_bits, getattr(head, "lm_head", None))
-        head.use_target_lm_head(target)  # not the plain one's LM head, where it has none
-    return target, head
+    return target
+
+
+def _pack_head(head: DraftHead, target: Target, bits: int, in_place: bool = False) -> DraftHead:
+    """Return a copy of a head, which its owner may want to save, with packed linear layers, beside a packed target."""
+    check_range(head, bits, "the head", "head_weights")
+    head = (head if in_place else copy.deepcopy(head)).to(target.dtype)
+    pack_linears(head, target.dtype, bits, getattr(head, "lm_head", None))
+    head.use_target_lm_head(target)  # not the plain one's LM head, where it has none
+    return head
 
 
 def check_range(model: nn.Module, bits: int, name: str, option: str) -> None:

@@ -11,15 +11,15 @@ from torch import Tensor
 
 from draft.target import wait_for
 from serving.engine.answer import GrowingAnswer
-from serving.engine.drafting import Job, Proposer
+from serving.engine.drafting import Job
 from serving.engine.estimates import DraftPlan, RequestEstimate
+from serving.engine.heads import Heads, LoadedHead
 from serving.engine.kv_cache import RaggedBatch, Segment
 from serving.engine.lookup import LookupProposer
 from serving.engine.model import TargetRunner
 from serving.engine.planner import Controller
 from serving.engine.request import Completion, Request, SpeculationStats
 from serving.engine.sampling import Processor, SamplingParams
-from serving.engine.self_check import AcceptanceWatch
 from serving.engine.verification import DraftTree, Rule, Verdict, follow, greedy_choices
 
 _NO_DRAFT = DraftTree.chain([])
@@ -40,8 +40,9 @@ class ActiveRequest:
     cap: int  # the most tokens drafted at a time; 0: plain decoding
     head_cap: int  # the most of them that the head drafts
     estimate: RequestEstimate
-    drafting: Any = None  # the proposer's state of this sequence; None where the head never drafts
+    drafting: Any = None  # the proposer's state of this sequence; None where no head drafts
     lookup: LookupProposer | None = None  # None where nothing is ever copied
+    head: LoadedHead | None = None  # that drafts, where one does
     read: int = 0  # tokens of the prompt that the target has read
     stats: SpeculationStats = field(default_factory=SpeculationStats)
 
@@ -53,6 +54,15 @@ class ActiveRequest:
     def reading(self) -> bool:
         """True while part of the prompt is still to be read."""
         return self.read < len(self.request.prompt_ids)
+
+    @property
+    def checks(self) -> bool:
+        """True for a request of a head's self-check: whole chains are drafted, and nothing is learned from it."""
+        return self.request.checks is not None
+
+    def lose_head(self) -> None:
+        """Draft with no head from now on."""
+        self.head = self.drafting = None
 
     @property
     def finished(self) -> bool:
@@ -101,13 +111,10 @@ class _Part:
 class Decoder:
     """Advances any number of requests, each by its share of a step: part of its prompt, or one verification."""
 
-    def __init__(
-        self, runner: TargetRunner, proposer: Proposer | None, controller: Controller, *, prefill_chunk: int
-    ) -> None:
+    def __init__(self, runner: TargetRunner, heads: Heads, controller: Controller, *, prefill_chunk: int) -> None:
         """prefill_chunk: the most prompt tokens in one step, so that a long prompt does not stall those behind it."""
-        self.runner, self.proposer, self.controller = runner, proposer, controller
+        self.runner, self.heads, self.controller = runner, heads, controller
         self.prefill_chunk = prefill_chunk
-        self.watch = AcceptanceWatch()
         # of all steps without prompts: head: drafting, and reading what was accepted (of the steps with prompts, too);
         # target: its pass, to the logits; sampling: verification; other: batches, text, bookkeeping
         self.seconds = {"head": 0.0, "target": 0.0, "sampling": 0.0, "other": 0.0}
@@ -142,20 +149,34 @@ class Decoder:
         read = time.perf_counter()
         verdicts = self._verify(parts, logits)
         decided = time.perf_counter()
+        states = self._states(requests, auxiliary)
         for part, (verdict, own) in zip(parts, verdicts, strict=True):
-            self._advance(part, verdict, own, auxiliary)
+            self._advance(part, verdict, own, states.get(part.active.head))
         seconds = time.perf_counter() - began
-        if len(decoding) == len(parts):
+        ordinary = len(decoding) == len(parts) and not any(active.checks for active in decoding)
+        if ordinary:
             self.seconds["target"] += read - entered
             self.seconds["sampling"] += decided - read
             self.seconds["other"] += seconds - (decided - entered)
         for active in decoding:  # with planning and drafting
             active.stats.decode_seconds += time.perf_counter() - start
-        self.controller.observe_target(batch.ids.shape[1], seconds, ignore=len(decoding) < len(parts))
+        self.controller.observe_target(batch.ids.shape[1], seconds, ignore=not ordinary)
         # the readers wake up, and take Python's lock whenever the engine gives it up: not before all else is done
         for part, (verdict, _) in zip(parts, verdicts, strict=True):
             if verdict is not None and not part.active.finished:  # the last tokens come with the completion
                 part.active.request.release(part.active.answer.release())
+
+    def _states(self, requests: list[ActiveRequest], auxiliary: Tensor | None) -> dict[LoadedHead | None, Tensor]:
+        """Return the auxiliary states that each head reads, [N, its layers * hidden], of those that any does."""
+        layers, states = self.runner.layers, dict[LoadedHead | None, Tensor]()
+        if auxiliary is None:
+            return states
+        parts = dict(zip(layers, auxiliary.chunk(len(layers), dim=-1), strict=True))
+        for head in {active.head for active in requests}:
+            if head is not None and head.proposer is not None:
+                own = head.proposer.layers
+                states[head] = auxiliary if own == layers else torch.cat([parts[layer] for layer in own], dim=-1)
+        return states
 
     def _wait(self) -> None:
         """Wait for the device, so that the clock may be read."""
@@ -163,7 +184,7 @@ class Decoder:
             wait_for(self.runner.target.device)
 
     def _draft(self, requests: list[ActiveRequest], everyone: list[ActiveRequest], prompts: int) -> list[DraftTree]:
-        """Draft a tree for each request, by the plans that the controller chooses.
+        """Draft a tree for each request, by the plans that the controller chooses; a self-check drafts whole chains.
 
         everyone: those whose prompt is being read, too. Where others draft the head reads it along, so that no step
         waits until it has read the whole of it. prompts: tokens of prompts in this step.
@@ -173,19 +194,26 @@ class Decoder:
             row.room, row.remaining = active.draftable, active.answer.remaining
             row.head = min(row.room, active.head_cap) if active.drafting is not None else 0
             row.match = active.lookup.match.length if active.lookup is not None and row.room else 0
-        chosen = self.controller.choose(
-            [active.estimate for active in requests], prompts, len(everyone) - len(requests)
-        )
-        self._plans = dict(zip(requests, chosen, strict=True))
+        planned = [active for active in requests if not active.checks]
+        chains = {active: DraftPlan.chain(active.estimate.head) for active in requests if active.checks}
+        prompts += sum(1 + plan.length for plan in chains.values())  # in this step's pass for others' sake, too
+        chosen = self.controller.choose([active.estimate for active in planned], prompts, len(everyone) - len(requests))
+        self._plans = {**dict(zip(planned, chosen, strict=True)), **chains}
         jobs = {active: self._job(active, plan) for active, plan in self._plans.items() if plan.length}
-        drafted = self._head_drafts(jobs, everyone) if self.proposer is not None else {}
-        trees = [self._with_copies(active, drafted.get(active, _NO_DRAFT)) for active in requests]
-        self.controller.observe_plans([plan.with_copies(tree.copied) for plan, tree in zip(chosen, trees, strict=True)])
-        return trees
+        drafted: dict[ActiveRequest, DraftTree] = {}
+        for head in dict.fromkeys(active.head for active in everyone if active.drafting is not None):
+            assert head is not None
+            own = {active: job for active, job in jobs.items() if active.head is head}
+            drafted |= self._head_drafts(head, own, [active for active in everyone if active.head is head])
+        trees = {active: self._with_copies(active, drafted.get(active, _NO_DRAFT)) for active in requests}
+        self.controller.observe_plans([self._plans[active].with_copies(trees[active].copied) for active in planned])
+        return [trees[active] for active in requests]
 
     def _job(self, active: ActiveRequest, plan: DraftPlan) -> Job:
-        calibration = self.controller.calibration(samples=active.samples)
-        floor = 0.0 if plan.tree_nodes else self.controller.floor
+        floor, calibration = 0.0, None
+        if not active.checks:
+            calibration = self.controller.calibration(active.estimate, samples=active.samples)
+            floor = 0.0 if plan.tree_nodes else active.estimate.drafter.floor
         active.rule.first_position = active.answer.length
         return Job(active.drafting, plan.length, plan.tree_nodes, active.rule, floor, calibration)
 
@@ -201,34 +229,35 @@ class Decoder:
         return lookup.extend(tree, match, count) if match.length and count else tree
 
     def _head_drafts(
-        self, jobs: dict[ActiveRequest, Job], everyone: list[ActiveRequest]
+        self, head: LoadedHead, jobs: dict[ActiveRequest, Job], everyone: list[ActiveRequest]
     ) -> dict[ActiveRequest, DraftTree]:
-        """Let the head draft, and read what it must before; everyone: see `_draft`."""
-        assert self.proposer is not None
+        """Let a head draft, and read what it must before; everyone: see `_draft`, of those that have this head."""
+        assert head.proposer is not None
+        ordinary = not any(active.checks for active in everyone)
         along = jobs and self.controller.drafting  # what only a probe looks at, the next step may not need
         late = [
             active
             for active in everyone
-            if active.drafting is not None
-            and active.estimate.backlog >= (1 if active in jobs or (along and active.reading) else MOST_UNREAD)
+            if active.estimate.backlog >= (1 if active in jobs or (along and active.reading) else MOST_UNREAD)
         ]
         if not (jobs or late):
             return {}
         began = time.perf_counter()
         if late:
-            tokens = self.proposer.catch_up([active.drafting for active in late])
+            tokens = head.proposer.catch_up([active.drafting for active in late])
             self._wait()
-            if tokens:
-                self.controller.observe_catch_up(tokens, time.perf_counter() - began)
+            if tokens and ordinary:
+                self.controller.observe_catch_up(tokens, time.perf_counter() - began, head.estimate)
             for active in late:
                 active.estimate.backlog = 0
         if not jobs:
             return {}
         caught_up = time.perf_counter()
-        trees = dict(zip(jobs, self.proposer.propose(list(jobs.values())), strict=True))
+        trees = dict(zip(jobs, head.proposer.propose(list(jobs.values())), strict=True))
         drafted = time.perf_counter()
-        self.controller.observe_draft(list(trees.values()), drafted - caught_up)
-        self.seconds["head"] += drafted - began
+        if ordinary:
+            self.controller.observe_draft(list(trees.values()), drafted - caught_up, head.estimate)
+            self.seconds["head"] += drafted - began
         return trees
 
     def _chunks(self, requests: list[ActiveRequest], *, beside: bool) -> list[_Part]:
@@ -288,25 +317,30 @@ class Decoder:
             accepted = min(len(verdict.path), len(following))
             active.stats.count(part.tree.depth, len(part.tree), accepted, len(following), part.tree.copied)
             self._learn(part, following, accepted, trimmed=active.finished and len(following) <= len(verdict.path))
-        if active.drafting is not None and auxiliary is not None and not active.finished:
-            assert self.proposer is not None
+        head = active.head
+        if head is not None and head.proposer is not None and auxiliary is not None and not active.finished:
             # a copy: states that wait for the head must not keep those of other sequences. And an index costs several
             # times what a slice does, for every sequence in every step
             together = kept == list(range(kept[0], kept[-1] + 1))
             states = auxiliary[kept[0] : kept[-1] + 1].clone() if together else auxiliary[kept]
-            self.proposer.observe(active.drafting, following, states)
+            head.proposer.observe(active.drafting, following, states)
 
     def _learn(self, part: _Part, following: list[int], accepted: int, *, trimmed: bool) -> None:
         """Let the estimates observe a verification; trimmed: the answer ended within it, the rest was not judged."""
-        active, tree, row = part.active, part.tree, part.active.estimate
+        active, tree, row, head = part.active, part.tree, part.active.estimate, part.active.head
         depth = tree.depth - tree.copied  # of what the head drafted
         by_head = min(accepted, depth)
         row.observe(len(following), by_head=depth > 0, copied=accepted - by_head)
-        if depth and not trimmed:
-            row.observe_head(self._plans[active].length, depth, by_head)
-            self.controller.observe_confidence(tree, by_head, samples=active.samples)
-            if active.params.temperature <= 1:  # above, any head is accepted less
-                self.watch.observe(depth, by_head, samples=active.samples)
+        if active.checks:
+            return
+        if depth and head is not None:
+            head.count(tree.drawn, by_head, min(len(following), by_head + 1))
+            if not trimmed:
+                planned = self._plans[active].length
+                row.observe_head(planned, depth, by_head)
+                self.controller.observe_confidence(row, tree, by_head, samples=active.samples)
+                if active.params.temperature <= 1:  # above, any head is accepted less
+                    self.heads.judge(head, active.request, planned, depth, by_head, samples=active.samples)
         if active.lookup is not None:
             if match := active.lookup.match.length:
                 row.observe_lookup(match, active.lookup.continues(following), len(following))

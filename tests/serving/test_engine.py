@@ -137,7 +137,7 @@ def test_cancelling_frees_the_slot_at_the_next_step(speculation):
     assert prompt.result(timeout=0).tokens == [] and prompt.result().finish_reason == "cancelled"
     expected = alone([[50, 60], [51, 60], [70]], [params(24), params(24), params(3)])
     assert answers([first, second, third]) == [expected[0][:read], *expected[1:]]
-    proposer = engine.models.proposer
+    proposer = engine.proposer
     assert all_free(engine.models.runner.cache)
     assert speculation == "off" or (isinstance(proposer, HeadProposer) and all_free(proposer.runner.cache))
 
@@ -328,7 +328,7 @@ def test_a_request_that_cannot_be_taken_up_fails_alone(monkeypatch, where):
     """Its slot is free again, also where it was the head that could not take it up."""
     engine = Engine(TARGET, HEAD, max_batch=1, **CHAIN)
     first, second = engine.submit([50], params(3)), engine.submit([51], params(3))
-    owner: Any = engine if where == "_activate" else engine.models.proposer
+    owner: Any = engine if where == "_activate" else engine.proposer
     inner, calls = getattr(owner, where), iter([bad])
     monkeypatch.setattr(owner, where, lambda *arguments: next(calls, inner)(*arguments))
     finish(engine)

@@ -186,7 +186,7 @@ def test_anything_at_once(family, data):
     )
     serve(engine, cases)
     assert all_free(engine.models.runner.cache)
-    assert not getattr(engine.models.proposer, "present", [])
+    assert not getattr(engine.proposer, "present", [])
 
 
 # seeds: the same tokens, whoever shares the batch and whatever is drafted

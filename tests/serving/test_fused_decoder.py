@@ -68,9 +68,15 @@ def make(family: str, dtype: torch.dtype = torch.float32) -> Target:
     return Target(family, model.to(dtype), byte_tokenizer())
 
 
-def compiled(target: Target, head: Any = None, head_weights: str = "auto") -> Models:
+def compiled(target: Target, head: Any = None, head_weights: str = "auto") -> tuple[Models, Any]:
+    """The models, and the proposer of the head."""
     sizes: Any = {"slots": 4, "capacity": 64, "threads": 1}
-    return build_models(target, head, mode="compiled", pack_in_place=True, head_weights=head_weights, **sizes)
+    heads = [] if head is None else [head]
+    models, proposers = build_models(
+        target, heads, mode="compiled", pack_in_place=True, head_weights=head_weights, **sizes
+    )
+    models.runner.layers = proposers[0].layers if proposers else ()
+    return models, next(iter(proposers), None)
 
 
 def ids(count: int, seed: int) -> list[int]:
@@ -100,7 +106,7 @@ def passes(runner: TargetRunner) -> Tensor:
 @pytest.mark.parametrize("family", FUSED)
 def test_a_pass_in_one_call_is_the_layers_one_by_one(family, dtype, tolerance):
     target = make(family, dtype)
-    runner = compiled(target, make_tiny_head(target)).runner
+    runner = compiled(target, make_tiny_head(target))[0].runner
     fused, runner.fused = runner.fused, None
     expected = passes(runner)
     runner.fused = fused
@@ -110,20 +116,20 @@ def test_a_pass_in_one_call_is_the_layers_one_by_one(family, dtype, tolerance):
 
 @pytest.mark.parametrize("family", OTHERS)
 def test_other_decoders_keep_their_own_code(family):
-    assert [compiled(make(family, dtype)).runner.fused for dtype in (torch.float32, torch.bfloat16)] == [None, None]
+    assert [compiled(make(family, dtype))[0].runner.fused for dtype in (torch.float32, torch.bfloat16)] == [None, None]
 
 
 @torch.inference_mode()
 def test_layers_share_the_memory_of_projections_that_are_joined():
     target = make("llama")
-    runner = compiled(target).runner
+    runner = compiled(target)[0].runner
     assert runner.fused is not None
     linears = [module for module in target.model.modules() if isinstance(module, PackedLinear)]
     layers = [each.packed for each in linears if each is not target.lm_head]
     storages = {packed.untyped_storage().data_ptr(): packed.untyped_storage().nbytes() for packed in layers}
     assert list(storages.values()) == [sum(packed.nbytes for packed in layers)]  # one memory, and no more than it takes
     # and another engine of this target reads the same
-    other = compiled(target).runner
+    other = compiled(target)[0].runner
     assert other.fused is not None
     for one, again in zip(runner.fused.weights, other.fused.weights, strict=True):
         assert torch.equal(one, again) and (one.dim() != 3 or one.data_ptr() == again.data_ptr())
@@ -161,7 +167,7 @@ def test_angles_that_depend_on_how_far_others_reach_are_not_kept(family, config,
     target = Target(
         family, model_of(family, seed=3, **{"max_position_embeddings": 700, **WIDTHS, **config}), byte_tokenizer()
     )
-    runner = compiled(target).runner
+    runner = compiled(target)[0].runner
     assert runner.fused is not None and (runner.angles is not None) == fixed
 
 
@@ -181,7 +187,7 @@ def test_the_layer_of_a_head_in_one_call(option):
     head = make_tiny_head(target, **({option: True} if option else {}))
     for norm in (each for each in head.parameters() if each.dim() == 1):
         norm.copy_(torch.randn_like(norm))
-    runner = compiled(target, head, "float").proposer.runner  # type: ignore[union-attr]
+    runner = compiled(target, head, "float")[1].runner
     hidden, outputs, layer = torch.randn(9, 64), list[Tensor](), runner.fused
     assert (layer is None) == (option == "norm_before_residual")
     if layer is None:
@@ -211,7 +217,7 @@ def test_chains_in_one_call_are_those_of_single_steps(option):
         norm.copy_(torch.rand_like(norm) + 0.5)
     if option != "shared_lm_head":
         head.set_vocabulary(torch.randperm(target.vocab_size)[:200].sort().values)
-    proposer = compiled(target, head, head_weights="float").proposer
+    proposer = compiled(target, head, head_weights="float")[1]
     assert isinstance(proposer, HeadProposer) and proposer.runner.chains is not None
     rules = [
         make_rule("shared-noise", SamplingParams(), 0),
@@ -249,7 +255,7 @@ def test_chains_in_one_call_are_those_of_single_steps(option):
 @torch.inference_mode()
 def test_a_chain_in_one_call_ends_at_its_floor():
     target = make("llama")
-    proposer = compiled(target, make_tiny_head(target)).proposer
+    proposer = compiled(target, make_tiny_head(target))[1]
     assert isinstance(proposer, HeadProposer)
     rule, calibration = make_rule("shared-noise", SamplingParams(), 0), (0.5,) * 16
     lengths = []

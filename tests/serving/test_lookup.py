@@ -187,7 +187,7 @@ def test_copies_behind_a_chain_are_part_of_the_plan_that_is_shown():
     target = make_tiny_target(max_length=256)
     head = make_tiny_head(target)
     engine = Engine(target, head, speculation="chain", max_batch=2)
-    engine.lookup, engine.longest_draft = True, LOOKUP_LENGTH
+    engine.lookup = True
     everything = head.vocabulary.tolist()  # so that whatever is drafted has occurred before
     engine.controller.tail = lambda row, chain, match, *, samples: min(4, row.room - len(chain)) * (match > 0)
     answers = engine.generate([everything, everything[::-1]], SamplingParams(30, ignore_eos=True))

@@ -143,8 +143,8 @@ def test_requests_wait_for_blocks_in_their_order_and_a_large_one_is_not_overtake
 
 def test_blocks_come_back_however_a_request_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = Engine(TARGET, HEAD, max_batch=3, prefill_chunk=8, **CHAIN)
-    assert isinstance(engine.models.proposer, HeadProposer)
-    caches = engine.models.runner.cache, engine.models.proposer.runner.cache
+    assert isinstance(engine.proposer, HeadProposer)
+    caches = engine.models.runner.cache, engine.proposer.runner.cache
     honest, text = engine.models.runner.forward, alone([[50]], params(12))[0]
     for round_ in range(3):
         length = engine.submit([50], params(12))
@@ -205,7 +205,7 @@ def test_a_stream_is_not_held_up_by_whole_chunks() -> None:
 
 def test_the_head_reads_a_long_prompt_along_where_others_draft(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = Engine(LONG, make_tiny_head(LONG), max_batch=2, prefill_chunk=32, **CHAIN)
-    proposer, read = engine.models.proposer, list[int]()
+    proposer, read = engine.proposer, list[int]()
     assert isinstance(proposer, HeadProposer)
     catch_up = proposer.catch_up
     monkeypatch.setattr(proposer, "catch_up", lambda states: read.append(catch_up(states)) or read[-1])
@@ -223,8 +223,8 @@ def test_many_requests_of_all_lengths_and_random_cancellation() -> None:
     target = make_tiny_target(dtype=torch.float32, max_length=2 * longest)
     memory = 2 * longest * 640  # for two of the longest: the others wait, in turns for memory and for one of 8 slots
     engine = Engine(target, make_tiny_head(target), max_batch=8, prefill_chunk=512, kv_cache_memory=memory)
-    assert isinstance(engine.models.proposer, HeadProposer)
-    caches = engine.models.runner.cache, engine.models.proposer.runner.cache
+    assert isinstance(engine.proposer, HeadProposer)
+    caches = engine.models.runner.cache, engine.proposer.runner.cache
     assert engine.max_length < target.max_length
     requests: list[Request] = []
     while engine.step() or len(requests) < REQUESTS:

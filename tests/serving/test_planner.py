@@ -353,7 +353,7 @@ def test_a_tail_follows_while_each_token_pays():
         row.observe_lookup(8, 3 + place % 12, 16)
         row.observe_lookup(1, 0, 1)
     controller.choose([row])
-    assert 0 < controller.tail_floor <= controller.floor < 1
+    assert 0 < controller.tail_floor <= controller.head.floor < 1
     sure, unsure = (DraftTree.chain([1, 2], confidences=[each] * 2) for each in (0.99, 0.4))
     assert controller.tail(row, sure, 8, samples=False) > controller.tail(row, unsure, 8, samples=False) > 0
     assert controller.tail(row, sure, 1, samples=False) == controller.tail(row, sure, 0, samples=False) == 0

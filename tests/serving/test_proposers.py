@@ -201,7 +201,7 @@ class Zigzag(Recorder):
 @STEP_BY_STEP
 def test_a_tree_at_the_end_of_the_context_fits_however_it_grows():
     engine = Engine(TARGET, HEAD, speculation="tree", tree_size=32, speculation_length=20, max_length=60)
-    proposer = engine.models.proposer
+    proposer = engine.proposer
     assert isinstance(proposer, HeadProposer)
     for left in (12, 21):
         rule = Zigzag()
@@ -221,4 +221,4 @@ def test_a_head_without_a_cache_keeps_the_last_state_and_drafts_as_far_as_it_can
         assert state.auxiliary is not None and state.auxiliary.untyped_storage().nbytes() == 32 * 8
     engine = Engine(TARGET, HEAD, speculation="chain", speculation_length=9)
     (answer,) = engine.generate([[9, 8, 7]], SamplingParams(30, ignore_eos=True))
-    assert engine.speculation_length == len(answer.stats.drafted_per_position) == 4
+    assert engine.head_length == len(answer.stats.drafted_per_position) == 4

@@ -22,6 +22,7 @@ from serving import cli
 from serving.api.app import create_app
 from serving.engine import Engine, SamplingParams, SpeculationStats
 from serving.engine.estimates import DraftPlan
+from serving.engine.heads import LoadedHead
 from serving.engine.request import Verification
 from serving.engine.self_check import WATCHED, AcceptanceWatch, SelfCheck, check_prompts
 
@@ -41,6 +42,11 @@ def head(tiny_target: Target) -> Any:
 
 def engine_of(target: Target, head: Any, **options: Any) -> Engine:
     return Engine(target, head, **{"speculation_length": LENGTH, "mode": "eager", "max_length": CONTEXT, **options})
+
+
+def default_of(engine: Engine) -> LoadedHead:
+    assert engine.heads.default is not None
+    return engine.heads.default
 
 
 def decode(engine: Engine, rounds: int = 3) -> None:
@@ -83,7 +89,7 @@ def test_a_good_head_passes_and_leaves_no_trace(
     [line] = caplog.records
     assert line.levelname == "INFO" and f"τ = {check.stats.acceptance_length:.2f}" in line.message
     assert engine.stats() == before and idle(engine)
-    assert all_free(engine.models.proposer.runner.cache)  # type: ignore[union-attr]
+    assert all_free(engine.proposer.runner.cache)  # type: ignore[union-attr]
     prompts = [[5, 6, 7], [9] * 12]
     expected = Engine(tiny_target, speculation="off").generate(prompts, SamplingParams(20, ignore_eos=True))
     answers = engine.generate(prompts, SamplingParams(20, ignore_eos=True))
@@ -235,7 +241,8 @@ def test_copies_do_not_count_as_the_heads_whatever_becomes_of_them(
             counted.append((depth, accepted))
             super().observe(depth, accepted, samples=samples)
 
-    engine._decoder.watch = Watch(SelfCheck(SpeculationStats(60, 80, [Verification(3, 3)] * 20)))  # all were accepted
+    everything = SelfCheck(SpeculationStats(60, 80, [Verification(3, 3)] * 20))  # all were accepted
+    default_of(engine).watch = Watch(everything)
     copies = 0
     for prompt in check_prompts(tiny_target, CONTEXT // 2) * 8:
         counted.clear()
@@ -298,9 +305,8 @@ def test_requests_that_sample_wildly_are_not_judged(tiny_target: Target, head: A
     with torch.no_grad():
         zero(broken)
     engine = engine_of(tiny_target, broken, **CHAIN)
-    engine._decoder.watch = AcceptanceWatch(
-        SelfCheck(SpeculationStats(60, 80, [Verification(3, 3)] * 20))
-    )  # all were accepted
+    everything = SelfCheck(SpeculationStats(60, 80, [Verification(3, 3)] * 20))  # all were accepted
+    default_of(engine).watch = AcceptanceWatch(everything)
     for temperature, degraded in ((1.5, False), (1.0, True)):
         engine.generate([[5, 6]] * 8, SamplingParams(50, temperature=temperature, top_k=1, seed=1, ignore_eos=True))
         assert engine.watch.is_degraded is degraded

@@ -229,6 +229,8 @@ SENTENCES = {
     f"{NEVER} --ssl-cert-reqs required": "--ssl-certfile",
     f"{NEVER} --ssl-certfile {{models}}/text.pem --ssl-cert-reqs optional": "--ssl-ca-certs",
     f"{NEVER} --ssl-certfile {{models}}/text.pem": "text.pem",
+    f"{NEVER} --head a=one --head a=two": "there is a head 'a' already",
+    f"{NEVER} --head here/my-head --head =two": "head name ''",
     f"{NEVER} --kv-cache-memory 4pounds": "'4pounds' is not a size",
     "--target {models}/my-target --mode eager --kv-cache-memory 1kB": "is 1 kB, of which a sequence takes ",
     "--target {models}/my-target --mode eager --kv-cache-memory 9000TB": "is 9e+03 TB, and ",

@@ -15,8 +15,8 @@ from serving.engine import Engine
 @pytest.fixture(scope="module")
 def client(tiny_target, tiny_head):
     """The service around a float64 target whose head drafts chains of 5."""
-    engine = Engine(tiny_target, tiny_head, speculation="chain")
-    with TestClient(create_app(engine, head_name="/home/someone/heads/tiny-head")) as client:
+    engine = Engine(tiny_target, {"tiny-head": tiny_head}, speculation="chain")
+    with TestClient(create_app(engine)) as client:
         yield client
 
 

@@ -18,7 +18,8 @@ from serving.engine import Engine
 KEY = "a-key-of-some-length"
 GUARDED = [("GET", "/info"), ("GET", "/metrics"), ("GET", "/v1/models"), ("GET", "/openapi.json"), ("GET", "/docs"),
            ("POST", "/generate"), ("POST", "/generate_stream"), ("POST", "/"), ("POST", "/tokenize"),
-           ("POST", "/v1/completions"), ("POST", "/v1/chat/completions"), ("GET", "/made-up")]  # fmt: skip
+           ("POST", "/v1/completions"), ("POST", "/v1/chat/completions"), ("GET", "/made-up"), ("GET", "/heads"),
+           ("POST", "/heads"), ("DELETE", "/heads/a"), ("POST", "/heads/a/default")]  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -16,12 +16,12 @@ def driver(tmp_path_factory):
 @pytest.fixture(scope="module")
 def engine(tiny_target, tiny_head):
     """float64, chains of 5, one slot and a line of one."""
-    return GatedEngine(tiny_target, tiny_head, speculation="chain", max_batch=1, max_waiting=1)
+    return GatedEngine(tiny_target, {"tiny-head": tiny_head}, speculation="chain", max_batch=1, max_waiting=1)
 
 
 @pytest.fixture(scope="module")
 def app(engine):
-    return create_app(engine, head_name="/home/someone/tiny-head")
+    return create_app(engine)
 
 
 @pytest.fixture(scope="module")
