@@ -224,6 +224,7 @@ class SpeculationStats:
     steps: list[Verification] = field(default_factory=list)
     prefill_seconds: float = 0.0  # the prompt through the target, up to the first token
     decode_seconds: float = 0.0  # the steps that follow; the head reads the prompt in the first of them that drafts
+    known: bool = True  # False: another server answered, and gave no figures
 
     @property
     def verifications(self) -> int:
