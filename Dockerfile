@@ -2,6 +2,7 @@
 # docker build -t draftsmith --build-arg TORCH=cuda .     the GPU image; run it with --gpus all
 # docker run --rm -p 8000:8000 draftsmith                 the bundled target with the bundled head
 # docker run --rm -p 8000:8000 -v /my/models:/models draftsmith --target /models/target --head /models/head
+# docker compose up                                      vLLM and the gateway before it, see compose.yaml
 #
 # The image serves, and does without the extra `train` (hub data sets, pictures, trackers). Heads are trained where the
 # data and the run folders are, after `pip install '.[train]'`.
@@ -37,7 +38,7 @@ RUN apt-get update \
     && apt-get install --yes --no-install-recommends g++ \
     && rm -rf /var/lib/apt/lists/*
 RUN useradd --uid 10001 --create-home draftsmith \
-    && install --directory --owner=draftsmith /cache
+    && install --directory --owner=draftsmith /cache /capture
 COPY --from=build /opt/venv /opt/venv
 USER 10001
 WORKDIR /home/draftsmith

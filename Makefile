@@ -47,7 +47,7 @@ test-exactness: $(VENV)/installed-dev ## Install, then draw 20,000 answers of ea
 test-kernels-all: $(VENV)/installed-dev ## Install, then compile every configuration of the GPU kernels (no GPU needed; half an hour)
 	$(PY) -m pytest -q -m every_configuration --timeout 3600 tests/kernels/test_compilation.py
 
-interop: $(VENV)/installed ## Prove exports against speculators, vLLM and llama.cpp, each in an environment of its own (an hour on two cores, and what the downloads take)
+interop: $(VENV)/installed-dev ## Prove exports against speculators, vLLM and llama.cpp, each in an environment of its own (an hour on two cores, and what the downloads take)
 	PY=$(PY) sh tests/interop/run.sh runs/interop
 
 bench: $(VENV)/installed ## Install, then measure the bundled head's acceptance length and speed (writes runs/)

@@ -6,13 +6,13 @@ import logging
 import os
 import ssl
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from typer import Option
+from typer import Argument, Option
 
 from draft.errors import UserError, file_trouble
 from draft.launcher import end_with_starter
@@ -20,8 +20,10 @@ from serving.names import check_head_name, public_name
 from serving.server import Listener, serve_until_stopped
 
 if TYPE_CHECKING:
-    from draft.target import Target as LoadedTarget
+    from draft.target import TextTarget
+    from serving.backend import Backend
     from serving.engine import Engine
+    from serving.upstream.child import VllmServer
 
 # \b keeps the lines as they are
 _EXAMPLES = """\b
@@ -33,15 +35,38 @@ Examples:
       two heads; each request gets the one that is accepted best for its system prompt
   curl localhost:8000/generate -H 'content-type: application/json' \\
       -d '{"inputs": "Once upon a time", "parameters": {"max_new_tokens": 40}}'
+  draft-serve --engine vllm --target meta-llama/Llama-3.1-8B-Instruct --head ./my-head -- --tensor-parallel-size 4
+      vLLM, started with the exported head, behind this API; the options after -- are vLLM's
+  draft-serve --upstream http://10.0.0.5:8000 --target meta-llama/Llama-3.1-8B-Instruct --head ./my-head
+      a vLLM or SGLang that runs already, behind this API
 """
 
 _KEY_VARIABLE = "DRAFTSMITH_API_KEY"
+# parameters of `serve` that only the built-in engine has
+_BUILT_IN = (
+    "target_adapter", "speculation", "tree_size", "lookup", "rule", "mode", "arithmetic", "weights", "head_weights",
+    "dtype", "route", "threads", "warm_up", "self_check", "max_length", "kv_cache_memory", "max_waiting_tokens",
+    "prefill_chunk",
+)  # fmt: skip
 
 cli = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 ClientCertificate = Literal["none", "optional", "required"]
 
-# Options of the command: the models and how they draft,
+# Options of the command: what answers,
+EngineName = Annotated[
+    Literal["built-in", "vllm"],
+    Option("--engine", help="What decodes: the built-in engine, or a vLLM started here."),
+]
+UpstreamUrl = Annotated[
+    str | None,
+    Option(metavar="URL", help="A vLLM, SGLang or draft-serve that decodes instead, with this target."),
+]
+UpstreamKey = Annotated[
+    str | None, Option(envvar="DRAFTSMITH_UPSTREAM_KEY", help="Key that the server at --upstream wants.")
+]
+VllmOptions = Annotated[list[str] | None, Argument(metavar="[-- VLLM OPTIONS]", help="Options of --engine vllm.")]
+# the models and how they draft,
 Target = Annotated[str, Option(help="Target: a hub id, a folder, a .gguf file, or smollm2 (bundled).")]
 TargetAdapter = Annotated[str | None, Option(help="Folder of a PEFT LoRA adapter, merged into the target.")]
 ChatTemplate = Annotated[Path | None, Option(help="File of a Jinja chat template. Default: the target's own.")]
@@ -143,6 +168,11 @@ SslClients = Annotated[
 
 @cli.command(epilog=_EXAMPLES)
 def serve(
+    context: typer.Context,
+    vllm_options: VllmOptions = None,
+    engine: EngineName = "built-in",
+    upstream: UpstreamUrl = None,
+    upstream_key: UpstreamKey = None,
     target: Target = "smollm2",
     target_adapter: TargetAdapter = None,
     chat_template: ChatTemplate = None,
@@ -186,6 +216,7 @@ def serve(
     """Serve a target, and the draft head that makes it faster, over HTTP."""
     _check_words(api_key, metrics_prefix)
     heads = named_heads(head or [])
+    _check_engine(context, engine, upstream, heads, vllm_options or [])
     tls = _tls(ssl_certfile, ssl_keyfile, ssl_keyfile_password, ssl_ca_certs, ssl_cert_reqs)
     with Listener(host, port) as listener:  # before the model is loaded, which takes longer than finding the port taken
         from serving.api.app import Limits, create_app  # here, so that --help does not wait for torch
@@ -197,7 +228,9 @@ def serve(
         app = create_app(
             None, limits=limits, metrics_prefix=metrics_prefix, loopback=listener.is_loopback, **access
         )  # fmt: skip
-        load = partial(
+        child = None
+        drafter = f"with {', '.join(head)}, K = {speculation_length}, {rule}" if head else "without a draft head"
+        load: Callable[[], Backend] = partial(
             load_engine, target, heads, dtype, target_adapter=target_adapter, chat_template=chat_template, route=route,
             warm_up=warm_up, self_check=self_check, mode=mode, threads=threads, arithmetic=arithmetic, weights=weights,
             head_weights=head_weights, speculation=speculation, speculation_length=speculation_length,
@@ -205,9 +238,36 @@ def serve(
             kv_cache_memory=kv_cache_memory, prefill_chunk=prefill_chunk, max_waiting=max_waiting,
             max_waiting_tokens=max_waiting_tokens,
         )  # fmt: skip
-        drafter = f"with {', '.join(head)}, K = {speculation_length}, {rule}" if head else "without a draft head"
+        if engine == "vllm" or upstream is not None:
+            drafter = f"{f'with {head[0]} ' if head else ''}by {'vLLM' if upstream is None else 'the server upstream'}"
+            load, child = _elsewhere(
+                upstream, target, heads, speculation_length, vllm_options or [], key=upstream_key,
+                chat_template=chat_template, max_requests=max_batch + max_waiting,
+            )  # fmt: skip
         models, url = " + ".join(filter(None, (target, target_adapter))), listener.url("https" if tls else "http")
-        serve_until_stopped(app, load, listener, f"serving {models} {drafter} on {url}", drain_seconds, tls)
+        serve_until_stopped(app, load, listener, f"serving {models} {drafter} on {url}", drain_seconds, tls, child)
+
+
+def _elsewhere(
+    upstream: str | None,
+    target: str,
+    heads: Mapping[str, str],
+    length: int,
+    vllm_options: list[str],
+    **options: Any,
+) -> tuple[Callable[[], Backend], VllmServer | None]:
+    """Return what waits for the server that decodes, and that server where it is started here.
+
+    heads: one at most; options: of `load_upstream`.
+    """
+    from serving.upstream import load_upstream
+    from serving.upstream.child import VllmServer
+
+    head = next(iter(heads.items()), None)
+    if upstream is not None:
+        return partial(load_upstream, upstream, target, head, **options), None
+    child = VllmServer(target, None if head is None else head[1], length, vllm_options)
+    return partial(load_upstream, child.url, target, head, check=child.check, **options), child
 
 
 def load_engine(
@@ -279,7 +339,7 @@ def named_heads(words: Sequence[str]) -> dict[str, str]:
     return folders
 
 
-def _report_template(target: LoadedTarget) -> None:
+def _report_template(target: TextTarget) -> None:
     """Log what the target's chat template does not render of conversations."""
     from draft.target import template_faults
 
@@ -299,6 +359,30 @@ def _size(text: str) -> int:
         return TypeAdapter(ByteSize).validate_python(text)
     except ValidationError as error:
         raise UserError(f"--kv-cache-memory {text!r} is not a size; give a number with a unit, such as 4GB.") from error
+
+
+def _check_engine(
+    context: typer.Context, engine: str, upstream: str | None, heads: Mapping[str, str], vllm_options: list[str]
+) -> None:
+    """Refuse options that would have no effect on what decodes."""
+    if upstream is not None and engine != "built-in":
+        raise UserError(f"--engine {engine} starts a server, and --upstream {upstream} is one; give one of the two.")
+    if vllm_options and engine != "vllm":
+        raise UserError(f"{vllm_options[0]!r} is no option of draft-serve; those of vLLM need --engine vllm.")
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    given = {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
+    if upstream is None and "upstream_key" in given:
+        raise UserError("--upstream-key needs --upstream.")
+    if upstream is None and engine == "built-in":
+        return
+    elsewhere = f"--engine {engine}" if upstream is None else "--upstream"
+    if len(heads) > 1:
+        raise UserError(f"--head is given {len(heads)} times, and {elsewhere} drafts with one head; give one.")
+    for name in _BUILT_IN if upstream is None else (*_BUILT_IN, "speculation_length"):
+        if name in given:
+            option = f"--{name.replace('_', '-')}"
+            instead = "give vLLM's own after --" if upstream is None else "give that server its own"
+            raise UserError(f"{option} is of the built-in engine, and has no effect with {elsewhere}; {instead}.")
 
 
 def _check_words(key: str | None, prefix: str) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from ipaddress import ip_address
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import uvicorn
 
@@ -20,7 +20,7 @@ from draft.errors import UserError
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
-    from serving.engine import Engine
+    from serving.backend import Backend
 
 STALLED_SECONDS = 60.0  # that a client may take none of its answer's bytes
 _BACKLOG = 2048  # connections that wait to be accepted
@@ -67,20 +67,33 @@ class Listener:
         self.socket.close()
 
 
+class Child(Protocol):
+    """A process that the server cannot do without."""
+
+    def attend(self) -> None:
+        """Wait for its end, and raise unless `stop` brought it about."""
+
+    def stop(self) -> None:
+        """End it."""
+
+
 def serve_until_stopped(
     app: FastAPI,
-    load: Callable[[], Engine],
+    load: Callable[[], Backend],
     listener: Listener,
     ready_line: str,
     drain_seconds: float,
     tls: dict[str, Any],
+    child: Child | None = None,
 ) -> None:
     """Serve until SIGTERM or SIGINT, which end the process with status 0 once running requests are answered.
 
     load: returns the engine; until then the server is alive but not ready. ready_line: printed to stdout then.
+    child: what ends with the server, and the server with it.
 
     Raises:
-        whatever `load` raises, once the server has ended. UserError: for files that are not what HTTPS needs.
+        whatever `load` or `child` raises, once the server has ended.
+        UserError: for files that are not what HTTPS needs.
     """
     config = uvicorn.Config(
         app,
@@ -104,9 +117,14 @@ def serve_until_stopped(
     server = _Server(config, load, ready_line, drain_seconds)
     for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn does so, too, but later
         signal.signal(number, server.handle_exit)
+    if child is not None:
+        threading.Thread(target=server.end_with, args=(child.attend,), name="child", daemon=True).start()
     server.run(sockets=[listener.socket])
-    if server.failure is not None:
-        raise server.failure
+    failure = server.failure
+    if child is not None:
+        child.stop()
+    if failure is not None:
+        raise failure
     if server.loading:  # a thread in the middle of torch's code would not survive the interpreter's end
         os._exit(0)
 
@@ -115,7 +133,7 @@ class _Server(uvicorn.Server):
     """uvicorn that loads the engine while it answers, and drains before it stops."""
 
     def __init__(
-        self, config: uvicorn.Config, load: Callable[[], Engine], ready_line: str, drain_seconds: float
+        self, config: uvicorn.Config, load: Callable[[], Backend], ready_line: str, drain_seconds: float
     ) -> None:
         super().__init__(config)
         self.failure: BaseException | None = None
@@ -135,12 +153,20 @@ class _Server(uvicorn.Server):
         try:
             self._service.attach(self._load())
         except BaseException as error:
-            self.failure = error
+            self.failure = self.failure or error
             self.should_exit = True
         else:
             if not self._signalled:
                 print(self._ready_line, flush=True)
         self.loading = False
+
+    def end_with(self, attend: Callable[[], None]) -> None:
+        """End, with its error, once a call raises one."""
+        try:
+            attend()
+        except BaseException as error:
+            self.failure = self.failure or error
+            self.should_exit = True
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """The first signal begins to drain, a second one ends the process at once."""

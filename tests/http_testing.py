@@ -82,9 +82,9 @@ def in_process(app: FastAPI, conversation: Callable[[httpx.AsyncClient], Any], s
 
 
 @contextmanager
-def live(app: Any, stalled_seconds: float = 60.0, **options: Any) -> Iterator[str]:
-    """The app behind uvicorn on a free port of 127.0.0.1; yields its address."""
-    with Listener("127.0.0.1", 0, stalled_seconds) as listener:
+def live(app: Any, stalled_seconds: float = 60.0, port: int = 0, **options: Any) -> Iterator[str]:
+    """The app behind uvicorn on a port of 127.0.0.1, a free one by default; yields its address."""
+    with Listener("127.0.0.1", port, stalled_seconds) as listener:
         config = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=2, **options)
         server = uvicorn.Server(config)
         thread = threading.Thread(target=lambda: server.run(sockets=[listener.socket]), daemon=True)

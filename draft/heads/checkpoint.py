@@ -55,13 +55,7 @@ def load_head(
         UserError: naming the first missing, unexpected or misshapen tensor.
     """
     folder = _find(folder)
-    config_values = read_json(folder / "config.json")
-    names = config_values.get("architectures")
-    name = names[0] if isinstance(names, list) and names else names or "(none)"
-    kind = next((each for each in ARCHITECTURES.values() if each.stored_as == name), None)
-    if kind is None:
-        known = ", ".join(each.stored_as for each in ARCHITECTURES.values())
-        raise UserError(f"head {str(folder)!r}: architecture {name} is not one of {known}.")
+    kind, config_values = head_config(folder)
     head = build_head(kind, config_values, read_tensors(folder / "model.safetensors"), str(folder))
     named = str(config_values.get("torch_dtype") or config_values.get("dtype") or "float32")
     wanted = dtype or DTYPES.get(named.removeprefix("torch."), torch.float32)
@@ -105,6 +99,19 @@ def _file_hashes(folder: str | Path) -> dict[str, str]:
     """The sha256 of each of a head's files that is there."""
     paths = [_find(folder) / name for name in sorted(HEAD_FILES)]
     return {path.name: file_sha256(path) for path in paths if path.is_file()}
+
+
+def head_config(folder: str | Path) -> tuple[type[DraftHead], dict[str, Any]]:
+    """The class and the config.json of a head, without its weights; names and errors as in `load_head`."""
+    folder = _find(folder)
+    values = read_json(folder / "config.json")
+    names = values.get("architectures")
+    name = names[0] if isinstance(names, list) and names else names or "(none)"
+    kind = next((each for each in ARCHITECTURES.values() if each.stored_as == name), None)
+    if kind is None:
+        known = ", ".join(each.stored_as for each in ARCHITECTURES.values())
+        raise UserError(f"head {str(folder)!r}: architecture {name} is not one of {known}.")
+    return kind, values
 
 
 def head_sha256(folder: str | Path) -> str:

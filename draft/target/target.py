@@ -9,9 +9,8 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from datetime import datetime
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -33,15 +32,8 @@ from draft.target.support import (
     rope_limit,
     weight_files,
 )
-from draft.target.template import (
-    TemplateRefusal,
-    check_chat_template,
-    generation_spans,
-    reads_clock,
-    render_template,
-    template_hash,
-    template_of,
-)
+from draft.target.template import render_template, template_hash, template_of
+from draft.target.text import TextTarget
 
 log = logging.getLogger(__name__)
 
@@ -130,6 +122,28 @@ def load_tokenizer(name: str) -> Any:
         return AutoTokenizer.from_pretrained(source, trust_remote_code=False, **options)
 
 
+def load_text_target(name: str, chat_template: str | None = None) -> TextTarget:
+    """The texts of a target, without its weights; names and errors as in `load_target`.
+
+    chat_template: instead of the tokenizer's.
+    """
+    from transformers import AutoConfig, GenerationConfig
+
+    tokenizer = load_tokenizer(name)
+    source, options = locate(name)
+    with _loading(name):
+        whole = AutoConfig.from_pretrained(source, trust_remote_code=False, **options)
+    generation = None
+    if not options:
+        with suppress(OSError):  # it has none
+            generation = GenerationConfig.from_pretrained(source)
+    config = whole.get_text_config()
+    target = TextTarget(name, tokenizer, config, config.vocab_size, generation)
+    if chat_template is not None:
+        target.use_chat_template(chat_template)
+    return target
+
+
 def _finder(source: str) -> Callable[[str], str | None]:
     """A function that gives the path of one of the target's files by its name; None where it has none of that name."""
     from transformers.utils import cached_file
@@ -178,7 +192,7 @@ def _loading(name: str) -> Iterator[None]:
         ) from error
 
 
-class Target:
+class Target(TextTarget):
     """A causal language model with its tokenizer and chat template.
 
     Layer ids count decoder layers that have run: id k is the residual stream that enters layer k (0-based), and
@@ -190,17 +204,14 @@ class Target:
         self, name: str, model: Any, tokenizer: Any, dtype: torch.dtype | None = None, adapter: Adapter | None = None
     ) -> None:
         """dtype: of the checkpoint; adapter: merged into the model, which is otherwise the one called `name`."""
-        self.name, self.adapter = name, adapter
-        self.title = repr(name) + (f" with adapter {adapter.name!r}" if adapter else "")  # for messages
+        self.decoder = decoder_of(name, model)
+        config, lm_head = model.config.get_text_config(), model.get_output_embeddings()
+        generation = getattr(model, "generation_config", None)
+        super().__init__(name, tokenizer, config, lm_head.out_features, generation, adapter)
         self.lock = threading.RLock()  # of the model: a pass changes how it attends, and hooks its layers
         # the dtype of the checkpoint, in which heads for it are saved too; `dtype` is that of computing
         self.stored_dtype = dtype or model.dtype
         self.model = model.eval().requires_grad_(False)
-        self.tokenizer = tokenizer
-        self.chat_template: str | None = None  # that of a file; None: the tokenizer's
-        self.rendering_time: datetime | None = None  # that templates read as today's; None: now
-        self.config = model.config.get_text_config()
-        self.decoder = decoder_of(name, model)
         if getattr(self.config, "attn_logit_softcapping", None) and self.config._attn_implementation == "sdpa":
             model.set_attn_implementation("eager")  # sdpa cannot bound scores
         if model.dtype == torch.float64 and hasattr(model, "set_experts_implementation"):
@@ -209,18 +220,19 @@ class Target:
         self.logit_scale: float = getattr(self.config, "logit_scale", None) or 1.0
         self.logit_scale /= getattr(self.config, "logits_scaling", None) or 1.0
         self.embedding: nn.Embedding = model.get_input_embeddings()
-        self.lm_head: nn.Linear = model.get_output_embeddings()
+        self.lm_head: nn.Linear = lm_head
         self._rows: tuple[Tensor, Tensor] | None = None  # a vocabulary, and the LM head's rows of it
         self.hidden_size: int = self.config.hidden_size
-        self.vocab_size = self.lm_head.out_features
         self.num_layers = n = len(self.decoder.layers)
         self.default_auxiliary_layers = (2, n // 2, n - 3)  # as vLLM and SGLang choose them
         self.output_layer = self.num_layers + 1  # the id of the last hidden states, after the final norm
-        # tokens of context as its configuration says, and those that it can be used with here: fewer where its rotary
-        # embedding changes on the way
-        self.stated_length = int(getattr(self.config, "max_position_embeddings", 2048))
+        # tokens of context that it can be used with here: fewer than stated where its rotary embedding changes
         self.rope_limit = rope_limit(self.config)
         self.max_length = min(self.stated_length, self.rope_limit[1]) if self.rope_limit else self.stated_length
+
+    @property
+    def architecture(self) -> str:
+        return type(self.model).__name__
 
     @property
     def base_fingerprint(self) -> str:
@@ -234,15 +246,6 @@ class Target:
     @property
     def dtype(self) -> torch.dtype:
         return self.embedding.weight.dtype
-
-    @cached_property
-    def eos_token_ids(self) -> frozenset[int]:
-        generation = getattr(self.model, "generation_config", None)
-        ids: set[int] = set()
-        for value in (getattr(generation, "eos_token_id", None), self.config.eos_token_id, self.tokenizer.eos_token_id):
-            ids.update(_token_ids(self.name, value))
-        # a tokenizer may know tokens that the model has no row for, and never writes
-        return frozenset(token for token in ids if isinstance(token, int) and 0 <= token < self.vocab_size)
 
     def forward(self, input_ids: Tensor, *, layers: Sequence[int] = (), **options: Any) -> TargetOutput:
         """One forward pass without the LM head (see `logits`), capturing the residual stream at `layers`.
@@ -283,65 +286,6 @@ class Target:
         cap = getattr(self.config, "final_logit_softcapping", None)
         return scores if cap is None else torch.tanh(scores / cap) * cap
 
-    def use_chat_template(self, template: str) -> None:
-        """Render with this template instead of the tokenizer's; UserError where it renders no user turn."""
-        try:
-            check_chat_template(self.tokenizer, template)
-        except TemplateRefusal as error:
-            raise UserError(
-                f"the chat template refuses a user's turn ({error.reason}); correct it, or give another."
-            ) from error
-        self.chat_template = template
-
-    def check_template(self) -> None:
-        """Refuse a template that renders no user's turn: UserError, TemplateRefusal where it raises at one."""
-        check_chat_template(self.tokenizer, self.template_for())
-
-    def template_for(self, tools: list[Any] | None = None) -> str:
-        """The template of a conversation with these tools; UserError where there is none."""
-        return self.chat_template or template_of(self.tokenizer, tools)
-
-    @property
-    def reads_clock(self) -> bool:
-        """True where the chat template writes today's date."""
-        templates = self.chat_template or self.tokenizer.chat_template or ""
-        return any(map(reads_clock, templates.values() if isinstance(templates, dict) else [templates]))
-
-    def encode_chat(self, messages: list[dict[str, Any]], *, add_generation_prompt: bool) -> list[int]:
-        """Token ids of a conversation under the target's chat template."""
-        text = self.render_chat(messages, add_generation_prompt=add_generation_prompt)
-        return self.tokenizer(text, add_special_tokens=False).input_ids
-
-    def render_chat(
-        self,
-        messages: list[dict[str, Any]],
-        *,
-        add_generation_prompt: bool,
-        tools: list[Any] | None = None,
-        at: datetime | None = None,
-    ) -> str:
-        """A conversation as text; at: the time that the template reads, None for `rendering_time`."""
-        return render_template(
-            self.tokenizer,
-            self.template_for(tools),
-            messages,
-            generation_prompt=add_generation_prompt,
-            tools=tools,
-            at=at or self.rendering_time,
-        )
-
-    def generation_spans(self, messages: list[dict[str, Any]], tools: list[Any] | None) -> list[tuple[int, int]]:
-        """(first character, end) of what the template's `{% generation %}` marks in the rendered conversation."""
-        template = self.template_for(tools)
-        return generation_spans(self.tokenizer, template, messages, tools=tools, at=self.rendering_time)
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-
-    @property
-    def template_hash(self) -> str:
-        return template_hash(self.chat_template or self.tokenizer.chat_template)
-
     @cached_property
     def fingerprint(self) -> str:
         """Identifies weights, tokenizer and its template together, whatever dtype or device they were loaded to.
@@ -363,17 +307,6 @@ class Target:
             digest.update(f"{name}{tuple(weight.shape)}".encode())
             digest.update(sample.view(torch.int16).numpy().tobytes())
         return digest.hexdigest()[:16]
-
-
-def _token_ids(name: str, value: Any) -> list[int]:
-    """The ids in an entry of a configuration: one, a list of them, or none. UserError for anything else."""
-    ids = value if isinstance(value, (list, tuple)) else [] if value is None else [value]
-    if not all(isinstance(token, int) for token in ids):
-        raise UserError(
-            f"target {name!r}: eos_token_id is {value!r:.60}, not a token id or a list of them; correct its "
-            "generation_config.json."
-        )
-    return list(ids)
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,12 @@ from serving.api.errors import ApiError, on_error
 from serving.api.metrics import PREFIX
 from serving.api.middleware import ApiKey, BodyLimits, Guard
 from serving.api.service import GENERATING, Limits, Service
-from serving.engine import Engine, EngineStopped, Overloaded
+from serving.backend import Backend, Unavailable
+from serving.engine import EngineStopped, Overloaded
 
 
 def create_app(
-    engine: Engine | None,
+    engine: Backend | None,
     *,
     limits: Limits | None = None,
     api_key: str | None = None,
@@ -29,7 +30,7 @@ def create_app(
     strict_model_name: bool = False,
     metrics_prefix: str = PREFIX,
 ) -> FastAPI:
-    """Return the application around an engine, which it starts and closes.
+    """Return the application around an engine, or what stands for one, which it starts and closes.
 
     engine: None where it is loaded later; then `app.state.service.attach(engine)` makes the application ready.
     loopback: it is bound to an address that only this machine reaches, so that heads may be changed without a key.
@@ -55,7 +56,7 @@ def create_app(
     for router in (generate.router, openai.router, operations.router, heads.router):
         app.include_router(router)
         app.state.routes += router.routes
-    for error in (ApiError, UserError, Overloaded, EngineStopped, HTTPException, RequestValidationError):
+    for error in (ApiError, UserError, Overloaded, EngineStopped, Unavailable, HTTPException, RequestValidationError):
         app.add_exception_handler(error, on_error)
     # the last one added is the first to see a request
     app.add_middleware(BodyLimits, limits=limits, paths=GENERATING | {"/tokenize", "/heads"})

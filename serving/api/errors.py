@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
 from draft.errors import UserError
+from serving.backend import Unavailable
 from serving.engine import EngineStopped, Overloaded
 
 log = logging.getLogger(__name__)
@@ -72,6 +74,8 @@ def api_error(error: BaseException, *, logged: bool = False) -> ApiError:
             return ApiError("overloaded", "Model is overloaded", headers=RETRY)
         case EngineStopped():
             return unavailable("the engine has stopped")
+        case Unavailable():
+            return ApiError("unavailable", str(error), headers={"retry-after": str(math.ceil(error.retry_seconds))})
     if not logged:
         log.error("a request failed", exc_info=error)
     return ApiError("generation", "Request failed during generation", headers=NO_RETRY)

@@ -13,7 +13,7 @@ from serving.api.errors import ApiError, body_of, echo
 from serving.api.schemas import ERRORS, EVENT_STREAM, GenerateParameters, GenerateRequest, GenerateResponse
 from serving.api.service import Service
 from serving.api.streaming import EventStream, Generation, event, finite, stream
-from serving.engine import Completion, SamplingParams, Speculation, Token
+from serving.engine import Completion, SamplingParams, Speculation, SpeculationStats, Token
 from serving.engine.sampling import DEFAULT_MAX_NEW_TOKENS
 
 router = APIRouter(tags=["TGI"], responses=ERRORS)
@@ -91,7 +91,7 @@ class Answer:
 
     def __post_init__(self) -> None:
         self.service = self.generation.service
-        self._compute_type = {"x-compute-type": self.service.engine.target.device.type}
+        self._compute_type = {"x-compute-type": self.service.engine.device}
 
     async def whole(self, *, listed: bool = False) -> Response:
         [completion] = await self.generation.completions()
@@ -147,26 +147,32 @@ class Answer:
         return (self.inputs if self.parameters.return_full_text else "") + completion.text
 
     def _details(self, completion: Completion) -> dict[str, Any]:
-        stats, length, engine = completion.stats, self.speculation.num_tokens or 0, self.service.engine
-        pairs = zip(stats.accepted_per_position, stats.drafted_per_position, strict=True)
         return {
             "finish_reason": completion.finish_reason,
             "generated_tokens": len(completion.token_ids),
             "seed": completion.seed,
-            "speculative": {
-                "enabled": length > 0,
-                "rule": self.speculation.rule or engine.rule,
-                "head": stats.head,
-                "speculation_length": min(length, engine.head_length),
-                "lookup_length": min(length, engine.lookup_length),
-                "acceptance_length": finite(stats.acceptance_length),
-                "verifications": stats.verifications,
-                "drafted": stats.drafted,
-                "accepted": stats.accepted,
-                "emitted": stats.emitted,
-                "sources": stats.by_source,
-                "acceptance_per_position": [accepted / drafted if drafted else None for accepted, drafted in pairs],
-            },
+            "speculative": self._speculative(completion.stats),
+        }
+
+    def _speculative(self, stats: SpeculationStats) -> dict[str, Any] | None:
+        """Return the figures of a request's speculation; None where the server upstream gave none."""
+        if not stats.known:
+            return None
+        length, engine = self.speculation.num_tokens or 0, self.service.engine
+        pairs = zip(stats.accepted_per_position, stats.drafted_per_position, strict=True)
+        return {
+            "enabled": length > 0,
+            "rule": self.speculation.rule or engine.rule,
+            "head": stats.head,
+            "speculation_length": min(length, engine.head_length),
+            "lookup_length": min(length, engine.lookup_length),
+            "acceptance_length": finite(stats.acceptance_length),
+            "verifications": stats.verifications,
+            "drafted": stats.drafted,
+            "accepted": stats.accepted,
+            "emitted": stats.emitted,
+            "sources": stats.by_source,
+            "acceptance_per_position": [accepted / drafted if drafted else None for accepted, drafted in pairs],
         }
 
     def _token(self, token: Token) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable
 from functools import partial
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, cast
 
 from fastapi import APIRouter, Depends, Request
 from pydantic import Field
@@ -52,7 +52,7 @@ def _engine(request: Request) -> Engine:
     if service.draining:
         raise unavailable("the server is shutting down")
     _heads(service)
-    return service.engine
+    return cast(Engine, service.engine)
 
 
 def _heads(service: Service) -> Heads:

@@ -15,10 +15,11 @@ from operator import attrgetter
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
-from prometheus_client.core import CounterMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from serving.engine import Completion, Engine, Request
+from serving.backend import Backend
+from serving.engine import Completion, Request, SpeculationStats
 from serving.engine.heads import Heads
 
 PREFIX = "draftsmith"
@@ -114,7 +115,7 @@ class HeadMetrics(Collector):
 class Metrics:
     """Counters, gauges and histograms of one server."""
 
-    def __init__(self, engine: Engine, *, prefix: str = PREFIX, model_name: str = "") -> None:
+    def __init__(self, engine: Backend, *, prefix: str = PREFIX, model_name: str = "") -> None:
         """prefix: `vllm` is for existing dashboards, with the labels that they select by."""
         disable_created_metrics()  # a creation time beside each counter, which scrapers take for another count
         self.registry = CollectorRegistry()
@@ -137,8 +138,12 @@ class Metrics:
             for own in [{label: str(value)} for value in values[label]] if label else [{}]:
                 self._series(name, **own)
 
+        self._counts_drafts = engine.draft_counts() is None
         for name, (description, label) in _COUNTERS.items():
-            add(Counter, name, description, label)
+            if self._counts_drafts or not name.startswith("spec_decode"):
+                add(Counter, name, description, label)
+        if not self._counts_drafts:
+            self.registry.register(_Reported(engine, prefix, self._labels))
         for name, (description, buckets) in _HISTOGRAMS.items():
             add(Histogram, name, description, buckets=buckets)
         for name, (description, attribute) in _GAUGES.items():
@@ -197,16 +202,8 @@ class Metrics:
 
     def _count(self, request: Request, completion: Completion, received: float) -> None:
         stats, times, generated = completion.stats, request.times, len(completion.token_ids)
-        # a verification drafts its first position or nothing, so that position counts the drafts
-        self._series("spec_decode_num_drafts").inc(stats.drafted_per_position[0] if stats.drafted_per_position else 0)
-        self._series("spec_decode_num_draft_tokens").inc(stats.drafted)
-        self._series("spec_decode_num_accepted_tokens").inc(stats.accepted)
-        for position, accepted in enumerate(stats.accepted_per_position):
-            self._series("spec_decode_num_accepted_tokens_per_pos", position=str(position)).inc(accepted)
-        for source, counts in stats.by_source.items():
-            for name in ("draft", "accepted"):
-                count = counts["drafted" if name == "draft" else name]
-                self._series(f"spec_decode_num_{name}_tokens_by_source", source=source).inc(count)
+        if self._counts_drafts:
+            self._count_drafts(stats)
         self._series("generation_tokens").inc(generated)
         self._series("request_success", finished_reason=completion.finish_reason).inc()
         if completion.finish_reason == "cancelled":
@@ -224,3 +221,53 @@ class Metrics:
             observed["request_time_per_output_token_seconds"] = decoding / (generated - 1)
         for name, value in observed.items():
             self._series(name).observe(value)
+
+    def _count_drafts(self, stats: SpeculationStats) -> None:
+        # a verification drafts its first position or nothing, so that position counts the drafts
+        self._series("spec_decode_num_drafts").inc(stats.drafted_per_position[0] if stats.drafted_per_position else 0)
+        self._series("spec_decode_num_draft_tokens").inc(stats.drafted)
+        self._series("spec_decode_num_accepted_tokens").inc(stats.accepted)
+        for position, accepted in enumerate(stats.accepted_per_position):
+            self._series("spec_decode_num_accepted_tokens_per_pos", position=str(position)).inc(accepted)
+        for source, counts in stats.by_source.items():
+            for name in ("draft", "accepted"):
+                count = counts["drafted" if name == "draft" else name]
+                self._series(f"spec_decode_num_{name}_tokens_by_source", source=source).inc(count)
+
+
+class _Reported:
+    """The drafts that a server upstream counts, of all its clients, under the names that ours have."""
+
+    def __init__(self, engine: Backend, prefix: str, labels: dict[str, str]) -> None:
+        self.engine, self.prefix, self.labels = engine, prefix, labels
+
+    def collect(self) -> Iterator[Metric]:
+        counts = self.engine.draft_counts()
+        if counts is None:
+            return
+        values = {
+            "spec_decode_num_drafts": counts.drafts,
+            "spec_decode_num_draft_tokens": counts.drafted,
+            "spec_decode_num_accepted_tokens": counts.accepted,
+        }
+        for name, value in values.items():
+            family = CounterMetricFamily(f"{self.prefix}:{name}", _COUNTERS[name][0], labels=[*self.labels])
+            if value is not None:
+                family.add_metric([*self.labels.values()], value)
+            yield family
+        name = "spec_decode_num_accepted_tokens_per_pos"
+        family = CounterMetricFamily(f"{self.prefix}:{name}", _COUNTERS[name][0], labels=[*self.labels, "position"])
+        for position, accepted in enumerate(counts.accepted_per_position):
+            family.add_metric([*self.labels.values(), str(position)], accepted)
+        yield family
+        for name, description, value in (
+            (
+                "upstream_acceptance_length",
+                "1 + accepted / drafts upstream",
+                counts.acceptance_length,
+            ),
+            ("upstream_up", "1 while the server upstream takes requests, else 0", float(self.engine.ready)),
+        ):
+            gauge = GaugeMetricFamily(f"{self.prefix}:{name}", description, labels=[*self.labels])
+            gauge.add_metric([*self.labels.values()], value)
+            yield gauge

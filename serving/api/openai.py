@@ -48,7 +48,8 @@ async def completions(body: CompletionRequest, request: Request) -> Response:
     echoed = [""] * len(several)
     if body.echo:
         echoed = [each if isinstance(each, str) else service.engine.target.decode(each) for each in several]
-    answer = Answer(service, body, prompts, echoed, body.logprobs, chat=False)
+    as_ids = bool(body.return_tokens_as_token_ids)
+    answer = Answer(service, body, prompts, echoed, body.logprobs, chat=False, as_ids=as_ids)
     return await _respond(answer, request, limits, received)
 
 
@@ -162,6 +163,7 @@ class Answer:
     echoed: list[str]  # the beginning of the text of each prompt's choices
     alternatives: int | None  # alternatives per token in the logprobs; None: no logprobs
     chat: bool
+    as_ids: bool = False  # tokens in the logprobs are named by their ids
     generated: int = 0  # tokens so far
     opened: set[int] = field(default_factory=set)  # choices whose first chunk has been sent
     completions: dict[int, Completion] = field(default_factory=dict)  # by choice
@@ -231,16 +233,14 @@ class Answer:
     def _usage(self) -> dict[str, Any]:
         """Return the counts of tokens so far."""
         prompt = sum(map(len, self.prompts))
-        accepted = sum(each.stats.accepted for each in self.completions.values())
-        drafted = sum(each.stats.drafted for each in self.completions.values())
+        stats = [each.stats for each in self.completions.values()]
+        accepted, drafted = sum(each.accepted for each in stats), sum(each.drafted for each in stats)
+        predicted = {"accepted_prediction_tokens": accepted, "rejected_prediction_tokens": drafted - accepted}
         return {
             "prompt_tokens": prompt,
             "completion_tokens": self.generated,
             "total_tokens": prompt + self.generated,
-            "completion_tokens_details": {
-                "accepted_prediction_tokens": accepted,
-                "rejected_prediction_tokens": drafted - accepted,
-            },
+            "completion_tokens_details": predicted if all(each.known for each in stats) else None,
         }
 
     def _metrics(self) -> dict[str, Any]:
@@ -252,6 +252,8 @@ class Answer:
         if len(self.completions) != 1:
             return {"speculative_decoding": None}
         [stats] = [each.stats for each in self.completions.values()]
+        if not stats.known:
+            return {"speculative_decoding": None}
         steps = [(step.depth, step.accepted) for step in stats.steps if step.depth]
         accepted_tokens = sum(accepted for _, accepted in steps)
         most = self.speculation.num_tokens or 0  # drafted at a time
@@ -287,19 +289,19 @@ class Answer:
         return {"token_ids": ids} if self.body.return_token_ids else {}
 
     def _logprobs(self, index: int, tokens: Sequence[Token]) -> dict[str, Any] | None:
-        """Return the logprobs of the tokens that are in the text, which special ones are not."""
+        """Return the logprobs of the tokens that are in the text, which special ones are not; as ids, of all tokens."""
         if self.alternatives is None:
             return None
-        shown = [token for token in tokens if not token.special]
+        shown = [token for token in tokens if self.as_ids or not token.special]
         if self.chat:
             return {"content": [self._content(token) for token in shown], "refusal": None}
         offsets, start = [], self.offsets.get(index, len(self._echo(index)))
         for token in shown:
             offsets.append(start)
-            start += len(token.text)
+            start += 0 if token.special else len(token.text)
         self.offsets[index] = start
         return {
-            "tokens": [token.text for token in shown],
+            "tokens": [f"token_id:{token.id}" if self.as_ids else token.text for token in shown],
             "token_logprobs": [finite(token.logprob) for token in shown],
             "top_logprobs": [self._table(token) for token in shown] if self.alternatives else None,
             "text_offset": offsets,
@@ -318,7 +320,8 @@ class Answer:
         table: dict[str, float | None] = {}
         for token_id, logprob in token.top or ():
             text, _ = self.service.token_text(token_id)
-            table[f"token_id:{token_id}" if _REPLACEMENT in text or text in table else text] = finite(logprob)
+            unnamed = self.as_ids or _REPLACEMENT in text or text in table
+            table[f"token_id:{token_id}" if unnamed else text] = finite(logprob)
         return table
 
 

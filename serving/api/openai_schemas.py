@@ -1,8 +1,8 @@
 """Request and response models of OpenAI's API.
 
 vLLM's extensions are taken where the engine has them: top_k, min_p, repetition_penalty, stop_token_ids, min_tokens,
-ignore_eos, include_stop_str_in_output, return_token_ids. A sampling parameter is implemented exactly or refused by
-name; none is ignored.
+ignore_eos, include_stop_str_in_output, return_token_ids, return_tokens_as_token_ids. A sampling parameter is
+implemented exactly or refused by name; none is ignored.
 """
 
 from __future__ import annotations
@@ -135,6 +135,7 @@ class CompletionRequest(SamplingRequest):
     max_tokens: NewTokens | None = optional("null: 16")
     echo: bool | None = optional("put the prompt before the text; not with logprobs")
     logprobs: Logprobs | None = None
+    return_tokens_as_token_ids: bool | None = optional("in the logprobs: token_id:ID, special ones too (vLLM)")
     best_of: Positive | None = optional("not implemented: the same as n, or null")
 
     @model_validator(mode="after")

@@ -44,7 +44,7 @@ async def health(request: Request) -> dict[str, str]:
 
 @router.get("/ready")
 async def ready(request: Request) -> dict[str, str]:
-    """200 while requests are taken; 503 while the model is loaded, and while the server drains."""
+    """200 while requests are taken; 503 while the model is loaded, the server upstream is away, or this one drains."""
     service: Service = request.app.state.service
     if service.stage != "ready":
         raise ApiError("healthcheck", service.stage, headers=RETRY)
@@ -56,13 +56,13 @@ async def info(request: Request) -> dict[str, Any]:
     """The target, the draft head, the limits, the versions, and the engine's decisions about speculation."""
     service: Service = request.app.state.service
     engine, target, head = service.engine, service.engine.target, service.engine.head
-    check = engine.watch.check
+    check, every = engine.watch.check, schemas.SpeculativeWithOrigin.model_fields
     return {
         "model_id": service.model_name,
         "target_adapter": target.adapter and public_name(target.adapter.name),
-        "architecture": type(target.model).__name__,
-        "dtype": str(target.dtype).removeprefix("torch."),
-        "device": target.device.type,
+        "architecture": target.architecture,
+        "dtype": engine.dtype,
+        "device": engine.device,
         "chat_template": bool(target.chat_template or target.tokenizer.chat_template),
         "head": head
         and {
@@ -73,6 +73,7 @@ async def info(request: Request) -> dict[str, Any]:
             "degraded": engine.watch.degraded,
         },
         "speculation": engine.speculation,
+        "speculative_fields": sorted(every if (taken := engine.speculative_fields) is None else taken),
         "speculation_length": engine.head_length,
         "tree_size": engine.tree_size,
         "lookup_length": engine.lookup_length,

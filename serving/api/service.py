@@ -16,7 +16,8 @@ from serving.api.errors import ApiError, echo, unavailable
 from serving.api.metrics import Metrics
 from serving.api.openai_schemas import MAX_CHOICES
 from serving.api.schemas import Speculative
-from serving.engine import Engine, Speculation
+from serving.backend import Backend
+from serving.engine import Speculation
 from serving.engine.answer import special_ids
 from serving.names import public_name
 from serving.server import STALLED_SECONDS
@@ -37,7 +38,7 @@ class Limits:
 
 
 class Service:
-    """One server's state: loading (no engine yet), ready, draining, ended."""
+    """One server's state: loading (no engine yet), ready, unavailable, draining, ended."""
 
     def __init__(self, limits: Limits, strict_model_name: bool, metrics_prefix: str) -> None:
         self.limits = limits
@@ -47,20 +48,20 @@ class Service:
         self.draining = False
         self.metrics: Metrics | None = None
         self._metrics_prefix = metrics_prefix
-        self._engine: Engine | None = None
+        self._engine: Backend | None = None
         self.endings: set[Callable[[ApiError], None]] = set()  # each ends a generation that runs
         # one thread: a tokenizer may not be set up by two at once
         self._encoder = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
         self.loader = ThreadPoolExecutor(1, thread_name_prefix="heads")  # one head at a time is loaded
 
-    def attach(self, engine: Engine) -> None:
+    def attach(self, engine: Backend) -> None:
         """Start the engine, which makes the service ready."""
         engine.start()
         self.metrics = Metrics(engine, prefix=self._metrics_prefix, model_name=public_name(engine.target.name))
         self._engine = engine
 
     @property
-    def engine(self) -> Engine:
+    def engine(self) -> Backend:
         """The engine. Raises ApiError 503 while it is loaded."""
         if self._engine is None:
             raise unavailable("the model is being loaded")
@@ -71,7 +72,9 @@ class Service:
         """The stage of the server's life; only when it is `unhealthy`, a restart would help."""
         if self._engine is not None and not self._engine.alive:
             return "unhealthy"
-        return "draining" if self.draining else "loading" if self._engine is None else "ready"
+        if self.draining:
+            return "draining"
+        return "loading" if self._engine is None else "ready" if self._engine.ready else "unavailable"
 
     @property
     def model_name(self) -> str:
@@ -89,13 +92,18 @@ class Service:
     def speculation(self, requested: Speculative | None) -> Speculation:
         """Return a request's options, with the most tokens that the engine drafts as the cap and the default."""
         requested = requested or Speculative()
+        if (taken := self.engine.speculative_fields) is not None:
+            for name, value in requested.model_dump(exclude_none=True).items():
+                if name not in taken and (name, value) not in (("enabled", True), ("origin", False)):
+                    message = f"`speculative.{name}` has no effect on the server that answers here; leave it out"
+                    raise ApiError("validation", message, field=f"speculative.{name}")
         most = self.engine.longest_draft
         length = most if requested.num_tokens is None else requested.num_tokens
         length = 0 if requested.enabled is False else min(length, most)
         return Speculation(enabled=length > 0, num_tokens=length, rule=requested.rule, head=requested.head)
 
-    def check_open(self) -> Engine:
-        """Return the engine. Raises ApiError, Overloaded or EngineStopped where any request would be refused."""
+    def check_open(self) -> Backend:
+        """Return the engine. Raises ApiError, Overloaded, EngineStopped or Unavailable where any would be refused."""
         engine = self.engine
         if self.draining:
             raise unavailable("the server is shutting down")

@@ -142,6 +142,21 @@ class Engine:
         self._step_lock = threading.RLock()  # one thread steps at a time
         self._thread: threading.Thread | None = None
 
+    # what a backend of another kind has otherwise, see `serving.backend.Backend`
+    ready = True
+    speculative_fields = None
+
+    def draft_counts(self) -> None:
+        return None
+
+    @property
+    def device(self) -> str:
+        return self.target.device.type
+
+    @property
+    def dtype(self) -> str:
+        return str(self.target.dtype).removeprefix("torch.")
+
     @property
     def mode(self) -> str:
         """Execution of the models: eager or compiled."""

@@ -239,6 +239,7 @@ class SpeculationStats:
     head_fingerprint: str | None = None  # of its weights; None: they are not of a file
     prefill_seconds: float = 0.0  # the prompt through the target, up to the first token
     decode_seconds: float = 0.0  # the steps that follow; the head reads the prompt in the first of them that drafts
+    known: bool = True  # False: another server answered, and gave no figures
 
     @property
     def verifications(self) -> int:

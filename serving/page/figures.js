@@ -17,7 +17,7 @@ class Figures {
     this.last = now;
     if (this.first === null) [this.first, this.together] = [now, events.length];
     for (const event of events) {
-      if (this.count++) this.#verified(event.token.origin);
+      if (this.count++ && event.token.origin) this.#verified(event.token.origin); // a server upstream has none
       this.final = event.details?.speculative ?? null;
     }
   }
@@ -42,7 +42,7 @@ class Figures {
 
   /** Accepted tokens, and at the end the drafted ones: a tree drafts several per position, which events don't count. */
   get drafts() {
-    if (!this.verifications) return "–";
+    if (!(this.final ?? this).verifications) return "–";
     return this.final ? `${this.final.accepted} of ${this.final.drafted}` : `${this.accepted}`;
   }
 

@@ -39,21 +39,39 @@ function drafts() {
   return info === null || info.limits.max_draft_tokens > 0;
 }
 
-function showServer() {
-  const { model_id, head, dtype, device, limits, speculation_length, tree_size, lookup_length, chat_template } = info;
+/** True where requests may set this field of `speculative`: a server upstream may not know it. */
+function takes(field) {
+  return info === null || info.speculative_fields.includes(field);
+}
+
+function comparable() {
+  return drafts() && takes("enabled");
+}
+
+function showServed() {
+  const { model_id, head, dtype, device, speculation_length, tree_size, lookup_length, engine } = info;
   const shape = tree_size ? `trees of ${tree_size}, depth ${speculation_length}` : `chains up to ${speculation_length}`;
   const drafter = head ? `head ${head.name}${speculation_length ? `, ${shape}` : ""}` : "no draft head";
   const copies = lookup_length ? [`copies up to ${lookup_length}`] : [];
-  $("served").textContent = [model_id, drafter, ...copies, `${dtype} on ${device}`].join(" · ");
+  const place = engine.server ? [`by ${engine.server}`] : [`${dtype} on ${device}`];
+  const tau = engine.server && engine.speculation.acceptance_length;
+  if (tau) place.push(`acceptance length ${digits(tau, 2)} in all`);
+  $("served").textContent = [model_id, drafter, ...copies, ...place].join(" · ");
+}
+
+function showServer() {
+  const { head, limits, chat_template, engine } = info;
+  showServed();
   const why = head ? "runs with speculation off" : "has no draft head and copies nothing";
   const away = head ? "--speculation auto" : "--speculation auto, or with a --head,";
   const missing = `This server ${why}, so the target supplies every token, and there is nothing to compare. `;
-  say($("notice"), drafts() ? "" : `${missing}Start it with ${away} to see speculation.`);
+  say($("notice"), drafts() || engine.server ? "" : `${missing}Start it with ${away} to see speculation.`);
   showDegraded();
   $("max_new_tokens").max = limits.max_new_tokens;
   $("num_tokens").max = limits.max_draft_tokens;
   $("num_tokens").placeholder = `up to ${limits.max_draft_tokens}`;
-  $("num_tokens").disabled = $("compare").disabled = !drafts();
+  $("num_tokens").disabled = !drafts() || !takes("num_tokens");
+  $("compare").disabled = !comparable();
   if (!chat_template) {
     document.querySelector("[value=chat]").disabled = true;
     document.querySelector("[value=raw]").checked = true;
@@ -69,6 +87,7 @@ function showDegraded() {
 async function refresh() {
   try {
     info = await serverInfo($("key").value);
+    showServed();
     showDegraded();
   } catch {
     // the next request says what is wrong
@@ -95,7 +114,9 @@ function formValues() {
   for (const name of ["max_new_tokens", "temperature", "top_p", "top_k"]) parameters[name] = number(name);
   const stop = $("stop_strings").value.split("\n").filter(Boolean);
   if (stop.length) parameters.stop = stop.map((each) => each.replaceAll("\\n", "\n"));
-  parameters.speculative = { origin: true, num_tokens: number("num_tokens") };
+  parameters.speculative = {};
+  if (takes("origin")) parameters.speculative.origin = true;
+  if (takes("num_tokens")) parameters.speculative.num_tokens = number("num_tokens");
   const { temperature, top_p, top_k } = parameters;
   const samples = temperature > 0 || (temperature === undefined && (top_p ?? top_k) !== undefined);
   // drawn here rather than by the server, so that both answers of a comparison have the same one
@@ -146,7 +167,7 @@ function setRunning(controller) {
   const focused = document.activeElement;
   $("stop").disabled = !busy;
   $("run").disabled = busy;
-  $("compare").disabled = busy || !drafts();
+  $("compare").disabled = busy || !comparable();
   // a disabled button would take the keyboard's focus with it
   if (busy && [$("run"), $("compare")].includes(focused)) $("stop").focus();
   if (!busy && focused === $("stop")) $("run").focus();
@@ -162,7 +183,7 @@ async function perform(titles, work) {
   setRunning(controller);
   say($("error"), "");
   $("empty").hidden = $("verdict").hidden = true;
-  $("legend").hidden = false;
+  $("legend").hidden = !takes("origin");
   const { speculation_length: length = LEVELS, lookup_length: copied = 0 } = info ?? {};
   showLegend($("legend").querySelector("ul"), { length, copied });
   $("cards").classList.toggle("pair", cards.length > 1);
@@ -185,7 +206,7 @@ function runOnce() {
   return perform(["Answer"], async ([card], signal) => {
     $("progress").textContent = "Answering …";
     const { details, figures } = await follow(formValues(), card, signal);
-    const { enabled, drafted, verifications } = details.speculative;
+    const { enabled, drafted, verifications } = details.speculative ?? {};
     const idle = info?.speculation === "auto" && enabled && verifications && !drafted;
     const about = idle ? " Nothing was drafted: the server found plain decoding to be faster." : "";
     return `Done: ${plural(details.generated_tokens, "token")}, ${digits(figures.speed, 1)} per second.${about}`;
@@ -195,12 +216,13 @@ function runOnce() {
 function compare() {
   return perform(["With speculation", "Speculation off"], async ([first, second], signal) => {
     const request = formValues();
+    const { origin } = request.parameters.speculative;
     request.parameters.speculative.enabled = true;
     $("progress").textContent = "Answering with speculation, 1 of 2 …";
     second.phase = "waiting for the first";
     const on = await follow(request, first, signal);
     $("progress").textContent = "Answering with speculation off, 2 of 2 …";
-    request.parameters.speculative = { origin: true, enabled: false };
+    request.parameters.speculative = { origin, enabled: false };
     const off = await follow(request, second, signal);
     showVerdict(on, off);
     return "Done: both answers are there.";
@@ -224,7 +246,7 @@ function identity(on, off) {
   const place = on.ids.findIndex((id, index) => id !== off.ids[index]);
   const from = `The texts differ from token ${(place < 0 ? on.ids.length : place) + 1} on: `;
   const sampled = on.details.seed !== null;
-  if (sampled && on.details.speculative.rule === "rejection")
+  if (sampled && on.details.speculative?.rule === "rejection")
     return `${from}under the rejection rule a seed gives another text with speculation, of the same distribution.`;
   return `${from}passes of different widths round differently${info ? ` in ${info.dtype}` : ""}, and a near tie was decided the other way.`;
 }

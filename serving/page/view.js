@@ -20,17 +20,19 @@ function quoted({ text, special }) {
   return `“${text.replace(/[\n\t]/g, (character) => GLYPHS[character])}”`;
 }
 
-function kindOf({ source, drafter, rejected }) {
+function kindOf(origin) {
+  if (!origin) return "unsaid"; // by a server upstream
+  const { source, drafter, rejected } = origin;
   if (source === "draft") return drafter === "lookup" ? "copied" : "draft";
   return rejected ? "instead" : "target";
 }
 
 /** The facts about a token, one sentence per line. */
 function describe({ index, token }) {
-  const { source, drafter, position, rejected } = token.origin;
+  const { source, drafter, position, rejected } = token.origin ?? {};
   const copied = drafter === "lookup";
   const drafted = copied ? `Copied from the text before at position ${position}` : `Drafted at position ${position}`;
-  const lines = [source === "draft" ? `${drafted}, and accepted.` : "Supplied by the target."];
+  const lines = source ? [source === "draft" ? `${drafted}, and accepted.` : "Supplied by the target."] : [];
   const proposed = copied ? "Lookup had copied" : "The draft head had proposed";
   if (rejected) lines.push(`${proposed} ${quoted(rejected)}, which was rejected.`);
   else if (index === 1) lines.push(FIRST);
@@ -54,7 +56,7 @@ function tokenElement(event) {
   element.setAttribute("aria-label", quoted(token));
   element.tabIndex = -1;
   element.dataset.kind = kind;
-  if (token.origin.position) mark.dataset.position = token.origin.position;
+  if (token.origin?.position) mark.dataset.position = token.origin.position;
   if (kind === "draft") mark.dataset.level = Math.min(token.origin.position, LEVELS);
   // spaces stand outside of the mark, which would otherwise begin on the line before its word
   const [, space, text] = /^(\s*)([^]*)$/.exec(token.special ? "" : token.text);

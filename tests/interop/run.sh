@@ -1,6 +1,6 @@
 #!/bin/sh
 # Our exports against the real packages: speculators computes our logits; vLLM drafts our tokens and serves by the lines
-# that `export` printed; vLLM and llama.cpp reach our replay's acceptance length.
+# that `export` printed, and behind our API; vLLM and llama.cpp reach our replay's acceptance length.
 #   PY=.venv/bin/python sh tests/interop/run.sh FOLDER [speculators|vllm|llama_cpp|llama_server]
 # `llama_server` builds llama.cpp's server for `benchmarks.decode_speed --vs`, and checks nothing.
 # FOLDER keeps the virtual environments (6 GB) and what was written; without a second word all checks run. Without network
@@ -72,6 +72,7 @@ END
   ours compare_engines prepare "$FOLDER/vllm"
   VLLM_ENABLE_V1_MULTIPROCESSING=0 "$venv/bin/python" "$HERE/run_vllm.py" "$FOLDER/vllm"
   "$venv/bin/python" "$HERE/serve_vllm.py" "$FOLDER/vllm"
+  ours gateway_vllm "$FOLDER/vllm" "$venv/bin"
   ours compare_engines judge "$FOLDER/vllm"
 }
 

@@ -10,10 +10,8 @@ import socket
 import ssl
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -21,6 +19,7 @@ import pytest
 import uvicorn
 from conftest import make_tiny_target
 from http_testing import events, eventually, series
+from server_processes import held, started
 
 from serving import cli
 from serving.api.app import create_app
@@ -28,58 +27,8 @@ from serving.api.service import Service
 from serving.server import _Server
 
 CLIENTS = ThreadPoolExecutor(24)
-ROOT = Path(__file__).parents[2]
 PROMPT = "<|im_start|>user\nTell me about zebras.<|im_end|>\n<|im_start|>assistant\n"
 UNWANTED = ("matplotlib", "datasets", "tensorboardX", "wandb", "draft.training", "draft.interop", "draft.data")
-# draft-serve, which takes no answer beyond 10 tokens while there is a file `hold` where it runs: a request that a test
-# needs to be running does not end first, however fast the machine is
-SERVE = """
-import pathlib, sys, time
-from serving.cli import main
-from serving.engine.step import Decoder
-
-hold, step = pathlib.Path("hold"), Decoder.step
-
-def held(self, rows):
-    going = [row for row in rows if len(row.answer.tokens) < 10 or not hold.exists()]
-    step(self, going) if going else time.sleep(0.005)
-
-Decoder.step = held
-try:
-    main()
-finally:
-    pathlib.Path("modules").write_text(" ".join(sys.modules))
-"""
-
-
-@contextmanager
-def started(folder: Path, *flags: str, **variables: str) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
-    """draft-serve with these flags and the target, on a free port, once it is ready; the process and its ready line."""
-    command = [sys.executable, "-c", SERVE, "--target", str(folder / "my-target"), *flags, "--port", "0"]
-    paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))} | variables
-    out, log = folder / "out", folder / "log"
-    with out.open("w") as stdout, log.open("w") as stderr:
-        process = subprocess.Popen(
-            [*command, "--threads", "1", "--mode", "eager"], cwd=folder, env=environment, stdout=stdout, stderr=stderr
-        )
-    try:
-        eventually(lambda: out.read_text().endswith("\n") or process.poll() is not None)
-        assert process.poll() is None, log.read_text()
-        yield process, out.read_text()
-    finally:
-        process.kill()
-        process.wait(60)
-
-
-@contextmanager
-def held(folder: Path) -> Iterator[None]:
-    """The servers that run in this folder finish no long answer."""
-    (folder / "hold").touch()
-    try:
-        yield
-    finally:
-        (folder / "hold").unlink()
 
 
 def test_a_server_from_its_ready_line_to_sigterm_under_load(folders):
@@ -234,6 +183,16 @@ SENTENCES = {
     f"{NEVER} --kv-cache-memory 4pounds": "'4pounds' is not a size",
     "--target {models}/my-target --mode eager --kv-cache-memory 1kB": "is 1 kB, of which a sequence takes ",
     "--target {models}/my-target --mode eager --kv-cache-memory 9000TB": "is 9e+03 TB, and ",
+    f"{NEVER} --engine vllm --upstream http://127.0.0.1:1": "give one of the two",
+    f"{NEVER} --upstream http://127.0.0.1:1 --dtype float32": "--dtype is of the built-in engine",
+    f"{NEVER} --upstream http://127.0.0.1:1 --speculation-length 3": "--speculation-length",
+    f"{NEVER} --engine vllm --no-lookup": "--lookup",
+    f"{NEVER} --engine vllm -- --port 9": "--port cannot be passed to vLLM",
+    f"{NEVER} --upstream-key a": "--upstream",
+    f"{NEVER} -- --tensor-parallel-size 2": "need --engine vllm",
+    "--target {models}/my-target --upstream 127.0.0.1:8001": "'127.0.0.1:8001' is not a URL",
+    "--target {empty} --upstream http://127.0.0.1:1": "config.json",
+    "--target {models}/my-target --head {empty} --upstream http://127.0.0.1:1": "{empty}",
 }
 
 

@@ -136,6 +136,7 @@ def test_chat_puts_the_inputs_into_the_template(client, tiny_target, monkeypatch
 # --- streams
 
 SAMPLED = {"temperature": 1.0, "seed": 7, "max_new_tokens": 24}
+GREEDY = {"max_new_tokens": 24}
 
 
 def stream(client: Any, path: str = "/generate_stream", **parameters: Any) -> list[dict[str, Any]]:
@@ -146,9 +147,10 @@ def stream(client: Any, path: str = "/generate_stream", **parameters: Any) -> li
 
 
 @pytest.mark.parametrize("path", ["/generate_stream", "/generate", "/"])
-def test_one_event_a_token_and_the_last_has_all(client, path):
-    whole = ask(client, **SAMPLED, details=True).json()
-    told = stream(client, path, **SAMPLED)
+@pytest.mark.parametrize("wishes", [SAMPLED, pytest.param(GREEDY, marks=pytest.mark.contract)], ids=str)
+def test_one_event_a_token_and_the_last_has_all(client, path, wishes):
+    whole = ask(client, **wishes, details=True).json()
+    told = stream(client, path, **wishes)
     assert whole["details"]["speculative"]["accepted"] > 0  # several tokens in one step, one event each all the same
     assert [each["token"] for each in told] == whole["details"]["tokens"]
     assert [each["index"] for each in told] == list(range(1, len(told) + 1))
@@ -160,6 +162,7 @@ def test_one_event_a_token_and_the_last_has_all(client, path):
     assert last["details"] == expected | {"input_length": last["details"]["input_length"]}
 
 
+@pytest.mark.contract
 def test_stop_strings_end_the_text_stay_in_it_and_are_the_same_streamed(client):
     text = ask(client, max_new_tokens=24).json()["generated_text"]
     stop = next(character for character in text if character.isascii())  # the random model's bytes are rarely UTF-8
@@ -211,6 +214,7 @@ def test_origins_say_which_tokens_were_drafted_and_what_fell(client):
     assert [token["origin"] for token in whole] == origins
 
 
+@pytest.mark.contract
 def test_top_tokens(client):
     told = stream(client, top_n_tokens=3)
     assert all([top["id"] for top in each["top_tokens"]][0] == each["token"]["id"] for each in told)  # greedy

@@ -36,8 +36,10 @@ def test_both_endpoints_answer_as_the_engine_does(client, tiny_target):
 
 
 @pytest.mark.parametrize("path", ["completions", "chat/completions"])
-def test_a_stream_is_the_same_answer_in_parts(client, path):
-    wishes = {"temperature": 0.9, "seed": 3, "n": 3}
+@pytest.mark.parametrize(
+    "wishes", [{"temperature": 0.9, "seed": 3, "n": 3}, pytest.param({"n": 2}, marks=pytest.mark.contract)], ids=str
+)
+def test_a_stream_is_the_same_answer_in_parts(client, path, wishes):
     whole = complete(client, path, **wishes)
     options = {"stream": True, "stream_options": {"include_usage": True}}
     *chunks, last, done = complete(client, path, **wishes, **options)["events"]
@@ -115,6 +117,18 @@ def test_logprobs(client, tiny_target):
     assert all(each["choices"][0]["logprobs"] is None for each in [complete(client)])
 
 
+def test_logprobs_with_tokens_by_their_ids(client, tiny_target):
+    """As vLLM has them: of every token, the one that ended the answer too, with alternatives by id."""
+    wishes = {"logit_bias": {"2": 100}, "min_tokens": 4}  # the fifth token ends the turn
+    plain = alone(tiny_target, logit_bias={2: 100}, min_new_tokens=4, logprobs=2)
+    told = complete(client, **wishes, logprobs=2, return_tokens_as_token_ids=True)["choices"][0]["logprobs"]
+    assert told["tokens"] == [f"token_id:{token.id}" for token in plain.tokens] and plain.tokens[-1].special
+    assert told["token_logprobs"] == pytest.approx([token.logprob for token in plain.tokens])
+    for table, token in zip(told["top_logprobs"], plain.tokens, strict=True):
+        assert list(table) == [f"token_id:{token_id}" for token_id, _ in token.top]
+
+
+@pytest.mark.contract
 def test_stop_strings_are_not_in_the_text(client):
     text = complete(client, max_tokens=24)["choices"][0]["text"]
     stop = next(character for character in text if character.isascii())
@@ -158,6 +172,7 @@ def test_temperature_s_default_is_1_and_speculation_changes_no_text(client, tiny
         assert told["metrics"]["speculative_decoding"]["num_spec_tokens"] == length
 
 
+@pytest.mark.contract
 def test_fields_without_effect_and_fields_that_are_off(client):
     plain = complete(client)["choices"]
     harmless = {"user": "me", "model": "anything", "metadata": {"a": "b"}, "store": False, "best_of": 1, "suffix": None,
