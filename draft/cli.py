@@ -25,6 +25,9 @@ from draft.errors import UserError, file_trouble, plain_console
 from draft.files import write_jsonl
 from draft.training.config import SECTIONS, resolve
 
+if typing.TYPE_CHECKING:
+    from draft.data.dataset import Dataset
+
 app = typer.Typer(
     help="Train, adapt and judge draft heads for speculative decoding.",
     no_args_is_help=True,
@@ -239,6 +242,7 @@ Shard = Annotated[
         "draft-train prepare --target smollm2 --prompts questions.jsonl --out data/mine",
         "draft-train prepare --target ./my-llama --prompts questions.jsonl --endpoint http://localhost:8000/v1 "
         "--out data/mine",
+        "draft-train prepare --from-capture captured --out data/traffic --num-prompts 2000",
     )
 )
 @_flags_of(Settings, LocalServer, EndpointSettings)
@@ -264,9 +268,17 @@ def prepare(
         typer.Option(help="File of a Jinja chat template [default: the target's own].", show_default=False),
     ] = None,
     shard: Shard = None,
+    from_capture: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder that `draft-serve --capture` wrote: its requests become the data set, and nothing is written; "
+            "the newest conversations are held out.",
+            show_default=False,
+        ),
+    ] = None,
     **flags: Any,
 ) -> None:
-    """Let the target write its own training data."""
+    """Let the target write its own training data, or take it from captured traffic."""
     from draft.data.dataset import missing_shards, parse_shard
     from draft.data.prepare import prepare as run
     from draft.target import load_target, read_chat_template
@@ -274,6 +286,10 @@ def prepare(
     if more and not prompts:
         raise UserError(f"{more[0]!r} belongs to no option; give files of prompts as --prompts {' '.join(more)}.")
     settings = Settings.checked(_given(Settings, flags)).model_dump(exclude_unset=True)
+    if from_capture is not None:
+        others = {"prompts": prompts, "column": column, "shard": shard, "chat_template": chat_template, **flags}
+        _prepare_capture(from_capture, out, target, target_adapter, settings, others)
+        return
     part = parse_shard(shard)
     server = _server(flags, dtype, device)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # as Ctrl-C: store, and end the server
@@ -291,6 +307,34 @@ def prepare(
         left = ", ".join(map(str, missing_shards(out, part.count if part else None)))
         console.print(f"{out}: shard {part} is done. Not yet done: {left}.")
         return
+    _report_dataset(out, dataset)
+
+
+def _prepare_capture(
+    folder: Path, out: Path, target: str, adapter: str | None, settings: dict[str, Any], others: dict[str, Any]
+) -> None:
+    """Make a data set of captured traffic; others: options, of which those about prompts and writing are refused."""
+    from draft.data.capture import open_capture
+    from draft.data.from_capture import prepare_capture
+    from draft.target import load_target
+    from draft.target.hidden_states import check_hidden_states
+
+    used = ("num_prompts", "max_length", "held_out_share")
+    wrong = next((name for name, value in others.items() if value is not None and name not in used), None)
+    if wrong is not None:
+        raise UserError(
+            f"--{wrong.replace('_', '-')} is about prompts and answers that are yet to be written, and --from-capture "
+            "takes both as they are; leave one of them out."
+        )
+    capture = open_capture(folder)
+    identity = load_target(target, "bfloat16", "cpu", adapter)
+    capture.check_target(identity)
+    check_hidden_states(identity)
+    dataset = prepare_capture(identity, capture, out, **settings)
+    _report_dataset(out, dataset)
+
+
+def _report_dataset(out: Path, dataset: Dataset) -> None:
     counts = dataset.manifest["counts"]
     dropped = ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in counts.items() if type(count) is int)
     console.print(
@@ -311,15 +355,24 @@ def _server(flags: dict[str, Any], dtype: str, device: str) -> EndpointSettings 
     return LocalServer.checked({"dtype": dtype, "device": device, **_given(LocalServer, flags)})
 
 
-@app.command(epilog=_examples("draft-train inspect data/mine --examples 2"))
+@app.command(epilog=_examples("draft-train inspect data/mine --examples 2", "draft-train inspect captured"))
 def inspect(
-    data: Annotated[Path, typer.Argument(help="Folder that prepare wrote.")],
+    data: Annotated[Path, typer.Argument(help="Folder that prepare wrote, or `draft-serve --capture`.")],
     examples: Annotated[int, typer.Option(min=0, help="Number of conversations to show.")] = 3,
 ) -> None:
-    """Print statistics and the first conversations, with the tokens that are trained on in colour."""
+    """Print statistics and the first conversations, with the tokens that are trained on in colour.
+
+    Of captured traffic: its amount, the kinds of sampling, and the acceptance length of each head.
+    """
+    from draft.data.capture import open_capture, shards_of
     from draft.data.inspect import inspect as run
 
-    run(data, examples=examples, console=console)
+    if shards_of(data):
+        from draft.evaluation.captured import inspect_capture
+
+        inspect_capture(open_capture(data), console=console)
+    else:
+        run(data, examples=examples, console=console)
 
 
 RunFolder = Annotated[Path, typer.Option(help="Folder of the run; the same command continues it.")]

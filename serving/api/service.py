@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from draft.target import TemplateRefusal
 from serving.api.errors import ApiError, echo, unavailable
@@ -20,6 +20,9 @@ from serving.api.schemas import Speculative
 from serving.engine import Engine, Speculation
 from serving.engine.answer import special_ids
 from serving.server import STALLED_SECONDS
+
+if TYPE_CHECKING:
+    from serving.api.captured import Capturing
 
 GENERATING = {"/", "/generate", "/generate_stream", "/v1/completions", "/v1/chat/completions"}
 _LAST_EVENTS_SECONDS = 5.0  # for clients to take the last events when the server ends
@@ -42,6 +45,8 @@ class Service:
     def __init__(self, limits: Limits, head_name: str | None, strict_model_name: bool, metrics_prefix: str) -> None:
         self.limits = limits
         self.head_name = head_name and public_name(head_name)
+        self.head_fingerprint: str | None = None  # of its weights
+        self.capture: Capturing | None = None
         self.strict_model_name = strict_model_name
         self.created = int(time.time())
         self.in_flight = 0  # HTTP requests, without those of /health, /ready and /metrics
@@ -54,9 +59,14 @@ class Service:
         self._encoder = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
 
     def attach(self, engine: Engine) -> None:
-        """Start the engine, which makes the service ready."""
+        """Start the engine, which makes the service ready; UserError where its answers cannot be captured."""
+        name = public_name(engine.target.name)
+        if self.capture is not None:
+            self.capture.start(engine, name)
         engine.start()
-        self.metrics = Metrics(engine, prefix=self._metrics_prefix, model_name=public_name(engine.target.name))
+        self.metrics = Metrics(engine, prefix=self._metrics_prefix, model_name=name)
+        if self.capture is not None:
+            self.capture.count(self.metrics.registry, self._metrics_prefix)
         self._engine = engine
 
     @property
@@ -215,6 +225,8 @@ class Service:
         self.draining = True
         if self._engine is not None:
             self._engine.close()
+        if self.capture is not None:
+            self.capture.close()
         self._encoder.shutdown(wait=False, cancel_futures=True)
 
 
