@@ -37,6 +37,7 @@ app = typer.Typer(
 )
 console = plain_console()
 SECONDS_FOR_PROCESS_0 = 5
+NICENESS = 10  # of the learner: beside a busy process on the same core it gets a tenth of it
 TRAIN_EXTRA = ("datasets", "matplotlib", "tensorboardX")  # packages that only draft-train needs
 
 Target = Annotated[str, typer.Option(help="Target: hub id, folder, .gguf file, or smollm2 (bundled).")]
@@ -498,6 +499,77 @@ def compare(
     print_report(comparison, console)
     if not comparison.ship:
         raise typer.Exit(1)
+
+
+@app.command(
+    epilog=_examples(
+        "draft-serve --head smollm2-eagle3 --capture captured",
+        "draft-train learn --server http://localhost:8000 --capture captured --head smollm2-eagle3 --out learned",
+        "draft-train learn --out learned --status",
+        "draft-train learn --server http://localhost:8000 --capture captured --head smollm2-eagle3 --out learned "
+        "--once --method full model.rebuild_vocabulary=true",
+    )
+)
+def learn(
+    out: Annotated[Path, typer.Option(help="Folder of the ledger and the heads; the same command goes on there.")],
+    server: Annotated[str | None, typer.Option(help="Address of the server that writes --capture.")] = None,
+    capture: Annotated[Path | None, typer.Option(help="Folder that `draft-serve --capture` writes.")] = None,
+    head: Annotated[str | None, typer.Option(help="The head that the server was started with.")] = None,
+    overrides: Overrides = None,
+    target: Target = "smollm2",
+    target_adapter: TargetAdapter = None,
+    general: Annotated[
+        Path | None, typer.Option(help="Data of general traffic for the comparison [default: what ships].")
+    ] = None,
+    method: Annotated[str, typer.Option(help="Training method: afa-lora, lora or full.")] = "afa-lora",
+    min_rows: Annotated[int, typer.Option(min=8, help="New requests from which an attempt is made.")] = 200,
+    max_rows: Annotated[int, typer.Option(min=8, help="Newest requests that an attempt uses.")] = 1000,
+    held_out_share: Annotated[
+        float, typer.Option(min=0.01, max=0.9, help="Share of these conversations, the newest, kept for judging.")
+    ] = 0.2,
+    max_length: Annotated[int, typer.Option(min=8, help="Tokens of the longest request that is used.")] = 1024,
+    budget: Annotated[
+        float, typer.Option(min=0.01, max=1, help="Share of the server's throughput that training may take, measured.")
+    ] = 0.1,
+    threads: Annotated[int, typer.Option(min=1, help="Number of CPU threads.")] = 1,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    once: Annotated[
+        bool, typer.Option("--once", help="End after one attempt, or without enough new requests.")
+    ] = False,
+    status: Annotated[bool, typer.Option("--status", help="Print what was attempted and served, and end.")] = False,
+) -> None:
+    """Adapt the served head to captured traffic again and again, and swap it where it is proven better.
+
+    [SECTION.KEY=VALUE] are settings of the training, as those of `adapt`. The server's key is read from
+    DRAFTSMITH_API_KEY.
+    """
+    from draft.learning.ledger import Ledger, status_table
+
+    if status:
+        console.print(status_table(Ledger(out / "ledger.jsonl").attempts()))
+        return
+    if server is None or capture is None or head is None:
+        missing = "--server" if server is None else "--capture" if capture is None else "--head"
+        raise UserError(f"{missing} is missing; learning needs --server, --capture and --head (--status does not).")
+    import torch
+
+    from draft.learning.loop import Learner, Options
+    from draft.learning.server import Server
+
+    os.nice(NICENESS)
+    torch.set_num_threads(threads)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    options = Options(
+        out, capture, head, target, target_adapter, general, dtype, device, method, tuple(overrides or ()), budget,
+        min_rows, max_rows, held_out_share, max_length,
+    )  # fmt: skip
+    try:
+        with Server(server) as client:
+            Learner(options, client, console).run(once=once)
+    except KeyboardInterrupt as error:
+        console.print(f"Interrupted; the same command goes on with {out}.", soft_wrap=True)
+        raise typer.Exit(getattr(error, "exit_code", 128 + signal.SIGINT)) from None
 
 
 @app.command(epilog=_examples("draft-train export heads/mine --format plain --out exports/mine"))
