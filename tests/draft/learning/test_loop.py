@@ -294,7 +294,6 @@ KILL = "import os, signal\ndef kill(*_, **__): os.kill(os.getpid(), signal.SIGKI
 # what each of the following processes is killed at, in the order of an attempt
 POINTS = {
     "while the data are written": "import draft.data.from_capture as m\nm.write_dataset = kill",
-    "before the training": "import draft.learning.loop as m\nm.Trainer = kill",
     "in the middle of the training": """
 from draft.training.trainer import Trainer
 step = Trainer.step
@@ -302,7 +301,6 @@ def stepping(self):
     if self.done == 13: kill()
     return step(self)
 Trainer.step = stepping""",
-    "before the merge": "import draft.learning.loop as m\nm.merge_run = kill",
     "in the middle of the merge": "import draft.heads.checkpoint as m\nm.write_head = kill",
     "before the comparison": "import draft.learning.loop as m\nm.compare = kill",
     "in the middle of a line of the ledger": """
