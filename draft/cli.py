@@ -25,6 +25,9 @@ from draft.errors import UserError, file_trouble, plain_console
 from draft.files import write_jsonl
 from draft.training.config import SECTIONS, resolve
 
+if typing.TYPE_CHECKING:
+    from draft.data.dataset import Dataset
+
 app = typer.Typer(
     help="Train, adapt and judge draft heads for speculative decoding.",
     no_args_is_help=True,
@@ -34,6 +37,7 @@ app = typer.Typer(
 )
 console = plain_console()
 SECONDS_FOR_PROCESS_0 = 5
+NICENESS = 10  # of the learner: beside a busy process on the same core it gets a tenth of it
 TRAIN_EXTRA = ("datasets", "matplotlib", "tensorboardX")  # packages that only draft-train needs
 
 Target = Annotated[str, typer.Option(help="Target: hub id, folder, .gguf file, or smollm2 (bundled).")]
@@ -239,6 +243,7 @@ Shard = Annotated[
         "draft-train prepare --target smollm2 --prompts questions.jsonl --out data/mine",
         "draft-train prepare --target ./my-llama --prompts questions.jsonl --endpoint http://localhost:8000/v1 "
         "--out data/mine",
+        "draft-train prepare --from-capture captured --out data/traffic --num-prompts 2000",
     )
 )
 @_flags_of(Settings, LocalServer, EndpointSettings)
@@ -264,9 +269,17 @@ def prepare(
         typer.Option(help="File of a Jinja chat template [default: the target's own].", show_default=False),
     ] = None,
     shard: Shard = None,
+    from_capture: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder that `draft-serve --capture` wrote: its requests become the data set, and nothing is written; "
+            "the newest conversations are held out.",
+            show_default=False,
+        ),
+    ] = None,
     **flags: Any,
 ) -> None:
-    """Let the target write its own training data."""
+    """Let the target write its own training data, or take it from captured traffic."""
     from draft.data.dataset import missing_shards, parse_shard
     from draft.data.prepare import prepare as run
     from draft.target import load_target, read_chat_template
@@ -274,6 +287,10 @@ def prepare(
     if more and not prompts:
         raise UserError(f"{more[0]!r} belongs to no option; give files of prompts as --prompts {' '.join(more)}.")
     settings = Settings.checked(_given(Settings, flags)).model_dump(exclude_unset=True)
+    if from_capture is not None:
+        others = {"prompts": prompts, "column": column, "shard": shard, "chat_template": chat_template, **flags}
+        _prepare_capture(from_capture, out, target, target_adapter, settings, others)
+        return
     part = parse_shard(shard)
     server = _server(flags, dtype, device)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # as Ctrl-C: store, and end the server
@@ -291,6 +308,34 @@ def prepare(
         left = ", ".join(map(str, missing_shards(out, part.count if part else None)))
         console.print(f"{out}: shard {part} is done. Not yet done: {left}.")
         return
+    _report_dataset(out, dataset)
+
+
+def _prepare_capture(
+    folder: Path, out: Path, target: str, adapter: str | None, settings: dict[str, Any], others: dict[str, Any]
+) -> None:
+    """Make a data set of captured traffic; others: options, of which those about prompts and writing are refused."""
+    from draft.data.capture import open_capture
+    from draft.data.from_capture import prepare_capture
+    from draft.target import load_target
+    from draft.target.hidden_states import check_hidden_states
+
+    used = ("num_prompts", "max_length", "held_out_share")
+    wrong = next((name for name, value in others.items() if value is not None and name not in used), None)
+    if wrong is not None:
+        raise UserError(
+            f"--{wrong.replace('_', '-')} is about prompts and answers that are yet to be written, and --from-capture "
+            "takes both as they are; leave one of them out."
+        )
+    capture = open_capture(folder)
+    identity = load_target(target, "bfloat16", "cpu", adapter)
+    capture.check_target(identity)
+    check_hidden_states(identity)
+    dataset = prepare_capture(identity, capture, out, **settings)
+    _report_dataset(out, dataset)
+
+
+def _report_dataset(out: Path, dataset: Dataset) -> None:
     counts = dataset.manifest["counts"]
     dropped = ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in counts.items() if type(count) is int)
     console.print(
@@ -311,15 +356,24 @@ def _server(flags: dict[str, Any], dtype: str, device: str) -> EndpointSettings 
     return LocalServer.checked({"dtype": dtype, "device": device, **_given(LocalServer, flags)})
 
 
-@app.command(epilog=_examples("draft-train inspect data/mine --examples 2"))
+@app.command(epilog=_examples("draft-train inspect data/mine --examples 2", "draft-train inspect captured"))
 def inspect(
-    data: Annotated[Path, typer.Argument(help="Folder that prepare wrote.")],
+    data: Annotated[Path, typer.Argument(help="Folder that prepare wrote, or `draft-serve --capture`.")],
     examples: Annotated[int, typer.Option(min=0, help="Number of conversations to show.")] = 3,
 ) -> None:
-    """Print statistics and the first conversations, with the tokens that are trained on in colour."""
+    """Print statistics and the first conversations, with the tokens that are trained on in colour.
+
+    Of captured traffic: its amount, the kinds of sampling, and the acceptance length of each head.
+    """
+    from draft.data.capture import open_capture, shards_of
     from draft.data.inspect import inspect as run
 
-    run(data, examples=examples, console=console)
+    if shards_of(data):
+        from draft.evaluation.captured import inspect_capture
+
+        inspect_capture(open_capture(data), console=console)
+    else:
+        run(data, examples=examples, console=console)
 
 
 RunFolder = Annotated[Path, typer.Option(help="Folder of the run; the same command continues it.")]
@@ -445,6 +499,77 @@ def compare(
     print_report(comparison, console)
     if not comparison.ship:
         raise typer.Exit(1)
+
+
+@app.command(
+    epilog=_examples(
+        "draft-serve --head smollm2-eagle3 --capture captured",
+        "draft-train learn --server http://localhost:8000 --capture captured --head smollm2-eagle3 --out learned",
+        "draft-train learn --out learned --status",
+        "draft-train learn --server http://localhost:8000 --capture captured --head smollm2-eagle3 --out learned "
+        "--once --method full model.rebuild_vocabulary=true",
+    )
+)
+def learn(
+    out: Annotated[Path, typer.Option(help="Folder of the ledger and the heads; the same command goes on there.")],
+    server: Annotated[str | None, typer.Option(help="Address of the server that writes --capture.")] = None,
+    capture: Annotated[Path | None, typer.Option(help="Folder that `draft-serve --capture` writes.")] = None,
+    head: Annotated[str | None, typer.Option(help="The head that the server was started with.")] = None,
+    overrides: Overrides = None,
+    target: Target = "smollm2",
+    target_adapter: TargetAdapter = None,
+    general: Annotated[
+        Path | None, typer.Option(help="Data of general traffic for the comparison [default: what ships].")
+    ] = None,
+    method: Annotated[str, typer.Option(help="Training method: afa-lora, lora or full.")] = "afa-lora",
+    min_rows: Annotated[int, typer.Option(min=8, help="New requests from which an attempt is made.")] = 200,
+    max_rows: Annotated[int, typer.Option(min=8, help="Newest requests that an attempt uses.")] = 1000,
+    held_out_share: Annotated[
+        float, typer.Option(min=0.01, max=0.9, help="Share of these conversations, the newest, kept for judging.")
+    ] = 0.2,
+    max_length: Annotated[int, typer.Option(min=8, help="Tokens of the longest request that is used.")] = 1024,
+    budget: Annotated[
+        float, typer.Option(min=0.01, max=1, help="Share of the server's throughput that training may take, measured.")
+    ] = 0.1,
+    threads: Annotated[int, typer.Option(min=1, help="Number of CPU threads.")] = 1,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    once: Annotated[
+        bool, typer.Option("--once", help="End after one attempt, or without enough new requests.")
+    ] = False,
+    status: Annotated[bool, typer.Option("--status", help="Print what was attempted and served, and end.")] = False,
+) -> None:
+    """Adapt the served head to captured traffic again and again, and swap it where it is proven better.
+
+    [SECTION.KEY=VALUE] are settings of the training, as those of `adapt`. The server's key is read from
+    DRAFTSMITH_API_KEY.
+    """
+    from draft.learning.ledger import Ledger, status_table
+
+    if status:
+        console.print(status_table(Ledger(out / "ledger.jsonl").attempts()))
+        return
+    if server is None or capture is None or head is None:
+        missing = "--server" if server is None else "--capture" if capture is None else "--head"
+        raise UserError(f"{missing} is missing; learning needs --server, --capture and --head (--status does not).")
+    import torch
+
+    from draft.learning.loop import Learner, Options
+    from draft.learning.server import Server
+
+    os.nice(NICENESS)
+    torch.set_num_threads(threads)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    options = Options(
+        out, capture, head, target, target_adapter, general, dtype, device, method, tuple(overrides or ()), budget,
+        min_rows, max_rows, held_out_share, max_length,
+    )  # fmt: skip
+    try:
+        with Server(server) as client:
+            Learner(options, client, console).run(once=once)
+    except KeyboardInterrupt as error:
+        console.print(f"Interrupted; the same command goes on with {out}.", soft_wrap=True)
+        raise typer.Exit(getattr(error, "exit_code", 128 + signal.SIGINT)) from None
 
 
 @app.command(epilog=_examples("draft-train export heads/mine --format plain --out exports/mine"))

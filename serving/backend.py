@@ -63,6 +63,10 @@ class Backend(Protocol):
     def dtype(self) -> str | None:
         """Format of the weights; None where it is not known."""
 
+    @property
+    def weights(self) -> str:
+        """Format of the matrices that compute; empty where it is not known."""
+
     # speculation
 
     @property

@@ -140,6 +140,13 @@ MaxBodyBytes = Annotated[int, Option(min=1, help="Maximum request body size in b
 DrainSeconds = Annotated[
     float, Option(min=0, help="Seconds for running requests to finish after SIGTERM; Docker kills after 10.")
 ]
+# what is kept of requests,
+Capture = Annotated[
+    Path | None,
+    Option(help="Folder to write the token ids of finished requests to, for draft-train. Default: nothing is kept."),
+]
+CaptureLimit = Annotated[str, Option(metavar="SIZE", help="Size of that folder; beyond it the oldest are dropped.")]
+CaptureShare = Annotated[float, Option(help="Share of the requests that is captured, drawn at random.")]
 # and the address, the clients and their encryption.
 Host = Annotated[str, Option(help="Address to listen on; 0.0.0.0 for all interfaces.")]
 Port = Annotated[int, Option(min=0, max=65535, help="Port to listen on; 0 takes a free one and prints it.")]
@@ -201,6 +208,9 @@ def serve(
     request_timeout: RequestTimeout = 600.0,
     max_body_bytes: MaxBodyBytes = 2_000_000,
     drain_seconds: DrainSeconds = 8.0,
+    capture: Capture = None,
+    capture_limit: CaptureLimit = "1GB",
+    capture_share: CaptureShare = 1.0,
     host: Host = "127.0.0.1",
     port: Port = 8000,
     api_key: ApiKey = None,
@@ -218,6 +228,7 @@ def serve(
     heads = named_heads(head or [])
     _check_engine(context, engine, upstream, heads, vllm_options or [])
     tls = _tls(ssl_certfile, ssl_keyfile, ssl_keyfile_password, ssl_ca_certs, ssl_cert_reqs)
+    limit = _size(capture_limit, "--capture-limit")
     with Listener(host, port) as listener:  # before the model is loaded, which takes longer than finding the port taken
         from serving.api.app import Limits, create_app  # here, so that --help does not wait for torch
         from serving.api.middleware import log_as_json
@@ -225,8 +236,13 @@ def serve(
         log_as_json()
         limits = Limits(max_new_tokens_limit, max_body_bytes, request_seconds=request_timeout or None)
         access: Any = dict(api_key=api_key, strict_model_name=strict_model_name, cors_origins=cors_origin or ())
+        writer = None
+        if capture is not None:
+            from serving.capture import CaptureWriter
+
+            writer = CaptureWriter(capture, limit=limit, share=capture_share)
         app = create_app(
-            None, limits=limits, metrics_prefix=metrics_prefix, loopback=listener.is_loopback, **access
+            None, limits=limits, metrics_prefix=metrics_prefix, loopback=listener.is_loopback, capture=writer, **access
         )  # fmt: skip
         child = None
         drafter = f"with {', '.join(head)}, K = {speculation_length}, {rule}" if head else "without a draft head"
@@ -245,7 +261,8 @@ def serve(
                 chat_template=chat_template, max_requests=max_batch + max_waiting,
             )  # fmt: skip
         models, url = " + ".join(filter(None, (target, target_adapter))), listener.url("https" if tls else "http")
-        serve_until_stopped(app, load, listener, f"serving {models} {drafter} on {url}", drain_seconds, tls, child)
+        ready = f"serving {models} {drafter} on {url}" + (f"; capturing {writer}" if writer else "")
+        serve_until_stopped(app, load, listener, ready, drain_seconds, tls, child)
 
 
 def _elsewhere(
@@ -298,7 +315,7 @@ def load_engine(
     from serving.engine import Engine
     from serving.engine.setup import decoding_dtype
 
-    memory = None if kv_cache_memory is None else _size(kv_cache_memory)
+    memory = None if kv_cache_memory is None else _size(kv_cache_memory, "--kv-cache-memory")
     if threads is not None:
         torch.set_num_threads(threads)
     if not sys.stderr.isatty():
@@ -352,13 +369,13 @@ def _report_template(target: TextTarget) -> None:
             logging.getLogger(__name__).warning("the target's chat template %s", fault)
 
 
-def _size(text: str) -> int:
+def _size(text: str, option: str) -> int:
     from pydantic import ByteSize, TypeAdapter, ValidationError
 
     try:
         return TypeAdapter(ByteSize).validate_python(text)
     except ValidationError as error:
-        raise UserError(f"--kv-cache-memory {text!r} is not a size; give a number with a unit, such as 4GB.") from error
+        raise UserError(f"{option} {text!r} is not a size; give a number with a unit, such as 4GB.") from error
 
 
 def _check_engine(

@@ -23,7 +23,10 @@ from torch.distributed import TCPStore
 from written_data import prepared
 
 CONTEXT = multiprocessing.get_context("forkserver")  # a server that has imported everything forks fresh processes
-LATE = ["pyarrow.dataset", "tensorboardX", "matplotlib.figure", "matplotlib.backends.backend_agg"]  # of a run's parts
+LATE = [  # of a run's parts, and of those of `learn`
+    "pyarrow.dataset", "tensorboardX", "matplotlib.figure", "matplotlib.backends.backend_agg",
+    "transformers.models.llama.modeling_llama", "draft.learning.loop",
+]  # fmt: skip
 CONTEXT.set_forkserver_preload(["training_runs", "draft.training.trainer", *LATE])
 
 

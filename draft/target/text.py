@@ -42,6 +42,11 @@ class TextTarget:
         # tokens of context as its configuration says
         self.stated_length = int(getattr(config, "max_position_embeddings", 2048))
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """What identifies the weights; empty where they are not here."""
+        return ""
+
     @property
     def architecture(self) -> str:
         """The class of the model."""

@@ -9,6 +9,7 @@ import copy
 import hashlib
 import json
 import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -24,7 +25,7 @@ from draft.evaluation.replay import TOKENS_PER_BATCH, Pass, replay_acceptance_le
 from draft.files import atomic_folder, write_json
 from draft.heads import DraftHead
 from draft.heads.checkpoint import save_head
-from draft.target import load_target
+from draft.target import Target, load_target
 from draft.training.batches import Batches, fits_in_memory, load_rows
 from draft.training.config import RunSettings
 from draft.training.distributed import Processes, launcher_dtype, whole
@@ -62,8 +63,17 @@ class Trainer:
     `RunFolder.open` has it. Under `accelerate launch` or `torchrun` every process makes one of these.
     """
 
-    def __init__(self, settings: RunSettings, console: Console | None = None, *, resume: bool | None = None) -> None:
-        self.settings = settings
+    def __init__(
+        self,
+        settings: RunSettings,
+        console: Console | None = None,
+        *,
+        resume: bool | None = None,
+        target: Target | None = None,
+        pace: Callable[[], None] | None = None,
+    ) -> None:
+        """target: the one that the settings name, where it is loaded already. pace: called before each step."""
+        self.settings, self.pace = settings, pace
         self.processes = Processes(settings, choose_trackers(settings.training.log_with))
         self.accelerator = self.processes.accelerator
         self.console = (console or plain_console()) if self.processes.is_main else Console(quiet=True)
@@ -72,7 +82,7 @@ class Trainer:
         if settings.unused and not self.progress:  # the resolved configuration of a run names more than was given
             self.console.print(f"Not used by method {settings.method}: {', '.join(settings.unused)}.")
         model = settings.model
-        self.target = load_target(model.target, launcher_dtype(settings), model.device, model.target_adapter)
+        self.target = target or load_target(model.target, launcher_dtype(settings), model.device, model.target_adapter)
         if self.target.dtype == torch.float16:
             raise UserError("dtype float16 is too narrow to train in without loss scaling; use bfloat16 or float32.")
         with self._arithmetic():
@@ -196,6 +206,8 @@ class Trainer:
             if self.done == 0:
                 monitor.log(0, self._evaluate())
             while self.done < self.total_steps and not self._patience_is_over():
+                if self.pace is not None:
+                    self.pace()
                 metrics, tokens = self.step()
                 monitor.log(self.done, metrics, tokens=tokens)
                 last = self.done == self.total_steps

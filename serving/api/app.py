@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
@@ -19,6 +20,9 @@ from serving.api.service import GENERATING, Limits, Service
 from serving.backend import Backend, Unavailable
 from serving.engine import EngineStopped, Overloaded
 
+if TYPE_CHECKING:
+    from serving.capture import CaptureWriter
+
 
 def create_app(
     engine: Backend | None,
@@ -29,15 +33,21 @@ def create_app(
     cors_origins: Sequence[str] = (),
     strict_model_name: bool = False,
     metrics_prefix: str = PREFIX,
+    capture: CaptureWriter | None = None,
 ) -> FastAPI:
     """Return the application around an engine, or what stands for one, which it starts and closes.
 
     engine: None where it is loaded later; then `app.state.service.attach(engine)` makes the application ready.
     loopback: it is bound to an address that only this machine reaches, so that heads may be changed without a key.
-    cors_origins: origins of pages that may use the API from a browser.
+    cors_origins: origins of pages that may use the API from a browser. capture: writes finished requests; it is started
+    and closed with the engine.
     """
     limits = limits or Limits()
     service = Service(limits, strict_model_name, metrics_prefix)
+    if capture is not None:
+        from serving.api.captured import Capturing  # and pyarrow, which servers do without that capture nothing
+
+        service.capture = Capturing(capture)
     if engine is not None:
         service.attach(engine)
 

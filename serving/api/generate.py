@@ -71,7 +71,8 @@ async def _begin(body: GenerateRequest, request: Request) -> Answer:
     )
     speculation = service.speculation(parameters.speculative)
     validated = time.monotonic()
-    generation = Generation(request, [prompt_ids], [params], speculation, received)
+    captured = parameters.capture is not False
+    generation = Generation(request, [prompt_ids], [params], speculation, received, captured=captured)
     request.scope["draftsmith.log"] = {"prompt_tokens": len(prompt_ids)}
     return Answer(generation, body.inputs, parameters, prompt_ids, speculation, received, validated)
 

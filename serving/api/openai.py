@@ -121,7 +121,8 @@ async def _respond(answer: Answer, request: Request, limits: list[int], received
     choices = range(answer.body.choices)
     prompts = [prompt for prompt in answer.prompts for _ in choices]
     params = [_sampling_params(answer, choice, limit) for limit in limits for choice in choices]
-    generation = Generation(request, prompts, params, answer.speculation, received)
+    captured = answer.body.capture is not False
+    generation = Generation(request, prompts, params, answer.speculation, received, captured=captured)
     request.scope["draftsmith.log"] = {"prompt_tokens": sum(map(len, answer.prompts))}
     if answer.body.stream:
         return await stream(answer, generation)

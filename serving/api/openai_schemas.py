@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
 from serving.api.schemas import (
+    CAPTURE,
     MAX_STOP_SEQUENCES,
     Count,
     Positive,
@@ -101,6 +102,7 @@ class SamplingRequest(Strict):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     speculative: Speculative | None = None
+    capture: bool | None = optional(CAPTURE)
     return_token_ids: bool | None = optional("a choice's token_ids, its end included, and prompt_token_ids (vLLM)")
 
     # without effect: nothing that they could change exists here

@@ -94,6 +94,7 @@ async def info(request: Request) -> dict[str, Any]:
             "request_seconds": service.limits.request_seconds,
         },
         "engine": to_jsonable_python(engine.stats(), inf_nan_mode="null"),  # JSON has no NaN
+        "capture": service.capture and service.capture.figures(),
         "version": package_version(),
         "versions": {name: package_version(name) for name in ("draftsmith", "torch", "transformers")},
     }

@@ -17,6 +17,7 @@ MAX_STOP_SEQUENCES = 16
 MAX_STOP_CHARACTERS = 256
 MAX_TEMPERATURE = 100.0
 MAX_TOP_N_TOKENS = 5
+CAPTURE = "false keeps the request out of what a server with --capture writes"
 _MAX_KEYS = 200  # of one object with named fields; each unknown one would be reported
 
 
@@ -117,6 +118,7 @@ class GenerateParameters(Strict):
     details: bool | None = None
     top_n_tokens: Annotated[Count, Field(le=MAX_TOP_N_TOKENS)] | None = optional("alternatives at each position")
     speculative: SpeculativeWithOrigin | None = None
+    capture: bool | None = optional(CAPTURE)
 
     @property
     def samples(self) -> bool:

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from draft.target import TemplateRefusal
 from serving.api.errors import ApiError, echo, unavailable
@@ -21,6 +21,9 @@ from serving.engine import Speculation
 from serving.engine.answer import special_ids
 from serving.names import public_name
 from serving.server import STALLED_SECONDS
+
+if TYPE_CHECKING:
+    from serving.api.captured import Capturing
 
 GENERATING = {"/", "/generate", "/generate_stream", "/v1/completions", "/v1/chat/completions"}
 _LAST_EVENTS_SECONDS = 5.0  # for clients to take the last events when the server ends
@@ -42,6 +45,7 @@ class Service:
 
     def __init__(self, limits: Limits, strict_model_name: bool, metrics_prefix: str) -> None:
         self.limits = limits
+        self.capture: Capturing | None = None
         self.strict_model_name = strict_model_name
         self.created = int(time.time())
         self.in_flight = 0  # HTTP requests, without those of /health, /ready and /metrics
@@ -55,9 +59,14 @@ class Service:
         self.loader = ThreadPoolExecutor(1, thread_name_prefix="heads")  # one head at a time is loaded
 
     def attach(self, engine: Backend) -> None:
-        """Start the engine, which makes the service ready."""
+        """Start the engine, which makes the service ready; UserError where its answers cannot be captured."""
+        name = public_name(engine.target.name)
+        if self.capture is not None:
+            self.capture.start(engine, name)
         engine.start()
-        self.metrics = Metrics(engine, prefix=self._metrics_prefix, model_name=public_name(engine.target.name))
+        self.metrics = Metrics(engine, prefix=self._metrics_prefix, model_name=name)
+        if self.capture is not None:
+            self.capture.count(self.metrics.registry, self._metrics_prefix)
         self._engine = engine
 
     @property
@@ -223,5 +232,7 @@ class Service:
         self.draining = True
         if self._engine is not None:
             self._engine.close()
+        if self.capture is not None:
+            self.capture.close()
         for executor in (self._encoder, self.loader):
             executor.shutdown(wait=False, cancel_futures=True)

@@ -39,8 +39,10 @@ class Generation:
         params: Sequence[SamplingParams],
         speculation: Speculation,
         received: float,
+        *,
+        captured: bool = True,
     ) -> None:
-        """Submit all or none; received: seconds of time.monotonic().
+        """Submit all or none; received: seconds of time.monotonic(). captured: False where the client forbids it.
 
         Raises:
             UserError, Overloaded, EngineStopped: as Engine.submit_all. ApiError: the server ends.
@@ -51,6 +53,8 @@ class Generation:
         if self.service.metrics is not None:
             for request in self.requests:
                 self.service.metrics.watch(request, received)
+        if captured and self.service.capture is not None:
+            self.service.capture.watch(self.requests)
         self._reason: ApiError | None = None  # for which all were cancelled
         self.service.endings.add(self._end)
         self._timer: asyncio.TimerHandle | None = None

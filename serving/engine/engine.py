@@ -158,6 +158,11 @@ class Engine:
         return str(self.target.dtype).removeprefix("torch.")
 
     @property
+    def weights(self) -> str:
+        """Format of the target's matrices: int8, int4, or its dtype's name."""
+        return self.models.weights
+
+    @property
     def mode(self) -> str:
         """Execution of the models: eager or compiled."""
         return self.models.mode

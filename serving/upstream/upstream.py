@@ -39,6 +39,7 @@ class Upstream:
 
     rule = None
     dtype = None
+    weights = ""
     device = "upstream"
     speculation = "upstream"
     tree_size = None
@@ -226,6 +227,7 @@ class Upstream:
         else:
             figures = task.result()
         stats = speculation_stats(figures, max(0, len(answer.tokens) - 1))
+        stats.head = self.head_name
         completion = Completion(
             request.prompt_ids,
             [token.id for token in answer.tokens],

@@ -1,0 +1,431 @@
+"""The learner: when enough new traffic is captured, adapt the served head to it, compare, and swap or say why not.
+
+OUT/ledger.jsonl          what happened, see `Ledger`
+OUT/learn.lock            held while a learner works there
+OUT/attempts/0001/        data/, run/, head/ and report/ of an attempt; data and run go when it has ended
+
+Each step leaves its result whole or not at all, and a step whose result is there is not done again: a learner that
+was killed at any point goes on from there.
+
+An attempt starts from the head that is served, and not from the first one: that is the head to be beaten, it holds what
+earlier traffic taught, and in a domain that stays few new rows are enough. So that many small losses do not add up, the
+loss on general rows is bounded twice, against the served head and against the first one.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pyarrow.compute as pc
+from filelock import FileLock, Timeout
+from rich.console import Console
+
+from draft.data.capture import OTHER, Capture, open_capture
+from draft.data.dataset import open_dataset
+from draft.data.from_capture import prepare_capture
+from draft.errors import UserError
+from draft.evaluation.compare import (
+    BASELINE,
+    CANDIDATE,
+    GENERAL_TOLERANCE,
+    Comparison,
+    Contender,
+    compare,
+    general_rows,
+    trained_row_ids,
+)
+from draft.evaluation.report import summary, write_report
+from draft.evaluation.tau import Interval
+from draft.files import finish_folders, read_json, write_json
+from draft.heads.checkpoint import head_sha256, load_head
+from draft.interop.exporting import export_head
+from draft.learning.gate import Gate
+from draft.learning.ledger import Attempt, Ledger
+from draft.learning.server import Server, ServerAway, WrongKey
+from draft.target import Target, load_target
+from draft.training.config import RunSettings, resolve
+from draft.training.merge import merge_run
+from draft.training.trainer import Trainer
+
+# of a run; small batches, so that the gate is passed often, and the held-out rows are left to the comparison
+TRAINING: dict[str, Any] = {
+    "epochs": 2.0, "tokens_per_batch": 512, "draft_steps": 3, "eval_every": 0, "save_every": 20, "keep_checkpoints": 1,
+    "log_with": ["none"],
+}  # fmt: skip
+_LEARNED = "learned-"  # how the names of heads begin that were learnt
+_EXPORT = "vllm"  # the format that every architecture has
+_POLL_SECONDS = 15.0
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a learner is started with; see `draft-train learn --help`."""
+
+    out: Path
+    capture: Path
+    head: str
+    target: str = "smollm2"
+    target_adapter: str | None = None
+    general: Path | None = None
+    dtype: str = "auto"
+    device: str = "auto"
+    method: str = "afa-lora"
+    overrides: tuple[str, ...] = ()
+    budget: float = 0.1
+    min_rows: int = 200
+    max_rows: int = 1000
+    held_out_share: float = 0.2
+    max_length: int = 1024
+
+
+@dataclass(frozen=True)
+class Serving:
+    """A head that is served: its name there, and the folder that it was loaded from."""
+
+    name: str
+    folder: str
+
+
+class Learner:
+    """The loop around one server and one folder of captured traffic."""
+
+    def __init__(self, options: Options, server: Server, console: Console) -> None:
+        self.options, self.server, self.console = options, server, console
+        self.ledger = Ledger(options.out / "ledger.jsonl")
+        self._told = ""
+        self.settings_of_run(Path("run"), options.head, Path("data"))  # refuses what no run could be made of
+        head_sha256(options.head)
+        for folder in (options.out, options.capture):
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+    def run(self, *, once: bool = False, wait: Callable[[float], None] = time.sleep) -> None:
+        """Learn for ever, or, with `once`, from the rows that are there now.
+
+        Raises:
+            UserError: another learner works on the same folders, the server refuses the key; with `once`, it is away.
+        """
+        with self._alone():
+            while True:
+                try:
+                    if not self._told:  # a wrong key is not found out only when a head is swapped
+                        self.server.load()
+                    told = self.tick()
+                except ServerAway as error:
+                    if once:
+                        raise UserError(f"{error}; start it, and repeat the command.") from error
+                    told = str(error)
+                if told != self._told:  # the same is not said at every look
+                    self._say(told)
+                self._told = told
+                if once:
+                    return
+                wait(_POLL_SECONDS)
+
+    def tick(self) -> str:
+        """Do what there is to do, and say in one sentence what it was. Raises ServerAway."""
+        attempts = self.ledger.attempts()
+        self._tidy(attempts)
+        self._follow(attempts)
+        unfinished = next((attempt for attempt in attempts if not attempt.ended), None)
+        if unfinished is not None and unfinished.begun["settings"] != self._settings:
+            self._end(unfinished, "failed", reason="the learner was started again with other settings")
+            unfinished = None
+        if unfinished is None:
+            begun = self._begin(attempts)
+            if isinstance(begun, str):
+                return begun
+            unfinished = begun
+        return self._attempt(unfinished)
+
+    # an attempt
+
+    def _begin(self, attempts: Sequence[Attempt]) -> Attempt | str:
+        """Begin the next attempt, or say what is missing for it."""
+        try:
+            capture = open_capture(self.options.capture)
+        except UserError as error:  # the server has not written any yet
+            return f"not enough new rows: 0 of {self.options.min_rows} ({error})"
+        since = max((attempt.begun["until"] for attempt in attempts), default=-math.inf)
+        rows, until = _new_rows(capture, since)
+        if rows < self.options.min_rows:
+            return f"not enough new rows: {rows} of {self.options.min_rows}"
+        number = max((attempt.number for attempt in attempts), default=0) + 1
+        base = self._served(attempts, capture)
+        values = {"base": asdict(base), "base_fingerprint": head_sha256(base.folder), "settings": self._settings}
+        shutil.rmtree(self._folder(number), ignore_errors=True)
+        self.ledger.append("begun", number, rows=rows, until=until, **values)
+        self._say(f"attempt {number}: {rows} new rows, from head {base.name}")
+        return self.ledger.attempts()[-1]
+
+    def _attempt(self, attempt: Attempt) -> str:
+        """Take an attempt to its end."""
+        try:
+            judged = _Work(self, attempt).judged()
+            return self._ship(attempt) if judged["ship"] else self._end(attempt, "kept", reason=judged["reason"])
+        except WrongKey:
+            raise
+        except UserError as error:
+            return self._end(attempt, "failed", reason=str(error))
+
+    def _ship(self, attempt: Attempt) -> str:
+        """Swap the heads, or write the new one for an engine that is not asked to."""
+        place = self._folder(attempt.number)
+        fingerprint = head_sha256(place / "head")
+        about = {"head": f"{_LEARNED}{attempt.number:04d}-{fingerprint[:8]}", "fingerprint": fingerprint}
+        before = self.server.heads()
+        if before is None:
+            exported = export_head(place / "head", _EXPORT, place / "export", target=self.options.target)
+            commands = "; ".join(exported.commands.values()) or f"load {exported.folder}"
+            why = f"{self.server.url} has no /heads; start the engine with the new head: {commands}"
+            return self._end(attempt, "exported", **about, reason=why)
+        refusal = self.server.serve(about["head"], str((place / "head").resolve()))
+        if refusal is not None:
+            return self._end(attempt, "kept", reason=f"the server refuses the head: {refusal}")
+        told = self._end(attempt, "served", **about)
+        learned = {each["name"] for each in before["heads"] if each["name"].startswith(_LEARNED)}
+        for name in learned - {about["head"], before["default"]}:  # the one before stays, for the server to go back to
+            self.server.unload(name)
+        return told
+
+    def _end(self, attempt: Attempt, event: str, **values: Any) -> str:
+        self.ledger.append(event, attempt.number, **values)
+        self._tidy(self.ledger.attempts())
+        return f"attempt {attempt.number}: {event}" + "".join(
+            f"{mark} {values[name]}" for name, mark in (("head", " as"), ("reason", ":")) if values.get(name)
+        )
+
+    # what is served
+
+    def _served(self, attempts: Sequence[Attempt], capture: Capture) -> Serving:
+        """The head that is served now, by the server's list, or by the newest captured request.
+
+        Raises:
+            UserError: for one that is neither the first head nor one that was learnt.
+        """
+        known = {head_sha256(self.options.head): Serving(self.options.head, self.options.head)}
+        for attempt in attempts:
+            for event in (attempt.events[name] for name in ("served", "exported") if name in attempt.events):
+                folder = str(self._folder(attempt.number) / "head")
+                known[event["fingerprint"]] = Serving(event["head"], folder)
+        heads = self.server.heads()
+        if heads is not None:
+            name, fingerprint = next(
+                ((each["name"], each["fingerprint"]) for each in heads["heads"] if each["default"]), (None, None)
+            )
+        else:
+            newest = next(iter(capture.rows()), None)
+            name, fingerprint = (newest.head, newest.head_fingerprint) if newest else (None, None)
+        if fingerprint is not None and fingerprint not in known:
+            raise UserError(
+                f"the server's default head {name!r} ({fingerprint}) is neither {self.options.head!r} nor one that was "
+                "learnt here; give its folder as --head."
+            )
+        return known.get(fingerprint or "", Serving(self.options.head, self.options.head))
+
+    def _follow(self, attempts: Sequence[Attempt]) -> None:
+        """Note where the server went back to an earlier head; load the newest again where it was started anew."""
+        served = [each for each in attempts if "served" in each.events and "rolled back" not in each.events]
+        heads = self.server.heads() if served else None
+        if heads is None:
+            return
+        newest = served[-1]
+        name = newest.events["served"]["head"]
+        if heads["default"] == name:
+            return
+        about = [event for event in heads["events"] if event.get("head") == name]
+        if not about and name not in {each["name"] for each in heads["heads"]}:
+            refusal = self.server.serve(name, str((self._folder(newest.number) / "head").resolve()))
+            if refusal is None:
+                self.ledger.append("restored", newest.number, head=name, reason="the server was started again")
+                return
+            about = [{"reason": refusal}]
+        reason = (about[-1].get("reason") if about else None) or f"{heads['default']} is the default again"
+        self.ledger.append("rolled back", newest.number, head=name, reason=str(reason))
+        self._say(f"{name} is not served any more: {reason}")
+
+    # settings and places
+
+    def settings_of_run(self, run: Path, head: str, data: Path) -> RunSettings:
+        """The settings of an attempt's run, those of the command line included."""
+        options = self.options
+        flags: dict[str, Any] = {
+            "target": options.target,
+            "target_adapter": options.target_adapter,
+            "head": head,
+            "data": [str(data)],
+        }
+        flags |= {"method": options.method, "dtype": options.dtype, "device": options.device, **TRAINING}
+        return resolve("adapt", str(run), overrides=options.overrides, flags=flags)
+
+    @cached_property
+    def _settings(self) -> list[Any]:
+        """What an attempt that goes on has to agree in."""
+        options = self.options
+        return [options.target, options.target_adapter, options.method, *options.overrides]
+
+    def _folder(self, number: int) -> Path:
+        return self.options.out / "attempts" / f"{number:04d}"
+
+    def _tidy(self, attempts: Sequence[Attempt]) -> None:
+        """Remove what ended attempts do not need any more: the traffic itself, optimiser states, heads that lost."""
+        for attempt in attempts:
+            shipped = "served" in attempt.events or "exported" in attempt.events
+            for name in ("data", "run", *(() if shipped else ("head",))) if attempt.ended else ():
+                shutil.rmtree(self._folder(attempt.number) / name, ignore_errors=True)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Hold the locks of both folders; UserError where another learner has one."""
+        out, capture = self.options.out, self.options.capture
+        try:
+            with FileLock(out / "learn.lock", timeout=0), FileLock(capture / ".learn.lock", timeout=0):
+                yield
+        except Timeout as error:
+            raise UserError(
+                f"another learner works on {str(out)!r} or {str(capture)!r}; let it end, or choose other folders."
+            ) from error
+
+    def _say(self, text: str) -> None:
+        self.console.print(f"{time.strftime('%H:%M:%S')} {text}", soft_wrap=True)
+
+
+class _Work:
+    """The steps of one attempt, each of which finds or makes its result."""
+
+    def __init__(self, learner: Learner, attempt: Attempt) -> None:
+        self.learner, self.attempt, self.options = learner, attempt, learner.options
+        self.folder = learner._folder(attempt.number)
+        finish_folders(self.folder, "*")  # what a killed process left
+        self.base: str = attempt.begun["base"]["folder"]
+        self.gate = Gate(learner.server.load, self.options.budget)
+
+    @cached_property
+    def target(self) -> Target:
+        """The target, whose passes all go through the gate."""
+        options = self.options
+        target = load_target(options.target, options.dtype, options.device, options.target_adapter)
+        target.decoder.register_forward_pre_hook(lambda *_: self.gate())
+        return target
+
+    def judged(self) -> dict[str, Any]:
+        """The verdict, with its reason."""
+        verdict = self.folder / "report" / "verdict.json"
+        if not verdict.is_file():
+            self._prepared()
+            self._trained()
+            if not (self.folder / "head" / "config.json").is_file():
+                merge_run(self.folder / "run", self.folder / "head")
+            values = self._compared()
+            write_json(verdict, values)
+        judged = read_json(verdict)
+        if "judged" not in self.attempt.events:
+            self.learner.ledger.append("judged", self.attempt.number, **judged)
+            self.learner._say(f"attempt {self.attempt.number}: {judged['reason']}")
+        return judged
+
+    def _prepared(self) -> None:
+        """The data set: the rows until the attempt began, of which no head has seen the held-out ones."""
+        data, options = self.folder / "data", self.options
+        if (data / "manifest.json").is_file():
+            return
+        seen = [trained_row_ids(load_head(head)[1]) or set() for head in {self.base, options.head}]
+        dataset = prepare_capture(
+            self.target, open_capture(options.capture), data, trained=set().union(*seen),
+            until=self.attempt.begun["until"], num_prompts=options.max_rows, max_length=options.max_length,
+            held_out_share=options.held_out_share,
+        )  # fmt: skip
+        self.learner.ledger.append("prepared", self.attempt.number, counts=dataset.manifest["counts"])
+
+    def _trained(self) -> None:
+        run = self.folder / "run"
+        if (run / "about.json").is_file() or (self.folder / "head" / "config.json").is_file():
+            return
+        run.parent.mkdir(parents=True, exist_ok=True)
+        began = time.monotonic()
+        settings = self.learner.settings_of_run(run, self.base, self.folder / "data")
+        with open(self.folder / "training.log", "a") as log:
+            trainer = Trainer(settings, Console(file=log), target=self.target, pace=self.gate)
+            self.gate.signals = trainer.signals
+            trainer.train()
+        self.gate.signals = ()
+        figures = {
+            "seconds": round(time.monotonic() - began, 1),
+            "rested": round(self.gate.rested, 1),
+            "slowdown": round(self.gate.slowdown, 4),
+            "loss": round(self.gate.loss, 4),
+        }
+        self.learner.ledger.append("trained", self.attempt.number, steps=trainer.done, **figures)
+        self.learner._say(
+            f"attempt {self.attempt.number}: trained {trainer.done} steps in {figures['seconds']:.0f} s, of which "
+            f"{figures['rested']:.0f} s rested; it cost the server {figures['loss']:.1%} of its throughput"
+        )
+
+    def _compared(self) -> dict[str, Any]:
+        """Both gates: the candidate against the served head, and on general rows against the first one."""
+        options, target = self.options, self.target
+        dataset = open_dataset(self.folder / "data")
+        general = general_rows(target)
+        if options.general is not None:
+            other = open_dataset(options.general)
+            other.check_target(target)
+            general = list(other.rows("held-out"))
+        loaded = {
+            name: Contender(name, *load_head(folder, dtype=target.dtype, device=target.device))
+            for name, folder in {"first": options.head, "served": self.base, "new": str(self.folder / "head")}.items()
+        }
+        comparison = compare(target, loaded["served"], loaded["new"], dataset.rows("held-out"), general)
+        with open(self.folder / "comparison.log", "w") as log:
+            write_report(comparison, self.folder / "report", Console(file=log))
+        drift = None
+        if general is not None and self.base != options.head:
+            drift = compare(target, loaded["first"], loaded["new"], general, None)
+        return _verdict(comparison, drift)
+
+
+def _verdict(comparison: Comparison, drift: Comparison | None) -> dict[str, Any]:
+    """Figures and verdict for the ledger; drift: the new head against the first one on general rows."""
+    place = comparison.deciding_length - 1
+    domain, general = (comparison.measurements.get(name) for name in ("domain", "general"))
+    assert domain is not None
+    reason, ship = summary(comparison), comparison.ship
+    if drift is not None:
+        gain = drift.gain(drift.measurements["domain"])
+        lost = not gain.low > -GENERAL_TOLERANCE
+        reason += f" General gain over the first head: {100 * gain.value:+.1f} % [{100 * gain.low:+.1f}, ...]."
+        ship = ship and not lost
+    taus = {
+        which: _values(domain.greedy.taus[head][place]) for which, head in (("before", BASELINE), ("after", CANDIDATE))
+    }
+    return {
+        "ship": ship,
+        "verdict": comparison.verdict,
+        "reason": reason,
+        "conversations": domain.greedy.conversations,
+        "domain": {**taus, "gain": _values(comparison.gain(domain))},
+        "general_gain": general and _values(comparison.gain(general)),
+        "general_gain_over_first": drift and _values(drift.gain(drift.measurements["domain"])),
+    }
+
+
+def _values(interval: Interval) -> dict[str, float] | None:
+    """An interval for JSON; None where it is unknown."""
+    return asdict(interval) if all(map(math.isfinite, asdict(interval).values())) else None
+
+
+def _new_rows(capture: Capture, since: float) -> tuple[int, float]:
+    """Rows after `since` that training may use, and the time of the newest."""
+    count, newest = 0, since
+    for table in capture.tables(("time", "kind"), since=since):
+        fresh = table.filter(pc.and_(pc.greater(table["time"], since), pc.not_equal(table["kind"], OTHER)))
+        if fresh.num_rows:
+            count += fresh.num_rows
+            newest = max(newest, pc.max(fresh["time"]).as_py())
+    return count, newest
