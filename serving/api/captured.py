@@ -11,8 +11,8 @@ from typing import Any
 from prometheus_client import CollectorRegistry
 
 from draft.data.capture import Captured, CapturedTarget
-from serving.capture import CaptureCollector, CaptureWriter
 from serving.backend import Backend
+from serving.capture import CaptureCollector, CaptureWriter
 from serving.engine import Completion, Request
 
 
