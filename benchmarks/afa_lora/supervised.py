@@ -1,0 +1,302 @@
+"""AFA-LoRA, LoRA and all weights in supervised fine-tuning: transformers' Trainer and PEFT, as a user would write it.
+
+The data are LLM-Adapters': `instruction`, which ends in "Answer format: a/b/c", `output`, and `answer`, which is one of
+these and a part of the output; `task` groups them. The model learns outputs. What it answers is the option whose output
+is the most likely, and accuracy is the mean over tasks.
+
+Each arm's learning rate is tuned on a part of the training file that nothing is trained on, by a seed that is used for
+nothing else; fresh seeds (initialisation of the adapter, and order) are judged on the test file. A run that is finished
+is not done again: the same command goes on after an interruption, and two copies of it share the work.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+import sys
+from argparse import Namespace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from peft import get_peft_model
+from torch import Tensor
+from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
+
+from benchmarks import shared
+from benchmarks.afa_lora import language_models, options, report
+from benchmarks.afa_lora.experiment import AGAIN, Run
+from draft.errors import UserError
+from draft.files import file_sha256
+from draft.target import Target, load_target
+
+MODULE = "benchmarks.afa_lora.supervised"
+RATES = {"lora": [2e-4, 4e-4, 8e-4], "afa-lora": [2e-4, 4e-4, 8e-4], "full": [1e-5, 2e-5, 4e-5]}
+RANK = 32  # of the comparison of LoRA with itself
+FORMAT = re.compile(r"Answer format:\s*(\S+(?:/\S+)+)\s*$")
+QUICK = {
+    "ranks": [8], "seeds": 2, "full_seeds": 2, "train_limit": 4, "validation_limit": 4, "test_limit": 8, "epochs": 1.0,
+    "max_tokens": 96,
+}  # fmt: skip
+EXAMPLES = f"""
+examples:
+  a smoke test:
+    python -m {MODULE} --train train.jsonl --test test.jsonl --quick --out runs/quick
+  everything, on two cores (the command twice; many hours):
+    python -m {MODULE} --train train.jsonl.gz --test test.jsonl.gz --out runs/afa-supervised
+"""
+
+
+def parse(arguments: Sequence[str]) -> Namespace:
+    parser = options.Parser(MODULE, __doc__, EXAMPLES)
+    parser.add("--target", default="smollm2", help="hub id, folder, .gguf file, or smollm2")
+    parser.add("--train", metavar="FILE", required=True, help="JSON or JSONL, also .gz")
+    parser.add("--test", metavar="FILE", required=True, help="the same, of other questions")
+    parser.add("--train-limit", shared.whole(1), default=2000, metavar="N", help="questions, the tasks taking turns")
+    parser.add("--validation-limit", shared.whole(1), default=300, metavar="N", help="questions of --train held back")
+    parser.add("--test-limit", shared.whole(1), default=1600, metavar="N", help="questions, the tasks taking turns")
+    parser.add("--max-tokens", shared.whole(8), default=256, metavar="N", help="longer questions are left out")
+    parser.add("--ranks", shared.whole(1), nargs="+", default=[8, 32], metavar="R")
+    parser.add("--layers", nargs="+", default=language_models.LAYERS, metavar="NAME", help="that get an adapter")
+    parser.add("--full-seeds", shared.whole(1), default=3, metavar="N", help="fresh seeds of all weights")
+    parser.add("--epochs", shared.real(0.01, 1000), default=1.0, metavar="N")
+    parser.add("--batch-size", shared.whole(1), default=16, metavar="N", help="questions of an optimiser step")
+    parser.add("--bf16", action="store_true", help="train under autocast to bfloat16")
+    parser.add_experiment(MODULE, RATES)
+    parsed = parser.parse_args(arguments)
+    options.apply_quick(parsed, QUICK, arguments)
+    return parsed
+
+
+def benchmark(arguments: Namespace, command: Sequence[str]) -> int:
+    out = shared.output_folder(arguments.out)
+    study = Supervised(arguments)
+    experiment = options.make_experiment(arguments, study.perform, "accuracy", out, keep=("metrics.jsonl",))
+    results: dict[str, Any] = {
+        "benchmark": MODULE,
+        **shared.provenance(MODULE, command, study.target),
+        "data": study.about,
+        "settings": vars(arguments),
+        "cells": [],
+    }
+    text = (
+        f"Target {results['target']['name']}, commit {results['commit']}; {study.about['train']} training, "
+        f"{study.about['validation']} validation and {study.about['test']} test questions. Mean accuracy over tasks "
+        "and fresh seeds, with 95 % intervals over questions and seeds."
+    )
+    rank = min(arguments.ranks, key=lambda each: abs(each - RANK))
+    for each in arguments.ranks:
+        cell = report.run_cell(
+            experiment,
+            "questions",
+            {"rank": each, "alpha": 2 * each},
+            options.grids(arguments),
+            label=f"rank {each}",
+            arms=[arm for arm in arguments.arms if arm != AGAIN or each == rank],
+            measures=("accuracy",),
+            seeds={"full": arguments.full_seeds},
+            groups=[question.task for question in study.questions["test"]],
+        )
+        results["cells"].append(cell)
+        report.write(out, "supervised", results, options.about(arguments, text), {"Ranks": "cells"}, "accuracy")
+    shared.make_console().print((out / "supervised.md").read_text())
+    return 0
+
+
+# ---- questions ----
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question as token ids: the prompt, the output of each option, and which of them is right."""
+
+    task: str
+    prompt: list[int]
+    outputs: list[list[int]]
+    right: int
+
+    @property
+    def tokens(self) -> int:
+        return len(self.prompt) + max(map(len, self.outputs))
+
+
+def read_questions(path: str, tokenizer: Any) -> list[Question]:
+    """Read a file in LLM-Adapters' format.
+
+    Raises:
+        UserError: with the line of a row that is not in it.
+    """
+
+    def encode(text: str) -> list[int]:
+        return list(tokenizer(text, add_special_tokens=False).input_ids)
+
+    found = []
+    for where, row in language_models.rows(path, {"instruction": str, "output": str, "answer": str}):
+        named = FORMAT.search(row["instruction"])
+        choices = named[1].split("/") if named else []
+        if row["answer"] not in choices:
+            raise UserError(
+                f"{where}: the answer {row['answer']!r} is none of the options {choices}, which `instruction` names at "
+                "its end as `Answer format: a/b/c`; correct or remove that row."
+            )
+        before, answer, after = row["output"].rpartition(row["answer"])
+        if not answer:
+            raise UserError(
+                f"{where}: `output` does not hold the answer {row['answer']!r}; correct or remove that row."
+            )
+        outputs = [encode(f"{before}{choice}{after}") for choice in choices]
+        prompt = list(tokenizer(f"{row['instruction']}\n\n").input_ids)  # with BOS, where the target has one
+        found.append(Question(str(row.get("task", "all")), prompt, outputs, choices.index(row["answer"])))
+    return found
+
+
+def taking_turns(questions: Iterable[Question], limit: int, seed: int) -> list[Question]:
+    """Choose questions by chance, as many of each task as there are."""
+    by_task: dict[str, list[Question]] = {}
+    for question in questions:
+        by_task.setdefault(question.task, []).append(question)
+    for task in by_task.values():
+        random.Random(seed).shuffle(task)
+    turns = [question for turn in zip_longest(*by_task.values()) for question in turn if question is not None]
+    return turns[:limit]
+
+
+# ---- training, as a user would write it ----
+
+
+def train(model: Any, rows: list[dict[str, list[int]]], run: Run, folder: Path, arguments: Namespace, end: int) -> Any:
+    """Fine-tune a model by an arm's method and return it: the PeftModel, or the model itself.
+
+    rows: `input_ids` and `labels` of each question. end: the token id to pad with.
+    """
+    set_seed(run.seed)
+    config = language_models.adapter_config(run.setup.method, dict(run.setup.options), arguments.layers)
+    if config is not None:
+        model = get_peft_model(model, config)
+    training = TrainingArguments(
+        output_dir=str(folder / "trainer"),
+        num_train_epochs=arguments.epochs,
+        per_device_train_batch_size=arguments.batch_size,
+        learning_rate=run.rate,
+        lr_scheduler_type="linear",
+        warmup_steps=0.05,  # a share of the steps
+        max_grad_norm=1.0,
+        seed=run.seed,
+        bf16=arguments.bf16,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+    )
+
+    def collate(rows: list[dict[str, list[int]]]) -> dict[str, Tensor]:
+        longest = max(len(row["input_ids"]) for row in rows)
+        padding = {"input_ids": end, "labels": -100}
+        found = {
+            name: torch.tensor([row[name] + [value] * (longest - len(row[name])) for row in rows])
+            for name, value in padding.items()
+        }
+        lengths = torch.tensor([len(row["input_ids"]) for row in rows])
+        return {**found, "attention_mask": (torch.arange(longest) < lengths[:, None]).long()}
+
+    log = folder / "metrics.jsonl"
+    trainer = Trainer(
+        model,
+        training,
+        data_collator=collate,
+        train_dataset=cast(Any, rows),  # a list has what it needs
+        callbacks=language_models.callbacks(config, log),
+    )
+    trainer.remove_callback(PrinterCallback)  # a line a step; StepLog writes them
+    trainer.train()
+    return model
+
+
+# ---- runs ----
+
+
+class Supervised:
+    """The questions, the training runs, and the accuracy of what they give."""
+
+    def __init__(self, arguments: Namespace) -> None:
+        self.arguments = arguments
+        self.target: Target = load_target(arguments.target, "float32")
+        offered = read_questions(arguments.train, self.target.tokenizer)
+        test = read_questions(arguments.test, self.target.tokenizer)
+        limit = min(arguments.max_tokens, self.target.max_length)
+        fits = [question for question in offered if question.tokens < limit]
+        kept = taking_turns((question for question in test if question.tokens < limit), arguments.test_limit, seed=1)
+        chosen = taking_turns(fits, arguments.validation_limit + arguments.train_limit, seed=0)
+        held_back = chosen[: arguments.validation_limit]
+        self.training = chosen[arguments.validation_limit :]
+        self.questions = {"validation": held_back, "test": kept}
+        if not (self.training and held_back and kept):
+            raise UserError(f"of {len(offered)} and {len(test)} questions too few fit --max-tokens {limit}; raise it.")
+        self.about = {
+            "files": {name: file_sha256(Path(name)) for name in (arguments.train, arguments.test)},
+            "train": len(self.training),
+            "validation": len(held_back),
+            "test": len(kept),
+            "too_long": len(offered) + len(test) - len(fits) - sum(question.tokens < limit for question in test),
+        }
+
+    def perform(self, run: Run, folder: Path) -> dict[str, Any]:
+        end = min(self.target.eos_token_ids)
+        rows = []
+        for question in self.training:
+            output = [*question.outputs[question.right], end]
+            labels = [-100] * len(question.prompt) + output
+            rows.append({"input_ids": question.prompt + output, "labels": labels})
+        model = train(language_models.copy_of(self.target), rows, run, folder, self.arguments, end).eval()
+        if not language_models.is_finite(model):
+            return {"diverged": "a weight is not finite"}
+        questions = self.questions[run.part]
+        chosen = answers(model, questions)
+        result: dict[str, Any] = {
+            "units": {"accuracy": [[float(a == q.right), 1.0] for a, q in zip(chosen, questions, strict=True)]}
+        }
+        if run.setup.method == "afa-lora":
+            result["beta"] = model.peft_config["default"].beta
+            result["merged_differences"] = language_models.logits_differences(model, questions[0].prompt)
+        return result
+
+
+@torch.no_grad()
+def answers(model: Any, questions: Sequence[Question], tokens_per_batch: int = 2048) -> list[int]:
+    """Return the number of the option with the most likely output, for each question.
+
+    Options that differ in their last token only share one reading of prompt and output.
+    """
+    readings: dict[tuple[int, ...], list[tuple[int, int, int, list[int]]]] = {}
+    for number, question in enumerate(questions):
+        for option, output in enumerate(question.outputs):
+            text = (*question.prompt, *output[:-1])
+            readings.setdefault(text, []).append((number, option, len(question.prompt), output))
+    totals = [[0.0] * len(question.outputs) for question in questions]
+    waiting = sorted(readings, key=len)
+    while waiting:
+        texts = waiting[: max(1, tokens_per_batch // len(waiting[0]))]
+        del waiting[: len(texts)]
+        ids = torch.zeros(len(texts), max(map(len, texts)), dtype=torch.long)
+        for place, text in enumerate(texts):
+            ids[place, : len(text)] = torch.tensor(text)  # causal: padding on the right is not seen
+        decoder = model.get_decoder()
+        hidden = decoder(ids.to(model.device)).last_hidden_state  # [batch, tokens, hidden]
+        for place, text in enumerate(texts):
+            start = min(prompt for _, _, prompt, _ in readings[text])
+            log_p = model.get_output_embeddings()(hidden[place, start - 1 :]).float().log_softmax(-1)
+            for number, option, prompt, output in readings[text]:
+                places = torch.arange(prompt - start, prompt - start + len(output))
+                totals[number][option] = float(log_p[places, torch.tensor(output)].sum())
+    return [max(range(len(total)), key=total.__getitem__) for total in totals]
+
+
+main = partial(shared.run_program, parse, benchmark)
+
+if __name__ == "__main__":
+    sys.exit(main())

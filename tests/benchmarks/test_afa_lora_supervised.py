@@ -1,0 +1,119 @@
+"""benchmarks.afa_lora.supervised on a tiny target and questions: reading, likelihoods, and the whole comparison."""
+
+import gzip
+import json
+
+import pytest
+import torch
+from conftest import save_tiny_target
+from peft import get_peft_model
+
+from benchmarks.afa_lora import language_models, supervised
+from benchmarks.afa_lora.supervised import Question, Supervised, answers, read_questions, taking_turns
+from draft.afa import set_annealing_step
+from draft.errors import UserError
+from draft.files import read_json
+
+OPTIONS = {"truth": ["true", "false"], "choice": ["answer1", "answer2", "answer3"]}
+
+
+def line(number, task, **changes):
+    options = OPTIONS[task]
+    answer = options[number % len(options)]
+    row = {"task": task, "instruction": f"Is {number} it?\n\nAnswer format: {'/'.join(options)}", "answer": answer}
+    return json.dumps(row | {"output": f"it is {answer}", **changes}) + "\n"
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    root = tmp_path_factory.mktemp("supervised")
+    save_tiny_target(root / "target")
+    lines = "".join(line(number, task) for number in range(10) for task in OPTIONS)
+    with gzip.open(root / "train.jsonl.gz", "wt") as file:
+        file.write(lines)
+    rows = [json.loads(line(number, task)) for number in range(10, 16) for task in OPTIONS]
+    (root / "test.json").write_text(json.dumps(rows))
+    return root
+
+
+def words(world, *more):
+    files = ["--train", str(world / "train.jsonl.gz"), "--test", str(world / "test.json")]
+    return ["--target", str(world / "target"), *files, "--out", str(world / "out"), "--layers", "q_proj", *more]
+
+
+@pytest.fixture(scope="module")
+def study(world):
+    return Supervised(supervised.parse(words(world, "--train-limit", "8", "--validation-limit", "4")))
+
+
+def test_quick_run_reports_each_task_and_the_mean(world, monkeypatch, capsys):
+    quick = words(world, "--quick", "--ranks", "2", "--arms", "lora", "afa-lora", "--rates", "lora=1e-3,2e-3,1e30")
+    quick += ["--train-limit", "8", "--batch-size", "2"]
+    assert supervised.main(quick) == 0
+    results = read_json(world / "out" / "supervised.json")
+    assert (results["data"]["train"], results["data"]["validation"], results["data"]["test"]) == (8, 4, 8)
+    (cell,) = results["cells"]
+    assert cell["arms"]["lora"]["seeds"] == [0, 1] and cell["arms"]["lora"]["grid"][-1] == [1e30, None]  # diverged
+    parts = cell["measures"]["accuracy"]
+    assert {name: each["units"] for name, each in parts.items()} == {"all": 8, "truth": 4, "choice": 4}
+    for arm in ("lora", "afa-lora"):
+        scores = [parts[name]["scores"][arm]["value"] for name in ("all", "truth", "choice")]
+        assert scores[0] == pytest.approx((scores[1] + scores[2]) / 2) and 0 <= scores[0] <= 1
+    annealed = cell["arms"]["afa-lora"]["first_seed"]
+    assert annealed["beta"] == 0 and annealed["merged_differences"]["float32"] < 1e-5
+    assert annealed["merged_differences"]["bfloat16"] < 0.1
+    (log,) = (world / "out" / "runs" / "questions" / "afa-lora-alpha-4-rank-2").glob("rate-*-seed-0/metrics.jsonl")
+    betas = [json.loads(each)["beta"] for each in log.read_text().splitlines()]
+    assert betas == [pytest.approx(1 / 6), 0, 0, 0]  # 4 steps, annealed over the first 1.2
+    assert "| rank 2, choice | accuracy (4) |" in (world / "out" / "supervised.md").read_text()
+    monkeypatch.setattr(Supervised, "perform", None)  # nothing is left to do
+    capsys.readouterr()
+    assert supervised.main(quick) == 0
+
+
+def test_a_run_that_ends_within_annealing_is_refused(study):
+    config = language_models.adapter_config("afa-lora", {"rank": 2, "alpha": 4}, ["q_proj"])
+    model = get_peft_model(language_models.copy_of(study.target), config)
+    set_annealing_step(model, 1, 10)
+    with pytest.raises(UserError, match="is not a matrix yet"):
+        language_models.logits_differences(model, [5, 6, 7])
+
+
+def test_the_answer_is_the_option_of_the_largest_likelihood(study):
+    """Options of one and of several tokens, against one whole pass for each option."""
+    ids = torch.randint(3, 259, (6, 3, 6), generator=torch.Generator().manual_seed(0)).tolist()
+    questions = [Question("t", [7, 8, 9 + n], [row[: 2 + (n + k) % 3] for k, row in enumerate(rows)], 0)
+                 for n, rows in enumerate(ids)]  # fmt: skip
+    questions += [Question("t", [4] * 20, [[5, 6, token] for token in (7, 8, 9)], 0)]  # only the last token differs
+    model, expected = study.target.model, []
+    for question in questions:
+        totals = []
+        for output in question.outputs:
+            log_p = model(torch.tensor([question.prompt + output])).logits[0].log_softmax(-1)
+            start = len(question.prompt) - 1
+            totals.append(sum(float(log_p[start + place, token]) for place, token in enumerate(output)))
+        expected.append(max(range(len(totals)), key=totals.__getitem__))
+    assert answers(model, questions, tokens_per_batch=32) == expected
+    assert len(set(expected)) > 1
+
+
+def test_parts_do_not_overlap_and_tasks_take_turns(study, world):
+    texts = [{tuple(q.prompt) for q in part} for part in (study.training, *study.questions.values())]
+    assert sum(map(len, texts)) == len(set().union(*texts)) == 8 + 4 + 12
+    assert [q.task for q in taking_turns(study.training, 4, seed=0)].count("truth") == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"answer": "maybe"}, r"line 2: the answer 'maybe' is none of the options \['true', 'false'\]"),
+        ({"instruction": "Is it?"}, "none of the options"),
+        ({"output": "it is so"}, "line 2: `output` does not hold the answer 'false'"),
+        ({"answer": 3}, "line 2: `answer` is 3"),
+    ],
+)
+def test_wrong_rows_are_named(tmp_path, study, changes, message):
+    file = tmp_path / "wrong.jsonl"
+    file.write_text(line(0, "truth") + line(1, "truth", **changes))
+    with pytest.raises(UserError, match=message):
+        read_questions(str(file), study.target.tokenizer)
