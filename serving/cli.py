@@ -16,7 +16,7 @@ from typer import Argument, Option
 
 from draft.errors import UserError, file_trouble
 from draft.launcher import end_with_starter
-from serving.names import check_head_name, public_name
+from serving.names import check_head_name
 from serving.server import Listener, serve_until_stopped
 
 if TYPE_CHECKING:
@@ -348,7 +348,7 @@ def named_heads(words: Sequence[str]) -> dict[str, str]:
     for word in words:
         name, equals, folder = word.partition("=")
         if not equals or Path(word).exists():
-            name, folder = public_name(word), word
+            name, folder = Path(word).expanduser().resolve().name, word
         check_head_name(name)
         if name in folders:
             raise UserError(f"--head {word!r}: there is a head {name!r} already; name it: --head NAME=FOLDER.")

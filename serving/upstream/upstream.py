@@ -227,7 +227,7 @@ class Upstream:
         else:
             figures = task.result()
         stats = speculation_stats(figures, max(0, len(answer.tokens) - 1))
-        stats.head = self.head_name
+        stats.head = figures.get("head", self.head_name) if figures else None  # draft-serve names it, vLLM does not
         completion = Completion(
             request.prompt_ids,
             [token.id for token in answer.tokens],

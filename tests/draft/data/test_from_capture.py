@@ -133,7 +133,7 @@ def test_the_command_line(root, target, draft_train, monkeypatch, tmp_path):
     write(captured, [row(float(n), f"question {n}", f"answer {n}.", float(n > 7)) for n in range(10)], target)
     command = ("prepare", "--target", root / "target", "--from-capture", captured, "--out", out)
     status, shown = draft_train(*command, "--held-out-share", 0.3)
-    assert status == 0 and "7 rows to train on, 3 held out (requests 10" in shown.replace("\n", " ")
+    assert status == 0 and "7 rows to train on, 3 held out (requests 10" in " ".join(shown.split())
     assert len(open_dataset(out).rows("train")) == 7
     status, shown = draft_train("inspect", out, "--examples", 1)
     assert status == 0 and "question 0" in shown

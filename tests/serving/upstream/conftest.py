@@ -20,7 +20,7 @@ def texts(tiny_target):
 @pytest.fixture(scope="module")
 def address(tiny_target, tiny_head):
     """A server that drafts chains of 5."""
-    with live(create_app(Engine(tiny_target, tiny_head, speculation="chain"))) as url:
+    with live(create_app(Engine(tiny_target, {"tiny-head": tiny_head}, speculation="chain"))) as url:
         yield url
 
 

@@ -117,7 +117,7 @@ def test_every_sampling_parameter_is_passed_on(upstream, gateway, monkeypatch):
     """One that is added to a surface must have an effect upstream, too, or be refused."""
     settled = {"model", "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt",
                "messages", "n", "best_of", "echo", "stream", "stream_options", "logprobs", "top_logprobs",
-               "speculative", "max_completion_tokens", "return_token_ids", "return_tokens_as_token_ids"}  # fmt: skip
+               "speculative", "capture", "max_completion_tokens", "return_token_ids", "return_tokens_as_token_ids"}  # fmt: skip
     sent: dict[str, Any] = {}
     inner = upstream.connection.events
     monkeypatch.setattr(upstream.connection, "events", lambda body: sent.update(body) or inner(body))
@@ -129,7 +129,7 @@ def test_every_sampling_parameter_is_passed_on(upstream, gateway, monkeypatch):
     assert sent == sent | wishes | {"include_stop_str_in_output": True}  # the text is cut here
     assert (CompletionRequest.model_fields.keys() | ChatRequest.model_fields.keys()) - settled == wishes.keys()
     named = {"max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "frequency_penalty", "seed"}
-    here = {"do_sample", "chat", "truncate", "return_full_text", "details", "top_n_tokens", "speculative"}
+    here = {"do_sample", "chat", "truncate", "return_full_text", "details", "top_n_tokens", "speculative", "capture"}
     assert GenerateParameters.model_fields.keys() == named | here | {"stop"}
 
 
