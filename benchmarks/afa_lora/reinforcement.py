@@ -163,7 +163,7 @@ def is_right(completion: str, answer: float) -> bool:
 # ---- training, as a user would write it ----
 
 
-def reward(completions: list[str], answer: list[float], **_: Any) -> list[float]:
+def reward(completions: list[str], answer: list[float], **_: Any) -> list[float | None]:
     """Return 1 for each completion of which the last number equals the answer, else 0."""
     return [float(is_right(text, right)) for text, right in zip(completions, answer, strict=True)]
 

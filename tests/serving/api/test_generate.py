@@ -152,9 +152,7 @@ def test_one_event_a_token_and_the_last_has_all(client, path, wishes):
     whole = ask(client, **wishes, details=True).json()
     told = stream(client, path, **wishes)
     if wishes == SAMPLED:
-        assert (
-            whole["details"]["speculative"]["accepted"] > 0
-        )  # several tokens in one step, one event each all the same
+        assert whole["details"]["speculative"]["accepted"] > 0  # several tokens in one step, one event each
     assert [each["token"] for each in told] == whole["details"]["tokens"]
     assert [each["index"] for each in told] == list(range(1, len(told) + 1))
     assert all(each["generated_text"] is None and each["details"] is None for each in told[:-1])

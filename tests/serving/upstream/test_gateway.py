@@ -117,7 +117,8 @@ def test_every_sampling_parameter_is_passed_on(upstream, gateway, monkeypatch):
     """One that is added to a surface must have an effect upstream, too, or be refused."""
     settled = {"model", "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt",
                "messages", "n", "best_of", "echo", "stream", "stream_options", "logprobs", "top_logprobs",
-               "speculative", "capture", "max_completion_tokens", "return_token_ids", "return_tokens_as_token_ids"}  # fmt: skip
+               "speculative", "capture", "max_completion_tokens", "return_token_ids",
+               "return_tokens_as_token_ids"}  # fmt: skip
     sent: dict[str, Any] = {}
     inner = upstream.connection.events
     monkeypatch.setattr(upstream.connection, "events", lambda body: sent.update(body) or inner(body))
