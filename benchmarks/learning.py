@@ -52,7 +52,7 @@ examples:
     python -m {MODULE} --plain --domains sql logs --settings "--method lora adapter.rank=32" --out runs/learning
 """
 SETTINGS = "--method full model.rebuild_vocabulary=true training.learning_rate=5e-4"
-QUICK = "--method full training.max_steps=4 training.tokens_per_batch=256"
+QUICK = "--method full training.max_steps=4 data.tokens_per_batch=256"
 VERIFIED_AT_ONCE = 16  # requests to the server without speculation
 VERIFYING = 0.2  # of the time, for these
 WINDOW = 0.16  # of a phase, the first and the last; the learner has the rest
