@@ -78,8 +78,8 @@ inline void sum_lanes(const Floats (&values)[4], float* to) {
 }
 
 /// scores[row][0..4) = q[row] . keys[0..4), over `width` features (a multiple of kLanes).
-template <int Rows>
-inline void dot_products(const float* q, const float* const (&keys)[kKeysAStep], int64_t width, float* scores,
+template <int Rows, typename T>
+inline void dot_products(const float* q, const T* const (&keys)[kKeysAStep], int64_t width, float* scores,
                          int64_t stride) {
   Floats sums[Rows][kKeysAStep] = {};
   for (int64_t d = 0; d < width; d += kLanes) {
@@ -93,22 +93,23 @@ inline void dot_products(const float* q, const float* const (&keys)[kKeysAStep],
   UNROLL for (int r = 0; r < Rows; ++r) sum_lanes(sums[r], scores + r * stride);
 }
 
-/// Keys or values of a tile as floats, whose width is a multiple of kLanes: block by block, rows `stride` apart.
-struct Floated {
-  const float* blocks[kKeysATile / kBlock];
+/// Keys or values of a tile, whose width is a multiple of kLanes: block by block, rows `stride` apart.
+template <typename T>
+struct Entries {
+  const T* blocks[kKeysATile / kBlock];
   int64_t stride;
 };
 
 /// out[row][0..Vectors * kLanes) += weights[row][key] * values[key], key after key; from feature `column` of the
 /// values.
-template <int Rows, int Vectors>
-inline void add_values(const float* weights, int64_t weight_stride, const Floated& values, int64_t column, int64_t keys,
+template <int Rows, int Vectors, typename T>
+inline void add_values(const float* weights, int64_t weight_stride, const Entries<T>& values, int64_t column, int64_t keys,
                        float* out, int64_t out_stride) {
   Floats sums[Rows][Vectors];
   UNROLL for (int r = 0; r < Rows; ++r)
     UNROLL for (int c = 0; c < Vectors; ++c) sums[r][c] = load(out + r * out_stride + c * kLanes);
   for (int64_t first = 0; first < keys; first += kBlock) {
-    const float* from = values.blocks[first / kBlock] + column;
+    const T* from = values.blocks[first / kBlock] + column;
     const int64_t last = std::min(first + kBlock, keys);
     for (int64_t key = first; key < last; ++key, from += values.stride) {
       UNROLL for (int c = 0; c < Vectors; ++c) {
@@ -136,28 +137,28 @@ struct Scratch {
   std::vector<float> queries, scores, out, block;
 };
 
-/// The first `count` entries (at most kKeysATile) of the blocks as floats: where they lie, or converted and padded.
-template <typename T>
-Floated as_floats(const Strided<T>& cache, int64_t head, const int64_t* blocks, int64_t count, int64_t width,
-                  std::vector<float>& scratch) {
+/// body(Entries) for the first `count` entries (at most kKeysATile) of the blocks: where they lie, or as floats in
+/// `scratch`, padded where `width` is no multiple of kLanes. Floats save work where several groups of rows read them.
+template <typename T, typename Body>
+void with_entries(const Strided<T>& cache, int64_t head, const int64_t* blocks, int64_t count, int64_t width, int rows,
+                  std::vector<float>& scratch, const Body& body) {
   const int64_t padded = round_up(width, kLanes);
-  const bool in_place = std::is_same_v<T, float> && padded == width;
-  Floated floated{{}, in_place ? cache.entry : padded};
-  if (!in_place) scratch.resize(count * padded);
+  const auto place = [&](int64_t first) { return cache.at(head, blocks[first / kBlock] * kBlock); };
+  if (padded == width && (std::is_same_v<T, float> || rows <= kRowsAStep)) {
+    Entries<T> entries{{}, cache.entry};
+    for (int64_t first = 0; first < count; first += kBlock) entries.blocks[first / kBlock] = place(first);
+    return body(entries);
+  }
+  Entries<float> entries{{}, padded};
+  scratch.resize(std::max<int64_t>(scratch.size(), kKeysATile * padded));
   if (padded != width) std::fill(scratch.begin(), scratch.end(), 0.0f);
   for (int64_t first = 0; first < count; first += kBlock) {
-    const T* from = cache.at(head, blocks[first / kBlock] * kBlock);
     float* to = scratch.data() + first * padded;
-    if constexpr (std::is_same_v<T, float>)
-      if (in_place) {
-        floated.blocks[first / kBlock] = from;
-        continue;
-      }
-    const int64_t rows = std::min<int64_t>(kBlock, count - first);
-    for (int64_t i = 0; i < rows; ++i) convert(from + i * cache.entry, to + i * padded, width);
-    floated.blocks[first / kBlock] = to;
+    entries.blocks[first / kBlock] = to;
+    for (int64_t i = 0; i < std::min<int64_t>(kBlock, count - first); ++i)
+      convert(place(first) + i * cache.entry, to + i * padded, width);
   }
-  return floated;
+  body(entries);
 }
 
 /// Which keys query row `token` of a segment sees, besides the mask: [first, last).
@@ -225,18 +226,19 @@ void attend(const Attention<T>& a, const Segment& segment, int64_t head, int64_t
 
   for (int64_t from = 0; from < keys; from += kKeysATile) {
     const int64_t count = std::min<int64_t>(kKeysATile, keys - from);
-    const Floated block = as_floats(a.k_cache, head, blocks + from / kBlock, count, a.width, scratch.block);
-    for_row_groups(rows, [&](int r, auto together) {
-      for (int64_t first = 0; first < count; first += kBlock) {
-        const float* start = block.blocks[first / kBlock];
-        const int64_t here = std::min<int64_t>(kBlock, count - first);
-        for (int64_t i = 0; i < here; i += kKeysAStep) {
-          const float* some[kKeysAStep];
-          for (int j = 0; j < kKeysAStep; ++j) some[j] = start + std::min(i + j, here - 1) * block.stride;
-          dot_products<decltype(together)::value>(scratch.queries.data() + r * width, some, width,
-                                                  scores + r * stride + from + first + i, stride);
+    with_entries(a.k_cache, head, blocks + from / kBlock, count, a.width, rows, scratch.block, [&](auto& entries) {
+      for_row_groups(rows, [&](int r, auto together) {
+        for (int64_t first = 0; first < count; first += kBlock) {
+          const auto* start = entries.blocks[first / kBlock];
+          const int64_t here = std::min<int64_t>(kBlock, count - first);
+          for (int64_t i = 0; i < here; i += kKeysAStep) {
+            decltype(start) some[kKeysAStep];
+            for (int j = 0; j < kKeysAStep; ++j) some[j] = start + std::min(i + j, here - 1) * entries.stride;
+            dot_products<decltype(together)::value>(scratch.queries.data() + r * width, some, width,
+                                                    scores + r * stride + from + first + i, stride);
+          }
         }
-      }
+      });
     });
   }
   for (int r = 0; r < rows; ++r) weigh(a, segment, (first_row + r) / group, tile, scores + r * stride, stride);
@@ -253,16 +255,17 @@ void attend(const Attention<T>& a, const Segment& segment, int64_t head, int64_t
   scratch.out.assign(kRowsATile * value_width, 0.0f);
   for (int64_t from = 0; from < keys; from += kKeysATile) {
     const int64_t count = std::min<int64_t>(kKeysATile, keys - from);
-    const Floated block = as_floats(a.v_cache, head, blocks + from / kBlock, count, a.value_width, scratch.block);
-    for_row_groups(rows, [&](int r, auto together) {
-      constexpr int kRows = decltype(together)::value;
-      const float* weights = scores + r * stride + from;
-      float* out = scratch.out.data() + r * value_width;
-      int64_t d = 0;
-      for (; d + kVectorsAStep * kLanes <= value_width; d += kVectorsAStep * kLanes)
-        add_values<kRows, kVectorsAStep>(weights, stride, block, d, count, out + d, value_width);
-      for (; d < value_width; d += kLanes)
-        add_values<kRows, 1>(weights, stride, block, d, count, out + d, value_width);
+    with_entries(a.v_cache, head, blocks + from / kBlock, count, a.value_width, rows, scratch.block, [&](auto& entries) {
+      for_row_groups(rows, [&](int r, auto together) {
+        constexpr int kRows = decltype(together)::value;
+        const float* weights = scores + r * stride + from;
+        float* out = scratch.out.data() + r * value_width;
+        int64_t d = 0;
+        for (; d + kVectorsAStep * kLanes <= value_width; d += kVectorsAStep * kLanes)
+          add_values<kRows, kVectorsAStep>(weights, stride, entries, d, count, out + d, value_width);
+        for (; d < value_width; d += kLanes)
+          add_values<kRows, 1>(weights, stride, entries, d, count, out + d, value_width);
+      });
     });
   }
   for (int r = 0; r < rows; ++r) {

@@ -56,7 +56,13 @@ inline Vector load_raw(const T* from) {
 
 inline Floats load(const float* from) { return load_raw<Floats>(from); }
 inline Floats load(const BFloat16* from) {
+#if defined(__AVX512F__)  // GCC 12 widens the halves of a vector one by one
+  return (Floats)((Words)_mm512_cvtepu16_epi32((__m256i)load_raw<Halves>(from)) << 16);
+#elif defined(__AVX2__)
+  return (Floats)((Words)_mm256_cvtepu16_epi32((__m128i)load_raw<Halves>(from)) << 16);
+#else
   return (Floats)(__builtin_convertvector(load_raw<Halves>(from), Words) << 16);
+#endif
 }
 
 /// float16 -> floats, by their bits: exponent and mantissa move up, and a factor corrects the exponent's offset.
