@@ -32,7 +32,7 @@ OPTIMIZERS = ("adamw", "muon")
 METHODS = ("afa-lora", "lora", "full")
 DRAFT_VOCABULARY = 8192  # tokens of a new head's reduced vocabulary
 DRAFT_STEPS = 4  # that training-time test unrolls, for heads that draft any number
-_LEARNING_RATES = {"pretrain": 1e-3, "full": 2e-4, "lora": 1e-3, "afa-lora": 1e-3}
+_LEARNING_RATES = {"new": 1e-3, "full": 2e-4, "lora": 1e-3, "afa-lora": 1e-3}  # new: a head without --head
 
 
 def _one_of(options: Collection[str]) -> AfterValidator:
@@ -172,7 +172,9 @@ class TrainingSettings(_Section):
 
     epochs: Number = _setting(3.0, "Passes over the training rows.", ge=1e-6)
     max_steps: int | None = _setting(None, "Optimiser steps, instead of epochs.", ge=1)
-    learning_rate: Number | None = _setting(None, f"Peak learning rate; by default {_LEARNING_RATES}.", ge=0)
+    learning_rate: Number | None = _setting(
+        None, "Peak learning rate (default: 1e-3 for a new head and for adapters, 2e-4 for all weights of a head).", ge=0
+    )
     warmup_ratio: Number = _setting(
         0.05, "Share of steps in which the rate rises; then it falls to final_rate.", ge=0, le=1
     )
@@ -252,7 +254,7 @@ class RunSettings(_Section):
 
     @property
     def learning_rate(self) -> float:
-        kind = "pretrain" if self.mode == "pretrain" else self.adapter.method
+        kind = self.method if self.model.head else "new"
         return _LEARNING_RATES[kind] if self.training.learning_rate is None else self.training.learning_rate
 
     @property

@@ -18,6 +18,14 @@ def test_overrides_beat_flags_beat_file(tmp_path):
     assert settings.learning_rate == 1e-3
 
 
+def test_a_head_that_is_trained_on_moves_more_slowly_than_a_new_one():
+    """At a new head's rate a trained one loses more than it learns."""
+    assert resolve("pretrain", "o", flags={"data": ["d"]}).learning_rate == 1e-3
+    assert resolve("pretrain", "o", flags=MINIMUM).learning_rate == 2e-4
+    assert resolve("adapt", "o", flags={**MINIMUM, "method": "full"}).learning_rate == 2e-4
+    assert resolve("adapt", "o", flags=MINIMUM).learning_rate == 1e-3
+
+
 def test_a_resolved_configuration_reads_back_the_same(tmp_path):
     settings = resolve("adapt", "o", flags={**MINIMUM, "method": "lora", "targets": ["fc"]})
     file = tmp_path / "config.yaml"
