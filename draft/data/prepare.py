@@ -236,6 +236,8 @@ class Writer:
                 self.plan.abandon()
             raise
         self.target.tokenizer.save_pretrained(self.plan.folder / "tokenizer")
+        if 0 < self.settings.held_out_share < 1 and len({row.id for row in rows}) == 1:
+            log.warning("nothing is held out: all rows begin with the same turn, and so count as one conversation")
         if self.skipped:
             log.warning("rows left out: %d (%s)", self.skipped.total(), _counted(self.skipped))
         dataset = write_dataset(self.plan.folder, rows, self._manifest(rows))

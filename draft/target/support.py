@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 import sys
@@ -367,7 +366,6 @@ def check_code(name: str, find: Callable[[str], str | None]) -> None:
             raise UserError(f"{path!r}: auto_map is {mapped!r}; it must be an object, or left out.")
         if not mapped:
             continue
-        mapped = json.dumps(mapped)
         if file == "config.json":
             own, known = values.get("model_type"), values.get("model_type") in CONFIG_MAPPING
         else:
@@ -375,8 +373,8 @@ def check_code(name: str, find: Callable[[str], str | None]) -> None:
             known = tokenizer_class_from_name(own) is not None
         if not known:
             raise UserError(
-                f"target {name!r}: its {file} asks for code of its own for the kind {own} (auto_map {mapped:.80}), and "
-                "code from a model's folder is never run; use a model of a kind that transformers has."
+                f"target {name!r}: its {file} asks for code of its own for the kind {own}, and code from a model's folder "
+                "is never run; use a model and a tokenizer of kinds that transformers has."
             )
         log.info("target %r: code that its %s names is not run: transformers has the kind %s itself", name, file, own)
 

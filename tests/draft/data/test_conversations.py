@@ -455,6 +455,13 @@ def test_an_unclean_row_is_named_or_left_out(tmp_path: Path, reason: str) -> Non
     assert len(load_prompts(path, keep_responses=True, skipped=skipped)) == 2 and skipped == {reason: 1}
 
 
+def test_a_file_of_one_conversation_says_that_nothing_is_held_out(target: Target, tmp_path: Path, caplog: Any) -> None:
+    rows = ({"messages": [HELLO[0], said("assistant", f"Hi {n}.")]} for n in range(4))
+    settings = {"keep_responses": True, "held_out_share": 0.5, "progress": False}
+    prepare(target, tmp_path / "data", prompts=[write(tmp_path / "rows.jsonl", *rows)], **settings)
+    assert "nothing is held out: all rows begin with the same turn" in caplog.text
+
+
 def test_rows_left_out_are_counted(target: Target, tmp_path: Path, caplog: Any) -> None:
     path = write(tmp_path / "rows.jsonl", *({"messages": [said("user", f"Hi {n}"), HELLO[1]]} for n in range(4)))
     with Path(path).open("ab") as file:
