@@ -373,8 +373,8 @@ def check_code(name: str, find: Callable[[str], str | None]) -> None:
             known = tokenizer_class_from_name(own) is not None
         if not known:
             raise UserError(
-                f"target {name!r}: its {file} asks for code of its own for the kind {own}, and code from a model's folder "
-                "is never run; use a model and a tokenizer of kinds that transformers has."
+                f"target {name!r}: its {file} asks for code of its own for the kind {own}, and code from a model's "
+                "folder is never run; use a model and a tokenizer of kinds that transformers has."
             )
         log.info("target %r: code that its %s names is not run: transformers has the kind %s itself", name, file, own)
 

@@ -173,7 +173,7 @@ class TrainingSettings(_Section):
     epochs: Number = _setting(3.0, "Passes over the training rows.", ge=1e-6)
     max_steps: int | None = _setting(None, "Optimiser steps, instead of epochs.", ge=1)
     learning_rate: Number | None = _setting(
-        None, "Peak learning rate (default: 1e-3 for a new head and for adapters, 2e-4 for all weights of a head).", ge=0
+        None, "Peak learning rate (default: 1e-3 for new heads and adapters, 2e-4 for all weights of a head).", ge=0
     )
     warmup_ratio: Number = _setting(
         0.05, "Share of steps in which the rate rises; then it falls to final_rate.", ge=0, le=1
