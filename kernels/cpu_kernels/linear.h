@@ -163,23 +163,25 @@ inline Ints add_products(Ints sums, Words weights, const Int8Inputs& x, int four
   return (Ints)_mm256_dpbusd_avx_epi32((__m256i)sums, (__m256i)weights, _mm256_set1_epi32(values));
 }
 #else
-/// sums[i] += the products of two pairs of 16-bit integers.
-inline Ints add_pairs(Ints sums, Words weights, int32_t pair) {
+/// sums[i] += the products of two pairs of 16-bit integers. The pair of x is read from memory into all lanes by one
+/// instruction: as a scalar it would take three, more than the products themselves.
+inline Ints add_pairs(Ints sums, Words weights, const int16_t* pair) {
+  int32_t both;
+  std::memcpy(&both, pair, sizeof both);
 #if defined(__AVX512BW__)
-  return sums + (Ints)_mm512_madd_epi16((__m512i)weights, _mm512_set1_epi32(pair));
+  return sums + (Ints)_mm512_madd_epi16((__m512i)weights, _mm512_set1_epi32(both));
 #elif defined(__AVX2__) && !defined(__AVX512F__)
-  return sums + (Ints)_mm256_madd_epi16((__m256i)weights, _mm256_set1_epi32(pair));
+  return sums + (Ints)_mm256_madd_epi16((__m256i)weights, _mm256_set1_epi32(both));
 #else
-  return sums + (Ints)(weights & 0xffff) * int32_t(int16_t(pair)) + (Ints)(weights >> 16) * (pair >> 16);
+  return sums + (Ints)(weights & 0xffff) * int32_t(int16_t(both)) + (Ints)(weights >> 16) * (both >> 16);
 #endif
 }
 
 /// sums[i] += the four products of each feature's bytes and those of x: exact, where an 8-bit instruction would
 /// saturate.
 inline Ints add_products(Ints sums, Words weights, const Int8Inputs& x, int four) {
-  int32_t pairs[2];
-  std::memcpy(pairs, x.values + 4 * four, sizeof pairs);
-  return add_pairs(add_pairs(sums, weights & 0x00ff00ffu, pairs[0]), (weights >> 8) & 0x00ff00ffu, pairs[1]);
+  const int16_t* values = x.values + 4 * four;
+  return add_pairs(add_pairs(sums, weights & 0x00ff00ffu, values), (weights >> 8) & 0x00ff00ffu, values + 2);
 }
 #endif
 

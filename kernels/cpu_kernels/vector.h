@@ -69,6 +69,8 @@ inline Floats load(const BFloat16* from) {
 inline Floats load_float16(const uint16_t* from) {
 #if defined(__AVX512F__)
   return (Floats)_mm512_cvtph_ps((__m256i)load_raw<Halves>(from));
+#elif defined(__AVX2__) && defined(__F16C__)
+  return (Floats)_mm256_cvtph_ps((__m128i)load_raw<Halves>(from));
 #else
   const Words bits = __builtin_convertvector(load_raw<Halves>(from), Words);
   const Floats magnitude = (Floats)((bits & 0x7fff) << 13) * 0x1p112f;
