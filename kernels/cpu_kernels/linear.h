@@ -31,6 +31,11 @@
 #if defined(__AVX512BF16__)
 #define DRAFTSMITH_PAIRS 1
 #endif
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
+#define DRAFTSMITH_DOTS 1  // of four bytes
+#elif defined(__AVX512BW__) || (defined(__AVX2__) && !defined(__AVX512F__))
+#define DRAFTSMITH_PAIRS_OF_BYTES 1
+#endif
 
 namespace draftsmith {
 
@@ -41,9 +46,15 @@ constexpr int kBlockInputs = 32;                 // of an int8 or int4 block, wh
 constexpr int kBlockBytes = 16 << 10;  // of a panel: stays in the L1 cache while several groups of rows pass
 constexpr int kAhead = 2048;           // bytes to prefetch ahead in one stream: processors stop at the end of a page
 
-/// A block of inputs of a panel in int8: weight = scale * (byte - 128). Unsigned bytes, because the instructions
-/// multiply unsigned by signed ones; what the 128 adds is the same for all features, and is taken off by
-/// `Int8Inputs::start`.
+/// What is added to an int8 weight's byte. The instruction for dot products of four bytes takes one side unsigned; what
+/// the 128 adds is the same for all features, and is taken off by `Int8Inputs::start`.
+#if defined(DRAFTSMITH_DOTS)
+constexpr int kOffset = 128;
+#else
+constexpr int kOffset = 0;
+#endif
+
+/// A block of inputs of a panel in int8: weight = scale * (byte - kOffset).
 struct Int8Weights {
   uint16_t scales[kPanel];  // float16
   uint8_t bytes[kBlockInputs / 4][kPanel][4];
@@ -57,14 +68,10 @@ struct Int4Weights {
 
 /// A block of a row of x in int8: x = scale * value.
 struct Int8Inputs {
-  int32_t start;  // -128 * the sum of the values
+  int32_t start;  // -kOffset * the sum of the values
   float scale;    // NaN where a value of the block is not finite
   float sum;      // scale * the sum of the values
-#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
   int8_t values[kBlockInputs];
-#else
-  int16_t values[kBlockInputs];  // of four inputs the first and third, then the second and fourth
-#endif
 };
 
 /// How bfloat16 weights are multiplied; weights of other formats have one way each.
@@ -108,7 +115,7 @@ constexpr int kXElements = std::is_same_v<X, Int8Inputs> ? 1 : kInputs<Weight>;
 
 /// Rows whose sums fill the registers: 24 of 32, or 12 of 16; with integers there are sums of a block beside them.
 template <typename Weight>
-constexpr int kMaxRows = kBlocked<Weight> ? (kLanes == 16 ? 6 : 2) : (kLanes == 16 ? 12 : 6);
+constexpr int kMaxRows = kBlocked<Weight> ? (kLanes == 16 ? 6 : 3) : (kLanes == 16 ? 12 : 6);
 
 /// Steps of a panel, padded.
 template <typename Weight>
@@ -150,55 +157,84 @@ inline void multiply_inputs(const BFloat16* x, int64_t x_stride, const BFloat16*
 }
 #endif
 
-#if defined(__AVX512VNNI__)
-inline Ints add_products(Ints sums, Words weights, const Int8Inputs& x, int four) {
-  int32_t values;
-  std::memcpy(&values, x.values + 4 * four, sizeof values);
-  return (Ints)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)weights, _mm512_set1_epi32(values));
-}
-#elif defined(__AVXVNNI__)
-inline Ints add_products(Ints sums, Words weights, const Int8Inputs& x, int four) {
-  int32_t values;
-  std::memcpy(&values, x.values + 4 * four, sizeof values);
-  return (Ints)_mm256_dpbusd_avx_epi32((__m256i)sums, (__m256i)weights, _mm256_set1_epi32(values));
-}
-#else
-/// sums[i] += the products of two pairs of 16-bit integers. The pair of x is read from memory into all lanes by one
-/// instruction: as a scalar it would take three, more than the products themselves.
-inline Ints add_pairs(Ints sums, Words weights, const int16_t* pair) {
-  int32_t both;
-  std::memcpy(&both, pair, sizeof both);
-#if defined(__AVX512BW__)
-  return sums + (Ints)_mm512_madd_epi16((__m512i)weights, _mm512_set1_epi32(both));
-#elif defined(__AVX2__) && !defined(__AVX512F__)
-  return sums + (Ints)_mm256_madd_epi16((__m256i)weights, _mm256_set1_epi32(both));
-#else
-  return sums + (Ints)(weights & 0xffff) * int32_t(int16_t(both)) + (Ints)(weights >> 16) * (both >> 16);
-#endif
+/// Four values of x in every lane: read from memory by one instruction, where the way through a scalar takes three.
+inline Words four_of(const Int8Inputs& x, int four) {
+  int32_t bytes;
+  std::memcpy(&bytes, x.values + 4 * four, sizeof bytes);
+  return Words(bytes - Ints{});
 }
 
-/// sums[i] += the four products of each feature's bytes and those of x: exact, where an 8-bit instruction would
-/// saturate.
-inline Ints add_products(Ints sums, Words weights, const Int8Inputs& x, int four) {
-  const int16_t* values = x.values + 4 * four;
-  return add_pairs(add_pairs(sums, weights & 0x00ff00ffu, values), (weights >> 8) & 0x00ff00ffu, values + 2);
+#if defined(__AVX512VNNI__)
+inline Ints dot_bytes(Ints sums, Words bytes, Words x) {
+  return (Ints)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)bytes, (__m512i)x);
 }
+#elif defined(__AVXVNNI__)
+inline Ints dot_bytes(Ints sums, Words bytes, Words x) {
+  return (Ints)_mm256_dpbusd_avx_epi32((__m256i)sums, (__m256i)bytes, (__m256i)x);
+}
+#elif defined(__AVX512BW__)
+inline Words magnitude_of(Words x) { return (Words)_mm512_abs_epi8((__m512i)x); }
+inline Words with_sign_of(Words x, Words bytes) {  // where x is 0 any sign will do
+  const auto minus = _mm512_movepi8_mask((__m512i)x);
+  return (Words)_mm512_mask_sub_epi8((__m512i)bytes, minus, _mm512_setzero_si512(), (__m512i)bytes);
+}
+inline Ints pairs_of(Words unsigned_bytes, Words bytes) {
+  return (Ints)_mm512_maddubs_epi16((__m512i)unsigned_bytes, (__m512i)bytes);
+}
+inline Ints add_halves(Ints a, Ints b) { return (Ints)_mm512_add_epi16((__m512i)a, (__m512i)b); }
+inline Ints widen(Ints pairs) { return (Ints)_mm512_madd_epi16((__m512i)pairs, _mm512_set1_epi16(1)); }
+#elif defined(DRAFTSMITH_PAIRS_OF_BYTES)
+inline Words magnitude_of(Words x) { return (Words)_mm256_abs_epi8((__m256i)x); }
+inline Words with_sign_of(Words x, Words bytes) { return (Words)_mm256_sign_epi8((__m256i)bytes, (__m256i)x); }
+inline Ints pairs_of(Words unsigned_bytes, Words bytes) {
+  return (Ints)_mm256_maddubs_epi16((__m256i)unsigned_bytes, (__m256i)bytes);
+}
+inline Ints add_halves(Ints a, Ints b) { return (Ints)_mm256_add_epi16((__m256i)a, (__m256i)b); }
+inline Ints widen(Ints pairs) { return (Ints)_mm256_madd_epi16((__m256i)pairs, _mm256_set1_epi16(1)); }
 #endif
+
+/// Sums of products of a block's bytes and x, exact: `add` is for int8 weights, `add_levels` for levels below 16.
+struct Dots {
+  Ints sums = {};
+
+#if defined(DRAFTSMITH_DOTS)
+  void add(Words bytes, Words x) { sums = dot_bytes(sums, bytes, x); }
+  void add_levels(Words levels, Words x) { sums = dot_bytes(sums, levels, x); }
+  Ints total() const { return sums; }
+#elif defined(DRAFTSMITH_PAIRS_OF_BYTES)
+  Ints pairs = {};  // sums of 16 bits
+
+  // the instruction saturates at 2^15 and takes one side unsigned: |x| |weight| is at most 127 * 127, and two of them fit
+  void add(Words bytes, Words x) { sums += widen(pairs_of(magnitude_of(x), with_sign_of(x, bytes))); }
+  // a pair is at most 2 * 15 * 127, and the eight pairs of a block fit
+  void add_levels(Words levels, Words x) { pairs = add_halves(pairs, pairs_of(levels, x)); }
+  Ints total() const { return sums + widen(pairs); }
+#else
+  void add(Words bytes, Words x) {
+    UNROLL for (int i = 0; i < 4; ++i)
+      sums += ((Ints)(bytes << (24 - 8 * i)) >> 24) * ((Ints)(x << (24 - 8 * i)) >> 24);
+  }
+  void add_levels(Words levels, Words x) { add(levels, x); }
+  Ints total() const { return sums; }
+#endif
+};
 
 template <int Rows>
 inline void multiply_inputs(const Int8Inputs* x, int64_t x_stride, const Int8Weights* weights,
                             Floats (&sums)[Rows][2]) {
-  Ints dots[Rows][2];
-  UNROLL for (int r = 0; r < Rows; ++r) dots[r][0] = dots[r][1] = x[r * x_stride].start - Ints{};
+  Dots dots[Rows][2];
   UNROLL for (int four = 0; four < kBlockInputs / 4; ++four)
     UNROLL for (int h = 0; h < 2; ++h) {
       const Words some = load_raw<Words>(&weights->bytes[four][h * kLanes][0]);
-      UNROLL for (int r = 0; r < Rows; ++r) dots[r][h] = add_products(dots[r][h], some, x[r * x_stride], four);
+      UNROLL for (int r = 0; r < Rows; ++r) dots[r][h].add(some, four_of(x[r * x_stride], four));
     }
   UNROLL for (int h = 0; h < 2; ++h) {
     const Floats scales = load_float16(weights->scales + h * kLanes);
-    UNROLL for (int r = 0; r < Rows; ++r)
-      sums[r][h] = fma(__builtin_convertvector(dots[r][h], Floats), scales * splat(x[r * x_stride].scale), sums[r][h]);
+    UNROLL for (int r = 0; r < Rows; ++r) {
+      const Int8Inputs& row = x[r * x_stride];
+      const Floats total = __builtin_convertvector(row.start + dots[r][h].total(), Floats);
+      sums[r][h] = fma(total, scales * splat(row.scale), sums[r][h]);
+    }
   }
 }
 
@@ -206,14 +242,14 @@ template <int Rows>
 inline void multiply_inputs(const Int8Inputs* x, int64_t x_stride, const Int4Weights* weights,
                             Floats (&sums)[Rows][2]) {
   constexpr int kHalf = kBlockInputs / 8;
-  Ints dots[Rows][2] = {};
+  Dots dots[Rows][2];
   UNROLL for (int four = 0; four < kHalf; ++four)
     UNROLL for (int h = 0; h < 2; ++h) {
       const Words both = load_raw<Words>(&weights->levels[four][h * kLanes][0]);
       const Words low = both & 0x0f0f0f0fu, high = (both >> 4) & 0x0f0f0f0fu;
       UNROLL for (int r = 0; r < Rows; ++r) {
-        dots[r][h] = add_products(dots[r][h], low, x[r * x_stride], four);
-        dots[r][h] = add_products(dots[r][h], high, x[r * x_stride], four + kHalf);
+        dots[r][h].add_levels(low, four_of(x[r * x_stride], four));
+        dots[r][h].add_levels(high, four_of(x[r * x_stride], four + kHalf));
       }
     }
   UNROLL for (int h = 0; h < 2; ++h) {
@@ -221,7 +257,7 @@ inline void multiply_inputs(const Int8Inputs* x, int64_t x_stride, const Int4Wei
     const Floats minima = load_float16(weights->minima + h * kLanes);
     UNROLL for (int r = 0; r < Rows; ++r) {
       const Int8Inputs& row = x[r * x_stride];
-      sums[r][h] = fma(__builtin_convertvector(dots[r][h], Floats), scales * splat(row.scale), sums[r][h]);
+      sums[r][h] = fma(__builtin_convertvector(dots[r][h].total(), Floats), scales * splat(row.scale), sums[r][h]);
       sums[r][h] = fma(minima, splat(row.sum), sums[r][h]);
     }
   }
@@ -435,7 +471,7 @@ inline void pack_panels(const float* weight, int64_t features, int64_t in, Int8W
         const float scale = float16_value(to.scales[lane]);
         for (int i = 0; i < kBlockInputs; ++i) {
           const float level = i < count && scale > 0 ? std::nearbyint(from[i] / scale) : 0.0f;
-          to.bytes[i / 4][lane][i % 4] = uint8_t(128 + int(std::clamp(level, -127.0f, 127.0f)));
+          to.bytes[i / 4][lane][i % 4] = uint8_t(kOffset + int(std::clamp(level, -127.0f, 127.0f)));
         }
       }
     }
@@ -520,10 +556,9 @@ inline void round_row(const float* x, int64_t in, Int8Inputs* to) {
     }
     for (int i = 0; i < kBlockInputs; ++i) {
       total += rounded[i];
-      const int place = sizeof to->values[0] == 1 ? i : i / 4 * 4 + i % 2 * 2 + i % 4 / 2;
-      to->values[place] = decltype(to->values[0] + 0)(rounded[i]);
+      to->values[i] = int8_t(rounded[i]);
     }
-    to->start = -128 * total;
+    to->start = -kOffset * total;
     to->scale = finite ? (nothing ? 0.0f : most / 127) : std::numeric_limits<float>::quiet_NaN();
     to->sum = to->scale * float(total);
   }
