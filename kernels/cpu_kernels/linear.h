@@ -299,7 +299,8 @@ void multiply_tile(const X* x, int64_t x_stride, const Weight* weights, int64_t 
 }
 
 /// As multiply_tile, with the numbers of rows (1 to kMaxRows) and panels known at run time only.
-/// One or two rows take several panels at once: eight chains of multiply-adds hide the latency of one.
+/// One or two rows take several panels at once: eight chains of multiply-adds hide the latency of one. Not so integers
+/// on narrow vectors: a block's sums start anew, and one stream from memory is faster than four.
 template <int Rows, typename X, typename Weight>
 void multiply_rows(int rows, const X* x, int64_t x_stride, const Weight* weights, int64_t panel_stride,
                    int64_t panels, int64_t steps, float* out, int64_t out_stride, bool accumulate,
@@ -309,7 +310,7 @@ void multiply_rows(int rows, const X* x, int64_t x_stride, const Weight* weights
       return multiply_rows<Rows - 1>(rows, x, x_stride, weights, panel_stride, panels, steps, out, out_stride,
                                      accumulate, ahead);
   }
-  constexpr int kAtOnce = Rows == 1 ? 4 : Rows == 2 ? 2 : 1;
+  constexpr int kAtOnce = (kBlocked<Weight> && kLanes < 16) || Rows > 2 ? 1 : Rows == 2 ? 2 : 4;
   const auto at = [&](int64_t p) { return Prefetch{ahead.from + p * panel_stride * sizeof(Weight), ahead.step}; };
   int64_t p = 0;
   for (; p + kAtOnce <= panels; p += kAtOnce)
