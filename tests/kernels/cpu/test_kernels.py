@@ -227,6 +227,18 @@ def test_blocks_of_a_gguf_file_are_taken_as_they_are(kind):
 
 
 @pytest.mark.parametrize("bits", [4, 8])
+def test_the_largest_products_of_integers_do_not_saturate(bits):
+    signs = torch.tensor([[1.0, 1.0, 1.0, 1.0], [-1, -1, -1, -1], [1, -1, 1, -1], [1, 1, -1, -1]]).repeat(1, 24)
+    weight = signs.clone() if bits == 8 else 15 * (signs > 0).float()
+    weight[:, ::32] = 0  # a block's minimum
+    packed = pack(weight, bits)
+    exact, x = stored_in(packed, 96, 4), 127 * signs
+    assert (exact.float() - weight).abs().max() <= 1e-3 * weight.abs().max()
+    expected = functional.linear(x.double(), exact)
+    assert ((packed_linear(x, packed, 4).double() - expected).abs() <= 1e-6 * 127 * 96 * weight.abs().max()).all()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
 def test_nan_and_infinity_stay_in_their_row_of_integers(bits):
     packed, x = pack(torch.randn(40, 70), bits), torch.randn(4, 70)
     clean = packed_linear(x, packed, 40)
