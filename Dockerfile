@@ -38,7 +38,7 @@ RUN apt-get update \
     && apt-get install --yes --no-install-recommends g++ \
     && rm -rf /var/lib/apt/lists/*
 RUN useradd --uid 10001 --create-home draftsmith \
-    && install --directory --owner=draftsmith /cache /capture
+    && install --directory --owner=draftsmith /cache /capture /learned
 COPY --from=build /opt/venv /opt/venv
 USER 10001
 WORKDIR /home/draftsmith

@@ -42,9 +42,10 @@ def inspect_capture(capture: Capture, *, console: Console | None = None) -> None
         raise UserError(f"no shard in {str(capture.folder)!r} can be read; see the warnings above.")
     size = sum(shard.stat().st_size for shard in capture.shards if shard.is_file())
     target, weights = capture.target, capture.target.weights or "weights of an unknown format"
+    name = f"{target.name} ({target.fingerprint})" if target.fingerprint else f"{target.name} of a server upstream"
     console.print(
         f"{capture.folder}: {len(times):,} requests in {len(capture.shards):,} shards of {size / 1e6:.1f} MB, answered "
-        f"by target {target.name} ({target.fingerprint}) in {weights}, from {_utc(min(times))} to {_utc(max(times))}\n"
+        f"by target {name} in {weights}, from {_utc(min(times))} to {_utc(max(times))}\n"
         f"tokens: {tokens['prompt_ids']:,} of prompts, {tokens['answer_ids']:,} of answers\n"
         f"sampling: {', '.join(f'{kind} {kinds[kind]:,}' for kind in KINDS)}",
         soft_wrap=True,

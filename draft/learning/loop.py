@@ -18,7 +18,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -285,13 +285,20 @@ class Learner:
     def _alone(self) -> Iterator[None]:
         """Hold the locks of both folders; UserError where another learner has one."""
         out, capture = self.options.out, self.options.capture
-        try:
-            with FileLock(out / "learn.lock", timeout=0), FileLock(capture / ".learn.lock", timeout=0):
-                yield
-        except Timeout as error:
-            raise UserError(
-                f"another learner works on {str(out)!r} or {str(capture)!r}; let it end, or choose other folders."
-            ) from error
+        with ExitStack() as locks:
+            try:
+                for lock in (out / "learn.lock", capture / ".learn.lock"):
+                    locks.enter_context(FileLock(lock, timeout=0))
+            except Timeout as error:
+                raise UserError(
+                    f"another learner works on {str(out)!r} or {str(capture)!r}; let it end, or choose other folders."
+                ) from error
+            except OSError as error:
+                raise UserError(
+                    f"{str(lock)!r} cannot be written ({error.strerror}); by it a second learner on the same folder is "
+                    "refused: let the learner write there."
+                ) from error
+            yield
 
     def _say(self, text: str) -> None:
         self.console.print(f"{time.strftime('%H:%M:%S')} {text}", soft_wrap=True)

@@ -367,6 +367,11 @@ def test_commands_and_their_mistakes(world, traffic, tmp_path, draft_train, monk
             with FileLock(lock):
                 status, shown = draft_train(*learn(world, tmp_path, url))
                 assert status == 2 and "another learner works on" in shown
+            lock.unlink(missing_ok=True)
+            lock.mkdir()  # it is no file: as on a disk that is mounted read-only
+            status, shown = draft_train(*learn(world, tmp_path, url))
+            assert status == 2 and f"{lock.name}' cannot be written" in shown and "let the learner write" in shown
+            lock.rmdir()
         for wrong, message in (
             (("--method", "best"), "unknown, choose one of afa-lora"),
             (("training.epoch=3",), "unknown setting 'training.epoch'"),
