@@ -26,7 +26,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.console import Console
 
 from benchmarks import domains, shared
@@ -157,11 +156,7 @@ def choose(arguments: Namespace) -> dict[str, str]:
     for name in arguments.only:
         if name not in CASES:
             raise UserError(f"--only {name!r} is no domain; they are {', '.join(CASES)}.")
-    methods: Any = METHODS
-    if arguments.methods:
-        methods = yaml.safe_load(Path(arguments.methods).read_text())
-        if not isinstance(methods, dict) or not all(isinstance(flags, str) for flags in methods.values()):
-            raise UserError(f"--methods {arguments.methods!r} must map names to flags in one text each.")
+    methods = shared.named_flags("--methods", arguments.methods) if arguments.methods else METHODS
     if arguments.serve and arguments.serve not in methods:
         raise UserError(f"--serve {arguments.serve!r} is no method; they are {', '.join(methods)}.")
     return dict(methods)

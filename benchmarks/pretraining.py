@@ -26,7 +26,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.console import Console
 
 from benchmarks import shared
@@ -115,11 +114,7 @@ def benchmark(arguments: Namespace, command: Sequence[str]) -> int:
 
 def choose(arguments: Namespace) -> dict[str, str]:
     """Return the settings to run, by name."""
-    settings: Any = SETTINGS
-    if arguments.settings:
-        settings = yaml.safe_load(Path(arguments.settings).read_text())
-        if not isinstance(settings, dict) or not all(isinstance(flags, str) for flags in settings.values()):
-            raise UserError(f"--settings {arguments.settings!r} must map names to flags in one text each.")
+    settings = shared.named_flags("--settings", arguments.settings) if arguments.settings else SETTINGS
     for name in arguments.only or ():
         if name not in settings:
             raise UserError(f"--only {name!r} is no setting; they are {', '.join(settings)}.")

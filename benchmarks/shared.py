@@ -25,6 +25,7 @@ from typing import Any, NoReturn
 
 import httpx
 import torch
+import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -192,6 +193,21 @@ class PromptSet:
     def provenance(self, count: int | None = None) -> dict[str, Any]:
         """Return the entry in the results; count: of the prompts that were used."""
         return {"files": self.files, "sha256": self.sha256, "count": len(self.prompts) if count is None else count}
+
+
+def named_flags(option: str, file: str) -> dict[str, str]:
+    """Read the YAML file of an option: a name and its flags in one text, a line each.
+
+    Raises:
+        UserError: when it cannot be read, or holds something else.
+    """
+    try:
+        found = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{option} {file!r} could not be read ({str(error).splitlines()[0]}).") from error
+    if not isinstance(found, dict) or not all(isinstance(word, str) for pair in found.items() for word in pair):
+        raise UserError(f"{option} {file!r} must map names to flags in one text each.")
+    return found
 
 
 def load_prompts(file: str | Path | None = None, limit: int | None = None) -> PromptSet:

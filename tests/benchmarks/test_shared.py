@@ -110,3 +110,25 @@ def test_shipped_prompts_are_different_and_are_not_trained_on():
     prompts = [row["prompt"] for file in files for _, row in records(str(file))]
     benchmark, trained = sentences(turns), sentences(prompts)
     assert len(benchmark) > 100 and len(trained) > 300 and not benchmark & trained
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: --x 1\nb: ''\n", None),
+        ("- a\n", "must map names to flags"),
+        ("a: 3\n", "must map names to flags"),
+        ("1: --x\n", "must map names to flags"),
+        ("a: [\n", "could not be read"),
+        (None, "could not be read"),
+    ],
+)
+def test_named_flags(tmp_path, text, message):
+    file = tmp_path / "flags.yaml"
+    if text is not None:
+        file.write_text(text)
+    if message is None:
+        assert shared.named_flags("--settings", str(file)) == {"a": "--x 1", "b": ""}
+        return
+    with pytest.raises(shared.UserError, match=message):
+        shared.named_flags("--settings", str(file))
