@@ -34,7 +34,6 @@ from draft.errors import UserError
 from draft.evaluation.replay import replay, target_passes
 from draft.evaluation.tau import acceptance_length
 from draft.files import read_json, write_json
-from draft.heads.checkpoint import load_head
 from draft.target import Target, load_target
 
 MODULE = "benchmarks.pretraining"
@@ -44,7 +43,7 @@ examples:
     python -m {MODULE} --data data/mixed --held-out data/kinds --tokens 1000000 --out runs/settings
   two of them:
     python -m {MODULE} --data data/mixed --held-out data/kinds --only base "muon 4e-3" --out runs/settings
-  your own, from a YAML file of names and flags (wide: --head-options intermediate_size=3072):
+  your own, from a YAML file of names and flags (medusa: --architecture medusa):
     python -m {MODULE} --data data/mixed --held-out data/kinds --settings mine.yaml --out runs/settings
 """
 K = 5
@@ -98,7 +97,7 @@ def benchmark(arguments: Namespace, command: Sequence[str]) -> int:
         "settings": vars(arguments),
         "runs": [],
     }
-    passes: dict[str, Any] = {}
+    passes: dict[Any, Any] = {}
     for name, flags in settings.items():
         for seed in arguments.seeds:
             folder = out / f"{name.replace(' ', '-')}-{seed}"
@@ -142,10 +141,12 @@ def train(folder: Path, arguments: Namespace, flags: str, seed: int, out: Path) 
     if done.is_file():
         return float(read_json(done)["seconds"])
     words = ["pretrain", "--target", arguments.target, "--out", str(folder), "--epochs", "1", "--seed", str(seed)]
-    words += ["--cache-hidden-states", str(out / "states"), "--eval-every", "0", "--log-with", "none"]
+    words += ["--eval-every", "0", "--log-with", "none"]
     words += [word for data in arguments.data for word in ("--data", data)]
     words += [*shlex.split(arguments.base), *shlex.split(flags)]
     given = dict(zip(words, words[1:], strict=False))
+    states = f"states-{given['--architecture']}" if "--architecture" in given else "states"  # each reads other layers
+    words += ["--cache-hidden-states", str(out / states)]
     steps = arguments.tokens // int(given.get("--tokens-per-batch", 2048))
     began = time.monotonic()
     words += ["--max-steps", str(max(1, steps))]
@@ -158,16 +159,16 @@ def train(folder: Path, arguments: Namespace, flags: str, seed: int, out: Path) 
 
 
 def judge(
-    target: Target, folder: Path, kinds: dict[str, list[Row]], passes: dict[str, Any], seconds: float
+    target: Target, folder: Path, kinds: dict[str, list[Row]], passes: dict[Any, Any], seconds: float
 ) -> dict[str, Any]:
     """Return the figures of one run."""
-    head, _ = load_head(folder / "head", device=target.device)
-    head = head.to(target.dtype).eval()
+    head = shared.load_fitting_head(str(folder / "head"), target)
     taus, accepted, drafted = {}, 0, 0
     for kind, rows in kinds.items():
-        if kind not in passes:
-            passes[kind] = list(target_passes(target, rows, 4096, None, [head]))
-        result = replay(target, {"head": head}, rows, K, passes=passes[kind])["head"]
+        key = kind, head.auxiliary_layers(target)
+        if key not in passes:
+            passes[key] = list(target_passes(target, rows, 4096, None, [head]))
+        result = replay(target, {"head": head}, rows, K, passes=passes[key])["head"]
         taus[kind] = acceptance_length(result.emitted[:, K - 1].sum(), result.verifications[:, K - 1].sum())
         accepted, drafted = accepted + result.accepted(K)[0], drafted + result.drafted(K)[0]
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

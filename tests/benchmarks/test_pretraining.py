@@ -1,4 +1,4 @@
-"""benchmarks.pretraining on a tiny target: two settings, judged kind by kind, and gone on with."""
+"""benchmarks.pretraining on a tiny target: settings of two architectures, judged kind by kind, and gone on with."""
 
 import json
 
@@ -20,21 +20,22 @@ def world(tmp_path_factory):
         (root / f"{kind}.jsonl").write_text("".join(json.dumps({"prompt": f"{kind} {n}"}) + "\n" for n in range(12)))
     prompts = [root / "chat.jsonl", root / "code.jsonl"]
     prepared(target, root / "data", prompts=prompts, max_new_tokens=12, greedy_share=1.0, held_out_share=0.25)
-    (root / "settings.yaml").write_text("base: ''\nfrozen: --freeze-lm-head --draft-vocab-size 100\n")
+    settings = (
+        "base: --draft-vocab-size 180\nfrozen: --freeze-lm-head --draft-vocab-size 100\neagle: --architecture eagle\n"
+    )
+    (root / "settings.yaml").write_text(settings)
     return root
 
 
 def test_settings_are_judged_by_kind_and_not_trained_twice(world, capsys, monkeypatch):
     data, out = str(world / "data"), world / "out"
     arguments = ["--target", str(world / "target"), "--data", data, "--held-out", data, "--tokens", "300"]
-    arguments += ["--base", "--draft-steps 2 --tokens-per-batch 100 --draft-vocab-size 180 --save-every 1"]
+    arguments += ["--base", "--draft-steps 2 --tokens-per-batch 100 --save-every 1"]
     arguments += ["--seeds", "3", "--settings", str(world / "settings.yaml"), "--out", str(out)]
     assert pretraining.main(arguments) == 0
     results = read_json(out / "pretraining.json")
-    assert [run["setting"] for run in results["runs"]] == ["base", "frozen"] and set(results["kinds"]) == {
-        "chat",
-        "code",
-    }
+    assert [run["setting"] for run in results["runs"]] == ["base", "frozen", "eagle"]
+    assert set(results["kinds"]) == {"chat", "code"}
     for run in results["runs"]:
         assert set(run["tau"]) == {"chat", "code"} and 1 <= run["mean"] <= 6 and 150 <= run["tokens"] <= 300
     assert (out / "pretraining.png").stat().st_size > 5_000
@@ -44,4 +45,4 @@ def test_settings_are_judged_by_kind_and_not_trained_twice(world, capsys, monkey
     assert [run["tau"] for run in again["runs"]] == [run["tau"] for run in results["runs"]]
     capsys.readouterr()
     assert pretraining.main([*arguments, "--only", "mine"]) == 2
-    assert "--only 'mine' is no setting; they are base, frozen." in capsys.readouterr().err
+    assert "--only 'mine' is no setting; they are base, frozen, eagle." in capsys.readouterr().err
