@@ -55,8 +55,9 @@ class Muon(torch.optim.Optimizer):
                 if parameter.grad is None:
                     continue
                 state = self.state[parameter]
-                momentum = state.setdefault("momentum_buffer", torch.zeros_like(parameter.grad))
-                momentum.lerp_(parameter.grad, 1 - _MOMENTUM)
+                if "momentum_buffer" not in state:
+                    state["momentum_buffer"] = torch.zeros_like(parameter.grad)
+                momentum = state["momentum_buffer"].lerp_(parameter.grad, 1 - _MOMENTUM)
                 update = orthogonalised(parameter.grad.lerp(momentum, _MOMENTUM))  # Nesterov's
                 parameter.add_(update, alpha=-group["lr"] * 0.2 * math.sqrt(max(parameter.shape)))
 
