@@ -63,9 +63,10 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalised(matrix: Tensor, steps: int = 5) -> Tensor:
-    """A matrix [rows, columns] with its singular values moved near 1 (0.68 to 1.21), by Newton and Schulz's iteration.
+    """A matrix [rows, columns] with its singular values moved near 1, by Newton and Schulz's iteration.
 
-    In the dtype that the device multiplies fastest: the iteration forgives rounding.
+    Near: 0.68 to 1.21, of values above about a 500th of the norm; smaller ones grow towards that. Computed in the dtype
+    that the device multiplies fastest, since the iteration forgives rounding.
     """
     dtype = torch.bfloat16 if matrix.device.type == "cuda" else fastest_cpu_dtype()
     result = matrix.to(dtype)
