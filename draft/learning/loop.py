@@ -185,6 +185,7 @@ class Learner:
             exported = export_head(place / "head", _EXPORT, place / "export", target=self.options.target)
             commands = "; ".join(exported.commands.values()) or f"load {exported.folder}"
             why = f"{self.server.url} has no /heads; start the engine with the new head: {commands}"
+            about["export_fingerprint"] = head_sha256(exported.folder)
             return self._end(attempt, "exported", **about, reason=why)
         refusal = self.server.serve(about["head"], str((place / "head").resolve()))
         if refusal is not None:
@@ -214,7 +215,9 @@ class Learner:
         for attempt in attempts:
             for event in (attempt.events[name] for name in ("served", "exported") if name in attempt.events):
                 folder = str(self._folder(attempt.number) / "head")
-                known[event["fingerprint"]] = Serving(event["head"], folder)
+                for name in ("fingerprint", "export_fingerprint"):  # a gateway may be given either folder as its head
+                    if name in event:
+                        known[event[name]] = Serving(event["head"], folder)
         heads = self.server.heads()
         if heads is not None:
             name, fingerprint = next(

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from draft.errors import UserError
-from draft.heads.checkpoint import head_config
+from draft.heads.checkpoint import head_config, head_sha256
 from draft.target import TextTarget, load_text_target, read_chat_template
 from serving.backend import DraftCounts, Unavailable
 from serving.engine.answer import GrowingAnswer, special_ids
@@ -227,7 +227,9 @@ class Upstream:
         else:
             figures = task.result()
         stats = speculation_stats(figures, max(0, len(answer.tokens) - 1))
-        stats.head = figures.get("head", self.head_name) if figures else None  # draft-serve names it, vLLM does not
+        stats.head = (figures or {}).get("head", self.head_name)  # draft-serve names it, vLLM does not
+        if stats.head == self.head_name and self.head is not None:
+            stats.head_fingerprint = self.head.fingerprint
         completion = Completion(
             request.prompt_ids,
             [token.id for token in answer.tokens],
@@ -351,10 +353,14 @@ def load_upstream(
         UserError: as `load_text_target` and `Upstream.connect`.
     """
     texts = load_text_target(target, None if chat_template is None else read_chat_template(chat_template))
-    shape = None
+    shape, fingerprint = None, None
     if head is not None:
         kind, values = head_config(head[1])
-        shape = SimpleNamespace(stored_as=kind.stored_as, config=kind.config_class.from_dict(values))
+        with suppress(UserError):  # weights in other files than ours have none
+            fingerprint = head_sha256(head[1])
+        shape = SimpleNamespace(
+            stored_as=kind.stored_as, config=kind.config_class.from_dict(values), fingerprint=fingerprint
+        )
     name = head[0] if head is not None else None
     upstream = Upstream(url, texts, key=key, head=shape, head_name=name, max_requests=max_requests)
     upstream.connect(check)
