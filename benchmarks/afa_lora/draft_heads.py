@@ -34,6 +34,7 @@ from rich.console import Console
 from benchmarks import domains, shared
 from benchmarks.adaptation_domains import draft_train
 from benchmarks.afa_lora import options, report
+from benchmarks.afa_lora.adaptive import AdaptiveTrainer
 from benchmarks.afa_lora.experiment import AGAIN, Experiment, Run
 from benchmarks.afa_lora.merging import merged_differences
 from draft.afa import load_afa_adapter
@@ -71,6 +72,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "s-A-s-B-s": {"placement": "s-A-s-B-s"},
     "cosine": {"schedule": "cosine"},
     "exponential": {"schedule": "exponential"},
+    "adaptive": {"schedule": "adaptive"},  # not one of draft.afa's: see `adaptive`
     "rank-stabilised": {"alpha": "stabilised"},
     "three times the steps": {"steps": 3},
 }
@@ -232,6 +234,7 @@ class Heads:
         """Adapt the head as `draft-train adapt` does, merge it, and judge the file that was written."""
         place, given = run.setup.place, dict(run.setup.options)
         times = given.pop("steps", 1)
+        adaptive = given.get("schedule") == "adaptive" and bool(given.pop("schedule"))
         length: dict[str, Any] = {"epochs": self.arguments.epochs * times}
         if self.arguments.max_steps:
             length["max_steps"] = self.arguments.max_steps * times
@@ -244,7 +247,8 @@ class Heads:
         }  # fmt: skip
         trained = folder / "run"
         try:
-            Trainer(resolve("adapt", str(trained), flags=flags), Console(quiet=True)).train()
+            make = AdaptiveTrainer if adaptive else Trainer
+            make(resolve("adapt", str(trained), flags=flags), Console(quiet=True)).train()
         except UserError as error:
             if "not finite" not in str(error):  # a rate that is too high is an answer, not a mistake
                 raise

@@ -11,6 +11,7 @@ from written_data import prepared
 
 from benchmarks.afa_lora import draft_heads, options
 from benchmarks.afa_lora.draft_heads import ABLATIONS, Heads, largest_gap, parse
+from benchmarks.afa_lora.experiment import Run, setup
 from draft.data.dataset import open_dataset
 from draft.files import read_json
 from draft.heads.checkpoint import load_head, save_head
@@ -62,6 +63,16 @@ def test_quick_run_compares_arms_and_goes_on(world, monkeypatch, capsys):
     assert read_json(world / "out" / "draft_heads.json")["cells"] == results["cells"]
     assert draft_heads.main(words(world, "--quick", "--arms", "full")) == 2
     assert "the others are compared with lora; add it." in capsys.readouterr().err
+
+
+def test_the_adaptive_annealing_ends_in_a_matrix(world, tmp_path):
+    study = Heads(parse(words(world, "--quick")), tmp_path)
+    chosen = {"rank": 2, "alpha": 4, **ABLATIONS["adaptive"]}
+    result = study.perform(Run(setup("mine", "afa-lora", chosen), 1e-3, 0, "validation"), tmp_path / "run")
+    assert result["beta"] == 0 and result["merged_differences"]["float32"] < 1e-5
+    log = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    annealed = [json.loads(line)["beta"] for line in log if "beta" in json.loads(line)]
+    assert annealed == sorted(annealed, reverse=True) and annealed[-1] == 0 < annealed[0]
 
 
 @torch.no_grad()
