@@ -275,7 +275,8 @@ class Answer:
             "num_accepted_draft_tokens": accepted_tokens,
             "num_draft_tokens": stats.drafted,
             "num_spec_tokens": most,
-            "head": stats.head,  # the name of the one that drafted; not in vLLM's
+            "head": stats.head,  # the name of the one that drafted; this and the next are not in vLLM's
+            "head_fingerprint": stats.head_fingerprint,
         }
         return {"speculative_decoding": figures}
 

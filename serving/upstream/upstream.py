@@ -227,9 +227,10 @@ class Upstream:
         else:
             figures = task.result()
         stats = speculation_stats(figures, max(0, len(answer.tokens) - 1))
-        stats.head = (figures or {}).get("head", self.head_name)  # draft-serve names it, vLLM does not
-        if stats.head == self.head_name and self.head is not None:
-            stats.head_fingerprint = self.head.fingerprint
+        if figures is not None and "head" in figures:  # draft-serve names it, vLLM does not
+            stats.head, stats.head_fingerprint = figures["head"], figures.get("head_fingerprint")
+        elif self.head is not None:
+            stats.head, stats.head_fingerprint = self.head_name, self.head.fingerprint
         completion = Completion(
             request.prompt_ids,
             [token.id for token in answer.tokens],

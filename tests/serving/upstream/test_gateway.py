@@ -1,11 +1,13 @@
 """Answers through the gateway: those of the server upstream, on every surface, for every parameter."""
 
+import copy
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
-from http_testing import MESSAGES, PROMPT, ask, complete, events, eventually, metric
+from http_testing import MESSAGES, PROMPT, ask, complete, events, eventually, live, metric
 
 from draft.data.capture import open_capture
 from draft.heads.checkpoint import head_sha256
@@ -13,6 +15,7 @@ from serving.api.app import create_app
 from serving.api.openai_schemas import ChatRequest, CompletionRequest
 from serving.api.schemas import GenerateParameters
 from serving.capture import CaptureWriter
+from serving.engine import Engine
 from serving.upstream import load_upstream
 from serving.upstream import upstream as upstream_module
 from serving.upstream.dialects import read_chunk
@@ -171,25 +174,31 @@ def test_info_and_metrics_show_the_figures_of_the_server_upstream(gateway, direc
     assert metric(gateway, "generation_tokens_total") == generated + 3  # of the gateway's own requests
 
 
-def test_captured_requests_name_the_head_that_the_gateway_was_given(folders, address, tmp_path, monkeypatch):
-    """So that the learner knows which head is served, also before a server that does not tell."""
-    name, path = "tiny-head", str(folders / "my-head")
-
-    def captured(name):
-        capture = CaptureWriter(tmp_path / name, limit=10**7)
-        upstream = load_upstream(address, str(folders / "my-target"), (name, path), max_requests=3)
+def test_captured_requests_name_the_head_that_drafted(folders, tiny_target, tiny_head, tmp_path, monkeypatch):
+    """Before a server that does not tell it is the gateway's own, so that the learner knows which one is served."""
+    head = copy.copy(tiny_head)
+    head.fingerprint = "f1"
+    capture = CaptureWriter(tmp_path / "captured", limit=10**7)
+    models = str(folders / "my-target"), ("mine", str(folders / "my-head"))
+    with live(create_app(Engine(tiny_target, {"theirs": head}, speculation="chain"))) as url:
+        upstream = load_upstream(url, *models, max_requests=3)
         with TestClient(create_app(upstream, capture=capture)) as client:
             assert ask(client, max_new_tokens=12).status_code == 200
             assert ask(client, max_new_tokens=12, speculative={"enabled": False}).status_code == 200
-            monkeypatch.setattr(upstream_module, "read_chunk", lambda *a: replace(read_chunk(*a), speculation=None))
-            assert ask(client, max_new_tokens=12).status_code == 200
-            monkeypatch.setattr(upstream_module, "read_chunk", read_chunk)
-        capture.close()
-        return [(row.head, row.head_fingerprint) for row in open_capture(tmp_path / name).rows()][::-1]
+            for change in ({"head": None}, None):  # without names as from vLLM, and without figures at all
+                monkeypatch.setattr(upstream_module, "read_chunk", partial(read_changed_chunk, change))
+                assert ask(client, max_new_tokens=12).status_code == 200
+    capture.close()
+    rows = [(row.head, row.head_fingerprint) for row in open_capture(tmp_path / "captured").rows()][::-1]
+    own = ("mine", head_sha256(folders / "my-head"))
+    assert rows == [("theirs", "f1"), (None, None), own, own]
 
-    given = (name, head_sha256(path))
-    assert captured(name) == [given, (None, None), given]
-    assert captured("another") == [(name, None), (None, None), ("another", head_sha256(path))]
+
+def read_changed_chunk(change, *arguments):
+    chunk = read_chunk(*arguments)
+    if chunk.speculation is None or change is None:
+        return replace(chunk, speculation=None)
+    return replace(chunk, speculation=without(chunk.speculation, *change))
 
 
 def test_a_broken_head_upstream_is_noticed(upstream, gateway, direct):
