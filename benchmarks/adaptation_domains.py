@@ -1,4 +1,4 @@
-"""How much does adapting a head gain, on which domain, by which method? Judged by replay on held-out conversations.
+"""The gain of adapting a head on each of several domains by each method, by replay of held-out conversations.
 
 The prompts are put together by `benchmarks.domains`; the target answers them (`draft-train prepare`). Each method is a
 `draft-train adapt` of its own from the same head, merged and replayed on the same greedy held-out rows as the base

@@ -1,4 +1,4 @@
-"""What a user would run instead: transformers' generate, and another server with OpenAI's API."""
+"""The alternatives of a user: transformers' generate, and another server with OpenAI's API."""
 
 from __future__ import annotations
 

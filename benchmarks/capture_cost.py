@@ -1,4 +1,4 @@
-"""What capturing the traffic costs: a draft-serve with --capture beside one without, in turn, under the same requests.
+"""The cost of capturing traffic: a draft-serve with --capture beside one without, in turn, under the same requests.
 
 Both decode without speculation, because what pays with it is still being learnt while they are timed; a captured
 request is the same work either way. The requests are short, and so capturing is a larger share of the work than in

@@ -1,4 +1,4 @@
-"""What answers the requests of the API: the built-in engine, or a server upstream."""
+"""The side of the API that answers requests: the built-in engine, or a server upstream."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class DraftCounts:
 
 
 class Backend(Protocol):
-    """What the routes need of whatever generates: `serving.engine.Engine` and `serving.upstream.Upstream` have it.
+    """The interface that the routes use; `serving.engine.Engine` and `serving.upstream.Upstream` have it.
 
     `start` and `close` begin and end it, `submit_all` may be called from any thread between them, and the requests that
     it returns are followed and cancelled alike.
@@ -71,7 +71,7 @@ class Backend(Protocol):
 
     @property
     def speculation(self) -> str:
-        """How drafts are chosen: auto, chain, tree, off, or upstream."""
+        """The mode of drafting: auto, chain, tree, off, or upstream."""
 
     @property
     def rule(self) -> str | None:

@@ -20,7 +20,7 @@ _TOGETHER = 250  # resamples whose counts are in memory at once
 
 @dataclass(frozen=True)
 class Scores:
-    """What one arm reached: `values` is [seeds, units, 2]; the units, and their order, are those of every arm."""
+    """The results of one arm: `values` is [seeds, units, 2]; the units, and their order, are those of every arm."""
 
     seeds: tuple[int, ...]
     values: np.ndarray

@@ -138,7 +138,7 @@ class Problem:
 
     @property
     def solution(self) -> str:
-        """What the supervised start teaches to write."""
+        """The answer that the supervised start teaches to write."""
         return f"The answer is {self.answer:.12g}."
 
 

@@ -90,7 +90,7 @@ class Captured:
 
     @property
     def kind(self) -> str:
-        """How the answer was sampled: what training and replay may use is GREEDY or TEMPERATURE_1, never OTHER.
+        """The kind of sampling: GREEDY and TEMPERATURE_1 are for training and replay, OTHER is for neither.
 
         Truncation leaves greedy answers as they are.
         """

@@ -1,4 +1,4 @@
-"""What made prompts are about: passages, sentences and functions that are drawn, tables and logs that are made up."""
+"""The material of made prompts: passages, sentences and functions that are drawn, tables and logs that are made up."""
 
 from __future__ import annotations
 

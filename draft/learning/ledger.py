@@ -91,7 +91,7 @@ def _percent(gain: dict[str, float] | None) -> str:
 
 
 def _outcome(attempt: Attempt) -> list[str]:
-    """What became of an attempt, in the order of time."""
+    """The outcomes of an attempt, in the order of time."""
     told = []
     for name, event in attempt.events.items():
         if name in (*ENDS, "rolled back", "restored"):

@@ -67,7 +67,7 @@ _POLL_SECONDS = 15.0
 
 @dataclass(frozen=True)
 class Options:
-    """What a learner is started with; see `draft-train learn --help`."""
+    """The options of a learner; see `draft-train learn --help`."""
 
     out: Path
     capture: Path
@@ -270,7 +270,7 @@ class Learner:
 
     @cached_property
     def _settings(self) -> list[Any]:
-        """What an attempt that goes on has to agree in."""
+        """The settings that must be the same for an attempt to go on."""
         options = self.options
         return [options.target, options.target_adapter, options.method, *options.overrides]
 

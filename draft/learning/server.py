@@ -29,7 +29,7 @@ class WrongKey(UserError):
 
 @dataclass(frozen=True)
 class Load:
-    """What a server has done since its start, and what waits there now."""
+    """The server's counts since its start, and its queue now."""
 
     gaps: float = 0.0  # between the steps that brought tokens, of all requests
     seconds: float = 0.0  # of these together

@@ -44,7 +44,7 @@ class TextTarget:
 
     @cached_property
     def fingerprint(self) -> str:
-        """What identifies the weights; empty where they are not here."""
+        """The identifier of the weights; empty where they are not here."""
         return ""
 
     @property

@@ -1,4 +1,4 @@
-"""How the weights of a run move: optimiser, learning rates, and the average of the weights."""
+"""The optimisers of a run, its learning rates, and the average of its weights."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ _NAMES = {  # after the prefix -> the figure; vLLM, llama.cpp and draft-serve ha
 
 @dataclass(frozen=True)
 class Figures:
-    """What a server says of itself."""
+    """A server's figures of itself."""
 
     counts: DraftCounts = DraftCounts()
     longest_draft: int = 0  # tokens drafted at a time

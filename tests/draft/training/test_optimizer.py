@@ -1,4 +1,4 @@
-"""How weights move: Muon's steps, and the precision in which they are computed."""
+"""Muon's steps, and the precision in which they are computed."""
 
 from __future__ import annotations
 
