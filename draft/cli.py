@@ -408,14 +408,14 @@ def pretrain(
 @app.command(
     epilog=_examples(
         "draft-train adapt --target smollm2 --head smollm2-eagle3 --data data/mine --out runs/mine",
-        "draft-train adapt --config run.yaml --out runs/mine adapter.rank=8 training.learning_rate=5e-4",
+        "draft-train adapt --config run.yaml --out runs/mine adapter.method=afa-lora adapter.rank=8",
     )
 )
 @_flags_of(*SECTIONS.values())
 def adapt(
     out: RunFolder, overrides: Overrides = None, config: Config = None, resume: Resume = None, **flags: Any
 ) -> None:
-    """Adapt a head to the data: AFA-LoRA (default), LoRA, or all weights."""
+    """Adapt a head to the data: all weights (default), AFA-LoRA or LoRA."""
     _train("adapt", out, overrides, config, resume, flags)
 
 
@@ -507,7 +507,7 @@ def compare(
         "draft-train learn --server http://localhost:8000 --capture captured --head smollm2-eagle3 --out learned",
         "draft-train learn --out learned --status",
         "draft-train learn --server http://localhost:8000 --capture captured --head smollm2-eagle3 --out learned "
-        "--once --method full model.rebuild_vocabulary=true",
+        "--once model.rebuild_vocabulary=true",
     )
 )
 def learn(
@@ -521,7 +521,7 @@ def learn(
     general: Annotated[
         Path | None, typer.Option(help="Data of general traffic for the comparison [default: what ships].")
     ] = None,
-    method: Annotated[str, typer.Option(help="Training method: afa-lora, lora or full.")] = "afa-lora",
+    method: Annotated[str, typer.Option(help="Training method: full, afa-lora or lora.")] = "full",
     min_rows: Annotated[int, typer.Option(min=8, help="New requests from which an attempt is made.")] = 200,
     max_rows: Annotated[int, typer.Option(min=8, help="Newest requests that an attempt uses.")] = 1000,
     held_out_share: Annotated[

@@ -81,7 +81,7 @@ def test_from_a_folder_to_served_answers(family, tmp_path):
 
     common = {"target": folder, "data": [str(tmp_path / "data")]}
     base = train("pretrain", tmp_path / "pretrained", draft_vocab_size=200, **common)
-    train("adapt", tmp_path / "adapted", head=str(base), rank=2, alpha=4, **common)
+    train("adapt", tmp_path / "adapted", head=str(base), method="afa-lora", rank=2, alpha=4, **common)
     head, _ = load_head(merge_run(tmp_path / "adapted", tmp_path / "head").head, dtype=torch.float64)
     for options in DRAFTED.values():
         engine = Engine(target, head, speculation_length=3, max_batch=4, prefill_chunk=32, **options)

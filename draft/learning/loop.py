@@ -77,7 +77,7 @@ class Options:
     general: Path | None = None
     dtype: str = "auto"
     device: str = "auto"
-    method: str = "afa-lora"
+    method: str = "full"
     overrides: tuple[str, ...] = ()
     budget: float = 0.1
     min_rows: int = 200

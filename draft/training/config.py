@@ -29,7 +29,7 @@ from draft.training.loss import LOSSES
 
 TRACKERS = ("tensorboard", "wandb", "trackio", "none")
 OPTIMIZERS = ("adamw", "muon")
-METHODS = ("afa-lora", "lora", "full")
+METHODS = ("full", "afa-lora", "lora")
 DRAFT_VOCABULARY = 8192  # tokens of a new head's reduced vocabulary
 DRAFT_STEPS = 4  # that training-time test unrolls, for heads that draft any number
 _LEARNING_RATES = {"new": 1e-3, "full": 2e-4, "lora": 1e-3, "afa-lora": 1e-3}  # new: a head without --head
@@ -132,7 +132,7 @@ class ModelSettings(_Section):
 class AdapterSettings(_Section):
     """The adapter that is trained, or all weights."""
 
-    method: Annotated[str, _one_of(METHODS)] = _setting("afa-lora", "Training method: afa-lora, lora or full (adapt).")
+    method: Annotated[str, _one_of(METHODS)] = _setting("full", "Training method: full, afa-lora or lora (adapt).")
     rank: int = _setting(16, "Rank r of the adapter.", ge=1)
     alpha: Number = _setting(32, "Scaling: the adapter's output is multiplied by alpha / rank.", ge=1e-6)
     activation: Annotated[str, _one_of(ACTIVATIONS)] = _setting(

@@ -52,7 +52,8 @@ def test_the_whole_path(run, folder, architecture):
     base, adapted, head = (f"{architecture}-{name}" for name in ("base", "run", "head"))
     status, shown = run("pretrain", *COMMON, *train, *ARCHITECTURES[architecture], "--out", base)
     assert status == 0 and f"draft-train merge {base}" in shown
-    adapt = ("adapt", *COMMON, *train, "--head", f"{base}/head", "--rank", 4, "--out", adapted, "training.seed=3")
+    adapt = ("adapt", *COMMON, *train, "--head", f"{base}/head", "--out", adapted, "training.seed=3")
+    adapt += ("--method", "afa-lora", "--rank", 4)
     status, shown = run(*adapt)
     settings = (folder / adapted / "config.yaml").read_text()
     assert status == 0 and "seed: 3" in settings and f"architecture: {architecture}\n" in settings

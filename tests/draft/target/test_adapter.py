@@ -152,7 +152,8 @@ def test_a_head_is_adapted_to_the_fine_tuned_target_and_served_with_it(world, tm
     assert data.manifest["target_adapter"] == adapter
 
     flags = {"target": name, "target_adapter": adapter, "data": [str(tmp_path / "data")], "dtype": "float64",
-             "head": str(tmp_path / "stock"), "rank": 2, "max_steps": 2, "draft_steps": 2, "eval_every": 0}  # fmt: skip
+             "head": str(tmp_path / "stock"), "method": "afa-lora", "rank": 2,
+             "max_steps": 2, "draft_steps": 2, "eval_every": 0}  # fmt: skip
     Trainer(resolve("adapt", str(tmp_path / "run"), flags=flags), Console(quiet=True)).train()
     merge_run(tmp_path / "run", tmp_path / "head")
     head, about = load_head(tmp_path / "head", dtype=torch.float64)

@@ -22,8 +22,8 @@ def test_a_head_that_is_trained_on_moves_more_slowly_than_a_new_one():
     """At a new head's rate a trained one loses more than it learns."""
     assert resolve("pretrain", "o", flags={"data": ["d"]}).learning_rate == 1e-3
     assert resolve("pretrain", "o", flags=MINIMUM).learning_rate == 2e-4
-    assert resolve("adapt", "o", flags={**MINIMUM, "method": "full"}).learning_rate == 2e-4
-    assert resolve("adapt", "o", flags=MINIMUM).learning_rate == 1e-3
+    assert resolve("adapt", "o", flags=MINIMUM).learning_rate == 2e-4
+    assert resolve("adapt", "o", flags={**MINIMUM, "method": "afa-lora"}).learning_rate == 1e-3
 
 
 def test_a_resolved_configuration_reads_back_the_same(tmp_path):
@@ -71,7 +71,12 @@ def test_a_mistake_is_named(change, words):
     [
         ("adapt", {"method": "full", "targets": ["q_proj"], "rank": 3, "alpha": 8.0}, ["rank", "alpha", "targets"]),
         ("adapt", {"method": "lora", "activation": "gelu", "rank": 3}, ["activation"]),
-        ("adapt", {"rank": 4, "activation": "gelu", "placement": "σ-A-B", "decay_ratio": 0.5}, []),
+        (
+            "adapt",
+            {"method": "afa-lora", "rank": 4, "activation": "gelu", "placement": "σ-A-B", "decay_ratio": 0.5},
+            [],
+        ),
+        ("adapt", {"rank": 4, "activation": "gelu"}, ["rank", "activation"]),
         ("pretrain", {"rank": 4}, ["rank"]),
     ],
 )

@@ -44,7 +44,7 @@ def run(root, mode, name, **flags):
     flags = {"target": str(root / "target"), "dtype": "float32", "data": [str(root / "data")], "draft_steps": 3,
              "tokens_per_batch": 256, "eval_every": 6, "eval_rows": 3, **flags}  # fmt: skip
     if mode == "adapt":
-        flags = {"head": str(root / "eagle3" / "head"), **flags}
+        flags = {"head": str(root / "eagle3" / "head"), "method": "afa-lora", **flags}
     return Trainer(resolve(mode, str(root / name), flags=flags), QUIET).train()
 
 
