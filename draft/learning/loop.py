@@ -215,9 +215,9 @@ class Learner:
         for attempt in attempts:
             for event in (attempt.events[name] for name in ("served", "exported") if name in attempt.events):
                 folder = str(self._folder(attempt.number) / "head")
-                for name in ("fingerprint", "export_fingerprint"):  # a gateway may be given either folder as its head
-                    if name in event:
-                        known[event[name]] = Serving(event["head"], folder)
+                for key in ("fingerprint", "export_fingerprint"):  # a gateway may be given either folder as its head
+                    if key in event:
+                        known[event[key]] = Serving(event["head"], folder)
         heads = self.server.heads()
         if heads is not None:
             name, fingerprint = next(
