@@ -375,7 +375,7 @@ def test_commands_and_their_mistakes(world, traffic, tmp_path, draft_train, monk
             assert status == 2 and f"{lock.name}' cannot be written" in shown and "let the learner write" in shown
             lock.rmdir()
         for wrong, message in (
-            (("--method", "best"), "unknown, choose one of afa-lora"),
+            (("--method", "best"), "unknown, choose one of full"),
             (("training.epoch=3",), "unknown setting 'training.epoch'"),
             (("--head", tmp_path / "none"), "no config.json there"),
             (("--server", "localhost:8000"), "is no address"),
