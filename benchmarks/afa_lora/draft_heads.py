@@ -35,7 +35,7 @@ from benchmarks import domains, shared
 from benchmarks.adaptation_domains import draft_train
 from benchmarks.afa_lora import options, report
 from benchmarks.afa_lora.adaptive import AdaptiveTrainer
-from benchmarks.afa_lora.experiment import AGAIN, Experiment, Run
+from benchmarks.afa_lora.experiment import AGAIN, Experiment, Run, score
 from benchmarks.afa_lora.merging import merged_differences
 from draft.afa import load_afa_adapter
 from draft.data.dataset import Row, open_dataset
@@ -211,8 +211,13 @@ class Heads:
         return folder
 
     def describe(self, place: str) -> dict[str, Any]:
+        """Return the counts of a place's rows, and what the head has on the test part before it is trained."""
         counts = open_dataset(self.data[place]).manifest["counts"]
-        return {"name": place, **{part: len(self._part(place, part).rows) for part in ("validation", "test")}, **counts}
+        rows = {part: len(self._part(place, part).rows) for part in ("validation", "test")}
+        head, part = shared.load_fitting_head(self.arguments.head, self.target), self._part(place, "test")
+        untrained = {"units": {"acceptance": self.acceptance(head, part), "tau": self.tau(head, part)}}
+        before = {measure: score(untrained, measure) for measure in untrained["units"]}
+        return {"name": place, **rows, "before": before, **counts}
 
     def _part(self, place: str, name: str) -> Part:
         """The greedy held-out rows: the first VALIDATION_SHARE of the conversations by id are the validation part."""
@@ -234,7 +239,10 @@ class Heads:
         """Adapt the head as `draft-train adapt` does, merge it, and judge the file that was written."""
         place, given = run.setup.place, dict(run.setup.options)
         times = given.pop("steps", 1)
-        adaptive = given.get("schedule") == "adaptive" and bool(given.pop("schedule"))
+        make: type[Trainer] = Trainer
+        if given.get("schedule") == "adaptive":
+            del given["schedule"]
+            make = AdaptiveTrainer
         length: dict[str, Any] = {"epochs": self.arguments.epochs * times}
         if self.arguments.max_steps:
             length["max_steps"] = self.arguments.max_steps * times
@@ -247,7 +255,6 @@ class Heads:
         }  # fmt: skip
         trained = folder / "run"
         try:
-            make = AdaptiveTrainer if adaptive else Trainer
             make(resolve("adapt", str(trained), flags=flags), Console(quiet=True)).train()
         except UserError as error:
             if "not finite" not in str(error):  # a rate that is too high is an answer, not a mistake

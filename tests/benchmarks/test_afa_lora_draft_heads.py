@@ -41,6 +41,8 @@ def test_quick_run_compares_arms_and_goes_on(world, monkeypatch, capsys):
     assert draft_heads.main(quick) == 0
     results = read_json(world / "out" / "draft_heads.json")
     (cell,) = results["cells"]
+    (before,) = [place["before"] for place in results["data"]]
+    assert 0 < before["acceptance"] < 1 <= before["tau"] < 6
     assert cell["cell"] == "mine, rank 2" and set(cell["arms"]) == {"lora", "afa-lora"}
     assert cell["arms"]["lora"]["grid"][-1] == [1e30, None]  # diverged, which is an answer
     assert cell["arms"]["afa-lora"]["seeds"] == [0, 1]
