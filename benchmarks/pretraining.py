@@ -1,15 +1,16 @@
 """Settings of pretraining at an equal budget of tokens, judged by replay on held-out rows of every kind.
 
 Each setting is a `draft-train pretrain` of its own: the flags of --base, then its own. All see the same conversations
-in the order of their seed, each once, until the budget is spent; the hidden states of the target are computed once and
-shared, so a setting's seconds are those of the head alone (a run that trains from text adds the target's pass).
+in the order of their seed, each at most once, until the budget is spent, padding included; the hidden states of the
+target are computed once and shared.
 
   τ            acceptance length of greedy replay over the rows of a kind (their source file), K = 5, bonus included
   mean         of the kinds' τ, each weighing the same
   position 1   share of first drafts that are accepted, over all rows
-  tokens/s     of a run, evaluation and start included
+  tokens/s     of training from these states (a run that trains from text adds the target's pass)
 
-What is finished is not done again: the same command goes on after an interruption.
+`--heads` judges heads that are there, beside the settings. What is finished is not done again: the same command goes on
+after an interruption.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ import shlex
 import statistics
 import subprocess
 import sys
-import time
 from argparse import Namespace
 from collections.abc import Sequence
 from functools import partial
@@ -45,6 +45,8 @@ examples:
     python -m {MODULE} --data data/mixed --held-out data/kinds --only base "muon 4e-3" --out runs/settings
   your own, from a YAML file of names and flags (medusa: --architecture medusa):
     python -m {MODULE} --data data/mixed --held-out data/kinds --settings mine.yaml --out runs/settings
+  heads that are there, by kind:
+    python -m {MODULE} --heads smollm2-eagle3 runs/head/head --held-out data/kinds --out runs/judged
 """
 K = 5
 BASE = "--draft-steps 3 --learning-rate 1e-3"
@@ -72,8 +74,18 @@ SETTINGS = {
 def parse(arguments: Sequence[str]) -> Namespace:
     parser = shared.Parser(MODULE, __doc__, EXAMPLES)
     parser.add("--target", default="smollm2", help="hub id, folder, .gguf file, or smollm2")
-    parser.add("--data", metavar="DIR", nargs="+", required=True, help="data sets to train on")
-    parser.add("--held-out", metavar="DIR", nargs="+", required=True, help="data sets whose greedy rows are replayed")
+    parser.add("--data", metavar="DIR", nargs="+", default=[], help="data sets to train on")
+    parser.add(
+        "--held-out",
+        metavar="DIR",
+        nargs="+",
+        required=True,
+        help="data sets whose held-out greedy rows are replayed, a source file a kind: prepare them with "
+        "--held-out-share 1 --greedy-share 1",
+    )
+    parser.add(
+        "--heads", metavar="HEAD", nargs="+", default=[], help="heads to judge; without --data nothing is trained"
+    )
     parser.add("--tokens", shared.whole(1), default=1_000_000, metavar="N", help="budget of a run")
     parser.add("--seeds", shared.whole(0), default=[0, 1], metavar="N", nargs="+", help="of start and order")
     parser.add("--base", default=BASE, metavar="FLAGS", help="flags of every run")
@@ -86,10 +98,17 @@ def parse(arguments: Sequence[str]) -> Namespace:
 
 def benchmark(arguments: Namespace, command: Sequence[str]) -> int:
     console = shared.make_console()
-    settings = choose(arguments)
+    settings = choose(arguments) if arguments.data else {}
+    if not settings and not arguments.heads:
+        raise UserError("nothing to judge: give --data to train settings on, --heads, or both.")
     out = shared.output_folder(arguments.out)
     target = load_target(arguments.target)
     kinds = rows_by_kind(target, arguments)
+    offered = sum(len(row.ids) for folder in arguments.data for row in open_dataset(folder).rows("train"))
+    if settings and offered < arguments.tokens:
+        raise UserError(
+            f"--tokens {arguments.tokens}: --data has {offered:,}, and none is read twice; give fewer or more."
+        )
     results = {
         "benchmark": MODULE,
         **shared.provenance(MODULE, command, target),
@@ -98,13 +117,16 @@ def benchmark(arguments: Namespace, command: Sequence[str]) -> int:
         "runs": [],
     }
     passes: dict[Any, Any] = {}
+    for name in arguments.heads:
+        results["runs"].append({"setting": name, "flags": "", "seed": None, **judge(target, name, kinds, passes)})
+        show(console, results, kinds)
+        shared.write_results(out / "pretraining.json", results)
     for name, flags in settings.items():
         for seed in arguments.seeds:
             folder = out / f"{name.replace(' ', '-')}-{seed}"
-            seconds = train(folder, arguments, flags, seed, out)
-            results["runs"].append(
-                {"setting": name, "flags": flags, "seed": seed, **judge(target, folder, kinds, passes, seconds)}
-            )
+            train(folder, arguments, flags, seed, out)
+            judged = judge(target, str(folder / "head"), kinds, passes)
+            results["runs"].append({"setting": name, "flags": flags, "seed": seed, **judged, **trained(folder)})
             show(console, results, kinds)
             shared.write_results(out / "pretraining.json", results)
     draw(results, out / "pretraining.png")
@@ -135,11 +157,12 @@ def rows_by_kind(target: Target, arguments: Namespace) -> dict[str, list[Row]]:
     return {kind: rows for kind, rows in sorted(kinds.items()) if rows}
 
 
-def train(folder: Path, arguments: Namespace, flags: str, seed: int, out: Path) -> float:
-    """Run one setting, if it is not finished; return the seconds that it took."""
-    done = folder / "seconds.json"
-    if done.is_file():
-        return float(read_json(done)["seconds"])
+def train(folder: Path, arguments: Namespace, flags: str, seed: int, out: Path) -> None:
+    """Run one setting, if it is not finished.
+
+    Raises:
+        UserError: when the folder holds a run of another command, and when the command fails.
+    """
     words = ["pretrain", "--target", arguments.target, "--out", str(folder), "--epochs", "1", "--seed", str(seed)]
     words += ["--eval-every", "0", "--log-with", "none"]
     words += [word for data in arguments.data for word in ("--data", data)]
@@ -148,21 +171,24 @@ def train(folder: Path, arguments: Namespace, flags: str, seed: int, out: Path) 
     states = f"states-{given['--architecture']}" if "--architecture" in given else "states"  # each reads other layers
     words += ["--cache-hidden-states", str(out / states)]
     steps = arguments.tokens // int(given.get("--tokens-per-batch", 2048))
-    began = time.monotonic()
     words += ["--max-steps", str(max(1, steps))]
+    done = folder / "finished.json"
+    if done.is_file():
+        if (before := read_json(done)["command"]) != words:
+            raise UserError(
+                f"{str(folder)!r} holds a run of another command (`draft-train {shlex.join(before)}`); choose another "
+                "--out, or delete it."
+            )
+        return
     status = subprocess.run([sys.executable, "-m", "draft.cli", *words], check=False).returncode
     if status:
         raise UserError(f"`draft-train {shlex.join(words)}` ended with status {status}; its message is above.")
-    seconds = time.monotonic() - began
-    write_json(done, {"seconds": seconds})
-    return seconds
+    write_json(done, {"command": words})
 
 
-def judge(
-    target: Target, folder: Path, kinds: dict[str, list[Row]], passes: dict[Any, Any], seconds: float
-) -> dict[str, Any]:
-    """Return the figures of one run."""
-    head = shared.load_fitting_head(str(folder / "head"), target)
+def judge(target: Target, name: str, kinds: dict[str, list[Row]], passes: dict[Any, Any]) -> dict[str, Any]:
+    """Return the figures of a head by its name or folder."""
+    head = shared.load_fitting_head(name, target)
     taus, accepted, drafted = {}, 0, 0
     for kind, rows in kinds.items():
         key = kind, head.auxiliary_layers(target)
@@ -171,16 +197,14 @@ def judge(
         result = replay(target, {"head": head}, rows, K, passes=passes[key])["head"]
         taus[kind] = acceptance_length(result.emitted[:, K - 1].sum(), result.verifications[:, K - 1].sum())
         accepted, drafted = accepted + result.accepted(K)[0], drafted + result.drafted(K)[0]
+    return {"tau": taus, "mean": statistics.mean(taus.values()), "position_1": accepted / drafted}
+
+
+def trained(folder: Path) -> dict[str, Any]:
+    """Return what a run read, how fast, and its last loss."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     tokens = sum(line.get("tokens", 0) for line in lines)
-    return {
-        "tau": taus,
-        "mean": statistics.mean(taus.values()),
-        "position_1": accepted / drafted,
-        "tokens": tokens,
-        "seconds": seconds,
-        "loss": lines[-1]["loss"],
-    }
+    return {"tokens": tokens, "tokens_per_second": lines[-1]["tokens_per_second"], "loss": lines[-1]["loss"]}
 
 
 def show(console: Console, results: dict[str, Any], kinds: dict[str, list[Row]]) -> None:
@@ -188,11 +212,9 @@ def show(console: Console, results: dict[str, Any], kinds: dict[str, list[Row]])
     table = shared.make_table(f"τ by greedy replay, K = {K}", headings, ("setting",))
     for run in results["runs"]:
         taus = [f"{run['tau'][kind]:.3f}" for kind in kinds]
-        rate = run["tokens"] / run["seconds"]
-        table.add_row(
-            *(run["setting"], str(run["seed"]), f"{run['mean']:.3f}", *taus),
-            *(f"{run['position_1']:.3f}", f"{run['tokens']:,}", f"{rate:.0f}"),
-        )
+        read = ("", "") if run["seed"] is None else (f"{run['tokens']:,}", f"{run['tokens_per_second']:.0f}")
+        seed = "" if run["seed"] is None else str(run["seed"])
+        table.add_row(run["setting"], seed, f"{run['mean']:.3f}", *taus, f"{run['position_1']:.3f}", *read)
     console.print(table)
 
 

@@ -127,7 +127,7 @@ def _given(settings: type[BaseModel], flags: dict[str, Any]) -> dict[str, Any]:
 @app.command(
     epilog=_examples(
         "draft-train text /usr/share/doc /usr/share/man --out text.jsonl",
-        "draft-train text unpacked --out text.jsonl --megabytes 100 --languages en --languages de",
+        "draft-train text unpacked/documents unpacked/words --out text.jsonl --megabytes 100 --languages de",
         "draft-train prepare --prompts text.jsonl --keep-responses --out data/text",
     )
 )
@@ -176,6 +176,12 @@ def text(
         sizes[group(piece)] += len(piece.text.encode())
     parts = ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in sorted(sizes.items()))
     console.print(f"Wrote {out}: {len(kept)} pieces ({parts}).", soft_wrap=True)
+    if megabytes and sum(len(piece.text) for piece in kept) < 0.9e6 * megabytes:
+        console.print(
+            f"Fewer than the {megabytes:g} million characters asked for: a group had less text, or too much of it from "
+            "one source. Give more folders to take in more.",
+            soft_wrap=True,
+        )
 
 
 @app.command(
@@ -467,6 +473,9 @@ def compare(
     target: Target = "smollm2",
     target_adapter: TargetAdapter = None,
     general: Annotated[Path | None, typer.Option(help="Data of general traffic [default: what ships].")] = None,
+    leave_out_trained: Annotated[
+        bool, typer.Option(help="Leave out rows that a head was trained on, and say how many, instead of refusing.")
+    ] = False,
     dtype: Dtype = "auto",
     device: Device = "auto",
 ) -> None:
@@ -494,7 +503,9 @@ def compare(
     old, new = (
         Contender(path, *load_head(path, dtype=loaded.dtype, device=loaded.device)) for path in (baseline, candidate)
     )
-    comparison = run(loaded, old, new, dataset.rows("held-out"), rows, progress=True)
+    comparison = run(
+        loaded, old, new, dataset.rows("held-out"), rows, progress=True, leave_out_trained=leave_out_trained
+    )
     write_report(comparison, out, console)
     print_report(comparison, console)
     if not comparison.ship:

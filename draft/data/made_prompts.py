@@ -42,6 +42,11 @@ def make_prompts(
         maker.random = random.Random(f"{seed} {kind}")
         for done in range(wanted):
             messages = maker.another(grammar().kinds[kind])
+            if messages is None and not done:
+                raise UserError(
+                    f"{kind} needs passages of a kind that is not there (source code, or prose of a language); give "
+                    f"more --passages, or leave it out with --share {kind}=0."
+                )
             if messages is None:
                 remedy = "ask for fewer, or give more --passages"
                 raise UserError(f"{kind} has only {done} different prompts of {wanted} wanted; {remedy}.")
@@ -54,7 +59,7 @@ def chosen_shares(kinds: Sequence[str], shares: Sequence[str]) -> dict[str, floa
     """The shares of these kinds (none: of all), those given as KIND=NUMBER in the place of the defaults.
 
     Raises:
-        UserError: for an unknown kind, or a share that is no number above 0.
+        UserError: for an unknown kind, or a share that is no finite number of at least 0.
     """
     known = grammar().kinds
     given = dict(each.partition("=")[::2] for each in shares)

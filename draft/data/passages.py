@@ -69,7 +69,7 @@ class Piece:
     text: str
     kind: str  # prose or code
     language: str  # a code such as en, or a programming language
-    source: str  # the first folder below the one that was read
+    source: str  # the first folder below the one that was read, or the name of a file that lies in it
 
 
 def read_passages(places: Sequence[str | Path]) -> list[Piece]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,8 @@ from draft.evaluation.replay import Acceptance, ReplayResult, is_sampled, replay
 from draft.evaluation.tau import Interval, bootstrap_gain, bootstrap_ratio
 from draft.heads import DraftHead, attach_head
 from draft.target import Target
+
+log = logging.getLogger(__name__)
 
 DECIDING_LENGTH = 5
 GENERAL_TOLERANCE = 0.02  # of general τ that a head may lose for its domain's sake
@@ -113,10 +116,13 @@ def compare(
     max_steps: int = 8,
     resamples: int = 10_000,
     progress: bool = False,
+    leave_out_trained: bool = False,
 ) -> Comparison:
     """Compare two heads on held-out rows of the domain and, unless None, of general traffic.
 
     Both heads are replayed on the states of one pass of the target, so they are judged on identical text.
+
+    leave_out_trained: leave out rows that one of the heads was trained on, instead of refusing them.
 
     Raises:
         UserError: when a head is not for this target, when one was trained on some of the rows, when there are no
@@ -133,11 +139,20 @@ def compare(
     for name, rows in sets.items():
         for which, contender in contenders.items():
             seen = row_ids(rows) & (trained_row_ids(contender.about) or set())
-            if seen:
+            if seen and leave_out_trained:
+                unseen = [row for row in sets[name] if not row_ids([row]) & seen]
+                log.warning(
+                    "%d %s rows are left out, since the %s was trained on them",
+                    len(sets[name]) - len(unseen),
+                    name,
+                    which,
+                )
+                sets[name] = unseen
+            elif seen:
                 raise UserError(
                     f"{len(seen)} of the {len(rows)} {name} rows are among those that the {which} was trained on; "
-                    "compare on the held-out split of the data that it was trained with, or prepare data of other "
-                    "prompts."
+                    "compare on the held-out split of the data that it was trained with, prepare data of other "
+                    "prompts, or leave these out with --leave-out-trained."
                 )
     heads = {name: contender.head for name, contender in contenders.items()}
 

@@ -94,13 +94,14 @@ class ModelSettings(_Section):
     )
     draft_vocab_size: int | None = _setting(
         None,
-        f"Tokens of a new head's reduced vocabulary [default: {DRAFT_VOCABULARY}; the target's where the LM head is].",
+        "Tokens of the reduced vocabulary of a new head, or with rebuild_vocabulary of --head "
+        f"[default: {DRAFT_VOCABULARY}, or as many as --head has; with head option shared_lm_head the target's].",
         ge=1,
     )
     rebuild_vocabulary: bool = _setting(
         False,
-        "Take the data's most frequent tokens into --head's vocabulary, for those that they lack (pretrain, adapt by "
-        "full).",
+        "Put tokens that the data use often in the place of tokens of --head's vocabulary that they lack (all weights "
+        "only).",
     )
     dtype: str = _setting("auto", "Compute dtype: auto, bfloat16, float16, float32 or float64.")
     device: str = _setting("auto", "Device: auto, cpu, cuda.")
@@ -171,7 +172,7 @@ class TrainingSettings(_Section):
     """Optimisation, and what a run keeps and shows."""
 
     epochs: Number = _setting(3.0, "Passes over the training rows.", ge=1e-6)
-    max_steps: int | None = _setting(None, "Optimiser steps, instead of epochs.", ge=1)
+    max_steps: int | None = _setting(None, "Optimiser steps; overrides epochs.", ge=1)
     learning_rate: Number | None = _setting(
         None, "Peak learning rate (default: 1e-3 for new heads and adapters, 2e-4 for all weights of a head).", ge=0
     )

@@ -47,15 +47,16 @@ def starting_head(
     console.print(f"The head's vocabulary covers {share:.1%} of the tokens that are trained on.")
     if share < 0.95:
         console.print(
-            f"Warning: {1 - share:.1%} of this domain's tokens can never be drafted with this head; "
-            "`--method full --rebuild-vocabulary` takes them in.",
+            f"Warning: {1 - share:.1%} of the tokens that are trained on can never be drafted with this head; "
+            f"{'a larger --draft-vocab-size' if model.rebuild_vocabulary else '--rebuild-vocabulary (all weights)'} "
+            "takes more of them in.",
             style="yellow",
         )
     return head, about
 
 
 def _choose_vocabulary(model: ModelSettings, target: Target, rows: list[Row], head: DraftHead | None = None) -> Tensor:
-    """Target ids [draft_vocab] that a head drafts from: the most frequent ones of the data, then those of `head`."""
+    """Target ids [draft_vocab] that a head drafts from, as `draft_vocabulary` chooses them."""
     kept = head.vocabulary if head is not None and len(head.vocabulary) < target.vocab_size else None
     reduced = ARCHITECTURES[model.new_architecture].reduced_vocabulary and not model.options.get("shared_lm_head")
     usual = min(DRAFT_VOCABULARY, target.vocab_size) if reduced else target.vocab_size

@@ -1,6 +1,6 @@
 """One trainer for all modes: pretrain a head, or adapt one with AFA-LoRA, LoRA or all of its weights.
 
-Trainer.step:  batches.next() -> head.unroll() -> loss -> backward -> optimiser -> anneal
+Trainer.step:  batches.window() and read() -> head.unroll() -> loss -> backward -> optimiser -> anneal
 """
 
 from __future__ import annotations
@@ -80,7 +80,8 @@ class Trainer:
         self.run = RunFolder(settings)
         self.progress = self.processes.on_main(lambda: self.run.open(resume))
         if settings.unused and not self.progress:  # the resolved configuration of a run names more than was given
-            self.console.print(f"Not used by method {settings.method}: {', '.join(settings.unused)}.")
+            advice = " It trains all weights; choose an adapter with --method." if settings.method == "full" else ""
+            self.console.print(f"Not used by method {settings.method}: {', '.join(settings.unused)}.{advice}")
         model = settings.model
         self.target = target or load_target(model.target, launcher_dtype(settings), model.device, model.target_adapter)
         if self.target.dtype == torch.float16:
@@ -97,6 +98,9 @@ class Trainer:
         """Rows and batches, and the head that the run starts from: enough to tell whether it may go on."""
         settings, processes = self.settings, self.processes
         self.rows, self.held_out = load_rows(settings, self.target, self.console)
+        if settings.training.eval_every and settings.training.eval_rows and not self.held_out and not self.progress:
+            kept = "patience does not apply, and " if settings.training.patience else ""
+            self.console.print(f"No held-out greedy rows to replay: {kept}the last weights are kept, not the best.")
         self.batches = Batches(self.rows, settings, self.target, rank=processes.rank, processes=processes.count)
         self.total_steps, self.done = self.batches.total_steps, 0
         torch.manual_seed(settings.training.seed)

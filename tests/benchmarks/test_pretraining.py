@@ -46,3 +46,20 @@ def test_settings_are_judged_by_kind_and_not_trained_twice(world, capsys, monkey
     capsys.readouterr()
     assert pretraining.main([*arguments, "--only", "mine"]) == 2
     assert "--only 'mine' is no setting; they are base, frozen, eagle." in capsys.readouterr().err
+    assert pretraining.main([*arguments, "--tokens", "200"]) == 2
+    assert "holds a run of another command" in capsys.readouterr().err
+    assert pretraining.main([*arguments, "--tokens", "1000000"]) == 2
+    assert "none is read twice" in capsys.readouterr().err
+
+
+def test_heads_that_are_there_are_judged_alone(world, capsys):
+    data, out = str(world / "data"), world / "judged"
+    heads = [str(world / "out" / f"{name}-3" / "head") for name in ("base", "eagle")]
+    arguments = ["--target", str(world / "target"), "--held-out", data, "--out", str(out)]
+    assert pretraining.main([*arguments, "--heads", *heads]) == 0
+    runs = {run["setting"]: run for run in read_json(out / "pretraining.json")["runs"]}
+    trained = {run["setting"]: run for run in read_json(world / "out" / "pretraining.json")["runs"]}
+    assert list(runs) == heads
+    assert runs[heads[0]]["tau"] == trained["base"]["tau"] and runs[heads[1]]["tau"] == trained["eagle"]["tau"]
+    assert pretraining.main(arguments) == 2
+    assert "nothing to judge" in capsys.readouterr().err

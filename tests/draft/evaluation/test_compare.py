@@ -130,6 +130,21 @@ def test_rows_that_either_head_was_trained_on_are_refused(tiny_target, tiny_head
     compare(tiny_target, trained, trained, rows[3:ROWS], max_steps=1, deciding_length=1, resamples=100)
 
 
+def test_rows_that_a_head_was_trained_on_are_left_out_when_asked(tiny_target, tiny_head, rows, caplog):
+    base, trained = (
+        contender("base", tiny_head),
+        contender("new", tiny_head, trained_rows=record_trained_rows(rows[:3], {})),
+    )
+    options = {"max_steps": 1, "deciding_length": 1, "resamples": 100}
+    left = compare(tiny_target, base, trained, rows[:ROWS], leave_out_trained=True, **options)
+    alone = compare(tiny_target, base, trained, rows[3:ROWS], **options)
+    assert left.measurements["domain"].greedy.conversations == alone.measurements["domain"].greedy.conversations > 0
+    assert left.measurements["domain"].greedy.taus == alone.measurements["domain"].greedy.taus
+    assert "3 domain rows are left out, since the candidate was trained on them" in caplog.text
+    with pytest.raises(UserError, match="greed"):
+        compare(tiny_target, base, trained, rows[:3], leave_out_trained=True, **options)
+
+
 def test_the_bundled_head_was_not_trained_on_the_general_rows_that_ship():
     trained = trained_row_ids(read_json(PRETRAINED / "smollm2-eagle3" / "draftsmith.json"))
     shipped = row_ids(open_dataset(draft.evaluation.compare.GENERAL_ROWS).rows("held-out"))
