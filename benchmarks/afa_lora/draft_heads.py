@@ -43,6 +43,7 @@ from draft.errors import UserError
 from draft.evaluation.compare import DECIDING_LENGTH
 from draft.evaluation.replay import Pass, generations, rejection_terms, replay, response_positions, target_passes
 from draft.heads import DraftHead
+from draft.heads.checkpoint import head_sha256
 from draft.heads.unroll import shift_left
 from draft.target import Target, load_target
 from draft.training.config import resolve
@@ -116,7 +117,10 @@ def named_folder(text: str) -> tuple[str, str]:
 def benchmark(arguments: Namespace, command: Sequence[str]) -> int:
     out = shared.output_folder(arguments.out)
     study = Heads(arguments, out)
-    experiment = options.make_experiment(arguments, study.perform, "acceptance", out, keep=("metrics.jsonl",))
+    identity = {"target_fingerprint": study.target.fingerprint, "head_sha256": head_sha256(arguments.head)}
+    experiment = options.make_experiment(
+        arguments, study.perform, "acceptance", out, keep=("metrics.jsonl",), data=identity
+    )
     results: dict[str, Any] = {
         "benchmark": MODULE,
         **shared.provenance(MODULE, command, study.target),

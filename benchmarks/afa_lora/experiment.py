@@ -11,10 +11,11 @@ A run that has its result is not done again. Two copies of a command share the w
 
 from __future__ import annotations
 
+import gc
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from filelock import FileLock, Timeout
 
 from benchmarks.afa_lora.intervals import Scores
 from draft.errors import UserError
-from draft.files import read_json, write_json
+from draft.files import provenance, read_json, write_json
 
 ARMS = ("lora", "afa-lora", "full")
 AGAIN = "lora-again"  # LoRA with other seeds: the comparison that has to find nothing
@@ -81,6 +82,7 @@ class Tuned:
     rate: float
     scores: dict[float, float]
     inside: bool
+    diverged: tuple[float, ...] = ()  # better rates, with which a fresh seed diverged
 
 
 # A run -> its result: "units" (measure -> a pair a unit) and whatever else is worth keeping. The folder is the run's
@@ -101,6 +103,25 @@ class Experiment:
     say: Callable[[str], object] = print
     most_rates: int = MOST_RATES
     results: dict[Run, dict[str, Any]] = field(default_factory=dict)
+    commit: str = field(default_factory=lambda: provenance()["commit"])
+
+    def settle(self, settings: Mapping[str, Any]) -> None:
+        """Record what all runs of the folder share.
+
+        Raises:
+            UserError: when the folder's runs had other settings: their results would be taken for these.
+        """
+        file = self.folder / "settings.json"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{file}.lock"):
+            before = read_json(file) if file.is_file() else settings
+            for name in settings:
+                if before.get(name) != settings[name]:
+                    raise UserError(
+                        f"--out {str(self.folder)!r} holds runs of another experiment ({name} was {before.get(name)!r} "
+                        f"there and is {settings[name]!r} now); choose another folder."
+                    )
+            write_json(file, dict(settings))
 
     def complete(self, runs: Sequence[Run]) -> list[dict[str, Any]]:
         """Return the runs' results, each done here unless it is there already, or another process is at it."""
@@ -126,8 +147,10 @@ class Experiment:
                     for name in self.keep:
                         if (work / name).exists():
                             (work / name).replace(folder / name)
-                    write_json(file, {**result, "seconds": round(time.monotonic() - began, 1)})
+                    seconds = round(time.monotonic() - began, 1)
+                    write_json(file, {**result, "seconds": seconds, "commit": self.commit})
                     shutil.rmtree(work)
+                    gc.collect()  # trainers are in cycles, and their optimisers are large
         except Timeout:
             return False
         self.results[run] = read_json(file)
@@ -143,17 +166,18 @@ class Experiment:
             raise UserError(f"{len(grid)} learning rates for {setup.arm}; give three or more, so that one is inside.")
         most = len(grid) + self.most_rates
         while True:
-            results = self.complete([Run(setup, rate, TUNING_SEED, "validation") for rate in grid])
+            results = self.complete(self.tuning(setup, grid))
             scores = {rate: score(result, self.measure) for rate, result in zip(grid, results, strict=True)}
-            best = max(grid, key=lambda rate: scores[rate])
+            # of equal rates the one in the middle: a tie says nothing about an edge. Where all diverged, the least
+            middle = (len(grid) - 1) / 2 if max(scores.values()) > -np.inf else 0.0
+            best = max(grid, key=lambda rate: (scores[rate], -abs(grid.index(rate) - middle)))
             inside = grid[0] < best < grid[-1]
             if inside or len(grid) >= most:
                 return Tuned(best, scores, inside)
             grid = [grid[0] / self.factor, *grid] if best == grid[0] else [*grid, grid[-1] * self.factor]
 
-    def measured(self, setup: Setup, rate: float, seeds: int | None = None) -> list[dict[str, Any]]:
-        """Return the results of fresh seeds at a rate, judged on the test part."""
-        return self.complete(self.fresh(setup, rate, seeds))
+    def tuning(self, setup: Setup, rates: Sequence[float]) -> list[Run]:
+        return [Run(setup, rate, TUNING_SEED, "validation") for rate in rates]
 
     def fresh(self, setup: Setup, rate: float, seeds: int | None = None) -> list[Run]:
         first = AGAIN_SEED if setup.arm == AGAIN else FRESH_SEED
@@ -166,6 +190,14 @@ def score(result: Mapping[str, Any], measure: str) -> float:
         return -np.inf
     numerator, denominator = np.array(result["units"][measure], dtype=float).sum(axis=0)
     return float(numerator / denominator) if denominator else -np.inf
+
+
+def without_divergence(tuned: Tuned, results: Sequence[Mapping[str, Any]]) -> Tuned:
+    """Return the same, or the next lower rate where a fresh seed diverged and there is a lower one."""
+    lower = [rate for rate, value in tuned.scores.items() if rate < tuned.rate and np.isfinite(value)]
+    if all("units" in result for result in results) or not lower:
+        return tuned
+    return replace(tuned, rate=max(lower), diverged=(*tuned.diverged, tuned.rate))
 
 
 def scores_of(results: Sequence[Mapping[str, Any]], runs: Sequence[Run], measure: str) -> Scores:

@@ -6,6 +6,7 @@ import copy
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,15 @@ class StepLog(TrainerCallback):
         if "train_runtime" not in numbers:  # the summary at the end is of no step
             with self.file.open("a") as file:
                 file.write(json.dumps({"step": state.global_step, "beta": beta, **numbers}) + "\n")
+
+
+def multiplying(device: torch.device, bf16: bool) -> AbstractContextManager[Any]:
+    """Autocast to bfloat16 of everything within: loss, backward pass and rollouts, of all arms alike.
+
+    The `bf16` of transformers' Trainer wraps the module that is trained, which for an adapter is the PeftModel, around
+    which TRL generates. Without the cache of casts: weights change within.
+    """
+    return torch.autocast(device.type, torch.bfloat16, enabled=bf16, cache_enabled=False)
 
 
 def copy_of(target: Target) -> Any:

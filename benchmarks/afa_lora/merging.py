@@ -25,6 +25,8 @@ def merged_differences(model: PeftModel, outputs: Callable[[Any], Tensor]) -> di
     for dtype in (torch.float32, torch.bfloat16):
         with torch.no_grad():
             same = copy.deepcopy(model).to(dtype).eval()
+            # a forward that a trainer has put on the instance (TRL's does) is bound to the model that was copied
+            same.get_base_model().__dict__.pop("forward", None)
             before = outputs(same.get_base_model()).double()
             after = outputs(merge_adapter(same)).double()
         found[str(dtype).removeprefix("torch.")] = float((after - before).abs().max() / before.abs().max())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -54,17 +55,30 @@ def apply_quick(arguments: Namespace, values: Mapping[str, Any], given: Sequence
             setattr(arguments, name, value)
 
 
-def make_experiment(arguments: Namespace, perform: Perform, measure: str, out: Path, keep: Sequence[str]) -> Experiment:
+# options that choose runs, or where they are; all others change what a run is
+_CHOICE = {"arms", "seeds", "full_seeds", "rates", "first_rates", "ranks", "domains", "ablations", "out", "quick"}
+_FILES = {"train", "test", "problems", "data", "head"}  # known by what is in them
+
+
+def make_experiment(
+    arguments: Namespace, perform: Perform, measure: str, out: Path, keep: Sequence[str], data: Mapping[str, Any]
+) -> Experiment:
     """Return the experiment that the options describe.
 
+    data: what identifies the target and the data beside the options.
+
     Raises:
-        UserError: when LoRA, with which everything is compared, is not among the arms.
+        UserError: when LoRA, with which everything is compared, is not among the arms; when `out` holds runs that were
+            made with other options.
     """
     if "lora" not in arguments.arms:
         raise UserError(f"--arms {' '.join(arguments.arms)}: the others are compared with lora; add it.")
     say = shared.make_console().print
     most = 0 if arguments.quick else MOST_RATES
-    return Experiment(out, perform, measure, arguments.seeds, keep=keep, say=say, most_rates=most)
+    experiment = Experiment(out, perform, measure, arguments.seeds, keep=keep, say=say, most_rates=most)
+    shared_by_runs = {name: value for name, value in vars(arguments).items() if name not in _CHOICE | _FILES}
+    experiment.settle(json.loads(json.dumps({**shared_by_runs, **data})))  # as it is read back
+    return experiment
 
 
 QUICK_NOTE = "**Smoke test (--quick): these numbers show nothing.** "

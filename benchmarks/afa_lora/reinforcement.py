@@ -18,9 +18,9 @@ import re
 import sys
 import tempfile
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ from draft.training.monitor import read_lines
 
 MODULE = "benchmarks.afa_lora.reinforcement"
 PLACE = "problems"
-RATES = {"lora": [5e-5, 1e-4, 2e-4], "afa-lora": [5e-5, 1e-4, 2e-4], "full": [2e-6, 4e-6, 8e-6]}
+RATES = {"lora": [1e-4, 2e-4, 4e-4], "afa-lora": [1e-4, 2e-4, 4e-4], "full": [5e-6, 1e-5, 2e-5]}
 NUMBER = re.compile(r"(?:(?<!\d)-)?\d[\d,]*(?:\.\d+)?")  # the minus of 5-3 is none of the number's
 SMOOTHED = 5  # steps that a point of the reward curves is the mean of
 QUICK = {
@@ -61,10 +61,10 @@ def parse(arguments: Sequence[str]) -> Namespace:
     parser = options.Parser(MODULE, __doc__, EXAMPLES)
     parser.add("--target", default="smollm2", help="hub id, folder, .gguf file, or smollm2")
     parser.add("--problems", metavar="FILE", required=True, help="JSON or JSONL, also .gz, with question and answer")
-    parser.add("--test-limit", shared.whole(1), default=400, metavar="N", help="problems")
-    parser.add("--validation-limit", shared.whole(1), default=150, metavar="N", help="problems")
+    parser.add("--test-limit", shared.whole(1), default=800, metavar="N", help="problems")
+    parser.add("--validation-limit", shared.whole(1), default=450, metavar="N", help="problems")
     parser.add("--start-limit", shared.whole(1), default=800, metavar="N", help="problems of the supervised start")
-    parser.add("--train-limit", shared.whole(1), default=1200, metavar="N", help="problems of the rollouts")
+    parser.add("--train-limit", shared.whole(1), default=430, metavar="N", help="problems of the rollouts")
     parser.add("--start-epochs", shared.real(0.01, 1000), default=2.0, metavar="N", help="of the supervised start")
     parser.add("--start-rate", shared.real(1e-9, 1), default=3e-5, metavar="R", help="of the supervised start")
     parser.add("--rank", shared.whole(1), default=16, metavar="R")
@@ -86,7 +86,9 @@ def parse(arguments: Sequence[str]) -> Namespace:
 def benchmark(arguments: Namespace, command: Sequence[str]) -> int:
     out = shared.output_folder(arguments.out)
     study = Reinforcement(arguments, out)
-    experiment = options.make_experiment(arguments, study.perform, "accuracy", out, keep=("metrics.jsonl",))
+    experiment = options.make_experiment(
+        arguments, study.perform, "accuracy", out, keep=("metrics.jsonl",), data=study.identity
+    )
     chosen = {"rank": arguments.rank, "alpha": 2 * arguments.rank}
     cell = report.run_cell(
         experiment,
@@ -117,7 +119,8 @@ def benchmark(arguments: Namespace, command: Sequence[str]) -> int:
         f"Before: {score}. After minus before: {gains}."
     )
     report.write(out, "reinforcement", results, options.about(arguments, text), {"Arms": "cells"}, "accuracy")
-    draw_curves(results["curves"], out / "reinforcement_rewards.png")
+    with FileLock(out / ".reinforcement.lock"):  # two copies of the command may draw at once
+        draw_curves(results["curves"], out / "reinforcement_rewards.png")
     shared.make_console().print((out / "reinforcement.md").read_text())
     return 0
 
@@ -143,15 +146,32 @@ class Problem:
 
 
 def read_problems(path: str) -> list[Problem]:
-    """Read problems, each question once.
+    """Read problems, each once: questions that differ only in case, punctuation and spaces are the same.
 
     Raises:
         UserError: with the line of a row that is no problem.
     """
     found: dict[str, Problem] = {}
     for _, row in language_models.rows(path, {"question": str, "answer": (int, float)}):
-        found.setdefault(row["question"].strip(), Problem(row["question"].strip(), float(row["answer"])))
+        words = " ".join(re.findall(r"\w+", row["question"].lower()))
+        found.setdefault(words, Problem(row["question"].strip(), float(row["answer"])))
     return list(found.values())
+
+
+def divided(problems: Sequence[Problem], counts: Mapping[str, int]) -> dict[str, list[Problem]]:
+    """Draw disjoint parts by chance; problems that differ in their numbers only are in one part."""
+    alike: dict[str, list[Problem]] = {}
+    for problem in problems:
+        alike.setdefault(re.sub(r"\d[\d.,]*", "#", problem.question.lower()), []).append(problem)
+    groups = list(alike.values())
+    random.Random(0).shuffle(groups)
+    parts: dict[str, list[Problem]] = {}
+    for name, count in counts.items():
+        parts[name] = []
+        while groups and len(parts[name]) < count:
+            parts[name] += groups.pop()
+        del parts[name][count:]  # the others of its last group are in no part
+    return parts
 
 
 def is_right(completion: str, answer: float) -> bool:
@@ -196,7 +216,7 @@ def make_trainer(
         lr_scheduler_type="linear",
         warmup_steps=0.05,  # a share of the steps
         seed=run.seed,
-        bf16=arguments.bf16,
+        bf16=False,  # TRL's default is true; see language_models.multiplying
         gradient_checkpointing=False,
         logging_steps=1,
         save_strategy="no",
@@ -225,24 +245,18 @@ class Reinforcement:
 
     def __init__(self, arguments: Namespace, out: Path) -> None:
         self.arguments, self.out = arguments, out
-        problems = read_problems(arguments.problems)
-        random.Random(0).shuffle(problems)
-        self.parts: dict[str, list[Problem]] = {}
-        offered = len(problems)
-        for name in ("test", "validation", "start", "train"):
-            count = getattr(arguments, f"{name}_limit")
-            self.parts[name], problems = problems[:count], problems[count:]
-            if not self.parts[name]:
+        problems, names = read_problems(arguments.problems), ("test", "validation", "start", "train")
+        self.parts = divided(problems, {name: getattr(arguments, f"{name}_limit") for name in names})
+        for name, part in self.parts.items():
+            if not part:
                 raise UserError(
-                    f"--problems {arguments.problems!r}: {offered} problems leave none for {name}; add some."
+                    f"--problems {arguments.problems!r}: {len(problems)} problems leave none for {name}; add some."
                 )
-        self.about = {
-            "sha256": file_sha256(Path(arguments.problems)),
-            **{name: len(part) for name, part in self.parts.items()},
-        }
-        self.target = self._start()
+        self.identity = {"sha256": file_sha256(Path(arguments.problems))}
+        self.about = {**self.identity, **{name: len(part) for name, part in self.parts.items()}}
 
-    def _start(self) -> Target:
+    @cached_property
+    def target(self) -> Target:
         """The target after the supervised start, which is made once for all arms."""
         folder = self.out / "start"
         with FileLock(f"{folder}.lock"):
@@ -269,7 +283,8 @@ class Reinforcement:
         model, problems = language_models.copy_of(self.target), self.parts["train"]
         trainer = make_trainer(model, self.target.tokenizer, problems, run, folder, self.arguments)
         try:
-            trainer.train()
+            with language_models.multiplying(model.device, self.arguments.bf16):
+                trainer.train()
         except RuntimeError as error:
             if "probability tensor" not in str(error):  # what sampling says when logits are not finite
                 raise

@@ -11,7 +11,7 @@ import numpy as np
 from filelock import FileLock
 
 from benchmarks import shared
-from benchmarks.afa_lora.experiment import AGAIN, Experiment, Run, Tuned, scores_of, setup
+from benchmarks.afa_lora.experiment import AGAIN, Experiment, Run, Tuned, scores_of, setup, without_divergence
 from benchmarks.afa_lora.intervals import Bootstrap, Scores, holm
 from draft.evaluation.tau import Interval
 from draft.files import atomic_file
@@ -37,21 +37,37 @@ def run_cell(
     rates: the first grid by method. seeds: of arms that have another number of them. groups: of the units; the score
     is the mean over groups, and each group is reported by itself as well.
     """
-    results: dict[str, list[dict[str, Any]]] = {}
-    runs: dict[str, list[Run]] = {}
-    tuned: dict[str, Tuned] = {}
-    for arm in arms:
-        spec = setup(place, arm, options)
-        # the other seeds of LoRA are trained at LoRA's rate: tuning is not repeated
-        tuned[arm] = tuned["lora"] if arm == AGAIN else experiment.tuned(spec, rates[spec.method])
-        runs[arm] = experiment.fresh(spec, tuned[arm].rate, (seeds or {}).get(arm))
-        results[arm] = experiment.complete(runs[arm])
+    specs = {arm: setup(place, arm, options) for arm in arms}
+    tried = [arm for arm in arms if arm != AGAIN]  # LoRA's other seeds are trained at LoRA's rate
+
+    def fresh(tuned: Mapping[str, Tuned]) -> dict[str, list[Run]]:
+        return {
+            arm: experiment.fresh(spec, tuned["lora" if arm == AGAIN else arm].rate, (seeds or {}).get(arm))
+            for arm, spec in specs.items()
+        }
+
+    def completed(runs: Mapping[str, list[Run]]) -> dict[str, list[dict[str, Any]]]:
+        # all at once, so that two processes that share the work do not wait for each other after every arm
+        experiment.complete([run for each in runs.values() for run in each])
+        return {arm: experiment.complete(each) for arm, each in runs.items()}
+
+    completed({arm: experiment.tuning(specs[arm], rates[specs[arm].method]) for arm in tried})
+    tuned = {arm: experiment.tuned(specs[arm], rates[specs[arm].method]) for arm in tried}
+    while True:
+        runs = fresh(tuned)
+        results = completed(runs)
+        lower = {arm: without_divergence(tuned[arm], results[arm]) for arm in tried}
+        if lower == tuned:
+            break
+        tuned = lower
+    tuned |= {arm: tuned["lora"] for arm in arms if arm == AGAIN}
     cell: dict[str, Any] = {"cell": label, "place": place, "options": dict(options), "arms": {}, "measures": {}}
     for arm in arms:
-        extra = {key: value for key, value in results[arm][0].items() if key not in ("units", "seconds")}
+        extra = {key: value for key, value in results[arm][0].items() if key not in ("units", "seconds", "commit")}
         seconds = float(np.median([result["seconds"] for result in results[arm]]))
         cell["arms"][arm] = {
             **tuning(tuned[arm]),
+            "commits": sorted({result.get("commit", "unknown") for result in results[arm]}),
             "seeds": [run.seed for run in runs[arm]],
             "seconds": seconds,
             "first_seed": extra,
@@ -71,7 +87,7 @@ def run_cell(
 
 def tuning(tuned: Tuned) -> dict[str, Any]:
     grid = [[rate, value if math.isfinite(value) else None] for rate, value in tuned.scores.items()]
-    return {"rate": tuned.rate, "inside": tuned.inside, "grid": grid}
+    return {"rate": tuned.rate, "inside": tuned.inside, "grid": grid, "diverged": list(tuned.diverged)}
 
 
 def figures(bootstrap: Bootstrap) -> dict[str, Any]:
@@ -134,7 +150,7 @@ def table_rows(cell: dict[str, Any]) -> list[list[str]]:
             name = cell["cell"] if part == "all" else f"{cell['cell']}, {part}"
             scores = [interval(each["scores"].get(arm)) for arm in NAMES]
             difference, again = (each["differences"].get(arm) for arm in ("afa-lora", AGAIN))
-            p = None if difference is None else difference.get("p_holm", difference["p"])
+            p = None if difference is None else difference.get("p_holm")  # of a single task: none
             row = [name, f"{measure} ({each['units']})", *scores, interval(difference, "+.4f")]
             row += [
                 "–" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}",

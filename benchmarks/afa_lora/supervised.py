@@ -1,8 +1,11 @@
 """AFA-LoRA, LoRA and all weights in supervised fine-tuning: transformers' Trainer and PEFT, as a user would write it.
 
 The data are LLM-Adapters': `instruction`, which ends in "Answer format: a/b/c", `output`, and `answer`, which is one of
-these and a part of the output; `task` groups them. The model learns outputs. What it answers is the option whose output
-is the most likely, and accuracy is the mean over tasks.
+these and a part of the output; `task` groups them. The model learns outputs.
+
+  accuracy    share of questions whose right option has the most likely output; mean over tasks
+  likelihood  probability of the right option among the options; mean over tasks. Rates are tuned by it, since accuracy
+              on some hundred questions says little about neighbouring rates
 
 Each arm's learning rate is tuned on a part of the training file that nothing is trained on, by a seed that is used for
 nothing else; fresh seeds (initialisation of the adapter, and order) are judged on the test file. A run that is finished
@@ -11,10 +14,13 @@ is not done again: the same command goes on after an interruption, and two copie
 
 from __future__ import annotations
 
+import math
 import random
 import re
+import statistics
 import sys
 from argparse import Namespace
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -23,6 +29,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from filelock import FileLock
 from peft import get_peft_model
 from torch import Tensor
 from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
@@ -31,11 +38,13 @@ from benchmarks import shared
 from benchmarks.afa_lora import language_models, options, report
 from benchmarks.afa_lora.experiment import AGAIN, Run
 from draft.errors import UserError
-from draft.files import file_sha256
+from draft.files import file_sha256, read_json, write_json
 from draft.target import Target, load_target
 
 MODULE = "benchmarks.afa_lora.supervised"
-RATES = {"lora": [2e-4, 4e-4, 8e-4], "afa-lora": [2e-4, 4e-4, 8e-4], "full": [1e-5, 2e-5, 4e-5]}
+RATES = {"lora": [4e-4, 8e-4, 1.6e-3], "afa-lora": [4e-4, 8e-4, 1.6e-3], "full": [4e-5, 8e-5, 1.6e-4]}
+MICRO = 4  # questions of a pass: larger ones are mostly padding
+MEASURES = ("accuracy", "likelihood")
 RANK = 32  # of the comparison of LoRA with itself
 FORMAT = re.compile(r"Answer format:\s*(\S+(?:/\S+)+)\s*$")
 QUICK = {
@@ -62,7 +71,7 @@ def parse(arguments: Sequence[str]) -> Namespace:
     parser.add("--max-tokens", shared.whole(8), default=256, metavar="N", help="longer questions are left out")
     parser.add("--ranks", shared.whole(1), nargs="+", default=[8, 32], metavar="R")
     parser.add("--layers", nargs="+", default=language_models.LAYERS, metavar="NAME", help="that get an adapter")
-    parser.add("--full-seeds", shared.whole(1), default=3, metavar="N", help="fresh seeds of all weights")
+    parser.add("--full-seeds", shared.whole(1), default=5, metavar="N", help="fresh seeds of all weights")
     parser.add("--epochs", shared.real(0.01, 1000), default=1.0, metavar="N")
     parser.add("--batch-size", shared.whole(1), default=16, metavar="N", help="questions of an optimiser step")
     parser.add("--bf16", action="store_true", help="train under autocast to bfloat16")
@@ -75,18 +84,24 @@ def parse(arguments: Sequence[str]) -> Namespace:
 def benchmark(arguments: Namespace, command: Sequence[str]) -> int:
     out = shared.output_folder(arguments.out)
     study = Supervised(arguments)
-    experiment = options.make_experiment(arguments, study.perform, "accuracy", out, keep=("metrics.jsonl",))
+    experiment = options.make_experiment(
+        arguments, study.perform, "likelihood", out, keep=("metrics.jsonl",), data=study.identity
+    )
     results: dict[str, Any] = {
         "benchmark": MODULE,
         **shared.provenance(MODULE, command, study.target),
         "data": study.about,
         "settings": vars(arguments),
+        "before": study.before(out),
         "cells": [],
     }
+    before = {name: f"{results['before'][name]:.4f}" for name in (*MEASURES, "chance", "majority")}
     text = (
         f"Target {results['target']['name']}, commit {results['commit']}; {study.about['train']} training, "
-        f"{study.about['validation']} validation and {study.about['test']} test questions. Mean accuracy over tasks "
-        "and fresh seeds, with 95 % intervals over questions and seeds."
+        f"{study.about['validation']} validation and {study.about['test']} test questions. Means over tasks "
+        "and fresh seeds, with 95 % intervals over questions and seeds.\n\n"
+        f"Before: accuracy {before['accuracy']}, likelihood {before['likelihood']}. Accuracy by chance "
+        f"{before['chance']}, of the most frequent answer of each task {before['majority']}."
     )
     rank = min(arguments.ranks, key=lambda each: abs(each - RANK))
     for each in arguments.ranks:
@@ -97,7 +112,7 @@ def benchmark(arguments: Namespace, command: Sequence[str]) -> int:
             options.grids(arguments),
             label=f"rank {each}",
             arms=[arm for arm in arguments.arms if arm != AGAIN or each == rank],
-            measures=("accuracy",),
+            measures=MEASURES,
             seeds={"full": arguments.full_seeds},
             groups=[question.task for question in study.questions["test"]],
         )
@@ -180,13 +195,13 @@ def train(model: Any, rows: list[dict[str, list[int]]], run: Run, folder: Path, 
     training = TrainingArguments(
         output_dir=str(folder / "trainer"),
         num_train_epochs=arguments.epochs,
-        per_device_train_batch_size=arguments.batch_size,
+        per_device_train_batch_size=math.gcd(arguments.batch_size, MICRO),
+        gradient_accumulation_steps=arguments.batch_size // math.gcd(arguments.batch_size, MICRO),
         learning_rate=run.rate,
         lr_scheduler_type="linear",
         warmup_steps=0.05,  # a share of the steps
         max_grad_norm=1.0,
         seed=run.seed,
-        bf16=arguments.bf16,
         logging_steps=1,
         logging_nan_inf_filter=False,
         save_strategy="no",
@@ -213,7 +228,8 @@ def train(model: Any, rows: list[dict[str, list[int]]], run: Run, folder: Path, 
         callbacks=language_models.callbacks(config, log),
     )
     trainer.remove_callback(PrinterCallback)  # a line a step; StepLog writes them
-    trainer.train()
+    with language_models.multiplying(model.device, arguments.bf16):
+        trainer.train()
     return model
 
 
@@ -229,7 +245,8 @@ class Supervised:
         offered = read_questions(arguments.train, self.target.tokenizer)
         test = read_questions(arguments.test, self.target.tokenizer)
         limit = min(arguments.max_tokens, self.target.max_length)
-        fits = [question for question in offered if question.tokens < limit]
+        asked = {tuple(question.prompt) for question in test}
+        fits = [question for question in offered if question.tokens < limit and tuple(question.prompt) not in asked]
         kept = taking_turns((question for question in test if question.tokens < limit), arguments.test_limit, seed=1)
         chosen = taking_turns(fits, arguments.validation_limit + arguments.train_limit, seed=0)
         held_back = chosen[: arguments.validation_limit]
@@ -242,8 +259,9 @@ class Supervised:
             "train": len(self.training),
             "validation": len(held_back),
             "test": len(kept),
-            "too_long": len(offered) + len(test) - len(fits) - sum(question.tokens < limit for question in test),
+            "left_out": len(offered) + len(test) - len(fits) - sum(question.tokens < limit for question in test),
         }
+        self.identity = {"files": [*self.about["files"].values()], "target_fingerprint": self.target.fingerprint}
 
     def perform(self, run: Run, folder: Path) -> dict[str, Any]:
         end = min(self.target.eos_token_ids)
@@ -256,19 +274,48 @@ class Supervised:
         if not language_models.is_finite(model):
             return {"diverged": "a weight is not finite"}
         questions = self.questions[run.part]
-        chosen = answers(model, questions)
-        result: dict[str, Any] = {
-            "units": {"accuracy": [[float(a == q.right), 1.0] for a, q in zip(chosen, questions, strict=True)]}
-        }
+        result: dict[str, Any] = {"units": judged(model, questions)}
         if run.setup.method == "afa-lora":
             result["beta"] = model.peft_config["default"].beta
             result["merged_differences"] = language_models.logits_differences(model, questions[0].prompt)
         return result
 
+    def before(self, out: Path) -> dict[str, float]:
+        """Mean over tasks of the untrained target's measures, and of those of a blind answer; kept in a file."""
+        file, questions = out / "before.json", self.questions["test"]
+        with FileLock(f"{file}.lock"):
+            if not file.is_file():
+                units = judged(self.target.model, questions)
+                write_json(file, {name: [value for value, _ in pairs] for name, pairs in units.items()})
+        values = dict(read_json(file))
+        values["chance"] = [1 / len(question.outputs) for question in questions]
+        common: dict[str, int] = {}
+        for task in {question.task for question in questions}:
+            ((common[task], _),) = Counter(q.right for q in questions if q.task == task).most_common(1)
+        values["majority"] = [float(question.right == common[question.task]) for question in questions]
+        return {name: mean_over_tasks(questions, each) for name, each in values.items()}
+
+
+def mean_over_tasks(questions: Sequence[Question], values: Sequence[float]) -> float:
+    by_task: dict[str, list[float]] = {}
+    for question, value in zip(questions, values, strict=True):
+        by_task.setdefault(question.task, []).append(value)
+    return statistics.mean(map(statistics.mean, by_task.values()))
+
+
+def judged(model: Any, questions: Sequence[Question]) -> dict[str, list[list[float]]]:
+    """Return the units of both measures."""
+    accuracy, likelihood = [], []
+    for question, totals in zip(questions, log_likelihoods(model, questions), strict=True):
+        best = max(range(len(totals)), key=totals.__getitem__)
+        accuracy.append([float(best == question.right), 1.0])
+        likelihood.append([float(torch.tensor(totals).softmax(0)[question.right]), 1.0])
+    return {"accuracy": accuracy, "likelihood": likelihood}
+
 
 @torch.no_grad()
-def answers(model: Any, questions: Sequence[Question], tokens_per_batch: int = 2048) -> list[int]:
-    """Return the number of the option with the most likely output, for each question.
+def log_likelihoods(model: Any, questions: Sequence[Question], tokens_per_batch: int = 2048) -> list[list[float]]:
+    """Return the log-likelihood of each option's output, for each question.
 
     Options that differ in their last token only share one reading of prompt and output.
     """
@@ -293,7 +340,7 @@ def answers(model: Any, questions: Sequence[Question], tokens_per_batch: int = 2
             for number, option, prompt, output in readings[text]:
                 places = torch.arange(prompt - start, prompt - start + len(output))
                 totals[number][option] = float(log_p[places, torch.tensor(output)].sum())
-    return [max(range(len(total)), key=total.__getitem__) for total in totals]
+    return totals
 
 
 main = partial(shared.run_program, parse, benchmark)

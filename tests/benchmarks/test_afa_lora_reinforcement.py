@@ -1,14 +1,23 @@
 """benchmarks.afa_lora.reinforcement on a tiny target: GRPO, rollouts, reward, and the whole comparison."""
 
 import json
+import re
 
 import pytest
+import torch
 from conftest import save_tiny_target
 from transformers import TrainerCallback
 
 from benchmarks.afa_lora import language_models, reinforcement
 from benchmarks.afa_lora.experiment import Run, Setup
-from benchmarks.afa_lora.reinforcement import Reinforcement, is_right, make_trainer, read_problems
+from benchmarks.afa_lora.reinforcement import (
+    Problem,
+    Reinforcement,
+    divided,
+    is_right,
+    make_trainer,
+    read_problems,
+)
 from draft.afa import beta_at, merge_adapter
 from draft.errors import UserError
 from draft.files import read_json
@@ -20,7 +29,12 @@ STEPS = 4
 def world(tmp_path_factory):
     root = tmp_path_factory.mktemp("reinforcement")
     save_tiny_target(root / "target")
-    rows = [{"question": f"What is {n} and {n}?", "answer": 2 * n} for n in range(40)]
+    names = ["Ann", "Bo", "Cy", "Di", "Ed", "Flo", "Gus", "Hal"]
+    rows = [
+        {"question": f"What are {n} {what} of {name} and {n}?", "answer": 2 * n}
+        for n, name in enumerate(names)
+        for what in ("cups", "hats", "pens", "pins", "keys", "jars")
+    ]
     (root / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return root
 
@@ -85,8 +99,11 @@ def test_beta_follows_the_steps_of_grpo_and_rollouts_come_from_the_annealed_mode
     log = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["beta"] for line in log] == [beta_at(step + 1, STEPS, 0.75) for step in range(STEPS)]
     assert all("reward" in line for line in log)
+    for name, weight in trainer.model.named_parameters():
+        if "lora_B" in name:  # where nothing was rewarded it is still 0, and merging changes nothing
+            torch.nn.init.normal_(weight.data, std=0.1)
     found = language_models.logits_differences(trainer.model, [5, 6, 7])
-    assert found["float32"] < 1e-5 and found["bfloat16"] < 0.1
+    assert 0 < found["float32"] < 1e-5 and 0 < found["bfloat16"] < 0.1
 
 
 def test_a_run_that_ends_within_annealing_is_refused(world, tmp_path):
@@ -111,6 +128,17 @@ def test_the_last_number_decides():
     wrong = [("12 or 13", 12), ("none", 0), ("", 0), ("1.21", 1.2), ("12-", -12)]
     assert not any(is_right(text, answer) for text, answer in wrong)
     assert reinforcement.reward(["it is 4", "4 or 5"], answer=[4.0, 4.0]) == [1.0, 0.0]
+
+
+def test_problems_that_differ_in_numbers_only_are_in_one_part():
+    texts = [
+        f"{name} has {n} {what}." for name in "abcdefgh" for what in ("cups", "hats") for n in ("3", "1,000", "2.5")
+    ]
+    parts = divided([Problem(text, 1.0) for text in texts], {"test": 7, "train": 20})
+    assert {name: len(part) for name, part in parts.items()} == {"test": 7, "train": 20}
+    masked = [{re.sub(r"[\d.,]+", "", problem.question) for problem in part} for part in parts.values()]
+    assert not masked[0] & masked[1]
+    assert not divided([Problem("1 cup", 1.0), Problem("2 cup", 1.0)], {"test": 1, "train": 1})["train"]
 
 
 def test_problems_are_read_once_and_wrong_ones_named(tmp_path):

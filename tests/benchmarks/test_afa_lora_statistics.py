@@ -172,6 +172,36 @@ def test_a_finished_run_is_not_done_again_and_arms_share_what_they_have_in_commo
     assert all(entry["p_holm"] == pytest.approx(2 * entry["p"]) for entry in entries)
 
 
+def test_a_rate_with_which_a_fresh_seed_diverges_gives_way_to_a_lower_one(tmp_path):
+    def perform(run, folder):
+        if run.part == "test" and run.rate == 2e-3 and run.seed == 1:
+            return {"diverged": "step 3"}
+        value = 0.5 - 0.05 * abs(math.log(run.rate / 2e-3))
+        return {"units": {"accuracy": [[value + 0.001 * unit, 1.0] for unit in range(10)]}}
+
+    study = Experiment(tmp_path, perform, "accuracy", seeds=3, say=lambda text: None)
+    rates = {"lora": [5e-4, 1e-3, 2e-3, 4e-3]}
+    cell = report.run_cell(study, "maths", {}, rates, label="x", arms=["lora"], measures=["accuracy"])
+    assert (cell["arms"]["lora"]["rate"], cell["arms"]["lora"]["diverged"]) == (1e-3, [2e-3])
+
+
+def test_equal_rates_do_not_let_a_grid_grow(tmp_path):
+    def perform(run, folder):
+        return {"units": {"accuracy": [[0.5, 1.0]] * 10}}
+
+    study = Experiment(tmp_path, perform, "accuracy", seeds=3, say=lambda text: None)
+    tuned = study.tuned(setup("maths", "lora", {}), [1e-3, 2e-3, 4e-3])
+    assert (tuned.rate, tuned.inside) == (2e-3, True)
+
+
+def test_runs_of_other_settings_are_refused(tmp_path):
+    study = Experiment(tmp_path, lambda run, folder: {}, "accuracy", seeds=3)
+    study.settle({"epochs": 1.0})
+    study.settle({"epochs": 1.0})
+    with pytest.raises(UserError, match="epochs was 1.0 there and is 2.0 now"):
+        study.settle({"epochs": 2.0})
+
+
 def test_a_run_that_diverged_is_named(tmp_path):
     study = experiment(tmp_path, {"lora": 1e-6}, [])
     (result,) = study.complete([Run(setup("maths", "lora", {}), 1.0, 0, "test")])

@@ -9,7 +9,8 @@ from conftest import save_tiny_target
 from peft import get_peft_model
 
 from benchmarks.afa_lora import language_models, supervised
-from benchmarks.afa_lora.supervised import Question, Supervised, answers, read_questions, taking_turns
+from benchmarks.afa_lora.experiment import Setup
+from benchmarks.afa_lora.supervised import Question, Supervised, log_likelihoods, read_questions, taking_turns
 from draft.afa import set_annealing_step
 from draft.errors import UserError
 from draft.files import read_json
@@ -54,6 +55,10 @@ def test_quick_run_reports_each_task_and_the_mean(world, monkeypatch, capsys):
     assert (results["data"]["train"], results["data"]["validation"], results["data"]["test"]) == (8, 4, 8)
     (cell,) = results["cells"]
     assert cell["arms"]["lora"]["seeds"] == [0, 1] and cell["arms"]["lora"]["grid"][-1] == [1e30, None]  # diverged
+    assert set(results["before"]) == {"accuracy", "likelihood", "chance", "majority"}
+    assert results["before"]["chance"] == pytest.approx((1 / 2 + 1 / 3) / 2)
+    assert 0 < results["before"]["likelihood"] < 1 and results["before"]["majority"] >= results["before"]["chance"]
+    assert all(0 < value < 1 for _, value in cell["arms"]["lora"]["grid"][:2])  # tuned by likelihood
     parts = cell["measures"]["accuracy"]
     assert {name: each["units"] for name, each in parts.items()} == {"all": 8, "truth": 4, "choice": 4}
     for arm in ("lora", "afa-lora"):
@@ -69,6 +74,22 @@ def test_quick_run_reports_each_task_and_the_mean(world, monkeypatch, capsys):
     monkeypatch.setattr(Supervised, "perform", None)  # nothing is left to do
     capsys.readouterr()
     assert supervised.main(quick) == 0
+    assert supervised.main([*quick, "--epochs", "2"]) == 2
+    assert "holds runs of another experiment (epochs was 1.0 there and is 2.0 now)" in capsys.readouterr().err
+
+
+def test_bf16_trains_every_weight_under_autocast(study, tmp_path):
+    """The casts of weights that change must not be kept: two steps differ from one that is taken twice."""
+    rows = [{"input_ids": [5, 6, 7, 8], "labels": [-100, -100, 7, 8]}] * 4
+    losses = []
+    for bf16 in (False, True):
+        arguments = supervised.parse(words(tmp_path, "--batch-size", "1", *(["--bf16"] if bf16 else [])))
+        run = supervised.Run(Setup("questions", "full", ()), 1e-2, 0, "test")
+        folder = tmp_path / str(bf16)
+        supervised.train(language_models.copy_of(study.target), rows, run, folder, arguments, 2)
+        losses.append([json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()])
+    assert losses[0][-1] < losses[0][0] - 0.5 and losses[1] != losses[0]
+    assert losses[1] == pytest.approx(losses[0], rel=0.1)
 
 
 def test_a_run_that_ends_within_annealing_is_refused(study):
@@ -92,9 +113,12 @@ def test_the_answer_is_the_option_of_the_largest_likelihood(study):
             log_p = model(torch.tensor([question.prompt + output])).logits[0].log_softmax(-1)
             start = len(question.prompt) - 1
             totals.append(sum(float(log_p[start + place, token]) for place, token in enumerate(output)))
-        expected.append(max(range(len(totals)), key=totals.__getitem__))
-    assert answers(model, questions, tokens_per_batch=32) == expected
-    assert len(set(expected)) > 1
+        expected.append(totals)
+    found = log_likelihoods(model, questions, tokens_per_batch=32)
+    assert [len(totals) for totals in found] == [len(totals) for totals in expected]
+    for totals, wanted in zip(found, expected, strict=True):
+        assert totals == pytest.approx(wanted, abs=1e-4)
+    assert len({totals.index(max(totals)) for totals in expected}) > 1
 
 
 def test_parts_do_not_overlap_and_tasks_take_turns(study, world):
