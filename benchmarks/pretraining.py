@@ -49,6 +49,7 @@ examples:
     python -m {MODULE} --heads smollm2-eagle3 runs/head/head --held-out data/kinds --out runs/judged
 """
 K = 5
+SIDE_BY_SIDE = 5  # runs
 BASE = "--draft-steps 3 --learning-rate 1e-3"
 SETTINGS = {
     "base": "",
@@ -208,14 +209,27 @@ def trained(folder: Path) -> dict[str, Any]:
 
 
 def show(console: Console, results: dict[str, Any], kinds: dict[str, list[Row]]) -> None:
-    headings = ("setting", "seed", "mean", *kinds, "position 1", "tokens", "tokens/s")
-    table = shared.make_table(f"τ by greedy replay, K = {K}", headings, ("setting",))
+    """Print a line a run, and a line a kind where the runs fit beside each other."""
+    headings = ("setting", "seed", "mean", "worst kind", "position 1", "tokens", "tokens/s")
+    table = shared.make_table(f"τ by greedy replay, K = {K}", headings, ("setting", "worst kind"))
     for run in results["runs"]:
-        taus = [f"{run['tau'][kind]:.3f}" for kind in kinds]
-        read = ("", "") if run["seed"] is None else (f"{run['tokens']:,}", f"{run['tokens_per_second']:.0f}")
-        seed = "" if run["seed"] is None else str(run["seed"])
-        table.add_row(run["setting"], seed, f"{run['mean']:.3f}", *taus, f"{run['position_1']:.3f}", *read)
+        worst = min(kinds, key=lambda kind: run["tau"][kind])
+        read = ("", "", "")
+        if run["seed"] is not None:
+            read = (str(run["seed"]), f"{run['tokens']:,}", f"{run['tokens_per_second']:.0f}")
+        table.add_row(
+            *(run["setting"], read[0], f"{run['mean']:.3f}", f"{worst} {run['tau'][worst]:.3f}"),
+            *(f"{run['position_1']:.3f}", *read[1:]),
+        )
     console.print(table)
+    if len(results["runs"]) <= SIDE_BY_SIDE:
+        names = [
+            run["setting"] if run["seed"] is None else f"{run['setting']}, {run['seed']}" for run in results["runs"]
+        ]
+        table = shared.make_table("by kind", ("kind", *names), ("kind",))
+        for kind in kinds:
+            table.add_row(kind, *(f"{run['tau'][kind]:.3f}" for run in results["runs"]))
+        console.print(table)
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
