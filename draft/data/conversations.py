@@ -78,7 +78,7 @@ class Layout:
             if messages and messages[0]["role"] == "system":  # the conversation's own is used
                 used -= set(_SYSTEM)
             else:
-                messages = [{"role": "system", "content": _text(system, "the system prompt")}, *messages]
+                messages = [{"role": "system", "content": text_of(system, "the system prompt")}, *messages]
         elif system:
             raise BadRow("a system prompt that is not a text", f"the system prompt is a {type(system).__name__}")
         if self.keep:
@@ -116,9 +116,9 @@ class Layout:
                 log.warning("column %r holds lists of texts: each text is taken for a user's turn", column)
                 self.lists_told = True
             return self._messages(value)
-        text = _text(value, f"column {column!r}")
+        text = text_of(value, f"column {column!r}")
         if column == "instruction" and isinstance(record.get("input"), str) and record["input"].strip():
-            text = f"{text}\n\n{_text(record['input'], 'column ' + repr('input'))}"
+            text = f"{text}\n\n{text_of(record['input'], 'column ' + repr('input'))}"
             used.add("input")
         return [{"role": "user", "content": text}]
 
@@ -148,8 +148,8 @@ class Layout:
                 reasoning = self._first(record, _REASONING, used)
                 if isinstance(reasoning, bool) or str(reasoning).strip().lower() in _FLAGS:  # switched on, not thoughts
                     reasoning = None
-                thought = {"reasoning_content": _text(reasoning, "the reasoning")} if reasoning else {}
-                answer = _text(value, f"column {self.response!r}", "an empty answer")
+                thought = {"reasoning_content": text_of(reasoning, "the reasoning")} if reasoning else {}
+                answer = text_of(value, f"column {self.response!r}", "an empty answer")
                 messages = [*messages, {"role": "assistant", **thought, "content": answer}]
         while messages and (messages[-1]["role"] != "assistant" or "weight" in messages[-1]):
             messages = messages[:-1]  # an unanswered end has nothing to train on
@@ -204,7 +204,7 @@ def _role(item: Any, place: int) -> str:
 
 def _message(item: Any, role: str, place: int) -> Message:
     if isinstance(item, str):
-        return {"role": role, "content": _text(item, f"turn {place}", "an empty turn")}
+        return {"role": role, "content": text_of(item, f"turn {place}", "an empty turn")}
     content = item.get("content", item.get("value"))
     message: Message = {"role": role}
     calls = item.get("tool_calls") or ([item["function_call"]] if item.get("function_call") else None)
@@ -213,13 +213,13 @@ def _message(item: Any, role: str, place: int) -> Message:
     if role == "assistant" and calls:
         message["tool_calls"] = tool_calls(calls, f"turn {place}")
     if role == "assistant" and (reasoning := next((item[name] for name in _REASONING if item.get(name)), None)):
-        message["reasoning_content"] = _text(reasoning, f"the reasoning of turn {place}")
+        message["reasoning_content"] = text_of(reasoning, f"the reasoning of turn {place}")
     message |= {name: item[name] for name in ("name", "tool_call_id") if isinstance(item.get(name), str)}
     content = _joined(content, f"turn {place}")
     if content in (None, "") and (role == "tool" or "tool_calls" in message):  # beside a call, or as its result
         return {**message, "content": ""}
     reason = "an empty answer" if role == "assistant" else "an empty turn"
-    return {**message, "content": _text(content, f"turn {place}", reason)}
+    return {**message, "content": text_of(content, f"turn {place}", reason)}
 
 
 def _trained_on(weight: Any, place: int) -> bool:
@@ -304,7 +304,7 @@ def _history(value: Any) -> list[Any]:
     return turns
 
 
-def _text(value: Any, what: str, reason: str = "") -> str:
+def text_of(value: Any, what: str, reason: str = "") -> str:
     if not isinstance(value, str):
         kind = "missing" if value is None else "a " + type(value).__name__
         raise BadRow(reason if value is None and reason else "no text", f"{what} is {kind}, not a text")

@@ -176,10 +176,10 @@ class _Reader:
             parts += [heading, paragraph] if heading else [paragraph]
             heading, words = "", words + count
             if words >= limit:
-                yield from _told(parts, source)
+                yield from _in_known_language(parts, source)
                 parts, words = [], 0
         if words >= _SHORTEST:
-            yield from _told(parts, source)
+            yield from _in_known_language(parts, source)
 
     def _code(self, text: str, language: str, source: str) -> Iterator[Piece]:
         blocks, size = list[str](), 0
@@ -197,7 +197,7 @@ class _Reader:
             yield Piece("\n\n".join(blocks), "code", language, source)
 
 
-def _told(parts: list[str], source: str) -> Iterator[Piece]:
+def _in_known_language(parts: list[str], source: str) -> Iterator[Piece]:
     """The piece, if the language of its paragraphs is known."""
     text = re.sub(r"\n(?=- )", "", "\n\n".join(parts))
     language = language_of(text)

@@ -12,7 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from draft.data.conversations import COLUMNS, CONVERSATIONS, RESPONSES, Layout, Record, _text
+from draft.data.conversations import COLUMNS, CONVERSATIONS, RESPONSES, Layout, Record, text_of
 from draft.data.dataset import Response, Row, conversation_id
 from draft.data.examples import (
     SENTINEL,
@@ -105,7 +105,7 @@ class _Reader:
             return {"row": _token_row(record, self.source)}
         if self.kind == "conversation":
             return self.layout.read(record)
-        text = _text(record.get(self.layout.column), f"column {self.layout.column!r}")
+        text = text_of(record.get(self.layout.column), f"column {self.layout.column!r}")
         self.layout.note_unused(record, {self.layout.column}, {text})
         return {"text": text}
 
