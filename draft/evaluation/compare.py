@@ -140,14 +140,10 @@ def compare(
         for which, contender in contenders.items():
             seen = row_ids(rows) & (trained_row_ids(contender.about) or set())
             if seen and leave_out_trained:
-                unseen = [row for row in sets[name] if not row_ids([row]) & seen]
-                log.warning(
-                    "%d %s rows are left out, since the %s was trained on them",
-                    len(sets[name]) - len(unseen),
-                    name,
-                    which,
-                )
-                sets[name] = unseen
+                kept = [row for row in sets[name] if not row_ids([row]) & seen]
+                if left := len(sets[name]) - len(kept):  # none where the other head was trained on the same ones
+                    log.warning("%d %s rows are left out, since the %s was trained on them", left, name, which)
+                sets[name] = kept
             elif seen:
                 raise UserError(
                     f"{len(seen)} of the {len(rows)} {name} rows are among those that the {which} was trained on; "

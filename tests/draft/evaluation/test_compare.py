@@ -141,6 +141,10 @@ def test_rows_that_a_head_was_trained_on_are_left_out_when_asked(tiny_target, ti
     assert left.measurements["domain"].greedy.conversations == alone.measurements["domain"].greedy.conversations > 0
     assert left.measurements["domain"].greedy.taus == alone.measurements["domain"].greedy.taus
     assert "3 domain rows are left out, since the candidate was trained on them" in caplog.text
+    both = contender("base", tiny_head, trained_rows=record_trained_rows(rows[:3], {}))
+    caplog.clear()
+    compare(tiny_target, both, trained, rows[:ROWS], leave_out_trained=True, **options)
+    assert [record.getMessage()[:20] for record in caplog.records] == ["3 domain rows are le"]
     with pytest.raises(UserError, match="greed"):
         compare(tiny_target, base, trained, rows[:3], leave_out_trained=True, **options)
 
