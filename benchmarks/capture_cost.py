@@ -19,7 +19,9 @@ from typing import Any
 from pyarrow import parquet
 
 from benchmarks import shared
-from benchmarks.serving_load import Cores, Request, bind, bound, closed_loop, shortest
+from benchmarks.clients import Request, closed_loop
+from benchmarks.core_binding import Cores, bind, bound
+from benchmarks.serving_load import shortest
 from benchmarks.shared import spread
 from draft.errors import UserError
 from draft.launcher import draft_serve

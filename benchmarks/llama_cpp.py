@@ -25,7 +25,7 @@ import psutil
 from rich.console import Console
 
 from benchmarks import shared
-from benchmarks.serving_load import Request, Trace, closed_loop
+from benchmarks.clients import Request, Trace, closed_loop
 from benchmarks.shared import at_least, at_most, spread
 from benchmarks.timing import Key, Samples, Timing, Variant, batches, measure
 from draft.errors import UserError

@@ -10,35 +10,28 @@ percentiles are over the requests of all repeats. TPOT is (end - first token) / 
 
 from __future__ import annotations
 
-import asyncio
 import itertools
-import json
-import math
-import os
-import random
 import statistics
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack
 from functools import partial
-from pathlib import Path
 from time import perf_counter
-from typing import Any, NamedTuple
+from typing import Any
 
-import httpx
-import numpy as np
 from rich.console import Console
-from rich.table import Table
 from transformers.utils.logging import disable_progress_bar
 
 from benchmarks import shared
-from benchmarks.shared import at_least, at_most, spread
+from benchmarks.clients import Load, Request, closed_loop, poisson
+from benchmarks.core_binding import Cores, bind, bound
+from benchmarks.serving_figures import Key, draw, judge, show, summarise
+from benchmarks.serving_plan import HTTP_CONCURRENCY, MODES, POISSON_LOAD, Plan, Rates
+from benchmarks.shared import spread
 from draft.errors import UserError
-from draft.evaluation.tau import acceptance_length
 from draft.launcher import Server, draft_serve
 from draft.target import Target, load_target
 from serving.cli import load_engine
@@ -55,19 +48,9 @@ examples:
     python -m {MODULE} --concurrency 1 4 --requests 4 --repeats 1 --arrivals closed --out runs/serving_load
 """
 ARRIVALS = ("closed", "poisson")
-MODES = ("off", "on", "automatic")
 CHAINS = (1, 2, 3, 5)  # the fastest of them is what speculation on means
-HTTP_CONCURRENCY = 8
-POISSON_LOAD = 0.7  # of what the closed loop answered with speculation off
-LOOP_SECONDS = (60.0, 50, 40, 32, 26, 21, 17, 14, 12, 10, 8, 7, 6, 5, 4, 3, 2)  # tried, with speculation off
 ENDURANCE_TOKENS = 16
 ENDURANCE_PROMPT = 24  # characters
-TIMEOUT = 600.0  # seconds for one answer
-
-# bars
-AUTOMATIC_OVER_BETTER = 0.97
-OVER_HTTP = 0.95  # of the engine's throughput without HTTP
-MEMORY_GROWTH = 1.05
 
 # ---- the program ----
 
@@ -189,14 +172,6 @@ def measure(
 
 
 # ---- the loops of a run ----
-
-
-class Key(NamedTuple):
-    """Setting of a row of the results."""
-
-    arrivals: str  # closed or poisson
-    concurrency: int
-    mode: str
 
 
 class Bench:
@@ -335,419 +310,6 @@ def compare_http(bench: Bench, engine: Engine, count: int, repeats: int, step: C
         "over_engine": ratios["median"],
         "spread": ratios,
     }
-
-
-# ---- requests that a run can afford, by a short calibration ----
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The parts of a run, and how many requests each loop has."""
-
-    concurrency: tuple[int, ...]
-    arrivals: tuple[str, ...]  # closed, poisson
-    repeats: int
-    http_repeats: int  # 0: HTTP is not compared with the engine alone
-    endurance: int  # requests
-
-    def requests(self, rates: Rates, seconds: float) -> dict[int, int]:
-        """Return, by concurrency, the requests of a loop that takes so long with speculation off."""
-        levels = {*self.concurrency, HTTP_CONCURRENCY}
-        return {level: level * max(1, round(seconds * rates.of("off", level) / level)) for level in levels}
-
-    def seconds(self, rates: Rates, requests: dict[int, int]) -> float:
-        """Return the seconds that the whole run takes."""
-        loops = {(mode, level): requests[level] / rates.of(mode, level) for mode in MODES for level in self.concurrency}
-        total = self.repeats * sum(loops.values()) if "closed" in self.arrivals else 0.0
-        if "poisson" in self.arrivals:
-            total += sum(max(loops[mode, level], loops["off", level] / POISSON_LOAD) for mode, level in loops)
-        total += 2 * self.http_repeats * requests[HTTP_CONCURRENCY] / rates.of("off", HTTP_CONCURRENCY)
-        return total + self.endurance / rates.endurance
-
-    def fit(self, rates: Rates, seconds: float, least: int | None = None) -> dict[int, int]:
-        """Return the most requests a loop that let the run end in time, or the fewest that make sense.
-
-        least: so many a loop instead, rounded up for each client to have as many.
-        """
-        if least:
-            return {level: level * -(-least // level) for level in {*self.concurrency, HTTP_CONCURRENCY}}
-        tries = [self.requests(rates, each) for each in LOOP_SECONDS]
-        return next((each for each in tries if self.seconds(rates, each) <= seconds), tries[-1])
-
-
-@dataclass(frozen=True)
-class Rates:
-    """Requests per second as calibrated, at a concurrency of 1 and at the highest."""
-
-    highest: int
-    measured: dict[tuple[str, int], float]  # (off or on, concurrency)
-    endurance: float
-
-    def of(self, mode: str, concurrency: int) -> float:
-        """Interpolate by a power of the concurrency; automatic counts as the slower of on and off."""
-        if mode == "automatic":
-            return min(self.of("off", concurrency), self.of("on", concurrency))
-        least, most = self.measured[mode, 1], self.measured[mode, self.highest]
-        if self.highest == 1:
-            return least
-        exponent = min(1.0, math.log(concurrency) / math.log(self.highest))
-        return least * (most / least) ** exponent
-
-
-# ---- requests and their traces ----
-
-
-@dataclass(frozen=True)
-class Request:
-    """One POST request."""
-
-    path: str
-    body: dict[str, Any]
-
-    @property
-    def tokens(self) -> int:
-        """Number of tokens that the answer must have."""
-        return int(self.body.get("max_tokens") or self.body["max_completion_tokens"])
-
-
-@dataclass
-class Trace:
-    """One request as its client saw it: seconds of perf_counter(), and tokens by its usage."""
-
-    sent: float
-    first: float = 0.0  # the first text; 0: it was not streamed, or none came
-    ended: float = 0.0
-    tokens: int = 0
-    accepted: int = 0  # by the steps
-    steps: int = 0  # verifications of at least one drafted token
-    error: str | None = None
-
-    @property
-    def first_token_seconds(self) -> float | None:
-        return self.first - self.sent if self.first else None
-
-    @property
-    def seconds_per_token(self) -> float | None:
-        """Seconds per token after the first one."""
-        return (self.ended - self.first) / (self.tokens - 1) if self.first and self.tokens > 1 else None
-
-    @property
-    def seconds(self) -> float:
-        return self.ended - self.sent
-
-
-@dataclass(frozen=True)
-class Load:
-    """Traces of some requests, and the seconds from the first one's sending to the last one's end."""
-
-    traces: list[Trace]
-    seconds: float
-
-    @property
-    def good(self) -> list[Trace]:
-        return [trace for trace in self.traces if trace.error is None]
-
-    @property
-    def rate(self) -> float:
-        """Tokens per second."""
-        return sum(trace.tokens for trace in self.good) / self.seconds
-
-    @property
-    def requests_per_second(self) -> float:
-        return len(self.good) / self.seconds
-
-
-def closed_loop(url: str, requests: Sequence[Request], concurrency: int) -> Load:
-    """Run so many clients, each of which sends its next request when the last one is answered."""
-
-    async def run(client: httpx.AsyncClient) -> list[Trace]:
-        left, traces = iter(requests), list[Trace]()
-
-        async def work() -> None:
-            for request in left:
-                traces.append(await send(client, request))
-
-        await asyncio.gather(*(work() for _ in range(concurrency)))
-        return traces
-
-    return _load(url, run)
-
-
-def poisson(url: str, requests: Sequence[Request], per_second: float, seed: int) -> Load:
-    """Send requests with exponential gaps between them, however many are being answered."""
-    gaps = random.Random(seed)
-
-    async def run(client: httpx.AsyncClient) -> list[Trace]:
-        due, tasks = perf_counter(), []
-        for request in requests:
-            await asyncio.sleep(max(0.0, due - perf_counter()))
-            tasks.append(asyncio.ensure_future(send(client, request)))
-            due += gaps.expovariate(per_second)
-        return list(await asyncio.gather(*tasks))
-
-    return _load(url, run)
-
-
-def _load(url: str, conversation: Callable[[httpx.AsyncClient], Coroutine[Any, Any, list[Trace]]]) -> Load:
-    async def run() -> Load:
-        unlimited = httpx.Limits(max_connections=None, max_keepalive_connections=None)
-        async with httpx.AsyncClient(base_url=url, timeout=TIMEOUT, limits=unlimited, trust_env=False) as client:
-            began = perf_counter()
-            traces = await conversation(client)
-            return Load(traces, perf_counter() - began)
-
-    return asyncio.run(run())
-
-
-async def send(client: httpx.AsyncClient, request: Request) -> Trace:
-    """Send one request; whatever is wrong with its answer is in the trace."""
-    trace = Trace(perf_counter())
-    try:
-        async with client.stream("POST", request.path, json=request.body) as response:
-            if response.status_code != 200:
-                trace.error = f"status {response.status_code}"
-            elif request.body.get("stream"):
-                await _note_stream(trace, response)
-            else:
-                _note_usage(trace, json.loads(await response.aread()))
-    except (httpx.HTTPError, ValueError, LookupError) as error:
-        trace.error = f"{type(error).__name__}: {error}"
-    trace.ended = trace.ended or perf_counter()
-    if trace.error is None and trace.tokens != request.tokens:
-        trace.error = f"{trace.tokens} tokens instead of {request.tokens}"
-    return trace
-
-
-async def _note_stream(trace: Trace, response: httpx.Response) -> None:
-    done = False
-    async for line in response.aiter_lines():
-        if line == "data: [DONE]":
-            done = True
-        elif line.startswith("data:"):
-            chunk = json.loads(line.removeprefix("data:"))
-            if "error" in chunk:
-                trace.error = chunk["error"]["message"]
-            elif chunk.get("usage"):
-                _note_usage(trace, chunk)
-            else:
-                choice = chunk["choices"][0]
-                if not trace.first and (choice.get("text") or choice.get("delta", {}).get("content")):
-                    trace.first = perf_counter()
-                if choice["finish_reason"]:
-                    trace.ended = perf_counter()
-    if not done:
-        trace.error = trace.error or "the stream ended without [DONE]"
-
-
-def _note_usage(trace: Trace, answer: dict[str, Any]) -> None:
-    trace.tokens = answer["usage"]["completion_tokens"]
-    if figures := answer.get("metrics"):  # of other servers there are none
-        figures = figures["speculative_decoding"]
-        trace.accepted, trace.steps = figures["num_accepted_draft_tokens"], figures["num_spec_steps"]
-
-
-# ---- cores ----
-
-CAN_BIND = hasattr(os, "sched_setaffinity")
-
-
-@dataclass(frozen=True)
-class Cores:
-    """Cores for the arithmetic, and cores for the sockets: a server's event loop, and clients."""
-
-    engine: tuple[int, ...]
-    io: tuple[int, ...]
-
-    @classmethod
-    def split(cls) -> Cores:
-        """Give half of the cores that this process may use to each; a single one is shared."""
-        allowed = sorted(os.sched_getaffinity(0)) if CAN_BIND else list(range(os.cpu_count() or 1))
-        half = max(1, len(allowed) // 2)
-        return cls(tuple(allowed[:half]), tuple(allowed[half:] or allowed))
-
-    def __str__(self) -> str:
-        if not CAN_BIND:
-            return "processes are bound to no cores: this system cannot"
-        engine, io = (", ".join(map(str, cores)) for cores in (self.engine, self.io))
-        return f"engine on core {engine}; server I/O and client on core {io}"
-
-
-def bind(thread: int, cores: Sequence[int]) -> None:
-    """Bind a thread to cores, and with it the threads that it starts from now on.
-
-    thread: the system's number, a process's number being that of its first thread; 0: the calling thread.
-    """
-    if CAN_BIND:
-        os.sched_setaffinity(thread, cores)
-
-
-@contextmanager
-def bound(cores: Sequence[int]) -> Iterator[None]:
-    """Bind the calling thread to cores until the block ends."""
-    before = os.sched_getaffinity(0) if CAN_BIND else ()
-    bind(0, cores)
-    try:
-        yield
-    finally:
-        bind(0, tuple(before))
-
-
-# ---- figures ----
-
-
-def summarise(samples: dict[Key, list[Load]], arrival_rates: dict[int, float]) -> list[dict[str, Any]]:
-    """Return a row for each key: seconds at percentiles over the requests of all repeats, rates with their spread.
-
-    arrival_rates: requests per second that came, by concurrency; of Poisson arrivals.
-    """
-    return [
-        {
-            **key._asdict(),
-            "arrivals_per_second": arrival_rates.get(key.concurrency) if key.arrivals == "poisson" else None,
-            "requests": sum(len(load.traces) for load in loads),
-            "errors": [trace.error for load in loads for trace in load.traces if trace.error is not None],
-            "tokens_per_second": spread([load.rate for load in loads]),
-            "repeats": [load.rate for load in loads],
-            "acceptance_length": tau(loads),
-            **latencies(loads),
-        }
-        for key, loads in samples.items()
-        if loads
-    ]
-
-
-def latencies(loads: list[Load]) -> dict[str, dict[str, float] | None]:
-    good = [trace for load in loads for trace in load.good]
-    return {
-        "ttft": percentiles(trace.first_token_seconds for trace in good),
-        "tpot": percentiles(trace.seconds_per_token for trace in good),
-        "e2e": percentiles(trace.seconds for trace in good),
-    }
-
-
-def percentiles(values: Iterable[float | None]) -> dict[str, float] | None:
-    """Return seconds, linear between the two values next to a percentile; None when there are no values."""
-    known = [value for value in values if value is not None]
-    if not known:
-        return None
-    p50, p99 = np.percentile(known, [50, 99])
-    return {"p50": float(p50), "p99": float(p99)}
-
-
-def tau(loads: list[Load]) -> float | None:
-    """Return 1 + accepted / verifications, of those that had drafted tokens, before an answer's end cut any off."""
-    steps = sum(trace.steps for load in loads for trace in load.good)
-    accepted = sum(trace.accepted for load in loads for trace in load.good)
-    return acceptance_length(accepted + steps, steps) if steps else None
-
-
-def judge(results: dict[str, Any]) -> list[shared.Bar]:
-    """Return each bar with the figure of this run."""
-    closed = [row for row in results["loads"] if row["arrivals"] == "closed"]
-    found = []
-    for concurrency in sorted({row["concurrency"] for row in closed}):
-        rates = {row["mode"]: row["repeats"] for row in closed if row["concurrency"] == concurrency}
-        figure = automatic_over_better(rates)
-        name = f"automatic / the better of on and off, concurrency {concurrency}"
-        found.append(at_least(name, figure, AUTOMATIC_OVER_BETTER))
-    http = results.get("http") or {}
-    name = f"tokens/s over HTTP / by the engine alone, concurrency {http.get('concurrency', 8)}"
-    found.append(at_least(name, http.get("over_engine"), OVER_HTTP))
-    endurance = results.get("endurance") or {}
-    requests = endurance.get("requests", 2000)
-    found.append(at_most(f"errors in {requests} requests of 16 tokens", endurance.get("errors"), 0))
-    name = f"server's memory after {requests} requests / after {endurance.get('early', 200)}"
-    found.append(at_most(name, endurance.get("memory_growth"), MEMORY_GROWTH))
-    return found
-
-
-def automatic_over_better(rates: dict[str, list[float]]) -> float | None:
-    """Return the median over repeats of automatic's tokens per second / those of the mode that is better overall.
-
-    rates: mode -> tokens per second of each repeat. Taking the better anew in each repeat would reward its luck.
-    """
-    if not {"on", "off", "automatic"} <= rates.keys():
-        return None
-    better = max(("off", "on"), key=lambda mode: statistics.median(rates[mode]))
-    ratios = [one / other for one, other in zip(rates["automatic"], rates[better], strict=False)]
-    return statistics.median(ratios) if ratios else None
-
-
-# ---- tables and picture ----
-
-LATENCIES = {"ttft": "TTFT", "tpot": "TPOT", "e2e": "end to end"}  # name in the JSON -> its heading in the table
-
-
-def show(console: Console, results: dict[str, Any]) -> None:
-    for arrivals, title in (("closed", "closed loop"), ("poisson", "Poisson arrivals")):
-        rows = [row for row in results["loads"] if row["arrivals"] == arrivals]
-        if rows:
-            console.print(_table(rows, title))
-    console.print(f"{results['cores']['in_words']}; on: chains of {results['num_tokens']}; milliseconds at p50 / p99")
-    if http := results.get("http"):
-        console.print(
-            f"concurrency {http['concurrency']}: {http['over_http']['median']:.1f} tokens/s over HTTP, "
-            f"{http['engine']['median']:.1f} by the engine alone"
-        )
-    if endurance := results.get("endurance"):
-        early, late = (endurance[name] / 2**20 for name in ("memory_early", "memory_late"))
-        console.print(
-            f"{endurance['requests']} requests of {endurance['tokens']} tokens in {endurance['seconds']:.0f} s: "
-            f"{endurance['errors']} errors, {early:.0f} MiB after {endurance['early']}, {late:.0f} MiB at the end"
-        )
-    shared.show_bars(console, results["bars"])
-
-
-def _table(rows: list[dict[str, Any]], title: str) -> Table:
-    headings = ("concurrency", "speculation", "arrivals/s", "tokens/s", "spread", *LATENCIES.values(), "tau", "errors")
-    table = shared.make_table(f"serving load, {title}", headings, ("speculation",))
-    for row in rows:
-        rate, arriving = row["tokens_per_second"], row["arrivals_per_second"]
-        table.add_row(
-            str(row["concurrency"]),
-            row["mode"],
-            f"{arriving:.2f}" if arriving else "-",
-            f"{rate['median']:.1f}",
-            f"{rate['least']:.1f}-{rate['most']:.1f}",
-            *(_milliseconds(row[name]) for name in LATENCIES),
-            f"{row['acceptance_length']:.2f}" if row["acceptance_length"] else "-",
-            f"{len(row['errors'])} of {row['requests']}",
-        )
-    return table
-
-
-def _milliseconds(values: dict[str, float] | None) -> str:
-    return f"{1e3 * values['p50']:.0f} / {1e3 * values['p99']:.0f}" if values else "-"
-
-
-def draw(results: dict[str, Any], path: Path) -> None:
-    """Draw tokens per second and latencies over concurrency, a line for each mode; dashed: p99."""
-    panels: list[tuple[str, str | None, str]] = [("closed", None, "tokens per second, closed loop")]
-    panels += [("closed", "tpot", "ms per output token, closed loop"), ("poisson", "e2e", "ms to the end, Poisson")]
-    panels = [panel for panel in panels if any(row["arrivals"] == panel[0] for row in results["loads"])]
-    figure, axes = shared.make_figure(len(panels), "serving load: speculation on, off and automatic")
-    for axis, (arrivals, latency, title) in zip(axes, panels, strict=True):
-        rows = [row for row in results["loads"] if row["arrivals"] == arrivals]
-        for colour, mode in enumerate(sorted({row["mode"] for row in rows})):
-            of_mode = [row for row in rows if row["mode"] == mode and (latency is None or row[latency])]
-            at = [row["concurrency"] for row in of_mode]
-            if latency is None:
-                rates = [row["tokens_per_second"] for row in of_mode]
-                medians = [rate["median"] for rate in rates]
-                below = [rate["median"] - rate["least"] for rate in rates]
-                above = [rate["most"] - rate["median"] for rate in rates]
-                axis.errorbar(at, medians, [below, above], marker="o", label=mode, color=f"C{colour}")
-            else:
-                for name, line in (("p50", "-"), ("p99", "--")):
-                    times = [1e3 * row[latency][name] for row in of_mode]
-                    label = mode if name == "p50" else None
-                    axis.plot(at, times, line, marker="o", label=label, color=f"C{colour}")
-        axis.set_xscale("log", base=2)
-        axis.set_ylim(bottom=0)
-        axis.set_xlabel("concurrency")
-        axis.set_title(title)
-        axis.legend()
-    shared.save_figure(figure, path)
 
 
 main = partial(shared.run_program, parse, benchmark)

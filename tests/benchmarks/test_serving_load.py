@@ -4,8 +4,11 @@ import json
 
 import pytest
 
-from benchmarks import serving_load
-from benchmarks.serving_load import Cores, Key, Load, Plan, Rates, Request, Trace, closed_loop, poisson
+from benchmarks import serving_load, serving_plan
+from benchmarks.clients import Load, Request, Trace, closed_loop, poisson
+from benchmarks.core_binding import Cores
+from benchmarks.serving_figures import Key, automatic_over_better, judge, latencies, percentiles, summarise
+from benchmarks.serving_plan import Plan, Rates
 
 
 def trace(sent: float, first: float, ended: float, tokens: int, **more: int | str) -> Trace:
@@ -21,9 +24,9 @@ def test_latencies_are_of_good_requests_of_all_repeats():
     firsts = (range(1, 51), range(51, 102))
     loads = [Load([trace(0.0, 0.001 * place, 1.0, 3) for place in each], 1.0) for each in firsts]
     loads += [Load([trace(0.0, 9.0, 9.0, 0, error="status 500")], 1.0)]  # is in no percentile
-    assert serving_load.latencies(loads)["ttft"] == {"p50": pytest.approx(0.051), "p99": pytest.approx(0.100)}
-    assert serving_load.percentiles([None, None]) is None
-    assert serving_load.percentiles([1.0, 2.0]) == {"p50": 1.5, "p99": pytest.approx(1.99)}
+    assert latencies(loads)["ttft"] == {"p50": pytest.approx(0.051), "p99": pytest.approx(0.100)}
+    assert percentiles([None, None]) is None
+    assert percentiles([1.0, 2.0]) == {"p50": 1.5, "p99": pytest.approx(1.99)}
 
 
 def test_rates_count_good_requests_and_tau_pools_steps():
@@ -32,7 +35,7 @@ def test_rates_count_good_requests_and_tau_pools_steps():
     load, plain = Load([*traces, failed], 2.0), Load([trace(0, 1, 2, 10)], 2.0)
     assert (load.rate, load.requests_per_second) == (15.0, 1.0)
     loads = {Key("closed", 2, "on"): [load], Key("closed", 2, "off"): [plain], Key("closed", 2, "automatic"): []}
-    on, off = serving_load.summarise(loads, {})
+    on, off = summarise(loads, {})
     assert on["acceptance_length"] == pytest.approx((6 + 4) / 4)  # bonus tokens included
     assert (on["requests"], on["errors"]) == (3, ["ReadError"])
     assert (off["acceptance_length"], off["mode"]) == (None, "off")
@@ -44,15 +47,15 @@ def rows(automatic: list[float], on: list[float], off: list[float]) -> list[dict
 
 
 def judged(**results: object) -> dict[str, bool | None]:
-    found = serving_load.judge({"loads": rows([9.8, 9.8], [10, 10], [5, 5]), **results})
+    found = judge({"loads": rows([9.8, 9.8], [10, 10], [5, 5]), **results})
     return {bar["bar"].split(",")[0].split(" in ")[0].split(" after")[0]: bar["met"] for bar in found}
 
 
 def test_automatic_is_compared_with_what_is_better_overall_within_each_repeat():
     rates = {"automatic": [5.0, 5, 20, 20, 20], "on": [10.0, 10, 10, 1, 1], "off": [9.0, 9, 9, 40, 40]}
-    assert serving_load.automatic_over_better(rates) == 2.0  # on is better overall: 0.5, 0.5, 2, 20, 20
-    assert serving_load.automatic_over_better({"automatic": [10], "on": [8], "off": [10.5]}) == pytest.approx(10 / 10.5)
-    assert serving_load.automatic_over_better({"automatic": [10], "on": [8]}) is None
+    assert automatic_over_better(rates) == 2.0  # on is better overall: 0.5, 0.5, 2, 20, 20
+    assert automatic_over_better({"automatic": [10], "on": [8], "off": [10.5]}) == pytest.approx(10 / 10.5)
+    assert automatic_over_better({"automatic": [10], "on": [8]}) is None
 
 
 def test_each_bar_is_met_and_missed():
@@ -103,7 +106,8 @@ def test_what_goes_wrong_is_told_by_the_trace():
 
 
 def test_a_whole_run_with_its_bars(small, two_prompts, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(serving_load, "HTTP_CONCURRENCY", 2)
+    for module in (serving_load, serving_plan):
+        monkeypatch.setattr(module, "HTTP_CONCURRENCY", 2)
     status = serving_load.main(
         f"{small} {two_prompts} --out {tmp_path} --mode eager --concurrency 1 2 --requests 2 --repeats 1 "
         "--max-new-tokens 4 --num-tokens 2 --endurance 10 --check".split()
