@@ -213,19 +213,20 @@ class Bench:
         """Measure requests per second briefly; also chooses the chain that is fastest for a request alone."""
         highest = max(*self.arguments.concurrency, HTTP_CONCURRENCY)
         self.closed("off", 1, 1)  # the first request pays for set-up
-        speeds = {}
+        tried = {}
         for length in [self.arguments.num_tokens] if self.arguments.num_tokens else CHAINS:
             self.num_tokens = length
-            speeds[length] = self.closed("on", 1, 2).requests_per_second
-        self.num_tokens = max(speeds, key=lambda length: speeds[length])
-        measured = {("on", 1): speeds[self.num_tokens], ("off", 1): self.closed("off", 1, 2).requests_per_second}
+            tried[length] = self.closed("on", 1, 2)
+        self.num_tokens = max(tried, key=lambda length: tried[length].requests_per_second)
+        loads = {("on", 1): tried[self.num_tokens], ("off", 1): self.closed("off", 1, 2)}
         for mode in ("off", "on"):
-            measured[mode, highest] = self.closed(mode, highest, highest).requests_per_second
+            loads[mode, highest] = self.closed(mode, highest, highest)
         short = closed_loop(self.servers["off"].url, self.short_requests(3 * highest), highest)
+        for load in (*loads.values(), short):
+            if not load.requests_per_second:
+                raise UserError(f"the server does not answer: {load.traces[0].error}.")
+        measured = {key: load.requests_per_second for key, load in loads.items()}
         rates = Rates(highest, measured, short.requests_per_second)
-        if not all([*measured.values(), rates.endurance]):
-            failed = next(trace.error for trace in [*short.traces, *self.closed("off", 1, 1).traces] if trace.error)
-            raise UserError(f"the server does not answer: {failed}.")
         return rates
 
 

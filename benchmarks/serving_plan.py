@@ -32,7 +32,8 @@ class Plan:
         total = self.repeats * sum(loops.values()) if "closed" in self.arrivals else 0.0
         if "poisson" in self.arrivals:
             total += sum(max(loops[mode, level], loops["off", level] / POISSON_LOAD) for mode, level in loops)
-        total += 2 * self.http_repeats * requests[HTTP_CONCURRENCY] / rates.of("off", HTTP_CONCURRENCY)
+        if self.http_repeats:  # and one more of each, which warms up
+            total += 2 * (self.http_repeats + 1) * requests[HTTP_CONCURRENCY] / rates.of("off", HTTP_CONCURRENCY)
         return total + self.endurance / rates.endurance
 
     def fit(self, rates: Rates, seconds: float, least: int | None = None) -> dict[int, int]:

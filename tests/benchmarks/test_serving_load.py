@@ -81,7 +81,7 @@ def test_a_plan_fits_its_time_and_counts_every_part():
     assert requests == {1: 8, 8: 24, 16: 32}
     closed = 2 * ((8 / 1 + 32 / 4) + (8 / 2 + 32 / 1) + (8 / 1 + 32 / 1))
     open_loop = (8 / 0.7 + 8 / 0.7 + 8 / 0.7) + (8 / 0.7 + 32 + 32)
-    http = 2 * 3 * 24 / rates.of("off", 8)
+    http = 2 * (3 + 1) * 24 / rates.of("off", 8)
     assert plan.seconds(rates, requests) == pytest.approx(closed + open_loop + http + 10)
     for seconds in (100.0, 300.0, 1000.0):
         fitting = plan.fit(rates, seconds)
