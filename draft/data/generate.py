@@ -270,7 +270,11 @@ class Endpoint:
             return Response([], retokenised=True)  # no answer, or one that the limit cut off while it was thought about
         ended = ended or choice.get("finish_reason") == "tool_calls"
         if thought or calls:
-            text = self._as_the_template_writes(question, {"content": text or "", "tool_calls": calls}, thought)
+            try:
+                text = self._as_the_template_writes(question, {"content": text or "", "tool_calls": calls}, thought)
+            except BadRow as error:  # because of what the target wrote; the row itself is sound
+                log.warning("%s: %s; the answer is left out", question.where, error.what)
+                return Response([], retokenised=True)
         before = self.target.tokenizer.decode(question.prompt)
         if question.messages:
             before = render(self.target, question.messages, add_generation_prompt=True, tools=question.tools)
@@ -288,7 +292,7 @@ class Endpoint:
         """The answer as one text, where the server took it apart into thoughts, calls and text."""
         answer: Message = {"role": "assistant", "content": message["content"]}
         if calls := message["tool_calls"]:
-            answer["tool_calls"] = tool_calls(calls, question.where)
+            answer["tool_calls"] = tool_calls(calls, "the answer")
         if isinstance(thought, str) and thought.strip():
             answer["reasoning_content"] = thought
         before = render(self.target, question.messages, add_generation_prompt=True, tools=question.tools)

@@ -382,7 +382,7 @@ class Writer:
         if not refused:
             return
         if not answered and len(refused) >= _TOO_MANY:  # so that the fault is not in their contents
-            raise UserError(
+            raise EndpointError(
                 f"the endpoint refuses turn {turn + 1} of all {len(refused)} conversations that have one; see "
                 "the warnings above, and give another --endpoint, or prompts of fewer turns."
             )

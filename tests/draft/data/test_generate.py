@@ -174,8 +174,11 @@ def test_a_conversation_ends_before_a_later_turn_that_is_refused(write, target, 
 
 
 @pytest.mark.parametrize(("status", "said"), [(402, "line 2: .*402"), (400, r"turn 2 of all \d+ conversations")])
-def test_what_is_wrong_with_all_later_turns_ends_it(status, said, write, server):
-    """A used-up credit is no refusal of what a row says, and neither is a server that takes no answers back."""
+def test_what_is_wrong_with_all_later_turns_ends_it(status, said, write, server, tmp_path):
+    """A used-up credit is no refusal of what a row says, and neither is a server that takes no answers back.
+
+    The first turns' answers are kept for another try.
+    """
 
     def refuse(_, body):
         return problem(status) if len((body or {}).get("messages", [])) == 3 else only_chat(0, body)
@@ -183,6 +186,7 @@ def test_what_is_wrong_with_all_later_turns_ends_it(status, said, write, server)
     with proxy(server, refuse) as (address, _), pytest.raises(UserError, match=said):
         # 12 have a second turn, and 8 are enough: what the target writes may end a conversation before
         write("data", address, 24, {"concurrency": 1})
+    assert any((tmp_path / "data" / "parts").iterdir())
 
 
 def test_a_server_that_is_overloaded_now_and_then(write, target, server):

@@ -120,6 +120,31 @@ def test_a_conversation_ends_before_an_empty_answer(server: Any, target: Target,
     assert dataset.manifest["counts"]["empty_answers"] == 1
 
 
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"content": None, "tool_calls": [{"function": {}}]}, "has a tool call that names no function"),
+        ({"content": "Yes.", "reasoning_content": "no"}, "refuses the turns user, assistant (not so)"),
+    ],
+    ids=["call", "template"],
+)
+def test_one_answer_that_is_not_to_be_used_leaves_the_others(
+    server: Any, target: Target, tmp_path: Path, caplog: Any, wrong: Any, said: str
+) -> None:
+    target.tokenizer.chat_template = (
+        "{% for m in messages if m.reasoning_content == 'no' %}{{ raise_exception('not so') }}{% endfor %}" + TEMPLATE
+    )
+
+    def message(body: Any) -> Any:
+        return wrong if body["messages"][0]["content"] == "One?" else THOUGHTFUL
+
+    dataset = written(server, target, tmp_path, message)
+    assert answers(target, dataset) == ["<think>Hm.</think>Yes.<|im_end|>"] and dataset is not None
+    assert dataset.manifest["counts"]["empty_answers"] == 1
+    (warned,) = [line for line in caplog.messages if said in line]
+    assert "rows.jsonl, line 1" in warned
+
+
 def test_a_template_that_cannot_put_it_together(server: Any, target: Target, tmp_path: Path) -> None:
     target.tokenizer.chat_template = TEMPLATE.replace(ANSWER, "{{ m.content }}")
     with pytest.raises(EndpointError, match=r"rows\.jsonl, line 1: .* takes thoughts or calls out .*--chat-template"):
