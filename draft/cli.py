@@ -355,11 +355,18 @@ def _server(flags: dict[str, Any], dtype: str, device: str) -> EndpointSettings 
     from draft.data.generate import check_local
     from draft.target.target import device_of_process
 
-    if flags["endpoint"] is not None:
-        return EndpointSettings.checked(_given(EndpointSettings, flags))
+    at_endpoint, here = _given(EndpointSettings, flags), _given(LocalServer, flags)
+    if "endpoint" in at_endpoint:
+        if here:
+            option = f"--{next(iter(here)).replace('_', '-')}"
+            raise UserError(f"{option} is of a draft-serve that is started to write; leave it out, or --endpoint.")
+        return EndpointSettings.checked(at_endpoint)
+    if at_endpoint:
+        option = f"--{next(iter(at_endpoint)).replace('_', '-')}"
+        raise UserError(f"{option} is about a running server; give its address with --endpoint, or leave it out.")
     device = device_of_process(device)
     check_local(dtype, device)
-    return LocalServer.checked({"dtype": dtype, "device": device, **_given(LocalServer, flags)})
+    return LocalServer.checked({"dtype": dtype, "device": device, **here})
 
 
 @app.command(epilog=_examples("draft-train inspect data/mine --examples 2", "draft-train inspect captured"))

@@ -90,7 +90,7 @@ def prepare(
     """
     chosen = Settings.checked(settings)
     if chosen.keep_responses:
-        _check_kept(chosen, bool(prompts), shard is not None or isinstance(server, EndpointSettings))
+        _check_kept(chosen, bool(prompts), shard is not None, server)
     chosen = chosen.model_copy(
         update={
             "num_prompts": chosen.num_prompts or (None if prompts else _SELF_PROMPTS),
@@ -151,19 +151,20 @@ def _arguments(
     }
 
 
-def _check_kept(settings: Settings, given: bool, shared: bool) -> None:
+def _check_kept(settings: Settings, given: bool, sharded: bool, server: EndpointSettings | LocalServer) -> None:
     """Refuse what is about writing responses."""
     if not given:
         raise UserError("--keep-responses keeps the responses of files, and there are none; give --prompts FILE.")
-    if shared:
+    if sharded or isinstance(server, EndpointSettings):
         raise UserError("--shard and --endpoint are about writing responses, and --keep-responses writes none.")
-    for name in ("max_new_tokens", "greedy_share"):
-        value = getattr(settings, name)
-        if value != Settings.model_fields[name].default:
-            raise UserError(
-                f"--{name.replace('_', '-')} {value} is about writing responses, and --keep-responses writes none; "
-                "leave one of them out."
-            )
+    for model, names in ((settings, ("max_new_tokens", "greedy_share")), (server, ("batch_size", "weights", "head"))):
+        for name in names:
+            value = getattr(model, name)
+            if value != type(model).model_fields[name].default:
+                raise UserError(
+                    f"--{name.replace('_', '-')} {value} is about writing responses, and --keep-responses writes none; "
+                    "leave one of them out."
+                )
 
 
 def _given_prompts(sources: list[str], column: str | None, settings: Settings, skipped: Counter[str]) -> list[Prompt]:

@@ -271,6 +271,13 @@ class RunSettings(_Section):
             raise UserError("no data given; pass --data DIR, a folder that `draft-train prepare` wrote.")
         if self.mode == "adapt" and not head:
             raise UserError("no head given; pass --head, the head to adapt (the bundled one is smollm2-eagle3).")
+        if self.mode == "pretrain" and self.adapter.method != "full":
+            raise UserError(f"adapter.method {self.adapter.method} is for `adapt`: `pretrain` trains all weights.")
+        if self.data.general and not self.data.mix_general:
+            raise UserError(
+                f"general {self.data.general!r} is mixed in by mix_general, which is 0; add --mix-general 0.25, say, "
+                "or leave it out."
+            )
         if model.rebuild_vocabulary and self.method != "full":
             raise UserError(f"rebuild_vocabulary needs method full, not {self.method}: an adapter keeps its map.")
         if model.rebuild_vocabulary and not head:

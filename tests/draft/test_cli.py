@@ -122,6 +122,8 @@ def test_help_has_an_example(run, command):
         (("prepare", "--out", "x", "--prompts", "absent.jsonl", *COMMON), "absent.jsonl"),
         (("prepare", "--out", "x", "--greedy-share", "2", *COMMON), "--greedy-share is 2.0"),
         (("prepare", "--out", "x", "a.jsonl", "b.jsonl", *COMMON), "--prompts a.jsonl b.jsonl"),
+        (("prepare", "--out", "x", "--endpoint", "http://127.0.0.1:9", "--weights", "int8"), "--weights is of a"),
+        (("prepare", "--out", "x", "--concurrency", "2", *COMMON), "--concurrency is about a running server"),
     ],
 )
 def test_a_mistake_is_one_sentence_and_status_2(run, words, said):

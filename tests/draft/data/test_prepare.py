@@ -20,7 +20,7 @@ from draft.data.dataset import Row, Shard, assign_splits, open_dataset
 from draft.data.generate import Endpoint
 from draft.data.inspect import coloured, inspect
 from draft.data.prepare import prepare
-from draft.data.settings import EndpointSettings
+from draft.data.settings import EndpointSettings, LocalServer
 from draft.errors import UserError
 
 SELF_PROMPTED = {"num_prompts": 8}
@@ -242,6 +242,7 @@ def test_kept_responses(run, target, tmp_path):
         ({"keep_responses": True, "prompts": ["x"], "greedy_share": 0.3}, "--greedy-share 0.3 is about writing"),
         ({"keep_responses": True, "prompts": ["x"], "shard": Shard(0, 2)}, "--keep-responses writes none"),
         ({"keep_responses": True, "prompts": ["x"], "server": EndpointSettings(endpoint="x")}, "writes none"),
+        ({"keep_responses": True, "prompts": ["x"], "server": LocalServer(weights="int8")}, "--weights int8 is about"),
     ],
 )
 def test_bad_arguments(run, tmp_path, arguments, what):

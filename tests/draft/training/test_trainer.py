@@ -248,6 +248,8 @@ def test_a_new_head_has_the_requested_options(world, tmp_path, architecture, opt
         ("adapt", {"head": "{world}/eagle/head", "method": "full", "rebuild_vocabulary": True}, "eagle heads have the"),
         ("adapt", {"optimizer": "muon"}, "optimizer muon is for the training of all weights"),
         ("adapt", {"freeze_lm_head": True}, "freeze_lm_head is for the training of all weights"),
+        ("adapt", {"general": "rows"}, "general 'rows' is mixed in by mix_general, which is 0"),
+        ("pretrain", {"method": "lora"}, "adapter.method lora is for `adapt`"),
         ("pretrain", {"patience": 2, "eval_every": 0}, "patience counts replays without a better one; it needs"),
         ("pretrain", {"name": "eagle3", "draft_vocab_size": 180, "eval_rows": 2}, "eval_rows was 3, is 2"),
         ("pretrain", {"name": "eagle3", "draft_vocab_size": 100}, "holds a run with other settings"),
