@@ -11,6 +11,7 @@ from serving.engine.sampling import SamplingParams
 # tokens before the one to be decoded that may change its text: tokenizers with a word-start marker need one
 _CONTEXT = 6
 _UNFINISHED = 3  # the most tokens that wait for a character's last byte, since it has up to 4
+_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
 def special_ids(tokenizer: Any, eos_ids: frozenset[int]) -> frozenset[int]:
@@ -23,7 +24,8 @@ class GrowingAnswer:
     """The answer of a request while it grows: its tokens, its text, and the reason for its end.
 
     Each token may end it, for the first of these reasons: it is an EOS id; it is a stop id; the text now has a stop
-    string (of several the one that is complete first); the answer has max_new_tokens.
+    string (of several the one that is complete first), or the token is a special one that is named as one; the answer
+    has max_new_tokens.
 
     With keep_stop the text ends with the stop string, and a token that brought more keeps the part before; a stop id
     stays with what it adds. Without, the text ends before the stop string, tokens that begin there or later are
@@ -48,8 +50,16 @@ class GrowingAnswer:
         self._eos_ids = frozenset() if params.ignore_eos else eos_ids
         self._special = special
         self._tokenizer = tokenizer
-        self._detokenizer = _Detokenizer(tokenizer, [i for i in self.prompt_ids[-_CONTEXT:] if i not in special])
+        context = self.prompt_ids[-_CONTEXT - _UNFINISHED :]
+        self._detokenizer = _Detokenizer(tokenizer, [token_id for token_id in context if token_id not in special])
         self._stop_strings = StopStrings(params.stop)
+        # special tokens are in no text, so that those which are stop strings are told by their ids
+        ids = [(tokenizer.convert_tokens_to_ids(stop), stop) for stop in params.stop]
+        self._stop_tokens = {
+            token_id: stop
+            for token_id, stop in ids
+            if token_id in special and tokenizer.convert_ids_to_tokens(token_id) == stop
+        }
         self._starts: list[int] = []  # of each token's text, in characters of the answer
         self._released = 0  # tokens
         self._last_shown = 0  # index of the last token that is not special
@@ -85,6 +95,8 @@ class GrowingAnswer:
     ) -> None:
         """Add one token and decide whether the sequence ends with it; arguments as in `Token`."""
         is_eos, is_stop = token_id in self._eos_ids, token_id in self.params.stop_ids
+        if len(self.tokens) >= self.params.min_new_tokens:
+            is_stop = is_stop or token_id in self._stop_tokens
         special, dropped = token_id in self._special, is_stop and not is_eos and not self.params.keep_stop
         hidden = special or dropped
         ends = is_eos or is_stop or self.remaining == 1
@@ -103,7 +115,7 @@ class GrowingAnswer:
         if is_eos:
             self.finish_reason = "eos_token"
         elif is_stop:
-            self.finish_reason, self.stop_reason = "stop_sequence", token_id
+            self.finish_reason, self.stop_reason = "stop_sequence", self._stop_tokens.get(token_id, token_id)
         elif (hidden or not self._find_stop_string(added)) and self.remaining == 0:
             self.finish_reason = "length"
 
@@ -154,8 +166,8 @@ class _Detokenizer:
     def __init__(self, tokenizer: Any, context: list[int]) -> None:
         self._tokenizer = tokenizer
         self._ids = context  # ids that may still matter to what follows
-        self._read = len(context)  # ids[:read] have given their text, `before`
-        self._before = self._decode(context)
+        self._read, self._before = 0, ""  # ids[:read] have given their text, `before`
+        self._forget(len(context))
 
     @property
     def pending(self) -> bool:
@@ -168,7 +180,7 @@ class _Detokenizer:
         if self._read == len(self._ids):
             return ""
         text, end = self._decode(self._ids), len(self._ids)
-        if not flush and text.endswith("\N{REPLACEMENT CHARACTER}"):
+        if not flush and text.endswith(_REPLACEMENT):
             if end - self._read <= _UNFINISHED:
                 return ""
             end -= _UNFINISHED  # what came before can't be completed any more
@@ -176,10 +188,23 @@ class _Detokenizer:
         added = text[len(self._before) :]
         self._before, self._read = text, end
         if end > 4 * _CONTEXT:
-            del self._ids[: end - _CONTEXT]
-            self._read = _CONTEXT
-            self._before = self._decode(self._ids[:_CONTEXT])
+            self._forget(end)
         return added
+
+    def _forget(self, end: int) -> None:
+        """Keep of ids[:end], which have given their text, the last few.
+
+        They do not begin within a character: where a run of byte tokens has a byte too many, byte fallback (Llama 2,
+        Mistral, Gemma) spoils all characters of the run.
+        """
+        start = max(0, end - _CONTEXT)
+        for earlier in range(start, max(0, start - _UNFINISHED) - 1, -1):
+            if not self._decode(self._ids[earlier:end]).startswith(_REPLACEMENT):
+                start = earlier
+                break
+        del self._ids[:start]
+        self._read = end - start
+        self._before = self._decode(self._ids[: self._read])
 
     def _decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)

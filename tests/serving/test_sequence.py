@@ -4,10 +4,12 @@ from dataclasses import replace
 from typing import NamedTuple
 from unittest.mock import patch
 
+import pytest
 from conftest import byte_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AddedToken
+from tokenizers import Tokenizer, decoders, models, normalizers
+from transformers import AddedToken, PreTrainedTokenizerFast
 
 from serving.engine.answer import GrowingAnswer, special_ids
 from serving.engine.request import SpeculationStats, Token
@@ -184,6 +186,48 @@ def test_any_bytes_give_the_text_of_the_tokenizer_at_a_bounded_cost(ids):
     assert state.text == "".join(texts(state.tokens)) == decode(ids)
     assert all(len(call.args[0]) <= 30 for call in decoded.call_args_list)
     assert decoded.call_count <= 3 * len(ids) + 2
+
+
+def byte_fallback_tokenizer() -> PreTrainedTokenizerFast:
+    """The kind that Llama 2, Mistral and Gemma have: characters that the vocabulary lacks become tokens of a byte."""
+    words = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *"▁ab.é"]
+    model = models.BPE({word: place for place, word in enumerate(words)}, [], unk_token="<unk>", byte_fallback=True)
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer.decoder = decoders.Sequence(parts)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+
+
+FALLBACK = byte_fallback_tokenizer()
+
+
+@settings(deadline=None)
+@given(st.text("ab. é日🎉🙂", min_size=1, max_size=60), st.integers(0, 20))
+def test_characters_of_several_byte_tokens_are_whole(text, asked):
+    """Wherever in them the last few tokens begin that are decoded again, and wherever the prompt ends."""
+    ids = FALLBACK(text, add_special_tokens=False).input_ids
+    starts = [place for place in range(min(asked, len(ids)) + 1) if "\ufffd" not in FALLBACK.decode(ids[:place])]
+    prompt = [1, *ids[: starts[-1]]]
+    special = special_ids(FALLBACK, frozenset([EOS]))
+    params = SamplingParams(max_new_tokens=len(ids) + 1)
+    state = GrowingAnswer(prompt, params, FALLBACK, frozenset([EOS]), special)
+    released = feed(state, [*ids[starts[-1] :], EOS])
+    before, whole = (FALLBACK.decode(each, skip_special_tokens=True) for each in (prompt, prompt + ids[starts[-1] :]))
+    assert state.text == "".join(texts(released)) == whole[len(before) :]
+
+
+@pytest.mark.parametrize(("least", "count", "reason"), [(0, 2, "stop_sequence"), (3, 4, "eos_token")])
+@pytest.mark.parametrize("keep", [True, False])
+def test_a_special_token_may_be_a_stop_string(least, count, reason, keep):
+    """It is in no text, where stop strings are looked for; below min_new_tokens it counts as little as any other."""
+    (stop,) = TOKENIZER.convert_ids_to_tokens([1])
+    params = SamplingParams(max_new_tokens=9, stop=("zz", stop), min_new_tokens=least, keep_stop=keep)
+    state = sequence(params)
+    feed(state, [A, 1, B, EOS])
+    assert state.finish_reason == reason and state.stop_reason == (stop if reason == "stop_sequence" else None)
+    assert state.text == ("a" if reason == "stop_sequence" else "ab")
+    assert len(state.tokens) == (count if keep or reason == "eos_token" else count - 1)
 
 
 def test_special_tokens_that_are_only_added_are_not_in_the_text():
