@@ -113,7 +113,7 @@ HeadWeights = Annotated[
     _Formats, Option(help="Matrices of the head in compiled mode; auto is int8, which changes no answer.")
 ]
 Dtype = Annotated[str, Option(help="Format of the weights: auto, bfloat16, float16, float32 or float64.")]
-Threads = Annotated[int | None, Option(min=1, help="Number of CPU threads that compute.")]
+Threads = Annotated[int | None, Option(min=1, max=1024, help="Number of CPU threads that compute.")]
 WarmUp = Annotated[bool, Option(help="Time steps before the first request.")]
 SelfCheck = Annotated[bool, Option(help="Check at the start that the target accepts the head's drafts.")]
 MaxBatch = Annotated[int, Option(min=1, help="Maximum number of requests decoded at once.")]

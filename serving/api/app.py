@@ -76,9 +76,9 @@ def create_app(
         app.add_middleware(
             CORSMiddleware,
             allow_origins=cors_origins,
-            allow_methods=["GET", "POST"],
-            allow_headers=["authorization", "content-type", "x-request-id"],
-            expose_headers=["x-request-id"],
+            allow_methods=["GET", "POST", "DELETE"],
+            allow_headers=["*"],  # OpenAI's client sends a dozen of its own
+            expose_headers=["x-request-id", "retry-after"],
         )
     app.add_middleware(Guard, service=service)
     return app

@@ -314,17 +314,24 @@ class Answer:
             broken = not text or _REPLACEMENT in text
             return {"token": text, "logprob": finite(logprob), "bytes": None if broken else list(text.encode())}
 
-        top = [entry(self.service.token_text(token_id)[0], logprob) for token_id, logprob in token.top or ()]
+        top = [entry(self._name(token, token_id), logprob) for token_id, logprob in token.top or ()]
         return entry(token.text, token.logprob) | {"top_logprobs": top}
 
     def _table(self, token: Token) -> dict[str, float | None]:
-        """Return alternatives by text; pieces of characters, which have no text, by id."""
+        """Return alternatives by text, the token itself among them; pieces of characters, which have no text, by id."""
+        top: list[tuple[int, float | None]] = list(token.top or ())
+        if all(token_id != token.id for token_id, _ in top):
+            top.append((token.id, token.logprob))
         table: dict[str, float | None] = {}
-        for token_id, logprob in token.top or ():
-            text, _ = self.service.token_text(token_id)
-            unnamed = self.as_ids or _REPLACEMENT in text or text in table
+        for token_id, logprob in top:
+            text = self._name(token, token_id)
+            unnamed = self.as_ids or not text or _REPLACEMENT in text or text in table
             table[f"token_id:{token_id}" if unnamed else text] = finite(logprob)
         return table
+
+    def _name(self, token: Token, token_id: int) -> str:
+        """Return the text of an alternative: of the token itself as it is in the answer, of others as by themselves."""
+        return token.text if token_id == token.id else self.service.token_text(token_id)[0]
 
 
 def _end(completion: Completion | None) -> dict[str, Any]:

@@ -169,6 +169,7 @@ class AcceptanceWatch:
         """
         if not depth:
             return
+        depth = min(depth, MAX_SPECULATION_LENGTH)  # another server may draft more
         fading = WATCHED / (WATCHED + 1)
         self._count += 1
         self._missed = 0 if accepted else self._missed + 1

@@ -20,7 +20,14 @@ from draft.target import TextTarget, load_text_target, read_chat_template
 from serving.backend import DraftCounts, Unavailable
 from serving.engine.answer import GrowingAnswer, special_ids
 from serving.engine.engine import check_prompt
-from serving.engine.request import Completion, EngineStopped, Overloaded, Request, Speculation
+from serving.engine.request import (
+    MAX_SPECULATION_LENGTH,
+    Completion,
+    EngineStopped,
+    Overloaded,
+    Request,
+    Speculation,
+)
 from serving.engine.sampling import SEED_LIMIT, SamplingParams
 from serving.engine.self_check import AcceptanceWatch
 from serving.upstream.connection import Connection
@@ -271,7 +278,7 @@ class Upstream:
 
     @property
     def longest_draft(self) -> int:
-        return self.connection.figures.longest_draft
+        return min(self.connection.figures.longest_draft, MAX_SPECULATION_LENGTH)  # a server may draft more
 
     @property
     def watch(self) -> AcceptanceWatch:

@@ -219,6 +219,7 @@ def test_short_chains_are_compared_with_short_chains() -> None:
     assert not seen([(3, 1)], AcceptanceWatch(check))
     assert seen([(3, 2), (3, 0), (3, 0)], AcceptanceWatch(check))
     assert not seen([(0, 0)], AcceptanceWatch(check))  # plain decoding
+    assert not seen([(48, 40)], AcceptanceWatch(check))  # of another server, which drafts more than ours
     # of samples 1.2 of 3 are expected, where greedy answers have 1.8
     assert not seen([(3, 2), (3, 0), (3, 0)], AcceptanceWatch(check), samples=True)
     assert seen([(3, 1), (3, 1), (3, 0), (3, 0)], AcceptanceWatch(check), samples=True)

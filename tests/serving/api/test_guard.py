@@ -44,9 +44,10 @@ def test_without_the_key_there_is_401_in_the_surface_s_shape(locked, method, pat
 
 def test_cors_only_where_it_is_asked_for(locked, client):
     asked = {"origin": "https://pages.example", "access-control-request-method": "POST",
-             "access-control-request-headers": "authorization,content-type"}  # fmt: skip
+             "access-control-request-headers": "authorization,content-type,x-stainless-lang"}  # fmt: skip
     allowed = locked.options("/generate", headers=asked)
     assert allowed.status_code == 200 and allowed.headers["access-control-allow-origin"] == asked["origin"]
+    assert locked.options("/heads/a", headers=asked | {"access-control-request-method": "DELETE"}).status_code == 200
     told = locked.post("/generate", json={"inputs": "a"}, headers={"origin": asked["origin"]})
     assert told.status_code == 401 and told.headers["access-control-allow-origin"] == asked["origin"]
     assert locked.options("/generate", headers=asked | {"origin": "https://evil.example"}).status_code == 400

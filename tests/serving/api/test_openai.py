@@ -117,6 +117,15 @@ def test_logprobs(client, tiny_target):
     assert all(each["choices"][0]["logprobs"] is None for each in [complete(client)])
 
 
+def test_the_table_of_alternatives_has_the_token_that_was_drawn(client):
+    """Also where it is none of the likeliest: clients look it up."""
+    wishes = {"temperature": 1.5, "seed": 3, "return_tokens_as_token_ids": True}
+    told = complete(client, logprobs=1, **wishes)["choices"][0]["logprobs"]
+    pairs = list(zip(told["tokens"], told["token_logprobs"], told["top_logprobs"], strict=True))
+    assert all(table[token] == logprob for token, logprob, table in pairs)
+    assert any(len(table) == 2 for _, _, table in pairs)
+
+
 def test_logprobs_with_tokens_by_their_ids(client, tiny_target):
     """As vLLM has them: of every token, the one that ended the answer too, with alternatives by id."""
     wishes = {"logit_bias": {"2": 100}, "min_tokens": 4}  # the fifth token ends the turn
@@ -125,7 +134,8 @@ def test_logprobs_with_tokens_by_their_ids(client, tiny_target):
     assert told["tokens"] == [f"token_id:{token.id}" for token in plain.tokens] and plain.tokens[-1].special
     assert told["token_logprobs"] == pytest.approx([token.logprob for token in plain.tokens])
     for table, token in zip(told["top_logprobs"], plain.tokens, strict=True):
-        assert list(table) == [f"token_id:{token_id}" for token_id, _ in token.top]
+        ids = list(dict.fromkeys([*(token_id for token_id, _ in token.top), token.id]))
+        assert list(table) == [f"token_id:{token_id}" for token_id in ids]
 
 
 @pytest.mark.contract
