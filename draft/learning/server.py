@@ -40,13 +40,23 @@ class Server:
     """A client of one server: draft-serve, or, without heads, whatever has vLLM's metrics."""
 
     def __init__(self, url: str) -> None:
-        key = os.environ.get(KEY_VARIABLE)
+        """
+        Raises:
+            UserError: for what is no address, or no key.
+        """
+        key = os.environ.get(KEY_VARIABLE, "").strip()
+        if not (key.isascii() and key.isprintable()):
+            raise UserError(f"${KEY_VARIABLE} holds letters that no key has; set it to the server's key.")
         headers = {"authorization": f"Bearer {key}"} if key else {}
         self.url = url.rstrip("/")
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.netloc:
-            raise UserError(f"--server {url!r} is no address; give one such as http://localhost:8000.")
-        self._client = httpx.Client(base_url=self.url, headers=headers, timeout=_SECONDS, trust_env=False)
+        try:
+            parts = urlsplit(url)
+            if parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0:
+                raise ValueError
+            parts.hostname.encode("idna")  # as the system looks it up
+            self._client = httpx.Client(base_url=self.url, headers=headers, timeout=_SECONDS, trust_env=False)
+        except (ValueError, httpx.InvalidURL) as error:  # such as a port that is no number
+            raise UserError(f"--server {url!r} is no address; give one such as http://localhost:8000.") from error
 
     def __enter__(self) -> Self:
         return self
@@ -57,8 +67,14 @@ class Server:
     def load(self) -> Load:
         """Read the metrics. Raises ServerAway and WrongKey, as every call does."""
         sums: Counter[str] = Counter()
-        for name, value in _SERIES.findall(self._request("GET", "/metrics").text):
-            sums[name] += float(value)  # type: ignore[assignment]
+        series = _SERIES.findall(self._request("GET", "/metrics").text)
+        try:
+            for name, value in series:
+                sums[name] += float(value)  # type: ignore[assignment]
+        except ValueError:  # of a page for browsers
+            sums.clear()
+        if not sums:
+            raise ServerAway(f"{self.url} answers GET /metrics with something else than a server's metrics")
         gaps = "inter_token_latency_seconds"
         return Load(sums[f"{gaps}_count"], sums[f"{gaps}_sum"], sums["num_requests_waiting"])
 
@@ -69,7 +85,12 @@ class Server:
         answer = self._request("GET", "/heads", missing=True)
         if answer.status_code == 404:
             return None
-        found: dict[str, Any] = answer.json()
+        try:
+            found = answer.json()
+        except ValueError:
+            found = None
+        if not isinstance(found, dict) or not {"default", "heads", "events"} <= found.keys():
+            raise ServerAway(f"{self.url} answers GET /heads with something else than a list of heads")
         return found
 
     def serve(self, name: str, folder: str) -> str | None:

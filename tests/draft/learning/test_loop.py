@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import make_tiny_head, save_tiny_target
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, PlainTextResponse
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from filelock import FileLock
 from http_testing import eventually, live
 from rich.console import Console
@@ -287,6 +287,27 @@ def test_a_server_that_is_away_is_waited_for(world, traffic, make_learner, monke
             assert server.heads()["default"] == "first"
 
 
+@pytest.mark.parametrize(
+    ("path", "body", "media"),
+    [
+        ("/heads", "<html>Welcome</html>", "text/html"),
+        ("/heads", "[]", "application/json"),
+        ("/heads", '{"heads": []}', "application/json"),
+        ("/metrics", "<html>Welcome</html>", "text/html"),
+        ("/metrics", "<style>\na:hover { color: red }\n</style>", "text/html"),
+    ],
+)
+def test_a_server_that_answers_something_else_is_away(path, body, media):
+    app = FastAPI()
+
+    @app.get(path)
+    async def answer():
+        return Response(body, media_type=media)
+
+    with live(app) as url, Server(url) as server, pytest.raises(ServerAway, match="with something else than"):
+        server.heads() if path == "/heads" else server.load()
+
+
 # In processes of their own.
 
 QUICK = """
@@ -379,9 +400,17 @@ def test_commands_and_their_mistakes(world, traffic, tmp_path, draft_train, monk
             (("training.epoch=3",), "unknown setting 'training.epoch'"),
             (("--head", tmp_path / "none"), "no config.json there"),
             (("--server", "localhost:8000"), "is no address"),
+            (("--server", "http://localhost:port"), "is no address"),
+            (("--server", "http://[::1"), "is no address"),
+            (("--server", "http://a..b"), "is no address"),
         ):
             status, shown = draft_train(*learn(world, tmp_path, url), *wrong)
             assert status == 2 and message in shown
+        for key in ("schlüssel", "two\nlines"):
+            with monkeypatch.context() as patch:
+                patch.setenv("DRAFTSMITH_API_KEY", key)
+                status, shown = draft_train(*learn(world, tmp_path, url))
+                assert status == 2 and "$DRAFTSMITH_API_KEY holds letters that no key has" in shown
     ledger = Ledger(tmp_path / "out" / "ledger.jsonl")
     ledger.append("begun", 1, rows=7)
     status, shown = draft_train("learn", "--out", tmp_path / "out", "--status")
