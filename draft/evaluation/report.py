@@ -48,15 +48,18 @@ def print_report(comparison: Comparison, console: Console) -> None:
         console.print(f"Note: {warning}", style="yellow")
 
 
-def summary(comparison: Comparison) -> str:
-    """The verdict with the numbers that it follows from, in one line."""
+def summary(comparison: Comparison, verdict: str | None = None) -> str:
+    """The verdict with the numbers that it follows from, in one line.
+
+    verdict: of who measured more; None: the comparison's own.
+    """
     k = comparison.deciding_length
     parts = []
     for name, measurement in comparison.measurements.items():
         base, new = (measurement.greedy.taus[head][k - 1].value for head in (BASELINE, CANDIDATE))
         bar = "needs above 0 %" if name == "domain" else f"needs above -{GENERAL_TOLERANCE:.0%}".replace("%", " %")
         parts.append(f"{name} τ {base:.3f} -> {new:.3f}, gain {_percent(comparison.gain(measurement))} ({bar})")
-    return f"Verdict at K = {k}: {comparison.verdict}. " + "; ".join(parts) + "."
+    return f"Verdict at K = {k}: {verdict or comparison.verdict}. " + "; ".join(parts) + "."
 
 
 def to_json(comparison: Comparison) -> dict[str, Any]:

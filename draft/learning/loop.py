@@ -401,27 +401,29 @@ class _Work:
 
 
 def _verdict(comparison: Comparison, drift: Comparison | None) -> dict[str, Any]:
-    """Figures and verdict for the ledger; drift: the new head against the first one on general rows."""
+    """Figures and the verdict of both gates; drift: the new head against the first one on general rows."""
     place = comparison.deciding_length - 1
     domain, general = (comparison.measurements.get(name) for name in ("domain", "general"))
     assert domain is not None
-    reason, ship = summary(comparison), comparison.ship
-    if drift is not None:
-        gain = drift.gain(drift.measurements["domain"])
-        lost = not gain.low > -GENERAL_TOLERANCE
-        reason += f" General gain over the first head: {100 * gain.value:+.1f} % [{100 * gain.low:+.1f}, ...]."
-        ship = ship and not lost
+    over_first = None if drift is None else drift.gain(drift.measurements["domain"])
+    ship = comparison.ship and (over_first is None or over_first.low > -GENERAL_TOLERANCE)  # NaN is above nothing
+    verdict = "ship" if ship else "don't ship"
+    reason = summary(comparison, verdict)
+    if over_first is not None:
+        gain, low, high = (f"{100 * each:+.1f}" for each in (over_first.value, over_first.low, over_first.high))
+        bar = f"needs above {-100 * GENERAL_TOLERANCE:g} %"
+        reason += f" General gain over the first head: {gain} % [{low}, {high}] ({bar})."
     taus = {
         which: _values(domain.greedy.taus[head][place]) for which, head in (("before", BASELINE), ("after", CANDIDATE))
     }
     return {
         "ship": ship,
-        "verdict": comparison.verdict,
+        "verdict": verdict,
         "reason": reason,
         "conversations": domain.greedy.conversations,
         "domain": {**taus, "gain": _values(comparison.gain(domain))},
         "general_gain": general and _values(comparison.gain(general)),
-        "general_gain_over_first": drift and _values(drift.gain(drift.measurements["domain"])),
+        "general_gain_over_first": over_first and _values(over_first),
     }
 
 

@@ -194,9 +194,7 @@ def test_what_goes_wrong_is_told_and_does_not_end_the_learner(world, traffic, ma
         assert app.state.default == "first"
 
 
-def test_general_losses_are_bounded_against_the_first_head(world, traffic, make_learner, monkeypatch):
-    learner = make_learner(None)
-
+def test_general_losses_are_bounded_against_the_first_head():
     class Measured:
         def __init__(self, low):
             self.measurements = {"domain": self}
@@ -209,10 +207,14 @@ def test_general_losses_are_bounded_against_the_first_head(world, traffic, make_
         def gain(self, _):
             return Interval(0.0, self.low, 0.1)
 
-    monkeypatch.setattr(loop, "summary", lambda _: "told")
-    assert loop._verdict(Measured(0.1), None)["ship"] and loop._verdict(Measured(0.1), Measured(-0.01))["ship"]
-    lost = loop._verdict(Measured(0.1), Measured(-0.03))
-    assert not lost["ship"] and "over the first head" in lost["reason"] and learner.ledger.events() == []
+    for drift in (None, Measured(-0.01)):
+        kept = loop._verdict(Measured(0.1), drift)
+        assert kept["ship"] and kept["verdict"] == "ship" and kept["reason"].startswith("Verdict at K = 1: ship. ")
+    for low in (-0.03, float("nan")):
+        lost = loop._verdict(Measured(0.1), Measured(low))
+        assert not lost["ship"] and lost["verdict"] == "don't ship"
+        assert lost["reason"].startswith("Verdict at K = 1: don't ship. domain τ 1.000 -> 1.200")
+        assert f"over the first head: +0.0 % [{100 * low:+.1f}, +10.0] (needs above -2 %)." in lost["reason"]
 
 
 def test_a_server_without_a_list_of_heads_gets_an_export(world, traffic, make_learner, tmp_path):
