@@ -129,7 +129,7 @@ def replay(
     """
     greedy = [row for row in rows if row.greedy]
     spans = [generations(row, target.eos_token_ids) for row in greedy]
-    if not any(span.end - span.start > 1 for each in spans for span in each):
+    if not any(is_replayed(row, target.eos_token_ids) for row in greedy):
         raise UserError(
             "greedy replay needs responses of two tokens or more that the target wrote at temperature 0 as these very "
             "tokens, and there are none in these rows; run `draft-train prepare` with a share of greedy responses."
@@ -172,6 +172,11 @@ def generations(row: Row, eos_token_ids: frozenset[int]) -> list[Span]:
             eos = next((place for place in response if int(row.ids[place]) in eos_token_ids), None)
             spans.append(Span(response[0], (response[-1] if eos is None else eos) + 1, eos is not None))
     return spans
+
+
+def is_replayed(row: Row, eos_token_ids: frozenset[int]) -> bool:
+    """True for a row that was written greedily and has something to verify."""
+    return row.greedy and any(span.end - span.start > 1 for span in generations(row, eos_token_ids))
 
 
 def walk(leading: Sequence[int], span: Span, length: int) -> Iterator[tuple[int, int, int]]:

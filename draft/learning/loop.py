@@ -29,7 +29,7 @@ from filelock import FileLock, Timeout
 from rich.console import Console
 
 from draft.data.capture import OTHER, Capture, open_capture
-from draft.data.dataset import open_dataset
+from draft.data.dataset import Row, open_dataset
 from draft.data.from_capture import prepare_capture
 from draft.errors import UserError
 from draft.evaluation.compare import (
@@ -48,9 +48,12 @@ from draft.files import finish_folders, read_json, write_json
 from draft.heads.checkpoint import head_sha256, load_head
 from draft.interop.exporting import export_head
 from draft.learning.gate import Gate
+from draft.learning.general import check_general
 from draft.learning.ledger import Attempt, Ledger
 from draft.learning.server import Server, ServerAway, WrongKey
-from draft.target import Target, load_target
+from draft.target import Target, load_target, load_text_target
+from draft.target.adapter import read_adapter
+from draft.target.target import resolve_device, resolve_dtype
 from draft.training.config import RunSettings, resolve
 from draft.training.merge import merge_run
 from draft.training.trainer import Trainer
@@ -98,11 +101,14 @@ class Learner:
     """The loop around one server and one folder of captured traffic."""
 
     def __init__(self, options: Options, server: Server, console: Console) -> None:
+        """
+        Raises:
+            UserError: for options by which every attempt would fail.
+        """
         self.options, self.server, self.console = options, server, console
         self.ledger = Ledger(options.out / "ledger.jsonl")
         self._told = ""
-        self.settings_of_run(Path("run"), options.head, Path("data"))  # refuses what no run could be made of
-        head_sha256(options.head)
+        self._check()
         for folder in (options.out, options.capture):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
 
@@ -256,6 +262,18 @@ class Learner:
 
     # settings and places
 
+    def _check(self) -> None:
+        """Refuse what an attempt would fail by, maybe days later; the target's weights are read by the attempt only."""
+        options = self.options
+        self.settings_of_run(Path("run"), options.head, Path("data"))
+        about = load_head(options.head)[1]
+        resolve_dtype(options.dtype, resolve_device(options.device))
+        texts = load_text_target(options.target)
+        if options.target_adapter is not None:
+            read_adapter(options.target_adapter)
+        if options.general is not None:
+            check_general(options.general, texts, about, options.capture)
+
     def settings_of_run(self, run: Path, head: str, data: Path) -> RunSettings:
         """The settings of an attempt's run, those of the command line included."""
         options = self.options
@@ -329,17 +347,26 @@ class _Work:
         """The verdict, with its reason."""
         verdict = self.folder / "report" / "verdict.json"
         if not verdict.is_file():
+            general = self._general()  # what does not fit is refused before the training
             self._prepared()
             self._trained()
             if not (self.folder / "head" / "config.json").is_file():
                 merge_run(self.folder / "run", self.folder / "head")
-            values = self._compared()
+            values = self._compared(general)
             write_json(verdict, values)
         judged = read_json(verdict)
         if "judged" not in self.attempt.events:
             self.learner.ledger.append("judged", self.attempt.number, **judged)
             self.learner._say(f"attempt {self.attempt.number}: {judged['reason']}")
         return judged
+
+    def _general(self) -> list[Row] | None:
+        """The general rows of both gates."""
+        if self.options.general is None:
+            return general_rows(self.target)
+        dataset = open_dataset(self.options.general)
+        dataset.check_target(self.target)
+        return dataset.rows("held-out")
 
     def _prepared(self) -> None:
         """The data set: the rows until the attempt began, of which no head has seen the held-out ones."""
@@ -378,15 +405,10 @@ class _Work:
             f"{figures['rested']:.0f} s rested; it cost the server {figures['loss']:.1%} of its throughput"
         )
 
-    def _compared(self) -> dict[str, Any]:
+    def _compared(self, general: Sequence[Row] | None) -> dict[str, Any]:
         """Both gates: the candidate against the served head, and on general rows against the first one."""
         options, target = self.options, self.target
         dataset = open_dataset(self.folder / "data")
-        general = general_rows(target)
-        if options.general is not None:
-            other = open_dataset(options.general)
-            other.check_target(target)
-            general = list(other.rows("held-out"))
         loaded = {
             name: Contender(name, *load_head(folder, dtype=target.dtype, device=target.device))
             for name, folder in {"first": options.head, "served": self.base, "new": str(self.folder / "head")}.items()

@@ -18,8 +18,11 @@ from rich.console import Console
 from training_runs import Run
 
 from draft.data.capture import Captured, CapturedTarget, open_capture, shard_name, to_table
+from draft.data.dataset import split_counts, write_dataset
+from draft.data.from_capture import as_rows
 from draft.errors import UserError
 from draft.evaluation import report
+from draft.evaluation.compare import record_trained_rows
 from draft.evaluation.tau import Interval
 from draft.heads.checkpoint import head_sha256, load_head, load_unchanged_head, save_head
 from draft.learning import gate, loop
@@ -133,10 +136,20 @@ def make_learner(world, tmp_path, monkeypatch):
 
     def make(server: Server, **options) -> Learner:
         given = {"min_rows": 40, "method": "full", "dtype": "float32", "overrides": TRAINING, **options}
-        places = {"out": tmp_path / "out", "capture": tmp_path / "captured", "head": str(root / "head")}
-        return Learner(Options(**places, target=str(root / "target"), **given), server, Console(quiet=True))
+        places = {"out": tmp_path / "out", "capture": tmp_path / "captured"}
+        models = {"head": str(root / "head"), "target": str(root / "target")}
+        return Learner(Options(**{**places, **models, **given}), server, Console(quiet=True))
 
     return make
+
+
+def general_data(folder: Path, rows: list[Captured], fingerprint: str) -> Path:
+    """A data set whose held-out rows these requests are."""
+    held_out = [replace(row, split="held-out") for row in as_rows(rows)]
+    about = {"target": "tiny", "target_fingerprint": fingerprint, "template_hash": "", "eos_token_ids": [], "seed": 0}
+    folder.mkdir()
+    write_dataset(folder, held_out, {**about, "sources": [], "counts": split_counts(held_out)})
+    return folder
 
 
 def events(tmp_path: Path) -> list[str]:
@@ -215,6 +228,26 @@ def test_general_losses_are_bounded_against_the_first_head():
         assert not lost["ship"] and lost["verdict"] == "don't ship"
         assert lost["reason"].startswith("Verdict at K = 1: don't ship. domain τ 1.000 -> 1.200")
         assert f"over the first head: +0.0 % [{100 * low:+.1f}, +10.0] (needs above -2 %)." in lost["reason"]
+
+
+def test_general_rows_that_do_not_fit_are_refused_before_the_training(world, traffic, make_learner, tmp_path):
+    root, target, rows = world
+    own = general_data(tmp_path / "own", rows[:5], target.fingerprint)
+    other = general_data(tmp_path / "other", rows[:5], "0" * 16)
+    with live(stand_in(str(root / "head"))) as url, Server(url) as server:
+        make_learner(server, general=own)
+        learner = make_learner(server, general=other)  # no request says yet which target is served
+        traffic(0, 40)
+        assert "failed: data set" in learner.tick() and events(tmp_path) == ["begun", "failed"]
+        with pytest.raises(UserError, match=f"fingerprint 0{{16}}, and .* answers of one with {target.fingerprint}"):
+            make_learner(server, general=other)
+        few = general_data(tmp_path / "few", [*rows[:4], replace(rows[4], temperature=1.0)], target.fingerprint)
+        with pytest.raises(UserError, match="holds 4 held-out conversations that were written greedily"):
+            make_learner(server, general=few)
+        about = {"trained_rows": record_trained_rows(as_rows(rows[4:8]), {})}
+        save_head(make_tiny_head(target), tmp_path / "head", dtype=torch.float32, about=about)
+        with pytest.raises(UserError, match="--head was trained on 1 of its 5 held-out rows"):
+            make_learner(server, general=own, head=str(tmp_path / "head"))
 
 
 def test_a_server_without_a_list_of_heads_gets_an_export(world, traffic, make_learner, tmp_path):
@@ -401,6 +434,10 @@ def test_commands_and_their_mistakes(world, traffic, tmp_path, draft_train, monk
             (("--method", "best"), "unknown, choose one of full"),
             (("training.epoch=3",), "unknown setting 'training.epoch'"),
             (("--head", tmp_path / "none"), "no config.json there"),
+            (("--target", tmp_path / "none"), "is neither a folder here nor reachable on the hub"),
+            (("--target-adapter", tmp_path / "none"), "no adapter_config.json there"),
+            (("--general", tmp_path / "none"), "holds no data set"),
+            (("--dtype", "float12"), "dtype 'float12' is unknown"),
             (("--server", "localhost:8000"), "is no address"),
             (("--server", "http://localhost:port"), "is no address"),
             (("--server", "http://[::1"), "is no address"),
