@@ -540,7 +540,7 @@ def learn(
         Path | None, typer.Option(help="Data of general traffic for the comparison [default: what ships].")
     ] = None,
     method: Annotated[str, typer.Option(help="Training method: full, afa-lora or lora.")] = "full",
-    min_rows: Annotated[int, typer.Option(min=8, help="New requests from which an attempt is made.")] = 200,
+    min_rows: Annotated[int, typer.Option(min=8, help="New usable requests from which an attempt is made.")] = 200,
     max_rows: Annotated[int, typer.Option(min=8, help="Newest requests that an attempt uses.")] = 1000,
     held_out_share: Annotated[
         float, typer.Option(min=0.01, max=0.9, help="Share of these conversations, the newest, kept for judging.")

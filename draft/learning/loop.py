@@ -24,11 +24,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import pyarrow.compute as pc
 from filelock import FileLock, Timeout
 from rich.console import Console
 
-from draft.data.capture import OTHER, Capture, open_capture
+from draft.data.capture import Capture, open_capture
 from draft.data.dataset import Row, open_dataset
 from draft.data.from_capture import prepare_capture
 from draft.errors import UserError
@@ -50,6 +49,7 @@ from draft.interop.exporting import export_head
 from draft.learning.gate import Gate
 from draft.learning.general import check_general
 from draft.learning.ledger import Attempt, Ledger
+from draft.learning.new_rows import NewRows
 from draft.learning.server import Server, ServerAway, WrongKey
 from draft.target import Target, load_target, load_text_target
 from draft.target.adapter import read_adapter
@@ -160,7 +160,7 @@ class Learner:
         except UserError as error:  # the server has not written any yet
             return f"not enough new rows: 0 of {self.options.min_rows} ({error})"
         since = max((attempt.begun["until"] for attempt in attempts), default=-math.inf)
-        rows, until = _new_rows(capture, since)
+        rows, until = self.new_rows.count(capture, since)
         if rows < self.options.min_rows:
             return f"not enough new rows: {rows} of {self.options.min_rows}"
         number = max((attempt.number for attempt in attempts), default=0) + 1
@@ -269,6 +269,7 @@ class Learner:
         about = load_head(options.head)[1]
         resolve_dtype(options.dtype, resolve_device(options.device))
         texts = load_text_target(options.target)
+        self.new_rows = NewRows(min(options.max_length, texts.stated_length))
         if options.target_adapter is not None:
             read_adapter(options.target_adapter)
         if options.general is not None:
@@ -452,14 +453,3 @@ def _verdict(comparison: Comparison, drift: Comparison | None) -> dict[str, Any]
 def _values(interval: Interval) -> dict[str, float] | None:
     """An interval for JSON; None where it is unknown."""
     return asdict(interval) if all(map(math.isfinite, asdict(interval).values())) else None
-
-
-def _new_rows(capture: Capture, since: float) -> tuple[int, float]:
-    """Rows after `since` that training may use, and the time of the newest."""
-    count, newest = 0, since
-    for table in capture.tables(("time", "kind"), since=since):
-        fresh = table.filter(pc.and_(pc.greater(table["time"], since), pc.not_equal(table["kind"], OTHER)))
-        if fresh.num_rows:
-            count += fresh.num_rows
-            newest = max(newest, pc.max(fresh["time"]).as_py())
-    return count, newest

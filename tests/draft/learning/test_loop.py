@@ -421,6 +421,8 @@ def test_commands_and_their_mistakes(world, traffic, tmp_path, draft_train, monk
     with live(app) as url:
         status, shown = draft_train(*learn(world, tmp_path, url))
         assert status == 0 and "not enough new rows: 12 of 40" in shown
+        status, shown = draft_train(*learn(world, tmp_path, url), "--max-length", 8)
+        assert status == 0 and "not enough new rows: 0 of 40" in shown
         for lock in (tmp_path / "out" / "learn.lock", tmp_path / "captured" / ".learn.lock"):
             with FileLock(lock):
                 status, shown = draft_train(*learn(world, tmp_path, url))
