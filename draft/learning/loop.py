@@ -56,6 +56,7 @@ from draft.target.adapter import read_adapter
 from draft.target.target import resolve_device, resolve_dtype
 from draft.training.config import RunSettings, resolve
 from draft.training.merge import merge_run
+from draft.training.run import NotSaved
 from draft.training.trainer import Trainer
 
 # of a run; small batches, so that the gate is passed often, and the held-out rows are left to the comparison
@@ -116,7 +117,8 @@ class Learner:
         """Learn for ever, or, with `once`, from the rows that are there now.
 
         Raises:
-            UserError: another learner works on the same folders, the server refuses the key; with `once`, it is away.
+            UserError: another learner works on the same folders, the server refuses the key, a checkpoint cannot be
+                written; with `once`, the server is away.
         """
         with self._alone():
             while True:
@@ -172,11 +174,11 @@ class Learner:
         return self.ledger.attempts()[-1]
 
     def _attempt(self, attempt: Attempt) -> str:
-        """Take an attempt to its end."""
+        """Take an attempt to its end, or raise what lies outside of it and leaves it unfinished."""
         try:
             judged = _Work(self, attempt).judged()
             return self._ship(attempt) if judged["ship"] else self._end(attempt, "kept", reason=judged["reason"])
-        except WrongKey:
+        except (WrongKey, NotSaved):  # as for other files that cannot be written: the same command goes on
             raise
         except UserError as error:
             return self._end(attempt, "failed", reason=str(error))

@@ -46,6 +46,10 @@ _PREFIX = "step-"
 _BEST = "best.safetensors"  # its weights, and in its header step and tau
 
 
+class NotSaved(UserError):
+    """A checkpoint could not be written; the same command goes on from the one before."""
+
+
 @dataclass(frozen=True)
 class Best:
     """The best replay of a run so far."""
@@ -138,7 +142,7 @@ class RunFolder:
         """Write a `snapshot` and its progress as a checkpoint; the newest `keep_checkpoints` are kept.
 
         Raises:
-            UserError: when it can't be written; the checkpoints before it are intact then.
+            NotSaved: when it can't be written; the checkpoints before it are intact then.
         """
         name = f"{_PREFIX}{progress['step']:07d}"
         try:
@@ -148,7 +152,7 @@ class RunFolder:
         except (OSError, SafetensorError) as error:
             before = latest_snapshot(self.checkpoints)
             kept = f"{before.name} is intact, the same command goes on from it" if before else "there is none before it"
-            raise UserError(f"{str(self.checkpoints / name)!r} could not be written ({error}); {kept}.") from error
+            raise NotSaved(f"{str(self.checkpoints / name)!r} could not be written ({error}); {kept}.") from error
         for old in sorted(self.checkpoints.glob(f"{_PREFIX}*"))[: -self.settings.training.keep_checkpoints]:
             shutil.rmtree(old)
 
@@ -156,14 +160,14 @@ class RunFolder:
         """Write the weights of the best replay so far.
 
         Raises:
-            UserError: when they can't be written; those of the one before are intact then.
+            NotSaved: when they can't be written; those of the one before are intact then.
         """
         path = self.checkpoints / _BEST
         try:
             with atomic_file(path) as temporary:
                 save_file(weights, temporary, {"step": str(step), "tau": repr(tau)})
         except (OSError, SafetensorError) as error:
-            raise UserError(
+            raise NotSaved(
                 f"{str(path)!r} could not be written ({error}); make room there, and give the same command again."
             ) from error
 

@@ -1,5 +1,6 @@
 """The loop from captured traffic to a swapped head: what it decides, and that it goes on wherever it was killed."""
 
+import errno
 import os
 import signal
 from dataclasses import replace
@@ -29,7 +30,7 @@ from draft.learning import gate, loop
 from draft.learning.ledger import Ledger
 from draft.learning.loop import Learner, Options
 from draft.learning.server import Server, ServerAway, WrongKey
-from draft.training import trainer
+from draft.training import run, trainer
 from serving.api.app import create_app
 from serving.capture import CaptureWriter
 from serving.engine import Engine, SamplingParams
@@ -343,6 +344,25 @@ def test_a_server_that_answers_something_else_is_away(path, body, media):
         server.heads() if path == "/heads" else server.load()
 
 
+def test_a_full_disk_leaves_the_attempt_unfinished(world, traffic, make_learner, tmp_path, monkeypatch):
+    saved = []
+
+    def save(*arguments, of=run.save_file):
+        if len(saved) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        saved.append(of(*arguments))
+
+    with live(stand_in(str(world[0] / "head"))) as url, Server(url) as server:
+        traffic(0, 60)
+        with monkeypatch.context() as patch:
+            patch.setattr(run, "save_file", save)
+            with pytest.raises(UserError, match="step-0000010 is intact, the same command goes on from it"):
+                make_learner(server).run(once=True)
+        assert events(tmp_path) == ["begun", "prepared"]
+        assert "served as learned-0001-" in make_learner(server).tick()
+    assert "from step 10 of 24" in (place_of(tmp_path) / "training.log").read_text()
+
+
 # In processes of their own.
 
 QUICK = """
@@ -396,8 +416,8 @@ def test_a_learner_that_is_killed_anywhere_goes_on(world, traffic, tmp_path):
     with live(app) as url:
         arguments = learn(world, tmp_path, url)
         for place, script in POINTS.items():
-            run = Run(arguments, script=QUICK + KILL + script)
-            assert run.wait() == -signal.SIGKILL, (place, run.output())
+            killed = Run(arguments, script=QUICK + KILL + script)
+            assert killed.wait() == -signal.SIGKILL, (place, killed.output())
         last = Run(arguments, script=QUICK).succeed()
     assert "not enough new rows: 0 of 40" in last.output()  # the head had been served before
     assert list(app.state.known) == ["first", app.state.default] and app.state.default.startswith("learned-0001-")
