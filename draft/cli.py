@@ -553,7 +553,7 @@ def learn(
     dtype: Dtype = "auto",
     device: Device = "auto",
     once: Annotated[
-        bool, typer.Option("--once", help="End after one attempt, or without enough new requests.")
+        bool, typer.Option("--once", help="End after one attempt (status 2: failed), or without enough new requests.")
     ] = False,
     status: Annotated[bool, typer.Option("--status", help="Print what was attempted and served, and end.")] = False,
 ) -> None:

@@ -47,7 +47,7 @@ from draft.files import finish_folders, read_json, write_json
 from draft.heads.checkpoint import head_sha256, load_head
 from draft.interop.exporting import export_head
 from draft.learning.gate import Gate
-from draft.learning.general import check_general
+from draft.learning.general import check_general, greedy_conversations
 from draft.learning.ledger import Attempt, Ledger
 from draft.learning.new_rows import NewRows
 from draft.learning.server import Server, ServerAway, WrongKey
@@ -67,6 +67,10 @@ TRAINING: dict[str, Any] = {
 _LEARNED = "learned-"  # how the names of heads begin that were learnt
 _EXPORT = "vllm"  # the format that every architecture has
 _POLL_SECONDS = 15.0
+
+
+class AttemptFailed(UserError):
+    """An attempt ended too early, for the reason in the ledger."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +113,7 @@ class Learner:
         self.options, self.server, self.console = options, server, console
         self.ledger = Ledger(options.out / "ledger.jsonl")
         self._told = ""
+        self._failed_until = -math.inf  # the newest request of an attempt that failed here
         self._check()
         for folder in (options.out, options.capture):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -118,7 +123,7 @@ class Learner:
 
         Raises:
             UserError: another learner works on the same folders, the server refuses the key, a checkpoint cannot be
-                written; with `once`, the server is away.
+                written; with `once`, the server is away, or the attempt failed.
         """
         with self._alone():
             while True:
@@ -130,6 +135,10 @@ class Learner:
                     if once:
                         raise UserError(f"{error}; start it, and repeat the command.") from error
                     told = str(error)
+                except AttemptFailed as error:
+                    if once:
+                        raise
+                    told = str(error)
                 if told != self._told:  # the same is not said at every look
                     self._say(told)
                 self._told = told
@@ -138,14 +147,14 @@ class Learner:
                 wait(_POLL_SECONDS)
 
     def tick(self) -> str:
-        """Do what there is to do, and say in one sentence what it was. Raises ServerAway."""
+        """Do what there is to do, and say in one sentence what it was. Raises ServerAway and AttemptFailed."""
         attempts = self.ledger.attempts()
         self._tidy(attempts)
         self._follow(attempts)
         unfinished = next((attempt for attempt in attempts if not attempt.ended), None)
         if unfinished is not None and unfinished.begun["settings"] != self._settings:
             self._end(unfinished, "failed", reason="the learner was started again with other settings")
-            unfinished = None
+            attempts, unfinished = self.ledger.attempts(), None
         if unfinished is None:
             begun = self._begin(attempts)
             if isinstance(begun, str):
@@ -156,12 +165,16 @@ class Learner:
     # an attempt
 
     def _begin(self, attempts: Sequence[Attempt]) -> Attempt | str:
-        """Begin the next attempt, or say what is missing for it."""
+        """Begin the next attempt, or say what is missing for it.
+
+        Requests of an attempt that failed count again when the learner is started again, not at its next look.
+        """
         try:
             capture = open_capture(self.options.capture)
         except UserError as error:  # the server has not written any yet
             return f"not enough new rows: 0 of {self.options.min_rows} ({error})"
-        since = max((attempt.begun["until"] for attempt in attempts), default=-math.inf)
+        used = [attempt.begun["until"] for attempt in attempts if "failed" not in attempt.events]
+        since = max([self._failed_until, *used])
         rows, until = self.new_rows.count(capture, since)
         if rows < self.options.min_rows:
             return f"not enough new rows: {rows} of {self.options.min_rows}"
@@ -181,7 +194,8 @@ class Learner:
         except (WrongKey, NotSaved):  # as for other files that cannot be written: the same command goes on
             raise
         except UserError as error:
-            return self._end(attempt, "failed", reason=str(error))
+            self._failed_until = attempt.begun["until"]
+            raise AttemptFailed(self._end(attempt, "failed", reason=str(error))) from error
 
     def _ship(self, attempt: Attempt) -> str:
         """Swap the heads, or write the new one for an engine that is not asked to."""
@@ -352,10 +366,13 @@ class _Work:
         if not verdict.is_file():
             general = self._general()  # what does not fit is refused before the training
             self._prepared()
+            held_out = open_dataset(self.folder / "data").rows("held-out")
+            if not greedy_conversations(held_out, self.target):
+                return {"ship": False, "reason": "no held-out request was greedy, and by others no head is judged"}
             self._trained()
             if not (self.folder / "head" / "config.json").is_file():
                 merge_run(self.folder / "run", self.folder / "head")
-            values = self._compared(general)
+            values = self._compared(held_out, general)
             write_json(verdict, values)
         judged = read_json(verdict)
         if "judged" not in self.attempt.events:
@@ -408,15 +425,14 @@ class _Work:
             f"{figures['rested']:.0f} s rested; it cost the server {figures['loss']:.1%} of its throughput"
         )
 
-    def _compared(self, general: Sequence[Row] | None) -> dict[str, Any]:
+    def _compared(self, held_out: Sequence[Row], general: Sequence[Row] | None) -> dict[str, Any]:
         """Both gates: the candidate against the served head, and on general rows against the first one."""
         options, target = self.options, self.target
-        dataset = open_dataset(self.folder / "data")
         loaded = {
             name: Contender(name, *load_head(folder, dtype=target.dtype, device=target.device))
             for name, folder in {"first": options.head, "served": self.base, "new": str(self.folder / "head")}.items()
         }
-        comparison = compare(target, loaded["served"], loaded["new"], dataset.rows("held-out"), general)
+        comparison = compare(target, loaded["served"], loaded["new"], held_out, general)
         with open(self.folder / "comparison.log", "w") as log:
             write_report(comparison, self.folder / "report", Console(file=log))
         drift = None

@@ -28,7 +28,7 @@ from draft.evaluation.tau import Interval
 from draft.heads.checkpoint import head_sha256, load_head, load_unchanged_head, save_head
 from draft.learning import gate, loop
 from draft.learning.ledger import Ledger
-from draft.learning.loop import Learner, Options
+from draft.learning.loop import AttemptFailed, Learner, Options
 from draft.learning.server import Server, ServerAway, WrongKey
 from draft.training import run, trainer
 from serving.api.app import create_app
@@ -197,15 +197,55 @@ def test_a_head_that_is_not_proven_better_is_not_served(world, traffic, make_lea
         assert learner.tick() == "not enough new rows: 0 of 40"
 
 
-def test_what_goes_wrong_is_told_and_does_not_end_the_learner(world, traffic, make_learner, tmp_path):
+def test_a_head_that_cannot_be_served_or_judged_is_not_served(world, traffic, make_learner, tmp_path):
     app = stand_in(str(world[0] / "head"))
     with live(app) as url, Server(url) as server:
         traffic(0, 40)
         app.state.refusal = "the self-check failed"
         assert "kept: the server refuses the head: the self-check failed" in make_learner(server).tick()
         traffic(40, 80, temperature=1.0)
-        assert "failed: greedy replay needs responses" in make_learner(server).tick()
-        assert app.state.default == "first"
+        learner = make_learner(server)
+        assert "kept: no held-out request was greedy" in learner.tick() and app.state.default == "first"
+        assert events(tmp_path)[-3:] == ["begun", "prepared", "kept"]  # without a training
+        assert make_learner(server).tick() == "not enough new rows: 0 of 40"
+
+
+def test_an_attempt_that_failed_loses_no_requests(world, traffic, make_learner, tmp_path, monkeypatch, draft_train):
+    class Done(Exception):
+        pass
+
+    def wait(_):
+        waited.append(1)
+        if len(waited) == 3:
+            raise Done
+
+    def fail(_):
+        raise UserError("the reason.")
+
+    def rows_of_attempts():
+        return [attempt.begun["rows"] for attempt in Ledger(tmp_path / "out" / "ledger.jsonl").attempts()]
+
+    waited: list[int] = []
+    monkeypatch.setattr(os, "nice", lambda _: None)
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
+    monkeypatch.setattr(loop._Work, "judged", fail)
+    with live(stand_in(str(world[0] / "head"))) as url, Server(url) as server:
+        traffic(0, 40)
+        learner = make_learner(server)
+        with pytest.raises(Done):
+            learner.run(wait=wait)
+        assert events(tmp_path) == ["begun", "failed"]  # and not again at each look
+        traffic(40, 80)
+        with pytest.raises(AttemptFailed, match="attempt 2: failed: the reason."):
+            learner.tick()
+        assert rows_of_attempts() == [40, 40]
+        status, shown = draft_train(*learn(world, tmp_path, url))  # with --once, and started again
+        assert status == 2 and "draft-train: attempt 3: failed: the reason." in shown
+        assert events(tmp_path)[-2:] == ["begun", "failed"] and rows_of_attempts() == [40, 40, 80]
+        monkeypatch.setattr(loop._Work, "judged", lambda _: {"ship": False, "reason": "no gain"})
+        learner.ledger.append("begun", 4, rows=80, until=1079.0, settings=["others"])
+        assert make_learner(server).tick() == "attempt 5: kept: no gain" and rows_of_attempts()[3:] == [80, 80]
+        assert make_learner(server).tick() == "not enough new rows: 0 of 40"
 
 
 def test_general_losses_are_bounded_against_the_first_head():
@@ -239,7 +279,9 @@ def test_general_rows_that_do_not_fit_are_refused_before_the_training(world, tra
         make_learner(server, general=own)
         learner = make_learner(server, general=other)  # no request says yet which target is served
         traffic(0, 40)
-        assert "failed: data set" in learner.tick() and events(tmp_path) == ["begun", "failed"]
+        with pytest.raises(AttemptFailed, match="failed: data set .* was prepared for target"):
+            learner.tick()
+        assert events(tmp_path) == ["begun", "failed"]
         with pytest.raises(UserError, match=f"fingerprint 0{{16}}, and .* answers of one with {target.fingerprint}"):
             make_learner(server, general=other)
         few = general_data(tmp_path / "few", [*rows[:4], replace(rows[4], temperature=1.0)], target.fingerprint)
