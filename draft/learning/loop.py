@@ -35,10 +35,12 @@ from draft.evaluation.compare import (
     BASELINE,
     CANDIDATE,
     GENERAL_TOLERANCE,
+    LEAST_CONVERSATIONS,
     Comparison,
     Contender,
     compare,
     general_rows,
+    row_ids,
     trained_row_ids,
 )
 from draft.evaluation.report import summary, write_report
@@ -366,9 +368,12 @@ class _Work:
         if not verdict.is_file():
             general = self._general()  # what does not fit is refused before the training
             self._prepared()
-            held_out = open_dataset(self.folder / "data").rows("held-out")
+            dataset = open_dataset(self.folder / "data")
+            held_out = dataset.rows("held-out")
             if not greedy_conversations(held_out, self.target):
                 return {"ship": False, "reason": "no held-out request was greedy, and by others no head is judged"}
+            if general is not None:
+                general = self._untrained(general, dataset.rows("train"))
             self._trained()
             if not (self.folder / "head" / "config.json").is_file():
                 merge_run(self.folder / "run", self.folder / "head")
@@ -387,6 +392,17 @@ class _Work:
         dataset = open_dataset(self.options.general)
         dataset.check_target(self.target)
         return dataset.rows("held-out")
+
+    def _untrained(self, general: Sequence[Row], train: Sequence[Row]) -> list[Row]:
+        """The general rows without those that the traffic repeats; UserError where too few are left."""
+        trained = row_ids(train) | (trained_row_ids(load_head(self.base)[1]) or set())
+        left = [row for row in general if not row_ids([row]) & trained]
+        if (count := greedy_conversations(left, self.target)) < LEAST_CONVERSATIONS:
+            raise UserError(
+                f"{count} general conversations are left that no head is trained on, and with fewer than "
+                f"{LEAST_CONVERSATIONS} none is served; give --general rows of other prompts."
+            )
+        return left
 
     def _prepared(self) -> None:
         """The data set: the rows until the attempt began, of which no head has seen the held-out ones."""

@@ -293,6 +293,24 @@ def test_general_rows_that_do_not_fit_are_refused_before_the_training(world, tra
             make_learner(server, general=own, head=str(tmp_path / "head"))
 
 
+def test_general_rows_that_the_traffic_repeats_are_left_out(world, traffic, make_learner, tmp_path, monkeypatch):
+    root, target, rows = world
+    given = []
+    monkeypatch.setattr(loop._Work, "_trained", lambda _: None)
+    monkeypatch.setattr(loop, "merge_run", lambda *_: None)
+    monkeypatch.setattr(
+        loop._Work, "_compared", lambda _, held_out, general: given.append(general) or {"ship": False, "reason": "told"}
+    )
+    with live(stand_in(str(root / "head"))) as url, Server(url) as server:
+        traffic(0, 40)
+        repeated = general_data(tmp_path / "repeated", [*rows[:5], *rows[40:44]], target.fingerprint)
+        with pytest.raises(AttemptFailed, match="4 general conversations are left that no head is trained on"):
+            make_learner(server, general=repeated).tick()
+        partly = general_data(tmp_path / "partly", [*rows[:5], *rows[40:45]], target.fingerprint)
+        assert make_learner(server, general=partly).tick() == "attempt 2: kept: told"
+    assert [row.id for row in given[0]] == [row.id for row in as_rows(rows[40:45])]
+
+
 def test_a_server_without_a_list_of_heads_gets_an_export(world, traffic, make_learner, tmp_path):
     with live(stand_in(str(world[0] / "head"), heads=False)) as url, Server(url) as server:
         traffic(0, 50)
