@@ -96,7 +96,14 @@ class Comparison:
             for name, measurement in self.measurements.items()
             if measurement.greedy.conversations < FEW_CONVERSATIONS
         ]
-        if trained_row_ids(self.contenders[CANDIDATE].about) is None:
+        about = self.contenders[CANDIDATE].about
+        conversations = set(self.measurements["domain"].greedy.results[CANDIDATE].row_ids)
+        if chosen := len(conversations.intersection(about.get("kept_by", ()))):
+            notes.append(
+                f"domain: {chosen} of the {len(conversations)} conversations also chose the candidate's checkpoint, so "
+                "that its gain is a little too high; to be sure, compare on other data, or train with --eval-every 0."
+            )
+        if trained_row_ids(about) is None:
             notes.append(
                 "the candidate does not record which rows it was trained on: that they are others is not checked."
             )

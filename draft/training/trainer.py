@@ -341,7 +341,10 @@ class Trainer:
 
     def _write_result(self, head: Any, saver: Any) -> Path:
         draw(self.run.folder, self.console)
-        best = {} if self.best is None else {"kept_step": self.best.step, "kept_tau": self.best.tau}
+        best: dict[str, Any] = {}
+        if self.best is not None:  # kept_by: a comparison on these rows is not quite impartial
+            kept_by = sorted({row.id for row in self.held_out})
+            best = {"kept_step": self.best.step, "kept_tau": self.best.tau, "kept_by": kept_by}
         about = {**self.about, "steps": self.done, **best}
         if isinstance(saver, PeftModel):
             result = self.run.folder / "adapter"

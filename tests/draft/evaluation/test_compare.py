@@ -189,6 +189,9 @@ def test_warnings(tiny_target, tiny_head, rows, comparison):
     few = compare(tiny_target, first, second, rows[:3], max_steps=1, deciding_length=1)
     assert [w.split()[0] for w in few.warnings] == ["domain:", "the", "general"]
     assert "only 3 greedy conversations" in few.warnings[0]
+    chosen = Contender("c", tiny_head, {"kept_by": [rows[0].id, "another"]})
+    warned = compare(tiny_target, first, chosen, rows[:3], max_steps=1, deciding_length=1).warnings
+    assert "domain: 1 of the 3 conversations also chose the candidate's checkpoint" in warned[1]
 
 
 def test_the_report(comparison, tiny_target, tmp_path):

@@ -78,6 +78,7 @@ def test_the_weights_of_the_best_replay_are_kept(world, tmp_path, monkeypatch):
         result = run(world, "pretrain", tmp_path / name, **flags, **more)
         head, about = load_head(result)
         assert (about["kept_step"], about["kept_tau"], about["steps"]) == (6, 1.5, steps)
+        assert about["kept_by"] == sorted({row.id for row in trainers[-1].held_out}) != []
         assert torch.equal(head.fc.weight, at_six["weight.fc.weight"])
     last = load_head(run(world, "pretrain", tmp_path / "last", **flags, keep_best=False))[0]
     assert not torch.equal(last.fc.weight, head.fc.weight)
