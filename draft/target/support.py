@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor, nn
 
 from draft.errors import UserError
 from draft.files import read_json
+from draft.memory import free_memory
 
 log = logging.getLogger(__name__)
 
@@ -132,7 +132,7 @@ def check_model(name: str, config: Any, dtype: torch.dtype | str, device: torch.
     _check_layers(name, decoder_of(name, model))
     if device.type not in ("cpu", "cuda"):
         return
-    free = psutil.virtual_memory().available if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
+    free = free_memory(device)
     if not isinstance(dtype, torch.dtype):
         dtype = config.dtype or torch.float32
     needed = sum(weight.numel() for weight in model.parameters()) * dtype.itemsize

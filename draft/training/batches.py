@@ -10,7 +10,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Protocol
 
-import psutil
 import torch
 from rich.console import Console
 from torch import Tensor
@@ -20,6 +19,7 @@ from draft.data.examples import Batch, batches, collate, packed_batches
 from draft.errors import UserError
 from draft.evaluation.compare import general_rows
 from draft.heads.base import Features
+from draft.memory import whole_memory
 from draft.target import Target, TargetOutput
 from draft.training.config import RunSettings
 
@@ -179,12 +179,12 @@ def kept_layers(target: Target, layers: Sequence[int]) -> tuple[int, ...]:
 
 
 def fits_in_memory(target: Target, layers: Sequence[int], tokens: int) -> bool:
-    """True when the states kept of `tokens` tokens take less than a third of this machine's memory.
+    """True when the states kept of `tokens` tokens take less than a third of this machine's or container's memory.
 
     Of all of it, not of what is free at the moment: a run has to go the same way each time it is started.
     """
     size = tokens * len(kept_layers(target, layers)) * target.hidden_size * target.dtype.itemsize
-    return size < psutil.virtual_memory().total / 3
+    return size < whole_memory() / 3
 
 
 def load_rows(settings: RunSettings, target: Target, console: Console) -> tuple[list[Row], list[Row]]:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import resource
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-import psutil
 import torch
 
 from cpu_kernels.ops import BLOCK
 from draft.errors import UserError
+from draft.memory import free_memory
 from serving.engine.kv_cache import LayerShape, blocks_of
 
 _KEPT_FREE = 0.125  # of what is free: activations, answers, other programs
@@ -83,35 +81,3 @@ def in_words(size: int) -> str:
     while value >= 1000 and unit < len(_UNITS) - 1:
         value, unit = value / 1000, unit + 1
     return f"{value:.3g} {_UNITS[unit]}"
-
-
-def free_memory(device: torch.device) -> int:
-    """Return the bytes that this process may still take: on CUDA of the device, otherwise of the system."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    rooms = [psutil.virtual_memory().available, *_rooms_of_groups()]
-    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
-    if limit != resource.RLIM_INFINITY:
-        rooms.append(limit - psutil.Process().memory_info().vms)
-    return max(0, min(rooms))
-
-
-def _rooms_of_groups(process: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> Iterator[int]:
-    """Yield what each control group of this process may still take; cached files give way, so they count as free."""
-    for line in process.read_text().splitlines() if process.is_file() else ():
-        _, controllers, path = line.split(":", 2)
-        if not controllers:  # version 2
-            top, limit, usage, cached = root, "memory.max", "memory.current", "inactive_file"
-        elif "memory" in controllers.split(","):
-            top, cached = root / "memory", "total_inactive_file"
-            limit, usage = "memory.limit_in_bytes", "memory.usage_in_bytes"
-        else:
-            continue
-        folder = top / path.strip("/")  # in a container its own group is the top, whatever the path says
-        for group in (folder, *folder.parents):
-            if group.is_relative_to(top) and (group / limit).is_file():
-                allowed, figures = (group / limit).read_text().strip(), (group / "memory.stat").read_text().split()
-                files = int(figures[figures.index(cached) + 1]) if cached in figures else 0
-                if allowed != "max":
-                    yield int(allowed) - int((group / usage).read_text()) + files

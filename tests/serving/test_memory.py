@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,10 +17,11 @@ from oracle import all_free
 from tiny_targets import tiny
 
 from draft.errors import UserError
+from draft.memory import free_memory
 from serving.engine import Engine, Request, SamplingParams, Speculation
 from serving.engine.drafting import HeadProposer
 from serving.engine.kv_cache import LayerShape
-from serving.engine.memory import _rooms_of_groups, fit_cache, free_memory, in_words
+from serving.engine.memory import fit_cache, in_words
 from serving.engine.step import BESIDE_STREAMS
 
 CPU = torch.device("cpu")
@@ -77,29 +77,6 @@ def test_the_cache_takes_what_is_needed_or_what_fits() -> None:
 @pytest.mark.parametrize(("size", "words"), [(999, "999 B"), (9_140_000_000, "9.14 GB"), (512_000_000, "512 MB")])
 def test_sizes_in_words(size: int, words: str) -> None:
     assert in_words(size) == words
-
-
-@pytest.mark.parametrize(
-    ("line", "folder", "limit", "usage", "cached"),
-    [
-        ("0::/a/b", "a/b", "memory.max", "memory.current", "inactive_file"),
-        ("3:cpu,memory:/a", "memory/a", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-        ("0::/not/here", "", "memory.max", "memory.current", "inactive_file"),  # as inside a container
-    ],
-)
-def test_control_groups_limit_the_memory(
-    tmp_path: Path, line: str, folder: str, limit: str, usage: str, cached: str
-) -> None:
-    process, root = tmp_path / "cgroup", tmp_path / "fs"
-    process.write_text(f"9:pids:/\n{line}\n")
-    assert list(_rooms_of_groups(process, root)) == []
-    group = root / folder
-    group.mkdir(parents=True)
-    for name, text in {limit: "5000", usage: "3000", "memory.stat": f"anon 1\n{cached} 700\n"}.items():
-        (group / name).write_text(text)
-    assert list(_rooms_of_groups(process, root)) == [2700]
-    (group / limit).write_text("max\n")
-    assert list(_rooms_of_groups(process, root)) == []
 
 
 def test_a_context_beyond_the_memory_is_served_as_far_as_it_goes() -> None:
