@@ -513,8 +513,8 @@ def compare(
     comparison = run(
         loaded, old, new, dataset.rows("held-out"), rows, progress=True, leave_out_trained=leave_out_trained
     )
+    print_report(comparison, console)  # first: a full disk must not take the verdict along
     write_report(comparison, out, console)
-    print_report(comparison, console)
     if not comparison.ship:
         raise typer.Exit(1)
 

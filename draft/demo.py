@@ -71,6 +71,11 @@ def demo(
     _draft_train("compare", *model, "--baseline", head, "--candidate", adapted, "--data", data, "--general", general,
                  "--out", report, accepted=(0, 1))  # fmt: skip
     chosen = held_out_prompts(target, prompts, data, SERVED)
+    if not chosen:
+        raise UserError(
+            f"no prompt of {str(prompts)!r} is rendered as in {str(data)!r} (does the template write the date?), so "
+            "that none can be served; the comparison is done."
+        )
     answers = serve_in_turn(model, {"base": head, "adapted": str(adapted)}, [text for _, text in chosen])
     summarise(json.loads((report / "comparison.json").read_text()), answers, chosen[-1][0])
     console.print(

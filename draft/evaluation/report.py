@@ -15,7 +15,7 @@ from rich.table import Table
 from draft.evaluation.compare import BASELINE, CANDIDATE, GENERAL_TOLERANCE, KEY, Comparison, Pair, trained_row_ids
 from draft.evaluation.replay import ReplayResult
 from draft.evaluation.tau import Interval
-from draft.files import write_json
+from draft.files import atomic_file, write_json
 
 _COLUMNS = ["K", "baseline τ", "candidate τ", "gain"]
 _METHOD = (
@@ -32,7 +32,8 @@ def write_report(comparison: Comparison, out_dir: str | Path, console: Console) 
     folder = Path(out_dir)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "comparison.json", to_json(comparison))
-    (folder / "comparison.md").write_text(to_markdown(comparison))
+    with atomic_file(folder / "comparison.md") as temporary:
+        temporary.write_text(to_markdown(comparison), encoding="utf-8")
     draw(comparison, folder / "comparison.png", console)
 
 
