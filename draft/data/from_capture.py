@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import Counter
 from collections.abc import Collection, Sequence
@@ -17,6 +18,8 @@ from draft.data.settings import Settings
 from draft.errors import UserError
 from draft.files import atomic_folder
 from draft.target import Target
+
+log = logging.getLogger(__name__)
 
 MOST_ROWS = 10_000  # when the user does not say how many: the newest
 SOURCE = "captured"
@@ -59,6 +62,11 @@ def prepare_capture(
     requests = _newest(capture, chosen.num_prompts or MOST_ROWS, longest, until, counts)
     if not requests:
         raise UserError(_nothing(capture, counts, longest))
+    if target.reads_clock:
+        log.warning(
+            "the chat template writes the date, so that a prompt that came on two days counts as two conversations: it "
+            "may be trained on and held out"
+        )
     alike = near_duplicates([each.answer_ids for each in requests])
     rows = hold_out_newest(as_rows(requests), chosen.held_out_share, trained)
     greedy = sum(row.temperature == 0 for row in rows) / len(rows)

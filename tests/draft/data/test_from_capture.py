@@ -127,6 +127,15 @@ def test_another_target_or_nothing_to_use_is_one_sentence(target, tmp_path):
     assert not (tmp_path / "data").exists()
 
 
+def test_a_template_that_writes_the_date_is_told(target, tmp_path, caplog, monkeypatch):
+    capture = write(tmp_path / "captured", [row(float(n), f"q{n}", f"a{n}.") for n in range(4)], target)
+    prepare_capture(target, capture, tmp_path / "plain")
+    assert "two days" not in caplog.text
+    monkeypatch.setattr(target.tokenizer, "chat_template", "{{ strftime_now('%d') }}{{ messages[0].content }}")
+    prepare_capture(target, capture, tmp_path / "dated")
+    assert "a prompt that came on two days counts as two conversations" in caplog.text
+
+
 def test_the_command_line(root, target, draft_train, monkeypatch, tmp_path):
     monkeypatch.setenv("COLUMNS", "150")
     captured, out = tmp_path / "captured", tmp_path / "data"
