@@ -136,6 +136,8 @@ def benchmark(arguments: Namespace, command: Sequence[str]) -> int:
             arms = [arm for arm in arguments.arms if arm != AGAIN or each == rank]
             results["cells"].append(cell(experiment, study, place, each, arms))
             save(arguments, out, results)
+    results["all"] = report.pooled(experiment, results["cells"], "acceptance")
+    save(arguments, out, results)
     place = largest_gap(results["cells"], rank)
     for name in arguments.ablations:
         arms = [arm for arm in arguments.arms if arm != AGAIN]
@@ -172,6 +174,12 @@ def save(arguments: Namespace, out: Path, results: dict[str, Any]) -> None:
         f"Target {results['target']['name']}, head {results['head']['path']}, commit {results['commit']}. Means over "
         "fresh seeds and test conversations with 95 % intervals over both; τ at K = 5."
     )
+    if together := results.get("all", {}).get("differences", {}).get("afa-lora"):
+        share = report.interval(results["all"].get("share"), ".2f")
+        text += (
+            "\n\nMean of all domains and ranks, acceptance: AFA-LoRA - LoRA "
+            f"{report.interval(together, '+.4f')}; share of the gap to all weights that AFA-LoRA closes {share}."
+        )
     tables = {"Domains and ranks": "cells", "Ablations": "ablations"}
     report.write(out, "draft_heads", results, options.about(arguments, text), tables, "acceptance")
 

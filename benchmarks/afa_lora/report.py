@@ -85,6 +85,29 @@ def run_cell(
     return cell
 
 
+def pooled(experiment: Experiment, cells: Sequence[Mapping[str, Any]], measure: str) -> dict[str, Any]:
+    """Return the figures of all cells together: the mean over places of the mean over a place's cells.
+
+    The cells of a place judge the same units, which are drawn together, and so are the seeds. measure: one of which a
+    unit has the same denominator in all of them, so that the mean is over numerators.
+    """
+    shared_arms = [arm for arm in NAMES if all(arm in cell["arms"] for cell in cells)]
+    places = list(dict.fromkeys(cell["place"] for cell in cells))
+    scores, groups = {}, [""]
+    for arm in shared_arms:
+        parts, groups = [], []
+        for place in places:
+            values = []
+            for cell in (each for each in cells if each["place"] == place):
+                about = cell["arms"][arm]
+                runs = experiment.fresh(setup(place, arm, cell["options"]), about["rate"], len(about["seeds"]))
+                values.append(scores_of(experiment.complete(runs), runs, measure).values)
+            parts.append(np.mean(values, axis=0))
+            groups += [place] * parts[-1].shape[1]
+        scores[arm] = Scores(tuple(about["seeds"]), np.concatenate(parts, axis=1))
+    return figures(Bootstrap(scores, groups))
+
+
 def tuning(tuned: Tuned) -> dict[str, Any]:
     grid = [[rate, value if math.isfinite(value) else None] for rate, value in tuned.scores.items()]
     return {"rate": tuned.rate, "inside": tuned.inside, "grid": grid, "diverged": list(tuned.diverged)}

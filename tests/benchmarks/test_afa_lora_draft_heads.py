@@ -56,7 +56,8 @@ def test_quick_run_compares_arms_and_goes_on(world, monkeypatch, capsys):
     (log,) = (world / "out" / "runs" / "mine" / "afa-lora-alpha-4-rank-2").glob("rate-*-seed-0/metrics.jsonl")
     betas = [json.loads(line).get("beta") for line in log.read_text().splitlines()]
     assert betas == [None, pytest.approx(1 / 6), 0, 0, 0]  # 4 steps, annealed over the first 1.2
-    assert options.QUICK_NOTE in (world / "out" / "draft_heads.md").read_text()
+    text = (world / "out" / "draft_heads.md").read_text()
+    assert options.QUICK_NOTE in text and "Mean of all domains and ranks, acceptance: AFA-LoRA - LoRA" in text
     assert (world / "out" / "draft_heads.png").stat().st_size > 5_000
 
     monkeypatch.setattr(Heads, "perform", None)  # nothing is left to do

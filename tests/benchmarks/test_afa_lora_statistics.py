@@ -172,6 +172,24 @@ def test_a_finished_run_is_not_done_again_and_arms_share_what_they_have_in_commo
     assert all(entry["p_holm"] == pytest.approx(2 * entry["p"]) for entry in entries)
 
 
+def test_all_cells_together(tmp_path):
+    """Ranks of a place judge the same units: two that agree in all say no more than one; two places are independent."""
+    best = {"lora": 2e-3, "afa-lora": 2e-3, "full": 1e-3}
+    study = experiment(tmp_path, best, [])
+    rates = dict.fromkeys(best, [1e-3, 2e-3, 4e-3]) | {"full": [5e-4, 1e-3, 2e-3]}
+    cells = [
+        report.run_cell(study, place, {"rank": rank}, rates, label="x", arms=ARMS, measures=["accuracy"])
+        for place in ("maths", "law")
+        for rank in (2, 4)
+    ]
+    alone = cells[0]["measures"]["accuracy"]["all"]
+    same = report.pooled(study, cells[:2], "accuracy")
+    assert same["differences"]["afa-lora"] == pytest.approx(alone["differences"]["afa-lora"], abs=1e-9)
+    together = report.pooled(study, cells, "accuracy")
+    assert together["scores"]["full"]["value"] == pytest.approx(alone["scores"]["full"]["value"])
+    assert together["share"]["value"] == pytest.approx(0.25, abs=0.02)
+
+
 def test_a_rate_with_which_a_fresh_seed_diverges_gives_way_to_a_lower_one(tmp_path):
     def perform(run, folder):
         if run.part == "test" and run.rate == 2e-3 and run.seed == 1:
