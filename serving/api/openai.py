@@ -325,7 +325,8 @@ class Answer:
         table: dict[str, float | None] = {}
         for token_id, logprob in top:
             text = self._name(token, token_id)
-            unnamed = self.as_ids or not text or _REPLACEMENT in text or text in table
+            taken = text in table or (token_id != token.id and text == token.text)
+            unnamed = self.as_ids or not text or _REPLACEMENT in text or taken
             table[f"token_id:{token_id}" if unnamed else text] = finite(logprob)
         return table
 

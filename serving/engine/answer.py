@@ -115,7 +115,9 @@ class GrowingAnswer:
         if is_eos:
             self.finish_reason = "eos_token"
         elif is_stop:
-            self.finish_reason, self.stop_reason = "stop_sequence", self._stop_tokens.get(token_id, token_id)
+            named = token_id not in self.params.stop_ids
+            self.finish_reason = "stop_sequence"
+            self.stop_reason = self._stop_tokens[token_id] if named else token_id
         elif (hidden or not self._find_stop_string(added)) and self.remaining == 0:
             self.finish_reason = "length"
 

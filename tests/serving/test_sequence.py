@@ -230,6 +230,13 @@ def test_a_special_token_may_be_a_stop_string(least, count, reason, keep):
     assert len(state.tokens) == (count if keep or reason == "eos_token" else count - 1)
 
 
+def test_a_stop_id_comes_before_the_stop_string_of_the_same_token():
+    (stop,) = TOKENIZER.convert_ids_to_tokens([1])
+    state = sequence(SamplingParams(max_new_tokens=9, stop=(stop,), stop_ids=(1,)))
+    feed(state, [A, 1, B])
+    assert (state.finish_reason, state.stop_reason, state.text) == ("stop_sequence", 1, "a")
+
+
 def test_special_tokens_that_are_only_added_are_not_in_the_text():
     tokenizer, none = byte_tokenizer(), frozenset[int]()
     tokenizer.add_tokens([AddedToken("<|tool|>", special=True)])

@@ -126,6 +126,20 @@ def test_the_table_of_alternatives_has_the_token_that_was_drawn(client):
     assert any(len(table) == 2 for _, _, table in pairs)
 
 
+def test_the_text_of_the_drawn_token_is_its_own_in_the_table(client, monkeypatch):
+    """Tokenizers with word-start markers give other tokens the same text."""
+    for seed in range(50):  # until it is no piece of a character
+        wishes = {"logprobs": 2, "temperature": 1.5, "seed": seed, "max_tokens": 1}
+        told = complete(client, **wishes)["choices"][0]["logprobs"]
+        if told["tokens"] and told["tokens"][0].isascii():
+            break
+    (text,), (logprob,) = told["tokens"], told["token_logprobs"]
+    monkeypatch.setattr(client.app.state.service, "token_text", lambda token_id: (text, False))
+    (table,) = complete(client, **wishes)["choices"][0]["logprobs"]["top_logprobs"]
+    assert table[text] == logprob and len(table) == 3
+    assert all(name.startswith("token_id:") for name in table if name != text)
+
+
 def test_logprobs_with_tokens_by_their_ids(client, tiny_target):
     """As vLLM has them: of every token, the one that ended the answer too, with alternatives by id."""
     wishes = {"logit_bias": {"2": 100}, "min_tokens": 4}  # the fifth token ends the turn
