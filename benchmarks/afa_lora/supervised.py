@@ -15,6 +15,7 @@ is not done again: the same command goes on after an interruption, and two copie
 from __future__ import annotations
 
 import math
+import os
 import random
 import re
 import statistics
@@ -32,6 +33,7 @@ import torch
 from filelock import FileLock
 from peft import get_peft_model
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 
 from benchmarks import shared
@@ -46,6 +48,7 @@ RATES = {"lora": [4e-4, 8e-4, 1.6e-3], "afa-lora": [4e-4, 8e-4, 1.6e-3], "full":
 MICRO = 4  # questions of a pass: larger ones are mostly padding
 MEASURES = ("accuracy", "likelihood")
 RANK = 32  # of the comparison of LoRA with itself
+STEM, PADDING = -1, -2  # of a packed token, beside the options 0, 1, ...
 FORMAT = re.compile(r"Answer format:\s*(\S+(?:/\S+)+)\s*$")
 QUICK = {
     "ranks": [8], "seeds": 2, "full_seeds": 2, "train_limit": 4, "validation_limit": 4, "test_limit": 8, "epochs": 1.0,
@@ -65,6 +68,11 @@ def parse(arguments: Sequence[str]) -> Namespace:
     parser.add("--target", default="smollm2", help="hub id, folder, .gguf file, or smollm2")
     parser.add("--train", metavar="FILE", required=True, help="JSON or JSONL, also .gz")
     parser.add("--test", metavar="FILE", required=True, help="the same, of other questions")
+    parser.add(
+        "--answers", choices=("names", "texts"), default="names",
+        help="what the target writes: the option's name after all options, as LLM-Adapters do (names), or the option's "
+        "text without seeing the others (texts), which a small target can learn",
+    )  # fmt: skip
     parser.add("--train-limit", shared.whole(1), default=2000, metavar="N", help="questions, the tasks taking turns")
     parser.add("--validation-limit", shared.whole(1), default=300, metavar="N", help="questions of --train held back")
     parser.add("--test-limit", shared.whole(1), default=1600, metavar="N", help="questions, the tasks taking turns")
@@ -139,8 +147,8 @@ class Question:
         return len(self.prompt) + max(map(len, self.outputs))
 
 
-def read_questions(path: str, tokenizer: Any) -> list[Question]:
-    """Read a file in LLM-Adapters' format.
+def read_questions(path: str, tokenizer: Any, answers: str = "names") -> list[Question]:
+    """Read a file in LLM-Adapters' format; for `answers` see --help.
 
     Raises:
         UserError: with the line of a row that is not in it.
@@ -158,15 +166,32 @@ def read_questions(path: str, tokenizer: Any) -> list[Question]:
                 f"{where}: the answer {row['answer']!r} is none of the options {choices}, which `instruction` names at "
                 "its end as `Answer format: a/b/c`; correct or remove that row."
             )
+        instruction, texts = row["instruction"], choices
+        if answers == "texts" and (found_texts := option_texts(instruction, choices)):
+            instruction, texts = found_texts
         before, answer, after = row["output"].rpartition(row["answer"])
         if not answer:
             raise UserError(
                 f"{where}: `output` does not hold the answer {row['answer']!r}; correct or remove that row."
             )
-        outputs = [encode(f"{before}{choice}{after}") for choice in choices]
-        prompt = list(tokenizer(f"{row['instruction']}\n\n").input_ids)  # with BOS, where the target has one
+        outputs = [encode(f"{before}{text}{after}") for text in texts]
+        prompt = list(tokenizer(f"{instruction}\n\n").input_ids)  # with BOS, where the target has one
         found.append(Question(str(row.get("task", "all")), prompt, outputs, choices.index(row["answer"])))
     return found
+
+
+def option_texts(instruction: str, choices: Sequence[str]) -> tuple[str, list[str]] | None:
+    """Return the question and the text of each option, from `... Answer1: text Answer2: text ... Answer format: ...`.
+
+    None where the options have no texts of their own (true/false).
+    """
+    marks = [re.search(rf"(?i)\b{re.escape(choice)}:\s", instruction) for choice in choices]
+    ends = [mark.start() for mark in marks if mark]
+    if len(ends) < len(choices) or ends != sorted(ends):
+        return None
+    end = cast(re.Match[str], FORMAT.search(instruction)).start()
+    texts = [instruction[mark.end() : stop].strip() for mark, stop in zip(marks, [*ends[1:], end], strict=True) if mark]
+    return instruction[: ends[0]].strip(), texts
 
 
 def taking_turns(questions: Iterable[Question], limit: int, seed: int) -> list[Question]:
@@ -242,8 +267,8 @@ class Supervised:
     def __init__(self, arguments: Namespace) -> None:
         self.arguments = arguments
         self.target: Target = load_target(arguments.target, "float32")
-        offered = read_questions(arguments.train, self.target.tokenizer)
-        test = read_questions(arguments.test, self.target.tokenizer)
+        offered = read_questions(arguments.train, self.target.tokenizer, arguments.answers)
+        test = read_questions(arguments.test, self.target.tokenizer, arguments.answers)
         limit = min(arguments.max_tokens, self.target.max_length)
         asked = {tuple(question.prompt) for question in test}
         fits = [question for question in offered if question.tokens < limit and tuple(question.prompt) not in asked]
@@ -313,33 +338,59 @@ def judged(model: Any, questions: Sequence[Question]) -> dict[str, list[list[flo
     return {"accuracy": accuracy, "likelihood": likelihood}
 
 
+@dataclass(frozen=True)
+class Packed:
+    """A question with all its options as one row of tokens."""
+
+    ids: list[int]
+    places: list[int]  # of each token in its own text
+    option: list[int]  # that each token belongs to, or STEM
+    predicted_at: list[list[int]]  # for each option, where in the row each token of its output is predicted
+
+    @property
+    def length(self) -> int:
+        return len(self.ids)
+
+
+def pack(question: Question) -> Packed:
+    """Lay out the stem, which is the prompt and what all outputs begin with, and after it the rest of each output."""
+    common = list(os.path.commonprefix(question.outputs))
+    stem = question.prompt + common
+    row = Packed([*stem], [*range(len(stem))], [STEM] * len(stem), [])
+    for number, output in enumerate(question.outputs):
+        tail = output[len(common) : -1]  # the last token is predicted only
+        at = [*range(len(question.prompt) - 1, len(stem)), *range(row.length, row.length + len(tail))]
+        row.predicted_at.append(at[: len(output)])
+        row.ids.extend(tail)
+        row.places.extend(range(len(stem), len(stem) + len(tail)))
+        row.option.extend([number] * len(tail))
+    return row
+
+
 @torch.no_grad()
 def log_likelihoods(model: Any, questions: Sequence[Question], tokens_per_batch: int = 2048) -> list[list[float]]:
-    """Return the log-likelihood of each option's output, for each question.
-
-    Options that differ in their last token only share one reading of prompt and output.
-    """
-    readings: dict[tuple[int, ...], list[tuple[int, int, int, list[int]]]] = {}
-    for number, question in enumerate(questions):
-        for option, output in enumerate(question.outputs):
-            text = (*question.prompt, *output[:-1])
-            readings.setdefault(text, []).append((number, option, len(question.prompt), output))
-    totals = [[0.0] * len(question.outputs) for question in questions]
-    waiting = sorted(readings, key=len)
+    """Return the log-likelihood of each option's output, for each question; options do not see each other."""
+    totals: list[list[float]] = [[] for _ in questions]
+    packed = [(pack(question), number) for number, question in enumerate(questions)]
+    waiting = sorted(packed, key=lambda each: each[0].length)
+    embeddings = model.get_input_embeddings().weight
     while waiting:
-        texts = waiting[: max(1, tokens_per_batch // len(waiting[0]))]
-        del waiting[: len(texts)]
-        ids = torch.zeros(len(texts), max(map(len, texts)), dtype=torch.long)
-        for place, text in enumerate(texts):
-            ids[place, : len(text)] = torch.tensor(text)  # causal: padding on the right is not seen
-        decoder = model.get_decoder()
-        hidden = decoder(ids.to(model.device)).last_hidden_state  # [batch, tokens, hidden]
-        for place, text in enumerate(texts):
-            start = min(prompt for _, _, prompt, _ in readings[text])
-            log_p = model.get_output_embeddings()(hidden[place, start - 1 :]).float().log_softmax(-1)
-            for number, option, prompt, output in readings[text]:
-                places = torch.arange(prompt - start, prompt - start + len(output))
-                totals[number][option] = float(log_p[places, torch.tensor(output)].sum())
+        batch = waiting[: max(1, tokens_per_batch // waiting[0][0].length)]
+        del waiting[: len(batch)]
+        ids, places, option = (
+            pad_sequence([torch.tensor(getattr(row, name)) for row, _ in batch], True, filler)
+            for name, filler in (("ids", 0), ("places", 0), ("option", PADDING))
+        )
+        read, reader = option[:, None, :], option[:, :, None]
+        seen = ((read == STEM) | (read == reader)).tril()
+        mask = torch.zeros(seen.shape, dtype=embeddings.dtype).masked_fill(~seen, torch.finfo(embeddings.dtype).min)
+        inputs = {"input_ids": ids, "position_ids": places, "attention_mask": mask[:, None]}
+        hidden = model.get_decoder()(**{name: value.to(embeddings.device) for name, value in inputs.items()})[0]
+        for place, (row, number) in enumerate(batch):
+            first = len(questions[number].prompt) - 1
+            log_p = model.get_output_embeddings()(hidden[place, first : row.length]).float().log_softmax(-1).cpu()
+            for output, at in zip(questions[number].outputs, row.predicted_at, strict=True):
+                totals[number].append(float(log_p[torch.tensor(at) - first, torch.tensor(output)].sum()))
     return totals
 
 

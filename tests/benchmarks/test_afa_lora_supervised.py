@@ -106,6 +106,7 @@ def test_the_answer_is_the_option_of_the_largest_likelihood(study):
     questions = [Question("t", [7, 8, 9 + n], [row[: 2 + (n + k) % 3] for k, row in enumerate(rows)], 0)
                  for n, rows in enumerate(ids)]  # fmt: skip
     questions += [Question("t", [4] * 20, [[5, 6, token] for token in (7, 8, 9)], 0)]  # only the last token differs
+    questions += [Question("t", [4, 5], [[6, 7], [6, 7, 8, 9], [6, 7, 8]], 0)]  # each begins with another
     model, expected = study.target.model, []
     for question in questions:
         totals = []
@@ -119,6 +120,26 @@ def test_the_answer_is_the_option_of_the_largest_likelihood(study):
     for totals, wanted in zip(found, expected, strict=True):
         assert totals == pytest.approx(wanted, abs=1e-4)
     assert len({totals.index(max(totals)) for totals in expected}) > 1
+
+
+def test_texts_of_options_are_asked_for_without_the_others(tmp_path, study):
+    """Rows in the ways of LLM-Adapters' files; true and false have no texts."""
+    listed = "Choose: What is red?\n\nAnswer1: a sky at 9: 30 Answer2: Option2: blood\n\nAnswer format: answer1/answer2"
+    rows = [
+        {"instruction": listed, "output": "the correct answer is answer2", "answer": "answer2"},
+        {"instruction": "Is it?\n\nAnswer format: true/false", "output": "it is true", "answer": "true"},
+    ]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tokenizer = study.target.tokenizer
+    red, plain = read_questions(str(file), tokenizer, "texts")
+    assert tokenizer.decode(red.prompt, skip_special_tokens=True) == "Choose: What is red?\n\n"
+    written = [tokenizer.decode(output) for output in red.outputs]
+    assert (
+        written == ["the correct answer is a sky at 9: 30", "the correct answer is Option2: blood"] and red.right == 1
+    )
+    assert plain == read_questions(str(file), tokenizer)[1]
+    assert len(read_questions(str(file), tokenizer)[0].prompt) > len(red.prompt)
 
 
 def test_parts_do_not_overlap_and_tasks_take_turns(study, world):
