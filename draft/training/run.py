@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 import yaml
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -120,6 +121,22 @@ class RunFolder:
                 f"the data, the target or the base head of {str(self.folder)!r} have changed since it was "
                 "interrupted; choose another --out, or start again there with --no-resume."
             )
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Hold the folder's lock; UserError where another command trains in it."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.folder / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            raise UserError(
+                f"another command trains in {str(self.folder)!r}; let it end, or choose another --out."
+            ) from error
+        try:
+            yield
+        finally:
+            lock.release()
 
     def begin(self) -> None:
         """Make the folder, empty of an earlier run if this one starts again, and store settings and provenance."""

@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -161,7 +161,8 @@ class Trainer:
         Raises:
             Interrupted: after Ctrl-C or SIGTERM, when the step under way is done and saved.
         """
-        with self._arithmetic():
+        with self._arithmetic(), ExitStack() as locks:
+            self.processes.on_main(lambda: locks.enter_context(self.run.alone()))
             self.processes.on_main(self.run.begin)
             if progress := self.progress:
                 self.run.load(progress["name"], self.saver, self.optimizer.optimizer, self.average)

@@ -7,6 +7,7 @@ import signal
 
 import pytest
 import torch
+from filelock import FileLock
 from training_runs import Run, command, last_step, logged, weights
 from written_data import served
 
@@ -91,6 +92,15 @@ def test_starting_again_discards_nothing_until_all_else_is_in_order(made, tmp_pa
         run = Run([*command(made, "adapt", out), "--no-resume", *mistake])
         assert run.wait() == 2 and said in run.output(), run.output()
         assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+def test_a_second_command_on_the_folder_is_refused(made, tmp_path):
+    out = tmp_path / "run"
+    out.mkdir()
+    with FileLock(out / ".lock"):
+        second = Run(command(made, "pretrain", out, "--max-steps", "8"))
+        assert second.wait() == 2 and "another command trains in" in second.output(), second.output()
+        assert [path.name for path in out.iterdir()] == [".lock"]
 
 
 def test_a_full_disk_leaves_the_previous_checkpoint_whole(made, tmp_path):
