@@ -1,8 +1,9 @@
 """AFA-LoRA, LoRA and all weights in reinforcement learning: TRL's GRPOTrainer and PEFT, as a user would write it.
 
 The data are word problems: `question`, and a number as `answer`. The reward is 1 where the last number of a completion
-equals the answer, else 0. All arms start from the same model, the target after a short supervised start on other
-problems of the file, since a target that never earns a reward learns nothing from it; all sample as many completions.
+equals the answer, else 0. A target that never earns a reward learns nothing from it, so all arms start from the same
+model: the target after a short supervised start on other problems of the file, which teaches to write operations on the
+question's numbers that give the answer. All arms sample as many completions.
 Rollouts are TRL's own, from the annealed model as it is at that step. What is judged is the share of problems that are
 solved greedily.
 
@@ -13,12 +14,14 @@ not done again: the same command goes on after an interruption, and two copies o
 
 from __future__ import annotations
 
+import itertools
+import math
 import random
 import re
 import sys
 import tempfile
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -72,7 +75,7 @@ def parse(arguments: Sequence[str]) -> Namespace:
     parser.add("--steps", shared.whole(1), default=80, metavar="N", help="optimiser steps")
     parser.add("--completions", shared.whole(2), default=32, metavar="N", help="sampled for each step")
     parser.add("--generations", shared.whole(2), default=8, metavar="N", help="completions of a problem")
-    parser.add("--max-new-tokens", shared.whole(1), default=12, metavar="N", help="of a completion")
+    parser.add("--max-new-tokens", shared.whole(1), default=24, metavar="N", help="of a completion")
     parser.add("--bf16", action="store_true", help="train under autocast to bfloat16")
     parser.add_experiment(MODULE, RATES)
     parser.set_defaults(seeds=3)
@@ -141,8 +144,36 @@ class Problem:
 
     @property
     def solution(self) -> str:
-        """The answer that the supervised start teaches to write."""
-        return f"The answer is {self.answer:.12g}."
+        """What the supervised start teaches to write: the operations that give the answer, where two do, or it alone.
+
+        A small target that writes the answer at once has to guess it.
+        """
+        numbers = [float(number.replace(",", "")) for number in NUMBER.findall(self.question)]
+        return working(numbers, self.answer) or f"The answer is {self.answer:.12g}."
+
+
+def working(numbers: Sequence[float], answer: float) -> str | None:
+    """Return one operation on two of the numbers that gives the answer, or two on three: `3 + 4 = 7, 7 * 2 = 14`."""
+    pairs = list(itertools.combinations(range(len(numbers)), 2))
+    first = [(pair, *step) for pair in pairs for step in operations(*(numbers[place] for place in pair))]
+    for _, text, result in first:
+        if math.isclose(result, answer):
+            return text
+    for pair, text, result in first:
+        for number in (number for place, number in enumerate(numbers) if place not in pair):
+            for second, end in operations(result, number):
+                if math.isclose(end, answer):
+                    return f"{text}, {second}"
+    return None
+
+
+def operations(a: float, b: float) -> Iterator[tuple[str, float]]:
+    """Yield the sums, differences, products and quotients of two numbers that are short and not negative."""
+    for x, y in ((a, b), (b, a)):
+        results = {"+": x + y, "-": x - y, "*": x * y, "/": x / y if y else -1}
+        for sign, result in results.items():
+            if result >= 0 and math.isclose(result, round(result, 2)):
+                yield f"{x:.12g} {sign} {y:.12g} = {result:.12g}", result
 
 
 def read_problems(path: str) -> list[Problem]:

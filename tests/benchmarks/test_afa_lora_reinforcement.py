@@ -141,6 +141,23 @@ def test_problems_that_differ_in_numbers_only_are_in_one_part():
     assert not divided([Problem("1 cup", 1.0), Problem("2 cup", 1.0)], {"test": 1, "train": 1})["train"]
 
 
+@pytest.mark.parametrize(
+    ("question", "answer", "solution"),
+    [
+        ("Ann has 3 cups and buys 4.", 7, "3 + 4 = 7"),
+        ("She had 1,200 and gave 200 away.", 1000, "1200 - 200 = 1000"),
+        ("He ate 9 of 50.", 41, "50 - 9 = 41"),  # the larger comes first, since nobody has -41
+        ("2.5 hours at 4 an hour, shared by 20.", 0.5, "2.5 * 4 = 10, 10 / 20 = 0.5"),
+        ("1 of 3.", 0.3333333333, "The answer is 0.3333333333."),  # as a quotient it has no end
+        ("How many?", 5, "The answer is 5."),
+        ("7 of 0.", 0, "7 * 0 = 0"),
+    ],
+)
+def test_the_start_teaches_the_operations(question, answer, solution):
+    assert Problem(question, float(answer)).solution == solution
+    assert is_right(solution, answer)
+
+
 def test_problems_are_read_once_and_wrong_ones_named(tmp_path):
     file = tmp_path / "problems.jsonl"
     file.write_text(
