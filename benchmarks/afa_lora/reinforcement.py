@@ -14,6 +14,7 @@ not done again: the same command goes on after an interruption, and two copies o
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import math
 import random
@@ -45,6 +46,7 @@ from draft.training.monitor import read_lines
 MODULE = "benchmarks.afa_lora.reinforcement"
 PLACE = "problems"
 RATES = {"lora": [1e-4, 2e-4, 4e-4], "afa-lora": [1e-4, 2e-4, 4e-4], "full": [5e-6, 1e-5, 2e-5]}
+WORD = re.compile(r"\w+|[+*/^%]|[-.](?=\s?\d)")  # of a question, operators among them
 NUMBER = re.compile(r"(?:(?<!\d)-)?\d[\d,]*(?:\.\d+)?")  # the minus of 5-3 is none of the number's
 SMOOTHED = 5  # steps that a point of the reward curves is the mean of
 QUICK = {
@@ -75,7 +77,7 @@ def parse(arguments: Sequence[str]) -> Namespace:
     parser.add("--steps", shared.whole(1), default=80, metavar="N", help="optimiser steps")
     parser.add("--completions", shared.whole(2), default=32, metavar="N", help="sampled for each step")
     parser.add("--generations", shared.whole(2), default=8, metavar="N", help="completions of a problem")
-    parser.add("--max-new-tokens", shared.whole(1), default=24, metavar="N", help="of a completion")
+    parser.add("--max-new-tokens", shared.whole(1), default=40, metavar="N", help="of a completion")
     parser.add("--bf16", action="store_true", help="train under autocast to bfloat16")
     parser.add_experiment(MODULE, RATES)
     parser.set_defaults(seeds=3)
@@ -144,9 +146,10 @@ class Problem:
 
     @property
     def solution(self) -> str:
-        """What the supervised start teaches to write: the operations that give the answer, where two do, or it alone.
+        """What the supervised start teaches to write: one or two operations that give the answer, else it alone.
 
-        A small target that writes the answer at once has to guess it.
+        A small target that writes the answer at once has to guess it. Operations are found by their result: now and
+        then they are not the ones that the question asks for.
         """
         numbers = [float(number.replace(",", "")) for number in NUMBER.findall(self.question)]
         return working(numbers, self.answer) or f"The answer is {self.answer:.12g}."
@@ -168,7 +171,7 @@ def working(numbers: Sequence[float], answer: float) -> str | None:
 
 
 def operations(a: float, b: float) -> Iterator[tuple[str, float]]:
-    """Yield the sums, differences, products and quotients of two numbers that are short and not negative."""
+    """Yield the sums, differences, products and quotients of two numbers; no negative results, and no long ones."""
     for x, y in ((a, b), (b, a)):
         results = {"+": x + y, "-": x - y, "*": x * y, "/": x / y if y else -1}
         for sign, result in results.items():
@@ -177,14 +180,14 @@ def operations(a: float, b: float) -> Iterator[tuple[str, float]]:
 
 
 def read_problems(path: str) -> list[Problem]:
-    """Read problems, each once: questions that differ only in case, punctuation and spaces are the same.
+    """Read problems, each once: those that differ only in case, spaces and punctuation outside numbers are the same.
 
     Raises:
         UserError: with the line of a row that is no problem.
     """
     found: dict[str, Problem] = {}
     for _, row in language_models.rows(path, {"question": str, "answer": (int, float)}):
-        words = " ".join(re.findall(r"\w+", row["question"].lower()))
+        words = " ".join(WORD.findall(row["question"].lower()))
         found.setdefault(words, Problem(row["question"].strip(), float(row["answer"])))
     return list(found.values())
 
@@ -283,7 +286,11 @@ class Reinforcement:
                 raise UserError(
                     f"--problems {arguments.problems!r}: {len(problems)} problems leave none for {name}; add some."
                 )
-        self.identity = {"sha256": file_sha256(Path(arguments.problems))}
+        taught = "".join(f"{problem.prompt}{problem.solution}\n" for problem in self.parts["start"])
+        self.identity = {
+            "sha256": file_sha256(Path(arguments.problems)),
+            "start_sha256": hashlib.sha256(taught.encode()).hexdigest(),
+        }
         self.about = {**self.identity, **{name: len(part) for name, part in self.parts.items()}}
 
     @cached_property

@@ -71,7 +71,7 @@ def parse(arguments: Sequence[str]) -> Namespace:
     parser.add(
         "--answers", choices=("names", "texts"), default="names",
         help="what the target writes: the option's name after all options, as LLM-Adapters do (names), or the option's "
-        "text without seeing the others (texts), which a small target can learn",
+        "text without seeing the others (texts); likelihoods are not divided by lengths",
     )  # fmt: skip
     parser.add("--train-limit", shared.whole(1), default=2000, metavar="N", help="questions, the tasks taking turns")
     parser.add("--validation-limit", shared.whole(1), default=300, metavar="N", help="questions of --train held back")
@@ -109,7 +109,7 @@ def benchmark(arguments: Namespace, command: Sequence[str]) -> int:
         f"{study.about['validation']} validation and {study.about['test']} test questions. Means over tasks "
         "and fresh seeds, with 95 % intervals over questions and seeds.\n\n"
         f"Before: accuracy {before['accuracy']}, likelihood {before['likelihood']}. Accuracy by chance "
-        f"{before['chance']}, of the most frequent answer of each task {before['majority']}."
+        f"{before['chance']}, of the option that is right most often in its task {before['majority']}."
     )
     rank = min(arguments.ranks, key=lambda each: abs(each - RANK))
     for each in arguments.ranks:
@@ -147,8 +147,11 @@ class Question:
         return len(self.prompt) + max(map(len, self.outputs))
 
 
-def read_questions(path: str, tokenizer: Any, answers: str = "names") -> list[Question]:
-    """Read a file in LLM-Adapters' format; for `answers` see --help.
+def read_questions(path: str, tokenizer: Any, end: int, answers: str = "names") -> tuple[list[Question], int]:
+    """Read a file in LLM-Adapters' format; outputs end with the token `end`. For `answers` see --help.
+
+    Returns:
+        the questions, and the number of those that are left out because the texts of their options are not clear.
 
     Raises:
         UserError: with the line of a row that is not in it.
@@ -157,7 +160,7 @@ def read_questions(path: str, tokenizer: Any, answers: str = "names") -> list[Qu
     def encode(text: str) -> list[int]:
         return list(tokenizer(text, add_special_tokens=False).input_ids)
 
-    found = []
+    found, unclear = [], 0
     for where, row in language_models.rows(path, {"instruction": str, "output": str, "answer": str}):
         named = FORMAT.search(row["instruction"])
         choices = named[1].split("/") if named else []
@@ -167,31 +170,40 @@ def read_questions(path: str, tokenizer: Any, answers: str = "names") -> list[Qu
                 "its end as `Answer format: a/b/c`; correct or remove that row."
             )
         instruction, texts = row["instruction"], choices
-        if answers == "texts" and (found_texts := option_texts(instruction, choices)):
-            instruction, texts = found_texts
-        before, answer, after = row["output"].rpartition(row["answer"])
-        if not answer:
+        if answers == "texts":
+            texts_of = option_texts(instruction, choices)
+            if texts_of is None:
+                unclear += 1
+                continue
+            instruction, texts = texts_of
+        around = re.split(rf"(?<!\w){re.escape(row['answer'])}(?!\w)", row["output"])
+        if len(around) != 2:
             raise UserError(
-                f"{where}: `output` does not hold the answer {row['answer']!r}; correct or remove that row."
+                f"{where}: `output` holds the answer {row['answer']!r} {len(around) - 1} times, and not once; correct "
+                "or remove that row."
             )
-        outputs = [encode(f"{before}{text}{after}") for text in texts]
+        outputs = [[*encode(text.join(around)), end] for text in texts]
         prompt = list(tokenizer(f"{instruction}\n\n").input_ids)  # with BOS, where the target has one
         found.append(Question(str(row.get("task", "all")), prompt, outputs, choices.index(row["answer"])))
-    return found
+    return found, unclear
 
 
 def option_texts(instruction: str, choices: Sequence[str]) -> tuple[str, list[str]] | None:
     """Return the question and the text of each option, from `... Answer1: text Answer2: text ... Answer format: ...`.
 
-    None where the options have no texts of their own (true/false).
+    All of it and the options' names where they have no texts (true/false). None where it is not clear which text
+    belongs to which option, or two have the same.
     """
-    marks = [re.search(rf"(?i)\b{re.escape(choice)}:\s", instruction) for choice in choices]
-    ends = [mark.start() for mark in marks if mark]
-    if len(ends) < len(choices) or ends != sorted(ends):
+    marks = [list(re.finditer(rf"(?i)(?<!\w){re.escape(choice)}:\s*", instruction)) for choice in choices]
+    if not any(marks):
+        return instruction, [*choices]
+    if any(len(each) != 1 for each in marks):
         return None
+    starts, stops = zip(*((each.start(), each.end()) for (each,) in marks), strict=True)
     end = cast(re.Match[str], FORMAT.search(instruction)).start()
-    texts = [instruction[mark.end() : stop].strip() for mark, stop in zip(marks, [*ends[1:], end], strict=True) if mark]
-    return instruction[: ends[0]].strip(), texts
+    texts = [instruction[stop:start].strip() for stop, start in zip(stops, [*starts[1:], end], strict=True)]
+    clear = [*starts] == sorted(starts) and all(texts) and len(set(texts)) == len(texts)
+    return (instruction[: starts[0]].strip(), texts) if clear else None
 
 
 def taking_turns(questions: Iterable[Question], limit: int, seed: int) -> list[Question]:
@@ -267,15 +279,16 @@ class Supervised:
     def __init__(self, arguments: Namespace) -> None:
         self.arguments = arguments
         self.target: Target = load_target(arguments.target, "float32")
-        offered = read_questions(arguments.train, self.target.tokenizer, arguments.answers)
-        test = read_questions(arguments.test, self.target.tokenizer, arguments.answers)
+        way = self.target.tokenizer, min(self.target.eos_token_ids), arguments.answers
+        (offered, unclear), (test, unclear_test) = (read_questions(f, *way) for f in (arguments.train, arguments.test))
         limit = min(arguments.max_tokens, self.target.max_length)
         asked = {tuple(question.prompt) for question in test}
         fits = [question for question in offered if question.tokens < limit and tuple(question.prompt) not in asked]
         kept = taking_turns((question for question in test if question.tokens < limit), arguments.test_limit, seed=1)
         chosen = taking_turns(fits, arguments.validation_limit + arguments.train_limit, seed=0)
         held_back = chosen[: arguments.validation_limit]
-        self.training = chosen[arguments.validation_limit :]
+        asked = {tuple(question.prompt) for question in held_back}
+        self.training = [each for each in chosen[arguments.validation_limit :] if tuple(each.prompt) not in asked]
         self.questions = {"validation": held_back, "test": kept}
         if not (self.training and held_back and kept):
             raise UserError(f"of {len(offered)} and {len(test)} questions too few fit --max-tokens {limit}; raise it.")
@@ -285,14 +298,15 @@ class Supervised:
             "validation": len(held_back),
             "test": len(kept),
             "left_out": len(offered) + len(test) - len(fits) - sum(question.tokens < limit for question in test),
+            "unclear": unclear + unclear_test,
         }
         self.identity = {"files": [*self.about["files"].values()], "target_fingerprint": self.target.fingerprint}
 
     def perform(self, run: Run, folder: Path) -> dict[str, Any]:
-        end = min(self.target.eos_token_ids)
+        end = min(self.target.eos_token_ids)  # to pad with
         rows = []
         for question in self.training:
-            output = [*question.outputs[question.right], end]
+            output = question.outputs[question.right]
             labels = [-100] * len(question.prompt) + output
             rows.append({"input_ids": question.prompt + output, "labels": labels})
         model = train(language_models.copy_of(self.target), rows, run, folder, self.arguments, end).eval()
@@ -385,12 +399,14 @@ def log_likelihoods(model: Any, questions: Sequence[Question], tokens_per_batch:
         seen = ((read == STEM) | (read == reader)).tril()
         mask = torch.zeros(seen.shape, dtype=embeddings.dtype).masked_fill(~seen, torch.finfo(embeddings.dtype).min)
         inputs = {"input_ids": ids, "position_ids": places, "attention_mask": mask[:, None]}
-        hidden = model.get_decoder()(**{name: value.to(embeddings.device) for name, value in inputs.items()})[0]
+        first = min(len(questions[number].prompt) for _, number in batch) - 1  # nothing before it is predicted
+        wanted = {**inputs, "logits_to_keep": torch.arange(first, ids.shape[1])}
+        logits = model(**{name: value.to(embeddings.device) for name, value in wanted.items()}).logits
         for place, (row, number) in enumerate(batch):
-            first = len(questions[number].prompt) - 1
-            log_p = model.get_output_embeddings()(hidden[place, first : row.length]).float().log_softmax(-1).cpu()
+            start = len(questions[number].prompt) - 1
+            log_p = logits[place, start - first : row.length - first].float().log_softmax(-1).cpu()
             for output, at in zip(questions[number].outputs, row.predicted_at, strict=True):
-                totals[number].append(float(log_p[torch.tensor(at) - first, torch.tensor(output)].sum()))
+                totals[number].append(float(log_p[torch.tensor(at) - start, torch.tensor(output)].sum()))
     return totals
 
 

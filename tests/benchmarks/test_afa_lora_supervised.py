@@ -132,14 +132,37 @@ def test_texts_of_options_are_asked_for_without_the_others(tmp_path, study):
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     tokenizer = study.target.tokenizer
-    red, plain = read_questions(str(file), tokenizer, "texts")
+    (red, plain), unclear = read_questions(str(file), tokenizer, 1, "texts")
     assert tokenizer.decode(red.prompt, skip_special_tokens=True) == "Choose: What is red?\n\n"
-    written = [tokenizer.decode(output) for output in red.outputs]
+    assert all(output[-1] == 1 for output in red.outputs) and not unclear
+    written = [tokenizer.decode(output[:-1]) for output in red.outputs]
     assert (
         written == ["the correct answer is a sky at 9: 30", "the correct answer is Option2: blood"] and red.right == 1
     )
-    assert plain == read_questions(str(file), tokenizer)[1]
-    assert len(read_questions(str(file), tokenizer)[0].prompt) > len(red.prompt)
+    (named, plain_named), _ = read_questions(str(file), tokenizer, 1)
+    assert plain == plain_named and len(named.prompt) > len(red.prompt)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        "Answer2: a Answer1: b",
+        "Answer1: a",
+        "Answer1: see answer2: a Answer2: b",
+        "Answer1: a Answer2:",
+        "Answer1: a Answer2: a",
+    ],
+)
+def test_questions_whose_texts_are_not_clear_are_left_out(tmp_path, study, options):
+    row = {
+        "instruction": f"What?\n\n{options}\n\nAnswer format: answer1/answer2",
+        "output": "answer1",
+        "answer": "answer1",
+    }
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps(row))
+    assert read_questions(str(file), study.target.tokenizer, 1, "texts") == ([], 1)
+    assert len(read_questions(str(file), study.target.tokenizer, 1)[0]) == 1
 
 
 def test_parts_do_not_overlap_and_tasks_take_turns(study, world):
@@ -153,7 +176,9 @@ def test_parts_do_not_overlap_and_tasks_take_turns(study, world):
     [
         ({"answer": "maybe"}, r"line 2: the answer 'maybe' is none of the options \['true', 'false'\]"),
         ({"instruction": "Is it?"}, "none of the options"),
-        ({"output": "it is so"}, "line 2: `output` does not hold the answer 'false'"),
+        ({"output": "it is so"}, "line 2: `output` holds the answer 'false' 0 times"),
+        ({"output": "false: it is false"}, "holds the answer 'false' 2 times"),  # all options would begin with it
+        ({"output": "falsehood"}, "0 times"),
         ({"answer": 3}, "line 2: `answer` is 3"),
     ],
 )
@@ -161,4 +186,4 @@ def test_wrong_rows_are_named(tmp_path, study, changes, message):
     file = tmp_path / "wrong.jsonl"
     file.write_text(line(0, "truth") + line(1, "truth", **changes))
     with pytest.raises(UserError, match=message):
-        read_questions(str(file), study.target.tokenizer)
+        read_questions(str(file), study.target.tokenizer, 1)
