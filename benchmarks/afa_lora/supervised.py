@@ -52,7 +52,7 @@ STEM, PADDING = -1, -2  # of a packed token, beside the options 0, 1, ...
 FORMAT = re.compile(r"Answer format:\s*(\S+(?:/\S+)+)\s*$")
 QUICK = {
     "ranks": [8], "seeds": 2, "full_seeds": 2, "train_limit": 4, "validation_limit": 4, "test_limit": 8, "epochs": 1.0,
-    "max_tokens": 96,
+    "batch_size": 2, "max_tokens": 96,
 }  # fmt: skip
 EXAMPLES = f"""
 examples:
