@@ -50,7 +50,7 @@ WORD = re.compile(r"\w+|[+*/^%]|[-.](?=\s?\d)")  # of a question, operators amon
 NUMBER = re.compile(r"(?:(?<!\d)-)?\d[\d,]*(?:\.\d+)?")  # the minus of 5-3 is none of the number's
 SMOOTHED = 5  # steps that a point of the reward curves is the mean of
 QUICK = {
-    "rank": 4, "seeds": 2, "steps": 2, "completions": 4, "generations": 2, "max_new_tokens": 6, "start_epochs": 1.0,
+    "rank": 4, "seeds": 2, "steps": 2, "completions": 4, "generations": 2, "max_new_tokens": 6, "start_epochs": 2.0,
     "start_limit": 16, "train_limit": 16, "validation_limit": 4, "test_limit": 8,
 }  # fmt: skip
 EXAMPLES = f"""
