@@ -146,7 +146,7 @@ class Problem:
 
     @property
     def solution(self) -> str:
-        """What the supervised start teaches to write: one or two operations that give the answer, else it alone.
+        """The text that the supervised start teaches: one or two operations that give the answer, else it alone.
 
         A small target that writes the answer at once has to guess it. Operations are found by their result: now and
         then they are not the ones that the question asks for.
