@@ -167,6 +167,8 @@ def test_problems_are_read_once_and_wrong_ones_named(tmp_path):
         ("a", "The answer is 1."),
         ("b", "The answer is 2.5."),
     ]
+    file.write_text("".join(f'{{"question": "3 {sign} 4?", "answer": 1}}\n' for sign in "+*-"))
+    assert len(read_problems(str(file))) == 3
     for wrong in ('{"question": "a"}', '{"question": "a", "answer": "1"}', '{"question": "a", "answer": NaN}', "[]"):
         file.write_text(wrong + "\n")
         with pytest.raises(UserError, match="line 1"):
