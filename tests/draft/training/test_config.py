@@ -84,6 +84,12 @@ def test_settings_that_the_method_has_no_use_for_are_named(mode, flags, names):
     assert resolve(mode, "o", flags={**MINIMUM, **flags}).unused == names
 
 
+def test_alpha_is_twice_the_rank_unless_given():
+    for given, alpha in (({}, 32), ({"rank": 64}, 128), ({"rank": 64, "alpha": 8.0}, 8)):
+        settings = resolve("adapt", "o", flags={**MINIMUM, "method": "lora", **given})
+        assert settings.adapter.alpha == alpha and not settings.unused
+
+
 def test_a_broken_file_is_named(tmp_path):
     file = tmp_path / "run.yaml"
     for content in (b"training: [\n", b"\xff", b"training: {seed: 2020-13-45}\n"):
