@@ -11,7 +11,10 @@ import math
 from functools import cached_property
 from typing import Any
 
+from rich.console import Console
+
 from draft.afa import set_annealing_step
+from draft.training.config import RunSettings
 from draft.training.trainer import Trainer
 
 SLOW = 0.25  # annealed steps for one optimiser step while the loss falls
@@ -41,7 +44,13 @@ class Plateau:
 
 
 class AdaptiveTrainer(Trainer):
-    """A run of `adapt`, in one process, whose beta follows `Plateau`. No checkpoint has the means: it can't go on."""
+    """A run of `adapt`, in one process, whose beta follows `Plateau`.
+
+    No checkpoint has the means, so an interrupted run begins again.
+    """
+
+    def __init__(self, settings: RunSettings, console: Console) -> None:
+        super().__init__(settings, console, resume=False)
 
     @cached_property
     def plateau(self) -> Plateau:

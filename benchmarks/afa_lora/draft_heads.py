@@ -20,7 +20,7 @@ import math
 import shutil
 import sys
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -46,7 +46,7 @@ from draft.heads import DraftHead
 from draft.heads.checkpoint import head_sha256
 from draft.heads.unroll import shift_left
 from draft.target import Target, load_target
-from draft.training.config import resolve
+from draft.training.config import RunSettings, resolve
 from draft.training.merge import merge_run
 from draft.training.monitor import read_lines
 from draft.training.trainer import Trainer
@@ -251,7 +251,7 @@ class Heads:
         """Adapt the head as `draft-train adapt` does, merge it, and judge the file that was written."""
         place, given = run.setup.place, dict(run.setup.options)
         times = given.pop("steps", 1)
-        make: type[Trainer] = Trainer
+        make: Callable[[RunSettings, Console], Trainer] = Trainer
         if given.get("schedule") == "adaptive":
             del given["schedule"]
             make = AdaptiveTrainer

@@ -76,8 +76,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Tuned:
-    """The rate of an arm, the scores of all rates that were tried, and whether the best one has a worse one beside it
-    on either side."""
+    """The rate of an arm, the scores of all rates that were tried, and whether it is better than both edges."""
 
     rate: float
     scores: dict[float, float]
@@ -159,7 +158,7 @@ class Experiment:
     def tuned(self, setup: Setup, rates: Sequence[float]) -> Tuned:
         """Return the best of at least three rates; the grid grows while the best one lies on its edge.
 
-        After `most_rates` more the best one is taken as it is, and `inside` is False.
+        After `most_rates` more the best one is taken as it is. `inside` is False there, and where an edge is as good.
         """
         grid = sorted(set(rates))
         if len(grid) < 3:
@@ -171,8 +170,8 @@ class Experiment:
             # of equal rates the one in the middle: a tie says nothing about an edge. Where all diverged, the least
             middle = (len(grid) - 1) / 2 if max(scores.values()) > -np.inf else 0.0
             best = max(grid, key=lambda rate: (scores[rate], -abs(grid.index(rate) - middle)))
-            inside = grid[0] < best < grid[-1]
-            if inside or len(grid) >= most:
+            if grid[0] < best < grid[-1] or len(grid) >= most:
+                inside = max(scores[grid[0]], scores[grid[-1]]) < scores[best]
                 return Tuned(best, scores, inside)
             grid = [grid[0] / self.factor, *grid] if best == grid[0] else [*grid, grid[-1] * self.factor]
 

@@ -62,6 +62,7 @@ class Bootstrap:
                     for c, m in zip(counts, members, strict=True)
                 ]
                 drawn[arm].append(_score(sums).mean(axis=1))
+        self.by_seed = {arm: each.tolist() for arm, each in points.items()}
         self.points: dict[str, float] = {}
         self.draws: dict[str, np.ndarray] = {}  # [resamples] each
         self.known = {arm: len(scores.seeds) > 1 for arm, scores in arms.items()}

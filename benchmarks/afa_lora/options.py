@@ -30,7 +30,8 @@ class Parser(shared.Parser):
             help=f"first grid of learning rates, which grows while the best is on its edge; repeatable ({grids})",
         )
         self.add("--quick", action="store_true", help="a smoke test in two minutes, which shows nothing")
-        self.add("--out", metavar="DIR", required=True, help="folder of runs, .json, .md and .png")
+        out = f"runs/afa-{module.rpartition('.')[2].replace('_', '-')}"
+        self.add("--out", metavar="DIR", default=out, help="folder of runs, .json, .md and .png")
         self.set_defaults(first_rates={arm: list(grid) for arm, grid in rates.items()})
 
 

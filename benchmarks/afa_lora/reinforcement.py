@@ -35,8 +35,7 @@ from transformers import PrinterCallback, set_seed
 
 from benchmarks import shared
 from benchmarks.afa_lora import language_models, options, report, supervised
-from benchmarks.afa_lora.experiment import Experiment, Run, Setup, scores_of, setup
-from benchmarks.afa_lora.intervals import Bootstrap, Scores
+from benchmarks.afa_lora.experiment import Experiment, Run, Setup, setup
 from draft.errors import UserError
 from draft.evaluation.tau import bootstrap_ratio
 from draft.files import file_sha256, read_json, write_json
@@ -110,13 +109,14 @@ def benchmark(arguments: Namespace, command: Sequence[str]) -> int:
         "data": study.about,
         "settings": vars(arguments),
         "cells": [cell],
-        "before": before_and_after(experiment, study, chosen, cell),
+        "before": {
+            "score": report.values(bootstrap_ratio(*zip(*study.before(), strict=True))),
+            "gains": report.gains(experiment, cell, "accuracy", study.before()),
+        },
         "curves": curves(experiment, chosen, cell),
     }
     score = report.interval(results["before"]["score"])
-    gains = "; ".join(
-        f"{report.NAMES[arm]} {report.interval(gain, '+.4f')}" for arm, gain in results["before"]["gains"].items()
-    )
+    gains = report.gains_text(results["before"]["gains"])
     text = (
         f"Target {arguments.target} after a supervised start, commit {results['commit']}; "
         f"{len(study.parts['test'])} test problems, {arguments.steps} steps of {arguments.completions} completions. "
@@ -365,20 +365,6 @@ class Reinforcement:
             if not file.is_file():
                 write_json(file, {"units": self.solved(self.target.model, self.parts["test"])})
         return read_json(file)["units"]
-
-
-def before_and_after(
-    experiment: Experiment, study: Reinforcement, chosen: dict[str, Any], cell: dict[str, Any]
-) -> dict[str, Any]:
-    """Return the start's score, and what each arm gained over it, paired by problem."""
-    units = np.array(study.before())
-    gains = {}
-    for arm, about in cell["arms"].items():
-        runs = experiment.fresh(setup(PLACE, arm, chosen), about["rate"])
-        scores = scores_of(experiment.complete(runs), runs, "accuracy")
-        start = Scores(scores.seeds, np.repeat(units[None], len(scores.seeds), axis=0))  # it has no seeds of its own
-        gains[arm] = report.values(Bootstrap({arm: scores, "start": start}).difference(arm, "start")[0])
-    return {"score": report.values(bootstrap_ratio(units[:, 0], units[:, 1])), "gains": gains}
 
 
 def curves(experiment: Experiment, chosen: dict[str, Any], cell: dict[str, Any]) -> dict[str, list[list[float]]]:

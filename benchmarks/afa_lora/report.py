@@ -108,6 +108,30 @@ def pooled(experiment: Experiment, cells: Sequence[Mapping[str, Any]], measure: 
     return figures(Bootstrap(scores, groups))
 
 
+def gains(
+    experiment: Experiment,
+    cell: Mapping[str, Any],
+    measure: str,
+    before: Sequence[Sequence[float]],
+    groups: Sequence[str] | None = None,
+) -> dict[str, Any]:
+    """Return what each arm of a cell has gained over what was there before training, paired by unit.
+
+    before: the units of the untrained model.
+    """
+    found = {}
+    for arm, about in cell["arms"].items():
+        runs = experiment.fresh(setup(cell["place"], arm, cell["options"]), about["rate"], len(about["seeds"]))
+        scores = scores_of(experiment.complete(runs), runs, measure)
+        start = Scores(scores.seeds, np.repeat(np.array(before)[None], len(runs), axis=0))  # it has no seeds of its own
+        found[arm] = values(Bootstrap({arm: scores, "start": start}, groups).difference(arm, "start")[0])
+    return found
+
+
+def gains_text(found: Mapping[str, Any]) -> str:
+    return "; ".join(f"{NAMES[arm]} {interval(gain, '+.4f')}" for arm, gain in found.items())
+
+
 def tuning(tuned: Tuned) -> dict[str, Any]:
     grid = [[rate, value if math.isfinite(value) else None] for rate, value in tuned.scores.items()]
     return {"rate": tuned.rate, "inside": tuned.inside, "grid": grid, "diverged": list(tuned.diverged)}
@@ -116,7 +140,11 @@ def tuning(tuned: Tuned) -> dict[str, Any]:
 def figures(bootstrap: Bootstrap) -> dict[str, Any]:
     """Return scores, differences to LoRA with their p-values, and the share of the gap that AFA-LoRA closes."""
     arms = list(bootstrap.points)
-    found: dict[str, Any] = {"scores": {arm: values(bootstrap.score(arm)) for arm in arms}, "differences": {}}
+    found: dict[str, Any] = {
+        "scores": {arm: values(bootstrap.score(arm)) for arm in arms},
+        "by_seed": bootstrap.by_seed,
+        "differences": {},
+    }
     for arm in arms:
         if arm != "lora" and "lora" in arms:
             interval, p = bootstrap.difference(arm, "lora")

@@ -95,15 +95,17 @@ def benchmark(arguments: Namespace, command: Sequence[str]) -> int:
     experiment = options.make_experiment(
         arguments, study.perform, "likelihood", out, keep=("metrics.jsonl",), data=study.identity
     )
+    start = study.before(out)
     results: dict[str, Any] = {
         "benchmark": MODULE,
         **shared.provenance(MODULE, command, study.target),
         "data": study.about,
         "settings": vars(arguments),
-        "before": study.before(out),
+        "before": study.without_training(start),
         "cells": [],
     }
     before = {name: f"{results['before'][name]:.4f}" for name in (*MEASURES, "chance", "majority")}
+    tasks = [question.task for question in study.questions["test"]]
     text = (
         f"Target {results['target']['name']}, commit {results['commit']}; {study.about['train']} training, "
         f"{study.about['validation']} validation and {study.about['test']} test questions. Means over tasks "
@@ -122,8 +124,10 @@ def benchmark(arguments: Namespace, command: Sequence[str]) -> int:
             arms=[arm for arm in arguments.arms if arm != AGAIN or each == rank],
             measures=MEASURES,
             seeds={"full": arguments.full_seeds},
-            groups=[question.task for question in study.questions["test"]],
+            groups=tasks,
         )
+        cell["gains"] = {name: report.gains(experiment, cell, name, start[name], tasks) for name in MEASURES}
+        text += f"\n\nRank {each}, likelihood after minus before: {report.gains_text(cell['gains']['likelihood'])}."
         results["cells"].append(cell)
         report.write(out, "supervised", results, options.about(arguments, text), {"Ranks": "cells"}, "accuracy")
     shared.make_console().print((out / "supervised.md").read_text())
@@ -291,7 +295,10 @@ class Supervised:
         self.training = [each for each in chosen[arguments.validation_limit :] if tuple(each.prompt) not in asked]
         self.questions = {"validation": held_back, "test": kept}
         if not (self.training and held_back and kept):
-            raise UserError(f"of {len(offered)} and {len(test)} questions too few fit --max-tokens {limit}; raise it.")
+            raise UserError(
+                f"of {len(offered)} and {len(test)} questions too few fit --max-tokens {limit} ({unclear} and "
+                f"{unclear_test} more are left out, as their options are not clear); raise it, or give more questions."
+            )
         self.about = {
             "files": {name: file_sha256(Path(name)) for name in (arguments.train, arguments.test)},
             "train": len(self.training),
@@ -319,27 +326,35 @@ class Supervised:
             result["merged_differences"] = language_models.logits_differences(model, questions[0].prompt)
         return result
 
-    def before(self, out: Path) -> dict[str, float]:
-        """Mean over tasks of the untrained target's measures, and of those of a blind answer; kept in a file."""
+    def before(self, out: Path) -> dict[str, list[list[float]]]:
+        """The units of the untrained target on the test questions; kept in a file."""
         file, questions = out / "before.json", self.questions["test"]
         with FileLock(f"{file}.lock"):
             if not file.is_file():
                 units = judged(self.target.model, questions)
                 write_json(file, {name: [value for value, _ in pairs] for name, pairs in units.items()})
-        values = dict(read_json(file))
+        return {name: [[value, 1.0] for value in values] for name, values in read_json(file).items()}
+
+    def without_training(self, units: dict[str, list[list[float]]]) -> dict[str, Any]:
+        """Mean over tasks of the untrained target's measures, and of those of a blind answer; and by task."""
+        questions = self.questions["test"]
+        values = {name: [value for value, _ in pairs] for name, pairs in units.items()}
         values["chance"] = [1 / len(question.outputs) for question in questions]
         common: dict[str, int] = {}
         for task in {question.task for question in questions}:
             ((common[task], _),) = Counter(q.right for q in questions if q.task == task).most_common(1)
         values["majority"] = [float(question.right == common[question.task]) for question in questions]
-        return {name: mean_over_tasks(questions, each) for name, each in values.items()}
-
-
-def mean_over_tasks(questions: Sequence[Question], values: Sequence[float]) -> float:
-    by_task: dict[str, list[float]] = {}
-    for question, value in zip(questions, values, strict=True):
-        by_task.setdefault(question.task, []).append(value)
-    return statistics.mean(map(statistics.mean, by_task.values()))
+        tasks = {
+            task: {
+                name: statistics.mean(
+                    value for question, value in zip(questions, each, strict=True) if question.task == task
+                )
+                for name, each in values.items()
+            }
+            for task in sorted(common)
+        }
+        means = {name: statistics.mean(of_task[name] for of_task in tasks.values()) for name in values}
+        return {**means, "tasks": tasks}
 
 
 def judged(model: Any, questions: Sequence[Question]) -> dict[str, list[list[float]]]:

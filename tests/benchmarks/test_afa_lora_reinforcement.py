@@ -45,13 +45,17 @@ def words(world, *more):
 
 
 def test_quick_run_compares_all_arms_with_the_start(world, monkeypatch, capsys):
-    quick = words(world, "--arms", "lora", "full", "--seeds", "1")  # AFA-LoRA: see below
+    quick = words(world, "--arms", "lora", "afa-lora")
     assert reinforcement.main(quick) == 0
     results = read_json(world / "out" / "reinforcement.json")
     (cell,) = results["cells"]
-    assert {arm: each["seeds"] for arm, each in cell["arms"].items()} == dict.fromkeys(cell["arms"], [0])
-    assert set(results["before"]["gains"]) == {"lora", "full"}
-    assert all([len(seed) for seed in seeds] == [2] for seeds in results["curves"].values())
+    assert {arm: each["seeds"] for arm, each in cell["arms"].items()} == dict.fromkeys(("lora", "afa-lora"), [0, 1])
+    annealed = cell["arms"]["afa-lora"]["first_seed"]
+    assert annealed["beta"] == 0 and annealed["merged_differences"]["float32"] < 1e-5
+    found = cell["measures"]["accuracy"]["all"]["differences"]["afa-lora"]
+    assert found["low"] <= found["value"] <= found["high"] and 0 < found["p_holm"] <= 1
+    assert set(results["before"]["gains"]) == {"lora", "afa-lora"}
+    assert all([len(seed) for seed in seeds] == [2, 2] for seeds in results["curves"].values())
     text = (world / "out" / "reinforcement.md").read_text()
     assert "Before: " in text and "After minus before: LoRA" in text
     for name in ("reinforcement.png", "reinforcement_rewards.png"):

@@ -15,15 +15,23 @@ from draft.errors import UserError
 MEANS = {"lora": 0.50, "afa-lora": 0.52, "full": 0.58, AGAIN: 0.50}
 
 
-def made(rng, means=MEANS, seeds=5, units=60, between=0.02):
-    """Scores of arms with these true means: units differ alike for all arms, seeds by `between`."""
+def made(rng, means=MEANS, seeds=5, units=60, between=0.02, paired=False):
+    """Scores of arms with these true means: units differ alike for all arms, seeds by `between`.
+
+    paired: LoRA and AFA-LoRA have the same seeds, as in the programs, and units have different weights, as acceptance
+    has: two thirds of what a seed does to one of them it does to the other.
+    """
     unit = rng.normal(0, 0.1, units)
+    weight = rng.integers(20, 100, units).astype(float) if paired else np.ones(units)
+    common = rng.normal(0, between * (2 / 3) ** 0.5, (seeds, 1)) if paired else 0.0
     found = {}
     for place, (arm, mean) in enumerate(means.items()):
-        seed = rng.normal(0, between, (seeds, 1))
-        value = mean + unit + seed + rng.normal(0, 0.03, (seeds, units))
-        first = 500 if arm == AGAIN else 10 * place  # no two arms share seeds
-        found[arm] = Scores(tuple(range(first, first + seeds)), np.stack([value, np.ones_like(value)], axis=-1))
+        together = paired and arm in ("lora", "afa-lora")
+        own = rng.normal(0, between * ((1 / 3) ** 0.5 if together else 1.0), (seeds, 1))
+        value = mean + unit + own + common * together + rng.normal(0, 0.03, (seeds, units))
+        first = 500 if arm == AGAIN else 0 if together else 10 * (place + 1)
+        values = np.stack([value * weight, np.broadcast_to(weight, value.shape)], axis=-1)
+        found[arm] = Scores(tuple(range(first, first + seeds)), values)
     return found
 
 
@@ -54,6 +62,21 @@ def test_intervals_cover_the_truth():
     for name in ("score", "difference", "share"):
         assert 0.93 <= covered[name] <= 0.99, covered
     assert covered["resampled"] < 0.92, covered  # what these intervals are there to avoid
+
+
+@pytest.mark.parametrize(("seeds", "groups"), [(5, 1), (3, 1), (5, 2)])
+def test_intervals_of_arms_with_the_same_seeds_cover_the_truth(seeds, groups):
+    rng = np.random.default_rng(4)
+    rounds, kept, false = 300, 0, 0
+    tasks = ["a", "b"] * 30 if groups == 2 else None
+    for number in range(rounds):
+        interval, _ = Bootstrap(made(rng, seeds=seeds, paired=True), tasks, resamples=300, seed=number).difference(
+            "afa-lora", "lora"
+        )
+        kept += interval.low <= 0.02 <= interval.high
+        same = made(rng, {"lora": 0.5, "afa-lora": 0.5}, seeds=seeds, paired=True)
+        false += Bootstrap(same, tasks, resamples=300, seed=number).difference("afa-lora", "lora")[1] < 0.05
+    assert 0.93 <= kept / rounds <= 0.99 and false / rounds <= 0.08, (kept, false)
 
 
 def test_no_difference_is_found_where_there_is_none_and_a_real_one_is():
@@ -209,7 +232,7 @@ def test_equal_rates_do_not_let_a_grid_grow(tmp_path):
 
     study = Experiment(tmp_path, perform, "accuracy", seeds=3, say=lambda text: None)
     tuned = study.tuned(setup("maths", "lora", {}), [1e-3, 2e-3, 4e-3])
-    assert (tuned.rate, tuned.inside) == (2e-3, True)
+    assert (tuned.rate, tuned.inside) == (2e-3, False)  # an edge is as good
 
 
 def test_runs_of_other_settings_are_refused(tmp_path):

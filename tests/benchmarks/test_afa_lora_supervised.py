@@ -55,11 +55,16 @@ def test_quick_run_reports_each_task_and_the_mean(world, monkeypatch, capsys):
     assert (results["data"]["train"], results["data"]["validation"], results["data"]["test"]) == (8, 4, 8)
     (cell,) = results["cells"]
     assert cell["arms"]["lora"]["seeds"] == [0, 1] and cell["arms"]["lora"]["grid"][-1] == [1e30, None]  # diverged
-    assert set(results["before"]) == {"accuracy", "likelihood", "chance", "majority"}
+    assert set(results["before"]) == {"accuracy", "likelihood", "chance", "majority", "tasks"}
+    assert results["before"]["tasks"]["truth"]["chance"] == 1 / 2 and set(results["before"]["tasks"]) == set(OPTIONS)
+    for arm in ("lora", "afa-lora"):
+        gain, after = cell["gains"]["likelihood"][arm], cell["measures"]["likelihood"]["all"]["scores"][arm]["value"]
+        assert gain["value"] == pytest.approx(after - results["before"]["likelihood"]) and gain["low"] < gain["high"]
     assert results["before"]["chance"] == pytest.approx((1 / 2 + 1 / 3) / 2)
     assert 0 < results["before"]["likelihood"] < 1 and results["before"]["majority"] >= results["before"]["chance"]
     assert all(0 < value < 1 for _, value in cell["arms"]["lora"]["grid"][:2])  # tuned by likelihood
     parts = cell["measures"]["accuracy"]
+    assert len(parts["truth"]["by_seed"]["lora"]) == 2
     assert {name: each["units"] for name, each in parts.items()} == {"all": 8, "truth": 4, "choice": 4}
     for arm in ("lora", "afa-lora"):
         scores = [parts[name]["scores"][arm]["value"] for name in ("all", "truth", "choice")]
