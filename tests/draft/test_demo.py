@@ -1,18 +1,33 @@
-"""`draft-train demo`: what it serves the heads with, and its summary."""
+"""`draft-train demo`: the commands that it composes, what it serves the heads with, and its summary."""
 
 import io
 import json
+import shlex
+import shutil
+import sys
+from subprocess import CompletedProcess
+from typing import Any
 
 import pytest
+import typer
 from conftest import make_tiny_head, make_tiny_target, save_tiny_target
 from rich.console import Console
 from written_data import prepared
 
+import draft.cli
+import serving.cli
 from draft import demo
+from draft.data.settings import Settings
 from draft.errors import UserError
+from draft.files import write_json
 from draft.heads.checkpoint import save_head
+from draft.training.config import SECTIONS, resolve
 
 PROMPTS = [f"A prompt with the number {number}." for number in range(8)]
+INTERVAL = {"value": 2.0, "low": 1.9, "high": 2.1}
+RESULT = {"baseline": {"acceptance_length": INTERVAL}, "candidate": {"acceptance_length": INTERVAL}}
+DOMAIN = {"greedy": {"speculation_lengths": [{**RESULT, "gain": {"value": 0.25, "low": 0.2, "high": 0.3}}]}}
+COMPARISON = {"domain": DOMAIN, "general": None, "deciding_length": 1, "summary": "A verdict."}
 
 
 @pytest.fixture(scope="module")
@@ -25,6 +40,80 @@ def world(tmp_path_factory):
     (root / "prompts.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in PROMPTS))
     prepared(target, root / "data", prompts=[root / "prompts.jsonl"], max_new_tokens=12, held_out_share=0.5)
     return root
+
+
+def parsed(line: str) -> dict[str, Any]:
+    """The options that a command line gives; its program's parser, or the command's settings, refuse wrong ones."""
+    program, *words = shlex.split(line)
+    command: Any = typer.main.get_command(draft.cli.app if program == "draft-train" else serving.cli.cli)
+    if program == "draft-train":
+        command = command.commands[words.pop(0)]
+    options = command.make_context(program, words).params
+    given = {name: value for name, value in options.items() if value not in (None, ())}
+    if command.name == "prepare":
+        Settings.checked({name: given[name] for name in Settings.model_fields if name in given})
+    if command.name == "adapt":
+        known = {name for section in SECTIONS.values() for name in section.model_fields}
+        resolve("adapt", str(given["out"]), flags={name: given[name] for name in known if name in given})
+    return given
+
+
+@pytest.fixture
+def run_demo(world, tmp_path, monkeypatch):
+    """`demo()` whose commands are parsed, and not run: its arguments -> all that it prints.
+
+    statuses: exit statuses of the commands, where not 0.
+    """
+
+    def run(statuses=None, **arguments):
+        def execute(command, check):
+            assert command[:3] == [sys.executable, "-m", "draft.cli"] and not check
+            options = parsed(shlex.join(["draft-train", *command[3:]]))
+            if command[3] == "prepare":
+                shutil.copytree(world / "data", options["out"])
+            if command[3] == "compare":
+                write_json(options["out"] / "comparison.json", COMPARISON)
+            return CompletedProcess(command, (statuses or {}).get(command[3], 0))
+
+        def serve(model, heads, prompts):
+            for head in heads.values():
+                parsed(shlex.join(["draft-serve", *model, "--head", head]))
+            answer = {"generated_text": "An answer.", "details": {"generated_tokens": 4}, "seconds": 0.5}
+            return {name: [answer] for name in heads}
+
+        out = io.StringIO()
+        (tmp_path / "out" / "report").mkdir(parents=True)
+        monkeypatch.setattr(demo, "console", Console(file=out, width=200))
+        monkeypatch.setattr(demo.subprocess, "run", execute)
+        monkeypatch.setattr(demo, "serve_in_turn", serve)
+        usual = {"target": str(world / "target"), "head": str(world / "base"), "prompts": world / "prompts.jsonl"}
+        demo.demo(out=tmp_path / "out", **{**usual, **arguments})
+        return out.getvalue()
+
+    return run
+
+
+def lines_of(shown: str, start: str) -> list[str]:
+    """The command lines in what is printed, each after `start`."""
+    return [line.removeprefix(start) for line in shown.splitlines() if line.startswith(f"{start}draft-")]
+
+
+def test_each_command_is_one_that_its_program_takes(run_demo):
+    shown = run_demo({"compare": 1})  # "don't ship" is a result, too
+    run, advised = lines_of(shown, "$ "), lines_of(shown, "  ")
+    assert [line.split()[1] for line in run] == ["prepare", "prepare", "adapt", "merge", "compare"]
+    assert [line.split()[:2] for line in advised[:3]] == [
+        ["draft-train", each] for each in ("prepare", "adapt", "merge")
+    ]
+    assert advised[3].startswith("draft-serve ") and len(advised) == 4
+    for line in advised:
+        parsed(line)
+    assert "+25.0% [+20.0%, +30.0%]" in shown and "An answer." in shown
+
+
+def test_a_command_that_fails_ends_the_demonstration(run_demo):
+    with pytest.raises(UserError, match="`draft-train adapt` ended with status 2; its message is above"):
+        run_demo({"adapt": 2})
 
 
 def test_what_ships():
@@ -59,15 +148,11 @@ def test_both_heads_answer_each_prompt_in_the_automatic_mode(world, monkeypatch)
     for base, adapted in zip(answers["base"], answers["adapted"], strict=True):
         assert base["generated_text"] == adapted["generated_text"] and base["seconds"] > 0
     assert all(speed > 0 for speed in demo.speeds(answers["base"]))
-    interval = {"value": 2.0, "low": 1.9, "high": 2.1}
-    result = {"baseline": {"acceptance_length": interval}, "candidate": {"acceptance_length": interval}}
-    domain = {"greedy": {"speculation_lengths": [{**result, "gain": {"value": 0.25, "low": 0.2, "high": 0.3}}]}}
-    comparison = {"domain": domain, "general": None, "deciding_length": 1, "summary": "A verdict."}
     for text, message in ((None, "Both heads gave the same text"), ("other", "The heads' texts differ: at a near tie")):
         out.truncate(0)
         if text:
             answers["adapted"][-1]["generated_text"] = text
-        demo.summarise(comparison, answers, "A question?")
+        demo.summarise(COMPARISON, answers, "A question?")
         shown = out.getvalue()
         assert message in shown and "+25.0% [+20.0%, +30.0%]" in shown and "median of 2 answers" in shown
         assert "A question?" in shown and "A verdict." in shown
