@@ -1,8 +1,9 @@
 """Demonstration of the whole path: adapt the bundled head to a fine-tuned target, compare it, serve it.
 
 The target that ships is fine-tuned, by a LoRA adapter that ships too, to turn the messages of a shop's customers into
-JSON records: the case of a team with a model of its own, which a stock head fits badly. Each step is the command that a
-user would type, and it is printed before it runs. A repeated run continues: what a step has finished is not done again.
+JSON records: the case of a team with a model of its own, which a stock head fits badly. Other prompts than these
+messages are answered by the target as it is. Each step is the command that a user would type, and it is printed before
+it runs. A repeated run continues: what a step has finished is not done again.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ def demo(
     target_adapter: Annotated[
         str | None,
         typer.Option(
-            help="PEFT LoRA adapter of the target, merged in memory: a folder [default of smollm2: one that ships].",
+            help="PEFT LoRA adapter of the target, merged in memory: a folder [default of smollm2 with the support "
+            "tickets: one that ships].",
             show_default=False,
         ),
     ] = None,
@@ -55,9 +57,12 @@ def demo(
 ) -> None:
     """Adapt the bundled head to a fine-tuned target, compare it with its base and serve both: the path in minutes."""
     started = time.monotonic()
-    if target_adapter is None and target == "smollm2":
-        target_adapter = str(FINE_TUNED)
-    model = ["--target", target] + (["--target-adapter", target_adapter] if target_adapter else [])
+    adapter = target_adapter
+    if adapter is None and target == "smollm2" and prompts == TICKETS:  # any other prompt it would answer as a ticket
+        adapter = str(FINE_TUNED)
+    given, model = (
+        ["--target", target] + (["--target-adapter", each] if each else []) for each in (target_adapter, adapter)
+    )
     data, general, run, adapted, report = (out / name for name in ("data", "general", "run", "head", "report"))
     _draft_train("prepare", *model, "--prompts", prompts, "--num-prompts", num_prompts, "--max-new-tokens", NEW_TOKENS,
                  "--greedy-share", 0.75, "--held-out-share", 0.25, "--out", data)  # fmt: skip
@@ -81,10 +86,10 @@ def demo(
     console.print(
         f"\nDone in {(time.monotonic() - started) / 60:.1f} minutes. "
         "Next, with your own prompts (JSONL, a `prompt` column):\n"
-        f"  draft-train prepare {shlex.join(model)} --prompts mine.jsonl --out data/mine\n"
-        f"  draft-train adapt {shlex.join(model)} --head {head} --data data/mine --out runs/mine\n"
+        f"  draft-train prepare {shlex.join(given)} --prompts mine.jsonl --out data/mine\n"
+        f"  draft-train adapt {shlex.join([*given, '--head', head])} --data data/mine --out runs/mine\n"
         "  draft-train merge runs/mine --out heads/mine\n"
-        f"  draft-serve {shlex.join(model)} --head heads/mine",
+        f"  draft-serve {shlex.join(given)} --head heads/mine",
         soft_wrap=True,
     )
 

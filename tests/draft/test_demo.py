@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import typer
-from conftest import make_tiny_head, make_tiny_target, save_tiny_target
+from conftest import byte_tokenizer, make_tiny_head, make_tiny_target, save_tiny_target
 from rich.console import Console
 from written_data import prepared
 
@@ -86,6 +86,7 @@ def run_demo(world, tmp_path, monkeypatch):
         monkeypatch.setattr(demo, "console", Console(file=out, width=200))
         monkeypatch.setattr(demo.subprocess, "run", execute)
         monkeypatch.setattr(demo, "serve_in_turn", serve)
+        monkeypatch.setattr("draft.target.load_tokenizer", lambda name: byte_tokenizer())
         usual = {"target": str(world / "target"), "head": str(world / "base"), "prompts": world / "prompts.jsonl"}
         demo.demo(out=tmp_path / "out", **{**usual, **arguments})
         return out.getvalue()
@@ -109,6 +110,22 @@ def test_each_command_is_one_that_its_program_takes(run_demo):
     for line in advised:
         parsed(line)
     assert "+25.0% [+20.0%, +30.0%]" in shown and "An answer." in shown
+
+
+@pytest.mark.parametrize(
+    ("tickets", "own", "used"),
+    [(True, None, "shipped"), (True, "mine", "mine"), (False, None, None), (False, "mine", "mine")],
+)
+def test_the_adapter_that_ships_is_for_the_tickets_alone(run_demo, world, monkeypatch, tickets, own, used):
+    if tickets:
+        monkeypatch.setattr(demo, "TICKETS", world / "prompts.jsonl")
+    monkeypatch.setattr(demo, "FINE_TUNED", "shipped")
+    shown = run_demo(target="smollm2", target_adapter=own)
+    run, advised = lines_of(shown, "$ "), lines_of(shown, "  ")
+    for lines, adapter in ((run, used), (advised, own)):
+        found = [parsed(line) for line in lines if " merge " not in line]
+        assert {each["target"] for each in found} == {"smollm2"}
+        assert {each.get("target_adapter") for each in found} == {adapter}
 
 
 def test_a_command_that_fails_ends_the_demonstration(run_demo):
