@@ -33,6 +33,7 @@ FINE_TUNED = Path(__file__).parent / "pretrained" / "smollm2-tickets-lora"
 SERVED = 9  # held-out prompts that both servers answer
 WARM_UP = 3  # of these, that are not counted: in them the automatic mode learns what drafts are worth
 NEW_TOKENS = 160
+GENERAL_PERCENT = 15  # of the training tokens
 EPILOG = "Examples:\n\n`draft-train demo`\n\n`draft-train demo --num-prompts 40 --epochs 1 --out runs/small-demo`"
 console = Console()
 
@@ -63,14 +64,19 @@ def demo(
     given, model = (
         ["--target", target] + (["--target-adapter", each] if each else []) for each in (target_adapter, adapter)
     )
+    suited = options_for_head(head, target, adapter)
     data, general, run, adapted, report = (out / name for name in ("data", "general", "run", "head", "report"))
     _draft_train("prepare", *model, "--prompts", prompts, "--num-prompts", num_prompts, "--max-new-tokens", NEW_TOKENS,
                  "--greedy-share", 0.75, "--held-out-share", 0.25, "--out", data)  # fmt: skip
     _draft_train("prepare", *model, "--prompts", GENERAL_PROMPTS, "--max-new-tokens", 96,
                  "--greedy-share", 0.75, "--held-out-share", 0.4, "--out", general)  # fmt: skip
-    _draft_train("adapt", *model, "--head", head, "--data", data, "--mix-general", 0.15, "--general", general,
-                 "--method", "full", "--rebuild-vocabulary", "--learning-rate", 5e-4, "--epochs", epochs,
-                 "--tokens-per-batch", 512, "--draft-steps", 3, "--eval-every", 0, "--out", run)  # fmt: skip
+    percent = general_percent(data, general)
+    if percent < GENERAL_PERCENT:
+        console.print(f"\n{percent} % of the training tokens are general ones, not {GENERAL_PERCENT} %: all there are.")
+    mixed = ("--mix-general", percent / 100, "--general", general) if percent else ()
+    _draft_train("adapt", *model, "--head", head, "--data", data, *mixed, "--method", "full", *suited,
+                 "--learning-rate", 5e-4, "--epochs", epochs, "--tokens-per-batch", 512, "--eval-every", 0,
+                 "--out", run)  # fmt: skip
     _draft_train("merge", run, "--out", adapted)
     (report / "comparison.json").unlink(missing_ok=True)
     _draft_train("compare", *model, "--baseline", head, "--candidate", adapted, "--data", data, "--general", general,
@@ -101,6 +107,34 @@ def _draft_train(*words: object, accepted: tuple[int, ...] = (0,)) -> None:
     status = subprocess.run([sys.executable, "-m", "draft.cli", *arguments], check=False).returncode
     if status not in accepted:
         raise UserError(f"`draft-train {arguments[0]}` ended with status {status}; its message is above.")
+
+
+def options_for_head(head: str, target: str, adapter: str | None) -> list[str]:
+    """Return the options of `adapt` that depend on the head's architecture.
+
+    Raises:
+        UserError: for a head that cannot be loaded, or that was made for another target.
+    """
+    from draft.heads.checkpoint import attach_head, load_head
+    from draft.target import load_target
+
+    loaded, about = load_head(head)
+    attach_head(loaded, about, load_target(target, "bfloat16", "cpu", adapter))
+    steps = ["--draft-steps", str(min(3, loaded.longest or 3))]
+    return [*steps, "--rebuild-vocabulary"] if loaded.reduced_vocabulary else steps
+
+
+def general_percent(data: Path, general: Path) -> int:
+    """Return the percentage of general training tokens: GENERAL_PERCENT, or less where there are not enough of them."""
+    from draft.data.dataset import open_dataset
+
+    held_out = {row.id for row in open_dataset(data).rows("held-out")}
+    domain, other = (
+        sum(len(row.ids) for row in open_dataset(folder).rows("train") if row.id not in held_out and any(row.mask[2:]))
+        for folder in (data, general)
+    )
+    # rounded down, and less than all of them: `adapt` refuses a share that rounding puts above what there is
+    return min(GENERAL_PERCENT, max(0, 100 * other - 1) // max(1, domain + other))
 
 
 def held_out_prompts(target: str, prompts: Path, data: Path, count: int) -> list[tuple[str, str]]:

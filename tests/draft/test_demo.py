@@ -5,6 +5,7 @@ import json
 import shlex
 import shutil
 import sys
+from dataclasses import replace
 from subprocess import CompletedProcess
 from typing import Any
 
@@ -17,16 +18,21 @@ from written_data import prepared
 import draft.cli
 import serving.cli
 from draft import demo
+from draft.data.dataset import Row, open_dataset, write_dataset
 from draft.data.settings import Settings
 from draft.errors import UserError
 from draft.files import write_json
 from draft.heads.checkpoint import save_head
-from draft.training.config import SECTIONS, resolve
+from draft.target import Target, load_target
+from draft.training.batches import load_rows
+from draft.training.config import SECTIONS, RunSettings, resolve
+from draft.training.model import settle, starting_head
 
 PROMPTS = [f"A prompt with the number {number}." for number in range(8)]
 INTERVAL = {"value": 2.0, "low": 1.9, "high": 2.1}
 RESULT = {"baseline": {"acceptance_length": INTERVAL}, "candidate": {"acceptance_length": INTERVAL}}
 DOMAIN = {"greedy": {"speculation_lengths": [{**RESULT, "gain": {"value": 0.25, "low": 0.2, "high": 0.3}}]}}
+QUIET = Console(quiet=True)
 COMPARISON = {"domain": DOMAIN, "general": None, "deciding_length": 1, "summary": "A verdict."}
 
 
@@ -53,24 +59,30 @@ def parsed(line: str) -> dict[str, Any]:
     if command.name == "prepare":
         Settings.checked({name: given[name] for name in Settings.model_fields if name in given})
     if command.name == "adapt":
-        known = {name for section in SECTIONS.values() for name in section.model_fields}
-        resolve("adapt", str(given["out"]), flags={name: given[name] for name in known if name in given})
+        settings_of(given)
     return given
+
+
+def settings_of(given: dict[str, Any]) -> RunSettings:
+    """The settings of the options of `draft-train adapt`."""
+    known = {name for section in SECTIONS.values() for name in section.model_fields}
+    return resolve("adapt", str(given["out"]), flags={name: given[name] for name in known if name in given})
 
 
 @pytest.fixture
 def run_demo(world, tmp_path, monkeypatch):
     """`demo()` whose commands are parsed, and not run: its arguments -> all that it prints.
 
-    statuses: exit statuses of the commands, where not 0.
+    statuses: exit statuses of the commands, where not 0; general: the data set of general conversations.
     """
 
-    def run(statuses=None, **arguments):
+    def run(statuses=None, general=None, **arguments):
         def execute(command, check):
             assert command[:3] == [sys.executable, "-m", "draft.cli"] and not check
             options = parsed(shlex.join(["draft-train", *command[3:]]))
             if command[3] == "prepare":
-                shutil.copytree(world / "data", options["out"])
+                written = general if general and options["out"].name == "general" else world / "data"
+                shutil.copytree(written, options["out"])
             if command[3] == "compare":
                 write_json(options["out"] / "comparison.json", COMPARISON)
             return CompletedProcess(command, (statuses or {}).get(command[3], 0))
@@ -87,6 +99,7 @@ def run_demo(world, tmp_path, monkeypatch):
         monkeypatch.setattr(demo.subprocess, "run", execute)
         monkeypatch.setattr(demo, "serve_in_turn", serve)
         monkeypatch.setattr("draft.target.load_tokenizer", lambda name: byte_tokenizer())
+        monkeypatch.setattr("draft.target.load_target", lambda *_: load_target(str(world / "target"), "float32"))
         usual = {"target": str(world / "target"), "head": str(world / "base"), "prompts": world / "prompts.jsonl"}
         demo.demo(out=tmp_path / "out", **{**usual, **arguments})
         return out.getvalue()
@@ -126,6 +139,63 @@ def test_the_adapter_that_ships_is_for_the_tickets_alone(run_demo, world, monkey
         found = [parsed(line) for line in lines if " merge " not in line]
         assert {each["target"] for each in found} == {"smollm2"}
         assert {each.get("target_adapter") for each in found} == {adapter}
+
+
+def started(shown: str, target: Target) -> None:
+    """Begin the run of the demonstration's `adapt`, up to the first step."""
+    settings = settings_of(parsed(next(line for line in lines_of(shown, "$ ") if " adapt " in line)))
+    rows, _ = load_rows(settings, target, QUIET)
+    head, _ = starting_head(settings, target, rows, QUIET)
+    settle(settings, head)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "options", "steps"),
+    [("eagle3", {}, 3), ("eagle", {}, 3), ("medusa", {"num_heads": 2}, 2), ("medusa", {"num_heads": 4}, 3)],
+)
+def test_a_head_of_any_architecture_is_adapted(run_demo, world, tmp_path, architecture, options, steps):
+    target = load_target(str(world / "target"), "float32")
+    head = make_tiny_head(target, architecture=architecture, **options)
+    save_head(head, tmp_path / "head", dtype=target.stored_dtype, about={})
+    shown = run_demo(head=str(tmp_path / "head"))
+    started(shown, target)
+    assert f"--draft-steps {steps}" in shown and ("--rebuild-vocabulary" in shown) == (architecture != "eagle")
+
+
+def test_a_head_of_another_target_is_refused_before_the_work(run_demo, world, tmp_path):
+    target = make_tiny_target(hidden_size=48)
+    save_head(make_tiny_head(target), tmp_path / "head", dtype=target.stored_dtype, about={})
+    with pytest.raises(UserError, match="the head's hidden size is 48 and the target's is 32"):
+        run_demo(head=str(tmp_path / "head"))
+    assert not (tmp_path / "out" / "data").exists()
+
+
+@pytest.mark.parametrize("tokens", [0, 20])
+def test_few_general_conversations_are_a_smaller_share(run_demo, world, tmp_path, tokens):
+    data = open_dataset(world / "data")
+    rows = data.rows("train")
+    few = [replace(rows[0], ids=rows[0].ids[-tokens:], mask=rows[0].mask[-tokens:], prompt_length=1)] if tokens else []
+    (tmp_path / "few").mkdir()
+    write_dataset(tmp_path / "few", few, data.manifest)
+    shown = run_demo(general=tmp_path / "few")
+    percent = 100 * tokens // (tokens + sum(len(row.ids) for row in rows))
+    assert f"\n{percent} % of the training tokens are general ones, not 15 %" in shown
+    assert (f"--mix-general {percent / 100} --general " in shown) == bool(tokens) == ("--mix-general" in shown)
+    started(shown, load_target(str(world / "target"), "float32"))
+
+
+@pytest.mark.parametrize(("tokens", "percent"), [(0, 0), (3, 3), (15, 14), (16, 15), (99, 15)])
+def test_the_share_is_one_that_adapt_takes(world, tmp_path, tokens, percent):
+    target, manifest = load_target(str(world / "target"), "float32"), open_dataset(world / "data").manifest
+    for name, length in (("data", 85), ("general", tokens)):
+        mask = [False] * 2 + [True] * (length - 2)
+        rows = [Row(name, [5] * length, mask, 2, 0.0, 1.0, "a file", "train")] if length else []
+        (tmp_path / name).mkdir()
+        write_dataset(tmp_path / name, rows, manifest)
+    assert demo.general_percent(tmp_path / "data", tmp_path / "general") == percent
+    flags = {"head": "h", "data": [str(tmp_path / "data")], "mix_general": percent / 100}
+    flags |= {"general": str(tmp_path / "general")} if percent else {}
+    assert len(load_rows(resolve("adapt", "o", flags=flags), target, QUIET)[0]) == 1 + bool(percent)
 
 
 def test_a_command_that_fails_ends_the_demonstration(run_demo):
