@@ -50,7 +50,7 @@ examples:
 """
 K = 5
 SIDE_BY_SIDE = 5  # runs
-BASE = "--draft-steps 3 --learning-rate 1e-3"
+BASE = "--optimizer adamw --weight-average 0 --draft-steps 3 --learning-rate 1e-3"
 SETTINGS = {
     "base": "",
     "adamw 5e-4": "--learning-rate 5e-4",
@@ -75,7 +75,14 @@ SETTINGS = {
 def parse(arguments: Sequence[str]) -> Namespace:
     parser = shared.Parser(MODULE, __doc__, EXAMPLES)
     parser.add("--target", default="smollm2", help="hub id, folder, .gguf file, or smollm2")
-    parser.add("--data", metavar="DIR", nargs="+", default=[], help="data sets to train on")
+    parser.add(
+        "--data",
+        metavar="DIR",
+        nargs="+",
+        default=[],
+        help="data sets to train on; the target's states of all their rows are kept in --out (up to 10 kB a token of "
+        "the bundled target), so take ones that are not much larger than --tokens",
+    )
     parser.add(
         "--held-out",
         metavar="DIR",

@@ -11,7 +11,7 @@ import sys
 import time
 import typing
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -23,7 +23,7 @@ from draft import demo
 from draft.data.settings import EndpointSettings, LocalServer, Settings
 from draft.errors import UserError, file_trouble, plain_console
 from draft.files import write_jsonl
-from draft.training.config import SECTIONS, resolve
+from draft.training.config import DEFAULTS, SECTIONS, resolve
 
 if typing.TYPE_CHECKING:
     from draft.data.dataset import Dataset
@@ -91,8 +91,13 @@ def _examples(*lines: str) -> str:
     return "Examples:\n\n" + "\n\n".join(f"`{line}`" for line in lines)
 
 
-def _flags_of(*settings: type[BaseModel]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command, instead of its `**flags`, one flag for each described field of the settings."""
+def _flags_of(
+    *settings: type[BaseModel], defaults: Mapping[str, Any] | None = None
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command, instead of its `**flags`, one flag for each described field of the settings.
+
+    defaults: those of the command where they differ from the fields'.
+    """
 
     keyword = introspection.Parameter.KEYWORD_ONLY
 
@@ -103,7 +108,7 @@ def _flags_of(*settings: type[BaseModel]) -> Callable[[Callable[..., None]], Cal
             types = typing.get_type_hints(kind)
             for name, field in kind.model_fields.items():
                 if field.description and name not in parameters:
-                    default = None if field.is_required() else field.default
+                    default = None if field.is_required() else (defaults or {}).get(name, field.default)
                     text = field.description + (f" [default: {default}]" if default else "")
                     value: Any = types[name] | None
                     option = Annotated[value, typer.Option(help=text, show_default=False)]
@@ -406,11 +411,12 @@ Resume = Annotated[
 
 @app.command(
     epilog=_examples(
-        "draft-train pretrain --target smollm2 --data data/general --out runs/pretrain --epochs 3",
+        "draft-train pretrain --target smollm2 --data data/general --out runs/pretrain",
+        "draft-train pretrain --head smollm2-eagle3 --data data/general --out runs/trained-on",
         "draft-train pretrain --architecture medusa --head-options num_heads=4 --data data/general --out runs/medusa",
     )
 )
-@_flags_of(SECTIONS["model"], SECTIONS["data"], SECTIONS["training"])
+@_flags_of(SECTIONS["model"], SECTIONS["data"], SECTIONS["training"], defaults=DEFAULTS["pretrain"])
 def pretrain(
     out: RunFolder, overrides: Overrides = None, config: Config = None, resume: Resume = None, **flags: Any
 ) -> None:

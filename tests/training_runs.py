@@ -50,6 +50,7 @@ NEW_HEADS = {
 def command(world: Path, mode: str, out: Path | str, *more: str, architecture: str = "eagle3") -> list[str]:
     """Arguments of `draft-train`: a small run, float32, on the CPU; `adapt` anneals, which has more state to lose."""
     common = f"--target {world}/target --data {world}/data --dtype float32 --device cpu --draft-steps 3 --eval-every 0"
+    common += " --optimizer adamw --weight-average 0"  # Muon is not for FSDP2
     head = NEW_HEADS[architecture] if mode == "pretrain" else f"--head {world}/base/head --method afa-lora --rank 4"
     return [mode, "--out", str(out), *common.split(), *head.split(), "--tokens-per-batch", "256", *more]
 

@@ -31,8 +31,15 @@ TRACKERS = ("tensorboard", "wandb", "trackio", "none")
 OPTIMIZERS = ("adamw", "muon")
 METHODS = ("full", "afa-lora", "lora")
 DRAFT_VOCABULARY = 8192  # tokens of a new head's reduced vocabulary
-DRAFT_STEPS = 4  # that training-time test unrolls, for heads that draft any number
-_LEARNING_RATES = {"new": 1e-3, "full": 2e-4, "lora": 1e-3, "afa-lora": 1e-3}  # new: a head without --head
+DRAFT_STEPS = 3  # that training-time test unrolls, for heads that draft any number
+EVAL_EVERY, REPLAYS = 50, 6  # steps between replays, and replays of a run that has fewer steps
+_LEARNING_RATES = {"full": 2e-4, "lora": 1e-3, "afa-lora": 1e-3}
+_NEW_HEADS = {"adamw": 1e-3, "muon": 2e-3}  # learning rates without --head
+# mode -> its defaults where they differ from those of the settings; of pretrain: docs/reproduce.md
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "pretrain": {"epochs": 1.0, "optimizer": "muon", "weight_average": 0.95},
+    "adapt": {},
+}
 
 
 def _one_of(options: Collection[str]) -> AfterValidator:
@@ -182,7 +189,10 @@ class TrainingSettings(_Section):
     epochs: Number = _setting(3.0, "Passes over the training rows.", ge=1e-6)
     max_steps: int | None = _setting(None, "Optimiser steps; overrides epochs.", ge=1)
     learning_rate: Number | None = _setting(
-        None, "Peak learning rate (default: 1e-3 for new heads and adapters, 2e-4 for all weights of a head).", ge=0
+        None,
+        "Peak learning rate [default: 2e-4 for all weights of a head, 1e-3 for adapters; for new heads 2e-3 with muon "
+        "and 1e-3 with adamw].",
+        ge=0,
     )
     warmup_ratio: Number = _setting(
         0.05, "Share of steps in which the rate rises; then it falls to final_rate.", ge=0, le=1
@@ -214,7 +224,12 @@ class TrainingSettings(_Section):
         ge=0,
     )
     seed: int = _setting(0, "Seed of initialisation and data order.")
-    eval_every: int = _setting(50, "Steps between replays on a few held-out rows; 0 for never.", ge=0)
+    eval_every: int | None = _setting(
+        None,
+        f"Steps between replays on a few held-out rows; 0 for never [default: at least {REPLAYS} in a run, and every "
+        f"{EVAL_EVERY} steps].",
+        ge=0,
+    )
     eval_rows: int = _setting(32, "Held-out greedy rows of the replay during training.", ge=0)
     keep_best: bool = _setting(
         True, "Keep the weights of the best replay, not the last (of afa-lora: once the activation is annealed away)."
@@ -263,8 +278,9 @@ class RunSettings(_Section):
 
     @property
     def learning_rate(self) -> float:
-        kind = self.method if self.model.head else "new"
-        return _LEARNING_RATES[kind] if self.training.learning_rate is None else self.training.learning_rate
+        if self.training.learning_rate is not None:
+            return self.training.learning_rate
+        return _LEARNING_RATES[self.method] if self.model.head else _NEW_HEADS[self.training.optimizer]
 
     @property
     def unused(self) -> list[str]:
@@ -300,7 +316,7 @@ class RunSettings(_Section):
         if self.method != "full" and (training.optimizer != "adamw" or training.freeze_lm_head):
             what = "freeze_lm_head" if training.freeze_lm_head else f"optimizer {training.optimizer}"
             raise UserError(f"{what} is for the training of all weights, not for method {self.method}; leave it out.")
-        if training.patience and not (training.keep_best and training.eval_every and training.eval_rows):
+        if training.patience and not (training.keep_best and training.eval_every != 0 and training.eval_rows):
             raise UserError(
                 "patience counts replays without a better one; it needs keep_best, eval_every and eval_rows."
             )
@@ -318,7 +334,7 @@ def resolve(
     overrides: Sequence[str] = (),
     flags: Mapping[str, Any] | None = None,
 ) -> RunSettings:
-    """Settings from defaults, then the YAML file, then flags (None = not given), then `section.key=value`.
+    """Settings from the mode's defaults, the YAML file, flags (None = not given), and then `section.key=value`.
 
     Raises:
         UserError: for an unknown section or key, or a value that is none of its key's.
@@ -334,6 +350,7 @@ def resolve(
         if not (equals and dot):
             raise UserError(f"override {override!r} is not of the form section.key=value.")
         values.setdefault(section, {})[key] = _yaml_value(override, text)
+    values["training"] = {**DEFAULTS[mode], **values.get("training", {})}
     try:
         return RunSettings.model_validate({**values, "mode": mode, "out": out})
     except ValidationError as error:

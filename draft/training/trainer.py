@@ -27,7 +27,7 @@ from draft.heads import DraftHead
 from draft.heads.checkpoint import save_head
 from draft.target import Target, load_target
 from draft.training.batches import Batches, fits_in_memory, load_rows
-from draft.training.config import RunSettings
+from draft.training.config import EVAL_EVERY, REPLAYS, RunSettings
 from draft.training.distributed import Processes, launcher_dtype, whole
 from draft.training.hidden_states import HiddenStateCache
 from draft.training.loss import HeadLoss
@@ -38,7 +38,7 @@ from draft.training.model import (
     settle,
     starting_head,
 )
-from draft.training.monitor import Monitor, abandon_trackers, choose_trackers, draw, start_trackers
+from draft.training.monitor import Monitor, abandon_trackers, choose_trackers, draw, read_lines, start_trackers
 from draft.training.optimizer import Average, learning_rate_at, make_optimizer
 from draft.training.run import (
     Best,
@@ -98,11 +98,14 @@ class Trainer:
         """Rows and batches, and the head that the run starts from: enough to tell whether it may go on."""
         settings, processes = self.settings, self.processes
         self.rows, self.held_out = load_rows(settings, self.target, self.console)
-        if settings.training.eval_every and settings.training.eval_rows and not self.held_out and not self.progress:
+        replays = settings.training.eval_every != 0 and settings.training.eval_rows
+        if replays and not self.held_out and not self.progress:
             kept = "patience does not apply, and " if settings.training.patience else ""
             self.console.print(f"No held-out greedy rows to replay: {kept}the last weights are kept, not the best.")
         self.batches = Batches(self.rows, settings, self.target, rank=processes.rank, processes=processes.count)
         self.total_steps, self.done = self.batches.total_steps, 0
+        if settings.training.eval_every is None:
+            settings.training.eval_every = min(EVAL_EVERY, max(1, self.total_steps // REPLAYS))
         torch.manual_seed(settings.training.seed)
         self.head, base = starting_head(settings, self.target, self.rows, self.console)
         self.objective = settle(settings, self.head)
@@ -136,7 +139,9 @@ class Trainer:
         # FSDP2 leaves a part of each weight in a process: whole ones are gathered into a copy
         self.copy = copy.deepcopy(self.saver) if processes.sharded else None
         if processes.sharded and training.optimizer == "muon":
-            raise UserError("optimizer muon needs whole matrices, and FSDP2 divides them; use adamw, or DDP.")
+            raise UserError(
+                "optimizer muon needs whole matrices, and FSDP2 divides them; use DDP, or add --optimizer adamw."
+            )
         optimizer = make_optimizer(trained_parameters(self.saver), self.head, settings)
         self.module, self.optimizer = processes.wrap(
             HeadLoss(self.head, self.target, self.objective),
@@ -336,6 +341,13 @@ class Trainer:
         if self.best is not None:
             self.run.load_best(self.saver)
             self.console.print(f"Kept: step {self.best.step} of {self.done}, τ {self.best.tau:.3f} by replay.")
+            before = next((line["tau"] for line in read_lines(self.run.folder / "metrics.jsonl") if "tau" in line), 0.0)
+            if before > self.best.tau:
+                self.console.print(
+                    f"[yellow]Before training τ was {before:.3f} on these rows: the run has made the head worse. Try a "
+                    "lower --learning-rate, or other data.[/yellow]",
+                    soft_wrap=True,
+                )
         elif self.average is not None:
             for name, parameter in trained_parameters(self.saver).items():
                 parameter.data.copy_(self.average.values[name])

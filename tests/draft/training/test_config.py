@@ -20,10 +20,22 @@ def test_overrides_beat_flags_beat_file(tmp_path):
 
 def test_a_head_that_is_trained_on_moves_more_slowly_than_a_new_one():
     """At a new head's rate a trained one loses more than it learns."""
-    assert resolve("pretrain", "o", flags={"data": ["d"]}).learning_rate == 1e-3
+    assert resolve("pretrain", "o", flags={"data": ["d"]}).learning_rate == 2e-3
+    assert resolve("pretrain", "o", flags={"data": ["d"], "optimizer": "adamw"}).learning_rate == 1e-3
     assert resolve("pretrain", "o", flags=MINIMUM).learning_rate == 2e-4
     assert resolve("adapt", "o", flags=MINIMUM).learning_rate == 2e-4
     assert resolve("adapt", "o", flags={**MINIMUM, "method": "afa-lora"}).learning_rate == 1e-3
+
+
+def test_pretrain_has_the_recipes_defaults_and_adapt_its_own(tmp_path):
+    def chosen(mode, **more):
+        training = resolve(mode, "o", flags=MINIMUM, **more).training
+        return training.optimizer, training.weight_average, training.epochs
+
+    assert chosen("pretrain") == ("muon", 0.95, 1.0) and chosen("adapt") == ("adamw", 0.0, 3.0)
+    file = tmp_path / "run.yaml"
+    file.write_text("training: {epochs: 2, optimizer: adamw}\n")
+    assert chosen("pretrain", config_file=file, overrides=["training.weight_average=0.5"]) == ("adamw", 0.5, 2.0)
 
 
 def test_a_resolved_configuration_reads_back_the_same(tmp_path):

@@ -1,10 +1,12 @@
 """Whole runs on a tiny target: pretrain, adapt by each method, interrupt, resume, merge."""
 
+import io
 import json
 import shutil
 
 import pytest
 import torch
+import yaml
 from conftest import make_tiny_head, make_tiny_target, save_tiny_target
 from rich.console import Console
 from safetensors.torch import load_file
@@ -42,7 +44,8 @@ def world(made):
 
 def run(root, mode, name, **flags):
     flags = {"target": str(root / "target"), "dtype": "float32", "data": [str(root / "data")], "draft_steps": 3,
-             "tokens_per_batch": 256, "eval_every": 6, "eval_rows": 3, **flags}  # fmt: skip
+             "tokens_per_batch": 256, "eval_every": 6, "eval_rows": 3, "optimizer": "adamw", "weight_average": 0.0,
+             **flags}  # fmt: skip
     if mode == "adapt":
         flags = {"head": str(root / "eagle3" / "head"), "method": "afa-lora", **flags}
     return Trainer(resolve(mode, str(root / name), flags=flags), QUIET).train()
@@ -87,6 +90,20 @@ def test_the_weights_of_the_best_replay_are_kept(world, tmp_path, monkeypatch):
     trainers.clear()
     resumed = load_head(run(world, "pretrain", tmp_path / "best", **flags))[0]
     assert min(trainer.done for trainer in trainers) > 6 and torch.equal(resumed.fc.weight, head.fc.weight)
+
+
+def test_a_short_run_is_replayed_often_and_says_that_it_made_the_head_worse(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(Trainer, "_replay", lambda trainer, head: 1.8 - trainer.done / 100)
+    flags = {"data": [str(world / "data")], "target": str(world / "target"), "head": str(world / "eagle3" / "head")}
+    for steps, replayed in ((13, [0, 2, 4, 6, 8, 10, 12, 13]), (3, [0, 1, 2, 3])):
+        console = Console(record=True, width=200, file=io.StringIO())
+        folder = tmp_path / str(steps)
+        settings = resolve("adapt", str(folder), flags={**flags, "tokens_per_batch": 256, "max_steps": steps})
+        Trainer(settings, console).train()
+        assert list(logged(folder, "tau")) == replayed
+        assert "Before training τ was 1.800 on these rows: the run has made the head worse." in console.export_text()
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    assert config["training"]["eval_every"] == 1
 
 
 def test_a_best_replay_behind_the_checkpoint_ends_no_run(world, tmp_path, monkeypatch):
