@@ -156,8 +156,9 @@ def text(
         float | None,
         typer.Option(
             min=0.01,
-            help="Characters of the texts, in millions: 60 % English, 20 % code, 20 % other languages, at most 15 % of "
-            "each from one source, a folder below the given ones [default: all].",
+            help="Characters of the texts, in millions: 60 % English, 20 % code, 20 % other languages (without one of "
+            "these, the others share in proportion), at most 15 % of each from one source, a folder below the given "
+            "ones [default: all].",
         ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the order.")] = 0,

@@ -395,19 +395,25 @@ def _docstrings(text: str) -> Iterator[str]:
 
 # draft-train text.
 
-_SHARES = {"english": 0.6, "code": 0.2, "other": 0.2}
+_SHARES = {"english": 60, "code": 20, "other": 20}  # per cent
 _OF_ONE_SOURCE = 0.15  # of a group, so that no dictionary and no manual is most of it
 
 
-def share_out(pieces: Iterable[Piece], size: int) -> list[Piece]:
-    """The first pieces of each group, whose characters together are at most its share of `size`."""
-    room = {name: share * size for name, share in _SHARES.items()}
+def share_out(pieces: Sequence[Piece], size: int) -> list[Piece]:
+    """The first pieces of each group, whose characters together are at most its share of `size`.
+
+    The share of a group without any piece goes to the others, in proportion to theirs.
+    """
+    present = {group(piece) for piece in pieces}
+    total = sum(share for name, share in _SHARES.items() if name in present)
+    shares = {name: share / total for name, share in _SHARES.items() if name in present}
+    room = {name: share * size for name, share in shares.items()}
     taken: Counter[tuple[str, str]] = Counter()
     chosen = []
     for piece in pieces:
         name, length = group(piece), len(piece.text)
         of_source = taken[name, piece.source] + length
-        if length <= room[name] and of_source <= _OF_ONE_SOURCE * _SHARES[name] * size:
+        if length <= room[name] and of_source <= _OF_ONE_SOURCE * shares[name] * size:
             room[name] -= length
             taken[name, piece.source] = of_source
             chosen.append(piece)

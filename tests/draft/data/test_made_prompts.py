@@ -17,7 +17,7 @@ from draft.cli import app
 from draft.data.grammar import grammar
 from draft.data.made_inputs import INPUTS
 from draft.data.made_prompts import chosen_shares, key, keys_of, make_prompts
-from draft.data.passages import Piece, language_of, read_passages
+from draft.data.passages import Piece, group, language_of, read_passages, share_out
 from draft.data.prompts import load_prompts
 from draft.errors import UserError
 
@@ -135,6 +135,36 @@ def test_text_of_files_is_clean_and_told_apart(tmp_path: Path, folder: Path) -> 
     again = tmp_path / "again.jsonl"
     run("text", folder, "--out", again)
     assert again.read_bytes() == out.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("given", "sizes"),
+    [
+        ({"en": 800, "de": 800, "python": 800}, {"english": 6000, "other": 2000, "code": 2000}),
+        ({"en": 800, "de": 3, "python": 800}, {"english": 6000, "other": 150, "code": 2000}),
+        ({"de": 800, "python": 800}, {"other": 5000, "code": 5000}),
+        ({"en": 800, "de": 800}, {"english": 7500, "other": 2500}),
+        ({"de": 800}, {"other": 10_000}),
+        ({}, {}),
+    ],
+)
+def test_the_share_of_a_group_that_is_not_there_goes_to_the_others(
+    given: dict[str, int], sizes: dict[str, int]
+) -> None:
+    pieces = [
+        Piece("x" * 50, "code" if language == "python" else "prose", language, f"package {number % 40}")
+        for language, count in given.items()
+        for number in range(count)
+    ]
+    taken = Counter[str]()
+    for piece in share_out(pieces, 10_000):
+        taken[group(piece)] += len(piece.text)
+    assert taken == sizes
+
+
+def test_one_source_gives_no_more_than_a_part_of_its_groups_share() -> None:
+    pieces = [Piece("x" * 50, "prose", "de", "dictionary")] * 800 + [Piece("x", "code", "c", "program")]
+    assert len(share_out(pieces, 10_000)) == 0.15 * 5000 // 50 + 1
 
 
 def test_damaged_files_and_odd_names_are_no_hindrance(tmp_path: Path) -> None:
