@@ -108,7 +108,7 @@ class ModelSettings(_Section):
     rebuild_vocabulary: bool = _setting(
         False,
         "Put tokens that the data use often in the place of tokens of --head's vocabulary that they lack (all weights "
-        "only).",
+        "only); one that is whole needs draft_vocab_size, and is reduced to it.",
     )
     dtype: str = _setting("auto", "Compute dtype: auto, bfloat16, float16, float32 or float64.")
     device: str = _setting("auto", "Device: auto, cpu, cuda.")

@@ -39,6 +39,12 @@ def starting_head(
         raise UserError(
             f"{model.head!r} is of architecture {head.architecture}, not {model.architecture}; leave it out."
         )
+    whole = head.reduced_vocabulary and head.config.full_vocabulary  # EAGLE-1's has no size: see `with_vocabulary`
+    if whole and model.rebuild_vocabulary and not model.draft_vocab_size:
+        raise UserError(
+            f"rebuild_vocabulary: {model.head!r} has the whole vocabulary; leave it out, or give --draft-vocab-size, "
+            "the number of tokens to keep."
+        )
     attach_head(head, {} if model.other_target else about, target)
     head.to(target.dtype if settings.method != "full" else master_dtype(target))
     if model.rebuild_vocabulary:

@@ -307,6 +307,18 @@ def test_a_rebuilt_vocabulary_keeps_what_the_head_knows(world):
     torch.testing.assert_close(rebuilt.fc.weight, base.fc.weight, atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_whole_vocabulary_is_reduced_only_to_a_size_that_is_given(world, tmp_path, shared):
+    target = make_tiny_target()
+    head = make_tiny_head(target, draft_vocab_size=target.vocab_size, shared_lm_head=shared)
+    save_head(head, tmp_path / "head", dtype=torch.float32, about={"target": target.name})
+    flags = {"head": str(tmp_path / "head"), "rebuild_vocabulary": True, "max_steps": 1}
+    with pytest.raises(UserError, match="head' has the whole vocabulary; leave it out, or give --draft-vocab-size"):
+        run(world, "pretrain", tmp_path / "refused", **flags)
+    reduced, _ = load_head(run(world, "pretrain", tmp_path / "reduced", draft_vocab_size=180, **flags))
+    assert len(reduced.vocabulary) == 180
+
+
 @pytest.mark.parametrize(("mode", "method"), [("pretrain", "full"), ("adapt", "full"), ("adapt", "afa-lora")])
 def test_half_precision(world, tmp_path, mode, method):
     """Masters and adapters stay in float32; what is saved has the target's stored dtype."""
