@@ -126,7 +126,7 @@ def _find(folder: str | Path) -> Path:
     if not Path(folder).is_dir() and (PRETRAINED / str(folder) / "config.json").is_file():
         return PRETRAINED / str(folder)
     if not (Path(folder) / "config.json").is_file():
-        shipped = ", ".join(sorted(path.name for path in PRETRAINED.iterdir() if path.is_dir()))
+        shipped = ", ".join(sorted(path.parent.name for path in PRETRAINED.glob("*/config.json")))
         raise UserError(
             f"head {str(folder)!r}: no config.json there; give a folder that `draft-train merge` wrote, "
             f"or one of: {shipped}."
