@@ -196,6 +196,8 @@ def make_steps(target: Target, arguments: Namespace) -> dict[str, Step]:
         flags = {"data": ["(random tokens)"], "draft_steps": arguments.draft_steps}
         if mode == "adapt":
             flags |= {"head": arguments.head, "method": method, "rank": arguments.rank, "alpha": 2.0 * arguments.rank}
+        else:
+            flags["optimizer"] = "adamw"  # as the others: Muon's products are no part of what is counted
         settings = resolve(mode, arguments.out, flags=flags)  # type: ignore[arg-type]
         if mode == "pretrain":
             head = blank_head(target, base.vocabulary, settings.model).to(master_dtype(target))

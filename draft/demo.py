@@ -121,7 +121,8 @@ def options_for_head(head: str, target: str, adapter: str | None) -> list[str]:
     loaded, about = load_head(head)
     attach_head(loaded, about, load_target(target, "bfloat16", "cpu", adapter))
     steps = ["--draft-steps", str(min(3, loaded.longest or 3))]
-    return [*steps, "--rebuild-vocabulary"] if loaded.reduced_vocabulary else steps
+    rebuilt = loaded.reduced_vocabulary and not loaded.config.full_vocabulary  # as adapt accepts it
+    return [*steps, "--rebuild-vocabulary"] if rebuilt else steps
 
 
 def general_percent(data: Path, general: Path) -> int:
