@@ -59,7 +59,8 @@ def demo(
     """Adapt the bundled head to a fine-tuned target, compare it with its base and serve both: the path in minutes."""
     started = time.monotonic()
     adapter = target_adapter
-    if adapter is None and target == "smollm2" and prompts == TICKETS:  # any other prompt it would answer as a ticket
+    tickets = prompts.resolve() == TICKETS.resolve()  # any other prompt it would answer as a ticket
+    if adapter is None and target == "smollm2" and tickets:
         adapter = str(FINE_TUNED)
     given, model = (
         ["--target", target] + (["--target-adapter", each] if each else []) for each in (target_adapter, adapter)

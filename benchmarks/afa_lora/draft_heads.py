@@ -42,6 +42,7 @@ from draft.data.dataset import Row, open_dataset
 from draft.errors import UserError
 from draft.evaluation.compare import DECIDING_LENGTH
 from draft.evaluation.replay import Pass, generations, rejection_terms, replay, response_positions, target_passes
+from draft.files import file_sha256
 from draft.heads import DraftHead
 from draft.heads.checkpoint import head_sha256
 from draft.heads.unroll import shift_left
@@ -117,7 +118,14 @@ def named_folder(text: str) -> tuple[str, str]:
 def benchmark(arguments: Namespace, command: Sequence[str]) -> int:
     out = shared.output_folder(arguments.out)
     study = Heads(arguments, out)
-    identity = {"target_fingerprint": study.target.fingerprint, "head_sha256": head_sha256(arguments.head)}
+    identity: dict[str, Any] = {
+        "target_fingerprint": study.target.fingerprint,
+        "head_sha256": head_sha256(arguments.head),
+    }
+    if arguments.data:  # what the target writes for a domain is known by the options
+        identity["data_sha256"] = {
+            name: file_sha256(*sorted(Path(folder).glob("*.parquet"))) for name, folder in arguments.data
+        }
     experiment = options.make_experiment(
         arguments, study.perform, "acceptance", out, keep=("metrics.jsonl",), data=identity
     )

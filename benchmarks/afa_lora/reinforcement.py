@@ -288,6 +288,7 @@ class Reinforcement:
                 )
         taught = "".join(f"{problem.prompt}{problem.solution}\n" for problem in self.parts["start"])
         self.identity = {
+            "target_fingerprint": load_target(arguments.target, "float32").fingerprint,
             "sha256": file_sha256(Path(arguments.problems)),
             "start_sha256": hashlib.sha256(taught.encode()).hexdigest(),
         }

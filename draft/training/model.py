@@ -117,6 +117,7 @@ def settle(settings: RunSettings, head: DraftHead) -> Objective:
     training = settings.training
     settings.model.architecture = head.architecture
     settings.adapter.targets = settings.adapter.targets or list(head.adapter_targets)
+    training.learning_rate = settings.learning_rate
     training.draft_steps = training.draft_steps or head.longest or DRAFT_STEPS
     if head.longest is not None and training.draft_steps > head.longest:
         raise UserError(f"draft_steps = {training.draft_steps}: the head drafts {head.longest} tokens; choose fewer.")

@@ -104,8 +104,13 @@ class Trainer:
             self.console.print(f"No held-out greedy rows to replay: {kept}the last weights are kept, not the best.")
         self.batches = Batches(self.rows, settings, self.target, rank=processes.rank, processes=processes.count)
         self.total_steps, self.done = self.batches.total_steps, 0
-        if settings.training.eval_every is None:
-            settings.training.eval_every = min(EVAL_EVERY, max(1, self.total_steps // REPLAYS))
+        self.eval_every = settings.training.eval_every  # not settled in the settings: a longer run may reuse these
+        if self.eval_every is None:
+            self.eval_every = min(EVAL_EVERY, max(1, self.total_steps // REPLAYS))
+        if processes.sharded and settings.training.optimizer == "muon":
+            raise UserError(
+                "optimizer muon needs whole matrices, and FSDP2 divides them; use DDP, or add --optimizer adamw."
+            )
         torch.manual_seed(settings.training.seed)
         self.head, base = starting_head(settings, self.target, self.rows, self.console)
         self.objective = settle(settings, self.head)
@@ -120,7 +125,8 @@ class Trainer:
         keep = training.keep_hidden_states if training.cache_hidden_states is None else False
         if keep is None:
             tokens = sum(len(row.ids) for row in self.rows) * processes.count
-            fits = training.epochs > 1 and fits_in_memory(self.target, self.batches.features.layers, tokens)
+            again = self.total_steps > self.batches.steps_per_epoch
+            fits = again and fits_in_memory(self.target, self.batches.features.layers, tokens)
             keep = processes.on_main(lambda: bool(self.progress.get("remember", fits)))  # a run goes on as before
         self.remember = keep
         if self.remember:
@@ -138,10 +144,6 @@ class Trainer:
         self.head, self.saver = make_trainable(self.head, settings)
         # FSDP2 leaves a part of each weight in a process: whole ones are gathered into a copy
         self.copy = copy.deepcopy(self.saver) if processes.sharded else None
-        if processes.sharded and training.optimizer == "muon":
-            raise UserError(
-                "optimizer muon needs whole matrices, and FSDP2 divides them; use DDP, or add --optimizer adamw."
-            )
         optimizer = make_optimizer(trained_parameters(self.saver), self.head, settings)
         self.module, self.optimizer = processes.wrap(
             HeadLoss(self.head, self.target, self.objective),
@@ -221,7 +223,7 @@ class Trainer:
                 metrics, tokens = self.step()
                 monitor.log(self.done, metrics, tokens=tokens)
                 last = self.done == self.total_steps
-                if training.eval_every and (self.done % training.eval_every == 0 or last):
+                if self.eval_every and (self.done % self.eval_every == 0 or last):
                     monitor.log(self.done, self._evaluate())
                 last = last or self._patience_is_over()
                 if self.done % training.save_every == 0 or last or self.stopping:
@@ -305,7 +307,7 @@ class Trainer:
 
     def _evaluate(self) -> dict[str, float]:
         """τ by replay of the held-out rows, in process 0, and the weights kept where it is the best so far."""
-        if not (self.settings.training.eval_every and self.held_out):
+        if not (self.eval_every and self.held_out):
             return {}
         with self.average.in_place() if self.average is not None else nullcontext():
             head, _ = self._whole()
@@ -341,7 +343,8 @@ class Trainer:
         if self.best is not None:
             self.run.load_best(self.saver)
             self.console.print(f"Kept: step {self.best.step} of {self.done}, τ {self.best.tau:.3f} by replay.")
-            before = next((line["tau"] for line in read_lines(self.run.folder / "metrics.jsonl") if "tau" in line), 0.0)
+            lines = read_lines(self.run.folder / "metrics.jsonl")
+            before = next((line["tau"] for line in lines if line.get("step") == 0 and "tau" in line), 0.0)
             if before > self.best.tau:
                 self.console.print(
                     f"[yellow]Before training τ was {before:.3f} on these rows: the run has made the head worse. Try a "

@@ -64,6 +64,10 @@ def test_quick_run_compares_arms_and_goes_on(world, monkeypatch, capsys):
     capsys.readouterr()
     assert draft_heads.main(quick) == 0
     assert read_json(world / "out" / "draft_heads.json")["cells"] == results["cells"]
+    (world / "other").mkdir()
+    (world / "other" / "train.parquet").write_bytes(b"other rows")
+    assert draft_heads.main([*quick, "--data", f"mine={world / 'other'}"]) == 2
+    assert "holds runs of another experiment (data_sha256 was" in capsys.readouterr().err
     assert draft_heads.main(words(world, "--quick", "--arms", "full")) == 2
     assert "the others are compared with lora; add it." in capsys.readouterr().err
 

@@ -103,7 +103,7 @@ def test_a_short_run_is_replayed_often_and_says_that_it_made_the_head_worse(worl
         assert list(logged(folder, "tau")) == replayed
         assert "Before training τ was 1.800 on these rows: the run has made the head worse." in console.export_text()
     config = yaml.safe_load((folder / "config.yaml").read_text())
-    assert config["training"]["eval_every"] == 1
+    assert config["training"]["eval_every"] is None and config["training"]["learning_rate"] == 2e-4
 
 
 def test_a_best_replay_behind_the_checkpoint_ends_no_run(world, tmp_path, monkeypatch):
