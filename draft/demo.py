@@ -71,6 +71,7 @@ def demo(
                  "--greedy-share", 0.75, "--held-out-share", 0.25, "--out", data)  # fmt: skip
     _draft_train("prepare", *model, "--prompts", GENERAL_PROMPTS, "--max-new-tokens", 96,
                  "--greedy-share", 0.75, "--held-out-share", 0.4, "--out", general)  # fmt: skip
+    refuse_trained_rows(head, {"domain": data, "general": general})
     percent = general_percent(data, general)
     if percent < GENERAL_PERCENT:
         console.print(f"\n{percent} % of the training tokens are general ones, not {GENERAL_PERCENT} %: all there are.")
@@ -124,6 +125,22 @@ def options_for_head(head: str, target: str, adapter: str | None) -> list[str]:
     steps = ["--draft-steps", str(min(3, loaded.longest or 3))]
     rebuilt = loaded.reduced_vocabulary and not loaded.config.full_vocabulary  # as adapt accepts it
     return [*steps, "--rebuild-vocabulary"] if rebuilt else steps
+
+
+def refuse_trained_rows(head: str, folders: Mapping[str, Path]) -> None:
+    """Raise UserError for a head that was trained on held-out rows: the comparison would refuse it after minutes."""
+    from draft.data.dataset import open_dataset
+    from draft.evaluation.compare import row_ids, trained_row_ids
+    from draft.heads.checkpoint import load_head
+
+    trained = trained_row_ids(load_head(head)[1]) or set()
+    for name, folder in folders.items():
+        rows = row_ids(open_dataset(folder).rows("held-out"))
+        if seen := len(rows & trained):
+            raise UserError(
+                f"the head {head!r} was trained on {seen} of the {len(rows)} {name} rows that are held out to judge "
+                "by; give another --head, or other --prompts with another --out."
+            )
 
 
 def general_percent(data: Path, general: Path) -> int:

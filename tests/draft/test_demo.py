@@ -10,6 +10,7 @@ from subprocess import CompletedProcess
 from typing import Any
 
 import pytest
+import torch
 import typer
 from conftest import byte_tokenizer, make_tiny_head, make_tiny_target, save_tiny_target
 from rich.console import Console
@@ -21,6 +22,7 @@ from draft import demo
 from draft.data.dataset import Row, open_dataset, write_dataset
 from draft.data.settings import Settings
 from draft.errors import UserError
+from draft.evaluation.compare import record_trained_rows
 from draft.files import write_json
 from draft.heads.checkpoint import save_head
 from draft.target import Target, load_target
@@ -168,6 +170,14 @@ def test_a_head_of_another_target_is_refused_before_the_work(run_demo, world, tm
     with pytest.raises(UserError, match="the head's hidden size is 48 and the target's is 32"):
         run_demo(head=str(tmp_path / "head"))
     assert not (tmp_path / "out" / "data").exists()
+
+
+def test_a_head_that_knows_the_held_out_rows_is_refused_before_it_is_trained(run_demo, world, tmp_path):
+    rows = list(open_dataset(world / "data").rows("held-out"))
+    about = {"trained_rows": record_trained_rows(rows[:1], {})}
+    save_head(make_tiny_head(make_tiny_target()), tmp_path / "head", dtype=torch.float32, about=about)
+    with pytest.raises(UserError, match=f"was trained on 1 of the {len(rows)} domain rows that are held out"):
+        run_demo({"adapt": 1}, head=str(tmp_path / "head"))
 
 
 @pytest.mark.parametrize("tokens", [0, 20])

@@ -15,6 +15,7 @@ SHARDED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 KINDS = {"ddp": {}, "fsdp2": SHARDED}
 # torchrun would give the processes the name of this machine, which need not be known where there is no network
 STANDALONE = ["--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", "2"]
+RECIPE = ["--optimizer", "muon", "--weight-average", "0.9"]  # what `pretrain` takes by default, without FSDP2
 SETTINGS = ["--max-steps", "9", "--save-every", "2", "--keep-checkpoints", "9"]
 
 
@@ -88,12 +89,14 @@ def test_a_process_that_leaves_does_not_abort():
         ("fsdp2", "pretrain", "eagle3", 2),
         ("ddp", "pretrain", "medusa", 1),
         ("fsdp2", "pretrain", "eagle", 1),
+        ("ddp", "pretrain", "eagle", 2),
     ],
 )
 def test_two_processes_train_what_one_trains(world, tmp_path, kind, mode, architecture, accumulation):
     """Gradients of a step's first batches stay where they are, and its last one sums them over the processes."""
+    settings = [*SETTINGS, *(RECIPE if (kind, architecture) == ("ddp", "eagle") else [])]
     together, alone = (
-        command(world, mode, tmp_path / name, *SETTINGS, "--gradient-accumulation", count, architecture=architecture)
+        command(world, mode, tmp_path / name, *settings, "--gradient-accumulation", count, architecture=architecture)
         for name, count in (("together", str(accumulation)), ("alone", str(2 * accumulation)))
     )
     for run in (*run_group(together, **KINDS[kind]), Run(alone)):
