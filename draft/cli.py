@@ -53,9 +53,6 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     for chatty in ("httpx", "httpx2", "openai", "accelerate"):  # they report each request; their warnings are shown
         logging.getLogger(chatty).setLevel(logging.WARNING)
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()  # its bars for loading weights would interleave with ours
     try:
         _run()
     except SystemExit as end:

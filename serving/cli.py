@@ -308,7 +308,6 @@ def load_engine(
         UserError: when the target or the head cannot be loaded, do not fit each other, or an option is out of range.
     """
     import torch
-    from transformers.utils.logging import disable_progress_bar
 
     from draft.heads.checkpoint import load_unchanged_head
     from draft.target import load_target, read_chat_template
@@ -318,8 +317,6 @@ def load_engine(
     memory = None if kv_cache_memory is None else _size(kv_cache_memory, "--kv-cache-memory")
     if threads is not None:
         torch.set_num_threads(threads)
-    if not sys.stderr.isatty():
-        disable_progress_bar()
     template = None if chat_template is None else read_chat_template(chat_template)
     wanted = decoding_dtype(dtype, options["mode"], target, options.get("weights", "auto"))
     loaded = load_target(target, wanted, adapter=target_adapter)

@@ -115,3 +115,16 @@ class GatedEngine(Engine):
             inner(rows)
 
         self._decoder.step = step  # type: ignore[method-assign]
+
+
+def failing(engine: GatedEngine, after: int, failure: BaseException) -> None:
+    """Let `after` steps of the engine succeed."""
+    inner, count = engine._decoder.step, iter(range(after + 1))
+
+    def step(rows: Any) -> None:
+        if next(count) == after:
+            raise failure
+        inner(rows)
+
+    engine.gate.set()
+    engine._decoder.step = step  # type: ignore[method-assign]

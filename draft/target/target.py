@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -86,11 +87,13 @@ def load_model(name: str, dtype: torch.dtype | str, files: Sequence[Path]) -> An
     files: of its weights, safetensors.
     """
     from transformers import AutoModelForCausalLM
-    from transformers.utils.logging import get_logger
+    from transformers.utils.logging import disable_progress_bar, get_logger
 
     source, options = locate(name)
     logger, report = get_logger("transformers.modeling_utils"), LoadReport()
     logger.addFilter(report)
+    if not sys.stderr.isatty():
+        disable_progress_bar()  # a log would hold each of its states
     try:
         with _loading(name):
             loaded: Any = AutoModelForCausalLM.from_pretrained(

@@ -21,12 +21,24 @@ from pydantic import (
     model_validator,
 )
 
-from afa_kernels import ACTIVATIONS, canonical_placement
-from draft.afa.layer import SCHEDULES
 from draft.errors import UserError
-from draft.heads.registry import ARCHITECTURES, DEFAULT
-from draft.training.loss import LOSSES
 
+if typing.TYPE_CHECKING:
+    from draft.heads.base import DraftHead
+
+# Names of what others implement, written out so that `--help` and a mistake are answered without loading torch; a test
+# compares them with the tables.
+ACTIVATIONS = ("silu", "gelu", "relu", "tanh")
+SCHEDULES = ("linear", "cosine", "exponential")
+LOSSES = ("kl", "tv", "lk-alpha", "lk-lambda")
+HEAD_OPTIONS = {  # architecture -> options of a new head; the default architecture first
+    "eagle3": (
+        "norm_before_residual", "norm_before_fc", "fc_norm", "norm_output", "shared_lm_head", "auxiliary_layers",
+    ),
+    "eagle": ("fc_bias", "qkv_bias"),
+    "medusa": ("num_heads", "num_layers", "shared_lm_head"),
+}  # fmt: skip
+DEFAULT = next(iter(HEAD_OPTIONS))
 TRACKERS = ("tensorboard", "wandb", "trackio", "none")
 OPTIMIZERS = ("adamw", "muon")
 METHODS = ("full", "afa-lora", "lora")
@@ -52,6 +64,8 @@ def _one_of(options: Collection[str]) -> AfterValidator:
 
 
 def _placement(value: str) -> str:
+    from afa_kernels import canonical_placement
+
     canonical_placement(value)
     return value
 
@@ -90,13 +104,13 @@ class ModelSettings(_Section):
         "Warm start: the head whose weights a new run starts from, a folder or smollm2-eagle3 (bundled). "
         "Needed by adapt. (To go on with an interrupted run: --resume.)",
     )
-    architecture: Annotated[str | None, _one_of(ARCHITECTURES)] = _setting(
-        None, f"Architecture of a new head: {', '.join(ARCHITECTURES)} [default: {DEFAULT}]."
+    architecture: Annotated[str | None, _one_of(HEAD_OPTIONS)] = _setting(
+        None, f"Architecture of a new head: {', '.join(HEAD_OPTIONS)} [default: {DEFAULT}]."
     )
     head_options: list[str] = _setting(
         [],
         "Option of a new head, as num_heads=3; repeatable. "
-        + "; ".join(f"{each.architecture}: {', '.join(each.options)}" for each in ARCHITECTURES.values())
+        + "; ".join(f"{architecture}: {', '.join(options)}" for architecture, options in HEAD_OPTIONS.items())
         + ".",
     )
     draft_vocab_size: int | None = _setting(
@@ -118,10 +132,16 @@ class ModelSettings(_Section):
     def new_architecture(self) -> str:
         return self.architecture or DEFAULT
 
+    @property
+    def new_head_class(self) -> type[DraftHead]:
+        from draft.heads.registry import ARCHITECTURES
+
+        return ARCHITECTURES[self.new_architecture]
+
     @cached_property
     def options(self) -> dict[str, Any]:
         """`head_options` as arguments of the configuration of a new head."""
-        head = ARCHITECTURES[self.new_architecture]
+        head = self.new_head_class
         types, options = typing.get_type_hints(head.config_class), {}
         for text in self.head_options:
             key, equals, value = text.partition("=")
@@ -310,7 +330,7 @@ class RunSettings(_Section):
             raise UserError(f"head_options {model.head_options} are of a new head, and {head!r} is given; choose one.")
         if head and size and not model.rebuild_vocabulary:
             raise UserError(f"draft_vocab_size = {size}: {head!r} has one; leave it out, or add --rebuild-vocabulary.")
-        if not head and size and not ARCHITECTURES[model.new_architecture].reduced_vocabulary:
+        if not head and size and not model.new_head_class.reduced_vocabulary:
             raise UserError(f"draft_vocab_size = {size}: {model.architecture} has the whole vocabulary; leave it out.")
         training = self.training
         if self.method != "full" and (training.optimizer != "adamw" or training.freeze_lm_head):

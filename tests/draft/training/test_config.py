@@ -1,12 +1,34 @@
 """Settings: precedence, types and unknown keys."""
 
 import pytest
+from conftest import ended, python
 
+from afa_kernels import reference
+from draft.afa import layer
 from draft.errors import UserError
+from draft.heads import registry
+from draft.training import config, loss
 from draft.training.config import resolve, to_yaml
 
 MINIMUM = {"data": ["d"], "head": "h"}
 NEW = {"mode": "pretrain", "head": None}
+
+
+def test_the_names_in_the_help_are_those_of_the_tables():
+    for table, names in (
+        (reference.ACTIVATIONS, config.ACTIVATIONS),
+        (layer.SCHEDULES, config.SCHEDULES),
+        (loss.LOSSES, config.LOSSES),
+    ):
+        assert tuple(table) == names
+    assert {name: head.options for name, head in registry.ARCHITECTURES.items()} == config.HEAD_OPTIONS
+    assert registry.DEFAULT == config.DEFAULT
+
+
+def test_the_command_line_loads_no_torch_before_there_is_work():
+    """A help text, or an option that is mistyped, would wait for it for seconds."""
+    status, shown = ended(python("-c", "import sys, draft.cli; print({'torch', 'transformers'} & set(sys.modules))"))
+    assert (status, shown.strip()) == (0, "set()")
 
 
 def test_overrides_beat_flags_beat_file(tmp_path):

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
-from http_testing import MESSAGES, PROMPT, GatedEngine, ask, events
+from http_testing import MESSAGES, PROMPT, ask, events, failing
 
 from serving.api.app import create_app
 from serving.api.generate import Answer
@@ -230,19 +230,6 @@ def test_an_event_is_one_line_to_all_who_split_lines():
     text = "a\u0085b\u2028c\u2029d\x0be\x1cf\r\n\u00e9\U0001f993"
     line, blank = event({"text": text}).decode().splitlines()
     assert json.loads(line.removeprefix("data: ")) == {"text": text} and not blank
-
-
-def failing(engine: GatedEngine, after: int, failure: BaseException) -> None:
-    """Let `after` steps of the engine succeed."""
-    inner, count = engine._decoder.step, iter(range(after + 1))
-
-    def step(rows: Any) -> None:
-        if next(count) == after:
-            raise failure
-        inner(rows)
-
-    engine.gate.set()
-    engine._decoder.step = step  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize("failure", [RuntimeError("/home/secret exploded"), SystemExit("the thread is gone")])

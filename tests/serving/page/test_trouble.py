@@ -3,7 +3,7 @@
 import pytest
 from browser_testing import resize
 from conftest import make_tiny_target
-from http_testing import GatedEngine, live
+from http_testing import GatedEngine, failing, live
 
 from serving.api.app import create_app
 from serving.engine import Engine, SamplingParams, Speculation
@@ -54,13 +54,11 @@ def test_a_full_line_and_a_server_that_ends(page, app, engine):
 
 def test_a_failure_in_the_middle_of_an_answer(open_page, tiny_target, tiny_head):
     engine = GatedEngine(tiny_target, tiny_head, speculation="chain", max_batch=1)
-    engine.gate.set()
+    failing(engine, 6, RuntimeError("/home/secret exploded"))
     with live(create_app(engine)) as url:
         page = open_page(url)
         page.fill(prompt="zebras", max_new_tokens=400, temperature=1)
         page.click("#run")
-        page.until(lambda: len(page.tokens()) > 3)
-        engine.failure = RuntimeError("/home/secret exploded")
         page.wait()
         assert page.text("#error") == "The server failed at this request: Request failed during generation"
         assert page.text(".phase") == "incomplete" and len(page.tokens()) > 3
