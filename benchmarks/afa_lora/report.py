@@ -225,8 +225,10 @@ def draw(title: str, cells: Sequence[dict[str, Any]], measure: str, path: Path) 
         for number, (arm, colour) in enumerate(COLOURS.items()):
             _bar(left, each["differences"].get(arm), place + 0.2 * (number - 1), colour)
         _bar(right, each.get("share"), place, "tab:blue")
+    drawn = {arm for cell in cells for arm in cell["measures"][measure]["all"]["differences"]}
     for arm, colour in COLOURS.items():
-        left.plot([], [], "o", color=colour, label=NAMES[arm])
+        if arm in drawn:
+            left.plot([], [], "o", color=colour, label=NAMES[arm])
     for axis in (left, right):
         axis.set_yticks(range(len(cells)), [cell["cell"] for cell in cells])
         axis.set_ylim(len(cells) - 0.5, -0.5)
