@@ -83,18 +83,18 @@ def test_a_process_that_leaves_does_not_abort():
 
 
 @pytest.mark.parametrize(
-    ("kind", "mode", "architecture", "accumulation"),
+    ("kind", "mode", "architecture", "accumulation", "more"),
     [
-        ("ddp", "adapt", "eagle3", 2),
-        ("fsdp2", "pretrain", "eagle3", 2),
-        ("ddp", "pretrain", "medusa", 1),
-        ("fsdp2", "pretrain", "eagle", 1),
-        ("ddp", "pretrain", "eagle", 2),
+        ("ddp", "adapt", "eagle3", 2, []),
+        ("fsdp2", "pretrain", "eagle3", 2, []),
+        ("ddp", "pretrain", "medusa", 1, []),
+        ("fsdp2", "pretrain", "eagle", 1, []),
+        ("ddp", "pretrain", "eagle", 2, RECIPE),
     ],
 )
-def test_two_processes_train_what_one_trains(world, tmp_path, kind, mode, architecture, accumulation):
+def test_two_processes_train_what_one_trains(world, tmp_path, kind, mode, architecture, accumulation, more):
     """Gradients of a step's first batches stay where they are, and its last one sums them over the processes."""
-    settings = [*SETTINGS, *(RECIPE if (kind, architecture) == ("ddp", "eagle") else [])]
+    settings = [*SETTINGS, *more]
     together, alone = (
         command(world, mode, tmp_path / name, *settings, "--gradient-accumulation", count, architecture=architecture)
         for name, count in (("together", str(accumulation)), ("alone", str(2 * accumulation)))
